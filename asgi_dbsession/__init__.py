@@ -1,0 +1,35 @@
+"""One SQLAlchemy session per request, committed before the client hears of it."""
+
+from .access import get_session, get_sync_session, session_dependency
+from .async_database import AsyncDatabase
+from .errors import (
+    ConcurrentUse,
+    ConfigurationError,
+    DatabaseNotRunning,
+    DatabaseUnavailable,
+    DBSessionError,
+    NoSession,
+    SessionClosed,
+    TransactionAborted,
+)
+from .middleware import DBSessionMiddleware
+from .sync_database import SyncDatabase
+from .unit_of_work import set_rollback
+
+__all__ = [
+    "AsyncDatabase",
+    "ConcurrentUse",
+    "ConfigurationError",
+    "DBSessionError",
+    "DBSessionMiddleware",
+    "DatabaseNotRunning",
+    "DatabaseUnavailable",
+    "NoSession",
+    "SessionClosed",
+    "SyncDatabase",
+    "TransactionAborted",
+    "get_session",
+    "get_sync_session",
+    "session_dependency",
+    "set_rollback",
+]

@@ -1,0 +1,59 @@
+"""The session of the default database, from anywhere below the middleware."""
+
+from typing import Any, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from .async_database import AsyncDatabase
+from .errors import ConfigurationError, NoSession
+from .sync_database import SyncDatabase
+from .unit_of_work import current_unit
+
+D = TypeVar("D", AsyncDatabase[Any], SyncDatabase[Any])
+
+
+def get_session() -> AsyncSession:
+    """The session of the default database: the first `AsyncDatabase` of the current unit of work.
+
+    Opened on first use; its connection is checked out by the first statement. It is valid
+    until the request (or the `begin()`) ends, and then closed for good. One task at a time may
+    use it: tasks that run at once open `database.begin()` each.
+
+    Raises:
+        NoSession: Not inside a request that `DBSessionMiddleware` serves, nor inside `begin()`.
+        SessionClosed: The request that this task belongs to is over.
+        DatabaseNotRunning: The database has not been started.
+        ConfigurationError: There are only sync databases here.
+    """
+    session: AsyncSession = _default(AsyncDatabase, "get_sync_session").get_session()
+    return session
+
+
+def get_sync_session() -> Session:
+    """The same for the first `SyncDatabase`: for handlers written with `def`."""
+    session: Session = _default(SyncDatabase, "get_session").get_session()
+    return session
+
+
+async def session_dependency() -> AsyncSession:
+    """`get_session` for injectors: `Annotated[AsyncSession, Depends(session_dependency)]`.
+
+    A coroutine function, so that none of them runs it in a thread, and without parameters, so
+    that none of them takes one for a query parameter.
+    """
+    return get_session()
+
+
+def _default(kind: type[D], instead: str) -> D:
+    unit = innermost = current_unit.get()
+    while unit is not None:
+        for database in unit.databases:
+            if isinstance(database, kind):
+                return database
+        unit = unit.enclosing
+    if innermost is None:
+        raise NoSession("the default database")
+    raise ConfigurationError(
+        f"There is no {kind.__name__} here, only {innermost.databases[0]}: call `{instead}()`."
+    )

@@ -1,0 +1,130 @@
+"""A database behind an async engine."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy import URL, Engine, select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from typing_extensions import override
+
+from .database import Database
+from .errors import DatabaseNotRunning
+from .options import AnyAsyncSession, AsyncSessionOptions
+from .session import in_turn
+from .turn import turn_between_tasks
+from .types import Scope
+from .unit_of_work import OpenSession, current_unit
+
+
+class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
+    """A database behind an async engine: described now, built in the event loop at startup.
+
+    Args:
+        url: A database URL. One that names no driver (`postgresql://`, `mysql://`, `sqlite://`)
+            gets an installed async one.
+        session_options: For the session class, itself included: `{"class_": MySession}`.
+            `expire_on_commit` is False unless given.
+        ping_on_startup: Whether startup fails when the database does not answer.
+        **engine_options: For `sqlalchemy.ext.asyncio.create_async_engine`.
+
+    Raises:
+        ConfigurationError: The URL is none, its driver is missing, or it blocks.
+    """
+
+    _asynchronous = True
+    _engine_class = AsyncEngine
+
+    def __init__(
+        self,
+        url: str | URL,
+        *,
+        session_options: AsyncSessionOptions[AnyAsyncSession] | None = None,
+        ping_on_startup: bool = True,
+        **engine_options: Any,
+    ) -> None:
+        super().__init__(url, session_options, ping_on_startup, engine_options)
+        self._class: type[AnyAsyncSession] = self._session_class(AsyncSession)
+        sync_class = self._session_options.pop("sync_session_class", self._class.sync_session_class)
+        self._sync_class = in_turn(sync_class)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AnyAsyncSession]:
+        """Open a unit of work of its own: COMMIT on success, ROLLBACK on any error or cancellation.
+
+        For workers, scripts, child tasks, and rows that must survive the rollback of a request.
+        Ending it runs to completion although it is cancelled.
+
+        Yields:
+            A new session, closed for good at the end of the block. Inside the block it is what
+            `get_session()` returns too.
+
+        Raises:
+            DatabaseNotRunning: The database has not been started.
+            TransactionAborted: An error was swallowed that had aborted the transaction.
+            Exception: Whatever COMMIT raised; nothing was stored.
+        """
+        unit = self._begin_unit()
+        try:
+            yield unit.open(self)
+        except BaseException:
+            await unit.close(commit=False)
+            raise
+        else:
+            await unit.close(commit=not unit.rollback)
+        finally:
+            current_unit.set(unit.enclosing)
+
+    @override
+    async def startup(self) -> None:
+        if self._loop is not None and self._loop.is_closed():
+            # Its connections went with it; what is left of the engine could only fail.
+            self._engine, self._loop, self._starts = None, None, 0
+        self._refuse_other_loop()
+        await super().startup()
+
+    @override
+    def open_session(self, scope: Scope | None) -> OpenSession[AnyAsyncSession]:
+        engine = self.engine
+        self._refuse_other_loop()
+        turn = turn_between_tasks(self)
+        session = self._class(
+            engine,
+            sync_session_class=self._sync_class,
+            turn=turn,
+            info=self._info | {"scope": scope},
+            **self._session_options,
+        )
+        return OpenSession(session, session.sync_session, turn, session.run_sync)
+
+    def _refuse_other_loop(self) -> None:
+        if self._loop is not None and _running_loop() not in (None, self._loop):
+            raise DatabaseNotRunning(self, other_loop=True)
+
+    @override
+    def _create_engine(self) -> AsyncEngine:
+        self._loop = asyncio.get_running_loop()
+        return create_async_engine(self.url, **self._engine_options)
+
+    @override
+    def _sync_engine(self, engine: AsyncEngine) -> Engine:
+        return engine.sync_engine
+
+    @override
+    async def _select_one(self, engine: AsyncEngine) -> None:
+        async with engine.connect() as connection:
+            await connection.execute(select(1))
+
+    @override
+    async def _dispose(self, engine: AsyncEngine) -> None:
+        self._loop = None
+        await engine.dispose()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:  # a worker thread of the loop that serves the request
+        return None

@@ -1,0 +1,231 @@
+"""An engine's life, whatever its kind."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import URL, Engine
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from typing_extensions import Self
+
+from .completion import run_to_completion
+from .errors import ConfigurationError, DatabaseNotRunning, DatabaseUnavailable
+from .transaction import watch
+from .types import Scope
+from .unit_of_work import OpenSession, UnitOfWork, current_unit, unit_that_manages
+from .url import options_for_memory, url_with_driver, without_secrets
+
+E = TypeVar("E", bound=Engine | AsyncEngine)
+S = TypeVar("S")
+
+
+class Database(ABC, Generic[E, S]):
+    """What an async and a sync database share: all but how to talk to the engine."""
+
+    _asynchronous: bool
+    _engine_class: type[E]
+
+    def __init__(
+        self,
+        url: str | URL,
+        session_options: Mapping[str, Any] | None,
+        ping_on_startup: bool,
+        engine_options: dict[str, Any],
+    ) -> None:
+        self.url = url_with_driver(url, asynchronous=self._asynchronous)
+        self._engine_options = options_for_memory(self.url) | engine_options
+        self._session_options = {
+            "expire_on_commit": False,
+            **(session_options or {}),
+            # A closed session would silently open again, and leak.
+            "close_resets_only": False,
+        }
+        self._info = self._session_options.pop("info", {})
+        self._ping_on_startup = ping_on_startup
+        self._engine: E | None = None
+        self._owns_engine = True
+        self._starts = 0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({without_secrets(self.url)!r})"
+
+    @classmethod
+    def from_env(cls, variable: str = "DATABASE_URL", **options: Any) -> Self:
+        """Describe the database that an environment variable names.
+
+        Args:
+            variable: The variable that holds the URL.
+            **options: As for the class itself.
+
+        Raises:
+            ConfigurationError: The variable is not set, or what it holds cannot work.
+        """
+        url = os.environ.get(variable)
+        if not url:
+            raise ConfigurationError(
+                f"{variable} is not set. Set it to a database URL, for example "
+                f"`{variable}=sqlite:///shop.db`, or give {cls.__name__} the URL itself."
+            )
+        return cls(url, **options)
+
+    @classmethod
+    def from_engine(cls, engine: E, **options: Any) -> Self:
+        """Use an engine of yours. It stays yours: it is running at once, and never disposed.
+
+        Args:
+            engine: An `AsyncEngine` for `AsyncDatabase`, an `Engine` for `SyncDatabase`.
+            **options: `session_options` and `ping_on_startup`, as for the class itself.
+
+        Raises:
+            ConfigurationError: It is an engine of the other kind, or none.
+        """
+        if not isinstance(engine, cls._engine_class):
+            raise ConfigurationError(
+                f"{cls.__name__} needs a running {cls._engine_class.__name__}, not {engine!r}."
+            )
+        database = cls(engine.url, **options)
+        database._engine = engine
+        database._owns_engine = False
+        watch(database._sync_engine(engine))
+        return database
+
+    @property
+    def engine(self) -> E:
+        """The engine, for whatever needs more than a session (`create_all`, pool metrics).
+
+        Raises:
+            DatabaseNotRunning: Before startup and after shutdown.
+        """
+        if self._engine is None:
+            raise DatabaseNotRunning(self)
+        return self._engine
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is an engine: from startup until shutdown; always, for `from_engine`."""
+        return self._engine is not None
+
+    async def startup(self) -> None:
+        """Build the engine in the running event loop and make sure that the database answers.
+
+        Starting is counted, not repeated: as many calls of `shutdown` end it.
+
+        Raises:
+            DatabaseUnavailable: The ping failed; nothing is left behind.
+            ConfigurationError: SQLAlchemy or the driver refused the options.
+        """
+        self._starts += 1
+        try:
+            if self._engine is None:
+                self._engine = self._build_engine()
+            if self._ping_on_startup:
+                await self.ping()
+        except BaseException:
+            await self.shutdown()
+            raise
+
+    async def shutdown(self) -> None:
+        """Close every connection once the last start is undone, cancelled or not."""
+        self._starts = max(0, self._starts - 1)
+        if self._starts == 0 and self._owns_engine and self._engine is not None:
+            engine, self._engine = self._engine, None
+            await run_to_completion(self._dispose(engine))
+
+    async def __aenter__(self) -> Self:
+        await self.startup()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.shutdown()
+
+    async def ping(self) -> None:
+        """Run a statement, and so prove that the database answers.
+
+        How long it may take is the driver's business: set its connect timeout in `connect_args`.
+
+        Raises:
+            DatabaseUnavailable: It does not answer; the driver's error is the cause.
+            DatabaseNotRunning: Before startup.
+        """
+        engine = self.engine
+        try:
+            await self._select_one(engine)
+        except Exception as error:
+            raise DatabaseUnavailable(self, self._reason(error)) from error
+
+    def get_session(self) -> S:
+        """The session of this database in the current unit of work.
+
+        Opened on first use; its connection is checked out by the first statement. It is valid
+        until the request (or the `begin()`) ends, and then closed for good.
+
+        Raises:
+            NoSession: Not inside a request that serves this database, nor inside `begin()`.
+            SessionClosed: The request that this task belongs to is over.
+            DatabaseNotRunning: The database has not been started.
+        """
+        return unit_that_manages(self).open(self)
+
+    async def session_dependency(self) -> S:
+        """`get_session` for injectors: FastAPI's `Depends`, Litestar's `Provide`.
+
+        A coroutine function, so that none of them runs it in a thread, and without
+        parameters, so that none of them takes one for a query parameter.
+        """
+        return self.get_session()
+
+    @abstractmethod
+    def open_session(self, scope: Scope | None) -> OpenSession[S]:
+        """Make a session for a unit of work to end; applications call `get_session` or `begin`."""
+
+    @abstractmethod
+    def _create_engine(self) -> E: ...
+
+    @abstractmethod
+    async def _select_one(self, engine: E) -> None: ...
+
+    @abstractmethod
+    async def _dispose(self, engine: E) -> None: ...
+
+    @abstractmethod
+    def _sync_engine(self, engine: E) -> Engine: ...
+
+    def _build_engine(self) -> E:
+        try:
+            engine = self._create_engine()
+        except (ArgumentError, TypeError) as error:
+            raise ConfigurationError(
+                f"{self} cannot be built with these engine options: {self._reason(error)}"
+            ) from None
+        watch(self._sync_engine(engine))
+        return engine
+
+    def _reason(self, error: Exception) -> str:
+        original = getattr(error, "orig", None) or error
+        text = " ".join(str(original).split()) or type(original).__name__
+        password = self.url.password
+        return (text.replace(password, "***") if password else text).rstrip(".")
+
+    def _begin_unit(self) -> UnitOfWork:
+        enclosing = current_unit.get()
+        scope = enclosing.scope if enclosing is not None else None
+        unit = UnitOfWork((self,), scope, enclosing=enclosing)
+        current_unit.set(unit)
+        return unit
+
+    def _session_class(self, base: type) -> Any:
+        session_class = self._session_options.pop("class_", base)
+        if isinstance(session_class, type) and issubclass(session_class, base):
+            return session_class
+        raise ConfigurationError(
+            f"{type(self).__name__} needs a subclass of {base.__name__} as "
+            f'session_options["class_"], not {session_class!r}.'
+        )

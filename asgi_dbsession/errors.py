@@ -1,0 +1,92 @@
+"""What can go wrong, in the user's words: who, what happened, and the cure."""
+
+from sqlalchemy.exc import PendingRollbackError
+
+
+class DBSessionError(Exception):
+    """Base of every error that this package raises itself.
+
+    Errors of SQLAlchemy and of the driver are not wrapped: they reach you as they are.
+    """
+
+
+class NoSession(DBSessionError, LookupError):
+    """A session was asked for where no unit of work is open."""
+
+    def __init__(self, database: object) -> None:
+        super().__init__(
+            f"No session of {database} here: this is not inside a request that "
+            "DBSessionMiddleware serves for it. Outside a request use "
+            "`database.begin()`; from a thread, start it with `asyncio.to_thread`, because "
+            "`run_in_executor` and bare threads do not carry the request's context."
+        )
+
+
+class SessionClosed(DBSessionError, RuntimeError):
+    """A session was used after its unit of work had ended."""
+
+    def __init__(self, database: object) -> None:
+        super().__init__(
+            f"The request that this session of {database} belongs to is over: a task or a stored "
+            "reference outlived it. Work that goes on longer than its request opens a unit "
+            "of work of its own with `database.begin()`."
+        )
+
+
+class ConcurrentUse(DBSessionError, RuntimeError):
+    """Two tasks (or threads) used one session at the same time."""
+
+    def __init__(self, database: object) -> None:
+        super().__init__(
+            f"Another task is in the middle of an operation on this session of {database}, and a "
+            "session does one thing at a time. Await one after the other, or open "
+            "`database.begin()` in each task."
+        )
+
+
+class DatabaseNotRunning(DBSessionError, RuntimeError):
+    """A database was used before it was started, after it was stopped, or in another event loop."""
+
+    def __init__(self, database: object, *, other_loop: bool = False) -> None:
+        if other_loop:
+            super().__init__(
+                f"{database} was started in another event loop, and its connections belong there. "
+                "Start it in the loop that uses it: leave it to the lifespan of the server, "
+                "or use `async with database:` inside the function given to `asyncio.run`."
+            )
+        else:
+            super().__init__(
+                f"{database} is not running: no lifespan startup reached DBSessionMiddleware. "
+                "Let the server send it (`uvicorn --lifespan on`, `with TestClient(app):`, "
+                "asgi-lifespan's `LifespanManager` around httpx), or write `async with database:`."
+            )
+
+
+class DatabaseUnavailable(DBSessionError, ConnectionError):
+    """The database did not answer."""
+
+    def __init__(self, database: object, reason: str) -> None:
+        super().__init__(
+            f"{database} cannot be reached: {reason}. "
+            "Is it running, and are host, port, name and credentials right?"
+        )
+
+
+class TransactionAborted(DBSessionError, PendingRollbackError):
+    """COMMIT was refused because it would silently have been a ROLLBACK.
+
+    PostgreSQL aborts a transaction at the first statement that fails, and then answers COMMIT
+    with a ROLLBACK that drivers report as success.
+    Source: https://www.postgresql.org/docs/current/sql-commit.html
+    """
+
+    def __init__(self, database: object, reason: str) -> None:
+        super().__init__(
+            f"The transaction on {database} was aborted by an error that the application "
+            f"swallowed ({reason}); COMMIT would store nothing. Put the statement that may fail "
+            "into `async with session.begin_nested():`, or let its error rise."
+        )
+
+
+class ConfigurationError(DBSessionError, ValueError):
+    """The package was configured in a way that cannot work; the message says what to write."""

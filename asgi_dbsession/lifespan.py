@@ -1,0 +1,126 @@
+"""When databases start and stop, also around an application that ignores the lifespan."""
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from .errors import DBSessionError
+from .types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger("asgi_dbsession")
+
+
+class Startable(Protocol):
+    """What lives as long as the application."""
+
+    async def startup(self) -> None:
+        """Begin; on an error leave nothing behind."""
+        ...
+
+    async def shutdown(self) -> None:
+        """End."""
+        ...
+
+
+async def serve_lifespan(
+    app: ASGIApp, databases: Sequence[Startable], scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Run the databases from before the startup of `app` until after its shutdown.
+
+    They are stopped before the server hears how the shutdown went, whatever went wrong on the way.
+    """
+    lifespan = _Lifespan(databases, receive, send)
+    try:
+        if await lifespan.start():
+            await lifespan.serve(app, scope)
+    finally:
+        await lifespan.stop()
+
+
+class _Lifespan:
+    """The messages of one lifespan, and what they mean for the databases."""
+
+    def __init__(self, databases: Sequence[Startable], receive: Receive, send: Send) -> None:
+        self._databases = databases
+        self._receive = receive
+        self._send = send
+        self._running: list[Startable] = []
+        self._startup: Message | None = None
+        self._answered_startup = False
+        self._heard_shutdown = False
+        self._finished = False
+
+    async def start(self) -> bool:
+        self._startup = await self._receive()
+        try:
+            for database in self._databases:
+                await database.startup()
+                self._running.append(database)
+        except Exception as error:
+            await self.stop()
+            await self._send({"type": "lifespan.startup.failed", "message": _one_line(error)})
+            if isinstance(error, DBSessionError):
+                return False  # the message says it all; of anything else, show where it came from
+            raise
+        return True
+
+    async def serve(self, app: ASGIApp, scope: Scope) -> None:
+        failure: Exception | None = None
+        try:
+            await app(scope, self.receive, self.send)
+        except Exception as error:
+            if self._answered_startup:
+                failure = error
+            else:
+                logger.info(
+                    "The application ignores the lifespan; serving it all the same: %r", error
+                )
+        if not self._answered_startup:
+            await self.send({"type": "lifespan.startup.complete"})
+        if not self._finished:
+            # Requests go on although this part of the application has ended.
+            while not self._heard_shutdown:
+                await self.receive()
+        if failure is not None:
+            raise failure
+        if not self._finished:
+            await self.send({"type": "lifespan.shutdown.complete"})
+
+    async def receive(self) -> Message:
+        if self._startup is not None:
+            startup, self._startup = self._startup, None
+            return startup
+        message = await self._receive()
+        self._heard_shutdown = message["type"] == "lifespan.shutdown"
+        return message
+
+    async def send(self, message: Message) -> None:
+        kind = message["type"]
+        if kind == "lifespan.startup.complete":
+            self._answered_startup = True
+        elif kind == "lifespan.startup.failed":
+            self._answered_startup = self._finished = True
+            await self.stop()
+        elif kind in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+            self._finished = True
+            failures = await self.stop()
+            if failures and kind == "lifespan.shutdown.complete":
+                message = {"type": "lifespan.shutdown.failed", "message": _one_line(failures[0])}
+        await self._send(message)
+
+    async def stop(self) -> list[Exception]:
+        """Stop what is running, the last started first, and each although another one fails."""
+        failures: list[Exception] = []
+        while self._running:
+            database = self._running.pop()
+            try:
+                await database.shutdown()
+            except Exception as error:
+                logger.exception("%s could not be shut down", database)
+                failures.append(error)
+        return failures
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, DBSessionError) else f"{type(error).__name__}: {text}"

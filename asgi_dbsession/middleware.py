@@ -1,0 +1,174 @@
+"""What happens to a request's unit of work, on each ASGI message."""
+
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any, TypeAlias
+
+from sqlalchemy import URL
+
+from .async_database import AsyncDatabase
+from .errors import ConfigurationError
+from .lifespan import serve_lifespan
+from .sync_database import SyncDatabase
+from .types import ASGIApp, Message, Receive, Scope, Send
+from .unit_of_work import UnitOfWork, current_task, current_unit
+
+AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
+
+# Where the unit of work of a request lies in its scope: a middleware further in joins it.
+_KEY = "asgi_dbsession"
+# What ends a response, unless it says `more_body`.
+_ENDINGS = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
+
+
+def below_400(status: int) -> bool:
+    """Whether a status is no error: what `DBSessionMiddleware` goes by unless told otherwise."""
+    return status < HTTPStatus.BAD_REQUEST
+
+
+class DBSessionMiddleware:
+    """Give each request one session per database, and end it before the client hears of it.
+
+    1. A session is opened when the application first asks for it; none otherwise.
+    2. The start of a response whose status is below 400 waits for COMMIT, and is sent only then.
+    3. On any other status, an exception, a cancellation, or no response: ROLLBACK.
+    4. A COMMIT that fails sends nothing of the response, and runs nothing that was to follow it.
+    5. Streaming bodies and background tasks go on with the same session, as a unit of their own:
+       committed when they end, rolled back when they fail.
+    6. When the application returns, its sessions are closed for good.
+
+    Databases are started before the application's own startup and stopped after its shutdown.
+    Other scopes, and messages that are none of the above, pass untouched.
+
+    Args:
+        app: The ASGI application.
+        *databases: An `AsyncDatabase`, a `SyncDatabase`, or a URL (for an `AsyncDatabase`) each;
+            the first is the default. None at all: `AsyncDatabase.from_env()`.
+        commit_when: Replaces `status < 400` in rules 2 and 3.
+        on_commit_error: Makes the response to a COMMIT that failed: an ASGI application, such as
+            a Starlette `Response`. Where it returns None, and where there is none, the original
+            exception is raised to the server.
+
+    Raises:
+        ConfigurationError: A database or a callback is not what it should be.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *databases: AnyDatabase | str | URL,
+        commit_when: Callable[[int], bool] = below_400,
+        on_commit_error: Callable[[Exception], ASGIApp | None] | None = None,
+    ) -> None:
+        self.app = app
+        self.databases = tuple(map(_as_database, databases)) or (AsyncDatabase.from_env(),)
+        self.commit_when = commit_when
+        self.on_commit_error = on_commit_error
+        if len(set(self.databases)) < len(self.databases):
+            raise ConfigurationError(f"The same database was given twice: {self.databases}.")
+        if not callable(commit_when):
+            raise ConfigurationError(
+                f"commit_when takes a function of a status, not {commit_when!r}."
+            )
+        if on_commit_error is not None and not callable(on_commit_error):
+            raise ConfigurationError(
+                f"on_commit_error takes a function of an exception, not {on_commit_error!r}."
+            )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI scope."""
+        if scope["type"] == "http":
+            await self._serve_request(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await serve_lifespan(self.app, self.databases, scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        enclosing = scope.get(_KEY)
+        unit = scope[_KEY] = UnitOfWork(self.databases, scope, enclosing=enclosing, joins=True)
+        response = _Response(unit, self.commit_when, send)
+        token = current_unit.set(unit)
+        try:
+            await self.app(scope, receive, response.send)
+        except BaseException as error:
+            await unit.close(commit=False)
+            if unit.failure is None or not isinstance(error, _UNWOUND):
+                raise
+        else:
+            await unit.close(commit=response.complete and not unit.rollback and not unit.failure)
+        finally:
+            current_unit.reset(token)
+            scope[_KEY] = enclosing
+        if unit.failure is not None:
+            await self._answer_failure(unit.failure, response, scope, receive)
+
+    async def _answer_failure(
+        self, failure: Exception, response: "_Response", scope: Scope, receive: Receive
+    ) -> None:
+        answer = None
+        if self.on_commit_error is not None and not response.started:
+            answer = self.on_commit_error(failure)
+        if answer is None:
+            raise failure
+        await answer(scope, receive, response.forward)
+
+
+class _CommitFailed(BaseException):
+    """Unwinds the application after a COMMIT that failed.
+
+    Not an `Exception`: no handler of the application's may take it for an error of its own, and
+    answer it. It never leaves the middleware.
+    """
+
+
+class _Response:
+    """The response to one request, which must not leave before the unit of work has ended."""
+
+    __slots__ = ("_commit_when", "_unit", "complete", "forward", "started")
+
+    def __init__(self, unit: UnitOfWork, commit_when: Callable[[int], bool], forward: Send) -> None:
+        self._unit = unit
+        self._commit_when = commit_when
+        self.forward = forward
+        self.started = False
+        self.complete = False
+
+    async def send(self, message: Message) -> None:
+        if self._unit.failure is not None:
+            raise _CommitFailed
+        kind = message["type"]
+        if kind == "http.response.start":
+            await self._end_unit(commit=self._is_success(message["status"]))
+            self.started = True
+        elif kind in _ENDINGS and not message.get("more_body", False):
+            self.complete = True
+            # Below an inner BaseHTTPMiddleware, another task sends this than the one at work.
+            if self._unit.opened_by(current_task()):
+                await self._end_unit(commit=not self._unit.rollback)
+        await self.forward(message)
+
+    def _is_success(self, status: int) -> bool:
+        rollback = self._unit.rollback
+        return self._commit_when(status) if rollback is None else not rollback
+
+    async def _end_unit(self, *, commit: bool) -> None:
+        try:
+            await self._unit.end(commit=commit)
+        except Exception as error:
+            raise _CommitFailed from error
+
+
+# What that exception may have become on its way out, through frameworks and task groups.
+_UNWOUND = (_CommitFailed, Exception, BaseExceptionGroup)
+
+
+def _as_database(given: AnyDatabase | str | URL) -> AnyDatabase:
+    if isinstance(given, AsyncDatabase | SyncDatabase):
+        return given
+    if isinstance(given, str | URL):
+        return AsyncDatabase(given)
+    raise ConfigurationError(
+        f"DBSessionMiddleware takes a URL, an AsyncDatabase or a SyncDatabase, not {given!r}. "
+        "An engine of yours goes into `AsyncDatabase.from_engine(engine)`."
+    )

@@ -1,0 +1,97 @@
+"""A session class whose every operation takes its turn."""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sqlalchemy.orm import Session, SessionTransaction
+
+from .turn import Turn
+
+R = TypeVar("R")
+S = TypeVar("S", bound=Session)
+
+# Whatever may talk to the database; some names are younger than the oldest SQLAlchemy we support.
+_OPERATIONS = (
+    "bulk_insert_mappings",
+    "bulk_save_objects",
+    "bulk_update_mappings",
+    "close",
+    "commit",
+    "connection",
+    "delete",
+    "delete_all",
+    "execute",
+    "flush",
+    "get",
+    "get_one",
+    "invalidate",
+    "merge",
+    "merge_all",
+    "prepare",
+    "refresh",
+    "reset",
+    "rollback",
+    "scalar",
+    "scalars",
+)
+
+
+def in_turn(session_class: type[S]) -> type[S]:
+    """Derive a class from `session_class` whose constructor also takes `turn=`.
+
+    The guard sits on the plain `Session`, below an `AsyncSession`, so that it also covers lazy
+    loading, `run_sync` and whatever methods a class of the user's adds.
+    """
+    bases = (_InTurn,) if session_class is Session else (session_class, _InTurn)
+    return types.new_class(session_class.__name__, bases)
+
+
+def _taking_turn(operation: Callable[..., R]) -> Callable[..., R]:
+    @functools.wraps(operation)
+    def take_turn(self: Any, *args: Any, **kwargs: Any) -> R:
+        turn: Turn = self.turn
+        turn.take()
+        try:
+            return operation(self, *args, **kwargs)
+        finally:
+            turn.give()
+
+    return take_turn
+
+
+class _InTurn(Session):
+    def __init__(self, *args: Any, turn: Turn, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.turn = turn
+
+    def add(self, instance: object, *args: Any, **kwargs: Any) -> None:
+        # Touches memory only, so it takes no turn; but it must not begin a new life either.
+        self.turn.refuse_if_over()
+        super().add(instance, *args, **kwargs)
+
+    def begin(self, nested: bool = False) -> SessionTransaction:
+        self.turn.take()
+        try:
+            transaction = super().begin(nested)
+        finally:
+            self.turn.give()
+        # SQLAlchemy has no factory for these, and RELEASE SAVEPOINT must not overlap an end either.
+        transaction.__class__ = _TransactionInTurn
+        return transaction
+
+
+class _TransactionInTurn(SessionTransaction):
+    @property
+    def turn(self) -> Turn:
+        session: Any = self.session
+        turn: Turn = session.turn
+        return turn
+
+
+for _name in _OPERATIONS:
+    if hasattr(Session, _name):
+        setattr(_InTurn, _name, _taking_turn(getattr(Session, _name)))
+for _name in ("close", "commit", "prepare", "rollback"):
+    setattr(_TransactionInTurn, _name, _taking_turn(getattr(SessionTransaction, _name)))

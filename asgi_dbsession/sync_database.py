@@ -1,0 +1,109 @@
+"""A database behind an engine that blocks."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from anyio import CapacityLimiter, to_thread
+from sqlalchemy import URL, Engine, create_engine, select
+from sqlalchemy.orm import Session
+from typing_extensions import override
+
+from .database import Database
+from .options import AnySession, SessionOptions
+from .session import in_turn
+from .turn import turn_between_threads
+from .types import Scope
+from .unit_of_work import OpenSession, current_unit
+
+
+class SyncDatabase(Database[Engine, AnySession]):
+    """The same with `create_engine` and `Session`, for `def` handlers and drivers that block.
+
+    Handlers written with `def` run in their framework's thread pool; what they did is committed
+    in a thread of this package's own, so that no COMMIT waits behind handlers that
+    themselves wait for a connection.
+
+    Args:
+        url: A database URL. One that names no driver gets an installed one.
+        session_options: For the session class, itself included: `{"class_": MySession}`.
+            `expire_on_commit` is False unless given.
+        ping_on_startup: Whether startup fails when the database does not answer.
+        **engine_options: For `sqlalchemy.create_engine`.
+
+    Raises:
+        ConfigurationError: The URL is none, its driver is missing, or it is for asyncio.
+    """
+
+    _asynchronous = False
+    _engine_class = Engine
+
+    def __init__(
+        self,
+        url: str | URL,
+        *,
+        session_options: SessionOptions[AnySession] | None = None,
+        ping_on_startup: bool = True,
+        **engine_options: Any,
+    ) -> None:
+        super().__init__(url, session_options, ping_on_startup, engine_options)
+        self._class: type[AnySession] = in_turn(self._session_class(Session))
+
+    @contextmanager
+    def begin(self) -> Iterator[AnySession]:
+        """Open a unit of work of its own: COMMIT on success, ROLLBACK on any error.
+
+        It blocks the calling thread, and is otherwise as `AsyncDatabase.begin`.
+
+        Yields:
+            A new session, closed for good at the end of the block. Inside the block it is what
+            `get_sync_session()` returns too.
+
+        Raises:
+            DatabaseNotRunning: The database has not been started.
+            TransactionAborted: An error was swallowed that had aborted the transaction.
+            Exception: Whatever COMMIT raised; nothing was stored.
+        """
+        unit = self._begin_unit()
+        try:
+            yield unit.open(self)
+        except BaseException:
+            unit.close_blocking(commit=False)
+            raise
+        else:
+            unit.close_blocking(commit=not unit.rollback)
+        finally:
+            current_unit.set(unit.enclosing)
+
+    @override
+    def open_session(self, scope: Scope | None) -> OpenSession[AnySession]:
+        turn = turn_between_threads(self)
+        options = self._session_options | {"turn": turn, "info": self._info | {"scope": scope}}
+        session = self._class(self.engine, **options)
+
+        async def run_in_thread(function: Callable[[Session], None]) -> None:
+            # A limiter of its own: on the shared one, commits would queue behind handlers that
+            # wait for the very connections those commits would free.
+            await to_thread.run_sync(function, session, limiter=CapacityLimiter(1))
+
+        return OpenSession(session, session, turn, run_in_thread)
+
+    @override
+    def _create_engine(self) -> Engine:
+        return create_engine(self.url, **self._engine_options)
+
+    @override
+    def _sync_engine(self, engine: Engine) -> Engine:
+        return engine
+
+    @override
+    async def _select_one(self, engine: Engine) -> None:
+        def select_one() -> None:
+            with engine.connect() as connection:
+                connection.execute(select(1))
+
+        await to_thread.run_sync(select_one, limiter=CapacityLimiter(1))
+
+    @override
+    async def _dispose(self, engine: Engine) -> None:
+        await to_thread.run_sync(engine.dispose, limiter=CapacityLimiter(1))

@@ -1,0 +1,125 @@
+"""How the work of one session ends: whole or not at all, and never silently."""
+
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, Engine, event, select
+from sqlalchemy.engine import ExceptionContext, Transaction
+from sqlalchemy.exc import DBAPIError, InterfaceError
+from sqlalchemy.orm import Session
+
+from .errors import TransactionAborted
+from .turn import Turn
+from .url import without_secrets
+
+# Transactions in which a statement failed, with what it said. A savepoint is a transaction of its
+# own, so rolling back to it leaves the mark behind together with the savepoint.
+_failed: WeakKeyDictionary[Transaction, str] = WeakKeyDictionary()
+
+
+def end_at_once(session: Session, turn: Turn, *, close: bool) -> bool:
+    """End a session that has nothing to end, without talking to the database.
+
+    Returns:
+        False when there is work to end, or an operation in flight: `end` must be used.
+    """
+    if not turn.take_if_free():
+        return False
+    ended = not _has_work(session)
+    try:
+        if ended and close:
+            session.close()
+    finally:
+        turn.give(over=ended and close)
+    return ended
+
+
+def end(session: Session, *, turn: Turn, commit: bool, close: bool) -> None:
+    """Commit or roll back what the session has begun, once the operation in flight is done.
+
+    Whatever happens, the connection is back in its pool afterwards, or thrown away.
+
+    Args:
+        session: Also flushed by a commit. Usable again afterwards, as a new unit of work.
+        turn: The turn on that session.
+        commit: False rolls back.
+        close: Ends the session for good.
+
+    Raises:
+        TransactionAborted: An error was swallowed that had aborted the transaction.
+        Exception: Whatever flush and COMMIT raised; everything was rolled back.
+    """
+    turn.take(to_end=True)
+    try:
+        if commit:
+            _commit(session)
+        else:
+            _roll_back(session)
+    finally:
+        try:
+            if close:
+                session.close()
+        finally:
+            turn.give(over=close)
+
+
+def watch(engine: Engine) -> None:
+    """Have `engine` notice what would be lost in silence; watching twice is watching once."""
+    event.listen(engine, "handle_error", _note_failure)
+    event.listen(engine, "commit", _refuse_if_aborted)
+
+
+def _has_work(session: Session) -> bool:
+    # in_transaction() knows of flushed and Core writes, the rest of what was added while an
+    # earlier COMMIT was under way.
+    return session.in_transaction() or bool(session.new or session.dirty or session.deleted)
+
+
+def _commit(session: Session) -> None:
+    try:
+        session.commit()
+    except BaseException:
+        # close() alone would hand the pool a connection that is still inside the transaction
+        # (SQLite): the next request would see rows that do not exist.
+        _roll_back(session)
+        raise
+
+
+def _roll_back(session: Session) -> None:
+    try:
+        session.rollback()
+    except Exception:
+        # SQLAlchemy has thrown a dead connection away, so the server rolls back by itself.
+        if session.in_transaction():
+            session.invalidate()
+
+
+def _note_failure(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None or context.is_disconnect:
+        return
+    error = context.sqlalchemy_exception
+    if context.statement is None and not _was_answered(error):
+        # BEGIN, COMMIT or ROLLBACK never got through: asyncpg, for one, then counts the transaction
+        # as over, and the pool would pass it on to the next request.
+        context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = False
+        return
+    transaction = connection.get_nested_transaction() or connection.get_transaction()
+    if transaction is not None:
+        _failed.setdefault(transaction, " ".join(str(context.original_exception).split()))
+
+
+def _was_answered(error: Exception | None) -> bool:
+    return isinstance(error, DBAPIError) and not isinstance(error, InterfaceError)
+
+
+def _refuse_if_aborted(connection: Connection) -> None:
+    transaction = connection.get_transaction()
+    if transaction is None or transaction not in _failed:
+        return
+    try:
+        # Only the database knows whether the error was fatal to the transaction: ask it.
+        connection.execute(select(1))
+    except DBAPIError as error:
+        database = without_secrets(connection.engine.url)
+        raise TransactionAborted(database, _failed[transaction]) from error

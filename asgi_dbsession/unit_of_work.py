@@ -1,0 +1,219 @@
+"""Which sessions a unit of work opened, and how they end together."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
+
+from sqlalchemy.orm import Session
+
+from .completion import run_to_completion
+from .errors import NoSession, SessionClosed
+from .transaction import end, end_at_once
+from .turn import Turn
+from .types import Scope
+
+S = TypeVar("S")
+
+
+class OpenSession(Generic[S]):
+    """A session that a unit of work opened.
+
+    Args:
+        session: What the application works with.
+        orm: The `sqlalchemy.orm.Session` behind it; `session` itself, where that is one.
+        turn: The turn on it.
+        run: Calls a plain function of `orm` where it may block. The one seam of async and sync.
+    """
+
+    __slots__ = ("opener", "orm", "run", "session", "turn")
+
+    def __init__(
+        self,
+        session: S,
+        orm: Session,
+        turn: Turn,
+        run: Callable[[Callable[[Session], None]], Awaitable[None]],
+    ) -> None:
+        self.session = session
+        self.orm = orm
+        self.turn = turn
+        self.run = run
+        self.opener = current_task()
+
+
+class SessionSource(Protocol[S]):
+    """What a unit of work needs of a database."""
+
+    def open_session(self, scope: Scope | None) -> OpenSession[S]:
+        """Make a session; its first statement checks a connection out."""
+        ...
+
+
+class UnitOfWork:
+    """The sessions of one request, or of one `begin()`.
+
+    It is put into the context empty and filled from below: what is set in a context further down
+    (by an inner middleware's task, by a worker thread) would be invisible up here.
+
+    Args:
+        databases: What it opens sessions of; the first of each kind is the default.
+        scope: The ASGI scope it serves, for `session.info["scope"]`.
+        enclosing: Where other databases are looked for.
+        joins: Whether `enclosing` is of the same request. Databases that it has stay with it.
+    """
+
+    __slots__ = (
+        "_over",
+        "_sessions",
+        "databases",
+        "enclosing",
+        "failure",
+        "joins",
+        "rollback",
+        "scope",
+    )
+
+    def __init__(
+        self,
+        databases: tuple[SessionSource[Any], ...],
+        scope: Scope | None = None,
+        *,
+        enclosing: "UnitOfWork | None" = None,
+        joins: bool = False,
+    ) -> None:
+        self.databases = databases
+        self.scope = scope
+        self.enclosing = enclosing
+        self.joins = joins
+        self.rollback: bool | None = None
+        self.failure: Exception | None = None
+        self._sessions: dict[SessionSource[Any], OpenSession[Any]] = {}
+        self._over = False
+
+    def manages(self, database: SessionSource[Any]) -> bool:
+        """Whether the session of that database is opened and ended here."""
+        if database not in self.databases:
+            return False
+        return not (self.joins and self.enclosing and self.enclosing.has(database))
+
+    def has(self, database: SessionSource[Any]) -> bool:
+        """Whether this unit of work or one of the same request around it manages the database."""
+        return database in self.databases or bool(
+            self.joins and self.enclosing and self.enclosing.has(database)
+        )
+
+    def open(self, database: SessionSource[S]) -> S:
+        """The session of a database that this unit manages, made on first use.
+
+        Raises:
+            SessionClosed: The unit of work is over.
+            DatabaseNotRunning: The database has not been started.
+        """
+        opened: OpenSession[S] | None = self._sessions.get(database)
+        if opened is None and not self._over:
+            opened = self._sessions.setdefault(database, database.open_session(self.scope))
+        if opened is None:
+            raise SessionClosed(database)
+        if self._over:  # it ended in another thread while this one opened a session
+            end_at_once(opened.orm, opened.turn, close=True)
+            raise SessionClosed(database)
+        return opened.session
+
+    def opened_by(self, task: object) -> bool:
+        """Whether that task, and no other, opened sessions here."""
+        return all(opened.opener is task for opened in self._sessions.values())
+
+    async def end(self, *, commit: bool) -> None:
+        """Commit or roll back what was done so far, in declared order. Sessions stay usable.
+
+        Runs to completion although it is cancelled. After a COMMIT that failed, the others are
+        rolled back, and `failure` keeps the error whatever becomes of the exception.
+        """
+        self.rollback = None
+        if self._sessions:
+            await self._end(commit=commit, close=False)
+
+    async def close(self, *, commit: bool) -> None:
+        """The same, for good: nothing opened here can check out a connection afterwards."""
+        self._over = True
+        if self._sessions:
+            await self._end(commit=commit, close=True)
+            self._sessions.clear()
+
+    def close_blocking(self, *, commit: bool) -> None:
+        """The same on the calling thread, for a unit that has sync sessions only."""
+        self._over = True
+        for opened in self._in_order():
+            end(opened.orm, turn=opened.turn, commit=commit, close=True)
+        self._sessions.clear()
+
+    def _in_order(self) -> list[OpenSession[Any]]:
+        return [self._sessions[each] for each in self.databases if each in self._sessions]
+
+    async def _end(self, *, commit: bool, close: bool) -> None:
+        working = [
+            each for each in self._in_order() if not end_at_once(each.orm, each.turn, close=close)
+        ]
+        if working:
+            await run_to_completion(self._end_each(working, commit=commit, close=close))
+
+    async def _end_each(
+        self, working: list[OpenSession[Any]], *, commit: bool, close: bool
+    ) -> None:
+        failure: Exception | None = None
+        for opened in working:
+            ending = partial(end, turn=opened.turn, commit=commit and not failure, close=close)
+            try:
+                await opened.run(ending)
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            self.failure = failure
+            raise failure
+
+
+current_unit: ContextVar[UnitOfWork | None] = ContextVar("asgi_dbsession", default=None)
+
+
+def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
+    """The nearest unit of work that has a session of the database.
+
+    Raises:
+        NoSession: There is none here.
+    """
+    unit = current_unit.get()
+    while unit is not None:
+        if unit.manages(database):
+            return unit
+        unit = unit.enclosing
+    raise NoSession(database)
+
+
+def set_rollback(rollback: bool) -> None:
+    """Decide how the current unit of work ends, whatever the status of the response says.
+
+    Args:
+        rollback: True rolls back also on success; False commits also on a status of 400 and
+            above (a failed login that must be counted, say). An exception that nobody turns into
+            a response rolls back in any case.
+
+    Raises:
+        NoSession: No unit of work is open here.
+    """
+    unit = current_unit.get()
+    if unit is None:
+        raise NoSession("any database")
+    unit.rollback = rollback
+    while unit.joins and unit.enclosing is not None:
+        unit = unit.enclosing
+        unit.rollback = rollback
+
+
+def current_task() -> object:
+    """The running task; None in a worker thread, which has none of its own."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None

@@ -1,0 +1,127 @@
+"""Which driver serves a database URL."""
+
+from importlib.util import find_spec
+from typing import Any
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
+
+from .errors import ConfigurationError
+
+# For a URL that names no driver: the first of these that is installed.
+_ASYNC_DRIVERS = {
+    "postgresql": ("asyncpg", "psycopg"),
+    "mysql": ("asyncmy", "aiomysql"),
+    "mariadb": ("asyncmy", "aiomysql"),
+    "sqlite": ("aiosqlite",),
+    "oracle": ("oracledb",),
+    "mssql": ("aioodbc",),
+}
+_SYNC_DRIVERS = {
+    "postgresql": ("psycopg", "psycopg2", "pg8000"),
+    "mysql": ("mysqldb", "pymysql", "mariadbconnector"),
+    "mariadb": ("mysqldb", "pymysql", "mariadbconnector"),
+    "sqlite": ("pysqlite",),
+    "oracle": ("oracledb",),
+    "mssql": ("pyodbc", "pymssql"),
+}
+# Where the module, or the name on PyPI, is not the name of the driver.
+_MODULES = {"mysqldb": "MySQLdb", "mariadbconnector": "mariadb", "pysqlite": "sqlite3"}
+_PACKAGES = {"mysqldb": "mysqlclient", "mariadbconnector": "mariadb"}
+
+
+def without_secrets(url: URL) -> str:
+    """The URL as it may be shown: password hidden, options left out (they can hold one too)."""
+    return url.set(query={}).render_as_string(hide_password=True)
+
+
+def url_with_driver(url: str | URL, *, asynchronous: bool) -> URL:
+    """Read a database URL and make sure that its driver is there and of the right kind.
+
+    Args:
+        url: As in https://docs.sqlalchemy.org/en/20/core/engines.html#database-urls; `postgres://`
+            is read as `postgresql://`. Without a driver it gets an installed one.
+        asynchronous: Whether the driver must be for asyncio.
+
+    Raises:
+        ConfigurationError: Not a URL, an unknown database, or no such driver.
+    """
+    parsed = _parse(url)
+    if parsed.drivername == "postgres":
+        parsed = parsed.set(drivername="postgresql")
+    if "+" not in parsed.drivername:
+        parsed = parsed.set(drivername=_choose_driver(parsed, asynchronous=asynchronous))
+    _check_driver(parsed, asynchronous=asynchronous)
+    return parsed
+
+
+def options_for_memory(url: URL) -> dict[str, Any]:
+    """Engine options that make an SQLite database in memory safe; none for any other.
+
+    SQLAlchemy lets all sessions share its one connection, and so one transaction: whoever rolls
+    back would undo what others were told is stored. Here they have it one after the other.
+    Source: https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pooling-behavior
+    """
+    if url.get_backend_name() != "sqlite" or url.database not in (None, "", ":memory:"):
+        return {}
+    asynchronous = url.get_dialect().is_async
+    return {
+        "poolclass": AsyncAdaptedQueuePool if asynchronous else QueuePool,
+        "pool_size": 1,
+        "max_overflow": 0,
+        "connect_args": {} if asynchronous else {"check_same_thread": False},
+    }
+
+
+def _parse(url: str | URL) -> URL:
+    try:
+        return make_url(url)
+    except (ArgumentError, ValueError):
+        # `from None`: SQLAlchemy's message may quote the text, and with it a password.
+        raise ConfigurationError(
+            "This is not a database URL. Write `dialect://user:password@host:port/name`, for "
+            "example `postgresql://app@localhost/shop` or `sqlite:///shop.db`, with special "
+            "characters percent-encoded (`sqlalchemy.URL.create` does it)."
+        ) from None
+
+
+def _choose_driver(url: URL, *, asynchronous: bool) -> str:
+    drivers = (_ASYNC_DRIVERS if asynchronous else _SYNC_DRIVERS).get(url.drivername, ())
+    for driver in drivers:
+        if find_spec(_MODULES.get(driver, driver)) is not None:
+            return f"{url.drivername}+{driver}"
+    if not drivers:
+        return url.drivername  # a dialect from elsewhere: it knows its own default
+    packages = " or ".join(f"`pip install {_PACKAGES.get(driver, driver)}`" for driver in drivers)
+    kind = "asyncio" if asynchronous else "blocking"
+    raise ConfigurationError(f"No {kind} driver for {url.drivername} is installed. {packages}.")
+
+
+def _check_driver(url: URL, *, asynchronous: bool) -> None:
+    shown = without_secrets(url)
+    try:
+        dialect = url.get_dialect()
+        if asynchronous:
+            dialect = dialect.get_async_dialect_cls(url)
+        dialect.import_dbapi()
+    except NoSuchModuleError:
+        raise ConfigurationError(
+            f"SQLAlchemy knows no dialect and driver for {shown}. Check the part before `://`; "
+            "a database that is not built in needs its dialect's package installed."
+        ) from None
+    except ImportError as error:
+        raise ConfigurationError(
+            f"The driver of {shown} is not installed ({error}). "
+            f"`pip install` it, or leave `+{url.get_driver_name()}` out to get an installed one."
+        ) from error
+    if dialect.is_async == asynchronous:
+        return
+    wanted = " or ".join(_ASYNC_DRIVERS.get(url.get_backend_name(), ())) or "another driver"
+    raise ConfigurationError(
+        f"The driver of {shown} blocks, and AsyncDatabase needs one for asyncio. "
+        f"Use {wanted}, or a SyncDatabase."
+        if asynchronous
+        else f"The driver of {shown} is for asyncio, and SyncDatabase needs one that blocks. "
+        "Leave the driver out, or use an AsyncDatabase."
+    )

