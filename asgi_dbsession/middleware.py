@@ -86,32 +86,49 @@ class DBSessionMiddleware:
 
     async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         enclosing = scope.get(_KEY)
-        unit = scope[_KEY] = UnitOfWork(self.databases, scope, enclosing=enclosing, joins=True)
-        response = _Response(unit, self.commit_when, send)
+        unit = scope[_KEY] = UnitOfWork(self.databases, scope, enclosing, joins=True)
+        started = complete = False
+
+        async def end_unit_then_send(message: Message) -> None:
+            nonlocal started, complete
+            if unit.failure is not None:
+                raise _CommitFailed
+            kind = message["type"]
+            if kind == "http.response.start":
+                if unit.sessions:
+                    await _end(unit, commit=self._is_success(unit, message["status"]))
+                started = True
+            elif kind in _ENDINGS and not message.get("more_body", False):
+                complete = True
+                # Below an inner BaseHTTPMiddleware, another task sends this than the one at work.
+                if unit.sessions and unit.opened_by(current_task()):
+                    await _end(unit, commit=not unit.rollback)
+            await send(message)
+
         token = current_unit.set(unit)
         try:
-            await self.app(scope, receive, response.send)
+            await self.app(scope, receive, end_unit_then_send)
         except BaseException as error:
             await unit.close(commit=False)
             if unit.failure is None or not isinstance(error, _UNWOUND):
                 raise
         else:
-            await unit.close(commit=response.complete and not unit.rollback and not unit.failure)
+            # "Returned" is not "succeeded": a client that hangs up ends a stream just like that.
+            await unit.close(commit=complete and not unit.rollback and unit.failure is None)
         finally:
             current_unit.reset(token)
             scope[_KEY] = enclosing
         if unit.failure is not None:
-            await self._answer_failure(unit.failure, response, scope, receive)
+            answer = None if started else self._answer_to(unit.failure)
+            if answer is None:
+                raise unit.failure
+            await answer(scope, receive, send)
 
-    async def _answer_failure(
-        self, failure: Exception, response: "_Response", scope: Scope, receive: Receive
-    ) -> None:
-        answer = None
-        if self.on_commit_error is not None and not response.started:
-            answer = self.on_commit_error(failure)
-        if answer is None:
-            raise failure
-        await answer(scope, receive, response.forward)
+    def _is_success(self, unit: UnitOfWork, status: int) -> bool:
+        return self.commit_when(status) if unit.rollback is None else not unit.rollback
+
+    def _answer_to(self, failure: Exception) -> ASGIApp | None:
+        return None if self.on_commit_error is None else self.on_commit_error(failure)
 
 
 class _CommitFailed(BaseException):
@@ -122,41 +139,11 @@ class _CommitFailed(BaseException):
     """
 
 
-class _Response:
-    """The response to one request, which must not leave before the unit of work has ended."""
-
-    __slots__ = ("_commit_when", "_unit", "complete", "forward", "started")
-
-    def __init__(self, unit: UnitOfWork, commit_when: Callable[[int], bool], forward: Send) -> None:
-        self._unit = unit
-        self._commit_when = commit_when
-        self.forward = forward
-        self.started = False
-        self.complete = False
-
-    async def send(self, message: Message) -> None:
-        if self._unit.failure is not None:
-            raise _CommitFailed
-        kind = message["type"]
-        if kind == "http.response.start":
-            await self._end_unit(commit=self._is_success(message["status"]))
-            self.started = True
-        elif kind in _ENDINGS and not message.get("more_body", False):
-            self.complete = True
-            # Below an inner BaseHTTPMiddleware, another task sends this than the one at work.
-            if self._unit.opened_by(current_task()):
-                await self._end_unit(commit=not self._unit.rollback)
-        await self.forward(message)
-
-    def _is_success(self, status: int) -> bool:
-        rollback = self._unit.rollback
-        return self._commit_when(status) if rollback is None else not rollback
-
-    async def _end_unit(self, *, commit: bool) -> None:
-        try:
-            await self._unit.end(commit=commit)
-        except Exception as error:
-            raise _CommitFailed from error
+async def _end(unit: UnitOfWork, *, commit: bool) -> None:
+    try:
+        await unit.end(commit=commit)
+    except Exception as error:
+        raise _CommitFailed from error
 
 
 # What that exception may have become on its way out, through frameworks and task groups.

@@ -5,6 +5,7 @@ import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from sqlalchemy import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
 from .turn import Turn
@@ -44,7 +45,7 @@ def in_turn(session_class: type[S]) -> type[S]:
     The guard sits on the plain `Session`, below an `AsyncSession`, so that it also covers lazy
     loading, `run_sync` and whatever methods a class of the user's adds.
     """
-    bases = (_InTurn,) if session_class is Session else (session_class, _InTurn)
+    bases = (SessionInTurn,) if session_class is Session else (session_class, SessionInTurn)
     return types.new_class(session_class.__name__, bases)
 
 
@@ -61,7 +62,12 @@ def _taking_turn(operation: Callable[..., R]) -> Callable[..., R]:
     return take_turn
 
 
-class _InTurn(Session):
+class SessionInTurn(Session):
+    """What `in_turn` derives from; an application sees the session class that it asked for."""
+
+    connections: tuple[Connection, ...] = ()
+    """What the transaction under way has checked out; see `transaction.py`."""
+
     def __init__(self, *args: Any, turn: Turn, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.turn = turn
@@ -92,6 +98,6 @@ class _TransactionInTurn(SessionTransaction):
 
 for _name in _OPERATIONS:
     if hasattr(Session, _name):
-        setattr(_InTurn, _name, _taking_turn(getattr(Session, _name)))
+        setattr(SessionInTurn, _name, _taking_turn(getattr(Session, _name)))
 for _name in ("close", "commit", "prepare", "rollback"):
     setattr(_TransactionInTurn, _name, _taking_turn(getattr(SessionTransaction, _name)))

@@ -8,6 +8,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError
 from sqlalchemy.orm import Session
 
 from .errors import TransactionAborted
+from .session import SessionInTurn
 from .turn import Turn
 from .url import without_secrets
 
@@ -16,21 +17,33 @@ from .url import without_secrets
 _failed: WeakKeyDictionary[Transaction, str] = WeakKeyDictionary()
 
 
-def end_at_once(session: Session, turn: Turn, *, close: bool) -> bool:
-    """End a session that has nothing to end, without talking to the database.
+def has_work(session: Session, turn: Turn) -> bool:
+    """Whether there is anything to commit or roll back, or an operation in flight."""
+    # in_transaction() knows of flushed and Core writes; the others of what another task added
+    # or changed while an earlier COMMIT was under way.
+    return (
+        turn.taken
+        or session.in_transaction()
+        or session.identity_map.check_modified()
+        or bool(session.new)
+    )
+
+
+def close_at_once(session: Session, turn: Turn) -> bool:
+    """Close a session that has no work, without talking to the database.
 
     Returns:
-        False when there is work to end, or an operation in flight: `end` must be used.
+        False when it has some after all: `end` must be used.
     """
     if not turn.take_if_free():
         return False
-    ended = not _has_work(session)
+    idle = not session.in_transaction()
     try:
-        if ended and close:
+        if idle:
             session.close()
     finally:
-        turn.give(over=ended and close)
-    return ended
+        turn.give(over=idle)
+    return idle
 
 
 def end(session: Session, *, turn: Turn, commit: bool, close: bool) -> None:
@@ -48,7 +61,7 @@ def end(session: Session, *, turn: Turn, commit: bool, close: bool) -> None:
         TransactionAborted: An error was swallowed that had aborted the transaction.
         Exception: Whatever flush and COMMIT raised; everything was rolled back.
     """
-    turn.take(to_end=True)
+    turn.take_to_end()
     try:
         if commit:
             _commit(session)
@@ -65,13 +78,6 @@ def end(session: Session, *, turn: Turn, commit: bool, close: bool) -> None:
 def watch(engine: Engine) -> None:
     """Have `engine` notice what would be lost in silence; watching twice is watching once."""
     event.listen(engine, "handle_error", _note_failure)
-    event.listen(engine, "commit", _refuse_if_aborted)
-
-
-def _has_work(session: Session) -> bool:
-    # in_transaction() knows of flushed and Core writes, the rest of what was added while an
-    # earlier COMMIT was under way.
-    return session.in_transaction() or bool(session.new or session.dirty or session.deleted)
 
 
 def _commit(session: Session) -> None:
@@ -113,13 +119,27 @@ def _was_answered(error: Exception | None) -> bool:
     return isinstance(error, DBAPIError) and not isinstance(error, InterfaceError)
 
 
-def _refuse_if_aborted(connection: Connection) -> None:
-    transaction = connection.get_transaction()
-    if transaction is None or transaction not in _failed:
+def _remember_connection(
+    session: SessionInTurn, _transaction: object, connection: Connection
+) -> None:
+    held = (each for each in session.connections if not each.closed and each is not connection)
+    session.connections = (*held, connection)
+
+
+def _refuse_if_aborted(session: SessionInTurn) -> None:
+    if not _failed:
         return
-    try:
-        # Only the database knows whether the error was fatal to the transaction: ask it.
-        connection.execute(select(1))
-    except DBAPIError as error:
-        database = without_secrets(connection.engine.url)
-        raise TransactionAborted(database, _failed[transaction]) from error
+    for connection in session.connections:
+        transaction = connection.get_transaction()
+        if transaction is None or transaction not in _failed:
+            continue
+        try:
+            # Only the database knows whether the error was fatal to the transaction: ask it.
+            connection.execute(select(1))
+        except DBAPIError as error:
+            database = without_secrets(connection.engine.url)
+            raise TransactionAborted(database, _failed[transaction]) from error
+
+
+event.listen(SessionInTurn, "after_begin", _remember_connection)
+event.listen(SessionInTurn, "before_commit", _refuse_if_aborted)

@@ -1,9 +1,9 @@
 """One operation at a time on a session, and none after its end."""
 
 import asyncio
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from threading import Lock, get_ident
 
 from sqlalchemy.util import await_only
 
@@ -27,6 +27,7 @@ class Turn:
         "_database",
         "_depth",
         "_ending",
+        "_free",
         "_holder",
         "_mutex",
         "_over",
@@ -40,15 +41,21 @@ class Turn:
         self._database = database
         self._caller = caller
         self._wait = wait
-        self._mutex = threading.Lock()
+        self._free = Lock()
+        self._mutex = Lock()
         self._holder: object = None
         self._ending: object = None
         self._depth = 0
         self._over = False
         self._waiting: list[Future[None]] = []
 
-    def take(self, *, to_end: bool = False) -> None:
-        """Begin an operation or, with `to_end`, the end of the work done so far.
+    @property
+    def taken(self) -> bool:
+        """Whether an operation or an end is under way, or waits."""
+        return self._free.locked() or self._ending is not None
+
+    def take(self) -> None:
+        """Begin an operation.
 
         Raises:
             ConcurrentUse: Another task (thread) is in the middle of an operation.
@@ -58,52 +65,68 @@ class Turn:
         if self._holder == caller:  # an operation inside an operation: autoflush, lazy loading
             self._depth += 1
             return
-        while (released := self._try_to_take(caller, to_end=to_end)) is not None:
-            self._wait(released)
+        while not self._claim(caller):
+            if self._ending is None:
+                raise ConcurrentUse(self._database)
+            self._wait_for_release()
+
+    def take_to_end(self) -> None:
+        """Begin the end of the work done so far; waits for the operation in flight.
+
+        Raises:
+            SessionClosed: The unit of work is over.
+        """
+        caller = self._caller()
+        while True:
+            with self._mutex:
+                if self._ending is None:
+                    self._ending = caller
+            if self._claim(caller, ending=caller):
+                return
+            self._wait_for_release()
 
     def take_if_free(self) -> bool:
-        """Begin an operation unless someone is in one; never waits, never raises."""
-        with self._mutex:
-            if self._holder is not None or self._ending is not None:
-                return False
-            self._holder = self._caller()
-            self._depth = 1
-            return True
+        """Begin an operation unless someone is in one; never waits."""
+        return self._claim(self._caller())
 
     def give(self, *, over: bool = False) -> None:
         """Finish what was begun; with `over`, no operation begins ever again."""
         self._depth -= 1
         if self._depth:
             return
-        with self._mutex:
-            if self._ending == self._holder:
-                self._ending = None
-            self._holder = None
-            self._over = self._over or over
+        ended = self._ending == self._holder
+        if over:
+            self._over = True
+        self._holder = None
+        self._free.release()
+        if ended:  # only now, or someone would be refused who only has to wait
+            self._ending = None
+        if self._waiting:
             waiting, self._waiting = self._waiting, []
-        for released in waiting:
-            if released.set_running_or_notify_cancel():  # else its waiter was cancelled
-                released.set_result(None)
+            for released in waiting:
+                if released.set_running_or_notify_cancel():  # else its waiter was cancelled
+                    released.set_result(None)
 
     def refuse_if_over(self) -> None:
         """Raise `SessionClosed` when the unit of work is over."""
         if self._over:
             raise SessionClosed(self._database)
 
-    def _try_to_take(self, caller: object, *, to_end: bool) -> Future[None] | None:
-        with self._mutex:
-            self.refuse_if_over()
-            if self._ending is None and to_end:
-                self._ending = caller
-            if self._holder is None and self._ending in (None, caller):
-                self._holder = caller
-                self._depth = 1
-                return None
-            if self._ending is None:
-                raise ConcurrentUse(self._database)
-            released: Future[None] = Future()
-            self._waiting.append(released)
-            return released
+    def _claim(self, caller: object, ending: object = None) -> bool:
+        if self._ending is not ending or not self._free.acquire(blocking=False):
+            return False
+        if self._over:
+            self._free.release()
+            raise SessionClosed(self._database)
+        self._holder = caller
+        self._depth = 1
+        return True
+
+    def _wait_for_release(self) -> None:
+        released: Future[None] = Future()
+        self._waiting.append(released)
+        if self.taken:  # else it was released before it could know of us
+            self._wait(released)
 
 
 def turn_between_tasks(database: object) -> Turn:
@@ -113,7 +136,7 @@ def turn_between_tasks(database: object) -> Turn:
 
 def turn_between_threads(database: object) -> Turn:
     """Turns on a sync session: a caller is a thread, and blocks while it waits."""
-    return Turn(database, threading.get_ident, Future[None].result)
+    return Turn(database, get_ident, Future[None].result)
 
 
 def _wait_in_greenlet(released: Future[None]) -> None:

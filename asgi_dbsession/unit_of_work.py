@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from .completion import run_to_completion
 from .errors import NoSession, SessionClosed
-from .transaction import end, end_at_once
+from .transaction import close_at_once, end, has_work
 from .turn import Turn
 from .types import Scope
 
@@ -64,33 +64,24 @@ class UnitOfWork:
         joins: Whether `enclosing` is of the same request. Databases that it has stay with it.
     """
 
-    __slots__ = (
-        "_over",
-        "_sessions",
-        "databases",
-        "enclosing",
-        "failure",
-        "joins",
-        "rollback",
-        "scope",
-    )
+    # Whatever is not yet so is stated once, for all: most requests never change it.
+    failure: Exception | None = None
+    rollback: bool | None = None
+    _over = False
 
     def __init__(
         self,
         databases: tuple[SessionSource[Any], ...],
-        scope: Scope | None = None,
+        scope: Scope | None,
+        enclosing: "UnitOfWork | None",
         *,
-        enclosing: "UnitOfWork | None" = None,
-        joins: bool = False,
+        joins: bool,
     ) -> None:
         self.databases = databases
         self.scope = scope
         self.enclosing = enclosing
         self.joins = joins
-        self.rollback: bool | None = None
-        self.failure: Exception | None = None
-        self._sessions: dict[SessionSource[Any], OpenSession[Any]] = {}
-        self._over = False
+        self.sessions: dict[SessionSource[Any], OpenSession[Any]] = {}
 
     def manages(self, database: SessionSource[Any]) -> bool:
         """Whether the session of that database is opened and ended here."""
@@ -111,19 +102,19 @@ class UnitOfWork:
             SessionClosed: The unit of work is over.
             DatabaseNotRunning: The database has not been started.
         """
-        opened: OpenSession[S] | None = self._sessions.get(database)
+        opened: OpenSession[S] | None = self.sessions.get(database)
         if opened is None and not self._over:
-            opened = self._sessions.setdefault(database, database.open_session(self.scope))
+            opened = self.sessions.setdefault(database, database.open_session(self.scope))
         if opened is None:
             raise SessionClosed(database)
         if self._over:  # it ended in another thread while this one opened a session
-            end_at_once(opened.orm, opened.turn, close=True)
+            close_at_once(opened.orm, opened.turn)
             raise SessionClosed(database)
         return opened.session
 
     def opened_by(self, task: object) -> bool:
         """Whether that task, and no other, opened sessions here."""
-        return all(opened.opener is task for opened in self._sessions.values())
+        return all(opened.opener is task for opened in self.sessions.values())
 
     async def end(self, *, commit: bool) -> None:
         """Commit or roll back what was done so far, in declared order. Sessions stay usable.
@@ -132,32 +123,31 @@ class UnitOfWork:
         rolled back, and `failure` keeps the error whatever becomes of the exception.
         """
         self.rollback = None
-        if self._sessions:
-            await self._end(commit=commit, close=False)
+        working = [each for each in self._in_order() if has_work(each.orm, each.turn)]
+        if working:
+            await run_to_completion(self._end_each(working, commit=commit, close=False))
 
     async def close(self, *, commit: bool) -> None:
         """The same, for good: nothing opened here can check out a connection afterwards."""
         self._over = True
-        if self._sessions:
-            await self._end(commit=commit, close=True)
-            self._sessions.clear()
+        working = [
+            each
+            for each in self._in_order()
+            if has_work(each.orm, each.turn) or not close_at_once(each.orm, each.turn)
+        ]
+        if working:
+            await run_to_completion(self._end_each(working, commit=commit, close=True))
+        self.sessions.clear()
 
     def close_blocking(self, *, commit: bool) -> None:
         """The same on the calling thread, for a unit that has sync sessions only."""
         self._over = True
         for opened in self._in_order():
             end(opened.orm, turn=opened.turn, commit=commit, close=True)
-        self._sessions.clear()
+        self.sessions.clear()
 
     def _in_order(self) -> list[OpenSession[Any]]:
-        return [self._sessions[each] for each in self.databases if each in self._sessions]
-
-    async def _end(self, *, commit: bool, close: bool) -> None:
-        working = [
-            each for each in self._in_order() if not end_at_once(each.orm, each.turn, close=close)
-        ]
-        if working:
-            await run_to_completion(self._end_each(working, commit=commit, close=close))
+        return [self.sessions[each] for each in self.databases if each in self.sessions]
 
     async def _end_each(
         self, working: list[OpenSession[Any]], *, commit: bool, close: bool
