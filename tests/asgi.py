@@ -1,0 +1,112 @@
+"""A strict ASGI server in a few lines: it refuses whatever a real one would refuse."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+Message = dict[str, Any]
+
+
+class Exchange:
+    """One HTTP request to an application, in process, and all that came back.
+
+    Args:
+        app: The ASGI application.
+        path: What is asked for.
+        method: How.
+        spec_version: The ASGI version advertised; uvicorn says 2.3.
+        on_message: Called with each message when it arrives, before it counts as received.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        path: str = "/",
+        *,
+        method: str = "GET",
+        spec_version: str = "2.3",
+        on_message: Callable[[Message], None] | None = None,
+    ) -> None:
+        self.app = app
+        self.scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": spec_version},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"host", b"test")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+        }
+        self.messages: list[Message] = []
+        self.error: BaseException | None = None
+        self.hang_up = asyncio.Event()
+        self._on_message = on_message
+        self._asked = False
+
+    async def run(self) -> "Exchange":
+        """Serve it; an exception that reaches the server is kept as `error`."""
+        try:
+            await self.app(self.scope, self._receive, self._send)
+        except Exception as error:
+            self.error = error
+        return self
+
+    @property
+    def kinds(self) -> list[str]:
+        """The types of the messages, without their prefix."""
+        return [message["type"].removeprefix("http.") for message in self.messages]
+
+    @property
+    def status(self) -> int | None:
+        """The status sent, if a response was started."""
+        starts = [each for each in self.messages if each["type"] == "http.response.start"]
+        return starts[0]["status"] if starts else None
+
+    @property
+    def body(self) -> bytes:
+        """The body received so far."""
+        return b"".join(message.get("body", b"") for message in self.messages)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the response has ended."""
+        return any(
+            message["type"] == "http.response.body" and not message.get("more_body", False)
+            for message in self.messages
+        )
+
+    async def _receive(self) -> Message:
+        if not self._asked:
+            self._asked = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self.hang_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        kind = message["type"]
+        if kind == "http.response.start" and self.status is not None:
+            raise AssertionError("a second response was started")
+        if kind == "http.response.body" and self.status is None:
+            raise AssertionError("a body came before the start")
+        if self.complete:
+            raise AssertionError(f"{kind} came after the end")
+        if self._on_message is not None:
+            self._on_message(message)
+        self.messages.append(message)
+        await asyncio.sleep(0)
+
+
+async def get(app: Any, path: str = "/", **options: Any) -> Exchange:
+    """Ask an application for something, and wait until it has returned."""
+    return await Exchange(app, path, **options).run()
+
+
+async def respond(send: Any, status: int = 200, body: bytes = b"ok") -> None:
+    """Answer as a framework would."""
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,242 @@
+"""Real databases for the tests: SQLite files, and PostgreSQL with both of its drivers."""
+
+import gc
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import postgres
+import pytest
+from anyio import to_thread
+from sqlalchemy import (
+    URL,
+    Column,
+    Engine,
+    Executable,
+    ForeignKey,
+    Integer,
+    MetaData,
+    Result,
+    Table,
+    Text,
+    create_engine,
+    delete,
+    select,
+    text,
+)
+from sqlalchemy.pool import NullPool
+
+from asgi_dbsession import AsyncDatabase, SyncDatabase
+
+METADATA = MetaData()
+ENTRY = Table(
+    "entry", METADATA, Column("id", Integer, primary_key=True), Column("note", Text, unique=True)
+)
+# What only COMMIT can refuse.
+CHILD = Table(
+    "child",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column(
+        "entry_id", ForeignKey("entry.id", deferrable=True, initially="DEFERRED"), nullable=False
+    ),
+)
+
+AnyDatabase = AsyncDatabase[Any] | SyncDatabase[Any]
+KINDS = ("sqlite", "sqlite-sync", "asyncpg", "psycopg", "psycopg-sync")
+
+
+def enforce_foreign_keys(connection: Any, _record: Any) -> None:
+    """Have SQLite do what every other database does by itself."""
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+@dataclass
+class Real:
+    """A database under test, and another connection to it that sees what is stored."""
+
+    kind: str
+    url: URL
+    reader: Engine
+
+    @property
+    def is_sync(self) -> bool:
+        """Whether it is tested with blocking sessions."""
+        return self.kind.endswith("-sync")
+
+    @property
+    def is_postgresql(self) -> bool:
+        """Whether there is a server behind it."""
+        return not self.kind.startswith("sqlite")
+
+    def describe(self, **options: Any) -> AnyDatabase:
+        """Describe it for the middleware."""
+        if not self.is_postgresql:
+            options.setdefault("pool_events", [(enforce_foreign_keys, "connect")])
+        database_class = SyncDatabase if self.is_sync else AsyncDatabase
+        return database_class(self.url, **options)
+
+    def stored(self) -> list[str]:
+        """The notes of all rows that are really there."""
+        with self.reader.connect() as connection:
+            return list(connection.scalars(select(ENTRY.c.note).order_by(ENTRY.c.id)))
+
+    def open_transactions(self) -> int:
+        """How many sessions on the server are in the middle of anything."""
+        if not self.is_postgresql:
+            # A transaction left open would still hold its lock.
+            with self.reader.connect() as connection:
+                connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+                connection.exec_driver_sql("BEGIN EXCLUSIVE")
+                connection.rollback()
+            return 0
+        with self.reader.connect() as connection:
+            return int(
+                connection.scalar(
+                    text(
+                        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+                        "AND pid <> pg_backend_pid() AND state <> 'idle'"
+                    )
+                )
+                or 0
+            )
+
+    def connections(self) -> int:
+        """How many connections the server has, ours apart."""
+        with self.reader.connect() as connection:
+            return int(
+                connection.scalar(
+                    text(
+                        "SELECT count(*) FROM pg_stat_activity "
+                        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                    )
+                )
+                or 0
+            )
+
+    def assert_clean(self, database: AnyDatabase) -> None:
+        """Nothing checked out of the pool, nothing open on the server."""
+        assert database.engine.pool.checkedout() == 0
+        wait_until(lambda: self.open_transactions() == 0)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Poll for what another process does in its own time; fails when it never does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never became true"
+        pause.wait(0.02)
+
+
+class pause:  # noqa: N801
+    """A wait that blocks, for conditions outside of the event loop."""
+
+    @staticmethod
+    def wait(seconds: float) -> None:
+        """Let other processes run."""
+        import threading  # noqa: PLC0415
+
+        threading.Event().wait(seconds)
+
+
+@dataclass
+class Running:
+    """A real database, running, and one way to use it whatever its kind."""
+
+    real: Real
+    database: AnyDatabase
+
+    async def execute(self, statement: Executable, database: AnyDatabase | None = None) -> Any:
+        """Run a statement on the session of the current request, as a handler would."""
+        return await self.call("execute", statement, database=database)
+
+    async def call(self, operation: str, *args: Any, database: AnyDatabase | None = None) -> Any:
+        """Call a method of that session; in a thread where it blocks."""
+        database = database or self.database
+
+        def in_thread() -> Any:
+            result = getattr(database.get_session(), operation)(*args)
+            return result.freeze()() if isinstance(result, Result) and result.returns_rows else result
+
+        if isinstance(database, SyncDatabase):
+            return await to_thread.run_sync(in_thread)
+        return await getattr(database.get_session(), operation)(*args)
+
+    async def write(self, note: str) -> None:
+        """Store a row."""
+        await self.execute(ENTRY.insert().values(note=note))
+
+    async def doom(self) -> None:
+        """Store what COMMIT will refuse."""
+        await self.execute(CHILD.insert().values(entry_id=-1))
+
+    def stored(self) -> list[str]:
+        """The notes of all rows that are really there."""
+        return self.real.stored()
+
+    def assert_clean(self) -> None:
+        """Nothing checked out of the pool, nothing open on the server."""
+        self.real.assert_clean(self.database)
+
+
+@cache
+def postgresql() -> tuple[URL, Engine]:
+    """One database for the whole run, its tables made."""
+    url = postgres.new_database("tests")
+    reader = create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    METADATA.create_all(reader)
+    return url, reader
+
+
+def real_database(kind: str, folder: Path) -> Real:
+    """An empty database of that kind."""
+    if kind.startswith("sqlite"):
+        url = URL.create("sqlite", database=str(folder / "test.db"))
+        reader = create_engine(url, poolclass=NullPool)
+        METADATA.create_all(reader)
+        return Real(kind, url, reader)
+    url, reader = postgresql()
+    with reader.begin() as connection:
+        connection.execute(delete(CHILD))
+        connection.execute(delete(ENTRY))
+    driver = kind.removesuffix("-sync")
+    return Real(kind, url.set(drivername=f"postgresql+{driver}"), reader)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """SQLAlchemy's async sessions run on asyncio only."""
+    return "asyncio"
+
+
+@pytest.fixture(params=KINDS)
+def real(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Real]:
+    """Each kind of database in turn, empty."""
+    database = real_database(request.param, tmp_path)
+    yield database
+    database.reader.dispose()
+
+
+@pytest.fixture
+async def running(real: Real) -> AsyncIterator[Running]:
+    """The same, running, and found clean afterwards."""
+    async with real.describe() as database:
+        yield Running(real, database)
+        real.assert_clean(database)
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail a test that left anything to the garbage collector, or to the log of the pool."""
+    yield
+    gc.collect()
+    complaints = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith(("sqlalchemy.pool", "asyncio")) and record.levelno >= logging.ERROR
+    ]
+    assert not complaints

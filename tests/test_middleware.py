@@ -1,0 +1,645 @@
+"""The promises of the middleware, on every kind of database."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from asgi import Exchange, get, respond
+from conftest import ENTRY, Real, Running
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+
+from asgi_dbsession import (
+    AsyncDatabase,
+    ConfigurationError,
+    DBSessionMiddleware,
+    NoSession,
+    SessionClosed,
+    SyncDatabase,
+    get_session,
+    get_sync_session,
+    set_rollback,
+)
+
+pytestmark = pytest.mark.anyio
+
+
+def serving(running: Running, app: Any, **options: Any) -> DBSessionMiddleware:
+    """Put the middleware around a bare ASGI function."""
+    return DBSessionMiddleware(app, running.database, **options)
+
+
+async def test_a_request_that_asks_for_no_session_creates_none(real: Real) -> None:
+    """Nothing is created until it is asked for: not even a stopped database is noticed."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await respond(send)
+
+    assert (await get(DBSessionMiddleware(app, real.describe()))).status == 200
+
+
+async def test_a_session_holds_no_connection_until_its_first_statement(running: Running) -> None:
+    """`get_session()` opens a session; the statement checks a connection out."""
+    held = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        running.database.get_session()
+        held.append(running.database.engine.pool.checkedout())
+        await running.execute(select(ENTRY))
+        held.append(running.database.engine.pool.checkedout())
+        await respond(send)
+
+    await get(serving(running, app))
+    assert held == [0, 1]
+
+
+async def test_everything_is_stored_and_given_back_before_the_start_is_sent(
+    running: Running,
+) -> None:
+    """When the server gets the status, the row is durable and the connection is in the pool."""
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        await respond(send, 201)
+
+    def look(message: Any) -> None:
+        seen.append((message["type"], running.stored(), running.database.engine.pool.checkedout()))
+
+    exchange = await get(serving(running, app), on_message=look)
+    assert exchange.status == 201
+    assert seen == [("http.response.start", ["kept"], 0), ("http.response.body", ["kept"], 0)]
+
+
+@pytest.mark.parametrize("status", [200, 204, 302, 399])
+async def test_a_status_below_400_commits(running: Running, status: int) -> None:
+    """A redirect after a POST is a success too."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        await respond(send, status)
+
+    assert (await get(serving(running, app))).status == status
+    assert running.stored() == ["kept"]
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 500, 503])
+async def test_a_status_from_400_on_rolls_back_before_it_is_sent(
+    running: Running, status: int
+) -> None:
+    """Whether it was returned or raised: an error changes nothing."""
+    held = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("lost")
+        await respond(send, status)
+
+    exchange = await get(
+        serving(running, app),
+        on_message=lambda _: held.append(running.database.engine.pool.checkedout()),
+    )
+    assert exchange.status == status
+    assert held == [0, 0]
+    assert running.stored() == []
+
+
+async def test_an_exception_rolls_back_and_goes_on(running: Running) -> None:
+    """The server gets the very exception that the handler raised."""
+    error = LookupError("no such thing")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("lost")
+        raise error
+
+    exchange = await get(serving(running, app))
+    assert exchange.error is error
+    assert exchange.messages == []
+    assert running.stored() == []
+
+
+async def test_no_response_at_all_rolls_back(running: Running) -> None:
+    """"Returned" is not "succeeded"."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("lost")
+
+    await get(serving(running, app))
+    assert running.stored() == []
+
+
+async def test_a_failed_commit_sends_nothing(running: Running) -> None:
+    """Nothing of the response leaves, nothing is stored, and the server gets the original error."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("lost")
+        await running.doom()
+        await respond(send, 201)
+
+    exchange = await get(serving(running, app))
+    assert exchange.messages == []
+    assert isinstance(exchange.error, IntegrityError)
+    assert running.stored() == []
+
+
+async def test_after_a_failed_commit_the_next_requests_are_unharmed(running: Running) -> None:
+    """The connection goes back clean: no phantom rows, no lost ones (SQLite keeps the transaction)."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write(scope["path"])
+        if scope["path"] == "/doomed":
+            await running.doom()
+        await respond(send)
+
+    await get(serving(running, app), "/doomed")
+    running.assert_clean()
+    for number in range(5):
+        assert (await get(serving(running, app), f"/{number}")).status == 200
+    assert running.stored() == [f"/{number}" for number in range(5)]
+
+
+async def test_an_application_that_swallows_a_failed_commit_cannot_answer_it(
+    running: Running,
+) -> None:
+    """Whatever it sends after the failure stays unsent, and the original error is raised."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.doom()
+        try:
+            await respond(send, 201)
+        except BaseException:  # noqa: BLE001
+            await respond(send, 500, b"something else")
+
+    exchange = await get(serving(running, app))
+    assert exchange.messages == []
+    assert isinstance(exchange.error, IntegrityError)
+
+
+async def test_no_handler_for_exceptions_sees_a_failed_commit(running: Running) -> None:
+    """`except Exception` around everything, as frameworks do, does not meet it."""
+    met = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.doom()
+        try:
+            await respond(send, 201)
+        except Exception as error:
+            met.append(error)
+            raise
+
+    exchange = await get(serving(running, app))
+    assert met == []
+    assert isinstance(exchange.error, IntegrityError)
+
+
+async def test_on_commit_error_makes_the_response(running: Running) -> None:
+    """A failed COMMIT becomes what the application wants the client to see."""
+    seen = []
+
+    def conflict(error: Exception) -> Any:
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            await respond(send, 409, b"conflict")
+
+        seen.append(error)
+        return answer
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.doom()
+        await respond(send, 201)
+
+    exchange = await get(serving(running, app, on_commit_error=conflict))
+    assert (exchange.status, exchange.body, exchange.error) == (409, b"conflict", None)
+    assert isinstance(seen[0], IntegrityError)
+
+
+async def test_on_commit_error_that_returns_none_leaves_the_exception(running: Running) -> None:
+    """So a function can answer some errors, and leave the others to the server."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.doom()
+        await respond(send, 201)
+
+    exchange = await get(serving(running, app, on_commit_error=lambda _: None))
+    assert exchange.messages == []
+    assert isinstance(exchange.error, IntegrityError)
+
+
+async def test_commit_when_replaces_the_rule(running: Running) -> None:
+    """It is asked with the status, and what it says is done."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write(scope["path"])
+        await respond(send, int(scope["path"][1:]))
+
+    middleware = serving(running, app, commit_when=lambda status: status in (200, 409))
+    for status in (200, 201, 409, 500):
+        await get(middleware, f"/{status}")
+    assert running.stored() == ["/200", "/409"]
+
+
+@pytest.mark.parametrize(("rollback", "status", "kept"), [(True, 200, []), (False, 401, ["it"])])
+async def test_set_rollback_overrides_the_status(
+    running: Running, status: int, kept: list[str], *, rollback: bool
+) -> None:
+    """A success can be undone, and a failed login can be counted."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("it")
+        set_rollback(rollback)
+        await respond(send, status)
+
+    assert (await get(serving(running, app))).status == status
+    assert running.stored() == kept
+
+
+async def test_set_rollback_false_does_not_save_what_an_exception_broke(running: Running) -> None:
+    """It overrides the status; an exception that reaches the server has none."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("lost")
+        set_rollback(False)
+        raise LookupError
+
+    await get(serving(running, app))
+    assert running.stored() == []
+
+
+async def test_early_hints_and_unknown_messages_pass_untouched_and_at_once(
+    running: Running,
+) -> None:
+    """Only the start and the end of a response concern the transaction."""
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        await send({"type": "http.response.early_hint", "links": [b"</a.css>"]})
+        await send({"type": "http.response.debug", "info": {"template": "x"}})
+        await send({"type": "http.something.new", "value": 1})
+        await respond(send)
+
+    exchange = await get(
+        serving(running, app), on_message=lambda message: seen.append(running.stored())
+    )
+    assert exchange.kinds == [
+        "response.early_hint",
+        "response.debug",
+        "something.new",
+        "response.start",
+        "response.body",
+    ]
+    assert exchange.messages[2] == {"type": "http.something.new", "value": 1}
+    assert seen == [[], [], [], ["kept"], ["kept"]]
+
+
+async def test_the_start_is_never_held_back_for_a_body(running: Running) -> None:
+    """Server-sent events get their headers at once, and hold no connection between events."""
+    go_on = asyncio.Event()
+    held = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        held.append(running.database.engine.pool.checkedout())
+        await go_on.wait()
+        await send({"type": "http.response.body", "body": b"event"})
+
+    exchange = Exchange(serving(running, app))
+    request = asyncio.create_task(exchange.run())
+    while exchange.status is None:
+        await asyncio.sleep(0.001)
+    assert running.stored() == ["kept"]
+    assert not exchange.complete
+    go_on.set()
+    await request
+    assert held == [0]
+
+
+async def test_a_streaming_body_goes_on_with_the_session_as_a_unit_of_its_own(
+    running: Running,
+) -> None:
+    """What a body writes is stored before its last message leaves."""
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = running.database.get_session()
+        await running.write("handler")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await running.write("body")
+        assert running.database.get_session() is session
+        await send({"type": "http.response.body", "body": b"part", "more_body": True})
+        await send({"type": "http.response.body", "body": b"end"})
+
+    exchange = await get(
+        serving(running, app),
+        on_message=lambda message: seen.append((message.get("body"), running.stored())),
+    )
+    assert exchange.complete
+    stored = ["handler", "body"]
+    assert seen == [(None, ["handler"]), (b"part", ["handler"]), (b"end", stored)]
+
+
+async def test_an_exception_in_a_streaming_body_rolls_back_the_body_only(running: Running) -> None:
+    """What was acknowledged with the start stays."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("handler")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await running.write("body")
+        raise LookupError
+
+    exchange = await get(serving(running, app))
+    assert isinstance(exchange.error, LookupError)
+    assert running.stored() == ["handler"]
+
+
+async def test_a_body_that_was_cut_short_is_not_half_stored(running: Running) -> None:
+    """A client that hangs up ends Starlette's stream by a cancellation that it swallows itself."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("handler")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await running.write("half")
+        await send({"type": "http.response.body", "body": b"part", "more_body": True})
+
+    await get(serving(running, app))
+    assert running.stored() == ["handler"]
+
+
+@pytest.mark.parametrize("status", [200, 404])
+async def test_work_after_the_response_is_a_unit_of_its_own(running: Running, status: int) -> None:
+    """A background task is committed when it ends, also after an error response."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("handler")
+        await respond(send, status)
+        assert running.database.engine.pool.checkedout() == 0
+        await running.write("background")
+
+    await get(serving(running, app))
+    assert running.stored() == (["handler", "background"] if status == 200 else ["background"])
+
+
+async def test_a_background_task_that_fails_is_rolled_back(running: Running) -> None:
+    """And its exception reaches the server, as without the middleware."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("handler")
+        await respond(send)
+        await running.write("background")
+        raise LookupError
+
+    exchange = await get(serving(running, app))
+    assert isinstance(exchange.error, LookupError)
+    assert running.stored() == ["handler"]
+
+
+async def test_a_background_task_whose_commit_fails_is_reported(running: Running) -> None:
+    """Too late for the client, but never in silence."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await respond(send)
+        await running.write("background")
+        await running.doom()
+
+    exchange = await get(serving(running, app, on_commit_error=lambda _: respond))
+    assert exchange.status == 200
+    assert isinstance(exchange.error, IntegrityError)
+    assert running.stored() == []
+
+
+async def test_set_rollback_holds_for_one_unit_of_work(running: Running) -> None:
+    """A handler that rolls back does not decide for the background task after it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("handler")
+        set_rollback(True)
+        await respond(send)
+        await running.write("background")
+
+    await get(serving(running, app))
+    assert running.stored() == ["background"]
+
+
+async def test_a_commit_of_the_handlers_own_is_respected(running: Running) -> None:
+    """What it committed stays, whatever comes after."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        await running.call("commit")
+        await running.write("lost")
+        await respond(send, 400)
+
+    await get(serving(running, app))
+    assert running.stored() == ["kept"]
+
+
+async def test_a_session_that_escaped_can_never_check_out_a_connection(running: Running) -> None:
+    """Stored references raise an error that names the cure, on every way to the database."""
+    escaped: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        escaped.append(running.database.get_session())
+        await respond(send)
+
+    await get(serving(running, app))
+    session = escaped[0]
+    for use in (
+        lambda: session.execute(select(ENTRY)),
+        lambda: session.scalar(select(ENTRY)),
+        lambda: session.get(object, 1),
+        lambda: session.flush(),
+        lambda: session.commit(),
+        lambda: session.connection(),
+        lambda: session.begin_nested(),
+        lambda: session.add(object()),
+        lambda: session.close(),
+    ):
+        with pytest.raises(SessionClosed, match=r"database\.begin\(\)"):
+            result = use()
+            if not running.real.is_sync:
+                await result
+    running.assert_clean()
+
+
+async def test_a_task_that_outlives_its_request_gets_a_clear_error(running: Running) -> None:
+    """Also where the session would only have been opened by it."""
+    tasks = []
+    over = asyncio.Event()
+
+    async def late() -> None:
+        await over.wait()
+        running.database.get_session()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        tasks.append(asyncio.create_task(late()))
+        await respond(send)
+
+    await get(serving(running, app))
+    over.set()
+    with pytest.raises(SessionClosed, match=r"database\.begin\(\)"):
+        await tasks[0]
+
+
+async def test_outside_of_a_request_there_is_no_session(running: Running) -> None:
+    """The accessor says where sessions are to be had."""
+    with pytest.raises(NoSession, match=r"database\.begin\(\)"):
+        running.database.get_session()
+    with pytest.raises(NoSession, match=r"database\.begin\(\)"):
+        set_rollback(True)
+
+
+async def test_the_default_accessors_take_the_first_database_of_their_kind(real: Real) -> None:
+    """Async and sync handlers can live in one application."""
+    first, second = real.describe(), real.describe()
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        mine, other = (
+            (get_sync_session, get_session) if real.is_sync else (get_session, get_sync_session)
+        )
+        seen.append(mine() is first.get_session())
+        seen.append(mine() is second.get_session())
+        with pytest.raises(ConfigurationError, match=mine.__name__):
+            other()
+        await respond(send)
+
+    async with first, second:
+        await get(DBSessionMiddleware(app, first, second))
+    assert seen == [True, False]
+
+
+async def test_several_databases_are_committed_in_order_and_rolled_back_together(
+    running: Running,
+) -> None:
+    """A COMMIT that fails rolls back those after it."""
+    other = running.real.describe()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        await running.doom()
+        await running.execute(select(ENTRY), other)
+        await respond(send)
+
+    async with other:
+        exchange = await get(DBSessionMiddleware(app, running.database, other))
+        assert isinstance(exchange.error, IntegrityError)
+        assert exchange.messages == []
+        running.real.assert_clean(other)
+
+
+async def test_a_mounted_application_joins_the_unit_of_work_around_it(running: Running) -> None:
+    """A database that the outer middleware manages stays with it, and ends with it."""
+    sessions = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sessions.append(running.database.get_session())
+        await running.write("lost")
+        set_rollback(True)
+        await respond(send)
+
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        sessions.append(running.database.get_session())
+        await serving(running, app)(dict(scope), receive, send)
+        assert running.database.get_session() is sessions[0]
+
+    await get(serving(running, outer))
+    assert sessions[0] is sessions[1]
+    assert running.stored() == []
+
+
+async def test_a_request_made_in_process_from_a_handler_is_a_request_of_its_own(
+    running: Running,
+) -> None:
+    """It inherits the context of the task, but not the unit of work."""
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("inner")
+        await respond(send)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await get(serving(running, inner))
+        await running.write("outer")
+        await respond(send, 400)
+
+    await get(serving(running, app))
+    assert running.stored() == ["inner"]
+
+
+async def test_one_scope_can_be_served_twice(running: Running) -> None:
+    """Whatever runs a request again finds no closed unit of work in its scope."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        if len(attempts) > 1:
+            await respond(send)
+
+    attempts: list[int] = []
+    middleware = serving(running, app)
+
+    async def twice(scope: Any, receive: Any, send: Any) -> None:
+        for number in (1, 2):
+            attempts.append(number)
+            await middleware(scope, receive, send)
+
+    assert (await get(twice)).status == 200
+    assert running.stored() == ["kept"]
+
+
+async def test_the_scope_is_in_the_info_of_the_session(running: Running) -> None:
+    """Events of SQLAlchemy's know which request they serve."""
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(running.database.get_session().info["scope"] is scope)
+        await respond(send)
+
+    await get(serving(running, app))
+    assert seen == [True]
+
+
+async def test_other_scopes_pass_untouched() -> None:
+    """A WebSocket, or what ASGI will think of next, reaches the application as it is."""
+    seen = []
+
+    async def app(*call: Any) -> None:
+        seen.append(call)
+
+    async def receive() -> Any: ...
+
+    async def send(message: Any) -> None: ...
+
+    scope = {"type": "something"}
+    await DBSessionMiddleware(app, "sqlite://")(scope, receive, send)
+    assert seen == [(scope, receive, send)]
+
+
+@pytest.mark.parametrize("given", [None, 1, object(), AsyncDatabase])
+def test_what_is_no_database_is_refused(given: Any) -> None:
+    """The error says what to give instead."""
+    with pytest.raises(ConfigurationError, match=r"from_engine"):
+        DBSessionMiddleware(respond, given)
+
+
+def test_one_database_given_twice_is_refused() -> None:
+    """Two of the same would be a mistake of the caller's."""
+    database = SyncDatabase("sqlite://")
+    with pytest.raises(ConfigurationError, match="twice"):
+        DBSessionMiddleware(respond, database, database)
+
+
+@pytest.mark.parametrize("option", ["commit_when", "on_commit_error"])
+def test_what_is_no_function_is_refused(option: str) -> None:
+    """When it is configured, not when the first COMMIT fails."""
+    wrong: Any = {option: 400}
+    with pytest.raises(ConfigurationError, match=option):
+        DBSessionMiddleware(respond, "sqlite://", **wrong)
+
+
+def test_without_databases_the_environment_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`DATABASE_URL`, and a clear error where it is not set."""
+    monkeypatch.setenv("DATABASE_URL", "sqlite:///shop.db")
+    (database,) = DBSessionMiddleware(respond).databases
+    assert database.url.render_as_string() == "sqlite+aiosqlite:///shop.db"
+    monkeypatch.delenv("DATABASE_URL")
+    with pytest.raises(ConfigurationError, match=r"DATABASE_URL=sqlite:///shop\.db"):
+        DBSessionMiddleware(respond)
