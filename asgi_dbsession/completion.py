@@ -1,7 +1,6 @@
 """Runs something to its end although its caller is cancelled."""
 
 import asyncio
-import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
             raised after `work` has ended, with the error of `work`, if any, as its cause.
         Exception: Whatever `work` raised.
     """
-    task = _begin(asyncio.get_running_loop(), work)
+    task = asyncio.get_running_loop().create_task(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError as cancelled:
@@ -36,9 +35,3 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
         if not task.cancelled() and (error := task.exception()) is not None:
             raise cancelled from error
         raise
-
-
-def _begin(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    if sys.version_info >= (3, 12):  # at once, instead of after a turn of the loop
-        return asyncio.Task(work, loop=loop, eager_start=True)
-    return loop.create_task(work)

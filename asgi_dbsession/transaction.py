@@ -1,12 +1,15 @@
 """How the work of one session ends: whole or not at all, and never silently."""
 
+from asyncio import CancelledError
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.engine import ExceptionContext, Transaction
 from sqlalchemy.exc import DBAPIError, InterfaceError
 from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only, greenlet_spawn
 
+from .completion import run_to_completion
 from .errors import TransactionAborted
 from .session import SessionInTurn
 from .turn import Turn
@@ -101,7 +104,15 @@ def _roll_back(session: Session) -> None:
 
 def _note_failure(context: ExceptionContext) -> None:
     connection = context.connection
-    if connection is None or context.is_disconnect:
+    if connection is None:
+        return
+    if isinstance(context.original_exception, CancelledError):
+        # A cancelled operation costs its connection, and throwing that away takes awaits too: a
+        # second cancellation would interrupt it (aiosqlite then keeps the file locked).
+        discarded = greenlet_spawn(connection.invalidate, context.original_exception)
+        await_only(run_to_completion(discarded))
+        return
+    if context.is_disconnect:
         return
     error = context.sqlalchemy_exception
     if context.statement is None and not _was_answered(error):

@@ -1,5 +1,6 @@
 """Real databases for the tests: SQLite files, and PostgreSQL with both of its drivers."""
 
+import asyncio
 import gc
 import logging
 import time
@@ -28,6 +29,7 @@ from sqlalchemy import (
     select,
     text,
 )
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
 from asgi_dbsession import AsyncDatabase, SyncDatabase
@@ -91,7 +93,10 @@ class Real:
             # A transaction left open would still hold its lock.
             with self.reader.connect() as connection:
                 connection.exec_driver_sql("PRAGMA busy_timeout = 0")
-                connection.exec_driver_sql("BEGIN EXCLUSIVE")
+                try:
+                    connection.exec_driver_sql("BEGIN EXCLUSIVE")
+                except OperationalError:
+                    return 1
                 connection.rollback()
             return 0
         with self.reader.connect() as connection:
@@ -118,29 +123,18 @@ class Real:
                 or 0
             )
 
-    def assert_clean(self, database: AnyDatabase) -> None:
+    async def assert_clean(self, database: AnyDatabase) -> None:
         """Nothing checked out of the pool, nothing open on the server."""
         assert database.engine.pool.checkedout() == 0
-        wait_until(lambda: self.open_transactions() == 0)
+        await becomes_true(lambda: self.open_transactions() == 0)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+async def becomes_true(condition: Callable[[], bool], seconds: float = 10) -> None:
     """Poll for what another process does in its own time; fails when it never does."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never became true"
-        pause.wait(0.02)
-
-
-class pause:  # noqa: N801
-    """A wait that blocks, for conditions outside of the event loop."""
-
-    @staticmethod
-    def wait(seconds: float) -> None:
-        """Let other processes run."""
-        import threading  # noqa: PLC0415
-
-        threading.Event().wait(seconds)
+        await asyncio.sleep(0.01)
 
 
 @dataclass
@@ -178,9 +172,9 @@ class Running:
         """The notes of all rows that are really there."""
         return self.real.stored()
 
-    def assert_clean(self) -> None:
+    async def assert_clean(self) -> None:
         """Nothing checked out of the pool, nothing open on the server."""
-        self.real.assert_clean(self.database)
+        await self.real.assert_clean(self.database)
 
 
 @cache
@@ -226,7 +220,7 @@ async def running(real: Real) -> AsyncIterator[Running]:
     """The same, running, and found clean afterwards."""
     async with real.describe() as database:
         yield Running(real, database)
-        real.assert_clean(database)
+        await real.assert_clean(database)
 
 
 @pytest.fixture(autouse=True)

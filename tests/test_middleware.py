@@ -151,7 +151,7 @@ async def test_after_a_failed_commit_the_next_requests_are_unharmed(running: Run
         await respond(send)
 
     await get(serving(running, app), "/doomed")
-    running.assert_clean()
+    await running.assert_clean()
     for number in range(5):
         assert (await get(serving(running, app), f"/{number}")).status == 200
     assert running.stored() == [f"/{number}" for number in range(5)]
@@ -458,7 +458,7 @@ async def test_a_session_that_escaped_can_never_check_out_a_connection(running: 
             result = use()
             if not running.real.is_sync:
                 await result
-    running.assert_clean()
+    await running.assert_clean()
 
 
 async def test_a_task_that_outlives_its_request_gets_a_clear_error(running: Running) -> None:
@@ -524,7 +524,7 @@ async def test_several_databases_are_committed_in_order_and_rolled_back_together
         exchange = await get(DBSessionMiddleware(app, running.database, other))
         assert isinstance(exchange.error, IntegrityError)
         assert exchange.messages == []
-        running.real.assert_clean(other)
+        await running.real.assert_clean(other)
 
 
 async def test_a_mounted_application_joins_the_unit_of_work_around_it(running: Running) -> None:
