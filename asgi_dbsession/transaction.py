@@ -5,7 +5,7 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.engine import ExceptionContext, Transaction
-from sqlalchemy.exc import DBAPIError, InterfaceError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
 
@@ -127,7 +127,8 @@ def _note_failure(context: ExceptionContext) -> None:
 
 
 def _was_answered(error: Exception | None) -> bool:
-    return isinstance(error, DBAPIError) and not isinstance(error, InterfaceError)
+    # The other two are the driver's own: it was busy, or lost track of where the server is.
+    return isinstance(error, DBAPIError) and not isinstance(error, InterfaceError | InternalError)
 
 
 def _remember_connection(

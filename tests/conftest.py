@@ -154,7 +154,9 @@ class Running:
 
         def in_thread() -> Any:
             result = getattr(database.get_session(), operation)(*args)
-            return result.freeze()() if isinstance(result, Result) and result.returns_rows else result
+            return (
+                result.freeze()() if isinstance(result, Result) and result.returns_rows else result
+            )
 
         if isinstance(database, SyncDatabase):
             return await to_thread.run_sync(in_thread)
@@ -231,6 +233,7 @@ def no_leaks(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     complaints = [
         record.getMessage()
         for record in caplog.records
-        if record.name.startswith(("sqlalchemy.pool", "asyncio")) and record.levelno >= logging.ERROR
+        if record.name.startswith(("sqlalchemy.pool", "asyncio"))
+        and record.levelno >= logging.ERROR
     ]
     assert not complaints

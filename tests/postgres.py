@@ -34,9 +34,7 @@ def administrator_url() -> URL:
 
 def new_database(name: str) -> URL:
     """Create an empty database; its URL names no driver."""
-    engine = create_engine(
-        administrator_url(), isolation_level="AUTOCOMMIT", poolclass=NullPool
-    )
+    engine = create_engine(administrator_url(), isolation_level="AUTOCOMMIT", poolclass=NullPool)
     with engine.connect() as connection:
         connection.execute(text(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
         connection.execute(text(f'CREATE DATABASE "{name}"'))

@@ -136,7 +136,9 @@ async def test_a_request_cancelled_at_any_await_leaves_nothing_behind(
         if exchange.status == 200:
             assert "handler" in units
     assert at > 8
-    assert stored == [[unit, number] for unit in ("handler", "body", "background") for number in "12"]
+    assert stored == [
+        [unit, number] for unit in ("handler", "body", "background") for number in "12"
+    ]
 
 
 @pytest.mark.parametrize("way", ["native", "native twice", "anyio"])

@@ -118,7 +118,7 @@ async def test_an_exception_rolls_back_and_goes_on(running: Running) -> None:
 
 
 async def test_no_response_at_all_rolls_back(running: Running) -> None:
-    """"Returned" is not "succeeded"."""
+    """ "Returned" is not "succeeded"."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("lost")

@@ -1,0 +1,797 @@
+"""The promises of a database: its engine's life, and units of work outside of a request."""
+
+import asyncio
+import inspect
+import traceback
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import postgres
+import pytest
+import sqlmodel
+from asgi import Exchange, get, respond
+from conftest import ENTRY, METADATA, AnyDatabase, Real, Running, becomes_true
+from sqlalchemy import create_engine, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session
+from sqlalchemy.pool import NullPool, StaticPool
+from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelAsyncSession
+
+import asgi_dbsession
+from asgi_dbsession import (
+    AsyncDatabase,
+    ConcurrentUse,
+    ConfigurationError,
+    DatabaseNotRunning,
+    DatabaseUnavailable,
+    DBSessionError,
+    DBSessionMiddleware,
+    NoSession,
+    SessionClosed,
+    SyncDatabase,
+    TransactionAborted,
+    get_session,
+    get_sync_session,
+    set_rollback,
+)
+
+pytestmark = pytest.mark.anyio
+
+
+class Base(DeclarativeBase):
+    """What maps classes to the tables of the tests."""
+
+    metadata = METADATA
+
+
+class Entry(Base):
+    """A row of the table that the tests write to."""
+
+    __table__ = ENTRY
+    id: Mapped[int]
+    note: Mapped[str]
+
+
+class Shouting(AsyncSession):
+    """A session class of a user's own."""
+
+    async def shout(self, note: str) -> None:
+        """Store a row, in capitals."""
+        await self.execute(ENTRY.insert().values(note=note.upper()))
+
+
+class ShoutingSync(Session):
+    """The same, blocking."""
+
+    def shout(self, note: str) -> None:
+        """Store a row, in capitals."""
+        self.execute(ENTRY.insert().values(note=note.upper()))
+
+
+@asynccontextmanager
+async def beginning(database: AnyDatabase) -> AsyncIterator[Any]:
+    """`database.begin()`, whatever its kind."""
+    if isinstance(database, SyncDatabase):
+        with database.begin() as session:
+            yield session
+    else:
+        async with database.begin() as session:
+            yield session
+
+
+async def result_of(value: Any) -> Any:
+    """What a method of a session returned, awaited if need be."""
+    return await value if inspect.isawaitable(value) else value
+
+
+def pool_of(database: AnyDatabase) -> Any:
+    """The pool behind a database; not each has all that a `QueuePool` tells."""
+    return database.engine.pool
+
+
+def borrowing(owner: AnyDatabase) -> AnyDatabase:
+    """Another database on the engine of `owner`."""
+    database_class: Any = type(owner)
+    database: AnyDatabase = database_class.from_engine(owner.engine)
+    return database
+
+
+async def store(database: AnyDatabase, note: str) -> None:
+    """Store a row in a unit of work of its own."""
+    async with beginning(database) as session:
+        await result_of(session.execute(ENTRY.insert().values(note=note)))
+
+
+async def notes(database: AnyDatabase) -> list[str]:
+    """All rows that a new unit of work sees."""
+    async with beginning(database) as session:
+        return list(await result_of(session.scalars(select(ENTRY.c.note).order_by(ENTRY.c.id))))
+
+
+# Its life
+
+
+def test_a_script_needs_no_server_and_no_middleware(real: Real) -> None:
+    """`async with database:` and `begin()` are all of it, and nothing is left when it ends."""
+    database = real.describe()
+
+    async def script() -> None:
+        async with database:
+            async with beginning(database) as session:
+                await result_of(session.execute(ENTRY.insert().values(note="kept")))
+                assert real.stored() == []
+            assert real.stored() == ["kept"]
+
+    asyncio.run(script())
+    assert not database.is_running
+    if real.is_postgresql:
+        asyncio.run(becomes_true(lambda: real.connections() == 0))
+
+
+async def test_starting_is_counted_not_repeated(real: Real) -> None:
+    """Whoever starts it stops it, and the last one ends it."""
+    database = real.describe()
+    async with database:
+        engine = database.engine
+        async with database:
+            assert database.engine is engine
+        assert database.engine is engine
+        await store(database, "kept")
+    assert not database.is_running
+    assert real.stored() == ["kept"]
+
+
+async def test_a_stop_without_a_start_is_harmless(real: Real) -> None:
+    """It is not counted against the starts that follow."""
+    database = real.describe()
+    await database.shutdown()
+    await database.shutdown()
+    async with database:
+        assert database.is_running
+    assert not database.is_running
+
+
+async def test_before_its_start_and_after_its_stop_there_is_no_engine(real: Real) -> None:
+    """Whatever needs it says that no lifespan came by, and how to have one."""
+    database = real.describe()
+    accessors = [lambda: database.engine, lambda: store(database, "lost"), database.ping]
+    for _ in range(2):
+        for accessor in accessors:
+            with pytest.raises(DatabaseNotRunning, match=r"no lifespan .* `async with database:`"):
+                await result_of(accessor())
+        async with database:
+            assert database.engine
+    assert real.stored() == []
+
+
+async def test_a_request_that_no_lifespan_came_before_says_so(real: Real) -> None:
+    """The commonest mistake of a test suite: a client that sends no lifespan."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        database.get_session()
+
+    database = real.describe()
+    exchange = await get(DBSessionMiddleware(app, database))
+    assert isinstance(exchange.error, DatabaseNotRunning)
+    assert "LifespanManager" in str(exchange.error)
+
+
+async def test_begin_that_fails_to_start_leaves_no_unit_of_work_behind(real: Real) -> None:
+    """Where the database is not running, the session around is still the current one."""
+    stopped = real.describe()
+    async with real.describe() as database, beginning(database) as session:
+        with pytest.raises(DatabaseNotRunning):
+            await store(stopped, "lost")
+        assert database.get_session() is session
+
+
+def test_another_event_loop_is_told_so(real: Real) -> None:
+    """Whatever would touch the connections of the first loop is refused, and harms nothing."""
+    if real.is_sync:
+        pytest.skip("its connections belong to no loop")
+    database = real.describe()
+
+    async def in_request() -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            database.get_session()
+
+        exchange = await get(DBSessionMiddleware(app, database))
+        assert exchange.error is not None
+        raise exchange.error
+
+    with asyncio.Runner() as first, asyncio.Runner() as second:
+        first.run(database.startup())
+        ways = [lambda: store(database, "lost"), in_request, database.startup, database.ping]
+        for way in ways:
+            with pytest.raises(DatabaseNotRunning, match=r"another event loop.*asyncio\.run"):
+                second.run(way())
+        first.run(store(database, "kept"))
+        first.run(real.assert_clean(database))
+        first.run(database.shutdown())
+    assert not database.is_running
+    assert real.stored() == ["kept"]
+
+
+# Who forgets the shutdown hears of it from the driver, and rightly so.
+@pytest.mark.filterwarnings(
+    "ignore:.*(deleted before being closed|deleted while|unclosed):ResourceWarning"
+)
+def test_a_loop_that_died_is_followed_by_a_new_one(real: Real) -> None:
+    """A test suite that forgets the shutdown gets a new engine, not the dead one's connections."""
+
+    async def forget_to_stop() -> None:
+        await database.startup()
+
+    async def script() -> None:
+        async with database:
+            await store(database, "kept")
+            await real.assert_clean(database)
+
+    database = real.describe()
+    asyncio.run(forget_to_stop())
+    asyncio.run(script())
+    if real.is_sync:  # its engine belongs to no loop, and was simply started twice
+        asyncio.run(database.shutdown())
+    assert not database.is_running
+    assert real.stored() == ["kept"]
+
+
+# Where it comes from
+
+
+async def test_an_engine_of_ones_own_is_running_at_once_and_never_disposed(real: Real) -> None:
+    """Who made it keeps it, whatever is started and stopped; its connections stay in its pool."""
+    async with real.describe() as owner:
+        database = borrowing(owner)
+        assert database.is_running
+        assert database.engine is owner.engine
+        await store(database, "at once")
+        async with database:
+            await store(database, "started")
+        await database.shutdown()
+        assert database.is_running
+        assert pool_of(owner).checkedin() == 1
+        await store(database, "stopped")
+        await real.assert_clean(database)
+    assert real.stored() == ["at once", "started", "stopped"]
+
+
+async def test_an_engine_of_ones_own_is_watched_for_silent_rollbacks(real: Real) -> None:
+    """PostgreSQL's COMMIT after an error that was swallowed stores nothing, and says so here."""
+    if not real.is_postgresql:
+        pytest.skip("only PostgreSQL aborts a transaction at an error")
+    async with real.describe() as owner:
+        database = borrowing(owner)
+        await store(database, "once")
+
+        async def swallow() -> None:
+            async with beginning(database):
+                with pytest.raises(IntegrityError):
+                    await Running(real, database).write("once")
+
+        with pytest.raises(TransactionAborted, match="begin_nested"):
+            await swallow()
+    assert real.stored() == ["once"]
+
+
+def test_an_engine_of_the_other_kind_is_refused() -> None:
+    """When it is configured; the error names the kind that is needed."""
+    wrong: Any = create_engine("sqlite://")
+    with pytest.raises(ConfigurationError, match="AsyncDatabase needs a running AsyncEngine"):
+        AsyncDatabase.from_engine(wrong)
+    wrong = create_async_engine("sqlite+aiosqlite://")
+    with pytest.raises(ConfigurationError, match="SyncDatabase needs a running Engine"):
+        SyncDatabase.from_engine(wrong)
+    wrong = "sqlite://"
+    with pytest.raises(ConfigurationError, match="SyncDatabase needs a running Engine"):
+        SyncDatabase.from_engine(wrong)
+
+
+@pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
+async def test_the_environment_names_the_database(
+    database_class: type[AnyDatabase], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In `DATABASE_URL`, or in a variable of one's own; options are given beside it."""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'shop.db'}")
+    monkeypatch.setenv("REPORTS_URL", f"sqlite:///{tmp_path / 'reports.db'}")
+    shop = database_class.from_env()
+    reports = database_class.from_env("REPORTS_URL", pool_size=7, ping_on_startup=False)
+    assert type(shop) is database_class
+    assert shop.url.database == str(tmp_path / "shop.db")
+    async with reports:
+        assert str(reports.engine.url.database) == str(tmp_path / "reports.db")
+        assert pool_of(reports).size() == 7
+
+
+@pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
+@pytest.mark.parametrize("value", [None, ""])
+def test_an_environment_without_the_variable_is_told_what_to_set(
+    database_class: type[AnyDatabase], value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not set and empty are the same mistake."""
+    if value is None:
+        monkeypatch.delenv("SHOP_URL", raising=False)
+    else:
+        monkeypatch.setenv("SHOP_URL", value)
+    with pytest.raises(ConfigurationError, match=r"SHOP_URL=sqlite:///shop\.db"):
+        database_class.from_env("SHOP_URL")
+
+
+# Whether it answers
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "psycopg-sync"])
+async def test_ping_says_that_the_database_is_gone_and_that_it_is_back(driver: str) -> None:
+    """Not only at startup: a health check may ask at any time, and leaks nothing."""
+    url = postgres.new_database("gone").set(drivername=f"postgresql+{driver.removesuffix('-sync')}")
+    database = SyncDatabase(url) if driver.endswith("-sync") else AsyncDatabase(url)
+    administrator = create_engine(
+        postgres.administrator_url(), isolation_level="AUTOCOMMIT", poolclass=NullPool
+    )
+    async with database:
+        await database.ping()
+        with administrator.connect() as connection:
+            connection.execute(text("DROP DATABASE gone WITH (FORCE)"))
+        for _ in range(2):
+            with pytest.raises(DatabaseUnavailable, match="Is it running, and are host") as caught:
+                await database.ping()
+            assert isinstance(caught.value.__cause__, DBAPIError)
+            assert "\n" not in str(caught.value)
+            assert pool_of(database).checkedout() == 0
+        postgres.new_database("gone")
+        await database.ping()
+        assert pool_of(database).checkedout() == 0
+
+
+@pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
+async def test_a_start_that_fails_is_no_start(
+    database_class: type[AnyDatabase], tmp_path: Any
+) -> None:
+    """Nothing is left behind, and the next start may succeed."""
+    folder = tmp_path / "missing"
+    database = database_class(f"sqlite:///{folder / 'shop.db'}")
+    with pytest.raises(DatabaseUnavailable, match="Is it running"):
+        await database.startup()
+    assert not database.is_running
+    folder.mkdir()
+    async with database:
+        assert database.is_running
+    assert not database.is_running
+
+
+# Units of work
+
+
+async def test_begin_commits_on_success(running: Running) -> None:
+    """Nobody else sees the row inside the block, everybody after it."""
+    async with beginning(running.database):
+        await running.write("kept")
+        assert running.stored() == []
+    assert running.stored() == ["kept"]
+
+
+@pytest.mark.parametrize("error", [LookupError, asyncio.CancelledError, GeneratorExit])
+async def test_begin_rolls_back_on_any_error(running: Running, error: type[BaseException]) -> None:
+    """Also on those that are no `Exception`; the error goes on as it is."""
+    raised = error()
+
+    async def fail() -> None:
+        async with beginning(running.database):
+            await running.write("lost")
+            raise raised
+
+    with pytest.raises(error) as caught:
+        await fail()
+    assert caught.value is raised
+    assert running.stored() == []
+
+
+@pytest.mark.parametrize(("rollback", "kept"), [(True, []), (False, ["it"])])
+async def test_set_rollback_decides_for_begin_too(
+    running: Running, rollback: bool, kept: list[str]
+) -> None:
+    """A dry run is one line."""
+    async with beginning(running.database):
+        await running.write("it")
+        set_rollback(True)
+        set_rollback(rollback)
+    assert running.stored() == kept
+
+
+async def test_set_rollback_does_not_save_what_an_error_broke(running: Running) -> None:
+    """An error rolls back in any case."""
+
+    async def fail() -> None:
+        async with beginning(running.database):
+            await running.write("lost")
+            set_rollback(False)
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        await fail()
+    assert running.stored() == []
+
+
+async def test_a_failed_commit_of_begin_is_raised_as_it_is(running: Running) -> None:
+    """The error of SQLAlchemy's, nothing stored, and the connection clean for the next one."""
+
+    async def fail() -> None:
+        async with beginning(running.database):
+            await running.write("lost")
+            await running.doom()
+
+    with pytest.raises(IntegrityError):
+        await fail()
+    await running.assert_clean()
+    assert running.stored() == []
+    await store(running.database, "kept")
+    assert running.stored() == ["kept"]
+
+
+async def test_the_session_of_begin_is_the_current_one(running: Running) -> None:
+    """Code that calls `get_session()` works the same in a request and in a script."""
+    mine, database = get_sync_session if running.real.is_sync else get_session, running.database
+    async with beginning(database) as outer:
+        assert database.get_session() is outer
+        assert mine() is outer
+        async with beginning(database) as inner:
+            assert inner is not outer
+            assert mine() is database.get_session() is inner
+        assert mine() is database.get_session() is outer
+    with pytest.raises(NoSession, match=r"database\.begin\(\)"):
+        mine()
+
+
+async def test_a_session_of_begin_ends_with_its_block(running: Running) -> None:
+    """It can never check out a connection afterwards."""
+    async with beginning(running.database) as session:
+        await running.write("kept")
+    with pytest.raises(SessionClosed, match=r"database\.begin\(\)"):
+        await result_of(session.execute(select(ENTRY)))
+    await running.assert_clean()
+
+
+async def test_begin_holds_no_connection_until_the_first_statement(running: Running) -> None:
+    """A worker may open it before it waits for something to do."""
+    held = []
+    async with beginning(running.database):
+        held.append(pool_of(running.database).checkedout())
+        await running.write("kept")
+        held.append(pool_of(running.database).checkedout())
+    held.append(pool_of(running.database).checkedout())
+    assert held == [0, 1, 0]
+
+
+async def test_an_audit_row_survives_the_rollback_of_its_request(running: Running) -> None:
+    """`begin()` in a request is a transaction of its own, that knows which request it is in."""
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = running.database.get_session()
+        if running.real.is_postgresql:  # SQLite has one writer at a time
+            await running.write("lost before")
+        async with beginning(running.database) as audit:
+            await running.write("audit")
+            seen.append((audit is session, audit.info["scope"] is scope))
+        seen.append(running.database.get_session() is session)
+        await running.write("lost after")
+        await respond(send, 400)
+
+    assert (await get(DBSessionMiddleware(app, running.database))).status == 400
+    assert seen == [(False, True), True]
+    assert running.stored() == ["audit"]
+
+
+async def test_set_rollback_in_begin_does_not_decide_for_its_request(running: Running) -> None:
+    """And the other way round: each decides for itself."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async with beginning(running.database):
+            await running.write("lost")
+            set_rollback(True)
+        await running.write("kept")
+        await respond(send)
+
+    await get(DBSessionMiddleware(app, running.database))
+    assert running.stored() == ["kept"]
+
+
+async def test_tasks_at_once_have_a_unit_of_work_each(running: Running) -> None:
+    """`begin()` in each child is what `gather` over one session is not: safe."""
+
+    async def child(number: int) -> None:
+        async with beginning(running.database):
+            await running.execute(select(ENTRY))
+            if running.real.is_postgresql or number == 0:  # SQLite has one writer at a time
+                await running.write(f"child {number}")
+            if number == 1:
+                raise LookupError
+
+    results = await asyncio.gather(*map(child, range(3)), return_exceptions=True)
+    assert [type(result) for result in results] == [type(None), LookupError, type(None)]
+    expected = ["child 0", "child 2"] if running.real.is_postgresql else ["child 0"]
+    assert sorted(running.stored()) == expected
+
+
+async def test_begin_outside_of_a_request_knows_of_none(running: Running) -> None:
+    """Events that read `session.info["scope"]` find None, not a missing key."""
+    async with beginning(running.database) as session:
+        assert session.info["scope"] is None
+
+
+async def test_the_session_dependency_is_the_session(running: Running) -> None:
+    """Inside a unit of work; without parameters that an injector could ask a client for."""
+    dependency = running.database.session_dependency
+    async with beginning(running.database) as session:
+        assert await dependency() is session
+        if not running.real.is_sync:
+            assert await asgi_dbsession.session_dependency() is session
+    for function in (dependency, asgi_dbsession.session_dependency):
+        assert inspect.iscoroutinefunction(function)
+        assert not inspect.signature(function).parameters
+
+
+# What its sessions are
+
+
+async def test_objects_can_be_read_after_the_commit(running: Running) -> None:
+    """`expire_on_commit` is False: a template needs no session."""
+    entry = Entry(note="kept")
+    async with beginning(running.database) as session:
+        session.add(entry)
+    assert entry.note == "kept"
+    assert entry.id is not None
+    assert running.stored() == ["kept"]
+
+
+async def test_session_options_reach_the_session(real: Real) -> None:
+    """`info` too, beside the scope."""
+    options: Any = {"expire_on_commit": True, "autoflush": False, "info": {"tenant": "blue"}}
+    async with real.describe(session_options=options) as database:
+        async with beginning(database) as session:
+            entry = Entry(note="kept")
+            session.add(entry)
+            assert session.autoflush is False
+            assert session.info == {"tenant": "blue", "scope": None}
+        assert inspect.getattr_static(entry, "note") is not None
+        assert "note" not in entry.__dict__
+    assert real.stored() == ["kept"]
+
+
+@pytest.mark.parametrize("origin", ["sqlmodel", "own"])
+async def test_a_session_class_of_ones_own_stays_itself(real: Real, origin: str) -> None:
+    """An instance of the class, with the methods that it adds, in the same transaction."""
+    session_class: Any
+    if origin == "own":
+        session_class = ShoutingSync if real.is_sync else Shouting
+    else:
+        session_class = sqlmodel.Session if real.is_sync else SQLModelAsyncSession
+    options: Any = {"class_": session_class}
+    async with real.describe(session_options=options) as database:
+        async with beginning(database) as session:
+            assert isinstance(session, session_class)
+            assert database.get_session() is session
+            if origin == "own":
+                await result_of(session.shout("kept"))
+            else:
+                session.add(Entry(note="KEPT"))
+                query: Any = sqlmodel.select(ENTRY.c.note)
+                assert (await result_of(session.exec(query))).all() == ["KEPT"]
+            assert real.stored() == []
+        assert real.stored() == ["KEPT"]
+        with pytest.raises(SessionClosed, match=r"database\.begin\(\)"):
+            await result_of(
+                session.shout("lost") if origin == "own" else session.exec(sqlmodel.select(1))
+            )
+        await real.assert_clean(database)
+
+
+async def test_the_session_behind_an_async_one_can_be_of_ones_own(real: Real) -> None:
+    """`sync_session_class`, as SQLAlchemy has it, for lazy loading and `run_sync`."""
+    if real.is_sync:
+        pytest.skip("there is none behind it")
+    options: Any = {"sync_session_class": ShoutingSync}
+    async with real.describe(session_options=options) as database:
+        async with beginning(database) as session:
+            assert isinstance(session.sync_session, ShoutingSync)
+            await session.run_sync(lambda sync: sync.shout("kept"))
+        assert real.stored() == ["KEPT"]
+
+
+@pytest.mark.parametrize("wrong", [Session, dict, None, "AsyncSession", AsyncSession(), Entry])
+def test_what_is_no_async_session_class_is_refused(wrong: Any) -> None:
+    """When it is configured, not at the first request."""
+    with pytest.raises(ConfigurationError, match="subclass of AsyncSession"):
+        AsyncDatabase("sqlite://", session_options={"class_": wrong})
+
+
+@pytest.mark.parametrize("wrong", [AsyncSession, SQLModelAsyncSession, dict, None])
+def test_what_is_no_session_class_is_refused(wrong: Any) -> None:
+    """The same for a database that blocks."""
+    with pytest.raises(ConfigurationError, match="subclass of Session"):
+        SyncDatabase("sqlite://", session_options={"class_": wrong})
+
+
+# SQLite in memory
+
+MEMORY = [
+    pytest.param(AsyncDatabase, "sqlite+aiosqlite://", id="async"),
+    pytest.param(AsyncDatabase, "sqlite+aiosqlite:///:memory:", id="async-named"),
+    pytest.param(
+        AsyncDatabase,
+        "sqlite+aiosqlite:///file:a?mode=memory&cache=shared&uri=true",
+        id="async-uri",
+    ),
+    pytest.param(AsyncDatabase, "sqlite+aiosqlite:///file::memory:?uri=true", id="async-file"),
+    pytest.param(SyncDatabase, "sqlite://", id="sync"),
+    pytest.param(SyncDatabase, "sqlite:///:memory:", id="sync-named"),
+    pytest.param(SyncDatabase, "sqlite:///file:b?mode=memory&cache=shared&uri=true", id="sync-uri"),
+    pytest.param(SyncDatabase, "sqlite:///file::memory:?uri=true", id="sync-file"),
+]
+
+
+@asynccontextmanager
+async def with_tables(database: AnyDatabase) -> AsyncIterator[Running]:
+    """A database in memory, running, with the tables of the tests."""
+    async with database:
+        async with beginning(database) as session:
+            if isinstance(database, SyncDatabase):
+                METADATA.create_all(session.connection())
+            else:
+                await session.run_sync(lambda sync: METADATA.create_all(sync.connection()))
+        real: Any = None  # nothing else can look into it
+        yield Running(real, database)
+        assert pool_of(database).checkedout() == 0
+
+
+@pytest.mark.parametrize(("database_class", "url"), MEMORY)
+async def test_a_database_in_memory_outlives_its_sessions(
+    database_class: type[AnyDatabase], url: str
+) -> None:
+    """Each request finds what the others stored, also those that ran in other threads."""
+    async with with_tables(database_class(url)) as running:
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await running.write(scope["path"])
+            await respond(send)
+
+        middleware = DBSessionMiddleware(app, running.database)
+        statuses = [(await get(middleware, path)).status for path in ("/1", "/2", "/3")]
+        assert statuses == [200, 200, 200]
+        assert await notes(running.database) == ["/1", "/2", "/3"]
+
+
+@pytest.mark.parametrize(("database_class", "url"), MEMORY)
+async def test_requests_at_once_do_not_share_a_transaction_in_memory(
+    database_class: type[AnyDatabase], url: str
+) -> None:
+    """One that rolls back takes nothing of another's with it, and leaves nothing to it."""
+    written = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write(scope["path"])
+        if scope["path"] == "/lost":
+            written.set()
+            await asyncio.wait([other], timeout=0.2)  # shared, it would end now, and keep our row
+            await respond(send, 400)
+        else:
+            await respond(send)
+
+    async def ask_for_the_other() -> Exchange:
+        await written.wait()
+        return await get(middleware, "/kept")
+
+    async with with_tables(database_class(url)) as running:
+        middleware = DBSessionMiddleware(app, running.database)
+        other = asyncio.create_task(ask_for_the_other())
+        assert (await get(middleware, "/lost")).status == 400
+        assert (await other).status == 200
+        assert await notes(running.database) == ["/kept"]
+
+
+@pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"connect_args": {"timeout": 5}},
+        {"poolclass": StaticPool},
+        {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}},
+    ],
+    ids=str,
+)
+async def test_engine_options_for_a_database_in_memory_are_respected(
+    database_class: type[AnyDatabase], options: dict[str, Any]
+) -> None:
+    """What every tutorial gives still works, in whichever thread a handler runs."""
+    async with database_class("sqlite://", **options) as database:
+        if "poolclass" in options:
+            assert isinstance(database.engine.pool, options["poolclass"])
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await Running(None, database).execute(select(1))  # type: ignore[arg-type]
+            await respond(send)
+
+        exchange = await get(DBSessionMiddleware(app, database))
+        assert exchange.error is None
+        assert exchange.status == 200
+        async with beginning(database) as session:  # now in the thread of the loop
+            await result_of(session.execute(select(1)))
+
+
+# What it tells
+
+
+def raised_by(use: Callable[[], Any]) -> DBSessionError:
+    """The error of this package's that `use` raises."""
+    with pytest.raises(DBSessionError) as caught:
+        use()
+    return caught.value
+
+
+@pytest.mark.parametrize("place", ["password", "options"])
+async def test_no_text_ever_shows_a_password(place: str) -> None:
+    """Neither what a database prints as, nor any error about it, nor what that was caused by."""
+    word = "hush/hush"
+    url = postgres.new_database("secret").set(drivername="postgresql+psycopg")
+    url = (
+        url.set(password=word) if place == "password" else url.update_query_dict({"password": word})
+    )
+    database, sync_database = AsyncDatabase(url), SyncDatabase(url)
+    app: Any = respond
+    text_of_url: Any = url.render_as_string(hide_password=False)
+    errors: list[BaseException] = []
+    for each in (database, sync_database):
+        wrong: Any = {"class_": dict}
+        engine: Any = create_engine(url) if each is database else create_async_engine(url)
+        mistakes: Any = (
+            lambda each=each: each.engine,
+            each.get_session,
+            lambda each=each, wrong=wrong: type(each)(url, session_options=wrong),
+            lambda each=each: DBSessionMiddleware(app, each, each),
+            lambda each=each, engine=engine: type(each).from_engine(engine),
+            lambda each=each: type(each).from_engine(text_of_url),
+            lambda engine=engine: DBSessionMiddleware(app, engine),
+            lambda: DBSessionMiddleware(app, [text_of_url]),
+        )
+        errors += map(raised_by, mistakes)
+        for broken in (type(each)(url, nonsense=word), type(each)(url.set(database="nobody"))):
+            with pytest.raises(DBSessionError) as caught:
+                await broken.startup()
+            errors.append(caught.value)
+    for driver in ("postgresql+psycopg2", "postgresql+nonsense", "mysql+asyncmy", "nonsense"):
+        changed = url.set(drivername=driver)
+        errors.append(raised_by(lambda changed=changed: AsyncDatabase(changed)))  # type: ignore[misc]
+    errors.append(raised_by(lambda: SyncDatabase(url.set(drivername="postgresql+asyncpg"))))
+    async with database:
+
+        async def swallow() -> None:
+            async with database.begin() as session:
+                with pytest.raises(DBAPIError):
+                    await session.execute(text("SELECT 1 / 0"))
+
+        with pytest.raises(TransactionAborted) as aborted:
+            await swallow()
+        async with database.begin() as session:
+            at_once = [session.execute(select(1)) for _ in range(2)]
+            results = await asyncio.gather(*at_once, return_exceptions=True)
+        with pytest.raises(SessionClosed) as closed:
+            await session.execute(select(1))
+        concurrent = [each for each in results if isinstance(each, ConcurrentUse)]
+        assert concurrent
+        errors += [aborted.value, closed.value, *concurrent]
+    shown = [str(database), repr(database), str(sync_database), repr(sync_database)]
+    assert all("secret" in each for each in shown)
+    shown += ["".join(traceback.format_exception(error)) for error in errors]
+    assert [each for each in shown if "hush" in each] == []
+
+
+async def test_the_password_is_hidden_where_somebody_elses_error_quotes_it() -> None:
+    """The reason of a driver or of SQLAlchemy's is told without it."""
+    url = postgres.new_database("secret").set(drivername="postgresql+psycopg", password="hush")
+    with pytest.raises(DBSessionError) as caught:
+        await AsyncDatabase(url, isolation_level="hush").startup()
+    assert "isolation" in str(caught.value)
+    assert "***" in str(caught.value)
+    assert "hush" not in str(caught.value)

@@ -1,0 +1,325 @@
+"""The end of a unit of work never overlaps an operation on its session."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from asgi import Exchange, get, respond
+from conftest import ENTRY, Running
+from sqlalchemy import select, text
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from asgi_dbsession import ConcurrentUse, DBSessionMiddleware, SessionClosed
+
+pytestmark = pytest.mark.anyio
+
+
+def slow(running: Running) -> Any:
+    """A statement that takes a while, so that others can come in between."""
+    if running.real.is_postgresql:
+        return text("SELECT pg_sleep(0.1)")
+    return text(
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 400000) "
+        "SELECT count(*) FROM n"
+    )
+
+
+async def is_in_flight(running: Running) -> None:
+    """Wait until the session of the request is in the middle of an operation."""
+    while running.database.engine.pool.checkedout() == 0:
+        await asyncio.sleep(0.001)
+
+
+async def serve_innocent_requests(running: Running, number: int = 100) -> None:
+    """Many requests after the culprit: each must be stored, and none may notice anything."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write(scope["path"])
+        await respond(send)
+
+    middleware = DBSessionMiddleware(app, running.database)
+    paths = [f"/innocent/{number}" for number in range(number)]
+    for path in paths:
+        exchange = await get(middleware, path)
+        assert (exchange.status, exchange.error) == (200, None)
+    assert [note for note in running.stored() if note in paths] == paths
+
+
+@pytest.mark.parametrize("warm", [True, False])
+async def test_gather_over_one_session_is_refused_and_harms_nobody(
+    running: Running, *, warm: bool
+) -> None:
+    """On a warm pool and on a cold one alike; the error names `database.begin()`."""
+    errors = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if warm:
+            await running.execute(select(ENTRY))
+        results = await asyncio.gather(
+            *(running.execute(slow(running)) for _ in range(3)), return_exceptions=True
+        )
+        errors.extend(result for result in results if isinstance(result, BaseException))
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.status == 200
+    assert [type(error) for error in errors] == [ConcurrentUse] * 2
+    assert "database.begin()" in str(errors[0])
+    await running.assert_clean()
+    await serve_innocent_requests(running)
+
+
+async def test_gather_that_fails_leaves_no_connection_in_a_transaction(running: Running) -> None:
+    """The first error ends the handler while another statement is still in flight."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("lost")
+        await asyncio.gather(*(running.execute(slow(running)) for _ in range(3)))
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert isinstance(exchange.error, ConcurrentUse)
+    await running.assert_clean()
+    assert running.stored() == []
+    await serve_innocent_requests(running)
+
+
+@pytest.mark.parametrize("status", [200, 400])
+async def test_the_end_waits_for_a_statement_that_outlives_its_request(
+    running: Running, status: int
+) -> None:
+    """A detached task finishes its statement, and is told `SessionClosed` at the next one."""
+    tasks = []
+
+    async def detached() -> None:
+        await running.execute(slow(running))
+        await running.write("late")
+        await running.write("too late")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        tasks.append(asyncio.create_task(detached()))
+        await is_in_flight(running)
+        await respond(send, status)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.status == status
+    with pytest.raises(SessionClosed, match=r"database\.begin\(\)"):
+        await tasks[0]
+    await running.assert_clean()
+    await serve_innocent_requests(running)
+
+
+async def test_an_operation_that_meets_the_end_waits_for_it(running: Running) -> None:
+    """COMMIT and the statement of another task follow each other, and neither fails."""
+    committed = asyncio.Event()
+    tasks = []
+
+    async def other() -> None:
+        while not running.database.get_session().in_transaction():
+            await asyncio.sleep(0)
+        committed.set()
+        # From here on COMMIT is under way at some point; every one of these must wait for it.
+        for number in range(20):
+            await running.write(f"other {number}")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("handler")
+        tasks.append(asyncio.create_task(other()))
+        await committed.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await tasks[0]
+        await send({"type": "http.response.body", "body": b"end"})
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.complete
+    assert exchange.error is None
+    assert running.stored() == ["handler", *(f"other {number}" for number in range(20))]
+
+
+async def test_a_cancelled_handler_does_not_leave_its_threads_or_tasks_the_session(
+    running: Running,
+) -> None:
+    """A thread cannot be cancelled; what it still does on the session is rolled back and refused."""
+    tasks = []
+
+    async def child() -> None:
+        await running.write("lost")
+        await running.execute(slow(running))
+        await running.write("late")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        tasks.append(asyncio.create_task(child()))
+        await asyncio.Event().wait()
+
+    exchange = Exchange(DBSessionMiddleware(app, running.database))
+    request = asyncio.create_task(exchange.run())
+    await is_in_flight(running)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    with pytest.raises(SessionClosed):
+        await tasks[0]
+    await running.assert_clean()
+    assert running.stored() == []
+
+
+class Inner(BaseHTTPMiddleware):
+    """What every `@app.middleware("http")` is: the application runs in a task of its own."""
+
+    async def dispatch(self, request: Request, call_next: Any) -> Response:
+        """Pass on."""
+        response: Response = await call_next(request)
+        return response
+
+
+def below_base_http_middleware(running: Running, handler: Any) -> Starlette:
+    """An application with a `BaseHTTPMiddleware` between ours and the handler."""
+    app = Starlette(routes=[Route("/{path:path}", handler)])
+    app.add_middleware(Inner)
+    app.add_middleware(DBSessionMiddleware, running.database)
+    return app
+
+
+async def test_a_streaming_body_below_base_http_middleware_is_correct(running: Running) -> None:
+    """Its first statement may come before, during or after the COMMIT of the start."""
+
+    async def handler(request: Request) -> Response:
+        path = request.url.path
+
+        async def parts() -> Any:
+            for number in range(5):
+                await running.write(f"{path} body {number}")
+                yield b"part"
+
+        await running.write(f"{path} handler")
+        return StreamingResponse(parts())
+
+    app = below_base_http_middleware(running, handler)
+    for number in range(20):
+        exchange = await get(app, f"/{number}")
+        assert (exchange.status, exchange.error, exchange.body) == (200, None, b"part" * 5)
+        await running.assert_clean()
+    assert running.stored() == [
+        note
+        for number in range(20)
+        for note in (f"/{number} handler", *(f"/{number} body {part}" for part in range(5)))
+    ]
+
+
+async def test_a_background_task_below_base_http_middleware_is_a_whole_unit(
+    running: Running,
+) -> None:
+    """The last body message comes from another task, and must not commit half of its work."""
+    seen = []
+
+    async def background() -> None:
+        await running.write("background 1")
+        await running.execute(slow(running))
+        seen.append(running.stored())
+        await running.write("background 2")
+
+    async def handler(request: Request) -> Response:
+        await running.write("handler")
+        return PlainTextResponse("ok", background=BackgroundTask(background))
+
+    exchange = await get(below_base_http_middleware(running, handler))
+    assert exchange.complete
+    assert seen == [["handler"]]
+    assert running.stored() == ["handler", "background 1", "background 2"]
+
+
+def stream_of_rows(running: Running) -> Any:
+    """Enough rows that reading them takes many fetches."""
+    if running.real.is_postgresql:
+        return text("SELECT i, repeat('x', 2000) FROM generate_series(1, 3000) AS i")
+    return text(
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000) "
+        "SELECT i, hex(zeroblob(1000)) FROM n"
+    )
+
+
+@pytest.mark.parametrize("status", [200, 400])
+async def test_a_stream_of_rows_that_another_task_reads_cannot_poison_the_pool(
+    running: Running, status: int
+) -> None:
+    """Its fetches bypass the session, so an end may meet one: it may fail, but nothing may leak."""
+    if running.real.is_sync:
+        pytest.skip("only async sessions stream rows")
+    tasks = []
+
+    async def read() -> None:
+        session: Any = running.database.get_session()
+        try:
+            async for _ in await session.stream(stream_of_rows(running)):
+                started.set()
+        finally:
+            started.set()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write(scope["path"])
+        tasks.append(asyncio.create_task(read()))
+        await started.wait()
+        await respond(send, status)
+
+    middleware = DBSessionMiddleware(app, running.database)
+    for number in range(20):
+        started = asyncio.Event()
+        exchange = await get(middleware, f"/{number}")
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await running.assert_clean()
+        if exchange.status == 200:
+            assert f"/{number}" in running.stored()
+        if exchange.status == 400:
+            assert f"/{number}" not in running.stored()
+    await serve_innocent_requests(running)
+
+
+async def test_a_stream_of_rows_in_the_body_is_read_to_its_end(running: Running) -> None:
+    """Opened where it is read, it is an export of any size."""
+    if running.real.is_sync:
+        pytest.skip("only async sessions stream rows")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("handler")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        session: Any = running.database.get_session()
+        async for _ in await session.stream(stream_of_rows(running)):
+            await send({"type": "http.response.body", "body": b".", "more_body": True})
+        await send({"type": "http.response.body"})
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.error, len(exchange.body)) == (None, 3000)
+    assert running.stored() == ["handler"]
+
+
+async def test_savepoints_take_turns_like_statements(running: Running) -> None:
+    """RELEASE SAVEPOINT is an operation too: the end waits for it."""
+    if running.real.is_sync:
+        pytest.skip("a blocking `with` has no place between its statements for another task")
+    tasks = []
+    released = asyncio.Event()
+
+    async def nested() -> None:
+        session: Any = running.database.get_session()
+        for number in range(10):
+            async with session.begin_nested():
+                await running.write(f"nested {number}")
+            released.set()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        tasks.append(asyncio.create_task(nested()))
+        await released.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"end"})
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.error is None
+    await running.assert_clean()
+    await serve_innocent_requests(running)

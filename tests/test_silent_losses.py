@@ -1,0 +1,197 @@
+"""What SQLAlchemy and its drivers would lose in silence is said aloud."""
+
+from typing import Any
+
+import pytest
+from asgi import get, respond
+from conftest import ENTRY, METADATA, Running
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.orm import registry
+
+from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, SyncDatabase, TransactionAborted
+
+pytestmark = pytest.mark.anyio
+
+WRONG = text("SELECT * FROM no_such_table")
+
+
+class Note:
+    """A row of the table, as an object."""
+
+    def __init__(self, note: str) -> None:
+        self.note = note
+
+
+registry(metadata=METADATA).map_imperatively(Note, ENTRY)
+
+
+async def swallow(running: Running) -> None:
+    """Run a statement that fails, and go on as if it had not."""
+    try:
+        await running.execute(WRONG)
+    except DBAPIError:
+        return
+    raise AssertionError("the statement did not fail")
+
+
+async def test_a_swallowed_error_cannot_turn_commit_into_a_rollback(running: Running) -> None:
+    """PostgreSQL aborts the transaction; SQLite does not, and there the work is stored."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("before")
+        await swallow(running)
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    if running.real.is_postgresql:
+        assert exchange.messages == []
+        assert isinstance(exchange.error, TransactionAborted)
+        assert isinstance(exchange.error, SQLAlchemyError)
+        assert "begin_nested()" in str(exchange.error)
+        assert "no_such_table" in str(exchange.error)
+        assert running.stored() == []
+    else:
+        assert exchange.status == 201
+        assert running.stored() == ["before"]
+
+
+async def test_an_error_inside_a_savepoint_may_be_swallowed(running: Running) -> None:
+    """Rolling back to the savepoint heals the transaction around it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("before")
+        if isinstance(running.database, SyncDatabase):
+            session: Any = running.database.get_session()
+            with pytest.raises(DBAPIError), session.begin_nested():
+                session.execute(WRONG)
+        else:
+            session = running.database.get_session()
+            with pytest.raises(DBAPIError):
+                async with session.begin_nested():
+                    await session.execute(WRONG)
+        await running.write("after")
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error) == (201, None)
+    assert running.stored() == ["before", "after"]
+
+
+async def test_an_error_may_be_swallowed_after_a_rollback(running: Running) -> None:
+    """A new transaction knows nothing of the errors of the last one."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("before")
+        await swallow(running)
+        await running.call("rollback")
+        await running.write("after")
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error) == (201, None)
+    assert running.stored() == ["after"]
+
+
+async def test_an_error_that_harmed_nothing_may_be_swallowed(running: Running) -> None:
+    """The database is asked, not the error: a savepoint made by hand heals the transaction too."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("before")
+        await running.execute(text("SAVEPOINT mine"))
+        await swallow(running)
+        await running.execute(text("ROLLBACK TO SAVEPOINT mine"))
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error) == (201, None)
+    assert running.stored() == ["before"]
+
+
+async def test_an_error_on_the_raw_connection_counts_too(running: Running) -> None:
+    """`session.connection()` is no way around it."""
+    if running.real.is_sync or not running.real.is_postgresql:
+        pytest.skip("only PostgreSQL aborts a transaction; async says it all")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        connection = await running.call("connection")
+        await running.write("before")
+        with pytest.raises(DBAPIError):
+            await connection.execute(WRONG)
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert isinstance(exchange.error, TransactionAborted)
+
+
+async def test_a_commit_of_the_handlers_own_is_refused_too(running: Running) -> None:
+    """Wherever COMMIT is called: in the handler, in `begin()`, in a transaction of its own."""
+    if not running.real.is_postgresql:
+        pytest.skip("only PostgreSQL aborts a transaction")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("before")
+        await swallow(running)
+        with pytest.raises(TransactionAborted):
+            await running.call("commit")
+        await respond(send, 400)
+
+    assert (await get(DBSessionMiddleware(app, running.database))).status == 400
+    if isinstance(running.database, AsyncDatabase):
+        with pytest.raises(TransactionAborted):
+            async with running.database.begin():
+                await swallow(running)
+    assert running.stored() == []
+
+
+async def test_on_commit_error_hears_of_an_aborted_transaction(running: Running) -> None:
+    """It is a COMMIT that failed, like any other."""
+    if not running.real.is_postgresql:
+        pytest.skip("only PostgreSQL aborts a transaction")
+
+    def answer(error: Exception) -> Any:
+        async def conflict(scope: Any, receive: Any, send: Any) -> None:
+            await respond(send, 409, type(error).__name__.encode())
+
+        return conflict
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await swallow(running)
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database, on_commit_error=answer))
+    assert (exchange.status, exchange.body) == (409, b"TransactionAborted")
+
+
+async def test_a_killed_connection_is_an_error_and_not_a_loss(running: Running) -> None:
+    """The server ends the connection before COMMIT: nothing is stored, and nothing was said."""
+    if not running.real.is_postgresql:
+        pytest.skip("SQLite has no server")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("lost")
+        with running.real.reader.connect() as connection:
+            connection.execute(
+                text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE "
+                    "datname = current_database() AND state = 'idle in transaction'"
+                )
+            )
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.messages == []
+    assert isinstance(exchange.error, DBAPIError)
+    assert running.stored() == []
+    await running.assert_clean()
+
+
+async def test_what_was_added_and_never_flushed_is_stored(running: Running) -> None:
+    """`session.add()` alone is work; so is a Core statement alone."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        running.database.get_session().add(Note(note="orm"))
+        await respond(send, 201)
+
+    await get(DBSessionMiddleware(app, running.database))
+    assert running.stored() == ["orm"]
