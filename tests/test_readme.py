@@ -1,0 +1,60 @@
+"""Whatever the README shows works when it is pasted."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def run(block: str) -> dict[str, Any]:
+    """Execute a block as a module of its own."""
+    namespace: dict[str, Any] = {"__name__": "pasted"}
+    exec(compile(block, "README.md", "exec"), namespace)  # noqa: S102
+    return namespace
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_every_block_runs(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an empty folder, with nothing but what it imports."""
+    monkeypatch.chdir(tmp_path)
+    run(BLOCKS[number])
+
+
+def test_the_first_example_stores_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each visit is counted, also by the next server."""
+    monkeypatch.chdir(tmp_path)
+    for visits in ({"visits": 1}, {"visits": 2}):
+        with TestClient(run(BLOCKS[0])["app"]) as client:
+            assert client.get("/").json() == visits
+
+
+def test_the_example_of_a_def_handler_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs in the framework's thread pool."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block for block in BLOCKS if "def version" in block)
+    with TestClient(run(block)["app"]) as client:
+        assert client.get("/").text.startswith("3.")
+
+
+def test_every_error_is_in_the_table_of_the_readme() -> None:
+    """With its cure, where it is looked for."""
+    import asgi_dbsession  # noqa: PLC0415
+
+    errors = {
+        name
+        for name in asgi_dbsession.__all__
+        if isinstance(value := getattr(asgi_dbsession, name), type)
+        and issubclass(value, Exception)
+    } - {"DBSessionError"}
+    assert errors == set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
