@@ -217,7 +217,7 @@ class Database(ABC, Generic[E, S]):
     def _begin_unit(self) -> UnitOfWork:
         enclosing = current_unit.get()
         scope = enclosing.scope if enclosing is not None else None
-        unit = UnitOfWork((self,), scope, enclosing, joins=False)
+        unit = UnitOfWork((self,), scope, enclosing)
         current_unit.set(unit)
         return unit
 

@@ -86,7 +86,8 @@ class DBSessionMiddleware:
 
     async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         enclosing = scope.get(_KEY)
-        unit = scope[_KEY] = UnitOfWork(self.databases, scope, enclosing, joins=True)
+        unit = scope[_KEY] = UnitOfWork(self.databases, scope, enclosing)
+        unit.joins = enclosing is not None
         started = complete = False
 
         async def end_unit_then_send(message: Message) -> None:

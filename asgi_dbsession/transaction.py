@@ -134,7 +134,7 @@ def _was_answered(error: Exception | None) -> bool:
 def _remember_connection(
     session: SessionInTurn, _transaction: object, connection: Connection
 ) -> None:
-    held = (each for each in session.connections if not each.closed and each is not connection)
+    held = [each for each in session.connections if not each.closed and each is not connection]
     session.connections = (*held, connection)
 
 

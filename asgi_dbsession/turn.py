@@ -10,6 +10,10 @@ from sqlalchemy.util import await_only
 from .errors import ConcurrentUse, SessionClosed
 
 
+# Held for two instructions, so one is enough for all.
+_reserving = Lock()
+
+
 class Turn:
     """Whose turn it is on one session.
 
@@ -29,7 +33,6 @@ class Turn:
         "_ending",
         "_free",
         "_holder",
-        "_mutex",
         "_over",
         "_wait",
         "_waiting",
@@ -42,7 +45,6 @@ class Turn:
         self._caller = caller
         self._wait = wait
         self._free = Lock()
-        self._mutex = Lock()
         self._holder: object = None
         self._ending: object = None
         self._depth = 0
@@ -78,7 +80,7 @@ class Turn:
         """
         caller = self._caller()
         while True:
-            with self._mutex:
+            with _reserving:
                 if self._ending is None:
                     self._ending = caller
             if self._claim(caller, ending=caller):

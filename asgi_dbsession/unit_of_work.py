@@ -61,12 +61,17 @@ class UnitOfWork:
         databases: What it opens sessions of; the first of each kind is the default.
         scope: The ASGI scope it serves, for `session.info["scope"]`.
         enclosing: Where other databases are looked for.
-        joins: Whether `enclosing` is of the same request. Databases that it has stay with it.
+
+    Attributes:
+        joins: Whether `enclosing` is of the same request; databases that it has stay with it.
+        rollback: What `set_rollback` said of the work since the last end.
+        failure: The first error of a COMMIT.
     """
 
     # Whatever is not yet so is stated once, for all: most requests never change it.
-    failure: Exception | None = None
+    joins = False
     rollback: bool | None = None
+    failure: Exception | None = None
     _over = False
 
     def __init__(
@@ -74,13 +79,10 @@ class UnitOfWork:
         databases: tuple[SessionSource[Any], ...],
         scope: Scope | None,
         enclosing: "UnitOfWork | None",
-        *,
-        joins: bool,
     ) -> None:
         self.databases = databases
         self.scope = scope
         self.enclosing = enclosing
-        self.joins = joins
         self.sessions: dict[SessionSource[Any], OpenSession[Any]] = {}
 
     def manages(self, database: SessionSource[Any]) -> bool:
@@ -130,6 +132,8 @@ class UnitOfWork:
     async def close(self, *, commit: bool) -> None:
         """The same, for good: nothing opened here can check out a connection afterwards."""
         self._over = True
+        if not self.sessions:
+            return
         working = [
             each
             for each in self._in_order()

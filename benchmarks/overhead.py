@@ -141,7 +141,9 @@ async def main(rounds: int) -> None:
     async with AsyncDatabase(url) as database:
         hand, ours = client_of(by_hand(sessions)), client_of(with_middleware(database))
         print(f"Python {sys.version.split()[0]}, SQLAlchemy {sqlalchemy.__version__}, asyncpg,")
-        print(f"{rounds} rounds in turn; median of each, and of the ratio pair by pair (quartiles)\n")
+        print(
+            f"{rounds} rounds in turn; median of each, and of the ratio pair by pair (quartiles)\n"
+        )
         print(f"{'request':12}{'by hand':>12}{'middleware':>12}{'more':>10}{'ratio':>8}")
         for path, requests in (("/nothing", 3000), ("/read", 200), ("/write", 200)):
             await measure(hand, path, requests), await measure(ours, path, requests)

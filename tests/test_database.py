@@ -740,6 +740,7 @@ async def test_no_text_ever_shows_a_password(place: str) -> None:
     )
     database, sync_database = AsyncDatabase(url), SyncDatabase(url)
     app: Any = respond
+    several: Any = [url.render_as_string(hide_password=False)]
     text_of_url: Any = url.render_as_string(hide_password=False)
     errors: list[BaseException] = []
     for each in (database, sync_database):
@@ -753,7 +754,7 @@ async def test_no_text_ever_shows_a_password(place: str) -> None:
             lambda each=each, engine=engine: type(each).from_engine(engine),
             lambda each=each: type(each).from_engine(text_of_url),
             lambda engine=engine: DBSessionMiddleware(app, engine),
-            lambda: DBSessionMiddleware(app, [text_of_url]),
+            lambda: DBSessionMiddleware(app, several),
         )
         errors += map(raised_by, mistakes)
         for broken in (type(each)(url, nonsense=word), type(each)(url.set(database="nobody"))):

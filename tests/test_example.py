@@ -288,12 +288,12 @@ async def test_the_export_streams_all_orders_and_holds_no_connection(books: Book
 @pytest.mark.anyio
 async def test_each_sqlite_connection_is_set_up(tmp_path: Path) -> None:
     """Foreign keys are checked, readers do not wait for writers, writers wait for each other."""
-    async with describe_database(f"sqlite:///{tmp_path / 'shop.db'}") as database:
-        async with database.begin() as session:
-            found = [
-                await session.scalar(text(f"PRAGMA {pragma}"))
-                for pragma in ("foreign_keys", "journal_mode", "busy_timeout")
-            ]
+    database = describe_database(f"sqlite:///{tmp_path / 'shop.db'}")
+    async with database, database.begin() as session:
+        found = [
+            await session.scalar(text(f"PRAGMA {pragma}"))
+            for pragma in ("foreign_keys", "journal_mode", "busy_timeout")
+        ]
     assert found == [1, "wal", 5000]
 
 
