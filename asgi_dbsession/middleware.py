@@ -120,7 +120,7 @@ class DBSessionMiddleware:
             current_unit.reset(token)
             scope[_KEY] = enclosing
         if unit.failure is not None:
-            answer = None if started else self._answer_to(unit.failure)
+            answer = self._answer_to(unit.failure, started=started)
             if answer is None:
                 raise unit.failure
             await answer(scope, receive, send)
@@ -128,8 +128,10 @@ class DBSessionMiddleware:
     def _is_success(self, unit: UnitOfWork, status: int) -> bool:
         return self.commit_when(status) if unit.rollback is None else not unit.rollback
 
-    def _answer_to(self, failure: Exception) -> ASGIApp | None:
-        return None if self.on_commit_error is None else self.on_commit_error(failure)
+    def _answer_to(self, failure: Exception, *, started: bool) -> ASGIApp | None:
+        if started or self.on_commit_error is None:
+            return None
+        return self.on_commit_error(failure)
 
 
 class _CommitFailed(BaseException):

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session, SessionTransaction
+from typing_extensions import override
 
 from .turn import Turn
 
@@ -72,11 +73,13 @@ class SessionInTurn(Session):
         super().__init__(*args, **kwargs)
         self.turn = turn
 
+    @override
     def add(self, instance: object, *args: Any, **kwargs: Any) -> None:
         # Touches memory only, so it takes no turn; but it must not begin a new life either.
         self.turn.refuse_if_over()
         super().add(instance, *args, **kwargs)
 
+    @override
     def begin(self, nested: bool = False) -> SessionTransaction:
         self.turn.take()
         try:

@@ -9,7 +9,6 @@ from sqlalchemy.util import await_only
 
 from .errors import ConcurrentUse, SessionClosed
 
-
 # Held for two instructions, so one is enough for all.
 _reserving = Lock()
 

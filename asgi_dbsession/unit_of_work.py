@@ -115,7 +115,7 @@ class UnitOfWork:
         return opened.session
 
     def opened_by(self, task: object) -> bool:
-        """Whether that task, and no other, opened sessions here."""
+        """Whether it was that task, and no other, that opened the sessions here."""
         return all(opened.opener is task for opened in self.sessions.values())
 
     async def end(self, *, commit: bool) -> None:

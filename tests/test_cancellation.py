@@ -3,7 +3,7 @@
 import asyncio
 import types
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any
+from typing import Any, Self
 
 import anyio
 import pytest
@@ -11,7 +11,7 @@ from asgi import Exchange, get, respond
 from conftest import ENTRY, Running
 from sqlalchemy import select
 
-from asgi_dbsession import DBSessionMiddleware
+from asgi_dbsession import DBSessionMiddleware, SyncDatabase
 from asgi_dbsession.completion import run_to_completion
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
@@ -31,7 +31,7 @@ class Awaits:
         self._acting = range(at, at + times)
         self._act = act
 
-    def __enter__(self) -> "Awaits":
+    def __enter__(self) -> Self:
         asyncio.get_running_loop().set_task_factory(self._make_task)
         return self
 
@@ -59,7 +59,7 @@ class Awaits:
                 self._act()
             try:
                 value = yield waited_for
-            except BaseException as error:  # noqa: BLE001
+            except BaseException as error:
                 resume = _thrower(work, error)
             else:
                 resume = _sender(work, value)
@@ -76,7 +76,7 @@ def _sender(work: Coroutine[Any, Any, Any], value: Any) -> Callable[[], Any]:
 async def run_and_cancel(
     running: Running, exchange: Exchange, at: int, way: str
 ) -> tuple[bool, BaseException | None]:
-    """Serve a request and cancel it at its `at`-th await; whether there was one, and what came out."""
+    """Cancel a request at its `at`-th await; whether it had so many, and what came out."""
     if running.real.kind == "sqlite" and way != "native":
         # aiosqlite cannot be cancelled twice while it connects: its close() then waits for ever
         # for a thread that has ended. So here, and only here, the connection is there already.
@@ -170,11 +170,12 @@ async def test_begin_cancelled_at_any_await_leaves_nothing_behind(
     running: Running, way: str
 ) -> None:
     """A unit of work outside of a request keeps the same promises."""
-    if running.real.is_sync:
+    database = running.database
+    if isinstance(database, SyncDatabase):
         pytest.skip("a `with` block on a thread cannot be cancelled")
 
     async def work(scope: Any, receive: Any, send: Any) -> None:
-        async with running.database.begin():
+        async with database.begin():
             await running.write(scope["path"] + " 1")
             await running.write(scope["path"] + " 2")
 
@@ -191,7 +192,7 @@ async def test_begin_cancelled_at_any_await_leaves_nothing_behind(
 async def test_a_client_that_hangs_up_during_commit_is_told_nothing_untrue(
     running: Running,
 ) -> None:
-    """uvicorn speaks ASGI 2.3, under which Starlette cancels its stream when the client is gone."""
+    """Uvicorn speaks ASGI 2.3, under which Starlette cancels its stream when the client is gone."""
     from starlette.responses import StreamingResponse  # noqa: PLC0415
 
     async def parts() -> Any:

@@ -577,7 +577,7 @@ async def test_a_session_class_of_ones_own_stays_itself(real: Real, origin: str)
                 await result_of(session.shout("kept"))
             else:
                 session.add(Entry(note="KEPT"))
-                query: Any = sqlmodel.select(ENTRY.c.note)
+                query: Any = sqlmodel.select(Entry.note)
                 assert (await result_of(session.exec(query))).all() == ["KEPT"]
             assert real.stored() == []
         assert real.stored() == ["KEPT"]

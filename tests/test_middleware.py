@@ -1,11 +1,12 @@
 """The promises of the middleware, on every kind of database."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from asgi import Exchange, get, respond
-from conftest import ENTRY, Real, Running
+from conftest import ENTRY, Real, Running, checked_out
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
@@ -44,9 +45,9 @@ async def test_a_session_holds_no_connection_until_its_first_statement(running: 
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         running.database.get_session()
-        held.append(running.database.engine.pool.checkedout())
+        held.append(checked_out(running.database))
         await running.execute(select(ENTRY))
-        held.append(running.database.engine.pool.checkedout())
+        held.append(checked_out(running.database))
         await respond(send)
 
     await get(serving(running, app))
@@ -64,7 +65,7 @@ async def test_everything_is_stored_and_given_back_before_the_start_is_sent(
         await respond(send, 201)
 
     def look(message: Any) -> None:
-        seen.append((message["type"], running.stored(), running.database.engine.pool.checkedout()))
+        seen.append((message["type"], running.stored(), checked_out(running.database)))
 
     exchange = await get(serving(running, app), on_message=look)
     assert exchange.status == 201
@@ -96,7 +97,7 @@ async def test_a_status_from_400_on_rolls_back_before_it_is_sent(
 
     exchange = await get(
         serving(running, app),
-        on_message=lambda _: held.append(running.database.engine.pool.checkedout()),
+        on_message=lambda _: held.append(checked_out(running.database)),
     )
     assert exchange.status == status
     assert held == [0, 0]
@@ -118,7 +119,7 @@ async def test_an_exception_rolls_back_and_goes_on(running: Running) -> None:
 
 
 async def test_no_response_at_all_rolls_back(running: Running) -> None:
-    """ "Returned" is not "succeeded"."""
+    """To return is not to succeed."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("lost")
@@ -142,7 +143,7 @@ async def test_a_failed_commit_sends_nothing(running: Running) -> None:
 
 
 async def test_after_a_failed_commit_the_next_requests_are_unharmed(running: Running) -> None:
-    """The connection goes back clean: no phantom rows, no lost ones (SQLite keeps the transaction)."""
+    """The connection goes back clean, also where (SQLite) the transaction is still open."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write(scope["path"])
@@ -166,7 +167,7 @@ async def test_an_application_that_swallows_a_failed_commit_cannot_answer_it(
         await running.doom()
         try:
             await respond(send, 201)
-        except BaseException:  # noqa: BLE001
+        except BaseException:
             await respond(send, 500, b"something else")
 
     exchange = await get(serving(running, app))
@@ -298,7 +299,7 @@ async def test_the_start_is_never_held_back_for_a_body(running: Running) -> None
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("kept")
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        held.append(running.database.engine.pool.checkedout())
+        held.append(checked_out(running.database))
         await go_on.wait()
         await send({"type": "http.response.body", "body": b"event"})
 
@@ -371,7 +372,7 @@ async def test_work_after_the_response_is_a_unit_of_its_own(running: Running, st
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("handler")
         await respond(send, status)
-        assert running.database.engine.pool.checkedout() == 0
+        assert checked_out(running.database) == 0
         await running.write("background")
 
     await get(serving(running, app))
@@ -443,7 +444,7 @@ async def test_a_session_that_escaped_can_never_check_out_a_connection(running: 
 
     await get(serving(running, app))
     session = escaped[0]
-    for use in (
+    uses: list[Callable[[], Any]] = [
         lambda: session.execute(select(ENTRY)),
         lambda: session.scalar(select(ENTRY)),
         lambda: session.get(object, 1),
@@ -453,7 +454,8 @@ async def test_a_session_that_escaped_can_never_check_out_a_connection(running: 
         lambda: session.begin_nested(),
         lambda: session.add(object()),
         lambda: session.close(),
-    ):
+    ]
+    for use in uses:
         with pytest.raises(SessionClosed, match=r"database\.begin\(\)"):
             result = use()
             if not running.real.is_sync:
@@ -613,18 +615,22 @@ async def test_other_scopes_pass_untouched() -> None:
     assert seen == [(scope, receive, send)]
 
 
+async def nothing(scope: Any, receive: Any, send: Any) -> None:
+    """An application that is never called."""
+
+
 @pytest.mark.parametrize("given", [None, 1, object(), AsyncDatabase])
 def test_what_is_no_database_is_refused(given: Any) -> None:
     """The error says what to give instead."""
     with pytest.raises(ConfigurationError, match=r"from_engine"):
-        DBSessionMiddleware(respond, given)
+        DBSessionMiddleware(nothing, given)
 
 
 def test_one_database_given_twice_is_refused() -> None:
     """Two of the same would be a mistake of the caller's."""
     database = SyncDatabase("sqlite://")
     with pytest.raises(ConfigurationError, match="twice"):
-        DBSessionMiddleware(respond, database, database)
+        DBSessionMiddleware(nothing, database, database)
 
 
 @pytest.mark.parametrize("option", ["commit_when", "on_commit_error"])
@@ -632,14 +638,14 @@ def test_what_is_no_function_is_refused(option: str) -> None:
     """When it is configured, not when the first COMMIT fails."""
     wrong: Any = {option: 400}
     with pytest.raises(ConfigurationError, match=option):
-        DBSessionMiddleware(respond, "sqlite://", **wrong)
+        DBSessionMiddleware(nothing, "sqlite://", **wrong)
 
 
 def test_without_databases_the_environment_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     """`DATABASE_URL`, and a clear error where it is not set."""
     monkeypatch.setenv("DATABASE_URL", "sqlite:///shop.db")
-    (database,) = DBSessionMiddleware(respond).databases
+    (database,) = DBSessionMiddleware(nothing).databases
     assert database.url.render_as_string() == "sqlite+aiosqlite:///shop.db"
     monkeypatch.delenv("DATABASE_URL")
     with pytest.raises(ConfigurationError, match=r"DATABASE_URL=sqlite:///shop\.db"):
-        DBSessionMiddleware(respond)
+        DBSessionMiddleware(nothing)

@@ -250,14 +250,10 @@ def test_it_needs_no_framework_and_imports_none(tmp_path: Path) -> None:
 
 
 @needs("mypy")
-def test_mypy_sees_the_types_that_are_promised(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+def test_mypy_sees_the_types_that_are_promised(tmp_path: Path) -> None:
     """In strict mode: sessions of the class that was given, and mistakes that are refused."""
     (tmp_path / "snippet.py").write_text(SNIPPET)
-    cache = pytestconfig.cache
-    folder = cache.mkdir("mypy") if cache else tmp_path / "cache"
-    finished = run(
-        "-m", "mypy", "--strict", "--cache-dir", str(folder), "snippet.py", folder=tmp_path
-    )
+    finished = run("-m", "mypy", "--strict", "snippet.py", folder=tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 

@@ -14,14 +14,12 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 def run(block: str) -> dict[str, Any]:
     """Execute a block as a module of its own."""
     namespace: dict[str, Any] = {"__name__": "pasted"}
-    exec(compile(block, "README.md", "exec"), namespace)  # noqa: S102
+    exec(compile(block, "README.md", "exec"), namespace)
     return namespace
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_every_block_runs(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, with nothing but what it imports."""
     monkeypatch.chdir(tmp_path)
     run(BLOCKS[number])
@@ -54,7 +52,6 @@ def test_every_error_is_in_the_table_of_the_readme() -> None:
     errors = {
         name
         for name in asgi_dbsession.__all__
-        if isinstance(value := getattr(asgi_dbsession, name), type)
-        and issubclass(value, Exception)
+        if isinstance(value := getattr(asgi_dbsession, name), type) and issubclass(value, Exception)
     } - {"DBSessionError"}
     assert errors == set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from asgi import Exchange, get, respond
-from conftest import ENTRY, Running
+from conftest import ENTRY, Running, checked_out
 from sqlalchemy import select, text
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -31,7 +31,7 @@ def slow(running: Running) -> Any:
 
 async def is_in_flight(running: Running) -> None:
     """Wait until the session of the request is in the middle of an operation."""
-    while running.database.engine.pool.checkedout() == 0:
+    while checked_out(running.database) == 0:
         await asyncio.sleep(0.001)
 
 
@@ -55,7 +55,7 @@ async def test_gather_over_one_session_is_refused_and_harms_nobody(
     running: Running, *, warm: bool
 ) -> None:
     """On a warm pool and on a cold one alike; the error names `database.begin()`."""
-    errors = []
+    errors: list[BaseException] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if warm:
@@ -144,7 +144,7 @@ async def test_an_operation_that_meets_the_end_waits_for_it(running: Running) ->
 async def test_a_cancelled_handler_does_not_leave_its_threads_or_tasks_the_session(
     running: Running,
 ) -> None:
-    """A thread cannot be cancelled; what it still does on the session is rolled back and refused."""
+    """What they still do on it is rolled back, and refused from then on."""
     tasks = []
 
     async def child() -> None:

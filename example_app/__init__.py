@@ -1,0 +1,1 @@
+"""A small shop: what `asgi_dbsession` looks like in an application."""

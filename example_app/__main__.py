@@ -1,0 +1,32 @@
+"""Open the shop: `python -m example_app`."""
+
+from argparse import ArgumentParser
+
+import uvicorn
+
+from .app import app
+
+HOST = "127.0.0.1"
+WELCOME = """\
+The shop opens at {address} and Ctrl-C closes it. Order something there, with each of the
+three cards: only the approved one changes anything. Or from another terminal:
+
+  curl {address}/api/products
+  curl {address}/api/orders -d '{{"product": 1, "quantity": 2, "card": "approved"}}'
+  curl {address}/api/orders -d '{{"product": 1, "quantity": 2, "card": "declined"}}'
+  curl {address}/orders.csv
+"""
+
+
+def main() -> None:
+    """Say what to try, and serve until interrupted."""
+    parser = ArgumentParser(prog="python -m example_app", description="A small shop.")
+    parser.add_argument("--port", type=int, default=8000, help="where to listen (default: 8000)")
+    port = parser.parse_args().port
+    print(WELCOME.format(address=f"http://{HOST}:{port}"), flush=True)
+    # A client that reads slowly does not keep the shop open.
+    uvicorn.run(app, host=HOST, port=port, timeout_graceful_shutdown=5)
+
+
+if __name__ == "__main__":
+    main()

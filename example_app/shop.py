@@ -1,0 +1,173 @@
+"""What the shop does. No function here commits, and none is handed a session."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from http import HTTPStatus
+from uuid import UUID
+
+from sqlalchemy import select, update
+
+from asgi_dbsession import get_session
+
+from .models import Mail, Order, Payment, Product
+
+PAGE = 100
+LATEST = 20
+
+
+class Card(StrEnum):
+    """How a customer pays."""
+
+    APPROVED = "approved"
+    DECLINED = "declined"
+    CRASHING = "crashing"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a customer asks for, in the right types and range.
+
+    Args:
+        product_id: Of the product; there may be none with it.
+        quantity: How many, at least one.
+        card: How it is paid.
+        key: Names this one wish, so that sending it twice does not charge twice.
+    """
+
+    product_id: int
+    quantity: int
+    card: Card
+    key: UUID
+
+
+class Refusal(Exception):
+    """What the shop will not do; the message is for the customer."""
+
+    status = HTTPStatus.BAD_REQUEST
+
+
+class UnknownProduct(Refusal):
+    """There is no product with that number."""
+
+    status = HTTPStatus.NOT_FOUND
+
+
+class OutOfStock(Refusal):
+    """There is not enough on the shelf."""
+
+    status = HTTPStatus.CONFLICT
+
+
+class AlreadyPaid(Refusal):
+    """The same wish was paid before."""
+
+    status = HTTPStatus.CONFLICT
+
+
+class PaymentDeclined(Refusal):
+    """The card was not charged."""
+
+    status = HTTPStatus.PAYMENT_REQUIRED
+
+
+async def place_order(wish: Wish) -> Order:
+    """Take the stock, write the order, charge the card: all three, or none.
+
+    The payment comes last on purpose. When it fails, there is something to roll back.
+
+    Returns:
+        The order, not yet committed: that happens when the response is about to leave.
+
+    Raises:
+        UnknownProduct: No such product.
+        OutOfStock: Less is left than was asked for.
+        PaymentDeclined: The card was declined.
+    """
+    product = await take_stock(wish.product_id, wish.quantity)
+    order = await write_order(product, wish.quantity)
+    charge(order, wish.card, wish.key)
+    return order
+
+
+async def take_stock(product_id: int, quantity: int) -> Product:
+    """Take so many of a product off the shelf.
+
+    Raises:
+        UnknownProduct: No such product.
+        OutOfStock: Less is left than was asked for.
+    """
+    # One statement looks and takes, so that two customers cannot both get the last one.
+    product: Product | None = await get_session().scalar(
+        update(Product)
+        .where(Product.id == product_id, Product.stock >= quantity)
+        .values(stock=Product.stock - quantity)
+        .returning(Product)
+    )
+    if product is not None:
+        return product
+    known = await get_session().get(Product, product_id)
+    if known is None:
+        raise UnknownProduct("There is no such product.")
+    raise OutOfStock(f"{known.name}: only {known.stock} left.")
+
+
+async def write_order(product: Product, quantity: int) -> Order:
+    """Write an order, and so give it its number."""
+    order = Order(product=product, quantity=quantity, total=quantity * product.price, mail=None)
+    get_session().add(order)
+    await get_session().flush()
+    return order
+
+
+def charge(order: Order, card: Card, key: UUID) -> None:
+    """Charge a card for an order, once per key.
+
+    The payment is inserted by COMMIT. A key that was used before fails there, after the handler
+    has returned its success, and the customer hears of the failure all the same.
+
+    Raises:
+        PaymentDeclined: The card was declined.
+        ConnectionError: The card crashes.
+    """
+    if card is Card.DECLINED:
+        raise PaymentDeclined("The card was declined.")
+    if card is Card.CRASHING:
+        raise ConnectionError("The payment provider hung up.")
+    get_session().add(Payment(order_id=order.id, amount=order.total, key=key))
+
+
+async def send_confirmation(order: Order) -> None:
+    """Confirm an order to the customer; runs in the background, after the response."""
+    text = f"Order {order.id}: {order.quantity} of {order.product.name}. Thank you!"
+    get_session().add(Mail(order_id=order.id, text=text))
+
+
+async def products() -> Sequence[Product]:
+    """Everything on the shelf."""
+    return (await get_session().scalars(select(Product).order_by(Product.id))).all()
+
+
+async def latest_orders() -> Sequence[Order]:
+    """The last few orders, newest first."""
+    orders = select(Order).order_by(Order.id.desc()).limit(LATEST)
+    return (await get_session().scalars(orders)).all()
+
+
+async def all_orders() -> AsyncIterator[Sequence[Order]]:
+    """Every order, oldest first, a page at a time.
+
+    Yields:
+        A page; no connection is held while the caller is busy with it.
+    """
+    session = get_session()
+    last = 0
+    while True:
+        page = select(Order).where(Order.id > last).order_by(Order.id).limit(PAGE)
+        async with session.begin():
+            orders = (await session.scalars(page)).all()
+        if not orders:
+            return
+        yield orders
+        last = orders[-1].id
+        session.expunge_all()  # or it would remember every order of a long export
