@@ -35,8 +35,8 @@ class Database(ABC, Generic[E, S]):
         ping_on_startup: bool,
         engine_options: dict[str, Any],
     ) -> None:
-        self.url = url_with_driver(url, asynchronous=self._asynchronous)
-        self._engine_options = options_for_memory(self.url) | engine_options
+        self.url: URL = url_with_driver(url, asynchronous=self._asynchronous)
+        self._engine_options = options_for_memory(self.url, engine_options)
         self._session_options = {
             "expire_on_commit": False,
             **(session_options or {}),
@@ -84,7 +84,8 @@ class Database(ABC, Generic[E, S]):
         """
         if not isinstance(engine, cls._engine_class):
             raise ConfigurationError(
-                f"{cls.__name__} needs a running {cls._engine_class.__name__}, not {engine!r}."
+                f"{cls.__name__}.from_engine needs an engine of the class "
+                f"{cls._engine_class.__name__}, not {type(engine).__name__}."
             )
         database = cls(engine.url, **options)
         database._engine = engine

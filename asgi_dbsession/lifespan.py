@@ -4,10 +4,11 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+from .completion import run_to_completion
 from .errors import DBSessionError
 from .types import ASGIApp, Message, Receive, Scope, Send
 
-logger = logging.getLogger("asgi_dbsession")
+_logger = logging.getLogger("asgi_dbsession")
 
 
 class Startable(Protocol):
@@ -72,7 +73,7 @@ class _Lifespan:
             if self._answered_startup:
                 failure = error
             else:
-                logger.info(
+                _logger.info(
                     "The application ignores the lifespan; serving it all the same: %r", error
                 )
         if not self._answered_startup:
@@ -109,14 +110,17 @@ class _Lifespan:
         await self._send(message)
 
     async def stop(self) -> list[Exception]:
-        """Stop what is running, the last started first, and each although another one fails."""
+        """Stop what is running, cancelled or not, and each although another one fails."""
+        return await run_to_completion(self._stop_each())
+
+    async def _stop_each(self) -> list[Exception]:
         failures: list[Exception] = []
         while self._running:
             database = self._running.pop()
             try:
                 await database.shutdown()
             except Exception as error:
-                logger.exception("%s could not be shut down", database)
+                _logger.exception("%s could not be shut down", database)
                 failures.append(error)
         return failures
 

@@ -60,10 +60,11 @@ class DBSessionMiddleware:
         commit_when: Callable[[int], bool] = below_400,
         on_commit_error: Callable[[Exception], ASGIApp | None] | None = None,
     ) -> None:
-        self.app = app
-        self.databases = tuple(map(_as_database, databases)) or (AsyncDatabase.from_env(),)
-        self.commit_when = commit_when
-        self.on_commit_error = on_commit_error
+        given = databases or (AsyncDatabase.from_env(),)
+        self.app: ASGIApp = app
+        self.databases: tuple[AnyDatabase, ...] = tuple(map(_as_database, given))
+        self.commit_when: Callable[[int], bool] = commit_when
+        self.on_commit_error: Callable[[Exception], ASGIApp | None] | None = on_commit_error
         if len(set(self.databases)) < len(self.databases):
             raise ConfigurationError(f"The same database was given twice: {self.databases}.")
         if not callable(commit_when):
@@ -159,6 +160,6 @@ def _as_database(given: AnyDatabase | str | URL) -> AnyDatabase:
     if isinstance(given, str | URL):
         return AsyncDatabase(given)
     raise ConfigurationError(
-        f"DBSessionMiddleware takes a URL, an AsyncDatabase or a SyncDatabase, not {given!r}. "
-        "An engine of yours goes into `AsyncDatabase.from_engine(engine)`."
+        "DBSessionMiddleware takes a URL, an AsyncDatabase or a SyncDatabase, not something of "
+        f"type {type(given).__name__}; an engine goes into `AsyncDatabase.from_engine(engine)`."
     )

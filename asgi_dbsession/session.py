@@ -71,7 +71,7 @@ class SessionInTurn(Session):
 
     def __init__(self, *args: Any, turn: Turn, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.turn = turn
+        self.turn: Turn = turn
 
     @override
     def add(self, instance: object, *args: Any, **kwargs: Any) -> None:

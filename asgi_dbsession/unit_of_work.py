@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,6 +18,15 @@ from .types import Scope
 S = TypeVar("S")
 
 
+def current_task() -> object:
+    """The running task; None in a worker thread, which has none of its own."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
+@dataclass(slots=True, eq=False)
 class OpenSession(Generic[S]):
     """A session that a unit of work opened.
 
@@ -25,22 +35,14 @@ class OpenSession(Generic[S]):
         orm: The `sqlalchemy.orm.Session` behind it; `session` itself, where that is one.
         turn: The turn on it.
         run: Calls a plain function of `orm` where it may block. The one seam of async and sync.
+        opener: The task that opened it.
     """
 
-    __slots__ = ("opener", "orm", "run", "session", "turn")
-
-    def __init__(
-        self,
-        session: S,
-        orm: Session,
-        turn: Turn,
-        run: Callable[[Callable[[Session], None]], Awaitable[None]],
-    ) -> None:
-        self.session = session
-        self.orm = orm
-        self.turn = turn
-        self.run = run
-        self.opener = current_task()
+    session: S
+    orm: Session
+    turn: Turn
+    run: Callable[[Callable[[Session], None]], Awaitable[None]]
+    opener: object = field(default_factory=current_task)
 
 
 class SessionSource(Protocol[S]):
@@ -69,10 +71,10 @@ class UnitOfWork:
     """
 
     # Whatever is not yet so is stated once, for all: most requests never change it.
-    joins = False
+    joins: bool = False
     rollback: bool | None = None
     failure: Exception | None = None
-    _over = False
+    _over: bool = False
 
     def __init__(
         self,
@@ -80,9 +82,9 @@ class UnitOfWork:
         scope: Scope | None,
         enclosing: "UnitOfWork | None",
     ) -> None:
-        self.databases = databases
-        self.scope = scope
-        self.enclosing = enclosing
+        self.databases: tuple[SessionSource[Any], ...] = databases
+        self.scope: Scope | None = scope
+        self.enclosing: UnitOfWork | None = enclosing
         self.sessions: dict[SessionSource[Any], OpenSession[Any]] = {}
 
     def manages(self, database: SessionSource[Any]) -> bool:
@@ -203,11 +205,3 @@ def set_rollback(rollback: bool) -> None:
     while unit.joins and unit.enclosing is not None:
         unit = unit.enclosing
         unit.rollback = rollback
-
-
-def current_task() -> object:
-    """The running task; None in a worker thread, which has none of its own."""
-    try:
-        return asyncio.current_task()
-    except RuntimeError:
-        return None

@@ -56,34 +56,49 @@ def url_with_driver(url: str | URL, *, asynchronous: bool) -> URL:
     return parsed
 
 
-def options_for_memory(url: URL) -> dict[str, Any]:
-    """Engine options that make an SQLite database in memory safe; none for any other.
+def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
+    """Engine options that make an SQLite database in memory safe; those given, for any other.
 
     SQLAlchemy lets all sessions share its one connection, and so one transaction: whoever rolls
     back would undo what others were told is stored. Here they have it one after the other.
     Source: https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pooling-behavior
     """
-    if url.get_backend_name() != "sqlite" or url.database not in (None, "", ":memory:"):
-        return {}
-    asynchronous = url.get_dialect().is_async
+    if not _is_in_memory(url) or "poolclass" in given or "pool" in given:
+        return given
+    if url.get_dialect().is_async:
+        return {"poolclass": AsyncAdaptedQueuePool, "pool_size": 1, "max_overflow": 0, **given}
+    # COMMIT comes from another thread than the statements, though never at the same time.
+    connect_args = {"check_same_thread": False, **given.get("connect_args", {})}
     return {
-        "poolclass": AsyncAdaptedQueuePool if asynchronous else QueuePool,
+        "poolclass": QueuePool,
         "pool_size": 1,
         "max_overflow": 0,
-        "connect_args": {} if asynchronous else {"check_same_thread": False},
+        **given,
+        "connect_args": connect_args,
     }
+
+
+def _is_in_memory(url: URL) -> bool:
+    if url.get_backend_name() != "sqlite":
+        return False
+    name = url.database or ":memory:"
+    return ":memory:" in name or url.query.get("mode") == "memory" or "mode=memory" in name
 
 
 def _parse(url: str | URL) -> URL:
     try:
-        return make_url(url)
+        parsed = make_url(url)
     except (ArgumentError, ValueError):
-        # `from None`: SQLAlchemy's message may quote the text, and with it a password.
+        parsed = None
+    # An `@` in the host is the rest of a password that was not percent-encoded.
+    if parsed is None or "@" in (parsed.host or ""):
+        # Outside of the `except`: SQLAlchemy's message may quote the text, and so a password.
         raise ConfigurationError(
             "This is not a database URL. Write `dialect://user:password@host:port/name`, for "
             "example `postgresql://app@localhost/shop` or `sqlite:///shop.db`, with special "
             "characters percent-encoded (`sqlalchemy.URL.create` does it)."
-        ) from None
+        )
+    return parsed
 
 
 def _choose_driver(url: URL, *, asynchronous: bool) -> str:
@@ -93,35 +108,38 @@ def _choose_driver(url: URL, *, asynchronous: bool) -> str:
             return f"{url.drivername}+{driver}"
     if not drivers:
         return url.drivername  # a dialect from elsewhere: it knows its own default
-    packages = " or ".join(f"`pip install {_PACKAGES.get(driver, driver)}`" for driver in drivers)
     kind = "asyncio" if asynchronous else "blocking"
-    raise ConfigurationError(f"No {kind} driver for {url.drivername} is installed. {packages}.")
+    installs = " or ".join(map(_install, drivers))
+    raise ConfigurationError(f"No {kind} driver for {url.drivername} is installed: {installs}.")
 
 
 def _check_driver(url: URL, *, asynchronous: bool) -> None:
     shown = without_secrets(url)
     try:
         dialect = url.get_dialect()
-        if asynchronous:
-            dialect = dialect.get_async_dialect_cls(url)
-        dialect.import_dbapi()
     except NoSuchModuleError:
         raise ConfigurationError(
             f"SQLAlchemy knows no dialect and driver for {shown}. Check the part before `://`; "
             "a database that is not built in needs its dialect's package installed."
         ) from None
+    if asynchronous:
+        dialect = dialect.get_async_dialect_cls(url)
+    if dialect.is_async != asynchronous:
+        drivers = " or ".join(_ASYNC_DRIVERS.get(url.get_backend_name(), ("another driver",)))
+        raise ConfigurationError(
+            f"The driver of {shown} blocks, and AsyncDatabase needs one for asyncio. "
+            f"Use {drivers}, or a SyncDatabase."
+            if asynchronous
+            else f"The driver of {shown} is for asyncio, and SyncDatabase needs one that blocks. "
+            "Leave the driver out, or use an AsyncDatabase."
+        )
+    try:
+        dialect.import_dbapi()
     except ImportError as error:
         raise ConfigurationError(
-            f"The driver of {shown} is not installed ({error}). "
-            f"`pip install` it, or leave `+{url.get_driver_name()}` out to get an installed one."
+            f"The driver of {shown} is not installed: {_install(url.get_driver_name())}."
         ) from error
-    if dialect.is_async == asynchronous:
-        return
-    wanted = " or ".join(_ASYNC_DRIVERS.get(url.get_backend_name(), ())) or "another driver"
-    raise ConfigurationError(
-        f"The driver of {shown} blocks, and AsyncDatabase needs one for asyncio. "
-        f"Use {wanted}, or a SyncDatabase."
-        if asynchronous
-        else f"The driver of {shown} is for asyncio, and SyncDatabase needs one that blocks. "
-        "Leave the driver out, or use an AsyncDatabase."
-    )
+
+
+def _install(driver: str) -> str:
+    return f"`pip install {_PACKAGES.get(driver, driver)}`"

@@ -215,9 +215,7 @@ def test_another_event_loop_is_told_so(real: Real) -> None:
 
 
 # Who forgets the shutdown hears of it from the driver, and rightly so.
-@pytest.mark.filterwarnings(
-    "ignore:.*(deleted before being closed|deleted while|unclosed):ResourceWarning"
-)
+@pytest.mark.filterwarnings("ignore:.*(deleted while still open|unclosed):ResourceWarning")
 def test_a_loop_that_died_is_followed_by_a_new_one(real: Real) -> None:
     """A test suite that forgets the shutdown gets a new engine, not the dead one's connections."""
 
@@ -229,7 +227,8 @@ def test_a_loop_that_died_is_followed_by_a_new_one(real: Real) -> None:
             await store(database, "kept")
             await real.assert_clean(database)
 
-    database = real.describe()
+    # A thread of aiosqlite's would outlive the loop it answers to: no connection there.
+    database = real.describe(ping_on_startup=real.is_postgresql)
     asyncio.run(forget_to_stop())
     asyncio.run(script())
     if real.is_sync:  # its engine belongs to no loop, and was simply started twice
@@ -337,7 +336,7 @@ async def test_ping_says_that_the_database_is_gone_and_that_it_is_back(driver: s
         for _ in range(2):
             with pytest.raises(DatabaseUnavailable, match="Is it running, and are host") as caught:
                 await database.ping()
-            assert isinstance(caught.value.__cause__, DBAPIError)
+            assert caught.value.__cause__ is not None
             assert "\n" not in str(caught.value)
             assert pool_of(database).checkedout() == 0
         postgres.new_database("gone")

@@ -1,9 +1,11 @@
 """The end of a unit of work never overlaps an operation on its session."""
 
 import asyncio
+from threading import Event
 from typing import Any
 
 import pytest
+from anyio import to_thread
 from asgi import Exchange, get, respond
 from conftest import ENTRY, Running, checked_out
 from sqlalchemy import select, text
@@ -166,6 +168,33 @@ async def test_a_cancelled_handler_does_not_leave_its_threads_or_tasks_the_sessi
         await tasks[0]
     await running.assert_clean()
     assert running.stored() == []
+
+
+async def test_a_commit_never_queues_behind_handlers_for_a_thread(running: Running) -> None:
+    """All threads of the shared pool are taken, by handlers that may well wait for that COMMIT."""
+    if not running.real.is_sync:
+        pytest.skip("async sessions need no thread")
+    stored = Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/waiting":
+            assert await to_thread.run_sync(stored.wait, 10)
+        else:
+            running.database.get_session().execute(ENTRY.insert().values(note="kept"))
+        await respond(send)
+
+    middleware = DBSessionMiddleware(app, running.database)
+    limiter = to_thread.current_default_thread_limiter()
+    usual, limiter.total_tokens = limiter.total_tokens, 1
+    waiting = asyncio.create_task(get(middleware, "/waiting"))
+    await asyncio.sleep(0.01)
+    assert limiter.available_tokens == 0
+    exchange = await get(middleware, "/writing")
+    stored.set()
+    assert (await waiting).error is None
+    limiter.total_tokens = usual
+    assert exchange.status == 200
+    assert running.stored() == ["kept"]
 
 
 class Inner(BaseHTTPMiddleware):

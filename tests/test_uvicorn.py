@@ -114,22 +114,19 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """Where it listens; empty until it does."""
         found = re.search(r"running on (http://[\d.]+:\d+)", self.printed)
-        assert found, self.printed
-        return found.group(1)
+        return found.group(1) if found else ""
 
     async def serving(self, processes: int = 1) -> "Server":
         """Wait until each of its processes serves."""
-        await becomes_true(
-            lambda: (
-                self.printed.count("Application startup complete.") >= processes
-                or self.process.poll() is not None
-            ),
-            seconds=30,
-        )
+        await becomes_true(lambda: self._serves(processes) or self.process.poll() is not None, 30)
         assert self.process.poll() is None, self.printed
         return self
+
+    def _serves(self, processes: int) -> bool:
+        started = self.printed.count("Application startup complete.")
+        return bool(self.url) and started >= processes
 
     def get(self, path: str = "/") -> httpx2.Response:
         """Ask it for something, on a connection of its own."""
