@@ -77,6 +77,12 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         finally:
             current_unit.set(unit.enclosing)
 
+    @property
+    @override
+    def engine(self) -> AsyncEngine:
+        self._refuse_other_loop()
+        return super().engine
+
     @override
     async def startup(self) -> None:
         if self._loop is not None and self._loop.is_closed():
@@ -87,11 +93,9 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     @override
     def open_session(self, scope: Scope | None) -> OpenSession[AnyAsyncSession]:
-        engine = self.engine
-        self._refuse_other_loop()
         turn = turn_between_tasks(self)
         session = self._class(
-            engine,
+            self.engine,
             sync_session_class=self._sync_class,
             turn=turn,
             info=self._info | {"scope": scope},

@@ -84,7 +84,7 @@ class Database(ABC, Generic[E, S]):
         """
         if not isinstance(engine, cls._engine_class):
             raise ConfigurationError(
-                f"{cls.__name__}.from_engine needs an engine of the class "
+                f"{cls.__name__} needs an engine of the class "
                 f"{cls._engine_class.__name__}, not {type(engine).__name__}."
             )
         database = cls(engine.url, **options)

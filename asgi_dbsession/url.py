@@ -63,19 +63,17 @@ def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
     back would undo what others were told is stored. Here they have it one after the other.
     Source: https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pooling-behavior
     """
-    if not _is_in_memory(url) or "poolclass" in given or "pool" in given:
+    if not _is_in_memory(url):
         return given
-    if url.get_dialect().is_async:
-        return {"poolclass": AsyncAdaptedQueuePool, "pool_size": 1, "max_overflow": 0, **given}
-    # COMMIT comes from another thread than the statements, though never at the same time.
-    connect_args = {"check_same_thread": False, **given.get("connect_args", {})}
-    return {
-        "poolclass": QueuePool,
-        "pool_size": 1,
-        "max_overflow": 0,
-        **given,
-        "connect_args": connect_args,
-    }
+    asynchronous = url.get_dialect().is_async
+    options = dict(given)
+    if not asynchronous:
+        # COMMIT comes from another thread than the statements, though never at the same time.
+        options["connect_args"] = {"check_same_thread": False} | given.get("connect_args", {})
+    if "poolclass" not in given and "pool" not in given:
+        options["poolclass"] = AsyncAdaptedQueuePool if asynchronous else QueuePool
+        options |= {"pool_size": 1, "max_overflow": 0}
+    return options
 
 
 def _is_in_memory(url: URL) -> bool:

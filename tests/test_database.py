@@ -278,13 +278,19 @@ async def test_an_engine_of_ones_own_is_watched_for_silent_rollbacks(real: Real)
 def test_an_engine_of_the_other_kind_is_refused() -> None:
     """When it is configured; the error names the kind that is needed."""
     wrong: Any = create_engine("sqlite://")
-    with pytest.raises(ConfigurationError, match="AsyncDatabase needs a running AsyncEngine"):
+    with pytest.raises(
+        ConfigurationError, match="AsyncDatabase needs an engine of the class AsyncEngine"
+    ):
         AsyncDatabase.from_engine(wrong)
     wrong = create_async_engine("sqlite+aiosqlite://")
-    with pytest.raises(ConfigurationError, match="SyncDatabase needs a running Engine"):
+    with pytest.raises(
+        ConfigurationError, match="SyncDatabase needs an engine of the class Engine"
+    ):
         SyncDatabase.from_engine(wrong)
     wrong = "sqlite://"
-    with pytest.raises(ConfigurationError, match="SyncDatabase needs a running Engine"):
+    with pytest.raises(
+        ConfigurationError, match="SyncDatabase needs an engine of the class Engine"
+    ):
         SyncDatabase.from_engine(wrong)
 
 
