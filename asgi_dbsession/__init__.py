@@ -9,6 +9,7 @@ from .errors import (
     DatabaseUnavailable,
     DBSessionError,
     NoSession,
+    PrematureClose,
     SessionClosed,
     TransactionAborted,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "DatabaseNotRunning",
     "DatabaseUnavailable",
     "NoSession",
+    "PrematureClose",
     "SessionClosed",
     "SyncDatabase",
     "TransactionAborted",

@@ -33,6 +33,17 @@ class SessionClosed(DBSessionError, RuntimeError):
         )
 
 
+class PrematureClose(DBSessionError, RuntimeError):
+    """The application closed a session that had work to commit."""
+
+    def __init__(self, database: object) -> None:
+        super().__init__(
+            f"Closing this session of {database} would discard what was done on it: it is closed "
+            "when its unit of work ends. Leave out `close()` and `async with session:`; to give "
+            "its connection back early, or to discard, call `commit()` or `rollback()`."
+        )
+
+
 class ConcurrentUse(DBSessionError, RuntimeError):
     """Two tasks (or threads) used one session at the same time."""
 

@@ -9,6 +9,7 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 from typing_extensions import override
 
+from .errors import PrematureClose
 from .turn import Turn
 
 R = TypeVar("R")
@@ -19,7 +20,6 @@ _OPERATIONS = (
     "bulk_insert_mappings",
     "bulk_save_objects",
     "bulk_update_mappings",
-    "close",
     "commit",
     "connection",
     "delete",
@@ -89,6 +89,21 @@ class SessionInTurn(Session):
         # SQLAlchemy has no factory for these, and RELEASE SAVEPOINT must not overlap an end either.
         transaction.__class__ = _TransactionInTurn
         return transaction
+
+    @override
+    def close(self) -> None:
+        self.turn.take()
+        try:
+            if self.turn.ending:
+                super().close()
+            elif self.in_transaction():
+                # As at the end of `async with get_session()`: what was done would be lost, and
+                # a success sent all the same.
+                raise PrematureClose(self.turn.database)
+            else:
+                self.reset()
+        finally:
+            self.turn.give()
 
 
 class _TransactionInTurn(SessionTransaction):

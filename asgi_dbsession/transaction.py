@@ -38,7 +38,7 @@ def close_at_once(session: Session, turn: Turn) -> bool:
     Returns:
         False when it has some after all: `end` must be used.
     """
-    if not turn.take_if_free():
+    if not turn.take_to_end_if_free():
         return False
     idle = not session.in_transaction()
     try:

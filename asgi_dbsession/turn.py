@@ -27,7 +27,6 @@ class Turn:
 
     __slots__ = (
         "_caller",
-        "_database",
         "_depth",
         "_ending",
         "_free",
@@ -35,12 +34,13 @@ class Turn:
         "_over",
         "_wait",
         "_waiting",
+        "database",
     )
 
     def __init__(
         self, database: object, caller: Callable[[], object], wait: Callable[[Future[None]], None]
     ) -> None:
-        self._database = database
+        self.database = database
         self._caller = caller
         self._wait = wait
         self._free = Lock()
@@ -55,6 +55,11 @@ class Turn:
         """Whether an operation or an end is under way, or waits."""
         return self._free.locked() or self._ending is not None
 
+    @property
+    def ending(self) -> bool:
+        """Whether the one whose turn it is ends the work; for that one to ask."""
+        return self._ending is not None and self._ending == self._holder
+
     def take(self) -> None:
         """Begin an operation.
 
@@ -68,7 +73,7 @@ class Turn:
             return
         while not self._claim(caller):
             if self._ending is None:
-                raise ConcurrentUse(self._database)
+                raise ConcurrentUse(self.database)
             self._wait_for_release()
 
     def take_to_end(self) -> None:
@@ -86,16 +91,20 @@ class Turn:
                 return
             self._wait_for_release()
 
-    def take_if_free(self) -> bool:
-        """Begin an operation unless someone is in one; never waits."""
-        return self._claim(self._caller())
+    def take_to_end_if_free(self) -> bool:
+        """The same unless someone is in an operation; never waits."""
+        caller = self._caller()
+        if not self._claim(caller):
+            return False
+        self._ending = caller
+        return True
 
     def give(self, *, over: bool = False) -> None:
         """Finish what was begun; with `over`, no operation begins ever again."""
         self._depth -= 1
         if self._depth:
             return
-        ended = self._ending == self._holder
+        ended = self.ending
         if over:
             self._over = True
         self._holder = None
@@ -111,14 +120,14 @@ class Turn:
     def refuse_if_over(self) -> None:
         """Raise `SessionClosed` when the unit of work is over."""
         if self._over:
-            raise SessionClosed(self._database)
+            raise SessionClosed(self.database)
 
     def _claim(self, caller: object, ending: object = None) -> bool:
         if self._ending is not ending or not self._free.acquire(blocking=False):
             return False
         if self._over:
             self._free.release()
-            raise SessionClosed(self._database)
+            raise SessionClosed(self.database)
         self._holder = caller
         self._depth = 1
         return True

@@ -433,7 +433,10 @@ async def test_a_commit_of_the_handlers_own_is_respected(running: Running) -> No
     assert running.stored() == ["kept"]
 
 
-async def test_a_session_that_escaped_can_never_check_out_a_connection(running: Running) -> None:
+@pytest.mark.parametrize("background", [False, True])
+async def test_a_session_that_escaped_can_never_check_out_a_connection(
+    running: Running, *, background: bool
+) -> None:
     """Stored references raise an error that names the cure, on every way to the database."""
     escaped: list[Any] = []
 
@@ -441,6 +444,8 @@ async def test_a_session_that_escaped_can_never_check_out_a_connection(running: 
         await running.write("kept")
         escaped.append(running.database.get_session())
         await respond(send)
+        if background:  # else there is nothing left to end
+            await running.write("kept too")
 
     await get(serving(running, app))
     session = escaped[0]

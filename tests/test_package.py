@@ -25,6 +25,7 @@ PUBLIC = {
     "DatabaseNotRunning",
     "DatabaseUnavailable",
     "NoSession",
+    "PrematureClose",
     "SessionClosed",
     "SyncDatabase",
     "TransactionAborted",

@@ -272,6 +272,32 @@ def stream_of_rows(running: Running) -> Any:
     )
 
 
+async def test_a_body_that_another_task_ends_commits_nothing_half_done(running: Running) -> None:
+    """Only the task that opened the session can know that its work is whole."""
+    half, sent = asyncio.Event(), asyncio.Event()
+    seen = []
+
+    async def work() -> None:
+        running.database.get_session()
+        await running.write("first half")
+        half.set()
+        await sent.wait()
+        await running.write("second half")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        working = asyncio.create_task(work())
+        await half.wait()
+        await send({"type": "http.response.body"})
+        seen.append(running.stored())
+        sent.set()
+        await working
+
+    await get(DBSessionMiddleware(app, running.database))
+    assert seen == [[]]
+    assert running.stored() == ["first half", "second half"]
+
+
 @pytest.mark.parametrize("status", [200, 400])
 async def test_a_stream_of_rows_that_another_task_reads_cannot_poison_the_pool(
     running: Running, status: int

@@ -9,7 +9,13 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import registry
 
-from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, SyncDatabase, TransactionAborted
+from asgi_dbsession import (
+    AsyncDatabase,
+    DBSessionMiddleware,
+    PrematureClose,
+    SyncDatabase,
+    TransactionAborted,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -195,3 +201,42 @@ async def test_what_was_added_and_never_flushed_is_stored(running: Running) -> N
 
     await get(DBSessionMiddleware(app, running.database))
     assert running.stored() == ["orm"]
+
+
+@pytest.mark.parametrize("status", [200, 400])
+async def test_a_session_that_the_application_closes_does_not_lose_its_work_in_silence(
+    running: Running, status: int
+) -> None:
+    """`async with get_session():` would roll back, and a success would be sent for nothing."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+        if isinstance(running.database, SyncDatabase):
+            with session:
+                await running.write("lost")
+        else:
+            async with session:
+                await running.write("lost")
+        await respond(send, status)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.messages == []
+    assert isinstance(exchange.error, PrematureClose)
+    assert "async with session:" in str(exchange.error)
+    assert running.stored() == []
+
+
+async def test_a_session_without_work_may_be_closed_and_used_again(running: Running) -> None:
+    """Closing gives nothing back that `commit()` has not given back already."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.call("close")
+        await running.write("kept")
+        await running.call("commit")
+        await running.call("close")
+        await running.write("kept too")
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error) == (200, None)
+    assert running.stored() == ["kept", "kept too"]
