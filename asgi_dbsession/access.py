@@ -39,8 +39,7 @@ def get_sync_session() -> Session:
 async def session_dependency() -> AsyncSession:
     """`get_session` for injectors: `Annotated[AsyncSession, Depends(session_dependency)]`.
 
-    A coroutine function, so that none of them runs it in a thread, and without parameters, so
-    that none of them takes one for a query parameter.
+    See `AsyncDatabase.session_dependency` for why it is what it is.
     """
     return get_session()
 

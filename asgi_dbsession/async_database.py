@@ -49,6 +49,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         sync_class = self._session_options.pop("sync_session_class", self._class.sync_session_class)
         self._sync_class = in_turn(sync_class)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._check_session_options()
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AnyAsyncSession]:
@@ -92,10 +93,12 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         await super().startup()
 
     @override
-    def open_session(self, scope: Scope | None) -> OpenSession[AnyAsyncSession]:
+    def _make_session(
+        self, engine: AsyncEngine | None, scope: Scope | None
+    ) -> OpenSession[AnyAsyncSession]:
         turn = turn_between_tasks(self)
         session = self._class(
-            self.engine,
+            engine,
             sync_session_class=self._sync_class,
             turn=turn,
             info=self._info | {"scope": scope},

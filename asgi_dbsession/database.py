@@ -72,12 +72,15 @@ class Database(ABC, Generic[E, S]):
         return cls(url, **options)
 
     @classmethod
-    def from_engine(cls, engine: E, **options: Any) -> Self:
+    def from_engine(
+        cls, engine: E, *, session_options: Any = None, ping_on_startup: bool = True
+    ) -> Self:
         """Use an engine of yours. It stays yours: it is running at once, and never disposed.
 
         Args:
             engine: An `AsyncEngine` for `AsyncDatabase`, an `Engine` for `SyncDatabase`.
-            **options: `session_options` and `ping_on_startup`, as for the class itself.
+            session_options: As for the class itself.
+            ping_on_startup: As for the class itself.
 
         Raises:
             ConfigurationError: It is an engine of the other kind, or none.
@@ -87,6 +90,7 @@ class Database(ABC, Generic[E, S]):
                 f"{cls.__name__} needs an engine of the class "
                 f"{cls._engine_class.__name__}, not {type(engine).__name__}."
             )
+        options = {"session_options": session_options, "ping_on_startup": ping_on_startup}
         database = cls(engine.url, **options)
         database._engine = engine
         database._owns_engine = False
@@ -183,9 +187,12 @@ class Database(ABC, Generic[E, S]):
         """
         return self.get_session()
 
-    @abstractmethod
     def open_session(self, scope: Scope | None) -> OpenSession[S]:
         """Make a session for a unit of work to end; applications call `get_session` or `begin`."""
+        return self._make_session(self.engine, scope)
+
+    @abstractmethod
+    def _make_session(self, engine: E | None, scope: Scope | None) -> OpenSession[S]: ...
 
     @abstractmethod
     def _create_engine(self) -> E: ...
@@ -221,6 +228,14 @@ class Database(ABC, Generic[E, S]):
         unit = UnitOfWork((self,), scope, enclosing)
         current_unit.set(unit)
         return unit
+
+    def _check_session_options(self) -> None:
+        try:
+            self._make_session(None, None)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"{self} cannot make a session with these session options: {error}"
+            ) from error
 
     def _session_class(self, base: type) -> Any:
         session_class = self._session_options.pop("class_", base)

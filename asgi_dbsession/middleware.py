@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from http import HTTPStatus
+from inspect import iscoroutinefunction
 from typing import Any, TypeAlias
 
 from sqlalchemy import URL
@@ -44,10 +45,10 @@ class DBSessionMiddleware:
         app: The ASGI application.
         *databases: An `AsyncDatabase`, a `SyncDatabase`, or a URL (for an `AsyncDatabase`) each;
             the first is the default. None at all: `AsyncDatabase.from_env()`.
-        commit_when: Replaces `status < 400` in rules 2 and 3.
-        on_commit_error: Makes the response to a COMMIT that failed: an ASGI application, such as
-            a Starlette `Response`. Where it returns None, and where there is none, the original
-            exception is raised to the server.
+        commit_when: A plain function that replaces `status < 400` in rules 2 and 3.
+        on_commit_error: A plain function that makes the response to a COMMIT that failed: an ASGI
+            application, such as a Starlette `Response`. Where it returns None, and where there is
+            none, the original exception is raised to the server.
 
     Raises:
         ConfigurationError: A database or a callback is not what it should be.
@@ -67,14 +68,9 @@ class DBSessionMiddleware:
         self.on_commit_error: Callable[[Exception], ASGIApp | None] | None = on_commit_error
         if len(set(self.databases)) < len(self.databases):
             raise ConfigurationError(f"The same database was given twice: {self.databases}.")
-        if not callable(commit_when):
-            raise ConfigurationError(
-                f"commit_when takes a function of a status, not {commit_when!r}."
-            )
-        if on_commit_error is not None and not callable(on_commit_error):
-            raise ConfigurationError(
-                f"on_commit_error takes a function of an exception, not {on_commit_error!r}."
-            )
+        for name, function in (("commit_when", commit_when), ("on_commit_error", on_commit_error)):
+            if function is not None and (not callable(function) or iscoroutinefunction(function)):
+                raise ConfigurationError(f"{name} takes a plain function, not {function!r}.")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
@@ -99,12 +95,13 @@ class DBSessionMiddleware:
             if kind == "http.response.start":
                 if unit.sessions:
                     await _end(unit, commit=self._is_success(unit, message["status"]))
+                unit.rollback = None
                 started = True
             elif kind in _ENDINGS and not message.get("more_body", False):
                 complete = True
-                # Below an inner BaseHTTPMiddleware, another task sends this than the one at work.
-                if unit.sessions and unit.opened_by(current_task()):
-                    await _end(unit, commit=not unit.rollback)
+                if unit.sessions:
+                    # Below an inner BaseHTTPMiddleware, this may not be the task at work.
+                    await _end(unit, commit=not unit.rollback, only_of=current_task())
             await send(message)
 
         token = current_unit.set(unit)
@@ -121,31 +118,37 @@ class DBSessionMiddleware:
             current_unit.reset(token)
             scope[_KEY] = enclosing
         if unit.failure is not None:
-            answer = self._answer_to(unit.failure, started=started)
-            if answer is None:
-                raise unit.failure
-            await answer(scope, receive, send)
+            await self._answer(unit.failure, scope, receive, None if started else send)
 
     def _is_success(self, unit: UnitOfWork, status: int) -> bool:
         return self.commit_when(status) if unit.rollback is None else not unit.rollback
 
-    def _answer_to(self, failure: Exception, *, started: bool) -> ASGIApp | None:
-        if started or self.on_commit_error is None:
-            return None
-        return self.on_commit_error(failure)
+    async def _answer(
+        self, failure: Exception, scope: Scope, receive: Receive, send: Send | None
+    ) -> None:
+        if send is None or self.on_commit_error is None:
+            raise failure
+        try:
+            answer = self.on_commit_error(failure)
+            if answer is not None:
+                await answer(scope, receive, send)
+        except Exception as error:
+            raise error from failure
+        if answer is None:
+            raise failure
 
 
 class _CommitFailed(BaseException):
     """Unwinds the application after a COMMIT that failed.
 
     Not an `Exception`: no handler of the application's may take it for an error of its own, and
-    answer it. It never leaves the middleware.
+    answer it. The middleware turns it back into the original error.
     """
 
 
-async def _end(unit: UnitOfWork, *, commit: bool) -> None:
+async def _end(unit: UnitOfWork, *, commit: bool, only_of: object = None) -> None:
     try:
-        await unit.end(commit=commit)
+        await unit.end(commit=commit, only_of=only_of)
     except Exception as error:
         raise _CommitFailed from error
 

@@ -35,6 +35,8 @@ class SessionOptions(_Options, Generic[AnySession], total=False):
 class AsyncSessionOptions(_Options, Generic[AnyAsyncSession], total=False):
     """Options of `sqlalchemy.ext.asyncio.AsyncSession`; `class_` is the session class to use.
 
+    A unit of work ends on the `Session` below it: what is to happen at `commit()` belongs into the
+    `sync_session_class`, or into SQLAlchemy's events.
     Source: https://docs.sqlalchemy.org/en/20/orm/extensions/asyncio.html#sqlalchemy.ext.asyncio.AsyncSession
     """
 

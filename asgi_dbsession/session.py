@@ -33,7 +33,6 @@ _OPERATIONS = (
     "merge_all",
     "prepare",
     "refresh",
-    "reset",
     "rollback",
     "scalar",
     "scalars",
@@ -47,13 +46,17 @@ def in_turn(session_class: type[S]) -> type[S]:
     loading, `run_sync` and whatever methods a class of the user's adds.
     """
     bases = (SessionInTurn,) if session_class is Session else (session_class, SessionInTurn)
-    return types.new_class(session_class.__name__, bases)
+    return types.new_class(
+        session_class.__name__,
+        bases,
+        exec_body=lambda namespace: namespace.update(__module__=session_class.__module__),
+    )
 
 
 def _taking_turn(operation: Callable[..., R]) -> Callable[..., R]:
     @functools.wraps(operation)
     def take_turn(self: Any, *args: Any, **kwargs: Any) -> R:
-        turn: Turn = self.turn
+        turn: Turn = self._turn
         turn.take()
         try:
             return operation(self, *args, **kwargs)
@@ -66,51 +69,57 @@ def _taking_turn(operation: Callable[..., R]) -> Callable[..., R]:
 class SessionInTurn(Session):
     """What `in_turn` derives from; an application sees the session class that it asked for."""
 
-    connections: tuple[Connection, ...] = ()
-    """What the transaction under way has checked out; see `transaction.py`."""
+    _connections: tuple[Connection, ...] = ()  # see `transaction.py`
 
     def __init__(self, *args: Any, turn: Turn, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.turn: Turn = turn
+        self._turn: Turn = turn
 
     @override
     def add(self, instance: object, *args: Any, **kwargs: Any) -> None:
-        # Touches memory only, so it takes no turn; but it must not begin a new life either.
-        self.turn.refuse_if_over()
+        self._turn.touch()
         super().add(instance, *args, **kwargs)
 
     @override
     def begin(self, nested: bool = False) -> SessionTransaction:
-        self.turn.take()
+        self._turn.take()
         try:
             transaction = super().begin(nested)
         finally:
-            self.turn.give()
+            self._turn.give()
         # SQLAlchemy has no factory for these, and RELEASE SAVEPOINT must not overlap an end either.
         transaction.__class__ = _TransactionInTurn
         return transaction
 
     @override
     def close(self) -> None:
-        self.turn.take()
+        self._turn.take()
         try:
-            if self.turn.ending:
+            if self._turn.is_ending:
                 super().close()
-            elif self.in_transaction():
-                # As at the end of `async with get_session()`: what was done would be lost, and
-                # a success sent all the same.
-                raise PrematureClose(self.turn.database)
             else:
                 self.reset()
         finally:
-            self.turn.give()
+            self._turn.give()
+
+    @override
+    def reset(self) -> None:
+        self._turn.take()
+        try:
+            if self.in_transaction():
+                # As at the end of `async with get_session()`: what was done would be lost, and
+                # a success sent all the same.
+                raise PrematureClose(self._turn.database)
+            super().reset()
+        finally:
+            self._turn.give()
 
 
 class _TransactionInTurn(SessionTransaction):
     @property
-    def turn(self) -> Turn:
+    def _turn(self) -> Turn:
         session: Any = self.session
-        turn: Turn = session.turn
+        turn: Turn = session._turn
         return turn
 
 

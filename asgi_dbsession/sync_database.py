@@ -48,6 +48,7 @@ class SyncDatabase(Database[Engine, AnySession]):
     ) -> None:
         super().__init__(url, session_options, ping_on_startup, engine_options)
         self._class: type[AnySession] = in_turn(self._session_class(Session))
+        self._check_session_options()
 
     @contextmanager
     def begin(self) -> Iterator[AnySession]:
@@ -76,10 +77,10 @@ class SyncDatabase(Database[Engine, AnySession]):
             current_unit.set(unit.enclosing)
 
     @override
-    def open_session(self, scope: Scope | None) -> OpenSession[AnySession]:
+    def _make_session(self, engine: Engine | None, scope: Scope | None) -> OpenSession[AnySession]:
         turn = turn_between_threads(self)
         options = self._session_options | {"turn": turn, "info": self._info | {"scope": scope}}
-        session = self._class(self.engine, **options)
+        session = self._class(engine, **options)
 
         async def run_in_thread(function: Callable[[Session], None]) -> None:
             # A limiter of its own: on the shared one, commits would queue behind handlers that

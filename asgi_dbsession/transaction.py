@@ -25,7 +25,7 @@ def has_work(session: Session, turn: Turn) -> bool:
     # in_transaction() knows of flushed and Core writes; the others of what another task added
     # or changed while an earlier COMMIT was under way.
     return (
-        turn.taken
+        turn.is_busy
         or session.in_transaction()
         or session.identity_map.check_modified()
         or bool(session.new)
@@ -106,16 +106,16 @@ def _note_failure(context: ExceptionContext) -> None:
     connection = context.connection
     if connection is None:
         return
-    if isinstance(context.original_exception, CancelledError):
-        # A cancelled operation costs its connection, and throwing that away takes awaits too: a
-        # second cancellation would interrupt it (aiosqlite then keeps the file locked).
-        discarded = greenlet_spawn(connection.invalidate, context.original_exception)
-        await_only(run_to_completion(discarded))
+    if isinstance(context.original_exception, CancelledError) and connection.dialect.is_async:
+        # A cancelled operation costs its connection, and throwing that away takes awaits too,
+        # which a second cancellation would interrupt.
+        await_only(run_to_completion(greenlet_spawn(_discard, connection)))
         return
     if context.is_disconnect:
         return
     error = context.sqlalchemy_exception
-    if context.statement is None and not _was_answered(error):
+    ends_or_begins = context.statement is None and context.execution_context is None
+    if ends_or_begins and not _was_answered(error):
         # BEGIN, COMMIT or ROLLBACK never got through: asyncpg, for one, then counts the transaction
         # as over, and the pool would pass it on to the next request.
         context.is_disconnect = True
@@ -126,6 +126,16 @@ def _note_failure(context: ExceptionContext) -> None:
         _failed.setdefault(transaction, " ".join(str(context.original_exception).split()))
 
 
+def _discard(connection: Connection) -> None:
+    try:
+        if connection.dialect.name == "sqlite":
+            # Closing is not enough: while a cursor waits for the garbage collector, the file
+            # stays locked.
+            connection.dialect.do_rollback(connection.connection)
+    finally:
+        connection.invalidate()
+
+
 def _was_answered(error: Exception | None) -> bool:
     # The other two are the driver's own: it was busy, or lost track of where the server is.
     return isinstance(error, DBAPIError) and not isinstance(error, InterfaceError | InternalError)
@@ -134,14 +144,14 @@ def _was_answered(error: Exception | None) -> bool:
 def _remember_connection(
     session: SessionInTurn, _transaction: object, connection: Connection
 ) -> None:
-    held = [each for each in session.connections if not each.closed and each is not connection]
-    session.connections = (*held, connection)
+    held = [each for each in session._connections if not each.closed and each is not connection]
+    session._connections = (*held, connection)
 
 
 def _refuse_if_aborted(session: SessionInTurn) -> None:
     if not _failed:
         return
-    for connection in session.connections:
+    for connection in session._connections:
         transaction = connection.get_transaction()
         if transaction is None or transaction not in _failed:
             continue

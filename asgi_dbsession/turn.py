@@ -9,7 +9,7 @@ from sqlalchemy.util import await_only
 
 from .errors import ConcurrentUse, SessionClosed
 
-# Held for two instructions, so one is enough for all.
+# Held for a few instructions at a time, so one is enough for all.
 _reserving = Lock()
 
 
@@ -34,13 +34,14 @@ class Turn:
         "_over",
         "_wait",
         "_waiting",
+        "_workers",
         "database",
     )
 
     def __init__(
         self, database: object, caller: Callable[[], object], wait: Callable[[Future[None]], None]
     ) -> None:
-        self.database = database
+        self.database: object = database
         self._caller = caller
         self._wait = wait
         self._free = Lock()
@@ -49,16 +50,30 @@ class Turn:
         self._depth = 0
         self._over = False
         self._waiting: list[Future[None]] = []
+        self._workers: set[object] = set()
 
     @property
-    def taken(self) -> bool:
-        """Whether an operation or an end is under way, or waits."""
+    def is_busy(self) -> bool:
+        """Whether an operation or an end is under way, or an end waits."""
         return self._free.locked() or self._ending is not None
 
     @property
-    def ending(self) -> bool:
+    def is_ending(self) -> bool:
         """Whether the one whose turn it is ends the work; for that one to ask."""
         return self._ending is not None and self._ending == self._holder
+
+    def is_work_of(self, caller: object) -> bool:
+        """Whether that caller, and nobody else, began operations since the last end."""
+        return self._workers == {caller}
+
+    def touch(self) -> None:
+        """Count what needs no turn, because it is done at once and in memory.
+
+        Raises:
+            SessionClosed: The unit of work is over.
+        """
+        self._refuse_if_over()
+        self._workers.add(self._caller())
 
     def take(self) -> None:
         """Begin an operation.
@@ -72,9 +87,13 @@ class Turn:
             self._depth += 1
             return
         while not self._claim(caller):
-            if self._ending is None:
+            if self._ending is not None:
+                self._wait_for_release()
+            elif self._claim(caller):  # what was in the way was an end, and is done by now
+                break
+            else:
                 raise ConcurrentUse(self.database)
-            self._wait_for_release()
+        self._workers.add(caller)
 
     def take_to_end(self) -> None:
         """Begin the end of the work done so far; waits for the operation in flight.
@@ -83,13 +102,19 @@ class Turn:
             SessionClosed: The unit of work is over.
         """
         caller = self._caller()
-        while True:
-            with _reserving:
-                if self._ending is None:
-                    self._ending = caller
-            if self._claim(caller, ending=caller):
-                return
-            self._wait_for_release()
+        try:
+            while True:
+                with _reserving:
+                    if self._ending is None:
+                        self._ending = caller
+                if self._claim(caller, ending=caller):
+                    return
+                self._wait_for_release(ending=caller)
+        except BaseException:  # cancelled with its whole loop: nobody must wait for it for ever
+            if self._ending == caller:
+                self._ending = None
+                self._wake()
+            raise
 
     def take_to_end_if_free(self) -> bool:
         """The same unless someone is in an operation; never waits."""
@@ -104,7 +129,9 @@ class Turn:
         self._depth -= 1
         if self._depth:
             return
-        ended = self.ending
+        ended = self.is_ending
+        if ended:
+            self._workers.clear()
         if over:
             self._over = True
         self._holder = None
@@ -112,13 +139,9 @@ class Turn:
         if ended:  # only now, or someone would be refused who only has to wait
             self._ending = None
         if self._waiting:
-            waiting, self._waiting = self._waiting, []
-            for released in waiting:
-                if released.set_running_or_notify_cancel():  # else its waiter was cancelled
-                    released.set_result(None)
+            self._wake()
 
-    def refuse_if_over(self) -> None:
-        """Raise `SessionClosed` when the unit of work is over."""
+    def _refuse_if_over(self) -> None:
         if self._over:
             raise SessionClosed(self.database)
 
@@ -132,11 +155,20 @@ class Turn:
         self._depth = 1
         return True
 
-    def _wait_for_release(self) -> None:
+    def _wait_for_release(self, ending: object = None) -> None:
         released: Future[None] = Future()
-        self._waiting.append(released)
-        if self.taken:  # else it was released before it could know of us
+        with _reserving:
+            self._waiting.append(released)
+        # It may have been released before it could know of us: then nobody will wake us.
+        if self._free.locked() or self._ending is not ending:
             self._wait(released)
+
+    def _wake(self) -> None:
+        with _reserving:
+            waiting, self._waiting = self._waiting, []
+        for released in waiting:
+            if released.set_running_or_notify_cancel():  # else its waiter was cancelled
+                released.set_result(None)
 
 
 def turn_between_tasks(database: object) -> Turn:

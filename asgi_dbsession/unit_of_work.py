@@ -44,6 +44,18 @@ class OpenSession(Generic[S]):
     run: Callable[[Callable[[Session], None]], Awaitable[None]]
     opener: object = field(default_factory=current_task)
 
+    def has_work(self) -> bool:
+        """See `transaction.has_work`."""
+        return has_work(self.orm, self.turn)
+
+    def is_work_of(self, task: object) -> bool:
+        """Whether it is that task alone that has worked here since the last end.
+
+        A blocking session is worked on by threads, which say nothing of tasks: there, whether
+        that task opened it.
+        """
+        return self.opener is task if self.session is self.orm else self.turn.is_work_of(task)
+
 
 class SessionSource(Protocol[S]):
     """What a unit of work needs of a database."""
@@ -68,13 +80,14 @@ class UnitOfWork:
         joins: Whether `enclosing` is of the same request; databases that it has stay with it.
         rollback: What `set_rollback` said of the work since the last end.
         failure: The first error of a COMMIT.
+        over: Whether it has been closed.
     """
 
     # Whatever is not yet so is stated once, for all: most requests never change it.
     joins: bool = False
     rollback: bool | None = None
     failure: Exception | None = None
-    _over: bool = False
+    over: bool = False
 
     def __init__(
         self,
@@ -107,39 +120,40 @@ class UnitOfWork:
             DatabaseNotRunning: The database has not been started.
         """
         opened: OpenSession[S] | None = self.sessions.get(database)
-        if opened is None and not self._over:
+        if opened is None and not self.over:
             opened = self.sessions.setdefault(database, database.open_session(self.scope))
         if opened is None:
             raise SessionClosed(database)
-        if self._over:  # it ended in another thread while this one opened a session
+        if self.over:  # it ended in another thread while this one opened a session
             close_at_once(opened.orm, opened.turn)
             raise SessionClosed(database)
         return opened.session
 
-    def opened_by(self, task: object) -> bool:
-        """Whether it was that task, and no other, that opened the sessions here."""
-        return all(opened.opener is task for opened in self.sessions.values())
-
-    async def end(self, *, commit: bool) -> None:
+    async def end(self, *, commit: bool, only_of: object = None) -> None:
         """Commit or roll back what was done so far, in declared order. Sessions stay usable.
 
         Runs to completion although it is cancelled. After a COMMIT that failed, the others are
         rolled back, and `failure` keeps the error whatever becomes of the exception.
+
+        Args:
+            commit: False rolls back.
+            only_of: Do nothing unless all of it is the work of this task.
         """
+        working = [each for each in self._in_order() if each.has_work()]
+        if not working or (only_of and not all(each.is_work_of(only_of) for each in working)):
+            return
         self.rollback = None
-        working = [each for each in self._in_order() if has_work(each.orm, each.turn)]
-        if working:
-            await run_to_completion(self._end_each(working, commit=commit, close=False))
+        await run_to_completion(self._end_each(working, commit=commit, close=False))
 
     async def close(self, *, commit: bool) -> None:
-        """The same, for good: nothing opened here can check out a connection afterwards."""
-        self._over = True
+        """End the work for good: nothing opened here can check out a connection afterwards."""
+        self.over = True
         if not self.sessions:
             return
         working = [
             each
             for each in self._in_order()
-            if has_work(each.orm, each.turn) or not close_at_once(each.orm, each.turn)
+            if each.has_work() or not close_at_once(each.orm, each.turn)
         ]
         if working:
             await run_to_completion(self._end_each(working, commit=commit, close=True))
@@ -147,9 +161,10 @@ class UnitOfWork:
 
     def close_blocking(self, *, commit: bool) -> None:
         """The same on the calling thread, for a unit that has sync sessions only."""
-        self._over = True
-        for opened in self._in_order():
-            end(opened.orm, turn=opened.turn, commit=commit, close=True)
+        self.over = True
+        for each in self._in_order():
+            if each.has_work() or not close_at_once(each.orm, each.turn):
+                end(each.orm, turn=each.turn, commit=commit, close=True)
         self.sessions.clear()
 
     def _in_order(self) -> list[OpenSession[Any]]:
@@ -197,10 +212,13 @@ def set_rollback(rollback: bool) -> None:
 
     Raises:
         NoSession: No unit of work is open here.
+        SessionClosed: The request that this task belongs to is over.
     """
     unit = current_unit.get()
     if unit is None:
         raise NoSession("any database")
+    if unit.over:
+        raise SessionClosed("any database")
     unit.rollback = rollback
     while unit.joins and unit.enclosing is not None:
         unit = unit.enclosing
