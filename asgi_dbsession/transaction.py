@@ -129,8 +129,8 @@ def _note_failure(context: ExceptionContext) -> None:
 def _discard(connection: Connection) -> None:
     try:
         if connection.dialect.name == "sqlite":
-            # Closing is not enough: while a cursor waits for the garbage collector, the file
-            # stays locked.
+            # Closing is not enough: while a cursor waits for the garbage collector, a closed
+            # connection still holds its locks.
             connection.dialect.do_rollback(connection.connection)
     finally:
         connection.invalidate()

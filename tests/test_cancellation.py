@@ -1,6 +1,7 @@
 """Whatever is cancelled, wherever: nothing half stored, nothing leaked, nothing open."""
 
 import asyncio
+import gc
 import types
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Self
@@ -8,8 +9,8 @@ from typing import Any, Self
 import anyio
 import pytest
 from asgi import Exchange, get, respond
-from conftest import ENTRY, Running
-from sqlalchemy import select
+from conftest import ENTRY, Real, Running, becomes_true, checked_out
+from sqlalchemy import select, text
 
 from asgi_dbsession import DBSessionMiddleware, SyncDatabase
 from asgi_dbsession.completion import run_to_completion
@@ -242,3 +243,59 @@ async def test_a_time_limit_around_work_that_must_complete_still_ends_as_one() -
         async with asyncio.timeout(0.01):
             await run_to_completion(work())
     assert done == [True]
+
+
+async def test_a_cancelled_statement_does_not_lock_the_database(running: Running) -> None:
+    """Nor does the transaction around it stay open until the garbage is collected."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write(scope["path"])
+        if scope["path"].startswith("/cancelled"):
+            current = asyncio.current_task()
+            assert current is not None
+            asyncio.get_running_loop().call_later(0.002, current.cancel)
+            for _ in range(1000):
+                await running.execute(select(ENTRY))
+        await respond(send)
+
+    if not running.real.is_postgresql:
+        # Without a WAL, the cursor of a SELECT that waits for the garbage collector keeps others
+        # from committing, and there is no way to it through aiosqlite.
+        with running.real.reader.connect() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+    middleware = DBSessionMiddleware(app, running.database)
+    gc.disable()
+    try:
+        for number in range(20):
+            request = asyncio.create_task(get(middleware, f"/cancelled/{number}"))
+            await asyncio.gather(request, return_exceptions=True)
+            exchange = await get(middleware, f"/kept/{number}")
+            assert (exchange.status, exchange.error) == (200, None)
+    finally:
+        gc.enable()
+    assert running.stored() == [f"/kept/{number}" for number in range(20)]
+
+
+def test_an_end_that_is_cancelled_with_its_loop_lets_the_loop_go(real: Real) -> None:
+    """A server that gives up cancels all tasks, those that must complete included."""
+    if real.kind != "asyncpg":
+        pytest.skip("one driver says it all")
+    database = real.describe()
+
+    async def serve() -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            session: Any = database.get_session()
+            child = asyncio.create_task(session.execute(text("SELECT pg_sleep(5)")))
+            while checked_out(database) == 0:
+                await asyncio.sleep(0.001)
+            await respond(send)
+            await child
+
+        await database.startup()
+        requests.append(asyncio.create_task(get(DBSessionMiddleware(app, database))))
+        await asyncio.sleep(0.1)
+
+    requests: list[asyncio.Task[Exchange]] = []
+    asyncio.run(serve())  # cancels what is left, and waits for it
+    assert requests[0].done()
+    asyncio.run(becomes_true(lambda: real.open_transactions() == 0))

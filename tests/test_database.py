@@ -802,3 +802,25 @@ async def test_the_password_is_hidden_where_the_driver_quotes_it() -> None:
     with pytest.raises(DatabaseUnavailable, match=r'invalid sslmode value: "\*\*\*"') as caught:
         await AsyncDatabase(url).startup()
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
+def test_session_options_that_cannot_work_are_refused_at_once(
+    database_class: type[AnyDatabase],
+) -> None:
+    """When the database is described, not when the first request comes."""
+    wrong: Any = {"autoflash": True}
+    with pytest.raises(ConfigurationError, match=r"session options.*autoflash"):
+        database_class("sqlite://", session_options=wrong)
+
+
+async def test_begin_commits_without_autobegin_too(real: Real) -> None:
+    """A session option that SQLAlchemy offers, and that a COMMIT of nothing would stumble over."""
+    async with real.describe(session_options={"autobegin": False}) as database:
+        if isinstance(database, SyncDatabase):
+            with database.begin() as session, session.begin():
+                session.execute(ENTRY.insert().values(note="kept"))
+        else:
+            async with database.begin() as async_session, async_session.begin():
+                await async_session.execute(ENTRY.insert().values(note="kept"))
+    assert real.stored() == ["kept"]

@@ -420,6 +420,63 @@ async def test_set_rollback_holds_for_one_unit_of_work(running: Running) -> None
     assert running.stored() == ["background"]
 
 
+async def test_set_rollback_of_a_handler_without_a_session_is_over_with_its_response(
+    running: Running,
+) -> None:
+    """It spoke of the handler's work, of which there was none."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        set_rollback(True)
+        await respond(send)
+        await running.write("background")
+
+    await get(serving(running, app))
+    assert running.stored() == ["background"]
+
+
+async def test_set_rollback_after_the_request_is_refused(running: Running) -> None:
+    """There is nothing left to decide."""
+    over = asyncio.Event()
+    tasks = []
+
+    async def late() -> None:
+        await over.wait()
+        set_rollback(True)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        tasks.append(asyncio.create_task(late()))
+        await respond(send)
+
+    await get(serving(running, app))
+    over.set()
+    with pytest.raises(SessionClosed):
+        await tasks[0]
+
+
+@pytest.mark.parametrize("answer", ["raises", "returns no application", "sends no response"])
+async def test_an_on_commit_error_that_fails_does_not_hide_the_failed_commit(
+    running: Running, answer: str
+) -> None:
+    """Both errors reach the server, the second caused by the first."""
+
+    def broken(error: Exception) -> Any:
+        if answer == "raises":
+            raise LookupError
+        return {} if answer == "returns no application" else broken_application
+
+    async def broken_application(scope: Any, receive: Any, send: Any) -> None:
+        raise LookupError
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.doom()
+        await respond(send, 201)
+
+    exchange = await get(serving(running, app, on_commit_error=broken))
+    assert exchange.messages == []
+    assert isinstance(exchange.error, LookupError | TypeError)
+    assert isinstance(exchange.error.__cause__, IntegrityError)
+
+
 async def test_a_commit_of_the_handlers_own_is_respected(running: Running) -> None:
     """What it committed stays, whatever comes after."""
 
@@ -638,10 +695,11 @@ def test_one_database_given_twice_is_refused() -> None:
         DBSessionMiddleware(nothing, database, database)
 
 
+@pytest.mark.parametrize("value", [400, nothing])
 @pytest.mark.parametrize("option", ["commit_when", "on_commit_error"])
-def test_what_is_no_function_is_refused(option: str) -> None:
-    """When it is configured, not when the first COMMIT fails."""
-    wrong: Any = {option: 400}
+def test_what_is_no_plain_function_is_refused(option: str, value: Any) -> None:
+    """When it is configured, not when the first COMMIT fails; a coroutine is always true."""
+    wrong: Any = {option: value}
     with pytest.raises(ConfigurationError, match=option):
         DBSessionMiddleware(nothing, "sqlite://", **wrong)
 

@@ -240,6 +240,57 @@ async def test_a_streaming_body_below_base_http_middleware_is_correct(running: R
     ]
 
 
+async def test_a_body_that_fails_below_base_http_middleware_is_rolled_back(
+    running: Running,
+) -> None:
+    """Also when that middleware uses the session too, and ends the response all the same."""
+
+    class Authenticating(BaseHTTPMiddleware):
+        async def dispatch(self, request: Request, call_next: Any) -> Response:
+            await running.execute(select(ENTRY))
+            response: Response = await call_next(request)
+            return response
+
+    async def parts() -> Any:
+        yield b"part"
+        await running.write("half")
+        raise LookupError
+
+    async def handler(request: Request) -> Response:
+        return StreamingResponse(parts())
+
+    app = Starlette(routes=[Route("/", handler)])
+    app.add_middleware(Authenticating)
+    app.add_middleware(DBSessionMiddleware, running.database)
+    exchange = await get(app)
+    assert isinstance(exchange.error, LookupError)
+    if not running.real.is_sync:  # what threads do says nothing of tasks
+        assert running.stored() == []
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+async def test_a_streaming_response_is_stored_before_its_last_message(
+    running: Running, spec_version: str
+) -> None:
+    """Also where Starlette runs the body in another task than the handler: below ASGI 2.4."""
+    if running.real.is_sync:
+        pytest.skip("what threads do says nothing of tasks")
+    seen = []
+
+    async def parts() -> Any:
+        await running.write("body")
+        yield b"part"
+
+    async def handler(request: Request) -> Response:
+        await running.write("handler")
+        return StreamingResponse(parts())
+
+    app = Starlette(routes=[Route("/", handler)])
+    app.add_middleware(DBSessionMiddleware, running.database)
+    await get(app, spec_version=spec_version, on_message=lambda _: seen.append(running.stored()))
+    assert seen == [["handler"], ["handler"], ["handler", "body"]]
+
+
 async def test_a_background_task_below_base_http_middleware_is_a_whole_unit(
     running: Running,
 ) -> None:
