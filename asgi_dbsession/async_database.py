@@ -56,7 +56,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         """Open a unit of work of its own: COMMIT on success, ROLLBACK on any error or cancellation.
 
         For workers, scripts, child tasks, and rows that must survive the rollback of a request.
-        Ending it runs to completion although it is cancelled.
+        Ending it runs to completion although it is cancelled. Inside a request it is a transaction
+        of its own, and so waits for rows that the request has locked.
 
         Yields:
             A new session, closed for good at the end of the block. Inside the block it is what
