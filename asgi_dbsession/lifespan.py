@@ -111,7 +111,7 @@ class _Lifespan:
 
     async def stop(self) -> list[Exception]:
         """Stop what is running, cancelled or not, and each although another one fails."""
-        return await run_to_completion(self._stop_each())
+        return await run_to_completion(self._stop_each()) if self._running else []
 
     async def _stop_each(self) -> list[Exception]:
         failures: list[Exception] = []

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
 @cache
 def server() -> PostgresServer:
     """Start it once per process; it stops, and its data goes, with the process."""
-    folder = tempfile.mkdtemp(prefix="pg-", dir="/tmp")  # short: its socket lies in it
+    folder = tempfile.mkdtemp(prefix="pg-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return get_server(Path(folder), cleanup_mode="stop")
 
