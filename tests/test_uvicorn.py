@@ -214,6 +214,7 @@ async def test_a_server_that_is_stopped_leaves_no_connection(
     status = server.stop()
     await becomes_true(lambda: shop.real.connections() == 0)
     assert "Traceback" not in server.printed
+    assert "appears unsupported" not in server.printed
     assert server.printed.count("Application shutdown complete.") == processes(options)
     assert len(shop.real.stored()) == 4
     shop.file.write_text(BARE)
