@@ -10,7 +10,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from .errors import ConfigurationError
 
 # For a URL that names no driver: the first of these that is installed.
-_ASYNC_DRIVERS = {
+_ASYNC_DRIVERS: dict[str, tuple[str, ...]] = {
     "postgresql": ("asyncpg", "psycopg"),
     "mysql": ("asyncmy", "aiomysql"),
     "mariadb": ("asyncmy", "aiomysql"),
@@ -18,7 +18,7 @@ _ASYNC_DRIVERS = {
     "oracle": ("oracledb",),
     "mssql": ("aioodbc",),
 }
-_SYNC_DRIVERS = {
+_SYNC_DRIVERS: dict[str, tuple[str, ...]] = {
     "postgresql": ("psycopg", "psycopg2", "pg8000"),
     "mysql": ("mysqldb", "pymysql", "mariadbconnector"),
     "mariadb": ("mysqldb", "pymysql", "mariadbconnector"),
@@ -27,8 +27,8 @@ _SYNC_DRIVERS = {
     "mssql": ("pyodbc", "pymssql"),
 }
 # Where the module, or the name on PyPI, is not the name of the driver.
-_MODULES = {"mysqldb": "MySQLdb", "mariadbconnector": "mariadb", "pysqlite": "sqlite3"}
-_PACKAGES = {"mysqldb": "mysqlclient", "mariadbconnector": "mariadb"}
+_MODULES: dict[str, str] = {"mysqldb": "MySQLdb", "mariadbconnector": "mariadb", "pysqlite": "sqlite3"}
+_PACKAGES: dict[str, str] = {"mysqldb": "mysqlclient", "mariadbconnector": "mariadb"}
 
 
 def without_secrets(url: URL) -> str:
@@ -100,7 +100,8 @@ def _parse(url: str | URL) -> URL:
 
 
 def _choose_driver(url: URL, *, asynchronous: bool) -> str:
-    drivers = (_ASYNC_DRIVERS if asynchronous else _SYNC_DRIVERS).get(url.drivername, ())
+    known = _ASYNC_DRIVERS if asynchronous else _SYNC_DRIVERS
+    drivers: tuple[str, ...] = known.get(url.drivername, ())
     for driver in drivers:
         if find_spec(_MODULES.get(driver, driver)) is not None:
             return f"{url.drivername}+{driver}"
