@@ -27,7 +27,11 @@ _SYNC_DRIVERS: dict[str, tuple[str, ...]] = {
     "mssql": ("pyodbc", "pymssql"),
 }
 # Where the module, or the name on PyPI, is not the name of the driver.
-_MODULES: dict[str, str] = {"mysqldb": "MySQLdb", "mariadbconnector": "mariadb", "pysqlite": "sqlite3"}
+_MODULES: dict[str, str] = {
+    "mysqldb": "MySQLdb",
+    "mariadbconnector": "mariadb",
+    "pysqlite": "sqlite3",
+}
 _PACKAGES: dict[str, str] = {"mysqldb": "mysqlclient", "mariadbconnector": "mariadb"}
 
 
