@@ -22,14 +22,7 @@ _failed: WeakKeyDictionary[Transaction, str] = WeakKeyDictionary()
 
 def has_work(session: Session, turn: Turn) -> bool:
     """Whether there is anything to commit or roll back, or an operation in flight."""
-    # in_transaction() knows of flushed and Core writes; the others of what another task added
-    # or changed while an earlier COMMIT was under way.
-    return (
-        turn.is_busy
-        or session.in_transaction()
-        or session.identity_map.check_modified()
-        or bool(session.new)
-    )
+    return turn.is_busy or _is_unfinished(session, turn)
 
 
 def close_at_once(session: Session, turn: Turn) -> bool:
@@ -40,7 +33,7 @@ def close_at_once(session: Session, turn: Turn) -> bool:
     """
     if not turn.take_to_end_if_free():
         return False
-    idle = not session.in_transaction()
+    idle = not _is_unfinished(session, turn)
     try:
         if idle:
             session.close()
@@ -81,6 +74,16 @@ def end(session: Session, *, turn: Turn, commit: bool, close: bool) -> None:
 def watch(engine: Engine) -> None:
     """Have `engine` notice what would be lost in silence; watching twice is watching once."""
     event.listen(engine, "handle_error", _note_failure)
+
+
+def _is_unfinished(session: Session, turn: Turn) -> bool:
+    # in_transaction() knows of flushed and Core writes; the others of what another task changed
+    # or added while an earlier COMMIT was under way.
+    return (
+        session.in_transaction()
+        or session.identity_map.check_modified()
+        or (turn.was_used and bool(session.new))
+    )
 
 
 def _commit(session: Session) -> None:

@@ -12,6 +12,8 @@ from .errors import ConcurrentUse, SessionClosed
 # Held for a few instructions at a time, so one is enough for all.
 _reserving = Lock()
 
+_SEVERAL = object()
+
 
 class Turn:
     """Whose turn it is on one session.
@@ -34,7 +36,7 @@ class Turn:
         "_over",
         "_wait",
         "_waiting",
-        "_workers",
+        "_worker",
         "database",
     )
 
@@ -50,7 +52,7 @@ class Turn:
         self._depth = 0
         self._over = False
         self._waiting: list[Future[None]] = []
-        self._workers: set[object] = set()
+        self._worker: object = None
 
     @property
     def is_busy(self) -> bool:
@@ -62,9 +64,14 @@ class Turn:
         """Whether the one whose turn it is ends the work; for that one to ask."""
         return self._ending is not None and self._ending == self._holder
 
+    @property
+    def was_used(self) -> bool:
+        """Whether anyone began an operation since the last end began."""
+        return self._worker is not None
+
     def is_work_of(self, caller: object) -> bool:
-        """Whether that caller, and nobody else, began operations since the last end."""
-        return self._workers == {caller}
+        """Whether that caller, and nobody else, began operations since the last end began."""
+        return self._worker == caller
 
     def touch(self) -> None:
         """Count what needs no turn, because it is done at once and in memory.
@@ -73,7 +80,7 @@ class Turn:
             SessionClosed: The unit of work is over.
         """
         self._refuse_if_over()
-        self._workers.add(self._caller())
+        self._note(self._caller())
 
     def take(self) -> None:
         """Begin an operation.
@@ -93,7 +100,7 @@ class Turn:
                 break
             else:
                 raise ConcurrentUse(self.database)
-        self._workers.add(caller)
+        self._note(caller)
 
     def take_to_end(self) -> None:
         """Begin the end of the work done so far; waits for the operation in flight.
@@ -108,6 +115,7 @@ class Turn:
                     if self._ending is None:
                         self._ending = caller
                 if self._claim(caller, ending=caller):
+                    self._worker = None
                     return
                 self._wait_for_release(ending=caller)
         except BaseException:  # cancelled with its whole loop: nobody must wait for it for ever
@@ -130,8 +138,6 @@ class Turn:
         if self._depth:
             return
         ended = self.is_ending
-        if ended:
-            self._workers.clear()
         if over:
             self._over = True
         self._holder = None
@@ -140,6 +146,12 @@ class Turn:
             self._ending = None
         if self._waiting:
             self._wake()
+
+    def _note(self, caller: object) -> None:
+        if self._worker is None:
+            self._worker = caller
+        elif self._worker != caller:
+            self._worker = _SEVERAL
 
     def _refuse_if_over(self) -> None:
         if self._over:
