@@ -159,7 +159,8 @@ def run(*command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
         env=os.environ
         | {
             "PYTHONPATH": str(ROOT),
-            "MYPYPATH": str(ROOT),
+            # mypy finds by itself, and does not want to be told, what is installed.
+            "MYPYPATH": "" if ROOT.name == "site-packages" else str(ROOT),
             # pyright asks the first `python` there where packages are.
             "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}",
         },
