@@ -74,14 +74,9 @@ class DBSessionMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
-        if scope["type"] == "http":
-            await self._serve_request(scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await serve_lifespan(self.app, self.databases, scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-    async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._serve_other(scope, receive, send)
+            return
         enclosing = scope.get(_KEY)
         unit = scope[_KEY] = UnitOfWork(self.databases, scope, enclosing)
         unit.joins = enclosing is not None
@@ -119,6 +114,12 @@ class DBSessionMiddleware:
             scope[_KEY] = enclosing
         if unit.failure is not None:
             await self._answer(unit.failure, scope, receive, None if started else send)
+
+    async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await serve_lifespan(self.app, self.databases, scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
     def _is_success(self, unit: UnitOfWork, status: int) -> bool:
         return self.commit_when(status) if unit.rollback is None else not unit.rollback
