@@ -420,6 +420,23 @@ async def test_set_rollback_holds_for_one_unit_of_work(running: Running) -> None
     assert running.stored() == ["background"]
 
 
+async def test_set_rollback_of_a_body_does_not_hold_for_the_background_task(
+    running: Running,
+) -> None:
+    """Handler, body and background task are a unit of work each."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        running.database.get_session()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await running.write("body")
+        set_rollback(True)
+        await send({"type": "http.response.body"})
+        await running.write("background")
+
+    await get(serving(running, app))
+    assert running.stored() == ["background"]
+
+
 async def test_set_rollback_of_a_handler_without_a_session_is_over_with_its_response(
     running: Running,
 ) -> None:
