@@ -73,9 +73,10 @@ class _Lifespan:
             if self._answered_startup:
                 failure = error
             else:
-                _logger.info(
-                    "The application ignores the lifespan; serving it all the same: %r", error
-                )
+                # One that asked for the startup failed in it; one that did not knows no lifespan.
+                level = logging.WARNING if self._startup is None else logging.INFO
+                text = "The application does not answer the lifespan; serving it all the same: %r"
+                _logger.log(level, text, error)
         if not self._answered_startup:
             await self.send({"type": "lifespan.startup.complete"})
         if not self._finished:

@@ -1,6 +1,7 @@
 """How the work of one session ends: whole or not at all, and never silently."""
 
 from asyncio import CancelledError
+from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, event, select
@@ -130,13 +131,12 @@ def _note_failure(context: ExceptionContext) -> None:
 
 
 def _discard(connection: Connection) -> None:
-    try:
-        if connection.dialect.name == "sqlite":
-            # Closing is not enough: while a cursor waits for the garbage collector, a closed
-            # connection still holds its locks.
+    if connection.dialect.name == "sqlite":
+        # Closing is not enough: while a cursor waits for the garbage collector, a closed connection
+        # still holds its locks. An error here must not take the place of the cancellation.
+        with suppress(Exception):
             connection.dialect.do_rollback(connection.connection)
-    finally:
-        connection.invalidate()
+    connection.invalidate()
 
 
 def _was_answered(error: Exception | None) -> bool:
