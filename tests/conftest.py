@@ -33,6 +33,8 @@ from sqlalchemy.pool import NullPool
 
 from asgi_dbsession import AsyncDatabase, SyncDatabase
 
+pytest_plugins = ["matrix"]
+
 METADATA = MetaData()
 ENTRY = Table(
     "entry", METADATA, Column("id", Integer, primary_key=True), Column("note", Text, unique=True)

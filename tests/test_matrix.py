@@ -1,0 +1,51 @@
+"""The tables in the docs say what the test run found, whatever the order of the tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matrix
+
+TESTS = '''
+import pytest
+
+@pytest.mark.matrix("Fruit", "fruit")
+@pytest.mark.parametrize("colour", ["red", "green"])
+@pytest.mark.parametrize("fruit", ["apple", "pear", "plum"])
+def test_a(fruit, colour):
+    """It is sweet.
+
+    More of it.
+    """
+    if fruit == "plum":
+        pytest.skip("no plums in winter")
+    assert (fruit, colour) != ("pear", "green")
+
+@pytest.mark.matrix("Fruit", "fruit")
+@pytest.mark.parametrize("fruit", ["apple", "pear"])
+def test_b(fruit):
+    """It keeps."""
+
+def test_c():
+    """It is in no table."""
+'''
+TABLE = """\
+## Fruit
+
+|  | apple | pear | plum |
+| --- | :-: | :-: | :-: |
+| It is sweet | ✓ | ✗ | - [1] |
+| It keeps | ✓ | ✓ | ? |
+
+1. no plums in winter
+"""
+
+
+def test_a_cell_is_the_worst_of_what_was_found(tmp_path: Path) -> None:
+    """One failure makes a cell a failure; what was skipped says why; what is missing shows."""
+    (tmp_path / "test_fruit.py").write_text(TESTS)
+    environment = os.environ | {"PYTHONPATH": str(Path(matrix.__file__).parent)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "matrix", "--matrix", "tables.md"]
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert (tmp_path / "tables.md").read_text() == matrix.TITLE + "\n" + TABLE
