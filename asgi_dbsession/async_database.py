@@ -7,12 +7,13 @@ from typing import Any
 
 from sqlalchemy import URL, Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.util import greenlet_spawn
 from typing_extensions import override
 
 from .database import Database
 from .errors import DatabaseNotRunning
 from .options import AnyAsyncSession, AsyncSessionOptions
-from .session import in_turn
+from .session import in_turn, put_in_turn
 from .turn import turn_between_tasks
 from .types import Scope
 from .unit_of_work import OpenSession, current_unit
@@ -97,15 +98,10 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _make_session(
         self, engine: AsyncEngine | None, scope: Scope | None
     ) -> OpenSession[AnyAsyncSession]:
-        turn = turn_between_tasks(self)
-        session = self._class(
-            engine,
-            sync_session_class=self._sync_class,
-            turn=turn,
-            info=self._info | {"scope": scope},
-            **self._session_options,
-        )
-        return OpenSession(session, session.sync_session, turn, session.run_sync)
+        session = self._class(engine, sync_session_class=self._sync_class, **self._session_options)
+        orm = session.sync_session
+        orm.info["scope"] = scope
+        return OpenSession(session, orm, put_in_turn(orm, turn_between_tasks(self)), greenlet_spawn)
 
     def _refuse_other_loop(self) -> None:
         if self._loop is not None and _running_loop() not in (None, self._loop):

@@ -43,7 +43,6 @@ class Database(ABC, Generic[E, S]):
             # A closed session would silently open again, and leak.
             "close_resets_only": False,
         }
-        self._info = self._session_options.pop("info", {})
         self._ping_on_startup = ping_on_startup
         self._engine: E | None = None
         self._owns_engine = True

@@ -40,7 +40,7 @@ _OPERATIONS = (
 
 
 def in_turn(session_class: type[S]) -> type[S]:
-    """Derive a class from `session_class` whose constructor also takes `turn=`.
+    """Derive a class from `session_class` whose operations take turns; see `put_in_turn`.
 
     The guard sits on the plain `Session`, below an `AsyncSession`, so that it also covers lazy
     loading, `run_sync` and whatever methods a class of the user's adds.
@@ -53,11 +53,21 @@ def in_turn(session_class: type[S]) -> type[S]:
     )
 
 
+def put_in_turn(session: Session, turn: Turn) -> Turn:
+    """Have the operations of a session made by such a class take this turn.
+
+    Not an argument of its constructor, which is in the way of every request.
+    """
+    vars(session)["_turn"] = turn
+    return turn
+
+
 def _taking_turn(operation: Callable[..., R]) -> Callable[..., R]:
     @functools.wraps(operation)
     def take_turn(self: Any, *args: Any, **kwargs: Any) -> R:
         turn: Turn = self._turn
-        turn.take()
+        if not turn.take():
+            return operation(self, *args, **kwargs)
         try:
             return operation(self, *args, **kwargs)
         finally:
@@ -69,11 +79,8 @@ def _taking_turn(operation: Callable[..., R]) -> Callable[..., R]:
 class SessionInTurn(Session):
     """What `in_turn` derives from; an application sees the session class that it asked for."""
 
+    _turn: Turn
     _connections: tuple[Connection, ...] = ()  # see `transaction.py`
-
-    def __init__(self, *args: Any, turn: Turn, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._turn: Turn = turn
 
     @override
     def add(self, instance: object, *args: Any, **kwargs: Any) -> None:
@@ -81,38 +88,29 @@ class SessionInTurn(Session):
         super().add(instance, *args, **kwargs)
 
     @override
+    @_taking_turn
     def begin(self, nested: bool = False) -> SessionTransaction:
-        self._turn.take()
-        try:
-            transaction = super().begin(nested)
-        finally:
-            self._turn.give()
+        transaction = super().begin(nested)
         # SQLAlchemy has no factory for these, and RELEASE SAVEPOINT must not overlap an end either.
         transaction.__class__ = _TransactionInTurn
         return transaction
 
     @override
+    @_taking_turn
     def close(self) -> None:
-        self._turn.take()
-        try:
-            if self._turn.is_ending:
-                super().close()
-            else:
-                self.reset()
-        finally:
-            self._turn.give()
+        if self._turn.is_ending:
+            super().close()
+        else:
+            self.reset()
 
     @override
+    @_taking_turn
     def reset(self) -> None:
-        self._turn.take()
-        try:
-            if self.in_transaction():
-                # As at the end of `async with get_session()`: what was done would be lost, and
-                # a success sent all the same.
-                raise PrematureClose(self._turn.database)
-            super().reset()
-        finally:
-            self._turn.give()
+        if self.in_transaction():
+            # As at the end of `async with get_session()`: what was done would be lost, and
+            # a success sent all the same.
+            raise PrematureClose(self._turn.database)
+        super().reset()
 
 
 class _TransactionInTurn(SessionTransaction):

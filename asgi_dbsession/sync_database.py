@@ -11,10 +11,10 @@ from typing_extensions import override
 
 from .database import Database
 from .options import AnySession, SessionOptions
-from .session import in_turn
+from .session import in_turn, put_in_turn
 from .turn import turn_between_threads
 from .types import Scope
-from .unit_of_work import OpenSession, current_unit
+from .unit_of_work import OpenSession, current_task, current_unit
 
 
 class SyncDatabase(Database[Engine, AnySession]):
@@ -78,16 +78,10 @@ class SyncDatabase(Database[Engine, AnySession]):
 
     @override
     def _make_session(self, engine: Engine | None, scope: Scope | None) -> OpenSession[AnySession]:
-        turn = turn_between_threads(self)
-        options = self._session_options | {"turn": turn, "info": self._info | {"scope": scope}}
-        session = self._class(engine, **options)
-
-        async def run_in_thread(function: Callable[[Session], None]) -> None:
-            # A limiter of its own: on the shared one, commits would queue behind handlers that
-            # wait for the very connections those commits would free.
-            await to_thread.run_sync(function, session, limiter=CapacityLimiter(1))
-
-        return OpenSession(session, session, turn, run_in_thread)
+        session = self._class(engine, **self._session_options)
+        session.info["scope"] = scope
+        turn = put_in_turn(session, turn_between_threads(self))
+        return OpenSession(session, session, turn, _run_in_thread, opener=current_task())
 
     @override
     def _create_engine(self) -> Engine:
@@ -103,8 +97,14 @@ class SyncDatabase(Database[Engine, AnySession]):
             with engine.connect() as connection:
                 connection.execute(select(1))
 
-        await to_thread.run_sync(select_one, limiter=CapacityLimiter(1))
+        await _run_in_thread(select_one)
 
     @override
     async def _dispose(self, engine: Engine) -> None:
-        await to_thread.run_sync(engine.dispose, limiter=CapacityLimiter(1))
+        await _run_in_thread(engine.dispose)
+
+
+async def _run_in_thread(function: Callable[..., None], *args: Any) -> None:
+    # A limiter of its own: on the shared one, commits would queue behind handlers that wait for
+    # the very connections those commits would free.
+    await to_thread.run_sync(function, *args, limiter=CapacityLimiter(1))

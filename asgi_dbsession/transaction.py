@@ -43,7 +43,7 @@ def close_at_once(session: Session, turn: Turn) -> bool:
     return idle
 
 
-def end(session: Session, *, turn: Turn, commit: bool, close: bool) -> None:
+def end(session: Session, turn: Turn, commit: bool, close: bool) -> None:
     """Commit or roll back what the session has begun, once the operation in flight is done.
 
     Whatever happens, the connection is back in its pool afterwards, or thrown away.

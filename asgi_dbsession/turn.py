@@ -29,7 +29,6 @@ class Turn:
 
     __slots__ = (
         "_caller",
-        "_depth",
         "_ending",
         "_free",
         "_holder",
@@ -49,7 +48,6 @@ class Turn:
         self._free = Lock()
         self._holder: object = None
         self._ending: object = None
-        self._depth = 0
         self._over = False
         self._waiting: list[Future[None]] = []
         self._worker: object = None
@@ -79,20 +77,24 @@ class Turn:
         Raises:
             SessionClosed: The unit of work is over.
         """
-        self._refuse_if_over()
+        if self._over:
+            raise SessionClosed(self.database)
         self._note(self._caller())
 
-    def take(self) -> None:
+    def take(self) -> bool:
         """Begin an operation.
+
+        Returns:
+            False inside an operation of the same caller (autoflush, lazy loading), which goes on
+            having the turn: only who took it gives it back.
 
         Raises:
             ConcurrentUse: Another task (thread) is in the middle of an operation.
             SessionClosed: The unit of work is over.
         """
         caller = self._caller()
-        if self._holder == caller:  # an operation inside an operation: autoflush, lazy loading
-            self._depth += 1
-            return
+        if self._holder == caller:
+            return False
         while not self._claim(caller):
             if self._ending is not None:
                 self._wait_for_release()
@@ -101,6 +103,7 @@ class Turn:
             else:
                 raise ConcurrentUse(self.database)
         self._note(caller)
+        return True
 
     def take_to_end(self) -> None:
         """Begin the end of the work done so far; waits for the operation in flight.
@@ -134,10 +137,7 @@ class Turn:
 
     def give(self, *, over: bool = False) -> None:
         """Finish what was begun; with `over`, no operation begins ever again."""
-        self._depth -= 1
-        if self._depth:
-            return
-        ended = self.is_ending
+        ended = self._ending is not None and self._ending == self._holder
         if over:
             self._over = True
         self._holder = None
@@ -153,10 +153,6 @@ class Turn:
         elif self._worker != caller:
             self._worker = _SEVERAL
 
-    def _refuse_if_over(self) -> None:
-        if self._over:
-            raise SessionClosed(self.database)
-
     def _claim(self, caller: object, ending: object = None) -> bool:
         if self._ending is not ending or not self._free.acquire(blocking=False):
             return False
@@ -164,7 +160,6 @@ class Turn:
             self._free.release()
             raise SessionClosed(self.database)
         self._holder = caller
-        self._depth = 1
         return True
 
     def _wait_for_release(self, ending: object = None) -> None:

@@ -3,8 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from sqlalchemy.orm import Session
@@ -34,27 +33,19 @@ class OpenSession(Generic[S]):
         session: What the application works with.
         orm: The `sqlalchemy.orm.Session` behind it; `session` itself, where that is one.
         turn: The turn on it.
-        run: Calls a plain function of `orm` where it may block. The one seam of async and sync.
-        opener: The task that opened it.
+        run: Calls a plain function where it may block. The one seam of async and sync.
+        opener: The task that opened it, where it is worked on by threads, which have none.
     """
 
     session: S
     orm: Session
     turn: Turn
-    run: Callable[[Callable[[Session], None]], Awaitable[None]]
-    opener: object = field(default_factory=current_task)
-
-    def has_work(self) -> bool:
-        """See `transaction.has_work`."""
-        return has_work(self.orm, self.turn)
+    run: Callable[..., Awaitable[None]]
+    opener: object = None
 
     def is_work_of(self, task: object) -> bool:
-        """Whether it is that task alone that has worked here since the last end.
-
-        A blocking session is worked on by threads, which say nothing of tasks: there, whether
-        that task opened it.
-        """
-        return self.opener is task if self.session is self.orm else self.turn.is_work_of(task)
+        """Whether it is that task alone that has worked here since the last end."""
+        return self.opener is task or self.turn.is_work_of(task)
 
 
 class SessionSource(Protocol[S]):
@@ -139,22 +130,16 @@ class UnitOfWork:
             commit: False rolls back.
             only_of: Do nothing unless all of it is the work of this task.
         """
-        working = [each for each in self._in_order() if each.has_work()]
+        working = [each for each in self._in_order() if has_work(each.orm, each.turn)]
         if not working or (only_of and not all(each.is_work_of(only_of) for each in working)):
             return
         self.rollback = None
         await run_to_completion(self._end_each(working, commit=commit, close=False))
 
     async def close(self, *, commit: bool) -> None:
-        """End the work for good: nothing opened here can check out a connection afterwards."""
+        """The same for good: nothing opened here can check out a connection afterwards."""
         self.over = True
-        if not self.sessions:
-            return
-        working = [
-            each
-            for each in self._in_order()
-            if each.has_work() or not close_at_once(each.orm, each.turn)
-        ]
+        working = [each for each in self._in_order() if not close_at_once(each.orm, each.turn)]
         if working:
             await run_to_completion(self._end_each(working, commit=commit, close=True))
         self.sessions.clear()
@@ -163,8 +148,8 @@ class UnitOfWork:
         """The same on the calling thread, for a unit that has sync sessions only."""
         self.over = True
         for each in self._in_order():
-            if each.has_work() or not close_at_once(each.orm, each.turn):
-                end(each.orm, turn=each.turn, commit=commit, close=True)
+            if not close_at_once(each.orm, each.turn):
+                end(each.orm, each.turn, commit, close=True)
         self.sessions.clear()
 
     def _in_order(self) -> list[OpenSession[Any]]:
@@ -175,9 +160,8 @@ class UnitOfWork:
     ) -> None:
         failure: Exception | None = None
         for opened in working:
-            ending = partial(end, turn=opened.turn, commit=commit and not failure, close=close)
             try:
-                await opened.run(ending)
+                await opened.run(end, opened.orm, opened.turn, commit and not failure, close)
             except Exception as error:
                 failure = failure or error
         if failure is not None:
