@@ -87,16 +87,21 @@ class DBSessionMiddleware:
             if unit.failure is not None:
                 raise _CommitFailed
             kind = message["type"]
-            if kind == "http.response.start":
-                if unit.sessions:
-                    await _end(unit, commit=self._is_success(unit, message["status"]))
-                unit.rollback = None
-                started = True
-            elif kind in _ENDINGS and not message.get("more_body", False):
-                complete = True
-                if unit.sessions:
-                    # Below an inner BaseHTTPMiddleware, this may not be the task at work.
-                    await _end(unit, commit=not unit.rollback, only_of=current_task())
+            try:
+                if kind == "http.response.start":
+                    if unit.sessions:
+                        await unit.end(commit=self._is_success(unit, message["status"]))
+                    unit.rollback = None
+                    started = True
+                elif kind in _ENDINGS and not message.get("more_body", False):
+                    complete = True
+                    if unit.sessions:
+                        # Below an inner BaseHTTPMiddleware, this may not be the task at work.
+                        await unit.end(commit=not unit.rollback, only_of=current_task())
+            except Exception as error:
+                if unit.failure is None:
+                    raise
+                raise _CommitFailed from error
             await send(message)
 
         token = current_unit.set(unit)
@@ -145,13 +150,6 @@ class _CommitFailed(BaseException):
     Not an `Exception`: no handler of the application's may take it for an error of its own, and
     answer it. The middleware turns it back into the original error.
     """
-
-
-async def _end(unit: UnitOfWork, *, commit: bool, only_of: object = None) -> None:
-    try:
-        await unit.end(commit=commit, only_of=only_of)
-    except Exception as error:
-        raise _CommitFailed from error
 
 
 # What that exception may have become on its way out, through frameworks and task groups.
