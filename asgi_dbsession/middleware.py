@@ -10,16 +10,15 @@ from sqlalchemy import URL
 from .async_database import AsyncDatabase
 from .errors import ConfigurationError
 from .lifespan import serve_lifespan
+from .messages import CommitFailed, end_before_response, end_before_waiting
 from .sync_database import SyncDatabase
-from .types import ASGIApp, Message, Receive, Scope, Send
-from .unit_of_work import UnitOfWork, current_task, current_unit
+from .types import ASGIApp, Receive, Scope, Send
+from .unit_of_work import UnitOfWork, current_unit
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
 # Where the unit of work of a request lies in its scope: a middleware further in joins it.
 _KEY = "asgi_dbsession"
-# What ends a response, unless it says `more_body`.
-_ENDINGS = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
 
 
 def below_400(status: int) -> bool:
@@ -37,6 +36,9 @@ class DBSessionMiddleware:
     5. Streaming bodies and background tasks go on with the same session, as a unit of their own:
        committed when they end, rolled back when they fail.
     6. When the application returns, its sessions are closed for good.
+
+    On a WebSocket, the work of a task is committed before it sends, and before it waits to receive;
+    a denial, an exception or a close code other than 1000 and 1001 rolls back.
 
     Databases are started before the application's own startup and stopped after its shutdown.
     Other scopes, and messages that are none of the above, pass untouched.
@@ -74,60 +76,38 @@ class DBSessionMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._serve_other(scope, receive, send)
             return
         enclosing = scope.get(_KEY)
         unit = scope[_KEY] = UnitOfWork(self.databases, scope, enclosing)
         unit.joins = enclosing is not None
-        started = complete = False
-
-        async def end_unit_then_send(message: Message) -> None:
-            nonlocal started, complete
-            if unit.failure is not None:
-                raise _CommitFailed
-            kind = message["type"]
-            try:
-                if kind == "http.response.start":
-                    if unit.sessions:
-                        await unit.end(commit=self._is_success(unit, message["status"]))
-                    unit.rollback = None
-                    started = True
-                elif kind in _ENDINGS and not message.get("more_body", False):
-                    complete = True
-                    if unit.sessions:
-                        # Below an inner BaseHTTPMiddleware, this may not be the task at work.
-                        await unit.end(commit=not unit.rollback, only_of=current_task())
-            except Exception as error:
-                if unit.failure is None:
-                    raise
-                raise _CommitFailed from error
-            await send(message)
-
+        if scope["type"] == "http":
+            guarded = receive, end_before_response(unit, self.commit_when, send)
+        else:
+            guarded = end_before_waiting(unit, receive, send)
         token = current_unit.set(unit)
         try:
-            await self.app(scope, receive, end_unit_then_send)
+            await self.app(scope, *guarded)
         except BaseException as error:
             await unit.close(commit=False)
             if unit.failure is None or not isinstance(error, _UNWOUND):
                 raise
         else:
             # "Returned" is not "succeeded": a client that hangs up ends a stream just like that.
-            await unit.close(commit=complete and not unit.rollback and unit.failure is None)
+            commit = unit.may_commit and not unit.rollback and unit.failure is None
+            await unit.close(commit=commit)
         finally:
             current_unit.reset(token)
             scope[_KEY] = enclosing
         if unit.failure is not None:
-            await self._answer(unit.failure, scope, receive, None if started else send)
+            await self._answer(unit.failure, scope, receive, None if unit.is_answered else send)
 
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await serve_lifespan(self.app, self.databases, scope, receive, send)
         else:
             await self.app(scope, receive, send)
-
-    def _is_success(self, unit: UnitOfWork, status: int) -> bool:
-        return self.commit_when(status) if unit.rollback is None else not unit.rollback
 
     async def _answer(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send | None
@@ -144,16 +124,8 @@ class DBSessionMiddleware:
             raise failure
 
 
-class _CommitFailed(BaseException):
-    """Unwinds the application after a COMMIT that failed.
-
-    Not an `Exception`: no handler of the application's may take it for an error of its own, and
-    answer it. The middleware turns it back into the original error.
-    """
-
-
-# What that exception may have become on its way out, through frameworks and task groups.
-_UNWOUND = (_CommitFailed, Exception, BaseExceptionGroup)
+# What a `CommitFailed` may have become on its way out, through frameworks and task groups.
+_UNWOUND = (CommitFailed, Exception, BaseExceptionGroup)
 
 
 def _as_database(given: AnyDatabase | str | URL) -> AnyDatabase:

@@ -71,6 +71,8 @@ class UnitOfWork:
         joins: Whether `enclosing` is of the same request; databases that it has stay with it.
         rollback: What `set_rollback` said of the work since the last end.
         failure: The first error of a COMMIT.
+        is_answered: Whether it is too late for another response.
+        may_commit: Whether what is left when the application returns belongs to a success.
         over: Whether it has been closed.
     """
 
@@ -78,6 +80,8 @@ class UnitOfWork:
     joins: bool = False
     rollback: bool | None = None
     failure: Exception | None = None
+    is_answered: bool = False
+    may_commit: bool = False
     over: bool = False
 
     def __init__(
