@@ -101,6 +101,84 @@ class Exchange:
         await asyncio.sleep(0)
 
 
+class Socket:
+    """One WebSocket to an application, in process, and all that came back.
+
+    Args:
+        app: The ASGI application.
+        path: What is connected to.
+        on_message: Called with each message when it arrives, before it counts as received.
+    """
+
+    def __init__(
+        self, app: Any, path: str = "/", *, on_message: Callable[[Message], None] | None = None
+    ) -> None:
+        self.app = app
+        self.scope: dict[str, Any] = {
+            "type": "websocket",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "scheme": "ws",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"host", b"test")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+            "subprotocols": [],
+            "extensions": {"websocket.http.response": {}},
+        }
+        self.messages: list[Message] = []
+        self.error: BaseException | None = None
+        self.waits = asyncio.Event()
+        self._inbox: asyncio.Queue[Message] = asyncio.Queue()
+        self._inbox.put_nowait({"type": "websocket.connect"})
+        self._on_message = on_message
+
+    def say(self, text: str) -> None:
+        """Send a message to the application."""
+        self.waits.clear()
+        self._inbox.put_nowait({"type": "websocket.receive", "text": text})
+
+    def hang_up(self, code: int = 1006) -> None:
+        """Go away, as far as the application can see by that code."""
+        self.waits.clear()
+        self._inbox.put_nowait({"type": "websocket.disconnect", "code": code})
+
+    async def run(self) -> "Socket":
+        """Serve it; an exception that reaches the server is kept as `error`."""
+        try:
+            await self.app(self.scope, self._receive, self._send)
+        except Exception as error:
+            self.error = error
+        return self
+
+    @property
+    def heard(self) -> list[str]:
+        """What the application sent, as text."""
+        return [each["text"] for each in self.messages if each["type"] == "websocket.send"]
+
+    async def _receive(self) -> Message:
+        if self._inbox.empty():
+            self.waits.set()
+        return await self._inbox.get()
+
+    async def _send(self, message: Message) -> None:
+        kind = message["type"].removeprefix("websocket.")
+        before = [each["type"].removeprefix("websocket.") for each in self.messages]
+        if "close" in before:
+            raise AssertionError(f"{kind} came after the close")
+        if kind == "send" and "accept" not in before:
+            raise AssertionError("a message came before the socket was accepted")
+        if kind in ("accept", "http.response.start") and before:
+            raise AssertionError(f"{kind} came after {before}")
+        if self._on_message is not None:
+            self._on_message(message)
+        self.messages.append(message)
+        await asyncio.sleep(0)
+
+
 async def get(app: Any, path: str = "/", **options: Any) -> Exchange:
     """Ask an application for something, and wait until it has returned."""
     return await Exchange(app, path, **options).run()

@@ -1,0 +1,83 @@
+"""Before which messages of an exchange its unit of work ends."""
+
+from collections.abc import Callable
+
+from .types import Message, Receive, Send
+from .unit_of_work import UnitOfWork, current_task
+
+# What ends a response, unless it says `more_body`.
+_ENDINGS = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
+# Normal closure, and going away: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
+_FINE = (1000, 1001)
+
+
+class CommitFailed(BaseException):
+    """Unwinds the application after a COMMIT that failed.
+
+    Not an `Exception`: no handler of the application's may take it for an error of its own, and
+    answer it. The middleware turns it back into the original error.
+    """
+
+
+def end_before_response(unit: UnitOfWork, commit_when: Callable[[int], bool], send: Send) -> Send:
+    """Have `send` wait for COMMIT or ROLLBACK where a message would acknowledge the work."""
+
+    async def end_unit_then_send(message: Message) -> None:
+        if unit.failure is not None:
+            raise CommitFailed
+        kind = message["type"]
+        if kind == "http.response.start":
+            if unit.sessions:
+                rollback = unit.rollback
+                success = commit_when(message["status"]) if rollback is None else not rollback
+                await _end(unit, commit=success)
+            unit.rollback = None
+            unit.is_answered = True
+        elif kind in _ENDINGS and not message.get("more_body", False):
+            unit.may_commit = True
+            if unit.sessions:
+                # Below an inner BaseHTTPMiddleware, this may not be the task at work.
+                await _end(unit, commit=not unit.rollback, only_of=current_task())
+        await send(message)
+
+    return end_unit_then_send
+
+
+def end_before_waiting(unit: UnitOfWork, receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """Have whatever the peer can observe of a WebSocket wait for COMMIT or ROLLBACK.
+
+    And whatever waits for the peer: so no connection is held meanwhile. It is the work of the
+    task that sends or receives which ends, if it alone was at work.
+    """
+    unit.is_answered = True  # by the handshake, or by the server
+
+    async def end_unit_then_receive() -> Message:
+        await end_own_work(commit=True)
+        return await receive()
+
+    async def end_unit_then_send(message: Message) -> None:
+        kind = message["type"]
+        if kind == "websocket.accept":
+            unit.may_commit = True
+        elif kind == "websocket.close":
+            unit.may_commit = unit.may_commit and message.get("code", 1000) in _FINE
+        if kind in ("websocket.accept", "websocket.send", "websocket.close"):
+            await end_own_work(commit=unit.may_commit)
+        elif kind == "websocket.http.response.start":
+            await end_own_work(commit=False)
+        await send(message)
+
+    async def end_own_work(*, commit: bool) -> None:
+        if unit.failure is not None:
+            raise CommitFailed
+        if unit.sessions:
+            await _end(unit, commit=commit and not unit.rollback, only_of=current_task())
+
+    return end_unit_then_receive, end_unit_then_send
+
+
+async def _end(unit: UnitOfWork, *, commit: bool, only_of: object = None) -> None:
+    try:
+        await unit.end(commit=commit, only_of=only_of)
+    except Exception as error:
+        raise CommitFailed from error
