@@ -14,6 +14,7 @@ class Exchange:
         app: The ASGI application.
         path: What is asked for.
         method: How.
+        content: The body of the request, as JSON.
         spec_version: The ASGI version advertised; uvicorn says 2.3.
         on_message: Called with each message when it arrives, before it counts as received.
     """
@@ -24,6 +25,7 @@ class Exchange:
         path: str = "/",
         *,
         method: str = "GET",
+        content: bytes = b"",
         spec_version: str = "2.3",
         on_message: Callable[[Message], None] | None = None,
     ) -> None:
@@ -38,13 +40,18 @@ class Exchange:
             "raw_path": path.encode(),
             "query_string": b"",
             "root_path": "",
-            "headers": [(b"host", b"test")],
+            "headers": [
+                (b"host", b"test"),
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(content)).encode()),
+            ],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 80),
         }
         self.messages: list[Message] = []
         self.error: BaseException | None = None
         self.hang_up = asyncio.Event()
+        self._content = content
         self._on_message = on_message
         self._asked = False
 
@@ -83,7 +90,7 @@ class Exchange:
     async def _receive(self) -> Message:
         if not self._asked:
             self._asked = True
-            return {"type": "http.request", "body": b"", "more_body": False}
+            return {"type": "http.request", "body": self._content, "more_body": False}
         await self.hang_up.wait()
         return {"type": "http.disconnect"}
 
@@ -98,6 +105,65 @@ class Exchange:
         if self._on_message is not None:
             self._on_message(message)
         self.messages.append(message)
+        if self.complete:
+            self.hang_up.set()  # whoever still listens hears of the end, as from any server
+        await asyncio.sleep(0)
+
+
+class Life:
+    """One lifespan of an application, by a server that refuses what the specification forbids.
+
+    Args:
+        app: The ASGI application.
+        on_message: Called with each message when it arrives, before it counts as received.
+    """
+
+    def __init__(self, app: Any, on_message: Callable[[Any], None] = lambda _: None) -> None:
+        self.messages: list[Any] = []
+        self.scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}}
+        self._inbox: asyncio.Queue[Any] = asyncio.Queue()
+        self._on_message = on_message
+        self._phase = ""
+        self._answered = asyncio.Event()
+        self.task = asyncio.create_task(app(self.scope, self._inbox.get, self._send))
+        self.task.add_done_callback(lambda _: self._answered.set())
+
+    async def startup(self) -> "Life":
+        """Send the startup, and wait for an answer."""
+        await self._tell("startup")
+        return self
+
+    async def shutdown(self) -> "Life":
+        """Send the shutdown, and wait until the application has returned."""
+        await self._tell("shutdown")
+        await asyncio.wait([self.task])
+        return self
+
+    async def run(self) -> "Life":
+        """Send both, whatever the answers."""
+        await self.startup()
+        return await self.shutdown()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the application raised to the server."""
+        return self.task.exception()
+
+    async def _tell(self, phase: str) -> None:
+        self._phase = phase
+        self._answered.clear()
+        if not self.task.done():
+            await self._inbox.put({"type": f"lifespan.{phase}"})
+            await self._answered.wait()
+
+    async def _send(self, message: Any) -> None:
+        phase, outcome = message["type"].removeprefix("lifespan.").split(".")
+        assert outcome in ("complete", "failed")
+        assert phase == self._phase, f"{message} is no answer to {self._phase}"
+        assert not self._answered.is_set(), f"{message} is a second answer"
+        self._on_message(message)
+        self.messages.append(message)
+        self._answered.set()
         await asyncio.sleep(0)
 
 

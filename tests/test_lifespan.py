@@ -3,12 +3,12 @@
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from asgi import get, respond
+from asgi import Life, get, respond
 from conftest import ENTRY, AnyDatabase, Real, Running, becomes_true
 from sqlalchemy.pool import QueuePool
 from starlette.applications import Starlette
@@ -25,63 +25,6 @@ pytestmark = pytest.mark.anyio
 
 COMPLETE = {"type": "lifespan.startup.complete"}
 STOPPED = {"type": "lifespan.shutdown.complete"}
-
-
-class Life:
-    """One lifespan of an application, by a server that refuses what the specification forbids.
-
-    Args:
-        app: The ASGI application.
-        on_message: Called with each message when it arrives, before it counts as received.
-    """
-
-    def __init__(self, app: Any, on_message: Callable[[Any], None] = lambda _: None) -> None:
-        self.messages: list[Any] = []
-        self.scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}}
-        self._inbox: asyncio.Queue[Any] = asyncio.Queue()
-        self._on_message = on_message
-        self._phase = ""
-        self._answered = asyncio.Event()
-        self.task = asyncio.create_task(app(self.scope, self._inbox.get, self._send))
-        self.task.add_done_callback(lambda _: self._answered.set())
-
-    async def startup(self) -> "Life":
-        """Send the startup, and wait for an answer."""
-        await self._tell("startup")
-        return self
-
-    async def shutdown(self) -> "Life":
-        """Send the shutdown, and wait until the application has returned."""
-        await self._tell("shutdown")
-        await asyncio.wait([self.task])
-        return self
-
-    async def run(self) -> "Life":
-        """Send both, whatever the answers."""
-        await self.startup()
-        return await self.shutdown()
-
-    @property
-    def error(self) -> BaseException | None:
-        """What the application raised to the server."""
-        return self.task.exception()
-
-    async def _tell(self, phase: str) -> None:
-        self._phase = phase
-        self._answered.clear()
-        if not self.task.done():
-            await self._inbox.put({"type": f"lifespan.{phase}"})
-            await self._answered.wait()
-
-    async def _send(self, message: Any) -> None:
-        phase, outcome = message["type"].removeprefix("lifespan.").split(".")
-        assert outcome in ("complete", "failed")
-        assert phase == self._phase, f"{message} is no answer to {self._phase}"
-        assert not self._answered.is_set(), f"{message} is a second answer"
-        self._on_message(message)
-        self.messages.append(message)
-        self._answered.set()
-        await asyncio.sleep(0)
 
 
 class Part:
