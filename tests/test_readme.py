@@ -2,27 +2,20 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+from pages import Page
 from starlette.testclient import TestClient
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-
-
-def run(block: str) -> dict[str, Any]:
-    """Execute a block as a module of its own."""
-    namespace: dict[str, Any] = {"__name__": "pasted"}
-    exec(compile(block, "README.md", "exec"), namespace)
-    return namespace
+README = Page("README.md")
+BLOCKS = README.blocks()
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_every_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, with nothing but what it imports."""
     monkeypatch.chdir(tmp_path)
-    run(BLOCKS[number])
+    README.run(number)
 
 
 def test_the_first_example_stores_what_it_says(
@@ -31,7 +24,7 @@ def test_the_first_example_stores_what_it_says(
     """Each visit is counted, also by the next server."""
     monkeypatch.chdir(tmp_path)
     for visits in ({"visits": 1}, {"visits": 2}):
-        with TestClient(run(BLOCKS[0])["app"]) as client:
+        with TestClient(README.run(0)["app"]) as client:
             assert client.get("/").json() == visits
 
 
@@ -40,8 +33,8 @@ def test_the_example_of_a_def_handler_answers(
 ) -> None:
     """It runs in the framework's thread pool."""
     monkeypatch.chdir(tmp_path)
-    (block,) = (block for block in BLOCKS if "def version" in block)
-    with TestClient(run(block)["app"]) as client:
+    (number,) = (number for number, block in enumerate(BLOCKS) if "def version" in block)
+    with TestClient(README.run(number)["app"]) as client:
         assert client.get("/").text.startswith("3.")
 
 
@@ -54,4 +47,4 @@ def test_every_error_is_in_the_table_of_the_readme() -> None:
         for name in asgi_dbsession.__all__
         if isinstance(value := getattr(asgi_dbsession, name), type) and issubclass(value, Exception)
     } - {"DBSessionError"}
-    assert errors == set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    assert errors == set(re.findall(r"^\| `(\w+)` \|", README.text, re.MULTILINE))
