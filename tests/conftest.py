@@ -241,3 +241,9 @@ def no_leaks(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
         and record.levelno >= logging.ERROR
     ]
     assert not complaints
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of every later collection what was imported: it is there for good."""
+    gc.collect()
+    gc.freeze()
