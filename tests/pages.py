@@ -13,7 +13,7 @@ class Page:
     """One document, and the code in it.
 
     A block that begins with `# shop.py` begins that file, and the blocks after it continue it. A
-    `diff` changes what stands in a file.
+    `diff` changes the first file in which it finds what it changes; `@@` divides its hunks.
 
     Args:
         path: Where it is, from the root of the repository.
@@ -32,7 +32,9 @@ class Page:
         """
         text = self.text
         if under:
-            (text,) = re.findall(rf"^## {re.escape(under)}\n(.*?)(?=^## |\Z)", text, re.S | re.M)
+            (text,) = re.findall(
+                rf"^## {re.escape(under)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE
+            )
         return [block for found, block in _FENCED.findall(text) if found == language]
 
     def run(self, number: int) -> dict[str, Any]:
@@ -56,11 +58,13 @@ class Page:
             files[name] = files[name] + "\n\n" + block if name in files else block
         for change in changes:
             (diff,) = self.blocks("diff", under=change)
-            removed, added = (_lines(diff, sign) for sign in "-+")
-            (name,) = [each for each, code in files.items() if code.count(removed) == 1]
-            files[name] = files[name].replace(removed, added)
+            for hunk in diff.split("@@\n"):
+                before, after = _side(hunk, " -"), _side(hunk, " +")
+                name = next(each for each, code in files.items() if before in code)
+                assert files[name].count(before) == 1, f"{before} is ambiguous in {self.path}"
+                files[name] = files[name].replace(before, after)
         return files
 
 
-def _lines(diff: str, sign: str) -> str:
-    return "".join(each[1:] for each in diff.splitlines(keepends=True) if each.startswith(sign))
+def _side(hunk: str, signs: str) -> str:
+    return "".join(each[1:] for each in hunk.splitlines(keepends=True) if each[0] in signs)

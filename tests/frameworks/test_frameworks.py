@@ -1,0 +1,601 @@
+"""The same promises under every framework, for the very code that its page in the docs shows."""
+
+import asyncio
+import importlib
+import json
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import falcon
+import falcon.testing
+import pytest
+from asgi import Exchange, Life
+from blacksheep.testing import TestClient as BlackSheepClient
+from conftest import Real, becomes_true, checked_out, postgresql
+from django.test import AsyncClient  # type: ignore[import-untyped]
+from django.urls import clear_url_caches  # type: ignore[import-untyped]
+from fastapi import Depends
+from litestar.middleware import DefineMiddleware
+from pages import Page
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.responses import PlainTextResponse
+
+from asgi_dbsession import (
+    AsyncDatabase,
+    DBSessionMiddleware,
+    NoSession,
+    SessionClosed,
+    SyncDatabase,
+    get_session,
+    session_dependency,
+)
+
+pytestmark = pytest.mark.anyio
+
+WRAP = "Wrap it instead"
+ANSWER = "Answer a failed COMMIT"
+
+
+@dataclass(frozen=True)
+class Framework:
+    """How the tests find their way in the page of a framework.
+
+    Args:
+        name: Its column in the table.
+        page: The page's name.
+        changes: The sections of the page whose `diff` makes this variant.
+        module: The module that serves.
+        without: What it has not, by the key that a test looks for, and why.
+    """
+
+    name: str
+    page: str
+    changes: tuple[str, ...] = ()
+    module: str = "notes"
+    without: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+    def needs(self, feature: str) -> None:
+        """Skip the test where the framework has no such thing."""
+        if reason := dict(self.without).get(feature):
+            pytest.skip(reason)
+
+
+NO_OPENAPI = ("openapi", "The framework writes no OpenAPI document by itself")
+DEF = "Views written with `def`"
+OWN_500 = ("raises", "Litestar answers each exception of its middleware itself, with a 500")
+
+FRAMEWORKS = (
+    Framework("Starlette", "starlette", without=(NO_OPENAPI,)),
+    Framework("Starlette, wrapped", "starlette", (WRAP,), without=(NO_OPENAPI,)),
+    Framework("FastAPI", "fastapi"),
+    Framework("FastAPI, wrapped", "fastapi", (WRAP,)),
+    Framework("Litestar", "litestar", without=(OWN_500,)),
+    Framework("Litestar, wrapped", "litestar", (WRAP,)),
+    Framework("Quart", "quart", without=(NO_OPENAPI,)),
+    Framework("Quart, wrapped", "quart", (WRAP,), without=(NO_OPENAPI,)),
+    Framework("Falcon", "falcon", without=(NO_OPENAPI,)),
+    Framework(
+        "BlackSheep",
+        "blacksheep",
+        without=(
+            NO_OPENAPI,
+            ("background", "BlackSheep has no background work"),
+        ),
+    ),
+    Framework(
+        "Django",
+        "django",
+        module="project.asgi",
+        without=(
+            NO_OPENAPI,
+            ("background", "Django hands background work to other processes"),
+        ),
+    ),
+    Framework(
+        "a bare function",
+        "any-asgi-application",
+        without=(
+            NO_OPENAPI,
+            ("raised", "Nobody is there to turn an exception into a response"),
+        ),
+    ),
+)
+
+frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
+in_the_table = pytest.mark.matrix("Frameworks", "framework")
+
+
+Session = Annotated[AsyncSession, Depends(session_dependency)]
+
+
+@cache
+def server() -> Real:
+    """One database for all pages, which make their table themselves."""
+    url, reader = postgresql()
+    return Real("asyncpg", url, reader)
+
+
+class Served:
+    """One application of a page, served in process."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        names = ("application", "asgi", "app")
+        self.app: Any = next(getattr(module, name) for name in names if hasattr(module, name))
+
+    @property
+    def database(self) -> AsyncDatabase | SyncDatabase:
+        """The database that its middleware serves."""
+        found: AsyncDatabase | SyncDatabase
+        found = getattr(self.module, "blocking", self.module.database)
+        return found
+
+    async def ask(self, method: str, path: str, content: Any = None, **options: Any) -> Exchange:
+        """Send a request, and wait until the application has returned."""
+        body = b"" if content is None else json.dumps(content).encode()
+        return await Exchange(self.app, path, method=method, content=body, **options).run()
+
+
+def stored() -> list[str]:
+    """The notes of all rows that are really there."""
+    with server().reader.connect() as connection:
+        return list(connection.scalars(text("SELECT text FROM note ORDER BY id")))
+
+
+def store(*notes: str) -> int:
+    """Store rows over another connection; the id of the last."""
+    found = 0
+    with server().reader.begin() as connection:
+        for note in notes:
+            statement = text("INSERT INTO note (text) VALUES (:note) RETURNING id")
+            found = connection.scalar(statement, {"note": note}) or 0
+    return found
+
+
+def empty() -> None:
+    """Delete all rows over another connection."""
+    with server().reader.begin() as connection:
+        if inspect(connection).has_table("note"):
+            connection.execute(text("DELETE FROM note"))
+
+
+class Pages:
+    """Loads the files of pages from a folder, as a server would from the one it is started in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, framework: Framework, *changes: str, module: str = "") -> Served:
+        """Write the files that the page shows, and import one of them."""
+        files = Page(f"docs/how-to/{framework.page}.md").files(*framework.changes, *changes)
+        for name, code in files.items():
+            file = self.folder / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(code)
+        importlib.invalidate_caches()
+        return Served(importlib.import_module(module or framework.module))
+
+
+@pytest.fixture
+def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pages]:
+    """Pages whose modules do not outlive the test, on a database with an empty table."""
+    url = server().url.set(drivername="postgresql")  # without a driver, for both kinds
+    monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
+    monkeypatch.delenv("DJANGO_SETTINGS_MODULE", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    empty()
+    yield Pages(tmp_path)
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+    sys.modules.pop("project", None)
+    clear_url_caches()
+
+
+@asynccontextmanager
+async def serving(served: Served) -> AsyncIterator[Served]:
+    """Run its lifespan around the block, and find its database clean at the end."""
+    if hasattr(served.module, "create_tables") and served.module.__name__ == "project.asgi":
+        await served.module.create_tables()
+    life = await Life(served.app).startup()
+    assert life.messages == [{"type": "lifespan.startup.complete"}]
+    try:
+        yield served
+        assert checked_out(served.database) == 0
+        await becomes_true(lambda: server().open_transactions() == 0)
+    finally:
+        await life.shutdown()
+    assert life.messages[1:] == [{"type": "lifespan.shutdown.complete"}]
+    assert life.error is None
+
+
+@pytest.fixture
+async def served(framework: Framework, pages: Pages) -> AsyncIterator[Served]:
+    """The application of the page, running."""
+    async with serving(pages.load(framework)) as application:
+        yield application
+
+
+@in_the_table
+@frameworks
+async def test_a_read_answers(framework: Framework, served: Served) -> None:
+    """A read answers, and its connection is back before the first byte."""
+    found = store("first", "second")
+    held = []
+    exchange = await served.ask(
+        "GET", f"/notes/{found}", on_message=lambda _: held.append(checked_out(served.database))
+    )
+    assert exchange.status == 200
+    assert json.loads(exchange.body) == {"id": found, "text": "second"}
+    assert set(held) == {0}
+
+
+@in_the_table
+@frameworks
+async def test_a_write_is_stored_first(framework: Framework, served: Served) -> None:
+    """A write is stored, and its connection back, before the first byte."""
+    seen = []
+    exchange = await served.ask(
+        "POST",
+        "/notes",
+        {"text": "written"},
+        on_message=lambda _: seen.append((stored(), checked_out(served.database))),
+    )
+    assert exchange.status == 201
+    assert seen[0] == (["written"], 0)
+    again = await served.ask("GET", f"/notes/{json.loads(exchange.body)['id']}")
+    assert json.loads(again.body)["text"] == "written"
+
+
+@in_the_table
+@frameworks
+async def test_a_status_that_is_returned(framework: Framework, served: Served) -> None:
+    """A status of 400 or more that is returned rolls back."""
+    exchange = await served.ask("POST", "/leave/returned")
+    assert (exchange.status, exchange.error) == (409, None)
+    assert stored() == []
+    assert (await served.ask("POST", "/leave/well")).status in (200, 204)
+    assert stored() == ["written"]
+
+
+@in_the_table
+@frameworks
+async def test_a_status_that_is_raised(framework: Framework, served: Served) -> None:
+    """A status of 400 or more that is raised, the way the framework has for that, rolls back."""
+    assert (await served.ask("GET", "/notes/42")).status == 404
+    framework.needs("raised")
+    exchange = await served.ask("POST", "/leave/raised")
+    assert exchange.status in (403, 409)
+    assert exchange.error is None
+    assert stored() == []
+
+
+@in_the_table
+@frameworks
+async def test_an_exception_rolls_back(framework: Framework, served: Served) -> None:
+    """An exception that nobody handles rolls back."""
+    exchange = await served.ask("POST", "/leave/unhandled")
+    assert exchange.status == 500 or isinstance(exchange.error, RuntimeError)
+    assert stored() == []
+
+
+@in_the_table
+@frameworks
+async def test_a_failed_commit_sends_nothing(framework: Framework, served: Served) -> None:
+    """A COMMIT that failed sends nothing of the response, and stores nothing."""
+    exchange = await served.ask("POST", "/notes", {"text": "doomed", "reply_to": 0})
+    assert exchange.status in (None, 500)
+    assert b"id" not in exchange.body
+    assert stored() == []
+    assert (await served.ask("POST", "/notes", {"text": "fine"})).status == 201
+    assert stored() == ["fine"]
+
+
+@in_the_table
+@frameworks
+async def test_the_error_of_a_failed_commit_is_itself(framework: Framework, served: Served) -> None:
+    """Its error reaches the server as it was raised."""
+    framework.needs("raises")
+    exchange = await served.ask("POST", "/notes", {"text": "doomed", "reply_to": 0})
+    assert isinstance(exchange.error, IntegrityError)
+
+
+@in_the_table
+@frameworks
+async def test_on_commit_error_answers(framework: Framework, pages: Pages) -> None:
+    """Or `on_commit_error` answers."""
+    if framework.changes:
+        wrapped = pages.load(framework)
+        arguments = wrapped.module.app, wrapped.module.database
+        wrapped.app = DBSessionMiddleware(*arguments, on_commit_error=lambda _: no_such_note)
+    else:
+        wrapped = pages.load(framework, ANSWER)
+    async with serving(wrapped) as served:
+        exchange = await served.ask("POST", "/notes", {"text": "doomed", "reply_to": 0})
+        assert (exchange.status, exchange.error) == (409, None)
+        assert b"no such note" in exchange.body
+        assert stored() == []
+
+
+async def no_such_note(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 409, "headers": []})
+    await send({"type": "http.response.body", "body": b"no such note"})
+
+
+@in_the_table
+@frameworks
+async def test_a_streaming_body_writes(framework: Framework, served: Served) -> None:
+    """A streaming body reads and writes, and is committed before its last byte leaves."""
+    store("first", "second")
+    seen = []
+    exchange = await served.ask(
+        "GET", "/export", on_message=lambda _: seen.append((stored(), checked_out(served.database)))
+    )
+    assert (exchange.status, exchange.body) == (200, b"first\nsecond\n")
+    assert seen[0] == (["first", "second"], 0)
+    assert seen[-1] == (["first", "second", "exported"], 0)
+
+
+@in_the_table
+@frameworks
+async def test_a_client_hangs_up(framework: Framework, served: Served) -> None:
+    """A client that hangs up in a streaming body leaves nothing checked out."""
+    store("first", "second")
+
+    def hang_up(message: Any) -> None:
+        if message.get("body"):
+            exchange.hang_up.set()
+
+    exchange = Exchange(served.app, "/export", on_message=hang_up)
+    await exchange.run()
+    assert exchange.error is None
+    assert checked_out(served.database) == 0
+    await becomes_true(lambda: server().open_transactions() == 0)
+
+
+@in_the_table
+@frameworks
+async def test_background_work(framework: Framework, served: Served) -> None:
+    """Background work follows the commit, and is a transaction of its own."""
+    framework.needs("background")
+    seen = []
+    exchange = await served.ask("POST", "/index", on_message=lambda _: seen.append(stored()))
+    assert exchange.status == 202
+    assert seen[0][0] == "now"
+    await becomes_true(lambda: stored() == ["now", "later"])
+    await becomes_true(lambda: checked_out(served.database) == 0)
+
+
+@in_the_table
+@frameworks
+async def test_the_lifespan_has_the_engine(framework: Framework, pages: Pages) -> None:
+    """The engine is started and disposed of by the lifespan."""
+    application = pages.load(framework)
+    await becomes_true(lambda: server().connections() == 0)
+    async with serving(application) as served:
+        assert served.database.is_running
+        assert server().connections() > 0
+    assert not served.database.is_running
+    await becomes_true(lambda: server().connections() == 0)
+
+
+@in_the_table
+@frameworks
+async def test_code_that_blocks(framework: Framework, pages: Pages) -> None:
+    """Code that blocks (in a `def` handler, where there are) works on a `SyncDatabase`."""
+    if framework.changes:
+        pytest.skip("Such code is tested in one way of installing")
+    path = "/notes"
+    if framework.page == "django":
+        path = "/reports"
+        reports = pages.load(framework, DEF)
+    else:
+        pages.load(framework).module.Base.metadata.create_all(server().reader)
+        reports = pages.load(framework, module="reports")
+    async with serving(reports) as served:
+        store("first", "second")
+        assert (await served.ask("GET", path)).body.strip(b'"') == b"2"
+        exchange = await served.ask("DELETE", path)
+        assert (exchange.status, exchange.error) == (409, None)
+        assert stored() == ["first", "second"]
+        empty()
+        store("third")
+        exchange = await served.ask("DELETE", path)
+        assert (exchange.status, exchange.body.strip(b'"')) == (200, b"deleted")
+        assert stored() == []
+
+
+@in_the_table
+@frameworks
+async def test_openapi(framework: Framework, served: Served) -> None:
+    """Nothing of the session is in the OpenAPI document."""
+    framework.needs("openapi")
+    path = "/schema/openapi.json" if framework.page == "litestar" else "/openapi.json"
+    document = json.loads((await served.ask("GET", path)).body)
+    operations = [each for path in document["paths"].values() for each in path.values()]
+    assert len(operations) == 5
+    names = {each["name"] for one in operations for each in one.get("parameters", ())}
+    assert names == {"id", "way"}
+    assert "session" not in json.dumps(document).lower()
+
+
+def framework_named(name: str) -> Framework:
+    return next(each for each in FRAMEWORKS if each.name == name)
+
+
+async def test_fastapi_stores_nothing_for_a_result_that_does_not_fit(pages: Pages) -> None:
+    """The result is checked before the response starts."""
+    application = pages.load(framework_named("FastAPI"))
+    module = application.module
+
+    async def misfit(session: Session) -> str:
+        session.add(module.Note(text="misfit"))
+        return "no number"
+
+    application.app.post("/misfit", response_model=int)(misfit)
+    async with serving(application) as served:
+        assert (await served.ask("POST", "/misfit")).status == 500
+        assert stored() == []
+
+
+async def test_fastapi_stores_what_a_dependency_writes_after_its_yield(pages: Pages) -> None:
+    """The client does not wait for it."""
+    application = pages.load(framework_named("FastAPI"))
+    module = application.module
+
+    async def audited(session: Session) -> AsyncIterator[None]:
+        yield
+        session.add(module.Note(text="audited"))
+
+    async def write(session: Session) -> None:
+        session.add(module.Note(text="written"))
+
+    application.app.post("/audited", dependencies=[Depends(audited)])(write)
+    async with serving(application) as served:
+        seen = []
+        await served.ask("POST", "/audited", on_message=lambda _: seen.append(stored()))
+        assert seen[-1] == ["written"]
+        assert stored() == ["written", "audited"]
+
+
+async def test_fastapi_lets_a_test_put_another_session_in_its_place(pages: Pages) -> None:
+    """`dependency_overrides` works on `session_dependency` as on any other."""
+    application = pages.load(framework_named("FastAPI"))
+
+    class Shelf:
+        async def get(self, entity: type, key: int) -> Any:
+            return entity(id=key, text="from the shelf")
+
+    application.app.dependency_overrides[session_dependency] = Shelf
+    async with serving(application) as served:
+        exchange = await served.ask("GET", "/notes/7")
+        assert json.loads(exchange.body) == {"id": 7, "text": "from the shelf"}
+
+
+@pytest.mark.parametrize("name", ["Starlette", "Starlette, wrapped"])
+async def test_starlette_keeps_its_handler_of_all_exceptions_outside(
+    pages: Pages, name: str
+) -> None:
+    """It has a session where the application is wrapped, and none where middleware was added."""
+    application = pages.load(framework_named(name))
+    found: list[object] = []
+
+    async def handle(request: Any, error: Exception) -> PlainTextResponse:
+        try:
+            found.append(get_session())
+        except NoSession as none:
+            found.append(none)
+        return PlainTextResponse("sorry", 500)
+
+    application.module.app.add_exception_handler(Exception, handle)
+    async with serving(application) as served:
+        await served.ask("POST", "/leave/unhandled")
+        assert isinstance(found[0], NoSession) == (name == "Starlette")
+
+
+@pytest.mark.parametrize("name", ["Litestar", "Litestar, wrapped"])
+async def test_litestar_runs_before_send_hooks_where_the_page_says(pages: Pages, name: str) -> None:
+    """After COMMIT with a middleware, before it where the application is wrapped."""
+    application = pages.load(framework_named(name))
+    seen = []
+
+    async def look(message: Any, scope: Any) -> None:
+        seen.append(stored())
+
+    application.module.app.before_send.append(look)
+    async with serving(application) as served:
+        assert (await served.ask("POST", "/notes", {"text": "written"})).status == 201
+        assert seen[0] == (["written"] if name == "Litestar" else [])
+
+
+async def test_litestar_cannot_define_the_middleware_with_a_database(pages: Pages) -> None:
+    """Which is why the page shows a function."""
+    database = pages.load(framework_named("Litestar")).database
+    with pytest.raises(TypeError, match="app"):
+        DefineMiddleware(DBSessionMiddleware, database)(no_such_note)
+
+
+async def test_quart_needs_its_test_app(pages: Pages, caplog: pytest.LogCaptureFixture) -> None:
+    """A client alone runs no lifespan, and the error says so."""
+    app = pages.load(framework_named("Quart")).module.app
+    assert (await app.test_client().get("/notes/1")).status_code == 500
+    assert "no lifespan startup reached DBSessionMiddleware" in caplog.text
+    async with app.test_app() as running:
+        assert (await running.test_client().get("/notes/1")).status_code == 404
+
+
+async def test_quart_background_task_has_no_session_of_its_request(pages: Pages) -> None:
+    """It is over: `database.begin()` is the cure."""
+    application = pages.load(framework_named("Quart"))
+    over, errors = asyncio.Event(), []
+
+    async def late() -> None:
+        await over.wait()
+        try:
+            get_session()
+        except SessionClosed as closed:
+            errors.append(closed)
+
+    async def write_late() -> str:
+        application.app.add_background_task(late)
+        return "ok"
+
+    application.app.post("/late")(write_late)
+    async with serving(application) as served:
+        await served.ask("POST", "/late")
+        over.set()
+        await becomes_true(lambda: len(errors) == 1)
+
+
+async def test_falcon_sync_to_async_loses_the_session(pages: Pages) -> None:
+    """`asyncio.to_thread` keeps it."""
+    application = pages.load(framework_named("Falcon"))
+
+    class Threads:
+        async def on_get(self, request: Any, response: Any) -> None:
+            session = await asyncio.to_thread(get_session)
+            with pytest.raises(NoSession, match="start it with"):
+                await falcon.sync_to_async(get_session)
+            response.media = session is get_session()
+
+    application.module.app.add_route("/threads", Threads())
+    async with serving(application) as served:
+        assert (await served.ask("GET", "/threads")).body == b"true"
+
+
+async def test_falcon_conductor_runs_the_lifespan(pages: Pages) -> None:
+    """Around the wrapped application."""
+    application = pages.load(framework_named("Falcon"))
+    async with falcon.testing.ASGIConductor(application.app) as conductor:
+        assert (await conductor.simulate_get("/notes/1")).status_code == 404
+    assert not application.database.is_running
+
+
+async def test_blacksheep_test_client_passes_the_middleware_by(
+    pages: Pages, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A handler gets `NoSession`, which says why."""
+    application = pages.load(framework_named("BlackSheep"))
+    async with serving(application):
+        response = await BlackSheepClient(application.module.app).get("/notes/1")
+    assert response is not None
+    assert response.status == 500
+    assert "this is not inside a request" in caplog.text
+
+
+async def test_django_async_client_passes_the_middleware_by(pages: Pages) -> None:
+    """A view gets `NoSession`, which says why."""
+    application = pages.load(framework_named("Django"))
+    async with serving(application):
+        with pytest.raises(NoSession):
+            await AsyncClient().get("/notes/1")
