@@ -11,7 +11,7 @@ from sqlalchemy.util import greenlet_spawn
 from typing_extensions import override
 
 from .database import Database
-from .errors import DatabaseNotRunning
+from .errors import ConfigurationError, DatabaseNotRunning
 from .options import AnyAsyncSession, AsyncSessionOptions
 from .session import in_turn, put_in_turn
 from .turn import turn_between_tasks
@@ -109,7 +109,12 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     @override
     def _create_engine(self) -> AsyncEngine:
-        self._loop = asyncio.get_running_loop()
+        self._loop = _running_loop()
+        if self._loop is None:
+            raise ConfigurationError(
+                f"{self} works on asyncio only, and this is another event loop, such as "
+                "trio. Describe it as a SyncDatabase there."
+            )
         return create_async_engine(self.url, **self._engine_options)
 
     @override

@@ -11,7 +11,10 @@ T = TypeVar("T")
 
 
 async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
-    """Await `work` in a task of its own, and never return before it is done.
+    """Await `work`, and never return before it is done.
+
+    On asyncio it gets a task of its own. On trio, which cancels through scopes alone, a shielded
+    scope is enough; a cancellation that came meanwhile is raised where the caller next waits.
 
     Returns:
         What `work` returned.
@@ -21,7 +24,11 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
             raised after `work` has ended, with the error of `work`, if any, as its cause.
         Exception: Whatever `work` raised.
     """
-    loop = asyncio.get_running_loop()
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # trio, where nothing but a scope can cancel
+        with anyio.CancelScope(shield=True):
+            return await work
     finished = loop.create_future()  # what a cancellation of the caller hits instead of the work
 
     async def work_to_the_end() -> T:

@@ -18,11 +18,11 @@ S = TypeVar("S")
 
 
 def current_task() -> object:
-    """The running task; None in a worker thread, which has none of its own."""
+    """The running task; in a worker thread and on trio, something that equals no other."""
     try:
         return asyncio.current_task()
     except RuntimeError:
-        return None
+        return object()
 
 
 @dataclass(slots=True, eq=False)

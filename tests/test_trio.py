@@ -1,0 +1,296 @@
+"""The promises on trio, where a `SyncDatabase` works as it does on asyncio."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import anyio
+import pytest
+from anyio import from_thread, to_thread
+from asgi import respond
+from conftest import ENTRY, Real, checked_out, real_database
+from sqlalchemy import select
+from trio.abc import Instrument
+from trio.lowlevel import Task, add_instrument, current_task, remove_instrument
+
+from asgi_dbsession import (
+    AsyncDatabase,
+    DBSessionMiddleware,
+    SyncDatabase,
+    get_sync_session,
+    set_rollback,
+)
+from asgi_dbsession.completion import run_to_completion
+
+pytestmark = pytest.mark.anyio
+
+STARTUP = {"type": "lifespan.startup"}
+COMPLETE = {"type": "lifespan.startup.complete"}
+SHUTDOWN = {"type": "lifespan.shutdown"}
+STOPPED = {"type": "lifespan.shutdown.complete"}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """What this file is about."""
+    return "trio"
+
+
+@pytest.fixture(params=["sqlite-sync", "psycopg-sync"])
+def real(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Real]:
+    """Each kind of database that works without asyncio, empty."""
+    database = real_database(request.param, tmp_path)
+    yield database
+    database.reader.dispose()
+
+
+@pytest.fixture
+async def database(real: Real) -> AsyncIterator[SyncDatabase]:
+    """The same, running, and found clean afterwards."""
+    description: Any = real.describe()
+    async with description as running:
+        yield running
+        assert_clean(real, running)
+
+
+def assert_clean(real: Real, database: SyncDatabase) -> None:
+    """Nothing checked out of the pool, nothing open on the server."""
+    assert checked_out(database) == 0
+    assert real.open_transactions() == 0
+
+
+async def write(note: str) -> None:
+    """Store a row as a `def` handler does."""
+    insert = ENTRY.insert().values(note=note)
+    await to_thread.run_sync(lambda: get_sync_session().execute(insert))
+
+
+async def serve(
+    app: Any, kind: str = "http", *, on_message: Callable[[Any], None] = lambda _: None
+) -> list[Any]:
+    """Have an application serve one scope; what it sent."""
+    sent: list[Any] = []
+    asked = iter([STARTUP, SHUTDOWN])
+
+    async def receive() -> Any:
+        await anyio.lowlevel.checkpoint()
+        return next(asked)
+
+    async def send(message: Any) -> None:
+        await anyio.lowlevel.checkpoint()
+        on_message(message)
+        sent.append(message)
+
+    await app({"type": kind, "asgi": {"version": "3.0"}}, receive, send)
+    return sent
+
+
+class Steps(Instrument):
+    """Counts the steps of the current task, and acts before a chosen one.
+
+    Args:
+        at: The number of the step.
+        act: What to do.
+    """
+
+    def __init__(self, at: int, act: Callable[[], object]) -> None:
+        self.count = 0
+        self._at = at
+        self._act = act
+
+    def __enter__(self) -> Self:
+        self._task = current_task()
+        add_instrument(self)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        remove_instrument(self)
+
+    def after_task_step(self, task: Task) -> None:
+        """Called by trio."""
+        if task is self._task:
+            self.count += 1
+            if self.count == self._at:
+                self._act()
+
+
+@pytest.mark.parametrize("status", [200, 400])
+async def test_a_request_is_stored_before_its_client_hears_of_it(
+    real: Real, database: SyncDatabase, status: int
+) -> None:
+    """Or rolled back, as its status says."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await write("one")
+        await respond(send, status)
+
+    expected = ["one"] if status == 200 else []
+
+    def look(_message: Any) -> None:
+        assert real.stored() == expected
+        assert_clean(real, database)
+
+    middleware = DBSessionMiddleware(app, database)
+    assert (await serve(middleware, on_message=look))[0]["status"] == status
+
+
+async def test_a_request_cancelled_at_any_step_leaves_nothing_behind(
+    real: Real, database: SyncDatabase
+) -> None:
+    """Its handler is stored whole or not at all, and so is its body."""
+    told: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await write(f"{at} handler 1")
+        await write(f"{at} handler 2")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await write(f"{at} body 1")
+        await write(f"{at} body 2")
+        await send({"type": "http.response.body", "body": b"end"})
+
+    middleware = DBSessionMiddleware(app, database)
+    at, reached = 0, True
+    while reached:
+        at += 1
+        told.clear()
+        with anyio.CancelScope() as scope, Steps(at, scope.cancel) as steps:
+            await serve(middleware, on_message=told.append)
+        reached = steps.count >= at
+        assert_clean(real, database)
+        stored = [note.split()[1:] for note in real.stored() if note.startswith(f"{at} ")]
+        assert [number for _, number in stored] == ["1", "2"] * (len(stored) // 2), stored
+        if told:
+            assert ["handler", "1"] in stored
+    assert at > 8
+    assert len(stored) == 4
+
+
+async def test_the_work_of_other_tasks_is_not_cut_in_two(
+    real: Real, database: SyncDatabase
+) -> None:
+    """What a child is in the middle of when the body ends is stored or rolled back as a whole."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        async with anyio.create_task_group() as children:
+            children.start_soon(store_half)
+            await half_stored.wait()
+            await send({"type": "http.response.body", "body": b"end"})
+            answered.set()
+
+    async def store_half() -> None:
+        get_sync_session().execute(ENTRY.insert().values(note="half"))
+        half_stored.set()
+        await answered.wait()
+        set_rollback(True)
+
+    half_stored, answered = anyio.Event(), anyio.Event()
+    await serve(DBSessionMiddleware(app, database))
+    assert real.stored() == []
+
+
+async def test_begin_is_a_unit_of_work_of_its_own(real: Real, database: SyncDatabase) -> None:
+    """In a thread as in a task; the error of one is rolled back, and stops no other."""
+
+    def store(note: str, then: Callable[[], object] = lambda: None) -> None:
+        with database.begin() as session:
+            assert get_sync_session() is session
+            session.execute(ENTRY.insert().values(note=note))
+            then()
+
+    def fail() -> None:
+        raise LookupError
+
+    await to_thread.run_sync(store, "in a thread")
+    store("in the task")
+    with pytest.raises(LookupError):
+        await to_thread.run_sync(store, "lost", fail)
+    with anyio.CancelScope() as scope:
+        await to_thread.run_sync(store, "cancelled", lambda: from_thread.run_sync(scope.cancel))
+    assert real.stored() == ["in a thread", "in the task", "cancelled"]
+
+
+async def test_the_lifespan_starts_and_stops_the_engine(real: Real) -> None:
+    """Around the application's own startup and shutdown, which can use it."""
+    description: Any = real.describe()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for message in (COMPLETE, STOPPED):
+            await receive()
+            with description.begin() as session:
+                session.execute(ENTRY.insert().values(note=message["type"]))
+            await send(message)
+
+    assert await serve(DBSessionMiddleware(app, description), "lifespan") == [COMPLETE, STOPPED]
+    assert real.stored() == [COMPLETE["type"], STOPPED["type"]]
+    assert not description.is_running
+    if real.is_postgresql:
+        assert real.connections() == 0
+
+
+async def test_a_lifespan_that_is_cancelled_stops_its_engines(real: Real) -> None:
+    """Each of them, although the scope goes on cancelling."""
+    first, second = real.describe(), real.describe()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert first.is_running
+        assert second.is_running
+        lifespan.cancel()
+        await receive()
+
+    with anyio.CancelScope() as lifespan:
+        await serve(DBSessionMiddleware(app, first, second), "lifespan")
+    assert lifespan.cancelled_caught
+    assert not first.is_running
+    assert not second.is_running
+
+
+async def test_work_runs_to_completion_and_the_cancellation_comes_afterwards() -> None:
+    """It is raised at the next wait, and does not take the place of an error."""
+    told: list[object] = []
+
+    async def work(error: Exception | None = None) -> str:
+        scope.cancel()
+        for _ in range(3):
+            await anyio.lowlevel.checkpoint()
+        if error is not None:
+            raise error
+        return "done"
+
+    with anyio.CancelScope() as scope:
+        told.append(await run_to_completion(work()))
+        await anyio.lowlevel.checkpoint()
+        told.append("not cancelled")
+    assert told == ["done"]
+    assert scope.cancelled_caught
+    with anyio.CancelScope() as scope, pytest.raises(LookupError):
+        await run_to_completion(work(LookupError()))
+
+
+async def test_an_async_database_says_what_to_use_instead() -> None:
+    """SQLAlchemy's async engines need asyncio; the server is told so in one line."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError
+
+    middleware = DBSessionMiddleware(app, AsyncDatabase("sqlite+aiosqlite:///shop.db"))
+    (message,) = await serve(middleware, "lifespan")
+    assert message["type"] == "lifespan.startup.failed"
+    assert message["message"].endswith("Describe it as a SyncDatabase there.")
+
+
+async def test_a_session_reads_what_another_request_stored(
+    real: Real, database: SyncDatabase
+) -> None:
+    """The connection that one request gave back serves the next."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        rows = select(ENTRY.c.note)
+        read.append(await to_thread.run_sync(lambda: [*get_sync_session().scalars(rows)]))
+        await write(f"row {len(read)}")
+        await respond(send)
+
+    read: list[list[str]] = []
+    for _ in range(3):
+        await serve(DBSessionMiddleware(app, database))
+    assert read == [[], ["row 1"], ["row 1", "row 2"]]
