@@ -53,17 +53,24 @@ class _Lifespan:
 
     async def start(self) -> bool:
         self._startup = await self._receive()
+        failure = await self._start_each()
+        if failure is None:
+            return True
+        # Outside of the `except`: what a server raises here (hypercorn does) would drag it along.
+        await self.stop()
+        await self._send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
+        if isinstance(failure, DBSessionError):
+            return False  # the message says it all; of anything else, show where it came from
+        raise failure
+
+    async def _start_each(self) -> Exception | None:
         try:
             for database in self._databases:
                 await database.startup()
                 self._running.append(database)
         except Exception as error:
-            await self.stop()
-            await self._send({"type": "lifespan.startup.failed", "message": _one_line(error)})
-            if isinstance(error, DBSessionError):
-                return False  # the message says it all; of anything else, show where it came from
-            raise
-        return True
+            return error
+        return None
 
     async def serve(self, app: ASGIApp, scope: Scope) -> None:
         failure: Exception | None = None

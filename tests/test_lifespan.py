@@ -462,6 +462,24 @@ async def test_the_applications_own_failure_is_told_before_that_of_a_database() 
     assert (await Life(app).run()).messages == [COMPLETE, failed]
 
 
+async def test_what_a_server_makes_of_a_failed_startup_is_not_mixed_up_with_it(
+    closed_port: int,
+) -> None:
+    """Hypercorn raises where it is told: its traceback does not drag the driver's along."""
+
+    async def receive() -> Any:
+        return {"type": "lifespan.startup"}
+
+    async def raise_message(message: Any) -> None:
+        raise LookupError(message["message"])
+
+    database = AsyncDatabase(f"postgresql+asyncpg://app@127.0.0.1:{closed_port}/shop")
+    middleware = DBSessionMiddleware(nothing, database)
+    with pytest.raises(LookupError, match="cannot be reached") as caught:
+        await middleware({"type": "lifespan"}, receive, raise_message)
+    assert caught.value.__context__ is None
+
+
 @pytest.mark.parametrize("phase", ["startup", "requests", "shutdown"])
 async def test_a_lifespan_that_is_cancelled_stops_its_engines(real: Real, phase: str) -> None:
     """Whatever it was waiting for: the application's startup, the server, or the shutdown."""
