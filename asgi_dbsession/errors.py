@@ -69,7 +69,9 @@ class DatabaseNotRunning(DBSessionError, RuntimeError):
             super().__init__(
                 f"{database} is not running: no lifespan startup reached DBSessionMiddleware. "
                 "Let the server send it (`uvicorn --lifespan on`, `with TestClient(app):`, "
-                "asgi-lifespan's `LifespanManager` around httpx), or write `async with database:`."
+                "asgi-lifespan's `LifespanManager` around httpx), or write `async with database:`; "
+                f"where the server sends none (daphne), use `{type(database).__name__}"
+                ".from_engine(engine)`."
             )
 
 
