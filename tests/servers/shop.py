@@ -1,0 +1,142 @@
+"""The small application that the servers serve: a copy of this file, in a folder of its own."""
+
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+from anyio import to_thread
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from asgi_dbsession import (
+    AsyncDatabase,
+    DBSessionMiddleware,
+    SyncDatabase,
+    get_session,
+    get_sync_session,
+)
+
+
+def describe(way: str) -> AsyncDatabase | SyncDatabase:
+    """The database that `DATABASE_URL` names, in the way that a server needs it."""
+    if way == "engine":
+        return AsyncDatabase.from_engine(create_async_engine(os.environ["DATABASE_URL"]))
+    return SyncDatabase.from_env() if way == "sync" else AsyncDatabase.from_env()
+
+
+database = describe(os.environ.get("SHOP_DATABASE", "async"))
+listeners: set[anyio.Event] = set()
+
+
+async def execute(sql: str, **values: str) -> Any:
+    """Run a statement on the session of the request."""
+    if isinstance(database, AsyncDatabase):
+        return await get_session().execute(text(sql), values)
+    return await to_thread.run_sync(lambda: get_sync_session().execute(text(sql), values))
+
+
+async def commit() -> None:
+    """Store what was done so far, and give the connection back."""
+    if isinstance(database, AsyncDatabase):
+        await get_session().commit()
+    else:
+        await to_thread.run_sync(lambda: get_sync_session().commit())
+
+
+async def notes() -> list[str]:
+    """All that is stored."""
+    return list((await execute("SELECT note FROM entry ORDER BY id")).scalars())
+
+
+async def entries(_request: Request) -> Response:
+    return JSONResponse(await notes())
+
+
+async def add(request: Request) -> Response:
+    note = (await request.body()).decode()
+    await execute("INSERT INTO entry (note) VALUES (:note)", note=note)
+    if note == "doomed":
+        await execute("INSERT INTO child (entry_id) VALUES (-1)")
+    if note == "broken":
+        raise LookupError(note)
+    if note == "slow":
+        await execute("SELECT pg_sleep(0.5)")
+    return PlainTextResponse("stored", 201)
+
+
+async def notify(_request: Request) -> Response:
+    for each in listeners:
+        each.set()
+    return PlainTextResponse("told")
+
+
+async def stream(_request: Request) -> Response:
+    """Store rows for as long as the client listens."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        while True:
+            await execute("INSERT INTO entry (note) VALUES (NULL)")
+            yield b"part"
+            await anyio.sleep(0.01)
+
+    return StreamingResponse(parts())
+
+
+async def events(_request: Request) -> Response:
+    """Server-sent events: what is stored, whenever `notify` is asked for."""
+
+    async def news() -> AsyncIterator[str]:
+        yield ": listening\n\n"
+        while True:
+            told = anyio.Event()
+            listeners.add(told)
+            await told.wait()
+            listeners.discard(told)
+            found = await notes()
+            await commit()  # gives the connection back for the wait
+            yield f"data: {','.join(found)}\n\n"
+
+    return StreamingResponse(news(), media_type="text/event-stream")
+
+
+async def status(request: Request) -> Response:
+    pool: Any = database.engine.pool
+    return JSONResponse(
+        {"held": pool.checkedout(), "pid": os.getpid(), "asgi": request.scope["asgi"]}
+    )
+
+
+shop = DBSessionMiddleware(
+    Starlette(
+        routes=[
+            Route("/", entries),
+            Route("/", add, methods=["POST"]),
+            Route("/stream", stream),
+            Route("/events", events),
+            Route("/notify", notify, methods=["POST"]),
+            Route("/status", status),
+        ]
+    ),
+    database,
+)
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """The shop, which prints what its lifespan leaves."""
+    pool: Any = None
+
+    async def tell_then_send(message: Any) -> None:
+        nonlocal pool
+        if message["type"] == "lifespan.startup.complete":
+            pool = database.engine.pool
+        elif message["type"] == "lifespan.shutdown.complete":
+            # whole, also among other workers
+            os.write(1, f"connections left: {pool.checkedin()}\n".encode())
+        await send(message)
+
+    await shop(scope, receive, tell_then_send if scope["type"] == "lifespan" else send)
