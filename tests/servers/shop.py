@@ -11,7 +11,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from asgi_dbsession import (
     AsyncDatabase,
@@ -24,9 +25,10 @@ from asgi_dbsession import (
 
 def describe(way: str) -> AsyncDatabase | SyncDatabase:
     """The database that `DATABASE_URL` names, in the way that a server needs it."""
+    small: Any = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 5}
     if way == "engine":
-        return AsyncDatabase.from_engine(create_async_engine(os.environ["DATABASE_URL"]))
-    return SyncDatabase.from_env() if way == "sync" else AsyncDatabase.from_env()
+        return AsyncDatabase.from_engine(create_async_engine(os.environ["DATABASE_URL"], **small))
+    return SyncDatabase.from_env(**small) if way == "sync" else AsyncDatabase.from_env(**small)
 
 
 database = describe(os.environ.get("SHOP_DATABASE", "async"))
@@ -57,8 +59,8 @@ async def entries(_request: Request) -> Response:
     return JSONResponse(await notes())
 
 
-async def add(request: Request) -> Response:
-    note = (await request.body()).decode()
+async def store(note: str) -> None:
+    """Store a note; some of them mean trouble."""
     await execute("INSERT INTO entry (note) VALUES (:note)", note=note)
     if note == "doomed":
         await execute("INSERT INTO child (entry_id) VALUES (-1)")
@@ -66,7 +68,27 @@ async def add(request: Request) -> Response:
         raise LookupError(note)
     if note == "slow":
         await execute("SELECT pg_sleep(0.5)")
+
+
+async def add(request: Request) -> Response:
+    await store((await request.body()).decode())
     return PlainTextResponse("stored", 201)
+
+
+async def chat(websocket: WebSocket) -> None:
+    """Store each text, and say so."""
+    await websocket.accept()
+    async for note in websocket.iter_text():
+        await store(note)
+        if note == "refused":
+            await websocket.close(1008)
+            return
+        await websocket.send_text("stored")
+
+
+async def deny(websocket: WebSocket) -> None:
+    await store("denied")
+    await websocket.close()
 
 
 async def notify(_request: Request) -> Response:
@@ -120,6 +142,8 @@ shop = DBSessionMiddleware(
             Route("/events", events),
             Route("/notify", notify, methods=["POST"]),
             Route("/status", status),
+            WebSocketRoute("/chat", chat),
+            WebSocketRoute("/deny", deny),
         ]
     ),
     database,
