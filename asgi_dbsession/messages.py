@@ -35,9 +35,9 @@ def end_before_response(unit: UnitOfWork, commit_when: Callable[[int], bool], se
             unit.is_answered = True
         elif kind in _ENDINGS and not message.get("more_body", False):
             unit.may_commit = True
-            if unit.sessions:
-                # Below an inner BaseHTTPMiddleware, this may not be the task at work.
-                await _end(unit, commit=not unit.rollback, only_of=current_task())
+            # Below an inner BaseHTTPMiddleware, this may not be the task at work.
+            if unit.sessions and (task := current_task()) is not None:
+                await _end(unit, commit=not unit.rollback, only_of=(task,))
         await send(message)
 
     return end_unit_then_send
@@ -71,12 +71,16 @@ def end_before_waiting(unit: UnitOfWork, receive: Receive, send: Send) -> tuple[
         if unit.failure is not None:
             raise CommitFailed
         if unit.sessions:
-            await _end(unit, commit=commit and not unit.rollback, only_of=current_task())
+            # None: what threads did, for the handler that waited for them.
+            tasks = current_task(), None
+            await _end(unit, commit=commit and not unit.rollback, only_of=tasks)
 
     return end_unit_then_receive, end_unit_then_send
 
 
-async def _end(unit: UnitOfWork, *, commit: bool, only_of: object = None) -> None:
+async def _end(
+    unit: UnitOfWork, *, commit: bool, only_of: tuple[object, ...] | None = None
+) -> None:
     try:
         await unit.end(commit=commit, only_of=only_of)
     except Exception as error:

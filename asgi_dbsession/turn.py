@@ -67,9 +67,10 @@ class Turn:
         """Whether anyone began an operation since the last end began."""
         return self._worker is not None
 
-    def is_work_of(self, caller: object) -> bool:
-        """Whether that caller, and nobody else, began operations since the last end began."""
-        return self._worker == caller
+    @property
+    def worker(self) -> object:
+        """Who alone began operations since the last end began; None: nobody."""
+        return self._worker
 
     def touch(self) -> None:
         """Count what needs no turn, because it is done at once and in memory.

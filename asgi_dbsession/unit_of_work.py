@@ -18,11 +18,11 @@ S = TypeVar("S")
 
 
 def current_task() -> object:
-    """The running task; in a worker thread and on trio, something that equals no other."""
+    """The running task; None in a worker thread, which has none, and on trio."""
     try:
         return asyncio.current_task()
     except RuntimeError:
-        return object()
+        return None
 
 
 @dataclass(slots=True, eq=False)
@@ -43,9 +43,14 @@ class OpenSession(Generic[S]):
     run: Callable[..., Awaitable[None]]
     opener: object = None
 
-    def is_work_of(self, task: object) -> bool:
-        """Whether it is that task alone that has worked here since the last end."""
-        return self.opener is task or self.turn.is_work_of(task)
+    def is_work_of(self, tasks: tuple[object, ...]) -> bool:
+        """Whether all that was done here since the last end is done, and by one of these tasks.
+
+        A blocking session is worked on by threads, which say nothing of tasks: there, whether one
+        of them opened it.
+        """
+        worker = self.opener if self.session is self.orm else self.turn.worker
+        return worker in tasks and not self.turn.is_busy
 
 
 class SessionSource(Protocol[S]):
@@ -124,7 +129,7 @@ class UnitOfWork:
             raise SessionClosed(database)
         return opened.session
 
-    async def end(self, *, commit: bool, only_of: object = None) -> None:
+    async def end(self, *, commit: bool, only_of: tuple[object, ...] | None = None) -> None:
         """Commit or roll back what was done so far, in declared order. Sessions stay usable.
 
         Runs to completion although it is cancelled. After a COMMIT that failed, the others are
@@ -132,10 +137,12 @@ class UnitOfWork:
 
         Args:
             commit: False rolls back.
-            only_of: Do nothing unless all of it is the work of this task.
+            only_of: Do nothing unless all of it is the work of one of these tasks; None among
+                them is a task that nobody knows.
         """
         working = [each for each in self._in_order() if has_work(each.orm, each.turn)]
-        if not working or (only_of and not all(each.is_work_of(only_of) for each in working)):
+        others = only_of is not None and not all(each.is_work_of(only_of) for each in working)
+        if others or not working:
             return
         self.rollback = None
         await run_to_completion(self._end_each(working, commit=commit, close=False))

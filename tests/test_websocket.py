@@ -210,7 +210,7 @@ async def test_a_failed_commit_is_never_followed_by_a_message(running: Running, 
                     await receive()
                 else:
                     await send({"send": text("ok"), "accept": ACCEPT, "close": close(1000)}[where])
-            except Exception:  # noqa: S110
+            except Exception:
                 pass
 
     peer = socket(running, app)
