@@ -230,11 +230,13 @@ async def test_the_handler_can_commit_by_itself_and_answer_a_failure(running: Ru
         try:
             await running.call("commit")
         except IntegrityError:
+            await running.call("rollback")
             await send(text("refused"))
         await running.write("next")
         await send(text("stored"))
 
     peer = await socket(running, app).run()
+    assert peer.error is None
     assert peer.heard == ["refused", "stored"]
     assert running.stored() == ["next"]
 
