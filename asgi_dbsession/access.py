@@ -26,13 +26,15 @@ def get_session() -> AsyncSession:
         DatabaseNotRunning: The database has not been started.
         ConfigurationError: There are only sync databases here.
     """
-    session: AsyncSession = _default(AsyncDatabase, "get_sync_session").get_session()
+    database = _default(AsyncDatabase, "`get_sync_session()` in a `def` function")
+    session: AsyncSession = database.get_session()
     return session
 
 
 def get_sync_session() -> Session:
     """The same for the first `SyncDatabase`: for handlers written with `def`."""
-    session: Session = _default(SyncDatabase, "get_session").get_session()
+    database = _default(SyncDatabase, "`get_session()` in an `async def` function")
+    session: Session = database.get_session()
     return session
 
 
@@ -54,5 +56,6 @@ def _default(kind: type[D], instead: str) -> D:
     if innermost is None:
         raise NoSession("the default database")
     raise ConfigurationError(
-        f"There is no {kind.__name__} here, only {innermost.databases[0]}: call `{instead}()`."
+        f"There is no {kind.__name__} here, only {innermost.databases[0]}. "
+        f"Use {instead}, or give DBSessionMiddleware an object of the class {kind.__name__} too."
     )
