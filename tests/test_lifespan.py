@@ -18,7 +18,13 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, SyncDatabase
+from asgi_dbsession import (
+    AsyncDatabase,
+    ConfigurationError,
+    DatabaseUnavailable,
+    DBSessionMiddleware,
+    SyncDatabase,
+)
 from asgi_dbsession.lifespan import serve_lifespan
 
 pytestmark = pytest.mark.anyio
@@ -252,7 +258,7 @@ async def test_a_database_that_cannot_be_reached_fails_the_startup_with_one_line
     )
     await life.startup()
     await asyncio.wait([life.task])
-    assert life.error is None
+    assert isinstance(life.error, DatabaseUnavailable)
     (message,) = life.messages
     assert message["type"] == "lifespan.startup.failed"
     assert "127.0.0.1" in message["message"]
@@ -301,7 +307,7 @@ async def test_without_a_ping_the_server_starts_before_the_database_does(closed_
 async def test_engine_options_that_are_refused_fail_the_startup_with_one_line(
     tmp_path: Any, options: dict[str, Any], fact: str
 ) -> None:
-    """SQLAlchemy's own reason, without its traceback; the application is never called."""
+    """SQLAlchemy's own reason in one line; the application is never called."""
     first = sqlite(tmp_path)
     second = AsyncDatabase("postgresql+asyncpg://app:hush@localhost/shop", **options)
 
@@ -311,7 +317,7 @@ async def test_engine_options_that_are_refused_fail_the_startup_with_one_line(
     life = Life(DBSessionMiddleware(app, first, second))
     await life.startup()
     await asyncio.wait([life.task])
-    assert life.error is None
+    assert isinstance(life.error, ConfigurationError)
     (message,) = life.messages
     assert message["type"] == "lifespan.startup.failed"
     assert "cannot be built with these engine options" in message["message"]
@@ -320,6 +326,16 @@ async def test_engine_options_that_are_refused_fail_the_startup_with_one_line(
     assert "hush" not in message["message"]
     assert not first.is_running
     assert not second.is_running
+
+
+def test_a_test_client_hears_of_a_startup_that_failed(closed_port: int) -> None:
+    """It raises what the server logs, instead of going on and then waiting for ever."""
+    app = Starlette()
+    app.add_middleware(
+        DBSessionMiddleware, f"postgresql+asyncpg://app@127.0.0.1:{closed_port}/shop"
+    )
+    with pytest.raises(DatabaseUnavailable, match="Is it running"), TestClient(app):
+        pytest.fail("it went on")
 
 
 async def test_a_startup_that_fails_in_no_way_of_ours_shows_where_it_came_from() -> None:
