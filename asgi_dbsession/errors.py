@@ -1,5 +1,8 @@
 """What can go wrong, in the user's words: who, what happened, and the cure."""
 
+import asyncio
+import threading
+
 from sqlalchemy.exc import PendingRollbackError
 
 
@@ -14,12 +17,19 @@ class NoSession(DBSessionError, LookupError):
     """A session was asked for where no unit of work is open."""
 
     def __init__(self, database: object) -> None:
-        super().__init__(
-            f"No session of {database} here: this is not inside a request that "
-            "DBSessionMiddleware serves for it. Outside a request use "
-            "`database.begin()`; from a thread, start it with `asyncio.to_thread`, because "
-            "`run_in_executor` and bare threads do not carry the request's context."
-        )
+        if _in_a_bare_thread():
+            super().__init__(
+                f"No session of {database} in this thread: it was started without the context of "
+                "a request, as `run_in_executor` and `threading.Thread` do. Start it with "
+                "`asyncio.to_thread`, or open `database.begin()` in it."
+            )
+        else:
+            super().__init__(
+                f"No session of {database} here: this code is outside of every "
+                "DBSessionMiddleware that has it. Outside of a request use `database.begin()`; "
+                "inside of one, give the middleware this very database, and put whatever needs a "
+                "session further in."
+            )
 
 
 class SessionClosed(DBSessionError, RuntimeError):
@@ -62,16 +72,18 @@ class DatabaseNotRunning(DBSessionError, RuntimeError):
         if other_loop:
             super().__init__(
                 f"{database} was started in another event loop, and its connections belong there. "
-                "Start it in the loop that uses it: leave it to the lifespan of the server, "
-                "or use `async with database:` inside the function given to `asyncio.run`."
+                "Start it in the loop that uses it: leave it to the lifespan of the server, write "
+                "`async with database:` inside the function given to `asyncio.run`, and in an "
+                "async test use httpx's `ASGITransport`, for TestClient brings a loop of its own."
             )
         else:
             super().__init__(
-                f"{database} is not running: no lifespan startup reached DBSessionMiddleware. "
-                "Let the server send it (`uvicorn --lifespan on`, `with TestClient(app):`, "
-                "asgi-lifespan's `LifespanManager` around httpx), or write `async with database:`; "
-                f"where the server sends none (daphne), use `{type(database).__name__}"
-                ".from_engine(engine)`."
+                f"{database} is not running: no lifespan startup reached a DBSessionMiddleware "
+                "that has it. Let one be sent (`uvicorn --lifespan on`, `with TestClient(app):`, "
+                "asgi-lifespan's `LifespanManager` around httpx's `ASGITransport`), write "
+                "`async with database:`, give it to the outermost DBSessionMiddleware too (below "
+                "a mount or on a single route), or, where the server sends none (daphne), use "
+                f"`{type(database).__name__}.from_engine(engine)`."
             )
 
 
@@ -103,3 +115,13 @@ class TransactionAborted(DBSessionError, PendingRollbackError):
 
 class ConfigurationError(DBSessionError, ValueError):
     """The package was configured in a way that cannot work; the message says what to write."""
+
+
+def _in_a_bare_thread() -> bool:
+    if threading.current_thread() is threading.main_thread():
+        return False
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return True
+    return False
