@@ -1,0 +1,245 @@
+"""What the page of errors quotes is what the code says, and what it shows works."""
+
+import asyncio
+import re
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import postgres
+import pytest
+from asgi import get
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
+
+import asgi_dbsession
+from asgi_dbsession import (
+    AsyncDatabase,
+    DBSessionError,
+    DBSessionMiddleware,
+    SyncDatabase,
+    get_session,
+    get_sync_session,
+)
+
+DOCS = Path(__file__).parents[1] / "docs"
+ERRORS = (DOCS / "when-it-goes-wrong.md").read_text()
+PAGES = {
+    "when-it-goes-wrong": ERRORS,
+    "dependency-injection": (DOCS / "how-to" / "dependency-injection.md").read_text(),
+}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+
+
+def quoted() -> dict[str, set[str]]:
+    """What the page says that each error says, in one line each."""
+    sections = re.findall(r"^## `(\w+)`\n(.*?)(?=^## )", ERRORS, re.DOTALL | re.MULTILINE)
+    return {
+        name: {" ".join(block.split()) for block in blocks(section, "text")}
+        for name, section in sections
+    }
+
+
+# How to hear each of them
+
+
+async def in_a_request(work: Callable[[], Awaitable[Any]]) -> None:
+    """Do it in a handler."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await work()
+
+    database = AsyncDatabase("sqlite:///shop.db")
+    async with database:
+        exchange = await get(DBSessionMiddleware(app, database))
+    if exchange.error is not None:
+        raise exchange.error
+
+
+async def outside() -> None:
+    get_session()
+
+
+async def in_a_thread() -> None:
+    errors: list[Exception] = []
+
+    def call() -> None:
+        try:
+            get_session()
+        except DBSessionError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    raise errors[0]
+
+
+async def after_the_request() -> None:
+    sessions: list[Any] = []
+
+    async def work() -> None:
+        sessions.append(get_session())
+
+    await in_a_request(work)
+    await sessions[0].execute(text("SELECT 1"))
+
+
+async def at_once() -> None:
+    async def work() -> None:
+        await asyncio.gather(*(get_session().execute(text("SELECT 1")) for _ in range(2)))
+
+    await in_a_request(work)
+
+
+async def closed() -> None:
+    async def work() -> None:
+        async with get_session() as session:
+            await session.execute(text("SELECT 1"))
+
+    await in_a_request(work)
+
+
+async def not_started() -> None:
+    await AsyncDatabase("sqlite:///shop.db").ping()
+
+
+async def in_another_loop() -> None:
+    database = AsyncDatabase("sqlite:///shop.db", ping_on_startup=False)
+
+    def start() -> None:
+        with asyncio.Runner() as runner:
+            runner.run(database.startup())
+            ready.set()
+            done.wait()
+            runner.run(database.shutdown())
+
+    ready, done = threading.Event(), threading.Event()
+    thread = threading.Thread(target=start)
+    thread.start()
+    ready.wait()
+    try:
+        await database.ping()
+    finally:
+        done.set()
+        thread.join()
+
+
+async def unreachable() -> None:
+    await AsyncDatabase("sqlite:///no/such/folder/shop.db").startup()
+
+
+async def swallowed() -> None:
+    url = postgres.new_database("aborted").set(drivername="postgresql+psycopg")
+    async with AsyncDatabase(url) as database:
+        try:
+            async with database.begin() as session:
+                with pytest.raises(DBAPIError):
+                    await session.execute(text("SELECT 1 / 0"))
+        except DBSessionError as error:
+            said = re.sub(
+                r"postgresql\+psycopg:\S+", "postgresql+asyncpg://app@db/shop", str(error)
+            )
+            error.args = (said,)
+            raise
+
+
+async def nothing(scope: Any, receive: Any, send: Any) -> None:
+    """An application."""
+
+
+async def no_variable() -> None:
+    DBSessionMiddleware(nothing)
+
+
+async def no_url() -> None:
+    missing: Any = None
+    AsyncDatabase(missing)
+
+
+async def driver_that_blocks() -> None:
+    AsyncDatabase("sqlite+pysqlite:///shop.db")
+
+
+async def driver_for_asyncio() -> None:
+    SyncDatabase("sqlite+aiosqlite:///shop.db")
+
+
+async def engine_for_a_database() -> None:
+    engine: Any = create_async_engine("sqlite+aiosqlite:///shop.db")
+    DBSessionMiddleware(nothing, engine)
+
+
+async def session_of_the_other_kind() -> None:
+    async def work() -> None:
+        get_sync_session()
+
+    await in_a_request(work)
+
+
+WAYS = (
+    outside,
+    in_a_thread,
+    after_the_request,
+    at_once,
+    closed,
+    not_started,
+    in_another_loop,
+    unreachable,
+    swallowed,
+    no_variable,
+    no_url,
+    driver_that_blocks,
+    driver_for_asyncio,
+    engine_for_a_database,
+    session_of_the_other_kind,
+)
+
+
+@pytest.mark.anyio
+async def test_the_page_quotes_what_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each quotation is what some mistake gets to hear, under the name of its error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    said: dict[str, set[str]] = {}
+    for way in WAYS:
+        with pytest.raises(DBSessionError) as caught:
+            await way()
+        said.setdefault(type(caught.value).__name__, set()).add(str(caught.value))
+    assert said == quoted()
+
+
+def test_every_error_has_a_section() -> None:
+    """Which is where its cure is looked for."""
+    public = [getattr(asgi_dbsession, name) for name in asgi_dbsession.__all__]
+    errors = {
+        each.__name__ for each in public if isinstance(each, type) and issubclass(each, Exception)
+    }
+    assert set(quoted()) == errors - {"DBSessionError"}
+
+
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [(name, number) for name in PAGES for number in range(len(blocks(PAGES[name], "python")))],
+)
+def test_every_block_runs(
+    page: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an empty folder, together with the tests that it shows."""
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType("pasted")
+    monkeypatch.setitem(sys.modules, "pasted", module)  # frameworks look annotations up there
+    exec(compile(blocks(PAGES[page], "python")[number], page, "exec"), vars(module))
+    for name, value in list(vars(module).items()):
+        if name.startswith("test_"):
+            value()
