@@ -1,4 +1,4 @@
-"""Real databases for the tests: SQLite files, and PostgreSQL with both of its drivers."""
+"""Real databases for the tests: SQLite files, PostgreSQL and MariaDB, each with its drivers."""
 
 import asyncio
 import gc
@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import mariadb
 import postgres
 import pytest
 from anyio import to_thread
@@ -21,14 +22,16 @@ from sqlalchemy import (
     ForeignKey,
     Integer,
     MetaData,
+    String,
     Table,
     Text,
     create_engine,
     delete,
+    event,
     select,
     text,
 )
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from asgi_dbsession import AsyncDatabase, SyncDatabase
@@ -37,9 +40,12 @@ pytest_plugins = ["matrix"]
 
 METADATA = MetaData()
 ENTRY = Table(
-    "entry", METADATA, Column("id", Integer, primary_key=True), Column("note", Text, unique=True)
+    "entry",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("note", Text().with_variant(String(255), "mysql", "mariadb"), unique=True),
 )
-# What only COMMIT can refuse.
+# What only COMMIT can refuse; not on MariaDB, which checks every constraint at once.
 CHILD = Table(
     "child",
     METADATA,
@@ -51,6 +57,9 @@ CHILD = Table(
 
 AnyDatabase = AsyncDatabase[Any] | SyncDatabase[Any]
 KINDS = ("sqlite", "sqlite-sync", "asyncpg", "psycopg", "psycopg-sync")
+# A module that says `KINDS = WITH_MARIADB` is run on these instead.
+WITH_MARIADB = (*KINDS, "asyncmy", "pymysql-sync")
+_MARIADB = ("asyncmy", "aiomysql", "pymysql-sync")
 
 
 def enforce_foreign_keys(connection: Any, _record: Any) -> None:
@@ -72,13 +81,28 @@ class Real:
         return self.kind.endswith("-sync")
 
     @property
+    def is_sqlite(self) -> bool:
+        """Whether there is no server behind it."""
+        return self.kind.startswith("sqlite")
+
+    @property
+    def is_mariadb(self) -> bool:
+        """Whether MariaDB is behind it."""
+        return self.kind in _MARIADB
+
+    @property
     def is_postgresql(self) -> bool:
-        """Whether there is a server behind it."""
-        return not self.kind.startswith("sqlite")
+        """Whether PostgreSQL is behind it."""
+        return not self.is_sqlite and not self.is_mariadb
+
+    @property
+    def refusal(self) -> type[DBAPIError]:
+        """What a COMMIT raises that `Running.doom` has made impossible."""
+        return OperationalError if self.is_mariadb else IntegrityError
 
     def describe(self, **options: Any) -> AnyDatabase:
         """Describe it for the middleware."""
-        if not self.is_postgresql:
+        if self.is_sqlite:
             options.setdefault("pool_events", [(enforce_foreign_keys, "connect")])
         database_class = SyncDatabase if self.is_sync else AsyncDatabase
         return database_class(self.url, **options)
@@ -90,7 +114,16 @@ class Real:
 
     def open_transactions(self) -> int:
         """How many sessions on the server are in the middle of anything."""
-        if not self.is_postgresql:
+        if self.is_mariadb:
+            # Whatever has touched the table has a lock on what it looks like, to its end.
+            with self.reader.connect() as connection:
+                try:
+                    connection.execute(text("LOCK TABLE entry WRITE NOWAIT"))
+                except OperationalError:
+                    return 1
+                connection.execute(text("UNLOCK TABLES"))
+            return 0
+        if self.is_sqlite:
             # A transaction left open would still hold its lock.
             with self.reader.connect() as connection:
                 connection.exec_driver_sql("PRAGMA busy_timeout = 0")
@@ -113,6 +146,13 @@ class Real:
 
     def connections(self) -> int:
         """How many connections the server has, ours apart."""
+        if self.is_mariadb:
+            query = (
+                "SELECT count(*) FROM information_schema.processlist "
+                "WHERE db = database() AND id <> connection_id()"
+            )
+            with self.reader.connect() as connection:
+                return int(connection.scalar(text(query)) or 0)
         with self.reader.connect() as connection:
             return int(
                 connection.scalar(
@@ -124,8 +164,33 @@ class Real:
                 or 0
             )
 
+    def kill(self) -> None:
+        """End every connection that is in the middle of a transaction, as a failover would."""
+        with self.reader.connect() as connection:
+            if self.is_mariadb:
+                query = (
+                    "SELECT id FROM information_schema.processlist "
+                    "WHERE db = database() AND id <> connection_id()"
+                )
+                for number in connection.scalars(text(query)).all():
+                    connection.execute(text(f"KILL {number}"))
+                return
+            connection.execute(
+                text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE "
+                    "datname = current_database() AND state = 'idle in transaction'"
+                )
+            )
+
+    def read_only(self, state: str) -> None:
+        """Have MariaDB refuse what ordinary users write (`ON`), COMMIT included, or not (`OFF`)."""
+        with self.reader.connect() as connection:
+            connection.execute(text(f"SET GLOBAL read_only = {state}"))
+
     async def assert_clean(self, database: AnyDatabase) -> None:
         """Nothing checked out of the pool, nothing open on the server."""
+        if self.is_mariadb:
+            self.read_only("OFF")
         assert checked_out(database) == 0
         await becomes_true(lambda: self.open_transactions() == 0)
 
@@ -171,8 +236,20 @@ class Running:
         await self.execute(ENTRY.insert().values(note=note))
 
     async def doom(self) -> None:
-        """Store what COMMIT will refuse."""
-        await self.execute(CHILD.insert().values(entry_id=-1))
+        """Do what COMMIT will refuse."""
+        if not self.real.is_mariadb:
+            await self.execute(CHILD.insert().values(entry_id=-1))
+            return
+        # The server is demoted to a replica meanwhile, and back again once it has refused.
+        await self.write("doomed")
+        engine = self.database.engine
+        event.listen(
+            getattr(engine, "sync_engine", engine),
+            "handle_error",
+            lambda _: self.real.read_only("OFF"),
+            once=True,
+        )
+        self.real.read_only("ON")
 
     def stored(self) -> list[str]:
         """The notes of all rows that are really there."""
@@ -192,6 +269,15 @@ def postgresql() -> tuple[URL, Engine]:
     return url, reader
 
 
+@cache
+def maria_database() -> tuple[URL, Engine]:
+    """The same on MariaDB."""
+    url, administrator_url = mariadb.new_database("tests")
+    reader = create_engine(administrator_url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    METADATA.create_all(reader, tables=[ENTRY])
+    return url, reader
+
+
 def real_database(kind: str, folder: Path) -> Real:
     """An empty database of that kind."""
     if kind.startswith("sqlite"):
@@ -199,11 +285,16 @@ def real_database(kind: str, folder: Path) -> Real:
         reader = create_engine(url, poolclass=NullPool)
         METADATA.create_all(reader)
         return Real(kind, url, reader)
+    driver = kind.removesuffix("-sync")
+    if kind in _MARIADB:
+        url, reader = maria_database()
+        with reader.begin() as connection:
+            connection.execute(delete(ENTRY))
+        return Real(kind, url.set(drivername=f"mysql+{driver}"), reader)
     url, reader = postgresql()
     with reader.begin() as connection:
         connection.execute(delete(CHILD))
         connection.execute(delete(ENTRY))
-    driver = kind.removesuffix("-sync")
     return Real(kind, url.set(drivername=f"postgresql+{driver}"), reader)
 
 
@@ -213,7 +304,14 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(params=KINDS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test on each kind of database that its module names, or else on the usual ones."""
+    if "real" in metafunc.fixturenames:
+        kinds = getattr(metafunc.module, "KINDS", KINDS)
+        metafunc.parametrize("real", kinds, indirect=True)
+
+
+@pytest.fixture
 def real(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Real]:
     """Each kind of database in turn, empty."""
     database = real_database(request.param, tmp_path)

@@ -258,7 +258,7 @@ async def test_a_cancelled_statement_does_not_lock_the_database(running: Running
                 await running.execute(select(ENTRY))
         await respond(send)
 
-    if not running.real.is_postgresql:
+    if running.real.is_sqlite:
         # Without a WAL, the cursor of a SELECT that waits for the garbage collector keeps others
         # from committing, and there is no way to it through aiosqlite.
         with running.real.reader.connect() as connection:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from anyio import to_thread
 from asgi import Exchange, get, respond
-from conftest import ENTRY, Running, checked_out
+from conftest import ENTRY, WITH_MARIADB, Running, checked_out
 from sqlalchemy import select, text
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -19,12 +19,15 @@ from starlette.routing import Route
 from asgi_dbsession import ConcurrentUse, DBSessionMiddleware, SessionClosed
 
 pytestmark = pytest.mark.anyio
+KINDS = WITH_MARIADB
 
 
 def slow(running: Running) -> Any:
     """A statement that takes a while, so that others can come in between."""
     if running.real.is_postgresql:
         return text("SELECT pg_sleep(0.1)")
+    if running.real.is_mariadb:
+        return text("SELECT sleep(0.1)")
     return text(
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 400000) "
         "SELECT count(*) FROM n"
@@ -317,6 +320,8 @@ def stream_of_rows(running: Running) -> Any:
     """Enough rows that reading them takes many fetches."""
     if running.real.is_postgresql:
         return text("SELECT i, repeat('x', 2000) FROM generate_series(1, 3000) AS i")
+    if running.real.is_mariadb:
+        return text("SELECT seq, repeat('x', 2000) FROM seq_1_to_3000")
     return text(
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000) "
         "SELECT i, hex(zeroblob(1000)) FROM n"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from asgi import get, respond
-from conftest import ENTRY, METADATA, Running
+from conftest import ENTRY, METADATA, WITH_MARIADB, Running
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import registry
@@ -18,6 +18,7 @@ from asgi_dbsession import (
 )
 
 pytestmark = pytest.mark.anyio
+KINDS = WITH_MARIADB
 
 WRONG = text("SELECT * FROM no_such_table")
 
@@ -42,7 +43,7 @@ async def swallow(running: Running) -> None:
 
 
 async def test_a_swallowed_error_cannot_turn_commit_into_a_rollback(running: Running) -> None:
-    """PostgreSQL aborts the transaction; SQLite does not, and there the work is stored."""
+    """PostgreSQL aborts the transaction; others do not, and there the work is stored."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("before")
@@ -171,18 +172,12 @@ async def test_on_commit_error_hears_of_an_aborted_transaction(running: Running)
 
 async def test_a_killed_connection_is_an_error_and_not_a_loss(running: Running) -> None:
     """The server ends the connection before COMMIT: nothing is stored, and nothing was said."""
-    if not running.real.is_postgresql:
+    if running.real.is_sqlite:
         pytest.skip("SQLite has no server")
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("lost")
-        with running.real.reader.connect() as connection:
-            connection.execute(
-                text(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE "
-                    "datname = current_database() AND state = 'idle in transaction'"
-                )
-            )
+        running.real.kill()
         await respond(send, 201)
 
     exchange = await get(DBSessionMiddleware(app, running.database))
