@@ -98,14 +98,22 @@ class DatabaseUnavailable(DBSessionError, ConnectionError):
 
 
 class TransactionAborted(DBSessionError, PendingRollbackError):
-    """COMMIT was refused because it would silently have been a ROLLBACK.
+    """COMMIT was refused because all or half of the work would silently have been lost.
 
     PostgreSQL aborts a transaction at the first statement that fails, and then answers COMMIT
-    with a ROLLBACK that drivers report as success.
+    with a ROLLBACK that drivers report as success. MySQL and MariaDB roll back at a deadlock, and
+    what follows is another transaction: COMMIT would store the second half of the work alone.
     Source: https://www.postgresql.org/docs/current/sql-commit.html
     """
 
-    def __init__(self, database: object, reason: str) -> None:
+    def __init__(self, database: object, reason: str, *, undone: bool = False) -> None:
+        if undone:
+            super().__init__(
+                f"The transaction on {database} was rolled back by the database at an error that "
+                f"the application swallowed ({reason}); COMMIT would store only what came after "
+                "it. Let the error rise, or call `rollback()` and do the whole work again."
+            )
+            return
         super().__init__(
             f"The transaction on {database} was aborted by an error that the application "
             f"swallowed ({reason}); COMMIT would store nothing. Put the statement that may fail "

@@ -19,6 +19,14 @@ from .url import without_secrets
 # Transactions in which a statement failed, with what it said. A savepoint is a transaction of its
 # own, so rolling back to it leaves the mark behind together with the savepoint.
 _failed: WeakKeyDictionary[Transaction, str] = WeakKeyDictionary()
+# Transactions that the database has rolled back by itself, with what it said: to it, whatever
+# follows is another one, so asking it would find nothing wrong.
+_undone: WeakKeyDictionary[Transaction, str] = WeakKeyDictionary()
+
+# The errors at which InnoDB rolls back everything, savepoints included: a deadlock, a snapshot that
+# is out of date (MariaDB), a lock table that is full.
+# Source: https://dev.mysql.com/doc/refman/8.4/en/innodb-error-handling.html
+_UNDOING = (1213, 1020, 1206)
 
 
 def has_work(session: Session, turn: Turn) -> bool:
@@ -125,9 +133,14 @@ def _note_failure(context: ExceptionContext) -> None:
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
         return
-    transaction = connection.get_nested_transaction() or connection.get_transaction()
-    if transaction is not None:
-        _failed.setdefault(transaction, " ".join(str(context.original_exception).split()))
+    transaction = connection.get_transaction()
+    if transaction is None:
+        return
+    said = " ".join(str(context.original_exception).split())
+    if _undoes_everything(connection, context.original_exception):
+        _undone.setdefault(transaction, said)
+    else:
+        _failed.setdefault(connection.get_nested_transaction() or transaction, said)
 
 
 def _discard(connection: Connection) -> None:
@@ -137,6 +150,11 @@ def _discard(connection: Connection) -> None:
         with suppress(Exception):
             connection.dialect.do_rollback(connection.connection)
     connection.invalidate()
+
+
+def _undoes_everything(connection: Connection, error: BaseException) -> bool:
+    number = error.args[0] if error.args else None
+    return connection.dialect.name in {"mysql", "mariadb"} and number in _UNDOING
 
 
 def _was_answered(error: Exception | None) -> bool:
@@ -152,18 +170,21 @@ def _remember_connection(
 
 
 def _refuse_if_aborted(session: SessionInTurn) -> None:
-    if not _failed:
+    if not _failed and not _undone:
         return
     for connection in session._connections:
         transaction = connection.get_transaction()
-        if transaction is None or transaction not in _failed:
+        if transaction is None:
             continue
-        try:
-            # Only the database knows whether the error was fatal to the transaction: ask it.
-            connection.execute(select(1))
-        except DBAPIError as error:
-            database = without_secrets(connection.engine.url)
-            raise TransactionAborted(database, _failed[transaction]) from error
+        database = without_secrets(connection.engine.url)
+        if transaction in _undone:
+            raise TransactionAborted(database, _undone[transaction], undone=True)
+        if transaction in _failed:
+            try:
+                # Only the database knows whether the error was fatal to the transaction: ask it.
+                connection.execute(select(1))
+            except DBAPIError as error:
+                raise TransactionAborted(database, _failed[transaction]) from error
 
 
 event.listen(SessionInTurn, "after_begin", _remember_connection)
