@@ -1,5 +1,6 @@
 """The promises about which driver serves a database URL, and about what never works."""
 
+import sys
 import traceback
 from typing import Any
 
@@ -24,6 +25,8 @@ def refused(database_class: type[AnyDatabase], url: Any) -> str:
     [
         ("postgresql://app@db/shop", "postgresql+asyncpg", "postgresql+psycopg"),
         ("postgres://app@db/shop", "postgresql+asyncpg", "postgresql+psycopg"),
+        ("mysql://app@db/shop", "mysql+asyncmy", "mysql+pymysql"),
+        ("mariadb://app@db/shop", "mariadb+asyncmy", "mariadb+pymysql"),
         ("sqlite:///shop.db", "sqlite+aiosqlite", "sqlite+pysqlite"),
     ],
 )
@@ -41,6 +44,8 @@ def test_a_url_without_a_driver_gets_one_that_is_installed(
     [
         "postgresql+asyncpg://app:hush@db:5433/shop?ssl=require",
         "postgresql+psycopg://app@/shop?host=/run",
+        "mariadb+asyncmy://app@db/shop?charset=utf8mb4",
+        "mysql+aiomysql://app@db/shop",
         "sqlite+aiosqlite:///shop.db",
     ],
 )
@@ -79,7 +84,8 @@ def test_a_driver_that_blocks_is_refused_by_an_async_database(url: str, cure: st
         "postgresql+asyncpg://app@db/shop",
         "postgresql+psycopg_async://app@db/shop",
         "sqlite+aiosqlite:///shop.db",
-        "mysql+asyncmy://app@db/shop",  # not installed here
+        "mysql+asyncmy://app@db/shop",
+        "mariadb+aiomysql://app@db/shop",
     ],
 )
 def test_an_asyncio_driver_is_refused_by_a_sync_database(url: str) -> None:
@@ -174,9 +180,14 @@ def test_special_characters_in_a_password_are_fine_when_encoded(
     ],
 )
 def test_a_driver_that_is_not_installed_can_be_installed_by_copy_and_paste(
-    database_class: type[AnyDatabase], url: str, packages: list[str]
+    database_class: type[AnyDatabase],
+    url: str,
+    packages: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The error has the command, with the name on PyPI, which is not always the driver's."""
+    for module in ("asyncmy", "aiomysql", "pymysql"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it could not be imported
     said = refused(database_class, url)
     for package in packages:
         assert f"`pip install {package}`" in said
