@@ -5,12 +5,12 @@ import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import mariadb
+import mariadb_server
 import postgres
 import pytest
 from anyio import to_thread
@@ -74,6 +74,7 @@ class Real:
     kind: str
     url: URL
     reader: Engine
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_sync(self) -> bool:
@@ -102,6 +103,7 @@ class Real:
 
     def describe(self, **options: Any) -> AnyDatabase:
         """Describe it for the middleware."""
+        options = self.options | options
         if self.is_sqlite:
             options.setdefault("pool_events", [(enforce_foreign_keys, "connect")])
         database_class = SyncDatabase if self.is_sync else AsyncDatabase
@@ -165,7 +167,7 @@ class Real:
             )
 
     def kill(self) -> None:
-        """End every connection that is in the middle of a transaction, as a failover would."""
+        """End every connection but ours, as a failover would."""
         with self.reader.connect() as connection:
             if self.is_mariadb:
                 query = (
@@ -174,13 +176,12 @@ class Real:
                 )
                 for number in connection.scalars(text(query)).all():
                     connection.execute(text(f"KILL {number}"))
-                return
-            connection.execute(
-                text(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE "
-                    "datname = current_database() AND state = 'idle in transaction'"
+            else:
+                query = (
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE datname = current_database() AND pid <> pg_backend_pid()"
                 )
-            )
+                connection.execute(text(query))
 
     def read_only(self, state: str) -> None:
         """Have MariaDB refuse what ordinary users write (`ON`), COMMIT included, or not (`OFF`)."""
@@ -272,7 +273,7 @@ def postgresql() -> tuple[URL, Engine]:
 @cache
 def maria_database() -> tuple[URL, Engine]:
     """The same on MariaDB."""
-    url, administrator_url = mariadb.new_database("tests")
+    url, administrator_url = mariadb_server.new_database("tests")
     reader = create_engine(administrator_url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     METADATA.create_all(reader, tables=[ENTRY])
     return url, reader
