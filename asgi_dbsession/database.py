@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -47,6 +47,7 @@ class Database(ABC, Generic[E, S]):
         self._engine: E | None = None
         self._owns_engine = True
         self._starts = 0
+        self._prepare: Callable[[Engine], None] = watch
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({without_secrets(self.url)!r})"
@@ -212,7 +213,7 @@ class Database(ABC, Generic[E, S]):
             raise ConfigurationError(
                 f"{self} cannot be built with these engine options: {self._reason(error)}"
             ) from None
-        watch(self._sync_engine(engine))
+        self._prepare(self._sync_engine(engine))
         return engine
 
     def _reason(self, error: Exception) -> str:
