@@ -1,0 +1,66 @@
+"""One at a time, and only when a condition holds; tasks wait as well as threads."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from threading import Lock
+
+from sqlalchemy.util import await_only
+
+
+class Condition:
+    """What `threading.Condition` is, also for the tasks of one event loop.
+
+    Args:
+        asynchronous: Whether those who wait are tasks, inside SQLAlchemy's greenlets.
+        timeout: Seconds to wait.
+    """
+
+    def __init__(self, *, asynchronous: bool, timeout: float) -> None:
+        self.timeout: float = timeout
+        self._asynchronous = asynchronous
+        self._mutex = Lock()
+        self._taken = False
+        self._waiting: list[Future[None]] = []
+
+    @contextmanager
+    def alone(self, when: Callable[[], bool]) -> Iterator[None]:
+        """Wait until nobody else is inside such a block, and `when()` is true.
+
+        Raises:
+            TimeoutError: It did not become true.
+            Exception: Whatever `when` raised.
+        """
+        deadline = time.monotonic() + self.timeout
+        while (freed := self._take(when)) is not None:
+            self._wait(freed, deadline - time.monotonic())
+        try:
+            yield
+        finally:
+            self._taken = False
+            self.wake()
+
+    def wake(self) -> None:
+        """Have everybody look again."""
+        with self._mutex:
+            waiting, self._waiting = self._waiting, []
+        for freed in waiting:
+            if freed.set_running_or_notify_cancel():  # else its waiter was cancelled
+                freed.set_result(None)
+
+    def _take(self, when: Callable[[], bool]) -> Future[None] | None:
+        with self._mutex:
+            if not self._taken and when():
+                self._taken = True
+                return None
+            freed: Future[None] = Future()
+            self._waiting.append(freed)
+            return freed
+
+    def _wait(self, freed: Future[None], seconds: float) -> None:
+        if self._asynchronous:
+            await_only(asyncio.wait_for(asyncio.wrap_future(freed), seconds))
+        else:
+            freed.result(seconds)

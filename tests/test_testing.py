@@ -1,0 +1,517 @@
+"""What a test does inside of `rolled_back` is as if it had happened, and then as if it had not."""
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asgi import get, respond
+from conftest import ENTRY, Real, Running, becomes_true, checked_out, real_database
+from sqlalchemy import event, select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.schema import CreateTable
+
+from asgi_dbsession import (
+    AsyncDatabase,
+    ConfigurationError,
+    DatabaseNotRunning,
+    DatabaseUnavailable,
+    DBSessionMiddleware,
+    SyncDatabase,
+    TransactionAborted,
+)
+from asgi_dbsession.testing import NotIsolated, count_statements, rolled_back
+
+pytestmark = pytest.mark.anyio
+
+Handler = Callable[[str], Awaitable[None]]
+
+
+class Shop(Running):
+    """An application that does with its session what the path of a request says."""
+
+    @classmethod
+    def of(cls, real: Real, **options: Any) -> "Shop":
+        """One on a real database that is not running yet."""
+        return cls(real, real.describe(**options))
+
+    async def serve(self, scope: Any, receive: Any, send: Any) -> None:
+        """Store the first part of the path, and answer with the second as the status."""
+        if scope["type"] == "lifespan":
+            await self.live(receive, send)
+            return
+        note, status = scope["path"].strip("/").split("/")
+        await self.write(note)
+        if note == "doomed":
+            await self.doom()
+        await respond(send, int(status), ",".join(await self.seen()).encode())
+
+    async def live(self, receive: Any, send: Any) -> None:
+        """Start and stop, as frameworks do."""
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    @property
+    def app(self) -> DBSessionMiddleware:
+        """The application, as it is in production."""
+        return self.around(self.serve)
+
+    def around(self, app: Any) -> DBSessionMiddleware:
+        """The same for a handler of the test's."""
+        return DBSessionMiddleware(app, self.database)
+
+    async def seen(self) -> list[str]:
+        """The notes that the current session sees."""
+        return [row.note for row in await self.execute(select(ENTRY).order_by(ENTRY.c.id))]
+
+    async def alone(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        """Run something in a unit of work of the test's own."""
+        if isinstance(self.database, AsyncDatabase):
+            async with self.database.begin():
+                return await work()
+        with self.database.begin():
+            return await work()
+
+    async def add(self, note: str) -> None:
+        """Store a row, as a test would to begin with."""
+        await self.alone(lambda: self.write(note))
+
+    async def all(self) -> list[str]:
+        """What a test finds in the end."""
+        notes: list[str] = await self.alone(self.seen)
+        return notes
+
+
+def slow(shop: Shop) -> Any:
+    """A statement that goes on until it is cancelled; for a little while, where it cannot be."""
+    if shop.real.is_postgresql:
+        return text(f"SELECT pg_sleep({0.1 if shop.real.is_sync else 30})")
+    return text(
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 400000) "
+        "SELECT count(*) FROM n"
+    )
+
+
+async def finish(result: Any) -> None:
+    """Await what an async session gives; a blocking one is done."""
+    if inspect.isawaitable(result):
+        await result
+
+
+@pytest.fixture
+async def shop(real: Real) -> AsyncIterator[Shop]:
+    """An application on each kind of database, inside of `rolled_back`; nothing is left of it."""
+    with real.reader.begin() as connection:
+        connection.execute(ENTRY.insert().values(note="before"))
+    shop = Shop.of(real)
+    async with rolled_back(shop.database):
+        yield shop
+        assert checked_out(shop.database) == 0
+    assert real.stored() == ["before"]
+    assert real.open_transactions() == 0
+
+
+@pytest.mark.matrix("Tests of an application", "real")
+async def test_what_a_request_committed_is_there_for_the_test_and_for_the_next_request(
+    shop: Shop,
+) -> None:
+    """A test sees what requests have stored."""
+    assert (await get(shop.app, "/one/201")).body == b"before,one"
+    assert (await get(shop.app, "/two/201")).body == b"before,one,two"
+    assert await shop.all() == ["before", "one", "two"]
+
+
+@pytest.mark.matrix("Tests of an application", "real")
+async def test_a_request_sees_what_the_test_has_stored(shop: Shop) -> None:
+    """Requests see what the test has stored."""
+    await shop.add("test")
+    assert (await get(shop.app, "/one/201")).body == b"before,test,one"
+
+
+@pytest.mark.matrix("Tests of an application", "real")
+async def test_a_request_sees_what_the_test_has_not_committed_yet(shop: Shop) -> None:
+    """Requests see what the test is about to store, and the other way round."""
+
+    async def work() -> list[str]:
+        await shop.write("test")
+        assert (await get(shop.app, "/one/201")).body == b"before,test,one"
+        assert (await get(shop.app, "/two/400")).body == b"before,test,one,two"
+        await shop.write("more")
+        return await shop.seen()
+
+    assert await shop.alone(work) == ["before", "test", "one", "more"]
+    assert await shop.all() == ["before", "test", "one", "more"]
+
+
+@pytest.mark.matrix("Tests of an application", "real")
+async def test_a_request_that_fails_rolls_back_its_own_work_only(shop: Shop) -> None:
+    """A request that fails rolls back its own work only."""
+    await get(shop.app, "/one/201")
+    assert (await get(shop.app, "/two/404")).body == b"before,one,two"
+    exchange = await get(shop.app, "/no-status")
+    assert isinstance(exchange.error, ValueError)
+    assert await shop.all() == ["before", "one"]
+
+
+@pytest.mark.matrix("Tests of an application", "real")
+async def test_a_deferred_constraint_fails_at_commit(shop: Shop) -> None:
+    """A deferred constraint fails at COMMIT, and the client gets an error."""
+    await get(shop.app, "/one/201")
+    exchange = await get(shop.app, "/doomed/201")
+    assert (exchange.status, type(exchange.error).__name__) == (None, "IntegrityError")
+    assert (await get(shop.app, "/two/201")).body == b"before,one,two"
+
+
+@pytest.mark.matrix("Tests of an application", "real")
+async def test_concurrent_requests_take_turns(shop: Shop) -> None:
+    """Concurrent requests take turns, and each is stored or not by its own status."""
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await shop.write(scope["path"])
+        await asyncio.sleep(0)
+        await shop.write(scope["path"] + "/again")
+        await respond(send, 409 if scope["path"].endswith(("3", "7")) else 200)
+
+    paths = [f"/{number}" for number in range(10)]
+    exchanges = await asyncio.gather(*(get(shop.around(serve), path) for path in paths))
+    assert [each.error for each in exchanges] == [None] * 10
+    expected = {path + end for path in paths if path not in ("/3", "/7") for end in ("", "/again")}
+    assert set(await shop.all()) - {"before"} == expected
+
+
+@pytest.mark.matrix("Tests of an application", "real")
+async def test_a_request_that_is_cancelled_leaves_the_connection_to_the_others(shop: Shop) -> None:
+    """A request that is cancelled in the middle of a statement rolls back its own work only."""
+    await get(shop.app, "/one/201")
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await shop.write("cancelled")
+        await shop.execute(slow(shop))
+
+    request = asyncio.ensure_future(get(shop.around(serve)))
+    with count_statements(shop.database) as statements:
+        await becomes_true(lambda: len(statements) == 2)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    assert (await get(shop.app, "/two/201")).body == b"before,one,two"
+
+
+@pytest.mark.matrix("Tests of an application", "real")
+async def test_a_savepoint_of_the_application_is_its_own(shop: Shop) -> None:
+    """The application's own savepoints work as ever."""
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await shop.write("outer")
+        savepoint = await shop.call("begin_nested")
+        await shop.write("inner")
+        await finish(savepoint.rollback())
+        await respond(send)
+
+    exchange = await get(shop.around(serve))
+    assert exchange.error is None
+    assert await shop.all() == ["before", "outer"]
+
+
+async def test_a_unit_of_work_inside_a_request_survives_its_rollback(shop: Shop) -> None:
+    """As long as the request has only read: it is what `begin()` is for."""
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await shop.seen()
+        await shop.add("audit")
+        assert await shop.seen() == ["before", "audit"]
+        await shop.write("lost")
+        await respond(send, 401)
+
+    exchange = await get(shop.around(serve))
+    assert (exchange.status, exchange.error) == (401, None)
+    assert await shop.all() == ["before", "audit"]
+
+
+async def test_a_unit_of_work_inside_a_request_may_follow_a_failed_statement(shop: Shop) -> None:
+    """Which aborts the transaction of the request, and no other."""
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await shop.write("lost")
+        try:
+            await shop.write("before")
+        except IntegrityError:
+            await shop.add("audit")
+        await respond(send, 500 if shop.real.is_postgresql else 200)
+
+    exchange = await get(shop.around(serve))
+    assert exchange.error is None
+    if shop.real.is_postgresql:
+        assert await shop.all() == ["before", "audit"]
+    else:
+        assert await shop.all() == ["before", "lost", "audit"]
+
+
+async def test_an_error_that_was_swallowed_is_still_found_out(shop: Shop) -> None:
+    """`TransactionAborted`, where the database aborts a transaction at an error."""
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await shop.write("lost")
+        try:
+            await shop.write("before")
+        except IntegrityError:
+            if scope["path"] == "/audited":
+                await shop.add("audit")
+        await respond(send)
+
+    for path in ("/", "/audited"):
+        exchange = await get(shop.around(serve), path)
+        if shop.real.is_postgresql:
+            assert isinstance(exchange.error, TransactionAborted)
+        else:
+            assert exchange.error is None
+            break
+
+
+async def test_what_one_connection_cannot_show_is_an_error_in_the_end(real: Real) -> None:
+    """A request that has written takes what `begin()` has committed with it: that is no truth."""
+    shop = Shop.of(real)
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await shop.write("lost")
+        await shop.add("audit")
+        await respond(send, 401)
+
+    with pytest.raises(NotIsolated, match="without it") as caught:
+        async with rolled_back(shop.database):
+            await get(shop.around(serve), "/login")
+    assert "the transaction of GET /login" in str(caught.value)
+    with pytest.raises(AssertionError, match="of the test") as failed:
+        async with rolled_back(shop.database):
+            await get(shop.around(serve), "/login")
+            raise AssertionError("of the test")
+    assert "GET /login" in "".join(failed.value.__notes__)
+    assert real.stored() == []
+
+
+async def test_requests_that_wait_for_each_other_get_a_clear_error(real: Real) -> None:
+    """It names the request that was waited for."""
+    shop = Shop.of(real)
+    both = asyncio.Barrier(2)
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/second":
+            await both.wait()
+        await shop.write(scope["path"])
+        if scope["path"] == "/first":
+            await both.wait()
+            await stuck
+        await respond(send)
+
+    async with rolled_back(shop.database, timeout=0.1):
+        app = shop.around(serve)
+        stuck = asyncio.get_running_loop().create_future()
+        first = asyncio.ensure_future(get(app, "/first"))
+        second = await get(app, "/second")
+        assert isinstance(second.error, NotIsolated)
+        assert "the transaction of GET /second has waited for" in str(second.error)
+        assert "the transaction of GET /first to end" in str(second.error)
+        stuck.set_result(None)
+        assert (await first).error is None
+        assert await shop.all() == ["/first"]
+
+
+async def test_work_on_a_transaction_around_another_one_is_refused(real: Real) -> None:
+    """It would land in the inner one; so says the error, at once."""
+    shop = Shop.of(real)
+    database = shop.database
+    if not isinstance(database, AsyncDatabase):
+        pytest.skip("a matter of the order alone")
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        outer = database.get_session()
+        await shop.write("outer")
+        async with database.begin():
+            await shop.write("inner")
+            await outer.execute(select(ENTRY))
+
+    async with rolled_back(shop.database):
+        exchange = await get(shop.around(serve))
+        assert isinstance(exchange.error, NotIsolated)
+        assert "begun inside of it" in str(exchange.error)
+        assert await shop.all() == []
+
+
+async def test_a_connection_that_is_lost_is_not_replaced_by_an_empty_one(real: Real) -> None:
+    """What was done on it is gone, so whoever comes later is told."""
+    if not real.is_postgresql:
+        pytest.skip("SQLite has no connection to lose")
+    shop = Shop.of(real)
+    async with rolled_back(shop.database):
+        await shop.add("one")
+        with real.reader.connect() as connection:
+            connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        assert (await get(shop.app, "/two/201")).error is not None
+        exchange = await get(shop.app, "/three/201")
+        assert isinstance(exchange.error, NotIsolated)
+        assert "The connection was lost" in str(exchange.error)
+    async with rolled_back(shop.database):
+        assert await shop.all() == []
+
+
+async def test_a_constraint_that_may_be_deferred_is_not_for_that_reason(real: Real) -> None:
+    """After a COMMIT each is as its table declares it, whatever the transaction has set."""
+    if not real.is_postgresql:
+        pytest.skip("a matter of PostgreSQL's SET CONSTRAINTS")
+    shop = Shop.of(real)
+
+    async def prepare() -> None:
+        await shop.execute(text("CREATE TABLE p (id INT PRIMARY KEY)"))
+        await shop.execute(text("CREATE TABLE c (id INT REFERENCES p DEFERRABLE)"))
+
+    async def defer() -> None:
+        await shop.execute(text("SET CONSTRAINTS ALL DEFERRED"))
+        await shop.execute(text("INSERT INTO c VALUES (1)"))
+        await shop.execute(text("INSERT INTO p VALUES (1)"))
+
+    async with rolled_back(shop.database):
+        await shop.alone(prepare)
+        await shop.alone(defer)
+        with pytest.raises(IntegrityError):
+            await shop.alone(lambda: shop.execute(text("INSERT INTO c VALUES (2)")))
+
+
+async def test_a_running_engine_gets_its_own_connections_back(real: Real) -> None:
+    """Also one that is not this package's; with its listeners, and what is in memory."""
+    shop = Shop.of(real)
+    async with shop.database as database:
+        pool, dialect = database.engine.pool, type(database.engine.dialect)
+        await shop.add("real")
+        engine: Any = database.engine
+        other: Any = type(database).from_engine(engine)
+        for each in (database, other):
+            for _ in range(2):
+                async with rolled_back(each):
+                    assert (
+                        await get(DBSessionMiddleware(shop.serve, database), "/one/201")
+                    ).error is None
+                    assert await shop.all() == ["real", "one"]
+        async with rolled_back(database, other):
+            await shop.add("one")
+        assert (database.engine.pool, type(database.engine.dialect)) == (pool, dialect)
+        await shop.add("really")
+        assert checked_out(database) == 0
+    assert real.stored() == ["real", "really"]
+
+
+async def test_what_lies_in_memory_is_still_there(real: Real) -> None:
+    """A connection of its own would see an empty database."""
+    if real.is_postgresql:
+        pytest.skip("SQLite only")
+    database_class = SyncDatabase if real.is_sync else AsyncDatabase
+    shop = Shop(real, database_class("sqlite://"))
+    async with shop.database as database:
+        await shop.alone(lambda: shop.execute(CreateTable(ENTRY)))
+        await shop.add("kept")
+        async with rolled_back(database):
+            await shop.add("lost")
+            assert await shop.all() == ["kept", "lost"]
+        assert await shop.all() == ["kept"]
+
+
+@pytest.mark.parametrize("level", ["AUTOCOMMIT", "SERIALIZABLE"])
+async def test_an_isolation_level_does_not_let_anything_through(real: Real, level: str) -> None:
+    """Neither one of the engine nor one of a single transaction."""
+    for options in ({"isolation_level": level}, {"execution_options": {"isolation_level": level}}):
+        shop = Shop.of(real, **options)
+        async with shop.database, rolled_back(shop.database):
+            await shop.alone(partial(write_at, shop, level))
+            assert await shop.all() == ["one"]
+        assert real.stored() == []
+
+
+async def write_at(shop: Shop, level: str) -> None:
+    """Store a row at an isolation level, as the first thing in a transaction."""
+    await shop.call("connection", None, {"isolation_level": level})
+    await shop.write("one")
+
+
+async def test_sqlalchemys_recipe_for_sqlite_works(real: Real) -> None:
+    """Which begins by hand, as pysqlite once did not."""
+    if real.is_postgresql:
+        pytest.skip("SQLite only")
+    shop = Shop.of(real)
+
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    async with shop.database as database, rolled_back(database):
+        engine: Any = getattr(database.engine, "sync_engine", database.engine)
+        event.listen(engine, "begin", begin)
+        await get(shop.app, "/one/201")
+        assert (await get(shop.app, "/two/404")).error is None
+        assert await shop.all() == ["one"]
+    assert real.stored() == []
+
+
+async def test_several_databases_are_all_rolled_back(tmp_path: Path) -> None:
+    """Async and sync ones together; if one cannot be started, none stays shared."""
+    reals = [real_database(kind, tmp_path) for kind in ("asyncpg", "sqlite-sync")]
+    shops = [Shop.of(real) for real in reals]
+    async with rolled_back(*(shop.database for shop in shops)):
+        for shop in shops:
+            await shop.add("one")
+            assert await shop.all() == ["one"]
+    assert [shop.real.stored() for shop in shops] == [[], []]
+    broken = AsyncDatabase(f"sqlite:///{tmp_path}/none/none.db")
+    with pytest.raises(DatabaseUnavailable):
+        async with rolled_back(shops[0].database, broken):
+            pass
+    async with shops[0].database:
+        await shops[0].add("one")
+    assert shops[0].stored() == ["one"]
+    for real in reals:
+        real.reader.dispose()
+
+
+async def test_using_it_in_the_wrong_place_is_an_error(real: Real) -> None:
+    """With the cure."""
+    shop = Shop.of(real)
+    with (
+        pytest.raises(ConfigurationError, match="`async with rolled_back"),
+        rolled_back(shop.database),
+    ):
+        pass
+    async with rolled_back(shop.database):
+        with pytest.raises(ConfigurationError, match="once for each test"):
+            async with rolled_back(shop.database):
+                pass
+        await shop.add("one")
+    assert real.stored() == []
+
+
+async def test_statements_are_counted(shop: Shop) -> None:
+    """Whoever sends them; too many are an error that shows them."""
+    with count_statements(shop.database, at_most=2) as statements:
+        await get(shop.app, "/one/201")
+    assert len(statements) == 2
+    assert statements[0].startswith("INSERT INTO entry")
+    with (
+        pytest.raises(AssertionError, match="2 statements instead of at most 1") as caught,
+        count_statements(shop.database, at_most=1),
+    ):
+        await get(shop.app, "/two/201")
+    assert "\n1. INSERT INTO entry (note)" in str(caught.value)
+    assert "two" in str(caught.value)
+    with pytest.raises(ZeroDivisionError), count_statements(shop.database, at_most=0):
+        await shop.add("three")
+        _ = 1 / 0
+
+
+async def test_statements_of_a_database_that_is_not_running_cannot_be_counted(real: Real) -> None:
+    """Nobody could send any."""
+    with pytest.raises(DatabaseNotRunning), count_statements(real.describe()):
+        pass
