@@ -5,14 +5,21 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from asgi import get, respond
 from conftest import ENTRY, Real, Running, becomes_true, checked_out, real_database
+from fastapi import Depends, FastAPI
 from sqlalchemy import event, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
 from asgi_dbsession import (
     AsyncDatabase,
@@ -88,9 +95,9 @@ class Shop(Running):
 
 
 def slow(shop: Shop) -> Any:
-    """A statement that goes on until it is cancelled; for a little while, where it cannot be."""
+    """A statement that goes on for a while; not for long, where nothing can cancel it."""
     if shop.real.is_postgresql:
-        return text(f"SELECT pg_sleep({0.1 if shop.real.is_sync else 30})")
+        return text(f"SELECT pg_sleep({0.1 if shop.real.is_sync else 3})")
     return text(
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 400000) "
         "SELECT count(*) FROM n"
@@ -490,6 +497,114 @@ async def test_using_it_in_the_wrong_place_is_an_error(real: Real) -> None:
             async with rolled_back(shop.database):
                 pass
         await shop.add("one")
+    assert real.stored() == []
+
+
+def client_for(shop: Shop, framework: str) -> TestClient:
+    """A client of an application with handlers as that framework has them."""
+    database = shop.database
+    app: Starlette
+    if framework == "FastAPI":
+        app = api = FastAPI()
+        if isinstance(database, SyncDatabase):
+
+            @api.post("/{note}")
+            def add(
+                note: str, session: Annotated[Any, Depends(database.session_dependency)]
+            ) -> int:
+                session.execute(ENTRY.insert().values(note=note))
+                return len(session.execute(select(ENTRY)).all())
+
+        else:
+
+            @api.post("/{note}")
+            async def add_async(
+                note: str, session: Annotated[Any, Depends(database.session_dependency)]
+            ) -> int:
+                await session.execute(ENTRY.insert().values(note=note))
+                return len((await session.execute(select(ENTRY))).all())
+
+    else:
+
+        async def handle(request: Request) -> Response:
+            await shop.write(request.path_params["note"])
+            task = BackgroundTask(shop.write, f"after {request.path_params['note']}")
+            return PlainTextResponse(str(len(await shop.seen())), background=task)
+
+        app = Starlette(routes=[Route("/{note}", handle, methods=["POST"])])
+    app.add_middleware(DBSessionMiddleware, database)
+    return TestClient(app)
+
+
+@pytest.mark.parametrize("framework", ["Starlette", "FastAPI"])
+@pytest.mark.parametrize("order", ["around the client", "inside of the client"])
+def test_the_test_client_runs_the_application_elsewhere(
+    real: Real, framework: str, order: str
+) -> None:
+    """In another thread and event loop, and for as long as the test, or the session, goes on."""
+    shop = Shop.of(real)
+    for _ in range(2):
+        client = client_for(shop, framework)
+        rollback = rolled_back(shop.database)
+        contexts: list[Any] = (
+            [rollback, client] if order == "around the client" else [client, rollback]
+        )
+        with contexts[0], contexts[1]:
+            assert client.portal is not None
+            client.portal.call(shop.add, "test")
+            assert client.post("/one").text == "2"
+            expected = ["test", "one"] + ["after one"] * (framework == "Starlette")
+            assert client.portal.call(shop.all) == expected
+            if isinstance(shop.database, SyncDatabase):
+                with shop.database.begin() as session:
+                    session.execute(ENTRY.insert().values(note="mine"))
+                    assert client.post("/two").text == str(len(expected) + 2)
+                    assert session.scalars(select(ENTRY.c.note)).all()[-1] in ("two", "after two")
+        assert not shop.database.is_running
+        assert real.stored() == []
+
+
+def test_a_sync_database_needs_no_client_at_all(real: Real) -> None:
+    """It is started where nothing else would start it."""
+    shop = Shop.of(real)
+    database = shop.database
+    if not isinstance(database, SyncDatabase):
+        pytest.skip("an async one belongs to an event loop")
+    with rolled_back(database):
+        with database.begin() as session:
+            session.execute(ENTRY.insert().values(note="one"))
+        with database.begin() as session:
+            assert session.scalars(select(ENTRY.c.note)).all() == ["one"]
+    assert not database.is_running
+    assert real.stored() == []
+
+
+async def test_a_stream_goes_on_in_a_transaction_of_its_own(shop: Shop) -> None:
+    """Which is committed at its end, and rolled back when it fails."""
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await shop.write(scope["path"] + "start")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"1", "more_body": True})
+        await shop.write(scope["path"] + "body")
+        if scope["path"] == "/broken/":
+            raise ValueError
+        await send({"type": "http.response.body", "body": b"2"})
+
+    await get(shop.around(serve), "/whole/")
+    await get(shop.around(serve), "/broken/")
+    assert await shop.all() == ["before", "/whole/start", "/whole/body", "/broken/start"]
+
+
+async def test_two_phases_are_as_good_as_one(real: Real) -> None:
+    """What PREPARE would refuse is refused; nothing is left prepared."""
+    if not real.is_postgresql or real.kind == "asyncpg":
+        pytest.skip("the driver knows no two phases")
+    shop = Shop.of(real, session_options={"twophase": True})
+    async with rolled_back(shop.database):
+        await get(shop.app, "/one/201")
+        assert isinstance((await get(shop.app, "/doomed/201")).error, IntegrityError)
+        assert (await get(shop.app, "/two/201")).body == b"one,two"
     assert real.stored() == []
 
 

@@ -1,0 +1,106 @@
+"""The guide to tests does what it says when its files are pasted, under each plugin it names."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import postgres
+import pytest
+from sqlalchemy import URL
+
+import asgi_dbsession
+
+GUIDE = Path(__file__).parents[1] / "docs" / "how-to" / "testing.md"
+BLOCKS = re.findall(r"^```python\n(# (\S+).*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
+SHOP, CONFTEST, TESTS, SYNC_CONFTEST, SYNC_TESTS, PARALLEL = (block for block, _ in BLOCKS)
+INI = re.findall(r"^(asyncio\w+) = (\w+)$", GUIDE.read_text(), re.MULTILINE)
+# What only anyio needs: a fixture, whoever asks for it, and the mark.
+ANYIO = (
+    r'\n\n@pytest.fixture\(scope="session"\)\ndef anyio_backend.*?"asyncio"\n'
+    r"|anyio_backend|pytestmark.*?\n"
+)
+FIRST_LINES = r"\A.*?test\.db.*?\n"
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> URL:
+    """An empty database, for an async driver; on PostgreSQL unless told otherwise."""
+    if getattr(request, "param", None) == "sqlite":
+        return URL.create("sqlite+aiosqlite", database=str(tmp_path / "test.db"))
+    return postgres.new_database("guide").set(drivername="postgresql+psycopg")
+
+
+def run(folder: Path, conftest: str, tests: str, *options: str, **variables: str) -> str:
+    """Run pytest on files of the guide, with warnings as errors; what it printed."""
+    for name, text in (("shop", SHOP), ("conftest", conftest), ("test_items", tests)):
+        (folder / f"{name}.py").write_text(text)
+    path = [str(Path(asgi_dbsession.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    command = ["-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", *options]
+    finished = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+BOTH = pytest.mark.parametrize("url", ["sqlite", "postgresql"], indirect=True)
+
+
+def shown(url: URL) -> str:
+    """The URL, with its password."""
+    return url.render_as_string(hide_password=False)
+
+
+@BOTH
+def test_with_anyio(tmp_path: Path, url: URL) -> None:
+    """Each test finds the same names free."""
+    printed = run(tmp_path, CONFTEST, TESTS, "-p", "no:asyncio", DATABASE_URL=shown(url))
+    assert "5 passed" in printed
+
+
+def test_with_pytest_asyncio(tmp_path: Path, url: URL) -> None:
+    """Without what only anyio needs."""
+    conftest, tests = (re.sub(ANYIO, "", each, flags=re.DOTALL) for each in (CONFTEST, TESTS))
+    options = [part for name, value in INI for part in ("-o", f"{name}={value}")]
+    assert len(options) == 6
+    printed = run(tmp_path, conftest, tests, *options, DATABASE_URL=shown(url))
+    assert "5 passed" in printed
+
+
+@BOTH
+def test_with_the_test_client(tmp_path: Path, url: URL) -> None:
+    """Which runs the application in another thread."""
+    options = ("-p", "no:asyncio")
+    assert "2 passed" in run(tmp_path, SYNC_CONFTEST, SYNC_TESTS, *options, DATABASE_URL=shown(url))
+
+
+def test_with_a_test_client_for_the_whole_session(tmp_path: Path, url: URL) -> None:
+    """The rollback is inside of it, and reaches into its event loop."""
+    whole = "with rolled_back(shop.database), TestClient(shop.app) as client:"
+    assert whole in SYNC_CONFTEST
+    fixture = "@pytest.fixture\ndef client"
+    conftest = SYNC_CONFTEST.replace(fixture, '@pytest.fixture(scope="session")\ndef around')
+    conftest = conftest.replace(whole, "with TestClient(shop.app) as client:")
+    conftest += (
+        "\n\n@pytest.fixture\ndef client(around):\n"
+        "    with rolled_back(shop.database):\n        yield around\n"
+    )
+    options = ("-p", "no:asyncio")
+    assert "2 passed" in run(tmp_path, conftest, SYNC_TESTS, *options, DATABASE_URL=shown(url))
+
+
+def test_in_parallel_processes(tmp_path: Path) -> None:
+    """Each with a database of its own."""
+    conftest = PARALLEL + re.sub(FIRST_LINES, "", CONFTEST, flags=re.DOTALL)
+    server = postgres.administrator_url()
+    options = ("-n", "2", "-p", "no:asyncio")
+    printed = run(tmp_path, conftest, TESTS, *options, TEST_DATABASE_URL=shown(server))
+    assert "2 workers" in printed or "bringing up nodes" in printed
+    assert "5 passed" in printed
