@@ -162,7 +162,8 @@ class SharedConnection:
                 self._undo(nested)
                 raise
             finally:
-                self._open.remove(nested)
+                if nested in self._open:  # else all are gone, with the connection
+                    self._open.remove(nested)
             if self._open and (nested.wrote or nested.keeps):
                 self._open[-1].keeps = True
 
