@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 from asgi import get, respond
-from conftest import ENTRY, Real, Running, becomes_true, checked_out, real_database
+from conftest import CHILD, ENTRY, Real, Running, becomes_true, checked_out, real_database
 from fastapi import Depends, FastAPI
 from sqlalchemy import event, select, text
 from sqlalchemy.exc import IntegrityError
@@ -29,6 +29,7 @@ from asgi_dbsession import (
     DBSessionMiddleware,
     SyncDatabase,
     TransactionAborted,
+    set_rollback,
 )
 from asgi_dbsession.testing import NotIsolated, count_statements, rolled_back
 
@@ -397,26 +398,50 @@ async def test_a_statement_that_commits_by_itself_is_found_out(real: Real) -> No
         connection.exec_driver_sql("DROP TABLE surprise")
 
 
-async def test_a_constraint_that_may_be_deferred_is_not_for_that_reason(real: Real) -> None:
-    """After a COMMIT each is as its table declares it, whatever the transaction has set."""
+async def test_after_a_commit_each_constraint_is_as_its_table_declares_it(real: Real) -> None:
+    """Deferred if that is how it begins, and immediate if not, whatever was set meanwhile."""
     if backend(real) != "postgresql":
         pytest.skip("a matter of PostgreSQL's SET CONSTRAINTS")
     shop = Shop.of(real)
 
-    async def prepare() -> None:
-        await shop.execute(text("CREATE TABLE p (id INT PRIMARY KEY)"))
-        await shop.execute(text("CREATE TABLE c (id INT REFERENCES p DEFERRABLE)"))
+    async def run(*statements: str) -> None:
+        for statement in statements:
+            await shop.execute(text(statement))
 
-    async def defer() -> None:
-        await shop.execute(text("SET CONSTRAINTS ALL DEFERRED"))
-        await shop.execute(text("INSERT INTO c VALUES (1)"))
-        await shop.execute(text("INSERT INTO p VALUES (1)"))
-
-    async with rolled_back(shop.database):
-        await shop.alone(prepare)
-        await shop.alone(defer)
+    async def violate() -> None:
         with pytest.raises(IntegrityError):
-            await shop.alone(lambda: shop.execute(text("INSERT INTO c VALUES (2)")))
+            await run("INSERT INTO c VALUES (2)")
+        set_rollback(True)
+
+    deferred = ("INSERT INTO c VALUES (1)", "INSERT INTO p VALUES (1)")
+    child_first = (
+        "INSERT INTO child (entry_id) VALUES (7)",
+        "INSERT INTO entry (id, note) VALUES (7, 'late')",
+    )
+    async with rolled_back(shop.database):
+        for statements in (
+            (
+                "CREATE TABLE p (id INT PRIMARY KEY)",
+                "CREATE TABLE c (id INT REFERENCES p DEFERRABLE)",
+            ),
+            ("SET CONSTRAINTS ALL DEFERRED", *deferred),
+            child_first,
+        ):
+            await shop.alone(partial(run, *statements))
+        await shop.alone(violate)
+        assert await shop.all() == ["late"]
+
+
+async def test_what_was_broken_before_is_no_matter(real: Real) -> None:
+    """COMMIT looks at what a transaction has changed, and at nothing else."""
+    if backend(real) != "sqlite":
+        pytest.skip("SQLite only")
+    with real.reader.begin() as connection:  # which does not enforce foreign keys
+        connection.execute(CHILD.insert().values(entry_id=-5))
+    shop = Shop.of(real)
+    async with rolled_back(shop.database):
+        assert (await get(shop.app, "/one/201")).error is None
+        assert isinstance((await get(shop.app, "/doomed/201")).error, IntegrityError)
 
 
 async def test_a_running_engine_gets_its_own_connections_back(real: Real) -> None:
@@ -634,6 +659,22 @@ async def test_two_phases_are_as_good_as_one(real: Real) -> None:
         assert isinstance((await get(shop.app, "/doomed/201")).error, IntegrityError)
         assert (await get(shop.app, "/two/201")).body == b"one,two"
     assert real.stored() == []
+
+
+async def test_the_first_of_two_phases_refuses_what_the_second_could_not(real: Real) -> None:
+    """So that the other databases can still be rolled back."""
+    if real.kind != "psycopg-sync":
+        pytest.skip("an async session cannot be prepared by itself")
+    shop = Shop.of(real, session_options={"twophase": True})
+
+    async def work() -> None:
+        await shop.doom()
+        with pytest.raises(IntegrityError):
+            await shop.call("prepare")
+        set_rollback(True)
+
+    async with rolled_back(shop.database):
+        await shop.alone(work)
 
 
 async def test_statements_are_counted(shop: Shop) -> None:
