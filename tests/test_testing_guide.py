@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import postgres
@@ -65,6 +66,7 @@ def test_with_anyio(tmp_path: Path, url: URL) -> None:
     assert "5 passed" in printed
 
 
+@pytest.mark.skipif(not find_spec("pytest_asyncio"), reason="pytest-asyncio is not installed")
 def test_with_pytest_asyncio(tmp_path: Path, url: URL) -> None:
     """Without what only anyio needs."""
     conftest, tests = (re.sub(ANYIO, "", each, flags=re.DOTALL) for each in (CONFTEST, TESTS))

@@ -48,8 +48,7 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
         timeout: Seconds that a transaction waits for its turn.
 
     Returns:
-        A context manager, sync and async. One without the other's restrictions is not needed:
-        inside a coroutine it must be `async with`.
+        A context manager for one use; in a coroutine it must be `async with`.
 
     Raises:
         NotIsolated: In a request, as well as at the end of the block: the outcome would have been
