@@ -15,7 +15,7 @@ from .errors import (
 )
 from .middleware import DBSessionMiddleware
 from .sync_database import SyncDatabase
-from .unit_of_work import set_rollback
+from .unit_of_work import on_commit, set_rollback
 
 __all__ = [
     "AsyncDatabase",
@@ -32,6 +32,7 @@ __all__ = [
     "TransactionAborted",
     "get_session",
     "get_sync_session",
+    "on_commit",
     "session_dependency",
     "set_rollback",
 ]

@@ -66,6 +66,7 @@ class SyncDatabase(Database[Engine, AnySession]):
             Exception: Whatever COMMIT raised; nothing was stored.
         """
         unit = self._begin_unit()
+        unit.is_blocking = True
         try:
             yield unit.open(self)
         except BaseException:

@@ -51,7 +51,24 @@ def close_at_once(session: Session, turn: Turn) -> bool:
     return idle
 
 
-def end(session: Session, turn: Turn, commit: bool, close: bool) -> None:
+def begin_end(session: Session, turn: Turn) -> None:
+    """Do what can fail before COMMIT: flush, and prepare what is in two phases.
+
+    The turn is kept, whatever happens: `end` must follow.
+
+    Raises:
+        TransactionAborted: An error was swallowed that had aborted the transaction.
+        Exception: Whatever flush and PREPARE raised.
+    """
+    turn.take_to_end()
+    if session.twophase:
+        session.prepare()
+    else:
+        _refuse_if_aborted(session)
+        session.flush()
+
+
+def end(session: Session, turn: Turn, commit: bool, close: bool, begun: bool = False) -> None:
     """Commit or roll back what the session has begun, once the operation in flight is done.
 
     Whatever happens, the connection is back in its pool afterwards, or thrown away.
@@ -61,12 +78,16 @@ def end(session: Session, turn: Turn, commit: bool, close: bool) -> None:
         turn: The turn on that session.
         commit: False rolls back.
         close: Ends the session for good.
+        begun: Whether `begin_end` was called.
 
     Raises:
         TransactionAborted: An error was swallowed that had aborted the transaction.
         Exception: Whatever flush and COMMIT raised; everything was rolled back.
     """
-    turn.take_to_end()
+    if begun:
+        turn.go_on_ending()
+    else:
+        turn.take_to_end()
     try:
         if commit:
             _commit(session)
@@ -169,10 +190,10 @@ def _remember_connection(
     session._connections = (*held, connection)
 
 
-def _refuse_if_aborted(session: SessionInTurn) -> None:
+def _refuse_if_aborted(session: Session) -> None:
     if not _failed and not _undone:
         return
-    for connection in session._connections:
+    for connection in getattr(session, "_connections", ()):
         transaction = connection.get_transaction()
         if transaction is None:
             continue

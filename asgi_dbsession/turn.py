@@ -128,6 +128,10 @@ class Turn:
                 self._wake()
             raise
 
+    def go_on_ending(self) -> None:
+        """Take over, for the same unit of work, an end that was begun in another thread or task."""
+        self._holder = self._ending = self._caller()
+
     def take_to_end_if_free(self) -> bool:
         """The same unless someone is in an operation; never waits."""
         caller = self._caller()

@@ -4,13 +4,15 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from inspect import iscoroutinefunction
 from typing import Any, Generic, Protocol, TypeVar
 
 from sqlalchemy.orm import Session
 
+from .after_commit import AfterCommit, Function, call_all, is_in_thread
 from .completion import run_to_completion
-from .errors import NoSession, SessionClosed
-from .transaction import close_at_once, end, has_work
+from .errors import ConfigurationError, NoSession, SessionClosed
+from .transaction import begin_end, close_at_once, end, has_work
 from .turn import Turn
 from .types import Scope
 
@@ -76,6 +78,9 @@ class UnitOfWork:
         joins: Whether `enclosing` is of the same request; databases that it has stay with it.
         rollback: What `set_rollback` said of the work since the last end.
         failure: The first error of a COMMIT.
+        has_committed: Whether anything was committed in here.
+        after_commit: What `on_commit` was given.
+        is_blocking: Whether it ends on the calling thread.
         is_answered: Whether it is too late for another response.
         may_commit: Whether what is left when the application returns belongs to a success.
         over: Whether it has been closed.
@@ -85,6 +90,9 @@ class UnitOfWork:
     joins: bool = False
     rollback: bool | None = None
     failure: Exception | None = None
+    has_committed: bool = False
+    after_commit: tuple[AfterCommit, ...] = ()
+    is_blocking: bool = False
     is_answered: bool = False
     may_commit: bool = False
     over: bool = False
@@ -132,8 +140,9 @@ class UnitOfWork:
     async def end(self, *, commit: bool, only_of: tuple[object, ...] | None = None) -> None:
         """Commit or roll back what was done so far, in declared order. Sessions stay usable.
 
-        Runs to completion although it is cancelled. After a COMMIT that failed, the others are
-        rolled back, and `failure` keeps the error whatever becomes of the exception.
+        Several sessions are all flushed before the first is committed. Runs to completion although
+        it is cancelled. After a COMMIT that failed, the others are rolled back, and `failure` keeps
+        the error whatever becomes of the exception. `on_commit` functions follow.
 
         Args:
             commit: False rolls back.
@@ -142,7 +151,7 @@ class UnitOfWork:
         """
         working = [each for each in self._in_order() if has_work(each.orm, each.turn)]
         others = only_of is not None and not all(each.is_work_of(only_of) for each in working)
-        if others or not working:
+        if others or not (working or self.after_commit):
             return
         self.rollback = None
         await run_to_completion(self._end_each(working, commit=commit, close=False))
@@ -151,17 +160,24 @@ class UnitOfWork:
         """The same for good: nothing opened here can check out a connection afterwards."""
         self.over = True
         working = [each for each in self._in_order() if not close_at_once(each.orm, each.turn)]
-        if working:
+        if working or self.after_commit:
             await run_to_completion(self._end_each(working, commit=commit, close=True))
         self.sessions.clear()
 
     def close_blocking(self, *, commit: bool) -> None:
         """The same on the calling thread, for a unit that has sync sessions only."""
         self.over = True
-        for each in self._in_order():
-            if not close_at_once(each.orm, each.turn):
-                end(each.orm, each.turn, commit, close=True)
-        self.sessions.clear()
+        stored = self._stored()
+        try:
+            for each in self._in_order():
+                if not close_at_once(each.orm, each.turn):
+                    end(each.orm, each.turn, commit, close=True)
+                    self._note_commit(commit)
+            stored = self._stored(also_now=commit)
+        finally:
+            self.sessions.clear()
+            for function in stored:
+                function.call_blocking()
 
     def _in_order(self) -> list[OpenSession[Any]]:
         return [self.sessions[each] for each in self.databases if each in self.sessions]
@@ -169,15 +185,47 @@ class UnitOfWork:
     async def _end_each(
         self, working: list[OpenSession[Any]], *, commit: bool, close: bool
     ) -> None:
-        failure: Exception | None = None
-        for opened in working:
+        stored = self._stored()
+        failure, begun = None, 0
+        if commit and len(working) > 1:
+            failure, begun = await _begin_each(working)
+        for number, opened in enumerate(working):
+            go_on = commit and failure is None
             try:
-                await opened.run(end, opened.orm, opened.turn, commit and not failure, close)
+                await opened.run(end, opened.orm, opened.turn, go_on, close, number < begun)
+                self._note_commit(go_on)
             except Exception as error:
                 failure = failure or error
+        if self.after_commit:
+            stored = self._stored(also_now=True) if commit and failure is None else stored
+            self.after_commit = ()
+            await call_all(stored)
         if failure is not None:
             self.failure = failure
             raise failure
+
+    def _stored(self, *, also_now: bool = False) -> list[AfterCommit]:
+        return [
+            each
+            for each in self.after_commit
+            if each.is_stored or (also_now and not each.is_undone)
+        ]
+
+    def _note_commit(self, commit: bool) -> None:
+        unit: UnitOfWork | None = self
+        while commit and unit is not None:
+            unit.has_committed = True
+            unit = unit.enclosing
+
+
+async def _begin_each(working: list[OpenSession[Any]]) -> tuple[Exception | None, int]:
+    """Have all fail, if one must, before the first is committed; how many were begun."""
+    for number, opened in enumerate(working):
+        try:
+            await opened.run(begin_end, opened.orm, opened.turn)
+        except Exception as error:
+            return error, number + 1
+    return None, len(working)
 
 
 current_unit: ContextVar[UnitOfWork | None] = ContextVar("asgi_dbsession", default=None)
@@ -209,12 +257,52 @@ def set_rollback(rollback: bool) -> None:
         NoSession: No unit of work is open here.
         SessionClosed: The request that this task belongs to is over.
     """
+    unit = _unit()
+    unit.rollback = rollback
+    while unit.joins and unit.enclosing is not None:
+        unit = unit.enclosing
+        unit.rollback = rollback
+
+
+def on_commit(function: Function) -> None:
+    """Call a function once the work of the current unit is stored, and before the client hears.
+
+    It is dropped when that work is rolled back, be it by the application, and be it only to a
+    savepoint that was open when it was given; so give it after the work it belongs to. Where the
+    application commits by itself, it is called when the unit of work ends.
+
+    They are called in order and run to completion although the request is cancelled. What one
+    raises is logged by the logger `asgi_dbsession`: it neither unmakes the COMMIT nor skips the
+    others. One that needs the database opens `database.begin()`.
+
+    Args:
+        function: Takes no arguments. A coroutine function is awaited; a plain one is called where
+            it was given: on the event loop, or, by a `def` handler, in a worker thread.
+
+    Raises:
+        NoSession: No unit of work is open here.
+        SessionClosed: The request that this task belongs to is over.
+        ConfigurationError: It is a coroutine function, and the unit is `SyncDatabase.begin()`.
+    """
+    unit = _unit()
+    if unit.is_blocking and iscoroutinefunction(function):
+        raise ConfigurationError(
+            f"on_commit takes a plain function inside SyncDatabase.begin(), not {function!r}."
+        )
+    after_commit = AfterCommit(function, in_thread=not unit.is_blocking and is_in_thread())
+    while True:
+        for opened in unit.sessions.values():
+            after_commit.follow(opened.orm)
+        if not unit.joins or unit.enclosing is None:
+            break
+        unit = unit.enclosing
+    unit.after_commit = (*unit.after_commit, after_commit)
+
+
+def _unit() -> UnitOfWork:
     unit = current_unit.get()
     if unit is None:
         raise NoSession("any database")
     if unit.over:
         raise SessionClosed("any database")
-    unit.rollback = rollback
-    while unit.joins and unit.enclosing is not None:
-        unit = unit.enclosing
-        unit.rollback = rollback
+    return unit
