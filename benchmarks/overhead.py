@@ -115,7 +115,7 @@ def client_of(app: Any) -> Client:
         }
         before = messages
         await app(scope, receive, send)
-        if messages - before != 2:  # noqa: PLR2004
+        if messages - before != 2:
             raise RuntimeError("the application did not answer")
 
     return get

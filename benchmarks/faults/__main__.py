@@ -1,0 +1,79 @@
+"""Runs tools through the plan, and writes down how they fared.
+
+    python -m benchmarks.faults                                      this package, once
+    python -m benchmarks.faults --seconds 600 --seed 7               for ten minutes
+    python -m benchmarks.faults --all --write docs/explanation/under-faults.md
+
+The other tools are in `benchmarks/requirements.txt`.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from .check import CASES
+from .cluster import Cluster
+from .failover import Failover, fail_over
+from .ledger import begin_anew
+from .plan import faults_in_order
+from .report import document, in_detail
+from .run import DRIVER, Result, run_tool, running_cluster
+from .tools import TOOLS
+
+
+async def main(options: argparse.Namespace) -> None:
+    """Do all that was asked for, one tool after the other."""
+    tools = list(TOOLS) if options.all else options.tools
+    results: dict[str, list[Result]] = {}
+    checks: dict[str, dict[str, str]] = {}
+    failovers: dict[tuple[str, str], Failover] = {}
+    async with running_cluster() as cluster:
+        for tool in tools:
+            faults = faults_in_order(options.seed, options.seconds)
+            results[tool] = await run_tool(
+                tool, faults, seed=options.seed, seconds=options.each, cluster=cluster
+            )
+            print(f"{TOOLS[tool]}\n\n{in_detail(results[tool])}", flush=True)
+            checks[tool] = await _check(tool, cluster)
+    for tool in tools:
+        drivers = (DRIVER, "psycopg") if tool == "asgi_dbsession" else (DRIVER,)
+        for driver in drivers:
+            failover = failovers[tool, driver] = await fail_over(tool, driver, seconds=2)
+            print(f"failover, {TOOLS[tool]}, {driver}: {failover.gap} s, {failover.finding}")
+    if options.write is not None:
+        command = f"python -m benchmarks.faults {' '.join(sys.argv[1:])}"
+        text = document(command, results, checks, failovers)
+        await asyncio.to_thread(options.write.write_text, text)
+
+
+async def _check(tool: str, cluster: Cluster) -> dict[str, str]:
+    await begin_anew(cluster)
+    arguments = ("-m", "benchmarks.faults.check", tool, cluster.url(DRIVER))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    printed, _ = await process.communicate()
+    answers: dict[str, str] = json.loads(printed.splitlines()[-1])
+    for case in CASES:
+        print(f"  {case}: {answers[case] or 'fine'}")
+    return answers
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tools", nargs="*", default=["asgi_dbsession"], metavar="TOOL")
+    parser.add_argument("--all", action="store_true", help=f"all tools: {', '.join(TOOLS)}")
+    parser.add_argument("--seed", type=int, default=7, help="what all chance follows from")
+    parser.add_argument(
+        "--seconds", type=float, default=0, help="for each tool; 0: each fault once"
+    )
+    parser.add_argument("--each", type=float, default=1.5, help="seconds for each fault")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="where the tables go")
+    asyncio.run(main(parser.parse_args()))

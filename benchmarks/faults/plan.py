@@ -1,0 +1,139 @@
+"""Which faults there are, what clients ask for meanwhile, and in which order: all from a seed."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any, TypeAlias
+
+from .client import Request
+from .cluster import Cluster, in_thread
+from .proxy import AFTER, BEFORE, Proxy
+from .workers import Workers
+
+
+@dataclass(frozen=True)
+class Stage:
+    """All that can be made to fail."""
+
+    cluster: Cluster
+    proxy: Proxy
+    workers: Workers
+
+
+Strike: TypeAlias = Callable[[Stage, Random, float], Coroutine[Any, Any, None]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way for things to go wrong.
+
+    Attributes:
+        name: As the tables say it.
+        then: What the handlers of writes are told to do (see `benchmarks.peers.work`).
+        change: What becomes of a client's request.
+        strike: What happens meanwhile, for so many seconds.
+        leaves_open: Whether an error may answer a write that is stored all the same: a request
+            is cancelled, or a connection dies, between COMMIT and its answer.
+        clients: How many at once.
+    """
+
+    name: str
+    then: tuple[str, ...] = ("",)
+    change: Callable[[Request, Random], Request] = lambda request, _: request
+    strike: Strike | None = None
+    leaves_open: bool = False
+    clients: int = 8
+
+
+def faults_in_order(seed: int, seconds: float = 0) -> Iterator[Fault]:
+    """All faults, shuffled, and again until the time is over; first the calm.
+
+    It shows that nothing else is wrong.
+    """
+    end = time.monotonic() + seconds
+    order = Random(f"order {seed}")
+    yield CALM
+    while True:
+        yield from order.sample(FAULTS, len(FAULTS))
+        if time.monotonic() >= end:
+            return
+
+
+def next_request(fault: Fault, number: int, random: Random) -> tuple[Request, bool]:
+    """What a client asks for next, and whether it is a write; that number is its own."""
+    kind = random.choices(("entries", "transfers", "/read", "/stream"), (10, 6, 2, 1))[0]
+    if kind.startswith("/"):
+        return fault.change(Request(kind, "GET"), random), False
+    then = random.choice(fault.then).replace(" ", "%20")
+    return fault.change(Request(f"/{kind}/{number}?then={then}"), random), True
+
+
+def _vanish(request: Request, random: Random) -> Request:
+    return replace(
+        request, leave_after=random.uniform(0.0005, 0.06) if random.random() < 0.5 else None
+    )
+
+
+def _vanish_at_a_point(request: Request, random: Random) -> Request:
+    # Handlers wait 0.05 s between two statements and COMMIT takes 0.1 s: 0.03 s is within either.
+    leaving = [replace(request, leave=leave) for leave in ("sending", "reading")]
+    return random.choice([request, *leaving, replace(request, leave_after=0.03)])
+
+
+def _cancel(request: Request, random: Random) -> Request:
+    after = random.choice([random.uniform(0.0005, 0.02), random.uniform(0.02, 0.15)])
+    return replace(request, cancel_after=after if random.random() < 0.7 else None)
+
+
+async def _terminate_backends(stage: Stage, random: Random, seconds: float) -> None:
+    async with asyncio.timeout(seconds + 10):
+        for _ in range(int(seconds / 0.3) or 1):
+            await asyncio.sleep(random.uniform(0.1, 0.3))
+            await stage.cluster.query(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            )
+
+
+async def _restart_database(stage: Stage, random: Random, seconds: float) -> None:
+    await asyncio.sleep(random.uniform(0.2, 0.5) * seconds)
+    await in_thread(stage.cluster.stop_hard)
+    await asyncio.sleep(random.uniform(0.1, 0.5))
+    await in_thread(stage.cluster.start)
+
+
+def _signal_worker(number: int) -> Strike:
+    async def signal_worker(stage: Stage, random: Random, seconds: float) -> None:
+        await asyncio.sleep(random.uniform(0.2, 0.5) * seconds)
+        stage.workers.signal_one(number, random)
+
+    return signal_worker
+
+
+async def _cut_in_commit(stage: Stage, random: Random, seconds: float) -> None:
+    stage.proxy.cut = lambda: random.choice((BEFORE, AFTER)) if random.random() < 0.25 else None
+    await asyncio.sleep(seconds)
+    stage.proxy.cut = lambda: None
+
+
+CALM = Fault("no fault", then=("", "", "slow commit", "stream"))
+_SLOW = ("", "wait", "slow commit", "stream")
+FAULTS = (
+    Fault("the handler refuses", then=("", "refuse")),
+    Fault("the handler fails", then=("", "raise")),
+    Fault("a swallowed error aborts the transaction", then=("", "swallow")),
+    Fault("COMMIT fails", then=("", "failing commit")),
+    Fault("COMMIT is slow", then=("", "slow commit"), clients=20),
+    Fault("clients vanish at random", then=_SLOW, change=_vanish),
+    Fault("clients vanish at chosen points", then=_SLOW, change=_vanish_at_a_point),
+    Fault("requests are cancelled", then=_SLOW, change=_cancel, leaves_open=True),
+    Fault("backends are terminated", then=_SLOW, strike=_terminate_backends, leaves_open=True),
+    Fault("the database is stopped hard", then=_SLOW, strike=_restart_database, leaves_open=True),
+    Fault("the pool is exhausted", then=("", "wait long"), clients=60),
+    Fault("a worker is killed", then=("", "slow commit"), strike=_signal_worker(signal.SIGKILL)),
+    Fault("a worker is told to stop", then=_SLOW, strike=_signal_worker(signal.SIGTERM)),
+    Fault("connections are cut in COMMIT", then=_SLOW, strike=_cut_in_commit, leaves_open=True),
+)

@@ -1,0 +1,177 @@
+"""One tool through the plan: clients write, faults strike, and what remains is compared."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import astuple, dataclass
+from itertools import count
+from random import Random
+
+from .client import Request, ask, held
+from .cluster import Cluster, in_thread
+from .ledger import SCHEMA, Finding, Ledger, begin_anew, compare, open_transactions
+from .plan import Fault, Stage, next_request
+from .proxy import Proxy
+from .workers import Workers
+
+DRIVER = "asyncpg"
+_MOST_REQUESTS = 20_000  # within one fault
+_PATIENCE = 20.0  # seconds
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a tool came through one fault.
+
+    Attributes:
+        fault: Its name.
+        ledger: What the clients heard.
+        finding: What was found in the database.
+        held: Connections that were still out of a pool afterwards.
+        open: Transactions that were still open on the server afterwards.
+        recovered: Seconds until every worker stored again, from when the clients went; None
+            if one of them never did.
+    """
+
+    fault: str
+    ledger: Ledger
+    finding: Finding
+    held: int
+    open: int
+    recovered: float | None
+
+    @property
+    def complaints(self) -> list[str]:
+        """What must not be, in words; empty is good."""
+        finding = self.finding
+        amounts = {
+            "lost": finding.lost,
+            "twice": finding.twice,
+            "phantom": finding.phantom,
+            "half": finding.half,
+            "money": finding.money,
+            "leaked": self.held + self.open,
+        }
+        words = [f"{amount} {name}" for name, amount in amounts.items() if amount]
+        return words if self.recovered is not None else [*words, "not recovered"]
+
+
+def merge(results: Sequence[Result]) -> Result:
+    """What several rounds with one fault add up to; the slowest recovery counts."""
+    findings = [result.finding for result in results]
+    slowest = [result.recovered for result in results]
+    return Result(
+        results[0].fault,
+        Ledger(
+            acknowledged=set().union(*(result.ledger.acknowledged for result in results)),
+            refused=set().union(*(result.ledger.refused for result in results)),
+            open=set().union(*(result.ledger.open for result in results)),
+            requests=sum(result.ledger.requests for result in results),
+        ),
+        Finding(*(sum(column) for column in zip(*map(astuple, findings), strict=True))),
+        sum(result.held for result in results),
+        sum(result.open for result in results),
+        None if None in slowest else max(each for each in slowest if each is not None),
+    )
+
+
+@asynccontextmanager
+async def stage_for(tool: str, cluster: Cluster) -> AsyncIterator[Stage]:
+    """The tool's application in its workers, and a proxy between them and the database."""
+    proxy = Proxy(cluster.port)
+    workers = Workers(tool, cluster.url(DRIVER, await proxy.start()))
+    await workers.start()
+    try:
+        yield Stage(cluster, proxy, workers)
+    finally:
+        await workers.stop()
+        proxy.stop()
+
+
+@asynccontextmanager
+async def running_cluster() -> AsyncIterator[Cluster]:
+    """A database server with the tables of the ledger, gone afterwards."""
+    cluster = await asyncio.to_thread(Cluster)
+    try:
+        await in_thread(cluster.start)
+        await cluster.query(SCHEMA)
+        yield cluster
+    finally:
+        await in_thread(cluster.remove)
+
+
+async def run_tool(
+    tool: str, faults: Iterable[Fault], *, seed: int, seconds: float, cluster: Cluster
+) -> list[Result]:
+    """Put a tool through each fault in turn, so many seconds each; one result for each."""
+    numbers = count(1)
+    results: dict[str, list[Result]] = {}
+    async with stage_for(tool, cluster) as stage:
+        for turn, fault in enumerate(faults):
+            await begin_anew(cluster)
+            random = Random(f"{seed} {turn} {fault.name}")
+            result = await _run_fault(stage, fault, numbers, random, seconds)
+            results.setdefault(fault.name, []).append(result)
+            if result.complaints:
+                # What one fault has left behind must not be charged to the next.
+                await stage.workers.stop()
+                await stage.workers.start()
+    return [merge(rounds) for rounds in results.values()]
+
+
+async def _run_fault(
+    stage: Stage, fault: Fault, numbers: Iterator[int], random: Random, seconds: float
+) -> Result:
+    ledger = Ledger()
+    end = time.monotonic() + seconds
+    seeds = [random.random() for _ in range(fault.clients)]
+
+    async def be_client(own: Random) -> None:
+        while time.monotonic() < end and ledger.requests < _MOST_REQUESTS:
+            ledger.requests += 1
+            number = next(numbers)
+            request, is_write = next_request(fault, number, own)
+            status = await ask(own.choice(stage.workers.ports), request)
+            if is_write:
+                ledger.note(number, status, errors_leave_open=fault.leaves_open)
+            if not status:
+                await asyncio.sleep(0.02)
+
+    async with asyncio.TaskGroup() as group:
+        for seed in seeds:
+            group.create_task(be_client(Random(seed)))
+        if fault.strike is not None:
+            group.create_task(fault.strike(stage, random, seconds))
+    recovered = await _recover(stage, fault, ledger, numbers)
+    still_held, still_open = await _settle(stage)
+    finding = await compare(ledger, stage.cluster)
+    return Result(fault.name, ledger, finding, still_held, still_open, recovered)
+
+
+async def _recover(
+    stage: Stage, fault: Fault, ledger: Ledger, numbers: Iterator[int]
+) -> float | None:
+    start = time.monotonic()
+    for port in stage.workers.ports:
+        status = None
+        while status != 201:
+            if time.monotonic() - start > _PATIENCE:
+                return None
+            number = next(numbers)
+            status = await ask(port, Request(f"/entries/{number}"))
+            ledger.note(number, status, errors_leave_open=fault.leaves_open)
+            await asyncio.sleep(0.02)
+    return time.monotonic() - start
+
+
+async def _settle(stage: Stage) -> tuple[int, int]:
+    """Wait until nothing is held and nothing is open; how much still is."""
+    still_held = still_open = 1
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_PATIENCE / 4):
+            while still_held or still_open:
+                still_held = sum([await held(port) or 0 for port in stage.workers.ports])
+                still_open = await open_transactions(stage.cluster)
+                await asyncio.sleep(0.02)
+    return still_held, still_open

@@ -1,0 +1,58 @@
+"""What a worker process serves: an application of `benchmarks.peers`, behind a door of ours."""
+
+import asyncio
+import json
+import os
+from importlib import import_module
+from typing import Any
+
+
+def application() -> Any:
+    """The application that the environment variable `TOOL` names; for `uvicorn --factory`."""
+    peer: Any = import_module(f"benchmarks.peers.{os.environ['TOOL']}")
+    return Door(peer.app, peer.pool)
+
+
+class Door:
+    """Says how the pool is, and cancels requests that ask for it.
+
+    `GET /status` is answered here. A request with the header `x-cancel-after` is cancelled after
+    so many seconds, as by a middleware that limits the time of every request; whatever had been
+    stored by then, the answer is a 504.
+    """
+
+    def __init__(self, app: Any, pool: Any) -> None:
+        self.app: Any = app
+        self.pool: Any = pool
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one ASGI scope."""
+        if scope.get("path") == "/status":
+            status = {"held": self.pool().checkedout(), "pid": os.getpid()}
+            await _answer(send, 200, json.dumps(status).encode())
+            return
+        limit = dict(scope.get("headers", ())).get(b"x-cancel-after")
+        if limit is None:
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def note_start_then_send(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            async with asyncio.timeout(float(limit)):
+                await self.app(scope, receive, note_start_then_send)
+        except TimeoutError:
+            if started:
+                raise  # the server closes the connection
+            await _answer(send, 504, b"cancelled")
+
+
+async def _answer(send: Any, status: int, body: bytes) -> None:
+    length = str(len(body)).encode()
+    headers = [(b"content-length", length), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,79 @@
+"""Server processes, each started again by itself whenever it dies."""
+
+import asyncio
+import os
+import sys
+import tempfile
+from pathlib import Path
+from random import Random
+
+from .client import Request, ask
+from .cluster import HOST, free_port
+
+_ROOT = Path(__file__).parents[2]
+_PATIENCE = 30.0  # seconds
+
+
+class Workers:
+    """So many uvicorn processes, each on a port of its own, as behind a load balancer.
+
+    Args:
+        tool: A module of `benchmarks.peers`.
+        url: The `DATABASE_URL` they get.
+        count: How many.
+    """
+
+    def __init__(self, tool: str, url: str, count: int = 2) -> None:
+        self.tool = tool
+        self.ports = [free_port() for _ in range(count)]
+        self.log = Path(tempfile.mkdtemp(prefix="workers-")) / "log"
+        self._url = url
+        self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._supervisors: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Start them, and wait until all of them serve.
+
+        Raises:
+            RuntimeError: One does not, and why.
+        """
+        self._supervisors = [asyncio.create_task(self._supervise(port)) for port in self.ports]
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                for port in self.ports:
+                    while not await ask(port, Request("/nothing", "GET")):
+                        await asyncio.sleep(0.05)
+        except TimeoutError:
+            await self.stop()
+            raise RuntimeError(f"{self.tool} does not serve:\n{self.log.read_text()}") from None
+
+    async def stop(self) -> None:
+        """Kill them."""
+        for supervisor in self._supervisors:
+            supervisor.cancel()
+        await asyncio.gather(*self._supervisors, return_exceptions=True)
+        for process in self._processes.values():
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+        self._processes.clear()
+
+    def signal_one(self, signal: int, random: Random) -> None:
+        """Send a signal to one of them."""
+        process = self._processes[random.choice(self.ports)]
+        if process.returncode is None:
+            process.send_signal(signal)
+
+    async def _supervise(self, port: int) -> None:
+        command = ["-m", "uvicorn", "--factory", "benchmarks.faults.worker:application"]
+        options = ["--port", str(port), "--host", HOST, "--timeout-graceful-shutdown", "3"]
+        variables = {"TOOL": self.tool, "DATABASE_URL": self._url, "PYTHONPATH": str(_ROOT)}
+        while True:
+            with self.log.open("ab") as log:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, *command, *options, "--no-access-log",
+                    cwd=_ROOT, env=os.environ | variables, stdout=log, stderr=log,
+                )  # fmt: skip
+            self._processes[port] = process
+            await process.wait()
+            await asyncio.sleep(0.1)

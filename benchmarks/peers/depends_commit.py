@@ -1,0 +1,70 @@
+"""The application with a `Depends` that commits after its `yield`, so that no handler has to.
+
+FastAPI runs what follows the `yield` after the response has been sent.
+https://fastapi.tiangolo.com/tutorial/dependencies/dependencies-with-yield/
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI
+from fastapi.responses import Response, StreamingResponse
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+from . import work
+
+engine = create_async_engine(work.URL, **work.POOL)
+sessions = async_sessionmaker(engine, expire_on_commit=False)
+
+
+async def get_db() -> AsyncIterator[AsyncSession]:
+    async with sessions() as db, db.begin():
+        yield db
+
+
+Database = Annotated[AsyncSession, Depends(get_db)]
+
+
+@asynccontextmanager
+async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    yield
+    await engine.dispose()
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+@app.get("/nothing")
+async def nothing() -> Response:
+    return work.nothing()
+
+
+@app.get("/read")
+async def read(db: Database) -> Response:
+    return await work.read(db)
+
+
+@app.get("/ten")
+async def ten(db: Database) -> Response:
+    return await work.ten(db)
+
+
+@app.get("/stream")
+async def stream(db: Database) -> Response:
+    return StreamingResponse(work.rows(db))
+
+
+@app.post("/entries/{number}")
+async def write(db: Database, number: int, then: str = "") -> Response:
+    return await work.write(db, number, then)
+
+
+@app.post("/transfers/{number}")
+async def transfer(db: Database, number: int, then: str = "") -> Response:
+    return await work.transfer(db, number, then)
+
+
+def pool() -> Any:
+    """Where the connections are."""
+    return engine.pool

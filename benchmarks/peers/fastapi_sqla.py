@@ -1,0 +1,65 @@
+"""The application with fastapi-sqla, which takes its settings from the environment.
+
+https://github.com/dialoguemd/fastapi-sqla
+"""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import fastapi_sqla
+from fastapi import FastAPI
+from fastapi.responses import Response, StreamingResponse
+from fastapi_sqla import AsyncSession
+from fastapi_sqla.async_sqla import _async_session_factories
+
+from . import work
+
+os.environ |= {"sqlalchemy_url": work.URL}
+os.environ |= {f"sqlalchemy_{name}": str(value) for name, value in work.POOL.items()}
+
+
+@asynccontextmanager
+async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    await fastapi_sqla.startup()
+    yield
+
+
+app = FastAPI(lifespan=lifespan)
+fastapi_sqla.setup_middlewares(app)
+
+
+@app.get("/nothing")
+async def nothing() -> Response:
+    return work.nothing()
+
+
+@app.get("/read")
+async def read(session: AsyncSession) -> Response:
+    return await work.read(session)
+
+
+@app.get("/ten")
+async def ten(session: AsyncSession) -> Response:
+    return await work.ten(session)
+
+
+@app.get("/stream")
+async def stream(session: AsyncSession) -> Response:
+    return StreamingResponse(work.rows(session))
+
+
+@app.post("/entries/{number}")
+async def write(session: AsyncSession, number: int, then: str = "") -> Response:
+    return await work.write(session, number, then)
+
+
+@app.post("/transfers/{number}")
+async def transfer(session: AsyncSession, number: int, then: str = "") -> Response:
+    return await work.transfer(session, number, then)
+
+
+def pool() -> Any:
+    """Where the connections are."""
+    return _async_session_factories["default"].kw["bind"].pool

@@ -1,0 +1,112 @@
+"""What every application here does with its session: the same statements, whoever opened it."""
+
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import HTTPException
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+# The same database and the same pool for everyone.
+URL = os.environ["DATABASE_URL"]
+POOL: dict[str, Any] = {"pool_size": 8, "max_overflow": 0, "pool_timeout": 1}
+
+_READ = text("SELECT balance FROM account WHERE id = 1")
+_ENTRY = text("INSERT INTO entry (number) VALUES (:number)")
+_LINE = text("INSERT INTO line (number) VALUES (:number)")
+_TRANSFER = text(
+    "INSERT INTO transfer (number, source, target, amount) "
+    "VALUES (:number, :source, :target, :amount)"
+)
+_ADD = text("UPDATE account SET balance = balance + :amount WHERE id = :id")
+
+_STATEMENTS = {
+    "wait": text("SELECT pg_sleep(0.05)"),
+    "wait long": text("SELECT pg_sleep(0.5)"),
+    "slow commit": text("INSERT INTO slow (seconds) VALUES (0.1)"),
+    "failing commit": text("INSERT INTO doomed (account) VALUES (-1)"),
+    "dying commit": text("INSERT INTO dying VALUES (1)"),
+}
+
+
+async def read(session: AsyncSession) -> Response:
+    """Answer with one SELECT."""
+    return PlainTextResponse(str(await session.scalar(_READ)))
+
+
+async def ten(session: AsyncSession) -> Response:
+    """Answer with ten SELECTs, one after the other."""
+    return PlainTextResponse(str([await session.scalar(_READ) for _ in range(10)]))
+
+
+async def write(session: AsyncSession, number: int, then: str = "") -> Response:
+    """Store an entry, which has two halves, and see what happens `then`."""
+    await session.execute(_ENTRY, {"number": number})
+    if then.startswith("wait"):
+        await _happen(session, then)
+    await session.execute(_LINE, {"number": number})
+    if not then.startswith("wait"):
+        await _happen(session, then)
+    return _answer(then)
+
+
+async def transfer(session: AsyncSession, number: int, then: str = "") -> Response:
+    """Move money between two accounts that follow from the number."""
+    source, target, amount = number % 20 + 1, number % 19 + 1, number % 7 + 1
+    values = {"number": number, "source": source, "target": target, "amount": amount}
+    await session.execute(_TRANSFER, values)
+    for account, change in sorted([(source, -amount), (target, amount)]):  # or they deadlock
+        await session.execute(_ADD, {"id": account, "amount": change})
+    await _happen(session, then)
+    return _answer(then)
+
+
+async def rows(session: AsyncSession) -> AsyncIterator[bytes]:
+    """The body of a stream, which asks the database for every part of it."""
+    for _ in range(10):
+        yield f"{await session.scalar(_READ)}\n".encode()
+
+
+def nothing() -> Response:
+    """Answer without the database."""
+    return PlainTextResponse("ok")
+
+
+def blocking_read(session: Session) -> Response:
+    """Answer with one SELECT; for handlers with `def`."""
+    return PlainTextResponse(str(session.scalar(_READ)))
+
+
+def blocking_write(session: Session, number: int) -> Response:
+    """Store an entry; for handlers with `def`."""
+    session.execute(_ENTRY, {"number": number})
+    session.execute(_LINE, {"number": number})
+    return PlainTextResponse("stored", 201)
+
+
+async def _happen(session: AsyncSession, then: str) -> None:
+    if then == "refuse":
+        raise HTTPException(409)
+    if then == "raise":
+        raise RuntimeError("a defect in the handler")
+    if then == "swallow":
+        try:
+            await session.execute(text("SELECT 1 / 0"))
+        except DBAPIError:
+            return
+    if then in _STATEMENTS:
+        await session.execute(_STATEMENTS[then])
+
+
+def _answer(then: str) -> Response:
+    if then != "stream":
+        return PlainTextResponse("stored", 201)
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"stored"
+
+    return StreamingResponse(parts(), 201)
