@@ -108,15 +108,16 @@ async def run_tool(
     numbers = count(1)
     results: dict[str, list[Result]] = {}
     async with stage_for(tool, cluster) as stage:
+        left_over = False
         for turn, fault in enumerate(faults):
+            if left_over:  # what one fault has left behind must not be charged to the next
+                await stage.workers.stop()
+                await stage.workers.start()
             await begin_anew(cluster)
             random = Random(f"{seed} {turn} {fault.name}")
             result = await _run_fault(stage, fault, numbers, random, seconds)
             results.setdefault(fault.name, []).append(result)
-            if result.complaints:
-                # What one fault has left behind must not be charged to the next.
-                await stage.workers.stop()
-                await stage.workers.start()
+            left_over = bool(result.complaints)
     return [merge(rounds) for rounds in results.values()]
 
 
