@@ -1,0 +1,213 @@
+"""The promises while everything fails: the short form of `python -m benchmarks.faults`."""
+
+import asyncio
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from asgi import get, respond
+from sqlalchemy import text
+
+from asgi_dbsession import AsyncDatabase, DBSessionMiddleware
+from asgi_dbsession.types import Receive, Scope, Send
+from benchmarks.faults.check import CASES
+from benchmarks.faults.cluster import Cluster
+from benchmarks.faults.failover import fail_over
+from benchmarks.faults.ledger import (
+    SCHEMA,
+    Finding,
+    Ledger,
+    begin_anew,
+    compare,
+    open_transactions,
+)
+from benchmarks.faults.plan import CALM, FAULTS, faults_in_order, next_request
+from benchmarks.faults.proxy import AFTER, BEFORE, Proxy
+from benchmarks.faults.run import DRIVER, Result, run_tool
+
+pytestmark = pytest.mark.timeout(180)
+
+SEED = 7
+DOCUMENTED = Path(__file__).parents[1] / "docs" / "explanation" / "what-cannot-be-promised.md"
+FINE = Finding(lost=0, twice=0, phantom=0, half=0, money=0, open_stored=0)
+# How clients notice that there was a fault at all.
+REFUSED = {
+    "the handler refuses",
+    "the handler fails",
+    "a swallowed error aborts the transaction",
+    "COMMIT fails",
+    "the pool is exhausted",
+}
+LEFT_OPEN = {
+    "clients vanish at random",
+    "clients vanish at chosen points",
+    "requests are cancelled",
+    "backends are terminated",
+    "the database is stopped hard",
+    "connections are cut in COMMIT",
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A server that nobody else uses: it will be stopped hard."""
+    cluster = Cluster()
+    try:
+        cluster.start()
+        asyncio.run(cluster.query(SCHEMA))
+        yield cluster
+    finally:
+        cluster.remove()
+
+
+@pytest.fixture(scope="module")
+def results(cluster: Cluster) -> dict[str, Result]:
+    """This package through the whole plan, once."""
+    ran = run_tool("asgi_dbsession", faults_in_order(SEED), seed=SEED, seconds=0.8, cluster=cluster)
+    return {result.fault: result for result in asyncio.run(ran)}
+
+
+@pytest.mark.parametrize("fault", [fault.name for fault in (CALM, *FAULTS)])
+def test_nothing_is_lost_and_nothing_leaks_although(results: dict[str, Result], fault: str) -> None:
+    """What was acknowledged is there once, what was refused is not, and all goes on by itself."""
+    result = results[fault]
+    assert result.complaints == []
+    assert result.ledger.acknowledged
+    assert bool(result.ledger.refused) == (fault in REFUSED)
+    if fault in LEFT_OPEN:
+        assert result.ledger.open
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_no_acknowledged_write_is_lost_when_a_standby_takes_over(driver: str) -> None:
+    """The URL names both hosts, and the application follows by itself."""
+    failover = asyncio.run(fail_over("asgi_dbsession", driver, seconds=0.5))
+    assert failover.gap is not None
+    assert 0 < failover.before < len(failover.ledger.acknowledged)
+    assert (failover.finding.lost, failover.finding.half) == (0, 0)
+
+
+def test_without_server_and_other_clients_it_is_the_same(cluster: Cluster) -> None:
+    """One request after the other, in a process that does nothing else."""
+    asyncio.run(begin_anew(cluster))
+    command = [sys.executable, "-m", "benchmarks.faults.check"]
+    ran = subprocess.run(
+        [*command, "asgi_dbsession", cluster.url(DRIVER)], capture_output=True, check=True
+    )
+    assert json.loads(ran.stdout) == dict.fromkeys(CASES, "")
+
+
+def test_the_plan_finds_what_a_commit_after_the_response_loses(cluster: Cluster) -> None:
+    """So that it is known to be able to: this is the tempting way to use FastAPI's `Depends`."""
+    faults = [fault for fault in FAULTS if fault.name == "COMMIT fails"]
+    ran = run_tool("depends_commit", faults, seed=SEED, seconds=0.3, cluster=cluster)
+    (result,) = asyncio.run(ran)
+    assert result.finding.lost > 0
+    assert result.complaints == [f"{result.finding.lost} lost"]
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize(("cut", "stored"), [(BEFORE, 0), (AFTER, 1), (None, 1)])
+def test_a_connection_that_dies_in_commit_can_be_told_from_a_refusal(
+    cluster: Cluster, driver: str, cut: str | None, stored: int
+) -> None:
+    """As the documentation has it, whichever way it went in the database."""
+    documented: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", DOCUMENTED.read_text(), re.DOTALL)[0], documented)
+
+    async def commit_through_proxy() -> tuple[int | None, int]:
+        await begin_anew(cluster)
+        proxy = Proxy(cluster.port)
+        database = AsyncDatabase(cluster.url(driver, await proxy.start()))
+
+        async def write(scope: Scope, receive: Receive, send: Send) -> None:
+            await database.get_session().execute(text("INSERT INTO entry VALUES (1)"))
+            await respond(send, 201)
+
+        app = DBSessionMiddleware(
+            write, database, on_commit_error=documented["answer_failed_commit"]
+        )
+        async with database:
+            proxy.cut = lambda: cut
+            exchange = await get(app, method="POST")
+            proxy.cut = lambda: None
+            checked_out: Any = database.engine.pool
+            assert checked_out.checkedout() == 0
+        proxy.stop()
+        ((count,),) = await cluster.query("SELECT count(*) FROM entry")
+        return exchange.status, count
+
+    assert asyncio.run(commit_through_proxy()) == (503 if cut else 201, stored)
+
+
+@pytest.mark.parametrize(
+    ("tamper", "found"),
+    [
+        ("SELECT 1", FINE),
+        ("DELETE FROM entry WHERE number = 1; DELETE FROM line WHERE number = 1", {"lost": 1}),
+        ("INSERT INTO entry VALUES (1); INSERT INTO line VALUES (1)", {"twice": 1}),
+        ("INSERT INTO entry VALUES (2); INSERT INTO line VALUES (2)", {"phantom": 1}),
+        ("INSERT INTO entry VALUES (3); INSERT INTO line VALUES (3)", {"open_stored": 1}),
+        ("DELETE FROM line WHERE number = 1", {"half": 1}),
+        ("INSERT INTO transfer VALUES (4, 1, 2, 5)", {"half": 2}),
+        ("UPDATE account SET balance = balance + 1 WHERE id = 1", {"half": 1, "money": 1}),
+    ],
+)
+def test_the_reader_notices(cluster: Cluster, tamper: str, found: Finding | dict[str, int]) -> None:
+    """Each way in which the database can disagree with what clients were told."""
+
+    async def read() -> Finding:
+        await begin_anew(cluster)
+        ledger = Ledger()
+        for number, status in enumerate((201, 409, None), 1):
+            ledger.note(number, status, errors_leave_open=False)
+        await cluster.query("INSERT INTO entry VALUES (1); INSERT INTO line VALUES (1)")
+        await cluster.query(tamper)
+        return await compare(ledger, cluster)
+
+    expected = found if isinstance(found, Finding) else Finding(**{**vars(FINE), **found})
+    assert asyncio.run(read()) == expected
+
+
+def test_an_error_is_a_promise_unless_the_connection_may_have_died() -> None:
+    """A 409 always says that nothing was stored, a 500 only where no connection is being cut."""
+    ledger = Ledger()
+    for number, (status, errors_leave_open) in enumerate(
+        [(500, False), (500, True), (409, True), (None, False), (0, True)]
+    ):
+        ledger.note(number, status, errors_leave_open=errors_leave_open)
+    assert (ledger.acknowledged, ledger.refused, ledger.open) == (set(), {0, 2}, {1, 3})
+
+
+def test_a_transaction_that_is_left_open_is_seen(cluster: Cluster) -> None:
+    """Also one that does nothing at the moment."""
+
+    async def look() -> tuple[int, int]:
+        waiting = asyncio.create_task(cluster.query("SELECT pg_sleep(0.5)"))
+        while not (during := await open_transactions(cluster)) and not waiting.done():
+            await asyncio.sleep(0.01)
+        await waiting
+        return during, await open_transactions(cluster)
+
+    assert asyncio.run(look()) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "of_seed",
+    [
+        lambda seed: [each.name for each in itertools.islice(faults_in_order(seed), 10)],
+        lambda seed: [next_request(FAULTS[-1], number, Random(seed)) for number in range(10)],
+    ],
+    ids=["faults", "requests"],
+)
+def test_all_chance_follows_from_the_seed(of_seed: Callable[[int], list[object]]) -> None:
+    """What went wrong once can be run again."""
+    assert of_seed(1) == of_seed(1)
+    assert of_seed(1) != of_seed(2)
