@@ -1,0 +1,50 @@
+"""The handlers with `def`, with fastapi-sqla.
+
+https://github.com/dialoguemd/fastapi-sqla
+"""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import fastapi_sqla
+from fastapi import FastAPI
+from fastapi.responses import Response
+from fastapi_sqla import Session
+from fastapi_sqla.sqla import _session_factories
+
+from . import work
+
+os.environ |= {"sqlalchemy_url": work.URL}
+os.environ |= {f"sqlalchemy_{name}": str(value) for name, value in work.POOL.items()}
+
+
+@asynccontextmanager
+async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    await fastapi_sqla.startup()
+    yield
+
+
+app = FastAPI(lifespan=lifespan)
+fastapi_sqla.setup_middlewares(app)
+
+
+@app.get("/nothing")
+def nothing() -> Response:
+    return work.nothing()
+
+
+@app.get("/read")
+def read(session: Session) -> Response:
+    return work.blocking_read(session)
+
+
+@app.post("/entries/{number}")
+def write(session: Session, number: int, then: str = "") -> Response:
+    return work.blocking_write(session, number)
+
+
+def pool() -> Any:
+    """Where the connections are."""
+    return _session_factories["default"].kw["bind"].pool
