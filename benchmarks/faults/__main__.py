@@ -19,7 +19,7 @@ from .failover import Failover, fail_over
 from .ledger import begin_anew
 from .plan import faults_in_order
 from .report import document, in_detail
-from .run import DRIVER, Result, run_tool, running_cluster
+from .run import Result, run_tool, running_cluster
 from .tools import TOOLS
 
 
@@ -33,13 +33,17 @@ async def main(options: argparse.Namespace) -> None:
         for tool in tools:
             faults = faults_in_order(options.seed, options.seconds)
             results[tool] = await run_tool(
-                tool, faults, seed=options.seed, seconds=options.each, cluster=cluster
+                tool,
+                faults,
+                seed=options.seed,
+                seconds=options.each,
+                cluster=cluster,
+                driver=options.driver,
             )
             print(f"{TOOLS[tool]}\n\n{in_detail(results[tool])}", flush=True)
-            checks[tool] = await _check(tool, cluster)
+            checks[tool] = await _check(tool, cluster, options.driver)
     for tool in tools:
-        drivers = (DRIVER, "psycopg") if tool == "asgi_dbsession" else (DRIVER,)
-        for driver in drivers:
+        for driver in ("asyncpg", "psycopg") if tool == "asgi_dbsession" else (options.driver,):
             failover = failovers[tool, driver] = await fail_over(tool, driver, seconds=2)
             print(f"failover, {TOOLS[tool]}, {driver}: {failover.gap} s, {failover.finding}")
     if options.write is not None:
@@ -48,9 +52,9 @@ async def main(options: argparse.Namespace) -> None:
         await asyncio.to_thread(options.write.write_text, text)
 
 
-async def _check(tool: str, cluster: Cluster) -> dict[str, str]:
+async def _check(tool: str, cluster: Cluster, driver: str) -> dict[str, str]:
     await begin_anew(cluster)
-    arguments = ("-m", "benchmarks.faults.check", tool, cluster.url(DRIVER))
+    arguments = ("-m", "benchmarks.faults.check", tool, cluster.url(driver))
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *arguments,
@@ -75,5 +79,6 @@ if __name__ == "__main__":
         "--seconds", type=float, default=0, help="for each tool; 0: each fault once"
     )
     parser.add_argument("--each", type=float, default=1.5, help="seconds for each fault")
+    parser.add_argument("--driver", default="asyncpg", help="asyncpg or psycopg")
     parser.add_argument("--write", type=Path, metavar="FILE", help="where the tables go")
     asyncio.run(main(parser.parse_args()))

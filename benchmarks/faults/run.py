@@ -15,7 +15,6 @@ from .plan import Fault, Stage, next_request
 from .proxy import Proxy
 from .workers import Workers
 
-DRIVER = "asyncpg"
 _MOST_REQUESTS = 20_000  # within one fault
 _PATIENCE = 20.0  # seconds
 
@@ -77,10 +76,10 @@ def merge(results: Sequence[Result]) -> Result:
 
 
 @asynccontextmanager
-async def stage_for(tool: str, cluster: Cluster) -> AsyncIterator[Stage]:
+async def stage_for(tool: str, cluster: Cluster, driver: str) -> AsyncIterator[Stage]:
     """The tool's application in its workers, and a proxy between them and the database."""
     proxy = Proxy(cluster.port)
-    workers = Workers(tool, cluster.url(DRIVER, await proxy.start()))
+    workers = Workers(tool, cluster.url(driver, await proxy.start()))
     await workers.start()
     try:
         yield Stage(cluster, proxy, workers)
@@ -102,12 +101,18 @@ async def running_cluster() -> AsyncIterator[Cluster]:
 
 
 async def run_tool(
-    tool: str, faults: Iterable[Fault], *, seed: int, seconds: float, cluster: Cluster
+    tool: str,
+    faults: Iterable[Fault],
+    *,
+    seed: int,
+    seconds: float,
+    cluster: Cluster,
+    driver: str = "asyncpg",
 ) -> list[Result]:
     """Put a tool through each fault in turn, so many seconds each; one result for each."""
     numbers = count(1)
     results: dict[str, list[Result]] = {}
-    async with stage_for(tool, cluster) as stage:
+    async with stage_for(tool, cluster, driver) as stage:
         left_over = False
         for turn, fault in enumerate(faults):
             if left_over:  # what one fault has left behind must not be charged to the next
