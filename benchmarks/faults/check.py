@@ -10,93 +10,122 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import psycopg
 
-CASES = (
-    "the handler refuses",
-    "the handler fails",
-    "a swallowed error aborts the transaction",
-    "COMMIT fails",
-    "the connection dies in COMMIT",
-    "cancelled in COMMIT",
-    "cancelled in a statement, and ten requests after it",
-)
 _THEN = {
     "the handler refuses": "refuse",
     "the handler fails": "raise",
     "a swallowed error aborts the transaction": "swallow",
     "COMMIT fails": "failing%20commit",
     "the connection dies in COMMIT": "dying%20commit",
-    "cancelled in COMMIT": "slow%20commit",
 }
+_IN_COMMIT = "cancelled in COMMIT"
+_AT_FIRST = "twenty are cancelled within two milliseconds, and twenty others are not"
+_IN_STREAM = "fifty clients leave in a stream"
+CASES = (*_THEN, _IN_COMMIT, _AT_FIRST, _IN_STREAM)
 
 
 async def check(tool: str, url: str) -> dict[str, str]:
     """What went wrong in each case, in words; empty is good."""
     os.environ["DATABASE_URL"] = url
     peer: Any = importlib.import_module(f"benchmarks.peers.{tool}")
-    stored = _reader_of(url)
+    reader = _Reader(url)
     words: dict[str, str] = {}
     async with _Lifespan(peer.app):
-        await _ask(peer.app, 1, "")  # the pool is warm from here on
-        for number, case in enumerate(CASES[:-1], 10):
-            limit = 0.05 if case == "cancelled in COMMIT" else None
-            status = await _ask(peer.app, number, _THEN[case], limit)
-            words[case] = await _words({number: status}, stored, limit is None, peer)
-        await _ask(peer.app, 100, "wait%20long", 0.05)
-        after = {number: await _ask(peer.app, number, "") for number in range(101, 111)}
-        words[CASES[-1]] = await _words(after, stored, True, peer)
+        for number, (case, then) in enumerate(_THEN.items(), 1):
+            exchange = await _Exchange(_write(number, then)).run(peer.app)
+            words[case] = await _words({number: exchange.status}, reader, peer)
+
+        exchange = _Exchange(_write(50, "slow%20commit"))
+        task = asyncio.create_task(exchange.run(peer.app))
+        while not reader.sees_commit() and not task.done():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.wait([task])
+        # Where no success was sent, nobody was told anything: 0.
+        told = exchange.status if exchange.status < 400 else 0
+        words[_IN_COMMIT] = await _words({50: told}, reader, peer)
+
+        others = {}
+        for number in range(100, 140, 2):
+            exchange = _Exchange(_write(number, "wait%20long"))
+            task = asyncio.create_task(exchange.run(peer.app))
+            await asyncio.sleep((number - 100) / 2 * 0.0001)
+            task.cancel()
+            await asyncio.wait([task])
+            others[number + 1] = (await _Exchange(_write(number + 1)).run(peer.app)).status
+        words[_AT_FIRST] = await _words(others, reader, peer)
+
+        for number in range(50):
+            await _Exchange(("GET", "/stream", ""), leave_at=number % 9 + 1).run(peer.app)
+        words[_IN_STREAM] = await _words({}, reader, peer)
     return words
 
 
-async def _words(
-    statuses: dict[int, int], stored: Callable[[], set[int]], errors_count: bool, peer: Any
-) -> str:
+def _write(number: int, then: str = "") -> tuple[str, str, str]:
+    return "POST", f"/entries/{number}", f"then={then}"
+
+
+async def _words(statuses: dict[int, int], reader: "_Reader", peer: Any) -> str:
     await asyncio.sleep(0.3)
-    there = stored()
+    there = reader.stored()
     lost = sum(0 < status < 400 and number not in there for number, status in statuses.items())
     phantom = sum(status >= 400 and number in there for number, status in statuses.items())
-    amounts = {"lost": lost, "phantom": errors_count * phantom, "held": peer.pool().checkedout()}
+    amounts = {"lost": lost, "phantom": phantom, "held": peer.pool().checkedout()}
     return ", ".join(f"{amount} {name}" for name, amount in amounts.items() if amount)
 
 
-async def _ask(app: Any, number: int, then: str, cancel_after: float | None = None) -> int:
-    """The status that the application sent; 500 where it raised, 0 where it sent none."""
-    status = 0
-    path = f"/entries/{number}"
+class _Exchange:
+    """One HTTP request, and the status that the application sent; 500 where it raised.
 
-    async def receive() -> Any:
+    Args:
+        asked: Method, path and query.
+        leave_at: The part of the body at which the client vanishes; never, where it is 0.
+    """
+
+    def __init__(self, asked: tuple[str, str, str], *, leave_at: int = 0) -> None:
+        self.method, self.path, self.query = asked
+        self.status = 0
+        self._leave_at = leave_at
+        self._left = asyncio.Event()
+        self._asked = False
+
+    async def run(self, app: Any) -> "_Exchange":
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": self.method,
+            "scheme": "http",
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "query_string": self.query.encode(),
+            "root_path": "",
+            "headers": [],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+        }
+        try:
+            await app(scope, self._receive, self._send)
+        except Exception:
+            self.status = self.status or 500
+        return self
+
+    async def _receive(self) -> Any:
+        if self._asked:
+            await self._left.wait()
+            return {"type": "http.disconnect"}
+        self._asked = True
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    async def send(message: Any) -> None:
-        nonlocal status
-        status = message.get("status", status)
-
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": f"then={then}".encode(),
-        "root_path": "",
-        "headers": [],
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 80),
-    }
-    try:
-        async with asyncio.timeout(cancel_after):
-            await app(scope, receive, send)
-    except TimeoutError:
-        return status
-    except Exception:
-        return status or 500
-    return status
+    async def _send(self, message: Any) -> None:
+        self.status = message.get("status", self.status)
+        if message.get("body"):
+            self._leave_at -= 1
+            if self._leave_at == 0:
+                self._left.set()
 
 
 class _Lifespan:
@@ -118,14 +147,19 @@ class _Lifespan:
         await self._task
 
 
-def _reader_of(url: str) -> Callable[[], set[int]]:
-    address = "postgresql" + url[url.index("://") :]
+class _Reader:
+    """Another connection, which sees what is stored, and when a COMMIT is under way."""
 
-    def stored() -> set[int]:
-        with psycopg.connect(address) as connection:
-            return {number for (number,) in connection.execute("SELECT number FROM entry")}
+    def __init__(self, url: str) -> None:
+        address = "postgresql" + url[url.index("://") :]
+        self._connection = psycopg.connect(address, autocommit=True)
 
-    return stored
+    def stored(self) -> set[int]:
+        return {number for (number,) in self._connection.execute("SELECT number FROM entry")}
+
+    def sees_commit(self) -> bool:
+        query = "SELECT FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'COMMIT%'"
+        return self._connection.execute(query).fetchone() is not None
 
 
 if __name__ == "__main__":

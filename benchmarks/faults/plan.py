@@ -64,7 +64,7 @@ def faults_in_order(seed: int, seconds: float = 0) -> Iterator[Fault]:
 
 def next_request(fault: Fault, number: int, random: Random) -> tuple[Request, bool]:
     """What a client asks for next, and whether it is a write; that number is its own."""
-    kind = random.choices(("entries", "transfers", "/read", "/stream"), (10, 6, 2, 1))[0]
+    kind = random.choices(("entries", "transfers", "/read", "/stream"), (10, 6, 1, 3))[0]
     if kind.startswith("/"):
         return fault.change(Request(kind, "GET"), random), False
     then = random.choice(fault.then).replace(" ", "%20")

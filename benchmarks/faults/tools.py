@@ -4,7 +4,9 @@ from importlib.metadata import distributions, version
 
 TOOLS = {
     "asgi_dbsession": "asgi-dbsession",
+    "asgi_dbsession_http": 'asgi-dbsession, `@app.middleware("http")`',
     "by_hand": "by hand",
+    "by_hand_http": 'by hand, `@app.middleware("http")`',
     "depends": "`Depends`, handlers commit",
     "depends_commit": "`Depends`, commit after `yield`",
     "depends_function": '`Depends`, commit after `yield`, `scope="function"`',

@@ -1,0 +1,15 @@
+"""The application by hand again, and with a middleware that Starlette makes tasks for.
+
+What `@app.middleware("http")` adds runs the rest of the application in a task of its own.
+"""
+
+from typing import Any
+
+from .by_hand import app, pool
+
+__all__ = ["app", "pool"]
+
+
+@app.middleware("http")
+async def pass_on(request: Any, call_next: Any) -> Any:
+    return await call_next(request)
