@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -37,6 +38,7 @@ class Workers:
         Raises:
             RuntimeError: One does not, and why.
         """
+        self.log.parent.mkdir(exist_ok=True)
         self._supervisors = [asyncio.create_task(self._supervise(port)) for port in self.ports]
         try:
             async with asyncio.timeout(_PATIENCE):
@@ -44,11 +46,12 @@ class Workers:
                     while not await ask(port, Request("/nothing", "GET")):
                         await asyncio.sleep(0.05)
         except TimeoutError:
+            printed = await asyncio.to_thread(self.log.read_text)
             await self.stop()
-            raise RuntimeError(f"{self.tool} does not serve:\n{self.log.read_text()}") from None
+            raise RuntimeError(f"{self.tool} does not serve:\n{printed}") from None
 
     async def stop(self) -> None:
-        """Kill them."""
+        """Kill them, and delete what they printed."""
         for supervisor in self._supervisors:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
@@ -57,6 +60,7 @@ class Workers:
                 process.kill()
             await process.wait()
         self._processes.clear()
+        shutil.rmtree(self.log.parent, ignore_errors=True)
 
     def signal_one(self, signal: int, random: Random) -> None:
         """Send a signal to one of them."""
