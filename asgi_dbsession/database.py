@@ -13,13 +13,20 @@ from typing_extensions import Self
 
 from .completion import run_to_completion
 from .errors import ConfigurationError, DatabaseNotRunning, DatabaseUnavailable
-from .transaction import watch
+from .retry import watch_races
+from .transaction import watch_failures
 from .types import Scope
 from .unit_of_work import OpenSession, UnitOfWork, current_unit, unit_that_manages
 from .url import options_for_memory, url_with_driver, without_secrets
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 S = TypeVar("S")
+
+
+def watch(engine: Engine) -> None:
+    """Have `engine` tell of errors that would pass in silence; twice is as good as once."""
+    watch_failures(engine)
+    watch_races(engine)
 
 
 class Database(ABC, Generic[E, S]):

@@ -133,3 +133,15 @@ def _in_a_bare_thread() -> bool:
     except RuntimeError:
         return True
     return False
+
+
+class Unwound(BaseException):
+    """Unwinds the application whose response must not be sent: its COMMIT failed, say.
+
+    Not an `Exception`: no handler of the application's may take it for an error of its own, and
+    answer it. The middleware turns it back into what it stands for.
+    """
+
+
+# What it may have become on its way out, through frameworks and task groups.
+UNWOUND = (Unwound, Exception, BaseExceptionGroup)

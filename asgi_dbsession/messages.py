@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from .errors import Unwound
 from .types import Message, Receive, Send
 from .unit_of_work import UnitOfWork, current_task
 
@@ -11,23 +12,15 @@ _ENDINGS = ("http.response.body", "http.response.pathsend", "http.response.zeroc
 _FINE = (1000, 1001)
 
 
-class CommitFailed(BaseException):
-    """Unwinds the application after a COMMIT that failed.
-
-    Not an `Exception`: no handler of the application's may take it for an error of its own, and
-    answer it. The middleware turns it back into the original error.
-    """
-
-
 def end_before_response(unit: UnitOfWork, commit_when: Callable[[int], bool], send: Send) -> Send:
     """Have `send` wait for COMMIT or ROLLBACK where a message would acknowledge the work."""
 
     async def end_unit_then_send(message: Message) -> None:
         if unit.failure is not None:
-            raise CommitFailed
+            raise Unwound
         kind = message["type"]
         if kind == "http.response.start":
-            if unit.sessions:
+            if unit.sessions or unit.after_commit:
                 rollback = unit.rollback
                 success = commit_when(message["status"]) if rollback is None else not rollback
                 await _end(unit, commit=success)
@@ -36,7 +29,7 @@ def end_before_response(unit: UnitOfWork, commit_when: Callable[[int], bool], se
         elif kind in _ENDINGS and not message.get("more_body", False):
             unit.may_commit = True
             # Below an inner BaseHTTPMiddleware, this may not be the task at work.
-            if unit.sessions and (task := current_task()) is not None:
+            if (unit.sessions or unit.after_commit) and (task := current_task()) is not None:
                 await _end(unit, commit=not unit.rollback, only_of=(task,))
         await send(message)
 
@@ -69,8 +62,8 @@ def end_before_waiting(unit: UnitOfWork, receive: Receive, send: Send) -> tuple[
 
     async def end_own_work(*, commit: bool) -> None:
         if unit.failure is not None:
-            raise CommitFailed
-        if unit.sessions:
+            raise Unwound
+        if unit.sessions or unit.after_commit:
             # None: what threads did, for the handler that waited for them.
             tasks = current_task(), None
             await _end(unit, commit=commit and not unit.rollback, only_of=tasks)
@@ -84,4 +77,4 @@ async def _end(
     try:
         await unit.end(commit=commit, only_of=only_of)
     except Exception as error:
-        raise CommitFailed from error
+        raise Unwound from error

@@ -1,6 +1,7 @@
 """What happens to a request's unit of work, on each ASGI message."""
 
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from inspect import iscoroutinefunction
 from typing import Any, TypeAlias
@@ -8,9 +9,11 @@ from typing import Any, TypeAlias
 from sqlalchemy import URL
 
 from .async_database import AsyncDatabase
-from .errors import ConfigurationError
+from .errors import UNWOUND, ConfigurationError
 from .lifespan import serve_lifespan
-from .messages import CommitFailed, end_before_response, end_before_waiting
+from .messages import end_before_response, end_before_waiting
+from .overload import answer_overload
+from .retry import serve_until_won
 from .sync_database import SyncDatabase
 from .types import ASGIApp, Receive, Scope, Send
 from .unit_of_work import UnitOfWork, current_unit
@@ -19,6 +22,8 @@ AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
 # Where the unit of work of a request lies in its scope: a middleware further in joins it.
 _KEY = "asgi_dbsession"
+# What tells a request that is served from around: it may be another run of one.
+_AROUND = "asgi_dbsession.around"
 
 
 def below_400(status: int) -> bool:
@@ -51,9 +56,19 @@ class DBSessionMiddleware:
         on_commit_error: A plain function that makes the response to a COMMIT that failed: an ASGI
             application, such as a Starlette `Response`. Where it returns None, and where there is
             none, the original exception is raised to the server.
+        attempts: How often a request may run when its transaction loses a race: a serialization
+            failure, a deadlock, a busy SQLite. It runs again from the top, with the same body, a
+            fresh scope and a fresh session, after a short random pause; never once anything was
+            sent or committed, never with a body of more than 1 MiB, never when cancelled. What
+            its handler does outside of the database is done again.
+        retry_after: Seconds. Where a request waits in vain for a connection (the engine's
+            `pool_timeout`) and so fails, it is answered 503 with this `Retry-After`. None: the
+            error of the pool is left to the application.
+        two_phase: Whether the sessions of a request commit in two phases, so that a COMMIT can no
+            longer fail after another one succeeded. The drivers must support it.
 
     Raises:
-        ConfigurationError: A database or a callback is not what it should be.
+        ConfigurationError: An argument is not what it should be.
     """
 
     def __init__(
@@ -62,26 +77,40 @@ class DBSessionMiddleware:
         *databases: AnyDatabase | str | URL,
         commit_when: Callable[[int], bool] = below_400,
         on_commit_error: Callable[[Exception], ASGIApp | None] | None = None,
+        attempts: int = 1,
+        retry_after: int | None = None,
+        two_phase: bool = False,
     ) -> None:
         given = databases or (AsyncDatabase.from_env(),)
         self.app: ASGIApp = app
         self.databases: tuple[AnyDatabase, ...] = tuple(map(_as_database, given))
         self.commit_when: Callable[[int], bool] = commit_when
         self.on_commit_error: Callable[[Exception], ASGIApp | None] | None = on_commit_error
+        self.attempts: int = attempts
+        self.retry_after: int | None = retry_after
+        self.two_phase: bool = two_phase
+        self._is_around: bool = attempts > 1 or retry_after is not None
         if len(set(self.databases)) < len(self.databases):
             raise ConfigurationError(f"The same database was given twice: {self.databases}.")
         for name, function in (("commit_when", commit_when), ("on_commit_error", on_commit_error)):
             if function is not None and (not callable(function) or iscoroutinefunction(function)):
                 raise ConfigurationError(f"{name} takes a plain function, not {function!r}.")
+        for name, number in (("attempts", attempts), ("retry_after", retry_after)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ConfigurationError(f"{name} takes a whole number from 1 on, not {number!r}.")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI scope."""
+        """ASGIApp one ASGI scope."""
         if scope["type"] not in ("http", "websocket"):
             await self._serve_other(scope, receive, send)
             return
         enclosing = scope.get(_KEY)
+        if self._is_around and scope["type"] == "http" and not (enclosing or _AROUND in scope):
+            await self._serve_around(scope, receive, send)
+            return
         unit = scope[_KEY] = UnitOfWork(self.databases, scope, enclosing)
         unit.joins = enclosing is not None
+        unit.two_phase = self.two_phase
         if scope["type"] == "http":
             guarded = receive, end_before_response(unit, self.commit_when, send)
         else:
@@ -91,7 +120,7 @@ class DBSessionMiddleware:
             await self.app(scope, *guarded)
         except BaseException as error:
             await unit.close(commit=False)
-            if unit.failure is None or not isinstance(error, _UNWOUND):
+            if unit.failure is None or not isinstance(error, UNWOUND):
                 raise
         else:
             # "Returned" is not "succeeded": a client that hangs up ends a stream just like that.
@@ -109,6 +138,12 @@ class DBSessionMiddleware:
         else:
             await self.app(scope, receive, send)
 
+    async def _serve_around(self, scope: Scope, receive: Receive, send: Send) -> None:
+        serve: ASGIApp = partial(serve_until_won, self, self.attempts)
+        if self.retry_after is not None:
+            serve = partial(answer_overload, serve, self.retry_after)
+        await serve({**scope, _AROUND: True}, receive, send)
+
     async def _answer(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send | None
     ) -> None:
@@ -122,10 +157,6 @@ class DBSessionMiddleware:
             raise error from failure
         if answer is None:
             raise failure
-
-
-# What a `CommitFailed` may have become on its way out, through frameworks and task groups.
-_UNWOUND = (CommitFailed, Exception, BaseExceptionGroup)
 
 
 def _as_database(given: AnyDatabase | str | URL) -> AnyDatabase:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, SessionTransaction
 from typing_extensions import override
 
 from .errors import PrematureClose
+from .overload import note_wait_in_vain
 from .turn import Turn
 
 R = TypeVar("R")
@@ -20,7 +22,6 @@ _OPERATIONS = (
     "bulk_insert_mappings",
     "bulk_save_objects",
     "bulk_update_mappings",
-    "commit",
     "connection",
     "delete",
     "delete_all",
@@ -70,6 +71,9 @@ def _taking_turn(operation: Callable[..., R]) -> Callable[..., R]:
             return operation(self, *args, **kwargs)
         try:
             return operation(self, *args, **kwargs)
+        except PoolTimeout as error:
+            note_wait_in_vain(error)
+            raise
         finally:
             turn.give()
 
@@ -97,6 +101,12 @@ class SessionInTurn(Session):
 
     @override
     @_taking_turn
+    def commit(self) -> None:
+        super().commit()
+        self._turn.was_committed = True
+
+    @override
+    @_taking_turn
     def close(self) -> None:
         if self._turn.is_ending:
             super().close()
@@ -120,9 +130,15 @@ class _TransactionInTurn(SessionTransaction):
         turn: Turn = session._turn
         return turn
 
+    @override
+    @_taking_turn
+    def commit(self, _to_root: bool = False) -> None:
+        super().commit(_to_root)
+        self._turn.was_committed |= self.parent is None
+
 
 for _name in _OPERATIONS:
     if hasattr(Session, _name):
         setattr(SessionInTurn, _name, _taking_turn(getattr(Session, _name)))
-for _name in ("close", "commit", "prepare", "rollback"):
+for _name in ("close", "prepare", "rollback"):
     setattr(_TransactionInTurn, _name, _taking_turn(getattr(SessionTransaction, _name)))

@@ -25,6 +25,9 @@ class Turn:
         database: What the errors name.
         caller: Who is asking: the current task on an async session, the thread on a sync one.
         wait: How that caller waits.
+
+    Attributes:
+        was_committed: Whether the session was ever committed, by whomever.
     """
 
     __slots__ = (
@@ -37,6 +40,7 @@ class Turn:
         "_waiting",
         "_worker",
         "database",
+        "was_committed",
     )
 
     def __init__(
@@ -51,6 +55,7 @@ class Turn:
         self._over = False
         self._waiting: list[Future[None]] = []
         self._worker: object = None
+        self.was_committed = False
 
     @property
     def is_busy(self) -> bool:

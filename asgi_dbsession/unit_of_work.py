@@ -78,8 +78,8 @@ class UnitOfWork:
         joins: Whether `enclosing` is of the same request; databases that it has stay with it.
         rollback: What `set_rollback` said of the work since the last end.
         failure: The first error of a COMMIT.
-        has_committed: Whether anything was committed in here.
         after_commit: What `on_commit` was given.
+        two_phase: Whether its sessions commit in two phases.
         is_blocking: Whether it ends on the calling thread.
         is_answered: Whether it is too late for another response.
         may_commit: Whether what is left when the application returns belongs to a success.
@@ -90,9 +90,10 @@ class UnitOfWork:
     joins: bool = False
     rollback: bool | None = None
     failure: Exception | None = None
-    has_committed: bool = False
+    _has_committed: bool = False
     after_commit: tuple[AfterCommit, ...] = ()
     is_blocking: bool = False
+    two_phase: bool = False
     is_answered: bool = False
     may_commit: bool = False
     over: bool = False
@@ -120,6 +121,13 @@ class UnitOfWork:
             self.joins and self.enclosing and self.enclosing.has(database)
         )
 
+    @property
+    def has_committed(self) -> bool:
+        """Whether anything was committed in here, be it by the application itself."""
+        return self._has_committed or any(
+            each.turn.was_committed for each in self.sessions.values()
+        )
+
     def open(self, database: SessionSource[S]) -> S:
         """The session of a database that this unit manages, made on first use.
 
@@ -130,6 +138,8 @@ class UnitOfWork:
         opened: OpenSession[S] | None = self.sessions.get(database)
         if opened is None and not self.over:
             opened = self.sessions.setdefault(database, database.open_session(self.scope))
+            if self.two_phase:
+                opened.orm.twophase = True
         if opened is None:
             raise SessionClosed(database)
         if self.over:  # it ended in another thread while this one opened a session
@@ -159,6 +169,7 @@ class UnitOfWork:
     async def close(self, *, commit: bool) -> None:
         """The same for good: nothing opened here can check out a connection afterwards."""
         self.over = True
+        self._note_commit(self.has_committed)
         working = [each for each in self._in_order() if not close_at_once(each.orm, each.turn)]
         if working or self.after_commit:
             await run_to_completion(self._end_each(working, commit=commit, close=True))
@@ -167,6 +178,7 @@ class UnitOfWork:
     def close_blocking(self, *, commit: bool) -> None:
         """The same on the calling thread, for a unit that has sync sessions only."""
         self.over = True
+        self._note_commit(self.has_committed)
         stored = self._stored()
         try:
             for each in self._in_order():
@@ -214,7 +226,7 @@ class UnitOfWork:
     def _note_commit(self, commit: bool) -> None:
         unit: UnitOfWork | None = self
         while commit and unit is not None:
-            unit.has_committed = True
+            unit._has_committed = True
             unit = unit.enclosing
 
 

@@ -1,0 +1,276 @@
+"""Functions given to `on_commit` run once the work is stored, and before the client hears of it."""
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from anyio import to_thread
+from asgi import Message, Socket, get, respond
+from conftest import ENTRY, Running, checked_out, real_database
+from sqlalchemy import text
+
+from asgi_dbsession import (
+    AsyncDatabase,
+    ConfigurationError,
+    DBSessionMiddleware,
+    NoSession,
+    SessionClosed,
+    SyncDatabase,
+    on_commit,
+    set_rollback,
+)
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_functions_run_in_order_after_commit_and_before_the_response(
+    running: Running,
+) -> None:
+    """They find the row stored and the connection back in its pool; async ones are awaited."""
+    done: list[Any] = []
+
+    def plain() -> None:
+        done.append(("plain", running.stored(), checked_out(running.database)))
+
+    async def awaited() -> None:
+        await asyncio.sleep(0)
+        done.append("awaited")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        on_commit(plain)
+        on_commit(awaited)
+        on_commit(lambda: done.append("last"))
+        await respond(send, 201)
+
+    def look(message: Message) -> None:
+        done.append(message["type"])
+
+    await get(DBSessionMiddleware(app, running.database), on_message=look)
+    assert done == [
+        ("plain", ["kept"], 0),
+        "awaited",
+        "last",
+        "http.response.start",
+        "http.response.body",
+    ]
+
+
+@pytest.mark.parametrize("how", ["status", "set_rollback", "exception", "failed commit", "handler"])
+async def test_a_rollback_drops_them(running: Running, how: str) -> None:
+    """Whoever rolls back, the mail about what never happened is not sent."""
+    done: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("undone")
+        on_commit(lambda: done.append("sent"))
+        if how == "set_rollback":
+            set_rollback(True)
+        elif how == "exception":
+            raise LookupError
+        elif how == "failed commit":
+            await running.doom()
+        elif how == "handler":
+            await running.call("rollback")
+        await respond(send, 404 if how == "status" else 200)
+
+    await get(DBSessionMiddleware(app, running.database))
+    assert (done, running.stored()) == ([], [])
+
+
+@pytest.mark.parametrize(("rolls_back", "expected"), [(True, ["outer"]), (False, ["outer", "in"])])
+async def test_a_savepoint_drops_what_was_given_inside_of_it(
+    running: Running, rolls_back: bool, expected: list[str]
+) -> None:
+    """And nothing else: neither what came before it, nor what a released one was given."""
+    done: list[str] = []
+
+    def in_savepoint() -> None:
+        opened: Any = running.database.get_session()
+        session: Any = getattr(opened, "sync_session", opened)
+        session.execute(ENTRY.insert().values(note="outer"))
+        on_commit(lambda: done.append("outer"))
+        with session.begin_nested():
+            session.execute(ENTRY.insert().values(note="in"))
+        savepoint = session.begin_nested()
+        on_commit(lambda: done.append("in"))
+        savepoint.rollback() if rolls_back else savepoint.commit()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if isinstance(running.database, SyncDatabase):
+            await to_thread.run_sync(in_savepoint)
+        else:
+            await running.database.get_session().run_sync(lambda _: in_savepoint())
+        await respond(send)
+
+    await get(DBSessionMiddleware(app, running.database))
+    assert done == expected
+
+
+async def test_what_the_handler_committed_by_itself_is_followed_up(running: Running) -> None:
+    """Its row is there, so its function runs, although the rest of the request fails."""
+    done: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        on_commit(lambda: done.append("kept"))
+        await running.call("commit")
+        await running.write("undone")
+        on_commit(lambda: done.append("undone"))
+        await respond(send, 400)
+
+    await get(DBSessionMiddleware(app, running.database))
+    assert (done, running.stored()) == (["kept"], ["kept"])
+
+
+async def test_a_failing_function_is_logged_and_nothing_else(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The COMMIT stays, the others run, and the client gets its answer."""
+    done: list[str] = []
+
+    def fail() -> None:
+        raise LookupError("no mail server")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        on_commit(fail)
+        on_commit(lambda: done.append("next"))
+        await respond(send, 201)
+
+    with caplog.at_level(logging.ERROR, "asgi_dbsession"):
+        exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error, done) == (201, None, ["next"])
+    assert running.stored() == ["kept"]
+    assert "what was committed stays" in caplog.text
+    assert "no mail server" in caplog.text
+
+
+async def test_bodies_and_background_tasks_have_their_own(running: Running) -> None:
+    """What follows the response is followed up when it is stored, or not at all."""
+    done: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await running.write("body")
+        on_commit(lambda: done.append("body"))
+        await send({"type": "http.response.body", "body": b""})
+        await running.write("background")
+        on_commit(lambda: done.append("background"))
+        if scope["path"] == "/fails":
+            raise LookupError
+
+    served = DBSessionMiddleware(app, running.database)
+    await get(served)
+    assert done == ["body", "background"]
+
+
+async def test_messages_of_a_socket_wait_for_them(running: Running) -> None:
+    """Each message for the functions of its own work."""
+    done: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        for word in ("one", "two"):
+            await running.write(word)
+            on_commit(lambda word=word: done.append(word))
+            await send({"type": "websocket.send", "text": word})
+
+    def look(message: Message) -> None:
+        done.append(message["type"])
+
+    await Socket(DBSessionMiddleware(app, running.database), on_message=look).run()
+    assert done == ["websocket.accept", "one", "websocket.send", "two", "websocket.send"]
+
+
+async def test_begin_has_them_too(running: Running) -> None:
+    """Scripts and workers follow up their work like requests."""
+    done: list[str] = []
+
+    def blocking() -> None:
+        assert isinstance(running.database, SyncDatabase)
+        with running.database.begin() as session:
+            session.execute(ENTRY.insert().values(note="kept"))
+            on_commit(lambda: done.append("kept"))
+        with pytest.raises(LookupError), running.database.begin():
+            on_commit(lambda: done.append("undone"))
+            raise LookupError
+        with running.database.begin(), pytest.raises(ConfigurationError, match="plain function"):
+            on_commit(asyncio.Event().wait)
+
+    if running.real.is_sync:
+        await to_thread.run_sync(blocking)
+    else:
+        assert isinstance(running.database, AsyncDatabase)
+        async with running.database.begin() as session:
+            await session.execute(ENTRY.insert().values(note="kept"))
+            on_commit(lambda: done.append("kept"))
+        with pytest.raises(LookupError):
+            async with running.database.begin():
+                on_commit(lambda: done.append("undone"))
+                raise LookupError
+    assert (done, running.stored()) == (["kept"], ["kept"])
+
+
+async def test_a_mounted_middleware_waits_for_the_outer_commit(running: Running) -> None:
+    """A function given below runs when the session it is about is committed, above."""
+    done: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        on_commit(lambda: done.append(running.stored()))
+        await respond(send)
+
+    inner = DBSessionMiddleware(app, running.database)
+    await get(DBSessionMiddleware(inner, running.database))
+    assert done == [["kept"]]
+
+
+async def test_it_needs_a_unit_of_work(running: Running) -> None:
+    """Outside of one, and after it, it says so."""
+    with pytest.raises(NoSession):
+        on_commit(lambda: None)
+    late: list[asyncio.Task[None]] = []
+
+    async def outlives() -> None:
+        await over.wait()
+        with pytest.raises(SessionClosed):
+            on_commit(lambda: None)
+
+    over = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        late.append(asyncio.create_task(outlives()))
+        await respond(send)
+
+    await get(DBSessionMiddleware(app, running.database))
+    over.set()
+    await asyncio.gather(*late)
+
+
+async def test_a_cancelled_request_still_follows_up_what_it_stored(tmp_path: Path) -> None:
+    """Once the COMMIT is through, its functions run to completion."""
+    real = real_database("asyncpg", tmp_path)
+    done: list[str] = []
+    async with real.describe() as database:
+
+        async def slow() -> None:
+            request.cancel()
+            await asyncio.sleep(0.01)
+            done.append("slow")
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            assert isinstance(database, AsyncDatabase)
+            await database.get_session().execute(text("SELECT 1"))
+            on_commit(slow)
+            on_commit(lambda: done.append("next"))
+            await respond(send)
+
+        request = asyncio.create_task(get(DBSessionMiddleware(app, database)))
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        assert done == ["slow", "next"]
+    real.reader.dispose()
