@@ -23,14 +23,14 @@ def end_before_response(unit: UnitOfWork, commit_when: Callable[[int], bool], se
             if unit.sessions or unit.after_commit:
                 rollback = unit.rollback
                 success = commit_when(message["status"]) if rollback is None else not rollback
-                await _end(unit, commit=success)
+                await unit.end(commit=success)
             unit.rollback = None
             unit.is_answered = True
         elif kind in _ENDINGS and not message.get("more_body", False):
             unit.may_commit = True
             # Below an inner BaseHTTPMiddleware, this may not be the task at work.
             if (unit.sessions or unit.after_commit) and (task := current_task()) is not None:
-                await _end(unit, commit=not unit.rollback, only_of=(task,))
+                await unit.end(commit=not unit.rollback, only_of=(task,))
         await send(message)
 
     return end_unit_then_send
@@ -66,15 +66,6 @@ def end_before_waiting(unit: UnitOfWork, receive: Receive, send: Send) -> tuple[
         if unit.sessions or unit.after_commit:
             # None: what threads did, for the handler that waited for them.
             tasks = current_task(), None
-            await _end(unit, commit=commit and not unit.rollback, only_of=tasks)
+            await unit.end(commit=commit and not unit.rollback, only_of=tasks)
 
     return end_unit_then_receive, end_unit_then_send
-
-
-async def _end(
-    unit: UnitOfWork, *, commit: bool, only_of: tuple[object, ...] | None = None
-) -> None:
-    try:
-        await unit.end(commit=commit, only_of=only_of)
-    except Exception as error:
-        raise Unwound from error

@@ -100,7 +100,7 @@ class DBSessionMiddleware:
                 raise ConfigurationError(f"{name} takes a whole number from 1 on, not {number!r}.")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGIApp one ASGI scope."""
+        """Serve one ASGI scope."""
         if scope["type"] not in ("http", "websocket"):
             await self._serve_other(scope, receive, send)
             return

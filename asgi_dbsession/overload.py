@@ -23,7 +23,7 @@ def note_wait_in_vain(error: BaseException) -> None:
 async def answer_overload(
     serve: ASGIApp, retry_after: int, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """ASGIApp a request; instead of an error of the pool, or a 5xx that it became, send 503."""
+    """Serve a request; instead of an error of the pool, or a 5xx that it became, send 503."""
     waits: list[BaseException] = []
     is_answered = False
 

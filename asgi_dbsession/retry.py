@@ -55,7 +55,7 @@ class Attempt:
 async def serve_until_won(
     serve: ASGIApp, attempts: int, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """ASGIApp a request up to `attempts` times, each from the top with a scope of its own."""
+    """Serve a request up to `attempts` times, each from the top with a scope of its own."""
     body = _Replay(receive)
     for number in range(1, attempts + 1):
         attempt = Attempt(body, is_last=number == attempts)

@@ -22,6 +22,7 @@ _OPERATIONS = (
     "bulk_insert_mappings",
     "bulk_save_objects",
     "bulk_update_mappings",
+    "commit",
     "connection",
     "delete",
     "delete_all",
@@ -64,11 +65,15 @@ def put_in_turn(session: Session, turn: Turn) -> Turn:
 
 
 def _taking_turn(operation: Callable[..., R]) -> Callable[..., R]:
+    commits = operation.__name__ == "commit"
+
     @functools.wraps(operation)
     def take_turn(self: Any, *args: Any, **kwargs: Any) -> R:
         turn: Turn = self._turn
         if not turn.take():
             return operation(self, *args, **kwargs)
+        if commits and getattr(self, "parent", None) is None:  # no savepoint
+            turn.was_committed = True
         try:
             return operation(self, *args, **kwargs)
         except PoolTimeout as error:
@@ -101,12 +106,6 @@ class SessionInTurn(Session):
 
     @override
     @_taking_turn
-    def commit(self) -> None:
-        super().commit()
-        self._turn.was_committed = True
-
-    @override
-    @_taking_turn
     def close(self) -> None:
         if self._turn.is_ending:
             super().close()
@@ -130,15 +129,9 @@ class _TransactionInTurn(SessionTransaction):
         turn: Turn = session._turn
         return turn
 
-    @override
-    @_taking_turn
-    def commit(self, _to_root: bool = False) -> None:
-        super().commit(_to_root)
-        self._turn.was_committed |= self.parent is None
-
 
 for _name in _OPERATIONS:
     if hasattr(Session, _name):
         setattr(SessionInTurn, _name, _taking_turn(getattr(Session, _name)))
-for _name in ("close", "prepare", "rollback"):
+for _name in ("close", "commit", "prepare", "rollback"):
     setattr(_TransactionInTurn, _name, _taking_turn(getattr(SessionTransaction, _name)))

@@ -16,12 +16,10 @@ from .session import SessionInTurn
 from .turn import Turn
 from .url import without_secrets
 
-# Transactions in which a statement failed, with what it said. A savepoint is a transaction of its
-# own, so rolling back to it leaves the mark behind together with the savepoint.
-_failed: WeakKeyDictionary[Transaction, str] = WeakKeyDictionary()
-# Transactions that the database has rolled back by itself, with what it said: to it, whatever
-# follows is another one, so asking it would find nothing wrong.
-_undone: WeakKeyDictionary[Transaction, str] = WeakKeyDictionary()
+# Transactions in which a statement failed: what it said, and whether the database then rolled all
+# of it back by itself. To it, whatever follows is another transaction, so asking it would find
+# nothing wrong. A savepoint is a transaction of its own: rolling back to it leaves its mark behind.
+_failed: WeakKeyDictionary[Transaction, tuple[str, bool]] = WeakKeyDictionary()
 
 # The errors at which InnoDB rolls back everything, savepoints included: a deadlock, a snapshot that
 # is out of date (MariaDB), a lock table that is full.
@@ -112,7 +110,7 @@ def _is_unfinished(session: Session, turn: Turn) -> bool:
     return (
         session.in_transaction()
         or session.identity_map.check_modified()
-        or (turn.was_used and bool(session.new))
+        or (turn.worker is not None and bool(session.new))
     )
 
 
@@ -159,9 +157,9 @@ def _note_failure(context: ExceptionContext) -> None:
         return
     said = " ".join(str(context.original_exception).split())
     if _undoes_everything(connection, context.original_exception):
-        _undone.setdefault(transaction, said)
+        _failed[transaction] = said, True
     else:
-        _failed.setdefault(connection.get_nested_transaction() or transaction, said)
+        _failed.setdefault(connection.get_nested_transaction() or transaction, (said, False))
 
 
 def _discard(connection: Connection) -> None:
@@ -191,21 +189,21 @@ def _remember_connection(
 
 
 def _refuse_if_aborted(session: Session) -> None:
-    if not _failed and not _undone:
+    if not _failed:
         return
     for connection in getattr(session, "_connections", ()):
         transaction = connection.get_transaction()
-        if transaction is None:
+        if transaction is None or transaction not in _failed:
             continue
         database = without_secrets(connection.engine.url)
-        if transaction in _undone:
-            raise TransactionAborted(database, _undone[transaction], undone=True)
-        if transaction in _failed:
-            try:
-                # Only the database knows whether the error was fatal to the transaction: ask it.
-                connection.execute(select(1))
-            except DBAPIError as error:
-                raise TransactionAborted(database, _failed[transaction]) from error
+        said, is_undone = _failed[transaction]
+        if is_undone:
+            raise TransactionAborted(database, said, undone=True)
+        try:
+            # Only the database knows whether the error was fatal to the transaction: ask it.
+            connection.execute(select(1))
+        except DBAPIError as error:
+            raise TransactionAborted(database, said) from error
 
 
 event.listen(SessionInTurn, "after_begin", _remember_connection)

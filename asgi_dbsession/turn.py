@@ -27,7 +27,8 @@ class Turn:
         wait: How that caller waits.
 
     Attributes:
-        was_committed: Whether the session was ever committed, by whomever.
+        worker: Who alone began operations since the last end began; None where nobody did.
+        was_committed: Whether the session was ever committed, by whomever; also if that failed.
     """
 
     __slots__ = (
@@ -38,9 +39,9 @@ class Turn:
         "_over",
         "_wait",
         "_waiting",
-        "_worker",
         "database",
         "was_committed",
+        "worker",
     )
 
     def __init__(
@@ -54,7 +55,7 @@ class Turn:
         self._ending: object = None
         self._over = False
         self._waiting: list[Future[None]] = []
-        self._worker: object = None
+        self.worker: object = None
         self.was_committed = False
 
     @property
@@ -66,16 +67,6 @@ class Turn:
     def is_ending(self) -> bool:
         """Whether the one whose turn it is ends the work; for that one to ask."""
         return self._ending is not None and self._ending == self._holder
-
-    @property
-    def was_used(self) -> bool:
-        """Whether anyone began an operation since the last end began."""
-        return self._worker is not None
-
-    @property
-    def worker(self) -> object:
-        """Who alone began operations since the last end began; None: nobody."""
-        return self._worker
 
     def touch(self) -> None:
         """Count what needs no turn, because it is done at once and in memory.
@@ -124,7 +115,7 @@ class Turn:
                     if self._ending is None:
                         self._ending = caller
                 if self._claim(caller, ending=caller):
-                    self._worker = None
+                    self.worker = None
                     return
                 self._wait_for_release(ending=caller)
         except BaseException:  # cancelled with its whole loop: nobody must wait for it for ever
@@ -158,10 +149,10 @@ class Turn:
             self._wake()
 
     def _note(self, caller: object) -> None:
-        if self._worker is None:
-            self._worker = caller
-        elif self._worker != caller:
-            self._worker = _SEVERAL
+        if self.worker is None:
+            self.worker = caller
+        elif self.worker != caller:
+            self.worker = _SEVERAL
 
     def _claim(self, caller: object, ending: object = None) -> bool:
         if self._ending is not ending or not self._free.acquire(blocking=False):

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from .after_commit import AfterCommit, Function, call_all, is_in_thread
 from .completion import run_to_completion
-from .errors import ConfigurationError, NoSession, SessionClosed
+from .errors import ConfigurationError, NoSession, SessionClosed, Unwound
 from .transaction import begin_end, close_at_once, end, has_work
 from .turn import Turn
 from .types import Scope
@@ -124,9 +124,10 @@ class UnitOfWork:
     @property
     def has_committed(self) -> bool:
         """Whether anything was committed in here, be it by the application itself."""
-        return self._has_committed or any(
-            each.turn.was_committed for each in self.sessions.values()
-        )
+        if not self._has_committed:
+            for each in self.sessions.values():
+                self._has_committed = self._has_committed or each.turn.was_committed
+        return self._has_committed
 
     def open(self, database: SessionSource[S]) -> S:
         """The session of a database that this unit manages, made on first use.
@@ -158,35 +159,44 @@ class UnitOfWork:
             commit: False rolls back.
             only_of: Do nothing unless all of it is the work of one of these tasks; None among
                 them is a task that nobody knows.
+
+        Raises:
+            Unwound: What flush and COMMIT raised is its cause.
         """
         working = [each for each in self._in_order() if has_work(each.orm, each.turn)]
-        others = only_of is not None and not all(each.is_work_of(only_of) for each in working)
-        if others or not (working or self.after_commit):
+        if not working and not self.after_commit:
+            return
+        if only_of is not None and not all(each.is_work_of(only_of) for each in working):
             return
         self.rollback = None
-        await run_to_completion(self._end_each(working, commit=commit, close=False))
+        try:
+            await run_to_completion(self._end_each(working, commit=commit, close=False))
+        except Exception as error:
+            raise Unwound from error
 
     async def close(self, *, commit: bool) -> None:
         """The same for good: nothing opened here can check out a connection afterwards."""
         self.over = True
-        self._note_commit(self.has_committed)
+        if not (self.sessions or self.after_commit):
+            return
         working = [each for each in self._in_order() if not close_at_once(each.orm, each.turn)]
         if working or self.after_commit:
             await run_to_completion(self._end_each(working, commit=commit, close=True))
+        self._note_commits()
         self.sessions.clear()
 
     def close_blocking(self, *, commit: bool) -> None:
         """The same on the calling thread, for a unit that has sync sessions only."""
         self.over = True
-        self._note_commit(self.has_committed)
         stored = self._stored()
         try:
             for each in self._in_order():
                 if not close_at_once(each.orm, each.turn):
                     end(each.orm, each.turn, commit, close=True)
-                    self._note_commit(commit)
+                    each.turn.was_committed |= commit
             stored = self._stored(also_now=commit)
         finally:
+            self._note_commits()
             self.sessions.clear()
             for function in stored:
                 function.call_blocking()
@@ -197,7 +207,7 @@ class UnitOfWork:
     async def _end_each(
         self, working: list[OpenSession[Any]], *, commit: bool, close: bool
     ) -> None:
-        stored = self._stored()
+        stored = self._stored() if self.after_commit else []
         failure, begun = None, 0
         if commit and len(working) > 1:
             failure, begun = await _begin_each(working)
@@ -205,9 +215,11 @@ class UnitOfWork:
             go_on = commit and failure is None
             try:
                 await opened.run(end, opened.orm, opened.turn, go_on, close, number < begun)
-                self._note_commit(go_on)
+                opened.turn.was_committed |= go_on
             except Exception as error:
                 failure = failure or error
+        if self.enclosing is not None:
+            self._note_commits()
         if self.after_commit:
             stored = self._stored(also_now=True) if commit and failure is None else stored
             self.after_commit = ()
@@ -223,9 +235,9 @@ class UnitOfWork:
             if each.is_stored or (also_now and not each.is_undone)
         ]
 
-    def _note_commit(self, commit: bool) -> None:
+    def _note_commits(self) -> None:
         unit: UnitOfWork | None = self
-        while commit and unit is not None:
+        while self.has_committed and unit is not None:
             unit._has_committed = True
             unit = unit.enclosing
 
