@@ -306,8 +306,9 @@ def anyio_backend() -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test on each kind of database that its module names, or else on the usual ones."""
-    if "real" in metafunc.fixturenames:
+    """Run a test on each kind of database that it or its module names, or else on the usual ones."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "real" in metafunc.fixturenames and all(mark.args[0] != "real" for mark in marks):
         kinds = getattr(metafunc.module, "KINDS", KINDS)
         metafunc.parametrize("real", kinds, indirect=True)
 

@@ -1,6 +1,6 @@
 """The promises on trio, where a `SyncDatabase` works as it does on asyncio."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -8,13 +8,14 @@ import anyio
 import pytest
 from anyio import from_thread, to_thread
 from asgi import respond
-from conftest import ENTRY, Real, checked_out, real_database
+from conftest import ENTRY, Real, checked_out
 from sqlalchemy import select
 from trio.abc import Instrument
 from trio.lowlevel import Task, add_instrument, current_task, remove_instrument
 
 from asgi_dbsession import (
     AsyncDatabase,
+    ConfigurationError,
     DBSessionMiddleware,
     SyncDatabase,
     get_sync_session,
@@ -23,6 +24,8 @@ from asgi_dbsession import (
 from asgi_dbsession.completion import run_to_completion
 
 pytestmark = pytest.mark.anyio
+
+KINDS = ("sqlite-sync", "psycopg-sync")  # what works without asyncio
 
 STARTUP = {"type": "lifespan.startup"}
 COMPLETE = {"type": "lifespan.startup.complete"}
@@ -36,17 +39,9 @@ def anyio_backend() -> str:
     return "trio"
 
 
-@pytest.fixture(params=["sqlite-sync", "psycopg-sync"])
-def real(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Real]:
-    """Each kind of database that works without asyncio, empty."""
-    database = real_database(request.param, tmp_path)
-    yield database
-    database.reader.dispose()
-
-
 @pytest.fixture
 async def database(real: Real) -> AsyncIterator[SyncDatabase]:
-    """The same, running, and found clean afterwards."""
+    """Each of them, running, and found clean afterwards."""
     description: Any = real.describe()
     async with description as running:
         yield running
@@ -274,7 +269,10 @@ async def test_an_async_database_says_what_to_use_instead() -> None:
         raise AssertionError
 
     middleware = DBSessionMiddleware(app, AsyncDatabase("sqlite+aiosqlite:///shop.db"))
-    (message,) = await serve(middleware, "lifespan")
+    sent: list[Any] = []
+    with pytest.raises(ConfigurationError):
+        await serve(middleware, "lifespan", on_message=sent.append)
+    (message,) = sent
     assert message["type"] == "lifespan.startup.failed"
     assert message["message"].endswith("Describe it as a SyncDatabase there.")
 
