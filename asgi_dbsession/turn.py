@@ -7,7 +7,7 @@ from threading import Lock, get_ident
 
 from sqlalchemy.util import await_only
 
-from .errors import ConcurrentUse, SessionClosed
+from .errors import ConcurrentUse, ConfigurationError, SessionClosed
 
 # Held for a few instructions at a time, so one is enough for all.
 _reserving = Lock()
@@ -181,7 +181,18 @@ class Turn:
 
 def turn_between_tasks(database: object) -> Turn:
     """Turns on an async session: a caller is a task, and the loop goes on while it waits."""
-    return Turn(database, asyncio.current_task, _wait_in_greenlet)
+
+    def current_task() -> object:
+        try:
+            return asyncio.current_task()
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"This session of {database} was used in a thread, where nothing can be awaited. "
+                "Use it in an `async def` function, or give DBSessionMiddleware an object of the "
+                "class SyncDatabase for what is written with `def`."
+            ) from error
+
+    return Turn(database, current_task, _wait_in_greenlet)
 
 
 def turn_between_threads(database: object) -> Turn:

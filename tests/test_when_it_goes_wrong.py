@@ -185,6 +185,13 @@ async def session_of_the_other_kind() -> None:
     await in_a_request(work)
 
 
+async def async_session_in_a_thread() -> None:
+    async def work() -> None:
+        await asyncio.to_thread(get_session().add, object())
+
+    await in_a_request(work)
+
+
 WAYS = (
     outside,
     in_a_thread,
@@ -201,6 +208,7 @@ WAYS = (
     driver_for_asyncio,
     engine_for_a_database,
     session_of_the_other_kind,
+    async_session_in_a_thread,
 )
 
 
