@@ -769,7 +769,7 @@ async def test_no_text_ever_shows_a_password(place: str) -> None:
             with pytest.raises(DBSessionError) as caught:
                 await broken.startup()
             errors.append(caught.value)
-    for driver in ("postgresql+psycopg2", "postgresql+nonsense", "mysql+asyncmy", "nonsense"):
+    for driver in ("postgresql+psycopg2", "postgresql+nonsense", "mssql+aioodbc", "nonsense"):
         changed = url.set(drivername=driver)
         errors.append(raised_by(lambda changed=changed: AsyncDatabase(changed)))  # type: ignore[misc]
     errors.append(raised_by(lambda: SyncDatabase(url.set(drivername="postgresql+asyncpg"))))
