@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import pytest
 from asgi import get, respond
-from conftest import CHILD, ENTRY, Real, Running, becomes_true, checked_out, real_database
+from conftest import (
+    CHILD,
+    ENTRY,
+    WITH_MARIADB,
+    Real,
+    Running,
+    becomes_true,
+    checked_out,
+    real_database,
+)
 from fastapi import Depends, FastAPI
 from sqlalchemy import event, select, text
 from sqlalchemy.exc import IntegrityError
@@ -34,6 +43,8 @@ from asgi_dbsession import (
 from asgi_dbsession.testing import NotIsolated, count_statements, rolled_back
 
 pytestmark = pytest.mark.anyio
+
+KINDS = WITH_MARIADB
 
 
 class Shop(Running):
