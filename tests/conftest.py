@@ -262,9 +262,9 @@ class Running:
 
 
 @cache
-def postgresql() -> tuple[URL, Engine]:
+def postgresql(name: str) -> tuple[URL, Engine]:
     """One database for the whole run, its tables made."""
-    url = postgres.new_database("tests")
+    url = postgres.new_database(name)
     reader = create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool)
     METADATA.create_all(reader)
     return url, reader
@@ -279,8 +279,8 @@ def maria_database() -> tuple[URL, Engine]:
     return url, reader
 
 
-def real_database(kind: str, folder: Path) -> Real:
-    """An empty database of that kind."""
+def real_database(kind: str, folder: Path, name: str = "tests") -> Real:
+    """An empty database of that kind; on PostgreSQL, the one of that name."""
     if kind.startswith("sqlite"):
         url = URL.create("sqlite", database=str(folder / "test.db"))
         reader = create_engine(url, poolclass=NullPool)
@@ -292,7 +292,7 @@ def real_database(kind: str, folder: Path) -> Real:
         with reader.begin() as connection:
             connection.execute(delete(ENTRY))
         return Real(kind, url.set(drivername=f"mysql+{driver}"), reader)
-    url, reader = postgresql()
+    url, reader = postgresql(name)
     with reader.begin() as connection:
         connection.execute(delete(CHILD))
         connection.execute(delete(ENTRY))
@@ -306,7 +306,7 @@ def anyio_backend() -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test on each kind of database that it or its module names, or else on the usual ones."""
+    """Run a test on the kinds of databases that it or its module names, or on the usual ones."""
     marks = metafunc.definition.iter_markers("parametrize")
     if "real" in metafunc.fixturenames and all(mark.args[0] != "real" for mark in marks):
         kinds = getattr(metafunc.module, "KINDS", KINDS)

@@ -80,7 +80,9 @@ def driver(request: pytest.FixtureRequest) -> str:
 async def running(driver: str, tmp_path: Path) -> AsyncIterator[Running]:
     """Its database, running with the options of the page, and found clean afterwards."""
     kind, bouncer = DRIVERS[driver]
-    real = replace(real_database(kind, tmp_path), options=options_of(driver))
+    # PgBouncer keeps its connections, where no other test must find them.
+    real = real_database(kind, tmp_path, "bounced" if bouncer else "tests")
+    real = replace(real, options=options_of(driver))
     if bouncer:
         real.url = pgbouncer.url_through(real.url)
     async with real.describe() as database:

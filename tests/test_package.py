@@ -31,6 +31,7 @@ PUBLIC = {
     "TransactionAborted",
     "get_session",
     "get_sync_session",
+    "on_commit",
     "session_dependency",
     "set_rollback",
 }

@@ -1,7 +1,6 @@
 """The promises on trio, where a `SyncDatabase` works as it does on asyncio."""
 
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any, Self
 
 import anyio

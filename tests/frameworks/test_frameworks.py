@@ -121,7 +121,7 @@ Session = Annotated[AsyncSession, Depends(session_dependency)]
 @cache
 def server() -> Real:
     """One database for all pages, which make their table themselves."""
-    url, reader = postgresql()
+    url, reader = postgresql("pages")
     return Real("asyncpg", url, reader)
 
 
