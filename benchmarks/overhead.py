@@ -138,14 +138,21 @@ async def main(rounds: int) -> None:
         await connection.execute(insert(Entry).values(id=1, value=1))
         await connection.execute(text("SELECT setval('entry_id_seq', 1)"))
     sessions = async_sessionmaker(engine, expire_on_commit=False)
-    async with AsyncDatabase(url) as database:
-        hand, ours = client_of(by_hand(sessions)), client_of(with_middleware(database))
+    autocommit = AsyncDatabase(url, isolation_level="AUTOCOMMIT")
+    async with AsyncDatabase(url) as database, autocommit:
+        hand, usual = client_of(by_hand(sessions)), client_of(with_middleware(database))
+        reading = client_of(with_middleware(autocommit))
         print(f"Python {sys.version.split()[0]}, SQLAlchemy {sqlalchemy.__version__}, asyncpg,")
         print(
             f"{rounds} rounds in turn; median of each, and of the ratio pair by pair (quartiles)\n"
         )
-        print(f"{'request':12}{'by hand':>12}{'middleware':>12}{'more':>10}{'ratio':>8}")
-        for path, requests in (("/nothing", 500), ("/read", 10), ("/write", 10)):
+        print(f"{'request':18}{'by hand':>12}{'middleware':>12}{'more':>10}{'ratio':>8}")
+        for name, path, requests, ours in (
+            ("nothing", "/nothing", 500, usual),
+            ("read", "/read", 10, usual),
+            ("read, autocommit", "/read", 10, reading),
+            ("write", "/write", 10, usual),
+        ):
             await measure(hand, path, 200), await measure(ours, path, 200)
             gc.collect()
             pairs = []
@@ -157,7 +164,7 @@ async def main(rounds: int) -> None:
             after = statistics.median(pair[1] for pair in pairs)
             low, ratio, high = statistics.quantiles([our / by for by, our in pairs], n=4)
             print(
-                f"{path[1:]:12}{before:9.1f} µs{after:9.1f} µs{after - before:+7.1f} µs"
+                f"{name:18}{before:9.1f} µs{after:9.1f} µs{after - before:+7.1f} µs"
                 f"{ratio:8.3f} ({low:.3f} to {high:.3f})"
             )
     await engine.dispose()
