@@ -12,8 +12,9 @@ from typing import Any
 import pgbouncer
 import postgres
 import pytest
+import sqlalchemy
 from asgi import get, respond
-from conftest import ENTRY, Running
+from conftest import ENTRY, Running, maria_database
 from fastapi import Depends, HTTPException
 from pages import Page
 from sqlalchemy import URL, create_engine, text
@@ -31,6 +32,10 @@ STATE = text(
 )
 USUAL = ("read committed", "off")
 ONE: dict[str, Any] = {"pool_size": 1, "max_overflow": 0}
+AUTOCOMMIT: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
+QUESTIONS = text(
+    "SELECT variable_value FROM information_schema.global_status WHERE variable_name = 'QUESTIONS'"
+)
 SNAPSHOT = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
 
 
@@ -209,3 +214,23 @@ async def test_in_autocommit_the_server_refuses_writes(reports: Any, url: URL, d
         with pytest.raises(DBAPIError, match="read-only"):
             await session.execute(ENTRY.insert().values(note="refused"))
         assert await session.scalar(text("SELECT 42")) == 42
+
+
+@pytest.mark.skipif(
+    tuple(map(int, sqlalchemy.__version__.split(".")[:3])) < (2, 0, 43),
+    reason="skip_autocommit_rollback came with SQLAlchemy 2.0.43",
+)
+@pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])
+async def test_in_autocommit_mariadb_is_sent_a_commit_too(driver: str) -> None:
+    """And a ROLLBACK, unless told otherwise."""
+    url, reader = maria_database()
+    url = url.set(drivername=f"mysql+{driver}")
+    found = []
+    for options in (AUTOCOMMIT, AUTOCOMMIT | {"skip_autocommit_rollback": True}):
+        async with AsyncDatabase(url, **options) as database:
+            with reader.connect() as connection:
+                before = int(connection.scalar(QUESTIONS) or 0)
+                async with database.begin() as session:
+                    await session.scalar(text("SELECT 42"))
+                found.append(int(connection.scalar(QUESTIONS) or 0) - before - 1)
+    assert found == [3, 2]
