@@ -1,0 +1,150 @@
+"""Who follows the tutorial gets what it says, from the empty folder to the deployment."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx2
+import postgres
+import pytest
+from conftest import becomes_true
+from pages import Page
+
+import asgi_dbsession
+
+TUTORIAL = Page("docs/tutorial.md")
+MIGRATE, RUN, REFUSE = "Make the tables", "Run it", "Answer a COMMIT that fails"
+PORT = re.compile(r"running on http://\S+?:(\d+)")
+
+pytestmark = pytest.mark.anyio
+
+
+class Reader:
+    """Who does in an empty folder what the tutorial says.
+
+    Args:
+        folder: That folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        package = str(Path(asgi_dbsession.__file__).parents[1])
+        self.environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]),
+            "PYTEST_ADDOPTS": "-W error -p no:asyncio -p no:cacheprovider",
+        }
+        self._changes: tuple[str, ...] = ()
+
+    def change(self, section: str) -> None:
+        """Apply the diff of a section."""
+        self._changes = (section,)
+        self._save()
+
+    def type(self, section: str, **variables: str) -> None:
+        """Run the commands of a section, but for installations and servers."""
+        for command in commands(section):
+            self._save()
+            if match := re.fullmatch(r"export (\w+)=(\S+)", command):
+                name, value = match.groups()
+                self.environment[name] = variables.get(name, value)
+            elif command.startswith(("alembic", "pytest")):
+                self._run(command)
+
+    @asynccontextmanager
+    async def serving(self, section: str) -> AsyncIterator[httpx2.AsyncClient]:
+        """Run the server of a section, on a port that is free."""
+        (command,) = (each for each in commands(section) if each.startswith("uvicorn"))
+        log = self.folder / "log"
+        with log.open("w") as output:
+            server = subprocess.Popen(  # noqa: ASYNC220 - it is started once, and at once
+                words(command.replace("8000", "0")),
+                cwd=self.folder,
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+            )
+        try:
+            workers = 2 if "--workers 2" in command else 1
+            await becomes_true(lambda: is_ready(log.read_text(), workers), seconds=30)
+            url = f"http://127.0.0.1:{PORT.findall(log.read_text())[0]}"
+            one_each = httpx2.Limits(max_keepalive_connections=0)  # as curl does it
+            async with httpx2.AsyncClient(base_url=url, limits=one_each, trust_env=False) as client:
+                yield client
+        finally:
+            server.terminate()
+            server.wait()
+
+    def _save(self) -> None:
+        for name, code in TUTORIAL.files(*self._changes).items():
+            if (self.folder / name).parent.exists():  # `migrations` comes later
+                (self.folder / name).write_text(code)
+
+    def _run(self, command: str) -> None:
+        finished = subprocess.run(
+            words(command),
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def is_ready(log: str, workers: int) -> bool:
+    """Whether a server has said that it serves."""
+    return bool(PORT.search(log)) and log.count("startup complete") == workers
+
+
+def words(command: str) -> list[str]:
+    """A command, of the Python that runs the tests."""
+    return [sys.executable, "-m", *shlex.split(command)]
+
+
+def commands(section: str) -> list[str]:
+    """What a section says that one should type."""
+    lines = "".join(TUTORIAL.blocks("console", under=section)).splitlines()
+    return [line[2:] for line in lines if line.startswith("$ ")]
+
+
+def conversations(section: str) -> list[str]:
+    """The blocks of a section that ask with curl."""
+    return [block for block in TUTORIAL.blocks("console", under=section) if "$ curl" in block]
+
+
+async def hold(client: httpx2.AsyncClient, conversation: str) -> None:
+    """Ask with curl's words, and expect the answers that stand below them."""
+    asked = re.findall(r"^\$ curl localhost:8000(\S+)(.*)\n(.*)\n", conversation, re.MULTILINE)
+    assert len(asked) == conversation.count("$ ")
+    for path, options, answer in asked:
+        if options:
+            as_json, content = shlex.split(options)
+            assert as_json == "--json"
+            headers = {"content-type": "application/json"}
+            response = await client.post(path, content=content, headers=headers)
+        else:
+            response = await client.get(path)
+        assert response.text == answer, path + options
+
+
+async def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
+    """Every file, every command, and every answer that is printed there, with a real server."""
+    reader = Reader(tmp_path)
+    reader.type(MIGRATE)
+    before, after = conversations(REFUSE)
+    async with reader.serving(RUN) as client:
+        await hold(client, *conversations(RUN))
+        await hold(client, before)
+    reader.change(REFUSE)
+    async with reader.serving(RUN) as client:
+        await hold(client, after)
+    reader.type("Test it")
+    url = postgres.new_database("tutorial").render_as_string(hide_password=False)
+    reader.type("Deploy it", DATABASE_URL=url)
+    async with reader.serving("Deploy it") as client:
+        await hold(client, *conversations(RUN))
