@@ -19,8 +19,12 @@ from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.pool import NullPool
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
-from asgi_dbsession import AsyncDatabase
+from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, get_session
 
 WHY = Page("docs/explanation/why-before-the-first-byte.md")
 STREAMING = Page("docs/how-to/streaming.md")
@@ -239,6 +243,28 @@ async def test_a_task_outlives_its_request(guide: Guide) -> None:
     assert guide.stored("SELECT state FROM orders") == ["shipped"]
 
 
+@pytest.mark.parametrize(
+    ("state", "status", "after"),
+    [("new", 200, (["cancelled"], {})), ("shipped", 409, (["shipped"], {7: "shown"}))],
+)
+async def test_a_cache_forgets_what_was_stored(
+    guide: Guide, state: str, status: int, after: Any
+) -> None:
+    """Before the client hears of it, and not where nothing was stored."""
+    module = guide.load(BACKGROUND, "orders")
+    guide.execute(f"INSERT INTO orders VALUES (7, '{state}')")
+    module.cache[7] = "shown"
+    seen = []
+
+    def look(_: Message) -> None:
+        seen.append((guide.stored("SELECT state FROM orders"), dict(module.cache)))
+
+    async with alive(module.app):
+        exchange = await get(module.app, "/orders/7/cancel", method="POST", on_message=look)
+    assert exchange.status == status
+    assert seen[0] == after
+
+
 async def test_workers_share_the_rows(guide: Guide) -> None:
     """Each is done once, and one that is locked elsewhere is left out."""
     worker = guide.load(BACKGROUND, "worker")
@@ -394,6 +420,25 @@ async def test_the_options_of_the_pool_are_taken() -> None:
     """Five connections, and none beyond."""
     pool: Any = described_with("postgresql+asyncpg://app@db/shop")._create_engine().pool
     assert (pool.size(), pool._max_overflow, pool.timeout()) == (5, 0, 5)
+
+
+async def test_a_pool_that_is_exhausted_is_answered_with_503(guide: Guide) -> None:
+    """With the time after which to come back, as the page says."""
+    assert "DBSessionMiddleware(…, retry_after=2)" in DEPLOYMENT.text
+    database = AsyncDatabase.from_env(pool_size=1, max_overflow=0, pool_timeout=0.1)
+
+    async def count(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(str(await get_session().scalar(text("SELECT 42"))))
+
+    app = Starlette(routes=[Route("/", count)])
+    app.add_middleware(DBSessionMiddleware, database, retry_after=2)
+    async with alive(app):
+        async with database.begin() as session:
+            await session.execute(text("SELECT 1"))
+            exchange = await get(app)
+        assert (await get(app)).body == b"42"
+    assert exchange.status == 503
+    assert (b"retry-after", b"2") in exchange.messages[0]["headers"]
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
