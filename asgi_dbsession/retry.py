@@ -42,7 +42,7 @@ class Attempt:
         self._body = body
         self._is_last = is_last
         self.unit: UnitOfWork | None = None
-        self.is_answered = False
+        self.is_answered: bool = False
 
     @property
     def is_futile(self) -> bool:
@@ -124,7 +124,7 @@ class _Replay:
         self._receive = receive
         self._messages: list[Message] = []
         self._size = 0
-        self.is_kept = True
+        self.is_kept: bool = True
 
     def from_start(self) -> Receive:
         """A `receive` that begins with the first message."""

@@ -56,7 +56,7 @@ class Turn:
         self._over = False
         self._waiting: list[Future[None]] = []
         self.worker: object = None
-        self.was_committed = False
+        self.was_committed: bool = False
 
     @property
     def is_busy(self) -> bool:
