@@ -42,7 +42,7 @@ def run(folder: Path, conftest: str, tests: str, *options: str, **variables: str
     finished = subprocess.run(
         [sys.executable, *command],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)} | variables,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTEST_ADDOPTS": ""} | variables,
         capture_output=True,
         text=True,
         check=False,

@@ -1,7 +1,6 @@
 """The promises on a WebSocket, under each server."""
 
 import asyncio
-import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -112,8 +111,8 @@ async def test_idle_sockets_do_not_delay_a_request(server: str) -> None:
 @row
 async def test_a_server_that_is_stopped_leaves_no_connection_of_its_sockets(new_shop: Shop) -> None:
     """SIGTERM with an open socket closes every connection."""
-    if new_shop.kind is KINDS["hypercorn"] and sys.version_info >= (3, 12):
-        pytest.skip("hypercorn on asyncio waits until its peers have left")
+    if new_shop.kind is KINDS["hypercorn"]:
+        pytest.skip("From Python 3.12 on, hypercorn on asyncio waits until its peers have left")
     server = await new_shop.start().serving()
     async with call(new_shop) as socket:
         assert await say(socket, "kept") == "stored"
