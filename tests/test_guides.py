@@ -40,7 +40,7 @@ class Guide:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.reader: Engine = postgresql()[1]
+        self.reader: Engine = postgresql("guides")[1]
         self._modules: list[Any] = []
 
     def load(self, page: Page, name: str) -> Any:
@@ -77,7 +77,7 @@ class Guide:
 @pytest.fixture
 def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guide]:
     """A folder to import from, and `DATABASE_URL` of a PostgreSQL database."""
-    url = postgresql()[0].set(drivername="postgresql+asyncpg")
+    url = postgresql("guides")[0].set(drivername="postgresql+asyncpg")
     monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
