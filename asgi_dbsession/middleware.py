@@ -13,7 +13,7 @@ from .errors import UNWOUND, ConfigurationError
 from .lifespan import serve_lifespan
 from .messages import end_before_response, end_before_waiting
 from .overload import answer_overload
-from .retry import serve_until_won
+from .retry import serve_until_won, will_run_again
 from .sync_database import SyncDatabase
 from .types import ASGIApp, Receive, Scope, Send
 from .unit_of_work import UnitOfWork, current_unit
@@ -22,8 +22,6 @@ AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
 # Where the unit of work of a request lies in its scope: a middleware further in joins it.
 _KEY = "asgi_dbsession"
-# What tells a request that is served from around: it may be another run of one.
-_AROUND = "asgi_dbsession.around"
 
 
 def below_400(status: int) -> bool:
@@ -89,7 +87,6 @@ class DBSessionMiddleware:
         self.attempts: int = attempts
         self.retry_after: int | None = retry_after
         self.two_phase: bool = two_phase
-        self._is_around: bool = attempts > 1 or retry_after is not None
         if len(set(self.databases)) < len(self.databases):
             raise ConfigurationError(f"The same database was given twice: {self.databases}.")
         for name, function in (("commit_when", commit_when), ("on_commit_error", on_commit_error)):
@@ -98,16 +95,25 @@ class DBSessionMiddleware:
         for name, number in (("attempts", attempts), ("retry_after", retry_after)):
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise ConfigurationError(f"{name} takes a whole number from 1 on, not {number!r}.")
+        self._around: ASGIApp | None = None
+        if retry_after is not None:
+            self._around = partial(answer_overload, self._serve, retry_after)
+        if attempts > 1:
+            self._around = partial(serve_until_won, self._around or self._serve, attempts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
-        if scope["type"] not in ("http", "websocket"):
-            await self._serve_other(scope, receive, send)
-            return
+        if scope["type"] == "http" and self._around is not None and scope.get(_KEY) is None:
+            await self._around(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await serve_lifespan(self.app, self.databases, scope, receive, send)
+        elif scope["type"] in ("http", "websocket"):
+            await self._serve(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         enclosing = scope.get(_KEY)
-        if self._is_around and scope["type"] == "http" and not (enclosing or _AROUND in scope):
-            await self._serve_around(scope, receive, send)
-            return
         unit = scope[_KEY] = UnitOfWork(self.databases, scope, enclosing)
         unit.joins = enclosing is not None
         unit.two_phase = self.two_phase
@@ -132,22 +138,10 @@ class DBSessionMiddleware:
         if unit.failure is not None:
             await self._answer(unit.failure, scope, receive, None if unit.is_answered else send)
 
-    async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await serve_lifespan(self.app, self.databases, scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-    async def _serve_around(self, scope: Scope, receive: Receive, send: Send) -> None:
-        serve: ASGIApp = partial(serve_until_won, self, self.attempts)
-        if self.retry_after is not None:
-            serve = partial(answer_overload, serve, self.retry_after)
-        await serve({**scope, _AROUND: True}, receive, send)
-
     async def _answer(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send | None
     ) -> None:
-        if send is None or self.on_commit_error is None:
+        if send is None or self.on_commit_error is None or will_run_again():
             raise failure
         try:
             answer = self.on_commit_error(failure)

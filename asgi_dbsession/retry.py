@@ -1,18 +1,25 @@
 """Runs a request again that lost a race with another one in the database."""
 
+import asyncio
 import random
+from collections.abc import Awaitable, Callable
+from contextvars import Context, ContextVar, copy_context
+from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 import anyio
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 
 from .errors import UNWOUND, Unwound
 from .types import ASGIApp, Message, Receive, Scope, Send
-from .unit_of_work import UnitOfWork, current_unit
 
 # How much of a request's body is kept for another run, in bytes; one with more has a single run.
 BODY_LIMIT = 1_048_576
+
+# The longest pause before the second run, in seconds; it doubles from run to run, up to the other.
+_PAUSE, _LONGEST_PAUSE = 0.04, 1.0
 
 # Transaction rollback (40), but for 40003, which leaves open whether COMMIT came through.
 # Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -23,71 +30,105 @@ _MYSQL = (1213, 1205, 1020)
 # Its extensions are in the higher bits: https://www.sqlite.org/rescode.html
 _SQLITE_BUSY = 5
 
-_KEY = "asgi_dbsession.attempt"
-
 
 class Attempt:
-    """One run of a request.
+    """One run of a request that may be followed by another one.
 
     Args:
-        body: The request's messages.
-        is_last: Whether there is no other.
+        body: What the client sends.
 
     Attributes:
-        unit: The unit of work in which it lost a race, as soon as the database reported one.
-        is_answered: Whether the client was sent anything.
+        has_lost: Whether the database reported that it lost a race.
+        commits: The connections on which something was committed, as far as is known.
     """
 
-    def __init__(self, body: "_Replay", *, is_last: bool) -> None:
+    def __init__(self, body: "_Replay") -> None:
         self._body = body
-        self._is_last = is_last
-        self.unit: UnitOfWork | None = None
-        self.is_answered: bool = False
+        self._is_answered = False
+        self._is_withheld = False
+        self.has_lost: bool = False
+        self.commits: list[Connection] = []
 
     @property
     def is_futile(self) -> bool:
         """Whether it can be followed by another one as if it had never been."""
-        if self.unit is None or self._is_last or self.is_answered:
-            return False
-        return self._body.is_kept and not self.unit.has_committed
+        return self.has_lost and self._body.is_kept and not self._is_answered and not self.commits
+
+    async def serve(self, serve: ASGIApp, scope: Scope, send: Send) -> None:
+        """Serve the request; a response that is as futile as the attempt is not sent."""
+
+        async def send_unless_futile(message: Message) -> None:
+            # Whatever its framework made of the error; a success says that it got over it.
+            if self._is_withheld or (self.is_futile and not _is_success(message)):
+                self._is_withheld = True
+                raise Unwound
+            self._is_answered = True
+            await send(message)
+
+        token = _current.set(self)
+        try:
+            await serve(scope, self._body.from_start(), send_unless_futile)
+        except UNWOUND:
+            # Withheld, and then the client went away: there is nobody left to answer.
+            if not self.is_futile and not self._is_withheld:
+                raise
+        finally:
+            _current.reset(token)
+
+
+_current: ContextVar[Attempt | None] = ContextVar("asgi_dbsession.attempt", default=None)
 
 
 async def serve_until_won(
     serve: ASGIApp, attempts: int, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Serve a request up to `attempts` times, each from the top with a scope of its own."""
-    body = _Replay(receive)
-    for number in range(1, attempts + 1):
-        attempt = Attempt(body, is_last=number == attempts)
-        try:
-            await serve(_copy(scope, attempt), body.from_start(), _unless_futile(attempt, send))
-        except UNWOUND:
-            if not attempt.is_futile:
-                raise
+    """Serve a request up to `attempts` times, each from the top as if it were the first."""
+    context, restore, body = copy_context(), _keep_contents(scope), _Replay(receive)
+    for number in range(1, attempts):
+        attempt = Attempt(body)
+        serve_once = partial(attempt.serve, serve, scope, send)
+        await (serve_once() if number == 1 else _run_in(context, serve_once))
         if not attempt.is_futile:
             return
+        if _is_cancelled():  # and its application took that for an error
+            raise asyncio.CancelledError
         # The others that lost the same race try again too: not all at once.
-        await anyio.sleep(random.uniform(0, 0.02 * 2**number))  # noqa: S311
+        pause = random.uniform(0, min(_PAUSE * 2 ** (number - 1), _LONGEST_PAUSE))  # noqa: S311
+        await anyio.sleep(pause)
+        restore()
+    await _run_in(context, partial(serve, scope, body.from_start(), send))
+
+
+def will_run_again() -> bool:
+    """Whether the attempt that is under way can be followed by another one, and so will be."""
+    attempt = _current.get()
+    return attempt is not None and attempt.is_futile
 
 
 def watch_races(engine: Engine) -> None:
     """Have an attempt hear of a lost race, also where its application swallows the error."""
     event.listen(engine, "handle_error", _note_race)
+    event.listen(engine, "commit", _note_commit)
+    event.listen(engine, "commit_twophase", _note_commit)
 
 
 def _note_race(context: ExceptionContext) -> None:
-    unit = current_unit.get()
-    if unit is None or not _is_lost_race(context.original_exception):
+    attempt = _current.get()
+    if attempt is None or not _is_lost_race(context.original_exception):
         return
-    while unit is not None:
-        attempt: Attempt | None = unit.scope.get(_KEY) if unit.scope is not None else None
-        if attempt is not None:
-            attempt.unit = unit
-        unit = unit.enclosing
+    attempt.has_lost = True
+    if context.statement is None and attempt.commits[-1:] == [context.connection]:
+        attempt.commits.pop()  # it was this COMMIT that failed
+
+
+def _note_commit(connection: Connection, *_: object) -> None:
+    attempt = _current.get()
+    if attempt is not None:  # SQLAlchemy tells of it just before
+        attempt.commits.append(connection)
 
 
 def _is_lost_race(error: Any) -> bool:
-    state = getattr(error, "sqlstate", None)
+    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg2's name
     if isinstance(state, str):
         return state.startswith(_ROLLBACK) and state != _UNKNOWN
     sqlite_code = getattr(error, "sqlite_errorcode", None)
@@ -96,57 +137,89 @@ def _is_lost_race(error: Any) -> bool:
     return bool(error.args) and error.args[0] in _MYSQL
 
 
-def _copy(scope: Scope, attempt: Attempt) -> Scope:
-    fresh = {**scope, _KEY: attempt}
-    if "state" in scope:  # what the application keeps of a request, beside its lifespan's state
-        fresh["state"] = dict(scope["state"])
-    return fresh
+def _is_success(message: Message) -> bool:
+    is_start: bool = message["type"] == "http.response.start"
+    return is_start and message["status"] < HTTPStatus.BAD_REQUEST
 
 
-def _unless_futile(attempt: Attempt, send: Send) -> Send:
-    async def send_unless_futile(message: Message) -> None:
-        if attempt.is_futile:  # whatever its framework made of the error
-            raise Unwound
-        attempt.is_answered = True
-        await send(message)
+def _is_cancelled() -> bool:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # trio, whose cancelled scopes raise again at every wait
+        return False
+    return task is not None and task.cancelling() > 0
 
-    return send_unless_futile
+
+async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> None:
+    """Await it with the context variables as they were, whatever the attempt before set."""
+    failure: BaseException | None = None
+
+    async def run() -> None:
+        nonlocal failure
+        try:
+            await function()
+        except UNWOUND as error:  # out of the group it would come as a group
+            failure = error
+
+    async with anyio.create_task_group() as group:
+        context.run(group.start_soon, run)
+    if failure is not None:
+        raise failure
+
+
+def _keep_contents(scope: Scope) -> Callable[[], None]:
+    """What puts a scope back as it is now, its lists and dictionaries (`state`) included.
+
+    In place: middleware further out holds the same ones.
+    """
+    entries = dict(scope)
+    kept = [(each, each.copy()) for each in scope.values() if isinstance(each, dict | list)]
+
+    def restore() -> None:
+        for each, contents in ((scope, entries), *kept):
+            each.clear()
+            (each.extend if isinstance(each, list) else each.update)(contents)
+
+    return restore
 
 
 class _Replay:
-    """The messages of a request, kept to be received again.
+    """The body of a request, kept to be received again.
 
     Attributes:
-        is_kept: Whether all that was received is still there.
+        is_kept: Whether all that was received is still there, and the client too.
     """
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._messages: list[Message] = []
-        self._size = 0
+        self._body = bytearray()  # in one piece, for small ones would take far more than they hold
+        self._has_begun = False
+        self._has_more = True
         self.is_kept: bool = True
 
     def from_start(self) -> Receive:
-        """A `receive` that begins with the first message."""
-        position = 0
+        """A `receive` that begins with all of the body that was received so far."""
+        is_behind = self._has_begun
 
         async def receive_again() -> Message:
-            nonlocal position
-            if position < len(self._messages):
-                position += 1
-                return self._messages[position - 1]
+            nonlocal is_behind
+            if is_behind:
+                is_behind = False
+                body = bytes(self._body)
+                return {"type": "http.request", "body": body, "more_body": self._has_more}
             message = await self._receive()
             self._keep(message)
-            position = len(self._messages)
             return message
 
         return receive_again
 
     def _keep(self, message: Message) -> None:
-        self._size += len(message.get("body", b""))
-        if message["type"] != "http.request" or self._size > BODY_LIMIT:
+        body = message.get("body", b"")
+        if message["type"] != "http.request" or len(self._body) + len(body) > BODY_LIMIT:
             # The client is gone, or too much was sent: there will be no other run.
             self.is_kept = False
-            self._messages.clear()
+            self._body.clear()
         if self.is_kept:
-            self._messages.append(message)
+            self._has_begun = True
+            self._has_more = message.get("more_body", False)
+            self._body += body

@@ -65,15 +65,11 @@ def put_in_turn(session: Session, turn: Turn) -> Turn:
 
 
 def _taking_turn(operation: Callable[..., R]) -> Callable[..., R]:
-    commits = operation.__name__ == "commit"
-
     @functools.wraps(operation)
     def take_turn(self: Any, *args: Any, **kwargs: Any) -> R:
         turn: Turn = self._turn
         if not turn.take():
             return operation(self, *args, **kwargs)
-        if commits and getattr(self, "parent", None) is None:  # no savepoint
-            turn.was_committed = True
         try:
             return operation(self, *args, **kwargs)
         except PoolTimeout as error:

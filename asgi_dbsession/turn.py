@@ -28,7 +28,6 @@ class Turn:
 
     Attributes:
         worker: Who alone began operations since the last end began; None where nobody did.
-        was_committed: Whether the session was ever committed, by whomever; also if that failed.
     """
 
     __slots__ = (
@@ -40,7 +39,6 @@ class Turn:
         "_wait",
         "_waiting",
         "database",
-        "was_committed",
         "worker",
     )
 
@@ -56,7 +54,7 @@ class Turn:
         self._over = False
         self._waiting: list[Future[None]] = []
         self.worker: object = None
-        self.was_committed: bool = False
+        self.worker: object = None
 
     @property
     def is_busy(self) -> bool:

@@ -90,7 +90,6 @@ class UnitOfWork:
     joins: bool = False
     rollback: bool | None = None
     failure: Exception | None = None
-    _has_committed: bool = False
     after_commit: tuple[AfterCommit, ...] = ()
     is_blocking: bool = False
     two_phase: bool = False
@@ -120,14 +119,6 @@ class UnitOfWork:
         return database in self.databases or bool(
             self.joins and self.enclosing and self.enclosing.has(database)
         )
-
-    @property
-    def has_committed(self) -> bool:
-        """Whether anything was committed in here, be it by the application itself."""
-        if not self._has_committed:
-            for each in self.sessions.values():
-                self._has_committed = self._has_committed or each.turn.was_committed
-        return self._has_committed
 
     def open(self, database: SessionSource[S]) -> S:
         """The session of a database that this unit manages, made on first use.
@@ -182,7 +173,6 @@ class UnitOfWork:
         working = [each for each in self._in_order() if not close_at_once(each.orm, each.turn)]
         if working or self.after_commit:
             await run_to_completion(self._end_each(working, commit=commit, close=True))
-        self._note_commits()
         self.sessions.clear()
 
     def close_blocking(self, *, commit: bool) -> None:
@@ -193,10 +183,8 @@ class UnitOfWork:
             for each in self._in_order():
                 if not close_at_once(each.orm, each.turn):
                     end(each.orm, each.turn, commit, close=True)
-                    each.turn.was_committed |= commit
             stored = self._stored(also_now=commit)
         finally:
-            self._note_commits()
             self.sessions.clear()
             for function in stored:
                 function.call_blocking()
@@ -215,11 +203,8 @@ class UnitOfWork:
             go_on = commit and failure is None
             try:
                 await opened.run(end, opened.orm, opened.turn, go_on, close, number < begun)
-                opened.turn.was_committed |= go_on
             except Exception as error:
                 failure = failure or error
-        if self.enclosing is not None:
-            self._note_commits()
         if self.after_commit:
             stored = self._stored(also_now=True) if commit and failure is None else stored
             self.after_commit = ()
@@ -234,12 +219,6 @@ class UnitOfWork:
             for each in self.after_commit
             if each.is_stored or (also_now and not each.is_undone)
         ]
-
-    def _note_commits(self) -> None:
-        unit: UnitOfWork | None = self
-        while self.has_committed and unit is not None:
-            unit._has_committed = True
-            unit = unit.enclosing
 
 
 async def _begin_each(working: list[OpenSession[Any]]) -> tuple[Exception | None, int]:
