@@ -54,7 +54,6 @@ class Turn:
         self._over = False
         self._waiting: list[Future[None]] = []
         self.worker: object = None
-        self.worker: object = None
 
     @property
     def is_busy(self) -> bool:
