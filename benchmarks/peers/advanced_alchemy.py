@@ -38,6 +38,11 @@ async def read(session: Database) -> Response:
     return await work.read(session)
 
 
+@app.post("/insert")
+async def insert(session: Database) -> Response:
+    return await work.insert(session)
+
+
 @app.get("/ten")
 async def ten(session: Database) -> Response:
     return await work.ten(session)
@@ -46,6 +51,21 @@ async def ten(session: Database) -> Response:
 @app.get("/stream")
 async def stream(session: Database) -> Response:
     return StreamingResponse(work.rows(session))
+
+
+@app.get("/export")
+async def export(session: Database) -> Response:
+    return StreamingResponse(work.export(session))
+
+
+@app.get("/download")
+async def download(session: Database) -> Response:
+    return await work.download(session)
+
+
+@app.get("/events")
+async def events(session: Database) -> Response:
+    return await work.events(session)
 
 
 @app.post("/entries/{number}")

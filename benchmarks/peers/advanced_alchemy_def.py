@@ -12,7 +12,7 @@ from advanced_alchemy.extensions.fastapi import (
     SyncSessionConfig,
 )
 from fastapi import Depends, FastAPI
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from sqlalchemy.orm import Session
 
 from . import work
@@ -36,6 +36,21 @@ def nothing() -> Response:
 @app.get("/read")
 def read(session: Database) -> Response:
     return work.blocking_read(session)
+
+
+@app.post("/insert")
+def insert(session: Database) -> Response:
+    return work.blocking_insert(session)
+
+
+@app.get("/ten")
+def ten(session: Database) -> Response:
+    return work.blocking_ten(session)
+
+
+@app.get("/export")
+def export(session: Database) -> Response:
+    return StreamingResponse(work.blocking_export(session))
 
 
 @app.post("/entries/{number}")

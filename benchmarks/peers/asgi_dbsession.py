@@ -24,6 +24,11 @@ async def read() -> Response:
     return await work.read(get_session())
 
 
+@app.post("/insert")
+async def insert() -> Response:
+    return await work.insert(get_session())
+
+
 @app.get("/ten")
 async def ten() -> Response:
     return await work.ten(get_session())
@@ -32,6 +37,21 @@ async def ten() -> Response:
 @app.get("/stream")
 async def stream() -> Response:
     return StreamingResponse(work.rows(get_session()))
+
+
+@app.get("/export")
+async def export() -> Response:
+    return StreamingResponse(work.export(get_session()))
+
+
+@app.get("/download")
+async def download() -> Response:
+    return await work.download(get_session())
+
+
+@app.get("/events")
+async def events() -> Response:
+    return await work.events(get_session())
 
 
 @app.post("/entries/{number}")

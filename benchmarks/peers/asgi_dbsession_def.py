@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 
 from asgi_dbsession import DBSessionMiddleware, SyncDatabase, get_sync_session
 
@@ -22,6 +22,21 @@ def nothing() -> Response:
 @app.get("/read")
 def read() -> Response:
     return work.blocking_read(get_sync_session())
+
+
+@app.post("/insert")
+def insert() -> Response:
+    return work.blocking_insert(get_sync_session())
+
+
+@app.get("/ten")
+def ten() -> Response:
+    return work.blocking_ten(get_sync_session())
+
+
+@app.get("/export")
+def export() -> Response:
+    return StreamingResponse(work.blocking_export(get_sync_session()))
 
 
 @app.post("/entries/{number}")

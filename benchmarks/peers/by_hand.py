@@ -37,6 +37,12 @@ async def read() -> Response:
         return await work.read(session)
 
 
+@app.post("/insert")
+async def insert() -> Response:
+    async with sessions() as session, session.begin():
+        return await work.insert(session)
+
+
 @app.get("/ten")
 async def ten() -> Response:
     async with sessions() as session, session.begin():
@@ -51,6 +57,28 @@ async def stream() -> Response:
                 yield row
 
     return StreamingResponse(rows())
+
+
+@app.get("/export")
+async def export() -> Response:
+    async def parts() -> AsyncIterator[bytes]:
+        async with sessions() as session, session.begin():
+            async for part in work.export(session):
+                yield part
+
+    return StreamingResponse(parts())
+
+
+@app.get("/download")
+async def download() -> Response:
+    async with sessions() as session, session.begin():
+        return await work.download(session)
+
+
+@app.get("/events")
+async def events() -> Response:
+    async with sessions() as session, session.begin():
+        return await work.events(session)
 
 
 @app.post("/entries/{number}")

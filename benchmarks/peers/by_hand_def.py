@@ -1,9 +1,10 @@
 """The handlers with `def`, with SQLAlchemy alone."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from sqlalchemy import create_engine
 from sqlalchemy.orm import sessionmaker
 
@@ -23,6 +24,27 @@ def nothing() -> Response:
 def read() -> Response:
     with sessions.begin() as session:
         return work.blocking_read(session)
+
+
+@app.post("/insert")
+def insert() -> Response:
+    with sessions.begin() as session:
+        return work.blocking_insert(session)
+
+
+@app.get("/ten")
+def ten() -> Response:
+    with sessions.begin() as session:
+        return work.blocking_ten(session)
+
+
+@app.get("/export")
+def export() -> Response:
+    def parts() -> Iterator[bytes]:
+        with sessions.begin() as session:
+            yield from work.blocking_export(session)
+
+    return StreamingResponse(parts())
 
 
 @app.post("/entries/{number}")

@@ -62,6 +62,11 @@ async def read() -> Response:
     return await work.read(await db_session(connection))
 
 
+@app.post("/insert")
+async def insert() -> Response:
+    return await work.insert(await db_session(connection))
+
+
 @app.get("/ten")
 async def ten() -> Response:
     return await work.ten(await db_session(connection))
@@ -75,6 +80,26 @@ async def stream() -> Response:
                 yield row
 
     return StreamingResponse(rows())
+
+
+@app.get("/export")
+async def export() -> Response:
+    async def parts() -> AsyncIterator[bytes]:
+        async with new_non_ctx_session(connection) as session:
+            async for part in work.export(session):
+                yield part
+
+    return StreamingResponse(parts())
+
+
+@app.get("/download")
+async def download() -> Response:
+    return await work.download(await db_session(connection))
+
+
+@app.get("/events")
+async def events() -> Response:
+    return await work.events(await db_session(connection))
 
 
 @app.post("/entries/{number}")

@@ -45,6 +45,11 @@ async def read(db: Database) -> Response:
     return await work.read(db)
 
 
+@app.post("/insert")
+async def insert(db: Database) -> Response:
+    return await work.insert(db)
+
+
 @app.get("/ten")
 async def ten(db: Database) -> Response:
     return await work.ten(db)
@@ -53,6 +58,21 @@ async def ten(db: Database) -> Response:
 @app.get("/stream")
 async def stream(db: Database) -> Response:
     return StreamingResponse(work.rows(db))
+
+
+@app.get("/export")
+async def export(db: Database) -> Response:
+    return StreamingResponse(work.export(db))
+
+
+@app.get("/download")
+async def download(db: Database) -> Response:
+    return await work.download(db)
+
+
+@app.get("/events")
+async def events(db: Database) -> Response:
+    return await work.events(db)
 
 
 @app.post("/entries/{number}")

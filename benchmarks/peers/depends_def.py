@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -38,6 +38,23 @@ def nothing() -> Response:
 @app.get("/read")
 def read(db: Database) -> Response:
     return work.blocking_read(db)
+
+
+@app.post("/insert")
+def insert(db: Database) -> Response:
+    response = work.blocking_insert(db)
+    db.commit()
+    return response
+
+
+@app.get("/ten")
+def ten(db: Database) -> Response:
+    return work.blocking_ten(db)
+
+
+@app.get("/export")
+def export(db: Database) -> Response:
+    return StreamingResponse(work.blocking_export(db))
 
 
 @app.post("/entries/{number}")

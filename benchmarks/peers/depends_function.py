@@ -44,6 +44,11 @@ async def read(db: Database) -> Response:
     return await work.read(db)
 
 
+@app.post("/insert")
+async def insert(db: Database) -> Response:
+    return await work.insert(db)
+
+
 @app.get("/ten")
 async def ten(db: Database) -> Response:
     return await work.ten(db)
@@ -57,6 +62,26 @@ async def stream() -> Response:
                 yield row
 
     return StreamingResponse(rows())
+
+
+@app.get("/export")
+async def export() -> Response:
+    async def parts() -> AsyncIterator[bytes]:
+        async with sessions() as db, db.begin():  # that of the request would be closed by then
+            async for part in work.export(db):
+                yield part
+
+    return StreamingResponse(parts())
+
+
+@app.get("/download")
+async def download(db: Database) -> Response:
+    return await work.download(db)
+
+
+@app.get("/events")
+async def events(db: Database) -> Response:
+    return await work.events(db)
 
 
 @app.post("/entries/{number}")

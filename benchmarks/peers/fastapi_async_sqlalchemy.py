@@ -37,6 +37,11 @@ async def read() -> Response:
     return await work.read(db.session)
 
 
+@app.post("/insert")
+async def insert() -> Response:
+    return await work.insert(db.session)
+
+
 @app.get("/ten")
 async def ten() -> Response:
     return await work.ten(db.session)
@@ -50,6 +55,26 @@ async def stream() -> Response:
                 yield row
 
     return StreamingResponse(rows())
+
+
+@app.get("/export")
+async def export() -> Response:
+    async def parts() -> AsyncIterator[bytes]:
+        async with db():  # as its documentation says of streams
+            async for part in work.export(db.session):
+                yield part
+
+    return StreamingResponse(parts())
+
+
+@app.get("/download")
+async def download() -> Response:
+    return await work.download(db.session)
+
+
+@app.get("/events")
+async def events() -> Response:
+    return await work.events(db.session)
 
 
 @app.post("/entries/{number}")

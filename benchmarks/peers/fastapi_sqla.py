@@ -40,6 +40,11 @@ async def read(session: AsyncSession) -> Response:
     return await work.read(session)
 
 
+@app.post("/insert")
+async def insert(session: AsyncSession) -> Response:
+    return await work.insert(session)
+
+
 @app.get("/ten")
 async def ten(session: AsyncSession) -> Response:
     return await work.ten(session)
@@ -48,6 +53,21 @@ async def ten(session: AsyncSession) -> Response:
 @app.get("/stream")
 async def stream(session: AsyncSession) -> Response:
     return StreamingResponse(work.rows(session))
+
+
+@app.get("/export")
+async def export(session: AsyncSession) -> Response:
+    return StreamingResponse(work.export(session))
+
+
+@app.get("/download")
+async def download(session: AsyncSession) -> Response:
+    return await work.download(session)
+
+
+@app.get("/events")
+async def events(session: AsyncSession) -> Response:
+    return await work.events(session)
 
 
 @app.post("/entries/{number}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import fastapi_sqla
 from fastapi import FastAPI
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from fastapi_sqla import Session
 from fastapi_sqla.sqla import _session_factories
 
@@ -38,6 +38,21 @@ def nothing() -> Response:
 @app.get("/read")
 def read(session: Session) -> Response:
     return work.blocking_read(session)
+
+
+@app.post("/insert")
+def insert(session: Session) -> Response:
+    return work.blocking_insert(session)
+
+
+@app.get("/ten")
+def ten(session: Session) -> Response:
+    return work.blocking_ten(session)
+
+
+@app.get("/export")
+def export(session: Session) -> Response:
+    return StreamingResponse(work.blocking_export(session))
 
 
 @app.post("/entries/{number}")

@@ -1,7 +1,8 @@
 """What every application here does with its session: the same statements, whoever opened it."""
 
+import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import HTTPException
@@ -13,11 +14,16 @@ from sqlalchemy.orm import Session
 
 # The same database and the same pool for everyone.
 URL = os.environ["DATABASE_URL"]
-POOL: dict[str, Any] = {"pool_size": 8, "max_overflow": 0, "pool_timeout": 1}
+POOL: dict[str, Any] = {
+    "pool_size": int(os.environ.get("POOL_SIZE", "8")),
+    "max_overflow": 0,
+    "pool_timeout": float(os.environ.get("POOL_TIMEOUT", "1")),
+}
 
 _READ = text("SELECT balance FROM account WHERE id = 1")
 _ENTRY = text("INSERT INTO entry (number) VALUES (:number)")
 _LINE = text("INSERT INTO line (number) VALUES (:number)")
+_EXPORT = text("SELECT number FROM generate_series(1, 1000) AS number")
 _TRANSFER = text(
     "INSERT INTO transfer (number, source, target, amount) "
     "VALUES (:number, :source, :target, :amount)"
@@ -41,6 +47,12 @@ async def read(session: AsyncSession) -> Response:
 async def ten(session: AsyncSession) -> Response:
     """Answer with ten SELECTs, one after the other."""
     return PlainTextResponse(str([await session.scalar(_READ) for _ in range(10)]))
+
+
+async def insert(session: AsyncSession) -> Response:
+    """Store one row."""
+    await session.execute(_ENTRY, {"number": 0})
+    return PlainTextResponse("stored", 201)
 
 
 async def write(session: AsyncSession, number: int, then: str = "") -> Response:
@@ -71,6 +83,38 @@ async def rows(session: AsyncSession) -> AsyncIterator[bytes]:
         yield f"{await session.scalar(_READ)}\n".encode()
 
 
+async def export(session: AsyncSession) -> AsyncIterator[bytes]:
+    """The body of an export: rows that are fetched by the hundred while it is sent."""
+    result = await session.stream(_EXPORT, execution_options={"yield_per": 100})
+    async for rows in result.partitions():
+        yield "".join(f"{row.number}\n" for row in rows).encode()
+
+
+async def download(session: AsyncSession) -> Response:
+    """Answer with a file of 400 kB, which one SELECT allows."""
+    head = f"{await session.scalar(_READ)}\n".encode()
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield head
+        for _ in range(50):
+            yield bytes(8000)
+
+    return StreamingResponse(parts())
+
+
+async def events(session: AsyncSession) -> Response:
+    """Answer with server-sent events that go on for ever, of which only the first needs data."""
+    first = f"data: {await session.scalar(_READ)}\n\n".encode()
+
+    async def ticks() -> AsyncIterator[bytes]:
+        yield first
+        while True:
+            await asyncio.sleep(1)
+            yield b"data: tick\n\n"
+
+    return StreamingResponse(ticks(), media_type="text/event-stream")
+
+
 def nothing() -> Response:
     """Answer without the database."""
     return PlainTextResponse("ok")
@@ -79,6 +123,24 @@ def nothing() -> Response:
 def blocking_read(session: Session) -> Response:
     """Answer with one SELECT; for handlers with `def`."""
     return PlainTextResponse(str(session.scalar(_READ)))
+
+
+def blocking_ten(session: Session) -> Response:
+    """Answer with ten SELECTs; for handlers with `def`."""
+    return PlainTextResponse(str([session.scalar(_READ) for _ in range(10)]))
+
+
+def blocking_insert(session: Session) -> Response:
+    """Store one row; for handlers with `def`."""
+    session.execute(_ENTRY, {"number": 0})
+    return PlainTextResponse("stored", 201)
+
+
+def blocking_export(session: Session) -> Iterator[bytes]:
+    """The body of an export; for handlers with `def`."""
+    result = session.execute(_EXPORT, execution_options={"yield_per": 100})
+    for rows in result.partitions():
+        yield "".join(f"{row.number}\n" for row in rows).encode()
 
 
 def blocking_write(session: Session, number: int) -> Response:
