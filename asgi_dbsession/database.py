@@ -231,8 +231,7 @@ class Database(ABC, Generic[E, S]):
 
     def _begin_unit(self) -> UnitOfWork:
         enclosing = current_unit.get()
-        scope = enclosing.scope if enclosing is not None else None
-        unit = UnitOfWork((self,), scope, enclosing)
+        unit = enclosing.within((self,)) if enclosing else UnitOfWork((self,), None, None)
         current_unit.set(unit)
         return unit
 

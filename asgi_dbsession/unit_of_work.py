@@ -120,6 +120,10 @@ class UnitOfWork:
             self.joins and self.enclosing and self.enclosing.has(database)
         )
 
+    def within(self, databases: tuple[SessionSource[Any], ...]) -> "UnitOfWork":
+        """A unit of its own, opened inside of this one."""
+        return UnitOfWork(databases, self.scope, self)
+
     def open(self, database: SessionSource[S]) -> S:
         """The session of a database that this unit manages, made on first use.
 
