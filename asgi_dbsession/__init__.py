@@ -14,6 +14,7 @@ from .errors import (
     TransactionAborted,
 )
 from .middleware import DBSessionMiddleware
+from .report import DatabaseReport, UnitReport
 from .sync_database import SyncDatabase
 from .unit_of_work import on_commit, set_rollback
 
@@ -24,12 +25,14 @@ __all__ = [
     "DBSessionError",
     "DBSessionMiddleware",
     "DatabaseNotRunning",
+    "DatabaseReport",
     "DatabaseUnavailable",
     "NoSession",
     "PrematureClose",
     "SessionClosed",
     "SyncDatabase",
     "TransactionAborted",
+    "UnitReport",
     "get_session",
     "get_sync_session",
     "on_commit",

@@ -13,20 +13,14 @@ from typing_extensions import Self
 
 from .completion import run_to_completion
 from .errors import ConfigurationError, DatabaseNotRunning, DatabaseUnavailable
-from .retry import watch_races
-from .transaction import watch_failures
+from .transaction import watch
 from .types import Scope
 from .unit_of_work import OpenSession, UnitOfWork, current_unit, unit_that_manages
 from .url import options_for_memory, url_with_driver, without_secrets
+from .usage import watch_usage
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 S = TypeVar("S")
-
-
-def watch(engine: Engine) -> None:
-    """Have `engine` tell of errors that would pass in silence; twice is as good as once."""
-    watch_failures(engine)
-    watch_races(engine)
 
 
 class Database(ABC, Generic[E, S]):
@@ -34,6 +28,7 @@ class Database(ABC, Generic[E, S]):
 
     _asynchronous: bool
     _engine_class: type[E]
+    _is_measured: bool = False
 
     def __init__(
         self,
@@ -221,7 +216,15 @@ class Database(ABC, Generic[E, S]):
                 f"{self} cannot be built with these engine options: {self._reason(error)}"
             ) from None
         self._prepare(self._sync_engine(engine))
+        if self._is_measured:
+            watch_usage(self._sync_engine(engine))
         return engine
+
+    def _measure(self) -> None:
+        """Count what sessions ask of the engine, of this one and of those built later."""
+        self._is_measured = True
+        if self._engine is not None:
+            watch_usage(self._sync_engine(self._engine))
 
     def _reason(self, error: Exception) -> str:
         original = getattr(error, "orig", None) or error

@@ -1,6 +1,7 @@
 """What happens to a request's unit of work, on each ASGI message."""
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from http import HTTPStatus
 from inspect import iscoroutinefunction
@@ -13,12 +14,15 @@ from .errors import UNWOUND, ConfigurationError
 from .lifespan import serve_lifespan
 from .messages import end_before_response, end_before_waiting
 from .overload import answer_overload
-from .retry import serve_until_won, will_run_again
+from .report import UnitReport
+from .reported_unit import ReportedUnit
+from .retry import serve_until_won, watch_races, will_run_again
 from .sync_database import SyncDatabase
 from .types import ASGIApp, Receive, Scope, Send
 from .unit_of_work import UnitOfWork, current_unit
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
+_BeginUnit: TypeAlias = Callable[[tuple[Any, ...], Scope, UnitOfWork | None], UnitOfWork]
 
 # Where the unit of work of a request lies in its scope: a middleware further in joins it.
 _KEY = "asgi_dbsession"
@@ -64,6 +68,10 @@ class DBSessionMiddleware:
             error of the pool is left to the application.
         two_phase: Whether the sessions of a request commit in two phases, so that a COMMIT can no
             longer fail after another one succeeded. The drivers must support it.
+        on_report: A plain function that is called once for each unit of work that has ended: the
+            response's, before its status is sent; the body's or background task's; and each
+            `begin()` inside of the request. It is called on the event loop (on its own thread for
+            `SyncDatabase.begin()`), so it must be quick; what it raises is logged.
 
     Raises:
         ConfigurationError: An argument is not what it should be.
@@ -78,6 +86,7 @@ class DBSessionMiddleware:
         attempts: int = 1,
         retry_after: int | None = None,
         two_phase: bool = False,
+        on_report: Callable[[UnitReport], object] | None = None,
     ) -> None:
         given = databases or (AsyncDatabase.from_env(),)
         self.app: ASGIApp = app
@@ -87,34 +96,43 @@ class DBSessionMiddleware:
         self.attempts: int = attempts
         self.retry_after: int | None = retry_after
         self.two_phase: bool = two_phase
+        self.on_report: Callable[[UnitReport], object] | None = on_report
+        self._begin_unit: _BeginUnit = UnitOfWork
         if len(set(self.databases)) < len(self.databases):
             raise ConfigurationError(f"The same database was given twice: {self.databases}.")
-        for name, function in (("commit_when", commit_when), ("on_commit_error", on_commit_error)):
+        functions = {
+            "commit_when": commit_when,
+            "on_commit_error": on_commit_error,
+            "on_report": on_report,
+        }
+        for name, function in functions.items():
             if function is not None and (not callable(function) or iscoroutinefunction(function)):
                 raise ConfigurationError(f"{name} takes a plain function, not {function!r}.")
         for name, number in (("attempts", attempts), ("retry_after", retry_after)):
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise ConfigurationError(f"{name} takes a whole number from 1 on, not {number!r}.")
+        if on_report is not None:
+            self._begin_unit = partial(ReportedUnit, on_report)
+            for database in self.databases:
+                database._measure()
         self._around: ASGIApp | None = None
+        plain = copy(self)  # which has nothing around
         if retry_after is not None:
-            self._around = partial(answer_overload, self._serve, retry_after)
+            self._around = partial(answer_overload, plain, retry_after)
         if attempts > 1:
-            self._around = partial(serve_until_won, self._around or self._serve, attempts)
+            watch_races()
+            self._around = partial(serve_until_won, self._around or plain, attempts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
-        if scope["type"] == "http" and self._around is not None and scope.get(_KEY) is None:
-            await self._around(scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await serve_lifespan(self.app, self.databases, scope, receive, send)
-        elif scope["type"] in ("http", "websocket"):
-            await self._serve(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._serve_other(scope, receive, send)
+            return
         enclosing = scope.get(_KEY)
-        unit = scope[_KEY] = UnitOfWork(self.databases, scope, enclosing)
+        if self._around is not None and enclosing is None and scope["type"] == "http":
+            await self._around(scope, receive, send)
+            return
+        unit = scope[_KEY] = self._begin_unit(self.databases, scope, enclosing)
         unit.joins = enclosing is not None
         unit.two_phase = self.two_phase
         if scope["type"] == "http":
@@ -137,6 +155,12 @@ class DBSessionMiddleware:
             scope[_KEY] = enclosing
         if unit.failure is not None:
             await self._answer(unit.failure, scope, receive, None if unit.is_answered else send)
+
+    async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await serve_lifespan(self.app, self.databases, scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
     async def _answer(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send | None

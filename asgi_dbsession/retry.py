@@ -105,11 +105,14 @@ def will_run_again() -> bool:
     return attempt is not None and attempt.is_futile
 
 
-def watch_races(engine: Engine) -> None:
-    """Have an attempt hear of a lost race, also where its application swallows the error."""
-    event.listen(engine, "handle_error", _note_race)
-    event.listen(engine, "commit", _note_commit)
-    event.listen(engine, "commit_twophase", _note_commit)
+def watch_races() -> None:
+    """Have attempts hear of lost races and of COMMITs, on whatever engine, and whoever is asked.
+
+    Not before someone wants attempts: these listeners cost every request some microseconds.
+    """
+    for name, listener in _LISTENERS.items():
+        if not event.contains(Engine, name, listener):
+            event.listen(Engine, name, listener)
 
 
 def _note_race(context: ExceptionContext) -> None:
@@ -125,6 +128,13 @@ def _note_commit(connection: Connection, *_: object) -> None:
     attempt = _current.get()
     if attempt is not None:  # SQLAlchemy tells of it just before
         attempt.commits.append(connection)
+
+
+_LISTENERS: dict[str, Callable[..., None]] = {
+    "handle_error": _note_race,
+    "commit": _note_commit,
+    "commit_twophase": _note_commit,
+}
 
 
 def _is_lost_race(error: Any) -> bool:

@@ -99,7 +99,7 @@ def end(session: Session, turn: Turn, commit: bool, close: bool, begun: bool = F
             turn.give(over=close)
 
 
-def watch_failures(engine: Engine) -> None:
+def watch(engine: Engine) -> None:
     """Have `engine` notice what would be lost in silence; watching twice is watching once."""
     event.listen(engine, "handle_error", _note_failure)
 

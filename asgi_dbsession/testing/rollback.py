@@ -19,9 +19,10 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_dbsession.async_database import AsyncDatabase
 from asgi_dbsession.completion import run_to_completion
-from asgi_dbsession.database import Database, watch
+from asgi_dbsession.database import Database
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.sync_database import SyncDatabase
+from asgi_dbsession.transaction import watch
 
 from .engine import home_of, share, unshare
 

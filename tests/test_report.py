@@ -1,0 +1,440 @@
+"""Each unit of work that has ended is reported once: how, why, and what it took."""
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from anyio import to_thread
+from asgi import Message, Socket, get, respond
+from conftest import ENTRY, Running, becomes_true, checked_out, real_database
+from sqlalchemy import select
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
+
+from asgi_dbsession import (
+    AsyncDatabase,
+    ConfigurationError,
+    DBSessionMiddleware,
+    SyncDatabase,
+    UnitReport,
+    set_rollback,
+)
+from asgi_dbsession.testing import rolled_back
+
+pytestmark = pytest.mark.anyio
+
+KINDS = ("sqlite", "asyncpg", "psycopg-sync")
+
+
+def outcomes(reports: list[UnitReport]) -> list[tuple[str, str | None]]:
+    """How units ended, and why."""
+    return [(each.outcome, each.reason) for each in reports]
+
+
+async def silence(scope: Any, receive: Any, send: Any) -> None:
+    """Do nothing at all."""
+
+
+@asynccontextmanager
+async def begun(database: AsyncDatabase[Any] | SyncDatabase[Any]) -> AsyncIterator[Any]:
+    """A unit of its own, whatever the kind; its session, to be executed on in this thread."""
+    if isinstance(database, SyncDatabase):
+        with database.begin() as session:
+            yield session.execute
+    else:
+        async with database.begin() as session:
+            yield session.execute
+
+
+@pytest.mark.parametrize(
+    ("how", "outcome", "reason", "error"),
+    [
+        ("success", "committed", None, None),
+        ("status", "rolled_back", "status", None),
+        ("set_rollback", "rolled_back", "set_rollback", None),
+        ("exception", "rolled_back", "exception", LookupError),
+        ("silence", "rolled_back", "unfinished", None),
+        ("doomed", "rolled_back", "commit_failed", Exception),
+        ("unused", "nothing_to_do", None, None),
+        ("own commit", "committed", None, None),
+    ],
+)
+async def test_each_end_is_reported_with_its_reason(
+    running: Running, how: str, outcome: str, reason: str | None, error: type[Exception] | None
+) -> None:
+    """Once, whatever becomes of the request."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if how == "unused":
+            running.database.get_session()
+        else:
+            await running.write("row")
+        if how == "set_rollback":
+            set_rollback(True)
+        elif how == "exception":
+            raise LookupError
+        elif how == "silence":
+            return
+        elif how == "doomed":
+            await running.doom()
+        elif how == "own commit":
+            await running.call("commit")
+        await respond(send, 404 if how == "status" else 200)
+
+    app_with_reports = DBSessionMiddleware(app, running.database, on_report=reports.append)
+    exchange = await get(app_with_reports)
+    assert outcomes(reports) == [(outcome, reason)]
+    (report,) = reports
+    assert isinstance(report.error, error or type(None))
+    assert report.scope["path"] == exchange.scope["path"]
+    assert [each.database for each in report.databases] == [running.database]
+    assert report.databases[0].committed == (outcome == "committed")
+    assert running.stored() == (["row"] if outcome == "committed" else [])
+
+
+async def test_a_request_that_asks_for_no_session_is_not_reported(running: Running) -> None:
+    """There is no unit of work to speak of."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await respond(send)
+
+    await get(DBSessionMiddleware(app, running.database, on_report=reports.append))
+    assert reports == []
+
+
+async def test_cancellation_is_reported(running: Running) -> None:
+    """As what it is: nobody raised it."""
+    reports: list[UnitReport] = []
+    is_waiting = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("row")
+        is_waiting.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(
+        get(DBSessionMiddleware(app, running.database, on_report=reports.append))
+    )
+    await is_waiting.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert outcomes(reports) == [("rolled_back", "cancelled")]
+    assert isinstance(reports[0].error, asyncio.CancelledError)
+
+
+async def test_what_follows_the_response_is_reported_on_its_own(running: Running) -> None:
+    """The response's unit before the start message, the background task's when that has ended."""
+    told: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("before")
+        await respond(send)
+        await running.write("after")
+        await running.write("more")
+
+    def note(report: UnitReport) -> None:
+        told.append((report.outcome, report.databases[0].statements))
+
+    def look(message: Message) -> None:
+        told.append(message["type"])
+
+    await get(DBSessionMiddleware(app, running.database, on_report=note), on_message=look)
+    assert told == [
+        ("committed", 1),
+        "http.response.start",
+        "http.response.body",
+        ("committed", 2),
+    ]
+
+
+async def test_the_time_that_it_takes_is_told_apart(running: Running) -> None:
+    """Waiting for a connection, having it, and the database at work."""
+    reports: list[UnitReport] = []
+    asked: list[float] = []
+
+    class Noting(Session):
+        def get_bind(self, *args: Any, **kwargs: Any) -> Any:
+            asked.append(time.perf_counter())
+            return super().get_bind(*args, **kwargs)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY), database)
+        await running.execute(select(ENTRY), database)
+        await respond(send)
+
+    name = "class_" if running.real.is_sync else "sync_session_class"
+    options = {"pool_size": 1, "max_overflow": 0, "session_options": {name: Noting}}
+    async with running.real.describe(**options) as database:
+        served = DBSessionMiddleware(app, database, on_report=reports.append)
+        async with begun(database) as execute:
+            result = execute(select(ENTRY))
+            if not isinstance(database, SyncDatabase):
+                await result
+            asked.clear()
+            begin = time.time()
+            request = asyncio.create_task(get(served))
+            await becomes_true(lambda: bool(asked))
+            await asyncio.sleep(0.05)
+            assert not reports
+        await request
+        latest = time.perf_counter()
+    (report,) = reports
+    (used,) = report.databases
+    assert used.statements == 2
+    assert 0.025 < used.wait_time < latest - asked[0]
+    assert 0 < used.operation_duration < used.use_time
+    assert used.wait_time + used.use_time < report.duration
+    assert begin <= report.start_time <= time.time()
+
+
+async def test_waiting_in_vain_counts(running: Running) -> None:
+    """It is what one wants to know most of all."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY), database)
+
+    options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
+    async with running.real.describe(**options) as database:
+        served = DBSessionMiddleware(app, database, on_report=reports.append)
+        async with begun(database) as execute:
+            result = execute(select(ENTRY))
+            if not isinstance(database, SyncDatabase):
+                await result
+            await get(served)
+    assert outcomes(reports) == [("rolled_back", "exception")]
+    assert isinstance(reports[0].error, PoolTimeout)
+    assert (reports[0].databases[0].statements, reports[0].databases[0].use_time) == (0, 0)
+    assert 0.05 <= reports[0].databases[0].wait_time <= reports[0].duration
+
+
+def here(offset: int = 0) -> str:
+    """The line that calls this, as `file:line`."""
+    frame = inspect.stack()[1]
+    return f"{frame.filename}:{frame.lineno + offset}"
+
+
+@pytest.mark.parametrize("ends", ["by another statement", "by the response"])
+async def test_the_longest_idle_stretch_is_placed_in_the_code(running: Running, ends: str) -> None:
+    """By the lines of the application before and after it, however deep SQLAlchemy is below."""
+    reports: list[UnitReport] = []
+    places: list[str] = []
+
+    def in_thread(session: Any) -> None:
+        session.execute(select(ENTRY))
+        places.append(here(-1))
+        time.sleep(0.2)
+        if ends == "by another statement":
+            session.execute(select(ENTRY))
+            places.append(here(-1))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+        if isinstance(running.database, SyncDatabase):
+            await to_thread.run_sync(in_thread, session)
+        else:
+            await session.execute(select(ENTRY))
+            places.append(here(-1))
+            await asyncio.sleep(0.2)
+            if ends == "by another statement":
+                await session.execute(select(ENTRY))
+                places.append(here(-1))
+        await respond(send)
+
+    await get(DBSessionMiddleware(app, running.database, on_report=reports.append))
+    (used,) = reports[0].databases
+    assert 0.2 <= used.idle_time <= used.use_time
+    assert [used.idle_after, used.idle_before] == [*places, None][:2]
+
+
+async def test_a_callback_that_raises_breaks_nothing(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged."""
+
+    def fail(report: UnitReport) -> None:
+        raise LookupError("no such metric")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        await respond(send, 201)
+
+    with caplog.at_level(logging.ERROR, "asgi_dbsession"):
+        exchange = await get(DBSessionMiddleware(app, running.database, on_report=fail))
+    assert (exchange.status, exchange.error, running.stored()) == (201, None, ["kept"])
+    assert "no such metric" in caplog.text
+
+
+async def test_a_unit_inside_of_a_request_is_reported_on_its_own(running: Running) -> None:
+    """With the request's scope; the error around it is not its own, and what it did is its own."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            int("wrong password")
+        except ValueError:
+            async with begun(running.database) as execute:
+                result = execute(ENTRY.insert().values(note="audit"))
+                if not isinstance(running.database, SyncDatabase):
+                    await result
+            async with begun(running.database) as execute:
+                set_rollback(True)
+                result = execute(ENTRY.insert().values(note="undone"))
+                if not isinstance(running.database, SyncDatabase):
+                    await result
+        await running.execute(select(ENTRY))
+        await respond(send, 401)
+
+    await get(DBSessionMiddleware(app, running.database, on_report=reports.append))
+    assert outcomes(reports) == [
+        ("committed", None),
+        ("rolled_back", "set_rollback"),
+        ("rolled_back", "status"),
+    ]
+    assert [each.databases[0].statements for each in reports] == [1, 1, 1]
+    assert {each.scope["path"] for each in reports} == {"/"}
+    assert running.stored() == ["audit"]
+
+
+async def test_a_failing_unit_inside_of_a_request_is_reported(running: Running) -> None:
+    """With what it raised, although the request itself succeeds."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with pytest.raises(LookupError):
+            async with begun(running.database) as execute:
+                result = execute(select(ENTRY))
+                if not isinstance(running.database, SyncDatabase):
+                    await result
+                raise LookupError
+        await respond(send)
+
+    await get(DBSessionMiddleware(app, running.database, on_report=reports.append))
+    assert outcomes(reports) == [("rolled_back", "exception")]
+    assert isinstance(reports[0].error, LookupError)
+
+
+async def test_a_socket_is_reported_at_each_end(running: Running) -> None:
+    """Before it sends and before it waits; what a refusal undoes has the status for a reason."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await running.write("one")
+        await send({"type": "websocket.accept"})
+        await running.write("two")
+        await send({"type": "websocket.close", "code": 1011})
+
+    socket = Socket(DBSessionMiddleware(app, running.database, on_report=reports.append))
+    await socket.run()
+    assert socket.error is None
+    assert outcomes(reports) == [("committed", None), ("rolled_back", "status")]
+
+
+async def test_a_commit_that_fails_after_another_shows_in_the_report(tmp_path: Path) -> None:
+    """The one case in which half is stored says which half."""
+    reports: list[UnitReport] = []
+    first = real_database("sqlite", tmp_path)
+    second = real_database("asyncpg", tmp_path)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await Running(first, databases[0]).write("stored")
+        await Running(second, databases[1]).write("lost")
+        await Running(second, databases[1]).doom()
+        await respond(send)
+
+    async with first.describe() as one, second.describe() as two:
+        databases = (one, two)
+        await get(DBSessionMiddleware(app, one, two, on_report=reports.append))
+    assert outcomes(reports) == [("rolled_back", "commit_failed")]
+    assert [each.committed for each in reports[0].databases] == [True, False]
+    assert (first.stored(), second.stored()) == (["stored"], [])
+
+
+async def test_nothing_listens_unless_a_report_is_wanted(running: Running) -> None:
+    """To the engine, or to a session: who wants no reports pays nothing for them."""
+    plain = running.database
+    async with running.real.describe() as measured:
+        for database, count in ((plain, 0), (measured, 1)):
+            engine: Any = database.engine
+            dispatch = getattr(engine, "sync_engine", engine).dispatch
+            if count:
+                DBSessionMiddleware(silence, database, on_report=print)
+                DBSessionMiddleware(silence, database, on_report=print)
+            else:
+                DBSessionMiddleware(silence, database)
+            for name in ("before_cursor_execute", "after_cursor_execute", "commit", "rollback"):
+                assert len(getattr(dispatch, name)) == count
+            assert len(engine.pool.dispatch.checkin) == count
+
+
+async def test_one_of_two_middlewares_that_share_a_database_may_report(running: Running) -> None:
+    """Each knows its own requests alone; an engine of yours, and one that runs already, too."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY), shared)
+        await respond(send)
+
+    database_class: Any = type(running.database)
+    shared: AsyncDatabase[Any] = database_class.from_engine(running.database.engine)
+    silent = DBSessionMiddleware(app, shared)
+    telling = DBSessionMiddleware(app, shared, on_report=reports.append)
+    await get(silent, "/silent")
+    await get(telling, "/telling")
+    await get(silent, "/silent")
+    assert [each.scope["path"] for each in reports] == ["/telling"]
+    assert reports[0].databases[0].statements == 1
+
+
+async def test_requests_at_once_are_told_apart(running: Running) -> None:
+    """Each has its own statements, also where they take turns on few connections."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for _ in range(int(scope["path"][1:])):
+            await running.execute(select(ENTRY), database)
+            await asyncio.sleep(0)
+        await respond(send)
+
+    async with running.real.describe(pool_size=2, max_overflow=0) as database:
+        served = DBSessionMiddleware(app, database, on_report=reports.append)
+        await asyncio.gather(*(get(served, f"/{number}") for number in range(1, 7)))
+        assert checked_out(database) == 0
+    found = {each.scope["path"]: each.databases[0].statements for each in reports}
+    assert found == {f"/{number}": number for number in range(1, 7)}
+
+
+async def test_tests_that_are_rolled_back_have_reports_too(running: Running) -> None:
+    """The same as in production."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write(scope["path"])
+        await respond(send)
+
+    served = DBSessionMiddleware(app, running.database, on_report=reports.append)
+    async with rolled_back(running.database):
+        await get(served, "/one")
+        await get(served, "/two")
+    assert outcomes(reports) == [("committed", None)] * 2
+    assert [each.databases[0].committed for each in reports] == [True, True]
+    assert min(each.databases[0].statements for each in reports) >= 1
+
+
+async def test_a_coroutine_function_is_refused(running: Running) -> None:
+    """Nobody would await it."""
+
+    async def note(report: UnitReport) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="on_report takes a plain function"):
+        DBSessionMiddleware(silence, running.database, on_report=note)
