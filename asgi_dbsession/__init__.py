@@ -13,8 +13,10 @@ from .errors import (
     SessionClosed,
     TransactionAborted,
 )
+from .idle import warn_when_idle
 from .middleware import DBSessionMiddleware
 from .report import DatabaseReport, UnitReport
+from .server_timing import ServerTimingMiddleware
 from .sync_database import SyncDatabase
 from .unit_of_work import on_commit, set_rollback
 
@@ -29,6 +31,7 @@ __all__ = [
     "DatabaseUnavailable",
     "NoSession",
     "PrematureClose",
+    "ServerTimingMiddleware",
     "SessionClosed",
     "SyncDatabase",
     "TransactionAborted",
@@ -38,4 +41,5 @@ __all__ = [
     "on_commit",
     "session_dependency",
     "set_rollback",
+    "warn_when_idle",
 ]

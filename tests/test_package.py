@@ -27,6 +27,7 @@ PUBLIC = {
     "DatabaseUnavailable",
     "NoSession",
     "PrematureClose",
+    "ServerTimingMiddleware",
     "SessionClosed",
     "SyncDatabase",
     "TransactionAborted",
@@ -36,6 +37,7 @@ PUBLIC = {
     "on_commit",
     "session_dependency",
     "set_rollback",
+    "warn_when_idle",
 }
 
 # What type checkers must see; and what they must refuse, where an ignore must not be superfluous.

@@ -1,0 +1,81 @@
+"""Connections that are held for nothing are told of, with the place in the code."""
+
+import asyncio
+import inspect
+import logging
+import time
+from typing import Any
+
+import pytest
+from anyio import to_thread
+from asgi import get, respond
+from conftest import ENTRY, Running
+from sqlalchemy import select
+
+from asgi_dbsession import DBSessionMiddleware, SyncDatabase, warn_when_idle
+
+pytestmark = pytest.mark.anyio
+
+KINDS = ("sqlite", "asyncpg", "psycopg-sync")
+
+
+async def work(running: Running, places: list[int]) -> None:
+    """A statement, a while of something else, and another statement."""
+    session: Any = running.database.get_session()
+
+    def blocking() -> None:
+        line = inspect.stack()[0].lineno
+        session.execute(select(ENTRY))
+        time.sleep(0.1)
+        session.execute(select(ENTRY))
+        places.extend([line + 1, line + 3])
+
+    if isinstance(running.database, SyncDatabase):
+        await to_thread.run_sync(blocking)
+        return
+    line = inspect.stack()[0].lineno
+    await session.execute(select(ENTRY))
+    await asyncio.sleep(0.1)
+    await session.execute(select(ENTRY))
+    places.extend([line + 1, line + 3])
+
+
+async def test_an_idle_connection_is_warned_of(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The request, the database, how long, and between which lines."""
+    places: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await work(running, places)
+        await respond(send)
+
+    with caplog.at_level(logging.WARNING, "asgi_dbsession"):
+        served = DBSessionMiddleware(app, running.database, on_report=warn_when_idle(0.1))
+        await get(served, "/slow")
+    (message,) = caplog.messages
+    assert message.startswith(f"GET /slow held a connection of {running.database} idle for 0.")
+    assert "between {0}:{1} and {0}:{2}".format(__file__, *places) in message
+
+
+async def test_below_the_threshold_nothing_is_said(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor of a request whose connection is back while it waits."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/slow":
+            await work(running, [])
+        else:
+            await running.execute(select(ENTRY))
+            await running.call("commit")
+            await asyncio.sleep(0.1)
+            await running.execute(select(ENTRY))
+        await respond(send)
+
+    with caplog.at_level(logging.WARNING, "asgi_dbsession"):
+        await get(DBSessionMiddleware(app, running.database, on_report=warn_when_idle(60)), "/slow")
+        await get(
+            DBSessionMiddleware(app, running.database, on_report=warn_when_idle(0.1)), "/quick"
+        )
+    assert caplog.messages == []

@@ -1,0 +1,91 @@
+"""Browsers are told what the database had to do for a response."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asgi import Exchange, Life, Socket, get, respond
+from conftest import ENTRY, Running, real_database
+from sqlalchemy import select
+
+from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, ServerTimingMiddleware
+
+pytestmark = pytest.mark.anyio
+
+KINDS = ("sqlite", "asyncpg", "psycopg-sync")
+METRICS = r'db;desc="statements: (\d+)";dur=(\d+\.\d), db_wait;dur=(\d+\.\d)'
+
+
+def timed(app: Any, *databases: Any, **options: Any) -> Any:
+    """The application with both middlewares."""
+    inner = DBSessionMiddleware(app, *databases, on_report=ServerTimingMiddleware.note, **options)
+    return ServerTimingMiddleware(inner)
+
+
+def headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
+    """Those of the response."""
+    found: list[tuple[bytes, bytes]] = exchange.messages[0]["headers"]
+    return found
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+async def test_the_header_tells_of_the_response(running: Running, attempts: int) -> None:
+    """Not of what came after it; and the application's own headers stay."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        await running.execute(select(ENTRY))
+        own = [(b"server-timing", b"app;dur=1")]
+        await send({"type": "http.response.start", "status": 200, "headers": own})
+        await running.execute(select(ENTRY))
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    exchange = await get(timed(app, running.database, attempts=attempts))
+    (own, (name, value)) = headers(exchange)
+    assert (own, name) == ((b"server-timing", b"app;dur=1"), b"server-timing")
+    match = re.fullmatch(METRICS, value.decode())
+    assert match
+    assert match[1] == "2"
+    assert exchange.kinds == ["response.start", "response.body"]
+
+
+async def test_a_response_without_a_session_has_no_header(running: Running) -> None:
+    """There is nothing to tell."""
+    exchange = await get(timed(lambda _, __, send: respond(send), running.database))
+    assert headers(exchange) == []
+
+
+async def test_all_databases_and_units_of_the_request_count(tmp_path: Path) -> None:
+    """Before the response; each statement once."""
+    one, two = real_database("sqlite", tmp_path), real_database("asyncpg", tmp_path)
+    url = two.url.set(drivername="postgresql+asyncpg")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await Running(two, second).execute(select(ENTRY))
+        await Running(one, first).execute(select(ENTRY))
+        async with second.begin() as session:
+            await session.execute(select(ENTRY))
+        await respond(send)
+
+    async with one.describe() as first, AsyncDatabase(url) as second:
+        value = headers(await get(timed(app, first, second)))[0][1].decode()
+    match = re.fullmatch(METRICS, value)
+    assert match
+    assert match[1] == "3"
+
+
+async def test_other_scopes_pass_untouched(running: Running) -> None:
+    """Sockets have no such header, and a lifespan has none at all."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            raise NotImplementedError
+        await receive()
+        await running.execute(select(ENTRY))
+        await send({"type": "websocket.accept"})
+
+    served = timed(app, type(running.database)(running.real.url))
+    assert (await Life(served).run()).messages[0]["type"] == "lifespan.startup.complete"
+    socket = await Socket(timed(app, running.database)).run()
+    assert [each["type"] for each in socket.messages] == ["websocket.accept"]
