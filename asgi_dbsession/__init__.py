@@ -13,6 +13,7 @@ from .errors import (
     SessionClosed,
     TransactionAborted,
 )
+from .health import Health
 from .idle import warn_when_idle
 from .middleware import DBSessionMiddleware
 from .report import DatabaseReport, UnitReport
@@ -29,6 +30,7 @@ __all__ = [
     "DatabaseNotRunning",
     "DatabaseReport",
     "DatabaseUnavailable",
+    "Health",
     "NoSession",
     "PrematureClose",
     "ServerTimingMiddleware",

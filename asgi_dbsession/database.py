@@ -3,16 +3,19 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import QueuePool
 from typing_extensions import Self
 
 from .completion import run_to_completion
-from .errors import ConfigurationError, DatabaseNotRunning, DatabaseUnavailable
+from .errors import ConfigurationError, DatabaseNotRunning, DatabaseUnavailable, DBSessionError
+from .health import Health
 from .transaction import watch
 from .types import Scope
 from .unit_of_work import OpenSession, UnitOfWork, current_unit, unit_that_manages
@@ -168,6 +171,29 @@ class Database(ABC, Generic[E, S]):
         except Exception as error:
             raise DatabaseUnavailable(self, self._reason(error)) from error
 
+    async def health(self, *, within: float = 1) -> Health:
+        """Say whether the database answers, soon and without raising, for a route like `/health`.
+
+        Where the pool is exhausted or the server gone, it gives up in time. A question that a
+        blocking driver cannot be kept from asking goes on in its thread; when three of them are
+        unanswered, there is no fourth.
+
+        Args:
+            within: Seconds to wait for the answer.
+        """
+        start = perf_counter()
+        try:
+            answers = await self._ping_within(within)
+            reason = None if answers else f"{self} did not answer within {within:g} s"
+        except DBSessionError as error:
+            answers, reason = False, str(error)
+        latency = perf_counter() - start if answers else None
+        pool = self._sync_engine(self._engine).pool if self._engine is not None else None
+        if not isinstance(pool, QueuePool):
+            return Health(answers, latency, reason, None, None, None)
+        overflow = max(0, pool.overflow())
+        return Health(answers, latency, reason, pool.size(), pool.checkedout(), overflow)
+
     def get_session(self) -> S:
         """The session of this database in the current unit of work.
 
@@ -201,6 +227,9 @@ class Database(ABC, Generic[E, S]):
 
     @abstractmethod
     async def _select_one(self, engine: E) -> None: ...
+
+    @abstractmethod
+    async def _ping_within(self, seconds: float) -> bool: ...
 
     @abstractmethod
     async def _dispose(self, engine: E) -> None: ...

@@ -11,8 +11,8 @@ _logger = logging.getLogger("asgi_dbsession")
 def warn_when_idle(seconds: float = 1) -> Callable[[UnitReport], None]:
     """A function for `DBSessionMiddleware(on_report=...)`, or to be called by yours.
 
-    The logger `asgi_dbsession` warns with the place in the code: an HTTP call inside of a transaction
-    keeps a connection from the other requests, and its locks on its rows.
+    The logger `asgi_dbsession` warns with the place in the code: an HTTP call inside of a
+    transaction keeps a connection from the other requests, and its locks on its rows.
 
     Args:
         seconds: How long a connection may be held without a statement.

@@ -4,17 +4,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter, move_on_after, to_thread
 from sqlalchemy import URL, Engine, create_engine, select
 from sqlalchemy.orm import Session
 from typing_extensions import override
 
 from .database import Database
+from .errors import DatabaseUnavailable
 from .options import AnySession, SessionOptions
 from .session import in_turn, put_in_turn
 from .turn import turn_between_threads
 from .types import Scope
 from .unit_of_work import OpenSession, current_task, current_unit
+
+# How many threads may wait for an answer that nobody waits for any more.
+_MAX_QUESTIONS = 3
 
 
 class SyncDatabase(Database[Engine, AnySession]):
@@ -37,6 +41,7 @@ class SyncDatabase(Database[Engine, AnySession]):
 
     _asynchronous = False
     _engine_class = Engine
+    _questions = 0  # of health checks, not yet answered
 
     def __init__(
         self,
@@ -94,15 +99,41 @@ class SyncDatabase(Database[Engine, AnySession]):
 
     @override
     async def _select_one(self, engine: Engine) -> None:
-        def select_one() -> None:
-            with engine.connect() as connection:
-                connection.execute(select(1))
+        await _run_in_thread(_select_one, engine)
 
-        await _run_in_thread(select_one)
+    @override
+    async def _ping_within(self, seconds: float) -> bool:
+        engine = self.engine
+
+        def ask() -> Exception | None:
+            try:
+                _select_one(engine)
+            except Exception as error:
+                return error
+            finally:
+                self._questions -= 1
+            return None
+
+        if self._questions == _MAX_QUESTIONS:
+            return False
+        self._questions += 1
+        with move_on_after(seconds):
+            error = await to_thread.run_sync(
+                ask, abandon_on_cancel=True, limiter=CapacityLimiter(1)
+            )
+            if error is None:
+                return True
+            raise DatabaseUnavailable(self, self._reason(error)) from error
+        return False
 
     @override
     async def _dispose(self, engine: Engine) -> None:
         await _run_in_thread(engine.dispose)
+
+
+def _select_one(engine: Engine) -> None:
+    with engine.connect() as connection:
+        connection.execute(select(1))
 
 
 async def _run_in_thread(function: Callable[..., None], *args: Any) -> None:

@@ -25,6 +25,7 @@ PUBLIC = {
     "DatabaseNotRunning",
     "DatabaseReport",
     "DatabaseUnavailable",
+    "Health",
     "NoSession",
     "PrematureClose",
     "ServerTimingMiddleware",

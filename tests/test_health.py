@@ -1,0 +1,123 @@
+"""A health check answers soon, whatever has become of the database, and never raises."""
+
+import asyncio
+import dataclasses
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from typing import Any
+
+import pytest
+from conftest import ENTRY, Running, becomes_true, checked_out
+from sqlalchemy import select
+from sqlalchemy.pool import NullPool
+
+from asgi_dbsession import AsyncDatabase, Health, SyncDatabase
+
+pytestmark = pytest.mark.anyio
+
+KINDS = ("sqlite", "asyncpg", "psycopg", "psycopg-sync")
+AnyDatabase = AsyncDatabase[Any] | SyncDatabase[Any]
+
+
+@contextmanager
+def silent_server() -> Iterator[int]:
+    """A port that accepts connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def described(kind: str, port: int) -> AnyDatabase:
+    """A database there, with a password, that need not answer."""
+    url = f"postgresql://app:s3cret@127.0.0.1:{port}/shop"
+    if kind == "psycopg-sync":
+        return SyncDatabase(url, ping_on_startup=False, connect_args={"connect_timeout": 2})
+    return AsyncDatabase(url.replace(":", f"+{kind}:", 1), ping_on_startup=False)
+
+
+async def test_a_database_that_answers_is_well(running: Running) -> None:
+    """With how long that took, and the state of its pool; as JSON, if one likes."""
+    health = await running.database.health(within=30)
+    assert (health.answers, health.reason) == (True, None)
+    assert health.latency is not None
+    assert 0 < health.latency < 30
+    pool: Any = running.database.engine.pool
+    assert (health.pool_size, health.checked_out, health.overflow) == (pool.size(), 0, 0)
+    assert Health(**json.loads(json.dumps(dataclasses.asdict(health)))) == health
+
+
+async def test_an_exhausted_pool_is_told_in_time(running: Running) -> None:
+    """And with its numbers; not after the time-out of the pool. It is well again afterwards."""
+    options: dict[str, Any] = {"pool_size": 1, "max_overflow": 1, "pool_timeout": 600}
+    async with running.real.describe(**options) as database, AsyncExitStack() as held:
+        if isinstance(database, SyncDatabase):
+            with ExitStack() as held_too:
+                for _ in range(2):
+                    held_too.enter_context(database.begin()).execute(select(ENTRY))
+                found = [await database.health(within=0.05) for _ in range(5)]
+        else:
+            for _ in range(2):
+                session = await held.enter_async_context(database.begin())
+                await session.execute(select(ENTRY))
+            found = [await database.health(within=0.05) for _ in range(5)]
+            await held.aclose()
+        assert {each.answers for each in found} == {False}
+        assert found[0].reason == f"{database} did not answer within 0.05 s"
+        assert (found[0].pool_size, found[0].checked_out, found[0].overflow) == (1, 2, 1)
+        await becomes_true(lambda: checked_out(database) == 0)
+        assert (await database.health(within=30)).answers
+
+
+DRIVERS = pytest.mark.parametrize("kind", ["asyncpg", "psycopg", "psycopg-sync"])
+
+
+@DRIVERS
+async def test_a_server_that_is_not_there_is_told(kind: str) -> None:
+    """With the driver's reason, and without the password."""
+    with silent_server() as port:
+        pass
+    async with described(kind, port) as database:
+        health = await database.health(within=30)
+    assert (health.answers, health.latency, health.checked_out) == (False, None, 0)
+    assert health.reason is not None
+    assert "cannot be reached" in health.reason
+    assert "s3cret" not in repr(health)
+
+
+@DRIVERS
+async def test_a_server_that_says_nothing_is_told_in_time(kind: str) -> None:
+    """It accepts connections, and then hangs; many questions make no crowd of connections."""
+    with silent_server() as port:
+        async with described(kind, port) as database:
+            found = [await database.health(within=0.05) for _ in range(5)]
+            assert {each.answers for each in found} == {False}
+            assert "s3cret" not in repr(found)
+            assert checked_out(database) <= 3
+            await becomes_true(lambda: checked_out(database) == 0)
+
+
+async def test_a_question_that_is_cancelled_leaves_nothing(running: Running) -> None:
+    """As where the client of the route hangs up."""
+    task = asyncio.create_task(running.database.health(within=30))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await becomes_true(lambda: checked_out(running.database) == 0)
+
+
+@DRIVERS
+async def test_a_database_that_is_not_running_is_not_well(kind: str) -> None:
+    """It says what to do."""
+    health = await described(kind, 1).health()
+    assert (health.answers, health.pool_size) == (False, None)
+    assert health.reason is not None
+    assert "is not running" in health.reason
+
+
+async def test_a_pool_that_does_not_count_has_no_numbers(running: Running) -> None:
+    """All the rest is as ever."""
+    async with running.real.describe(poolclass=NullPool) as database:
+        health = await database.health(within=30)
+    assert (health.answers, health.pool_size, health.checked_out) == (True, None, None)
