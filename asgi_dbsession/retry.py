@@ -138,13 +138,13 @@ _LISTENERS: dict[str, Callable[..., None]] = {
 
 
 def _is_lost_race(error: Any) -> bool:
+    if error.args and error.args[0] in _MYSQL:  # before its SQLSTATE, which says nothing of 1205
+        return True
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg2's name
     if isinstance(state, str):
         return state.startswith(_ROLLBACK) and state != _UNKNOWN
     sqlite_code = getattr(error, "sqlite_errorcode", None)
-    if isinstance(sqlite_code, int):
-        return sqlite_code & 0xFF == _SQLITE_BUSY
-    return bool(error.args) and error.args[0] in _MYSQL
+    return isinstance(sqlite_code, int) and sqlite_code & 0xFF == _SQLITE_BUSY
 
 
 def _is_success(message: Message) -> bool:

@@ -1,0 +1,731 @@
+"""A request that lost a race in the database is run again, as if it had never been run."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asgi import Exchange, Message, Socket, get, respond
+from conftest import ENTRY, Real, Running, checked_out, real_database
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import DBAPIError
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+
+from asgi_dbsession import (
+    AsyncDatabase,
+    DBSessionMiddleware,
+    TransactionAborted,
+    on_commit,
+    retry,
+    set_rollback,
+)
+
+pytestmark = pytest.mark.anyio
+
+KINDS = ("asyncpg", "psycopg", "psycopg-sync", "asyncmy", "pymysql-sync")
+
+
+async def lose(running: Running, state: str = "40001", number: int = 1213) -> None:
+    """Have the server refuse a statement as if another transaction had won."""
+    if running.real.is_mariadb:
+        refuse = f"SIGNAL SQLSTATE '{state}' SET MYSQL_ERRNO = {number}, MESSAGE_TEXT = 'lost'"
+    else:
+        refuse = f"DO $$ BEGIN RAISE EXCEPTION 'lost' USING ERRCODE = '{state}'; END $$"
+    await running.execute(text(refuse))
+
+
+class Race:
+    """A handler that writes a row, and loses its first races.
+
+    Args:
+        running: Where.
+        losses: How many it loses.
+    """
+
+    def __init__(self, running: Running, losses: int = 1) -> None:
+        self.running = running
+        self.losses = losses
+        self.runs = 0
+
+    async def run(self) -> None:
+        self.runs += 1
+        await self.running.write("kept")
+        if self.runs <= self.losses:
+            await lose(self.running)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.run()
+        await respond(send, 201)
+
+    async def answered(self, scope: Any, receive: Any, send: Any) -> None:
+        """The same in a framework that answers every error itself."""
+        try:
+            await self(scope, receive, send)
+        except Exception as error:
+            await respond(send, 500, type(error).__name__.encode())
+
+
+@pytest.fixture
+async def postgresql(tmp_path: Path) -> AsyncIterator[Running]:
+    """One kind of database is enough for what has nothing to do with databases."""
+    real = real_database("asyncpg", tmp_path)
+    async with real.describe() as database:
+        yield Running(real, database)
+        await real.assert_clean(database)
+    real.reader.dispose()
+
+
+def ours(app: Any, running: Running, attempts: int = 3, **options: Any) -> DBSessionMiddleware:
+    return DBSessionMiddleware(app, running.database, attempts=attempts, **options)
+
+
+# What is a lost race, and where it may be lost
+
+
+async def test_a_lost_race_is_run_again_as_if_it_had_never_been(running: Running) -> None:
+    """What the lost attempts wrote is gone, and the last one is answered."""
+    race = Race(running, losses=2)
+    exchange = await get(ours(race, running))
+    assert (exchange.status, race.runs, running.stored()) == (201, 3, ["kept"])
+
+
+@pytest.mark.parametrize("answers", [False, True])
+async def test_the_last_attempt_reaches_the_client_as_it_is(
+    postgresql: Running, answers: bool
+) -> None:
+    """Its error, or what its framework made of it."""
+    race = Race(postgresql, losses=9)
+    exchange = await get(ours(race.answered if answers else race, postgresql))
+    assert (race.runs, postgresql.stored()) == (3, [])
+    if answers:
+        assert (exchange.status, exchange.body) == (500, b"DBAPIError")
+    else:
+        assert isinstance(exchange.error, DBAPIError)
+        assert exchange.messages == []
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+async def test_it_is_a_choice(postgresql: Running, attempts: int) -> None:
+    """Unless told otherwise, a request has a single run."""
+    race = Race(postgresql)
+    options: dict[str, Any] = {} if attempts == 1 else {"attempts": attempts}
+    exchange = await get(DBSessionMiddleware(race, postgresql.database, **options))
+    assert (race.runs, exchange.status) == ((1, None) if attempts == 1 else (2, 201))
+
+
+@pytest.mark.parametrize(
+    ("state", "number", "runs"),
+    [
+        ("40001", 1213, 2),
+        ("40P01", 1205, 2),
+        ("40000", 1020, 2),
+        ("40003", 1062, 1),  # PostgreSQL: whether COMMIT came through is unknown
+        ("23505", 1048, 1),
+        ("57014", 1317, 1),
+    ],
+)
+async def test_only_a_lost_race_is_run_again(
+    running: Running, state: str, number: int, runs: int
+) -> None:
+    """By the class of its SQLSTATE, or by its number on MariaDB."""
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(1)
+        if len(seen) == 1:
+            sqlstate = "45000" if running.real.is_mariadb else state
+            await lose(running, sqlstate, number)
+        await respond(send)
+
+    await get(ours(app, running))
+    assert len(seen) == runs
+
+
+async def lose_at_commit(running: Running) -> None:
+    """Read what another transaction writes, and write what it has read."""
+    count = select(func.count()).select_from(ENTRY)
+    await running.execute(count)
+    await running.write("mine")
+    with running.real.reader.connect() as other:
+        other.execution_options(isolation_level="SERIALIZABLE")
+        other.execute(count)
+        other.execute(ENTRY.insert().values(note="other"))
+        other.commit()
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "psycopg-sync"])
+async def test_a_race_that_only_commit_can_lose_is_run_again(driver: str, tmp_path: Path) -> None:
+    """PostgreSQL finds out at COMMIT; `on_commit_error` is not asked, functions run once."""
+    real = real_database(driver, tmp_path)
+    runs, asked, called = [], [], []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        runs.append(1)
+        on_commit(lambda: called.append(len(runs)))
+        if len(runs) == 1:
+            await lose_at_commit(running)
+        else:
+            await running.write("mine")
+        await respond(send)
+
+    def ask(error: Exception) -> None:
+        asked.append(error)
+
+    async with real.describe(isolation_level="SERIALIZABLE") as database:
+        running = Running(real, database)
+        exchange = await get(ours(app, running, on_commit_error=ask))
+        assert (exchange.status, len(runs), asked, called) == (200, 2, [], [2])
+        assert real.stored() == ["other", "mine"]
+        await running.assert_clean()
+    real.reader.dispose()
+
+
+async def test_on_commit_error_answers_the_last_attempt(tmp_path: Path) -> None:
+    """It is asked once, and its response is sent."""
+    real = real_database("asyncpg", tmp_path)
+    asked = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with real.reader.begin() as other:
+            other.execute(ENTRY.delete())
+        await lose_at_commit(running)
+        await respond(send)
+
+    def ask(error: Exception) -> Any:
+        asked.append(error)
+        return PlainTextResponse("busy", 409)
+
+    async with real.describe(isolation_level="SERIALIZABLE") as database:
+        running = Running(real, database)
+        exchange = await get(ours(app, running, on_commit_error=ask))
+        assert (exchange.status, exchange.body, len(asked)) == (409, b"busy", 1)
+        await running.assert_clean()
+    real.reader.dispose()
+
+
+async def test_an_error_that_is_swallowed_is_run_again_where_it_cost_the_work(
+    running: Running,
+) -> None:
+    """A success that COMMIT refuses is none; at the last attempt the server hears why."""
+    runs = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        runs.append(1)
+        await running.write("kept")
+        if len(runs) < 3:
+            with pytest.raises(DBAPIError):
+                await lose(running)
+        await respond(send)
+
+    assert isinstance((await get(ours(app, running, attempts=2))).error, TransactionAborted)
+    assert (await get(ours(app, running, attempts=2))).status == 200
+    assert (len(runs), running.stored()) == (3, ["kept"])
+
+
+@pytest.mark.parametrize("writes", [False, True])
+async def test_a_handler_that_gets_over_it_is_not_run_again(
+    postgresql: Running, writes: bool
+) -> None:
+    """Its success is sent, whether it wrote anything or not."""
+    race = Race(postgresql)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with pytest.raises(DBAPIError):
+            await race.run()
+        await postgresql.call("rollback")
+        if writes:
+            await postgresql.write("later")
+        await respond(send, 200)
+
+    assert (await get(ours(app, postgresql))).status == 200
+    assert (race.runs, postgresql.stored()) == (1, ["later"] if writes else [])
+
+
+# When it is not run again
+
+
+async def commit(stack: AsyncExitStack, running: Running) -> None:
+    await running.write("committed")
+    await running.call("commit")
+
+
+async def commit_block(stack: AsyncExitStack, running: Running) -> None:
+    async with running.database.get_session().begin():
+        await running.write("committed")
+
+
+async def commit_own_unit(stack: AsyncExitStack, running: Running) -> None:
+    assert isinstance(running.database, AsyncDatabase)
+    async with running.database.begin() as session:
+        await session.execute(ENTRY.insert().values(note="committed"))
+
+
+async def commit_in_open_unit(stack: AsyncExitStack, running: Running) -> None:
+    assert isinstance(running.database, AsyncDatabase)
+    session = await stack.enter_async_context(running.database.begin())
+    await session.execute(ENTRY.insert().values(note="committed"))
+    await session.commit()
+
+
+async def commit_in_task(stack: AsyncExitStack, running: Running) -> None:
+    await asyncio.create_task(commit_own_unit(stack, running))
+
+
+async def commit_on_engine(stack: AsyncExitStack, running: Running) -> None:
+    assert isinstance(running.database, AsyncDatabase)
+    async with running.database.engine.begin() as connection:
+        await connection.execute(ENTRY.insert().values(note="committed"))
+
+
+@pytest.mark.parametrize("answers", [False, True])
+@pytest.mark.parametrize(
+    "work",
+    [
+        commit,
+        commit_block,
+        commit_own_unit,
+        commit_in_open_unit,
+        commit_in_task,
+        commit_on_engine,
+    ],
+)
+async def test_never_after_the_handler_committed(
+    postgresql: Running, work: Callable[..., Any], answers: bool
+) -> None:
+    """Or that would be done twice."""
+    race = Race(postgresql, losses=9)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            async with AsyncExitStack() as stack:
+                await work(stack, postgresql)
+                await race.run()
+        except DBAPIError:
+            if not answers:
+                raise
+            await respond(send, 500)
+
+    exchange = await get(ours(app, postgresql))
+    assert (race.runs, postgresql.stored()) == (1, ["committed"])
+    assert exchange.status == (500 if answers else None)
+
+
+async def test_a_commit_of_the_handlers_that_lost_is_run_again(tmp_path: Path) -> None:
+    """Nothing was stored by it; and what it then stores is there once."""
+    real = real_database("asyncpg", tmp_path)
+    runs = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        runs.append(1)
+        if len(runs) == 1:
+            await lose_at_commit(running)
+        await running.call("commit")
+        await respond(send)
+
+    async with real.describe(isolation_level="SERIALIZABLE") as database:
+        running = Running(real, database)
+        assert (await get(ours(app, running))).status == 200
+        assert (len(runs), real.stored()) == (2, ["other"])
+        await running.assert_clean()
+    real.reader.dispose()
+
+
+async def test_a_savepoint_that_was_released_is_no_commit(postgresql: Running) -> None:
+    """A savepoint commits nothing: what it holds is lost with the race, and done again."""
+    race = Race(postgresql)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async with postgresql.database.get_session().begin_nested():
+            await postgresql.write("nested")
+        await race.run()
+        await respond(send)
+
+    assert (await get(ours(app, postgresql))).status == 200
+    assert (race.runs, postgresql.stored()) == (2, ["nested", "kept"])
+
+
+@pytest.mark.parametrize("answers", [False, True])
+async def test_never_when_it_was_cancelled(postgresql: Running, answers: bool) -> None:
+    """Also when its framework took that for an error, or the pause is what is cancelled."""
+    race = Race(postgresql, losses=9)
+    lost = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await race.run()
+        except DBAPIError:
+            lost.set()
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                if not answers:
+                    raise
+        await respond(send, 500)
+
+    exchange = Exchange(ours(app, postgresql), "/")
+    task = asyncio.create_task(exchange.run())
+    await lost.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (race.runs, exchange.messages) == (1, [])
+
+
+async def test_a_cancelled_pause_ends_the_request(
+    postgresql: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no other run, and nothing is left of the first."""
+    race = Race(postgresql, losses=9)
+    pausing = asyncio.Event()
+
+    async def pause(_: float) -> None:
+        pausing.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr("anyio.sleep", pause)
+    exchange = Exchange(ours(race, postgresql))
+    task = asyncio.create_task(exchange.run())
+    await pausing.wait()
+    assert checked_out(postgresql.database) == 0
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (race.runs, exchange.messages) == (1, [])
+
+
+async def test_pauses_are_short_and_random(
+    postgresql: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They double, up to a second, with no connection held meanwhile."""
+    longest = []
+
+    def draw(_: float, most: float) -> float:
+        longest.append((most, checked_out(postgresql.database)))
+        return 0
+
+    monkeypatch.setattr("random.uniform", draw)
+    await get(ours(Race(postgresql, losses=99), postgresql, attempts=8))
+    assert longest == [(each, 0) for each in (0.04, 0.08, 0.16, 0.32, 0.64, 1.0, 1.0)]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_never_when_the_client_is_gone(postgresql: Running, when: str) -> None:
+    """Whether that is heard before the lost response would be sent, or while it is withheld."""
+    race = Race(postgresql, losses=9)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        with pytest.raises(DBAPIError):
+            await race.run()
+        try:
+            if when == "before":
+                assert (await receive())["type"] == "http.disconnect"
+            await respond(send, 500)
+        finally:
+            if when == "after":
+                assert (await receive())["type"] == "http.disconnect"
+
+    exchange = Exchange(ours(app, postgresql))
+    exchange.hang_up.set()
+    await exchange.run()  # raises what is no Exception
+    assert (race.runs, exchange.error) == (1, None)
+    assert exchange.status == (500 if when == "before" else None)
+
+
+async def test_never_on_a_socket(postgresql: Running) -> None:
+    """What the peer heard cannot be unheard."""
+    race = Race(postgresql, losses=9)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await race.run()
+
+    socket = await Socket(ours(app, postgresql)).run()
+    assert isinstance(socket.error, DBAPIError)
+    assert race.runs == 1
+
+
+@pytest.mark.parametrize("kind", ["http.response.early_hint", "http.response.push"])
+async def test_never_after_anything_was_sent(postgresql: Running, kind: str) -> None:
+    """Early hints and the like are something."""
+    race = Race(postgresql, losses=9)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": kind, "links": []})
+        await race.answered(scope, receive, send)
+
+    exchange = await get(ours(app, postgresql))
+    assert (race.runs, exchange.status) == (1, 500)
+
+
+async def test_a_race_lost_after_the_start_is_the_servers_to_hear(postgresql: Running) -> None:
+    """A streaming body cannot be begun again; one that was lost before its start is."""
+    race = Race(postgresql, losses=2)
+
+    async def stream(request: Request) -> Response:
+        if race.runs == 0:
+            await race.run()
+
+        async def body() -> AsyncIterator[bytes]:
+            yield b"begun"
+            await race.run()
+
+        return StreamingResponse(body())
+
+    app = ours(Starlette(routes=[Route("/", stream)]), postgresql)
+    exchange = await get(app)
+    assert (exchange.status, exchange.body, exchange.complete) == (200, b"begun", False)
+    assert isinstance(exchange.error, DBAPIError)
+    assert (race.runs, postgresql.stored()) == (2, [])
+
+
+async def test_background_work_of_a_lost_attempt_never_runs(postgresql: Running) -> None:
+    """Not that of the response which COMMIT refused, nor that of an error's."""
+    race = Race(postgresql)
+    done: list[Any] = []
+
+    def handle(request: Request, error: Exception) -> Response:
+        return PlainTextResponse("", 500, background=BackgroundTask(done.append, "error"))
+
+    async def handler(request: Request) -> Response:
+        await race.run()
+        return PlainTextResponse("", background=BackgroundTask(done.append, race.runs))
+
+    app = Starlette(routes=[Route("/", handler)], exception_handlers={DBAPIError: handle})
+    assert (await get(ours(app, postgresql))).status == 200
+    assert done == [2]
+
+
+# What another attempt begins with
+
+
+class Sender:
+    """A client whose body comes in many messages."""
+
+    def __init__(self, *parts: bytes) -> None:
+        self.parts = list(parts)
+        self.sent: list[Message] = []
+        self.gone = asyncio.Event()
+
+    async def receive(self) -> Message:
+        if self.parts:
+            part = self.parts.pop(0)
+            return {"type": "http.request", "body": part, "more_body": bool(self.parts)}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    async def ask(self, app: Any) -> None:
+        await app({"type": "http", "headers": []}, self.receive, self.send)
+
+
+async def read(receive: Any, messages: int = 99) -> bytes:
+    body = b""
+    for _ in range(messages):
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            break
+    return body
+
+
+@pytest.mark.parametrize("at_first", [0, 1, 3, 99])
+async def test_each_attempt_receives_the_whole_body(postgresql: Running, at_first: int) -> None:
+    """In however many messages it came, and however much of it the first one had read."""
+    race, bodies = Race(postgresql), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body = await read(receive, 99 if race.runs else at_first)
+        await race.run()
+        bodies.append(body)
+        await respond(send)
+
+    await Sender(*(b"%d," % each for each in range(50))).ask(ours(app, postgresql))
+    assert bodies == [b"".join(b"%d," % each for each in range(50))]
+    assert race.runs == 2
+
+
+@pytest.mark.parametrize(("more", "runs"), [(0, 2), (1, 1)])
+async def test_a_body_over_the_limit_is_served_whole_once(
+    postgresql: Running, more: int, runs: int
+) -> None:
+    """One of a byte less is kept, and can be served again."""
+    race, sizes = Race(postgresql), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sizes.append(len(await read(receive)))
+        await race.answered(scope, receive, send)
+
+    half = retry.BODY_LIMIT // 2
+    await Sender(b"x" * half, b"y" * half, b"z" * more).ask(ours(app, postgresql))
+    assert sizes == [retry.BODY_LIMIT + more] * runs
+
+
+async def test_another_attempt_hears_of_the_client_that_leaves(postgresql: Running) -> None:
+    """Behind the body that is handed out again, `receive` goes on where it was."""
+    race, heard = Race(postgresql), []
+    sender = Sender(b"body")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        heard.append((await receive())["type"])
+        await race.run()
+        sender.gone.set()
+        heard.append((await receive())["type"])
+
+    await sender.ask(ours(app, postgresql))
+    assert heard == ["http.request", "http.request", "http.disconnect"]
+
+
+async def test_what_listens_for_the_client_may_be_cut_off(postgresql: Running) -> None:
+    """A framework that waits for the client to leave does so in each attempt."""
+    race, bodies = Race(postgresql), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body = await read(receive)
+        async with asyncio.TaskGroup() as group:
+            listener = group.create_task(receive())
+            await asyncio.sleep(0)
+            await race.run()
+            listener.cancel()
+        bodies.append(body)
+        await respond(send)
+
+    sender = Sender(b"one", b"two")
+    await sender.ask(ours(app, postgresql))
+    assert (race.runs, bodies) == (2, [b"onetwo"])
+    assert sender.sent[0]["status"] == 200
+
+
+async def test_each_attempt_has_the_scope_as_it_came(postgresql: Running) -> None:
+    """Whatever it changes there; middleware further out sees what the last one made of it."""
+    race, seen = Race(postgresql), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope["path"], dict(scope["state"]), list(scope["headers"]), "route" in scope))
+        scope["path"] = "/changed"
+        scope["route"] = race.runs
+        scope["state"]["user"] = race.runs
+        scope["headers"].append((b"x-run", b"%d" % race.runs))
+        await race(scope, receive, send)
+
+    inner = ours(app, postgresql)
+    state: dict[str, Any] = {"client": "kept"}
+    scope: dict[str, Any] = {}
+
+    async def outer(given: Any, receive: Any, send: Any) -> None:
+        scope.update(given, state=state, headers=[])
+        await inner(scope, receive, send)
+
+    await get(outer)
+    assert seen == [("/", {"client": "kept"}, [], False)] * 2
+    assert (scope["path"], scope["route"], scope["state"]) == ("/changed", 1, state)
+    assert state == {"client": "kept", "user": 1}
+
+
+current_user: ContextVar[str | None] = ContextVar("current_user", default=None)
+
+
+async def test_each_attempt_has_the_context_as_it_came(postgresql: Running) -> None:
+    """Nothing that the one before put there: an object of a session that is closed, say."""
+    race, seen = Race(postgresql, losses=2), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(current_user.get())
+        current_user.set(f"of run {race.runs}")
+        await race(scope, receive, send)
+
+    token = current_user.set("outer")
+    assert (await get(ours(app, postgresql))).status == 201
+    current_user.reset(token)
+    assert seen == ["outer"] * 3
+
+
+async def test_each_attempt_has_a_session_and_a_say_of_its_own(postgresql: Running) -> None:
+    """`set_rollback` and `on_commit` of a lost one are forgotten."""
+    race, sessions, called = Race(postgresql), [], []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sessions.append(postgresql.database.get_session())
+        if race.runs == 0:
+            set_rollback(True)
+        on_commit(lambda: called.append("called"))
+        await race(scope, receive, send)
+
+    await get(ours(app, postgresql))
+    assert sessions[0] is not sessions[1]
+    assert (postgresql.stored(), called) == (["kept"], ["called"])
+
+
+# Among other middleware
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_the_outermost_middleware_runs_a_mounted_application_again(
+    postgresql: Running, tmp_path: Path, shared: bool
+) -> None:
+    """What the inner one has to say about attempts does not multiply them."""
+    race = Race(postgresql, losses=9)
+    database = AsyncDatabase(f"sqlite:///{tmp_path / 'inner.db'}")
+
+    async def handler(request: Request) -> Response:
+        await race.run()
+        return PlainTextResponse("")
+
+    async with database:
+        inner = Starlette(routes=[Route("/", handler)])
+        inner.add_middleware(
+            DBSessionMiddleware, postgresql.database if shared else database, attempts=5
+        )
+        exchange = await get(ours(Starlette(routes=[Mount("/", inner)]), postgresql), "/")
+    assert isinstance(exchange.error, DBAPIError)
+    assert race.runs == 3
+
+
+async def test_never_after_a_commit_below_a_mount(postgresql: Running, tmp_path: Path) -> None:
+    """Also where the database is one of the inner middleware's own."""
+    real = real_database("sqlite", tmp_path)
+    race = Race(postgresql, losses=9)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await inner_running.write("committed")
+        await inner_running.call("commit")
+        await race.answered(scope, receive, send)
+
+    async with real.describe() as database:
+        inner_running = Running(real, database)
+        exchange = await get(ours(DBSessionMiddleware(app, database), postgresql))
+    assert (race.runs, exchange.status, real.stored()) == (1, 500, ["committed"])
+    real.reader.dispose()
+
+
+async def test_never_after_one_of_several_databases_was_committed(
+    postgresql: Running, tmp_path: Path
+) -> None:
+    """The first can have been stored when COMMIT of the second loses its race."""
+    real: Real = real_database("sqlite", tmp_path)
+    runs = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        runs.append(1)
+        await first.write("committed")
+        await lose_at_commit(second)
+        await respond(send)
+
+    async with (
+        real.describe() as database,
+        postgresql.real.describe(isolation_level="SERIALIZABLE") as serializable,
+    ):
+        first, second = Running(real, database), Running(postgresql.real, serializable)
+        exchange = await get(DBSessionMiddleware(app, database, serializable, attempts=3))
+        assert isinstance(exchange.error, DBAPIError)
+    assert (runs, real.stored(), postgresql.stored()) == ([1], ["committed"], ["other"])
+    real.reader.dispose()
