@@ -18,6 +18,7 @@ from .report import UnitReport
 from .reported_unit import ReportedUnit
 from .retry import serve_until_won, watch_races, will_run_again
 from .sync_database import SyncDatabase
+from .two_phases import refuse_one_phase
 from .types import ASGIApp, Receive, Scope, Send
 from .unit_of_work import UnitOfWork, current_unit
 
@@ -98,6 +99,8 @@ class DBSessionMiddleware:
         self.two_phase: bool = two_phase
         self.on_report: Callable[[UnitReport], object] | None = on_report
         self._begin_unit: _BeginUnit = UnitOfWork
+        for database in self.databases if two_phase else ():
+            refuse_one_phase(database, database.url)
         if len(set(self.databases)) < len(self.databases):
             raise ConfigurationError(f"The same database was given twice: {self.databases}.")
         functions = {

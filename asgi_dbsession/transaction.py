@@ -14,6 +14,7 @@ from .completion import run_to_completion
 from .errors import TransactionAborted
 from .session import SessionInTurn
 from .turn import Turn
+from .two_phases import is_in_doubt
 from .url import without_secrets
 
 # Transactions in which a statement failed: what it said, and whether the database then rolled all
@@ -52,18 +53,24 @@ def close_at_once(session: Session, turn: Turn) -> bool:
 def begin_end(session: Session, turn: Turn) -> None:
     """Do what can fail before COMMIT: flush, and prepare what is in two phases.
 
-    The turn is kept, whatever happens: `end` must follow.
+    The turn is kept until `end` is called; where this fails, all is rolled back, and it is not.
 
     Raises:
         TransactionAborted: An error was swallowed that had aborted the transaction.
         Exception: Whatever flush and PREPARE raised.
     """
     turn.take_to_end()
-    if session.twophase:
-        session.prepare()
-    else:
-        _refuse_if_aborted(session)
-        session.flush()
+    try:
+        # What SQLAlchemy's own COMMIT does first. `Session.prepare` would be the public way, but is
+        # for two phases only, and refuses open savepoints.
+        (session.get_transaction() or session.begin())._prepare_impl()
+    except BaseException:
+        try:
+            _roll_back(session)
+        finally:
+            turn.give()
+        raise
+    turn.keep()
 
 
 def end(session: Session, turn: Turn, commit: bool, close: bool, begun: bool = False) -> None:
@@ -76,7 +83,7 @@ def end(session: Session, turn: Turn, commit: bool, close: bool, begun: bool = F
         turn: The turn on that session.
         commit: False rolls back.
         close: Ends the session for good.
-        begun: Whether `begin_end` was called.
+        begun: Whether `begin_end` has been called, and kept the turn.
 
     Raises:
         TransactionAborted: An error was swallowed that had aborted the transaction.
@@ -88,7 +95,7 @@ def end(session: Session, turn: Turn, commit: bool, close: bool, begun: bool = F
         turn.take_to_end()
     try:
         if commit:
-            _commit(session)
+            _commit(session, alone=not begun)
         else:
             _roll_back(session)
     finally:
@@ -114,7 +121,11 @@ def _is_unfinished(session: Session, turn: Turn) -> bool:
     )
 
 
-def _commit(session: Session) -> None:
+def _commit(session: Session, *, alone: bool) -> None:
+    two_phase = session.twophase
+    if alone and len(_open_connections(session)) == 1:
+        # Nobody to agree with: in one phase it is stored sooner, and nothing can be left in doubt.
+        session.twophase = False
     try:
         session.commit()
     except BaseException:
@@ -122,6 +133,8 @@ def _commit(session: Session) -> None:
         # (SQLite): the next request would see rows that do not exist.
         _roll_back(session)
         raise
+    finally:
+        session.twophase = two_phase
 
 
 def _roll_back(session: Session) -> None:
@@ -155,6 +168,11 @@ def _note_failure(context: ExceptionContext) -> None:
     transaction = connection.get_transaction()
     if transaction is None:
         return
+    if is_in_doubt(transaction) or (context.statement or "").startswith("XA "):
+        # Only without its connection can others decide on it, or MariaDB forget it.
+        context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = False
+        return
     said = " ".join(str(context.original_exception).split())
     if _undoes_everything(connection, context.original_exception):
         _failed[transaction] = said, True
@@ -186,6 +204,10 @@ def _remember_connection(
 ) -> None:
     held = [each for each in session._connections if not each.closed and each is not connection]
     session._connections = (*held, connection)
+
+
+def _open_connections(session: Session) -> list[Connection]:
+    return [each for each in getattr(session, "_connections", ()) if not each.closed]
 
 
 def _refuse_if_aborted(session: Session) -> None:

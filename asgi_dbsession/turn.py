@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import ContextVar
 from threading import Lock, get_ident
 
 from sqlalchemy.util import await_only
@@ -13,6 +14,9 @@ from .errors import ConcurrentUse, ConfigurationError, SessionClosed
 _reserving = Lock()
 
 _SEVERAL = object()
+
+# What ends several sessions together, in several threads perhaps: it may not wait for itself.
+current_end: ContextVar[object] = ContextVar("asgi_dbsession.end", default=None)
 
 
 class Turn:
@@ -90,6 +94,8 @@ class Turn:
         if self._holder == caller:
             return False
         while not self._claim(caller):
+            if self._ending is not None and self._ending is current_end.get():
+                return False  # a listener of another session that ends; SQLAlchemy will refuse it
             if self._ending is not None:
                 self._wait_for_release()
             elif self._claim(caller):  # what was in the way was an end, and is done by now
@@ -121,8 +127,12 @@ class Turn:
                 self._wake()
             raise
 
+    def keep(self) -> None:
+        """Let whoever goes on with `current_end` have the turn, whichever thread he is in."""
+        self._holder = self._ending = current_end.get()
+
     def go_on_ending(self) -> None:
-        """Take over, for the same unit of work, an end that was begun in another thread or task."""
+        """Go on with an end that was begun, and whose turn was kept."""
         self._holder = self._ending = self._caller()
 
     def take_to_end_if_free(self) -> bool:

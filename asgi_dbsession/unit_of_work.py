@@ -13,7 +13,8 @@ from .after_commit import AfterCommit, Function, call_all, is_in_thread
 from .completion import run_to_completion
 from .errors import ConfigurationError, NoSession, SessionClosed, Unwound
 from .transaction import begin_end, close_at_once, end, has_work
-from .turn import Turn
+from .turn import Turn, current_end
+from .two_phases import note_decision, note_doubt, prepared
 from .types import Scope
 
 S = TypeVar("S")
@@ -200,21 +201,22 @@ class UnitOfWork:
         self, working: list[OpenSession[Any]], *, commit: bool, close: bool
     ) -> None:
         stored = self._stored() if self.after_commit else []
-        failure, begun = None, 0
-        if commit and len(working) > 1:
-            failure, begun = await _begin_each(working)
-        for number, opened in enumerate(working):
-            go_on = commit and failure is None
+        failure: BaseException | None = None
+        if len(working) > 1:
+            failure = await _end_together(working, commit=commit, close=close)
+        elif working:
+            (opened,) = working
             try:
-                await opened.run(end, opened.orm, opened.turn, go_on, close, number < begun)
+                await opened.run(end, opened.orm, opened.turn, commit, close)
             except Exception as error:
-                failure = failure or error
+                failure = error
         if self.after_commit:
             stored = self._stored(also_now=True) if commit and failure is None else stored
             self.after_commit = ()
             await call_all(stored)
-        if failure is not None:
+        if isinstance(failure, Exception):
             self.failure = failure
+        if failure is not None:
             raise failure
 
     def _stored(self, *, also_now: bool = False) -> list[AfterCommit]:
@@ -225,14 +227,46 @@ class UnitOfWork:
         ]
 
 
-async def _begin_each(working: list[OpenSession[Any]]) -> tuple[Exception | None, int]:
-    """Have all fail, if one must, before the first is committed; how many were begun."""
+async def _end_together(
+    working: list[OpenSession[Any]], *, commit: bool, close: bool
+) -> BaseException | None:
+    """End them in order; what failed first.
+
+    A COMMIT that fails rolls back those after it; but where all are prepared, it is decided: each
+    can only be committed, be it by another hand.
+    """
+    begun, failure = await _begin_each(working) if commit else (0, None)
+    # Its own thread may still be at it, or else it has rolled back.
+    interrupted = begun if failure and not isinstance(failure, Exception) else None
+    decided = bool(begun) and not failure and all(each.orm.twophase for each in working)
+    transactions = [prepared(each.orm) for each in working] if decided else []
+    if decided:
+        note_decision(transactions)
     for number, opened in enumerate(working):
+        if number == interrupted:
+            continue
+        go_on = decided or (commit and failure is None)
         try:
-            await opened.run(begin_end, opened.orm, opened.turn)
-        except Exception as error:
-            return error, number + 1
-    return None, len(working)
+            await opened.run(end, opened.orm, opened.turn, go_on, close, number < begun)
+        except BaseException as error:
+            failure = failure or error
+            if decided:
+                note_doubt(transactions[number], error)
+    return failure
+
+
+async def _begin_each(working: list[OpenSession[Any]]) -> tuple[int, BaseException | None]:
+    """Have all fail, if one must, before the first is committed; how many were begun."""
+    token = current_end.set(working)
+    try:
+        for number, opened in enumerate(working):
+            try:
+                await opened.run(begin_end, opened.orm, opened.turn)
+            except BaseException as error:
+                return number, error
+        return len(working), None
+    finally:
+        current_end.reset(token)
 
 
 current_unit: ContextVar[UnitOfWork | None] = ContextVar("asgi_dbsession", default=None)

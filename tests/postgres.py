@@ -20,7 +20,12 @@ def server() -> PostgresServer:
     """Start it once per process; it stops, and its data goes, with the process."""
     folder = tempfile.mkdtemp(prefix="pg-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return get_server(Path(folder), cleanup_mode="stop")
+    made = get_server(Path(folder), cleanup_mode="stop", start=False)
+    made.ensure_pgdata_inited()
+    with (made.pgdata / "postgresql.conf").open("a") as settings:
+        settings.write("max_prepared_transactions = 20\n")  # for transactions in two phases
+    made.start()
+    return made
 
 
 def administrator_url() -> URL:

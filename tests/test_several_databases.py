@@ -1,0 +1,334 @@
+"""Several databases in one request are stored all together, as far as that can be promised."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asgi import Exchange, Message, get, respond
+from conftest import ENTRY, Real, Running, becomes_true, real_database
+from several import Entry, Several, engine_of, in_session, orm, several_databases
+from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError, InvalidRequestError, OperationalError
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+from test_cancellation import run_and_cancel
+
+from asgi_dbsession import DBSessionMiddleware, on_commit, set_rollback
+
+pytestmark = pytest.mark.anyio
+
+KINDS = (
+    "asyncpg + asyncmy + sqlite",
+    "psycopg-sync + pymysql-sync + sqlite-sync",
+    "sqlite-sync + asyncpg + pymysql-sync",
+    "asyncmy + sqlite + psycopg-sync",
+)
+
+
+@pytest.fixture(params=KINDS)
+async def several(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Several]:
+    """Three databases of three kinds, async and sync mixed."""
+    async with several_databases(request.param, tmp_path) as databases:
+        yield databases
+
+
+async def test_all_are_flushed_and_then_committed_in_order(several: Several) -> None:
+    """Before the client hears of it, each in its turn as declared."""
+    done: list[Any] = []
+    for number, running in enumerate(several.each):
+        event.listen(engine_of(running), "commit", lambda _, n=number: done.append(("commit", n)))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.write("written")
+        await several.add("added")
+        for number, running in enumerate(several.each):
+            event.listen(
+                orm(running), "after_flush", lambda *_, n=number: done.append(("flush", n))
+            )
+        on_commit(lambda: done.append(("followed up", several.stored())))
+        await respond(send)
+
+    def look(message: Message) -> None:
+        done.append((message["type"], several.stored()))
+
+    await get(DBSessionMiddleware(app, *several.databases), on_message=look)
+    stored = [["written", "added"]] * 3
+    assert done == [
+        *(("flush", number) for number in range(3)),
+        *(("commit", number) for number in range(3)),
+        ("followed up", stored),
+        ("http.response.start", stored),
+        ("http.response.body", stored),
+    ]
+
+
+@pytest.mark.parametrize("when", ["handler", "background"])
+@pytest.mark.parametrize("number", range(3))
+async def test_a_flush_that_fails_fails_before_anything_is_stored(
+    several: Several, number: int, when: str
+) -> None:
+    """Whichever of them it is, in whichever part of the request."""
+    done: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if when == "background":
+            await respond(send)
+        await several.write("lost")
+        await several.add("added")
+        await in_session(several.each[number], lambda session: session.add(Entry("lost")))
+        on_commit(lambda: done.append("called"))
+        if when == "handler":
+            await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, *several.databases))
+    assert isinstance(exchange.error, IntegrityError)
+    assert exchange.complete == (when == "background")
+    assert (several.stored(), done) == ([[], [], []], [])
+
+
+@pytest.mark.parametrize("end", ["status", "set_rollback", "exception"])
+async def test_all_are_rolled_back_together(several: Several, end: str) -> None:
+    """Whatever decides it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.write("lost")
+        await several.add("added")
+        set_rollback(True) if end == "set_rollback" else None
+        if end == "exception":
+            raise LookupError
+        await respond(send, 404 if end == "status" else 200)
+
+    await get(DBSessionMiddleware(app, *several.databases))
+    assert several.stored() == [[], [], []]
+
+
+async def test_a_listener_of_before_commit_has_its_say_before_anything_is_stored(
+    several: Several,
+) -> None:
+    """It is called once, may add what is stored with the rest, and may refuse."""
+    called = []
+
+    def note(session: Session, *, path: str) -> None:
+        called.append(session)
+        session.add(Entry("by listener"))
+        if path == "/refused" and len(called) == 3:
+            raise LookupError
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.write("kept")
+        for running in several.each:
+            event.listen(orm(running), "before_commit", partial(note, path=scope["path"]))
+        await respond(send)
+
+    middleware = DBSessionMiddleware(app, *several.databases)
+    refused = await get(middleware, "/refused")
+    assert isinstance(refused.error, LookupError)
+    assert several.stored() == [[], [], []]
+    called.clear()
+    assert (await get(middleware)).status == 200
+    assert several.stored() == [["kept", "by listener"]] * 3
+    assert len(called) == 3
+
+
+@pytest.mark.parametrize("kinds", ["asyncpg + sqlite", "psycopg-sync + sqlite-sync"])
+async def test_a_listener_that_comes_too_late_for_another_session_is_told(
+    tmp_path: Path, kinds: str
+) -> None:
+    """What is flushed cannot take up more; the error comes before anything is stored."""
+    async with several_databases(kinds, tmp_path) as several:
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await several.write("lost")
+            early, late = map(orm, several.each)
+            insert = ENTRY.insert().values(note="too late")
+            event.listen(late, "before_commit", lambda _: early.execute(insert))
+            await respond(send)
+
+        exchange = await get(DBSessionMiddleware(app, *several.databases))
+        assert isinstance(exchange.error, InvalidRequestError)
+        assert several.stored() == [[], []]
+
+
+async def test_a_savepoint_that_nobody_closed_is_stored_with_the_rest(several: Several) -> None:
+    """As with one database."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.write("before")
+        for running in several.each:
+            await in_session(running, lambda session: session.begin_nested())
+        await several.add("inside")
+        await respond(send)
+
+    assert (await get(DBSessionMiddleware(app, *several.databases))).error is None
+    assert several.stored() == [["before", "inside"]] * 3
+
+
+async def test_a_commit_that_fails_leaves_what_was_committed_before_it(tmp_path: Path) -> None:
+    """This is what remains: those before it stay, those after it are rolled back."""
+    done: list[str] = []
+    async with several_databases("asyncmy + sqlite + psycopg-sync", tmp_path) as several:
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await several.write("half")
+            await several.each[1].doom()
+            on_commit(lambda: done.append("called"))
+            await respond(send)
+
+        exchange = await get(DBSessionMiddleware(app, *several.databases))
+        assert isinstance(exchange.error, IntegrityError)
+        assert (exchange.messages, done) == ([], [])
+        assert several.stored() == [["half"], [], []]
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    ["asyncpg + asyncmy", "sqlite + asyncpg", "psycopg-sync + asyncmy", "pymysql-sync + sqlite"],
+)
+async def test_no_operation_comes_between_flush_and_commit(tmp_path: Path, kinds: str) -> None:
+    """One of another task waits until all is over, and belongs to what follows."""
+    between, go = asyncio.Event(), asyncio.Event()
+    stored: list[Any] = []
+    tasks = []
+    async with several_databases(kinds, tmp_path) as several:
+        early, late = several.each
+
+        def wait(*_: Any) -> None:
+            between.set()
+            await_only(go.wait())
+
+        async def other() -> None:
+            await between.wait()
+            writing = asyncio.create_task(early.write("late"))
+            done, _ = await asyncio.wait([writing], timeout=0.1)
+            stored.append(done)
+            go.set()
+            await writing
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await several.add("kept")
+            event.listen(orm(late), "before_flush", wait, once=True)
+            tasks.append(asyncio.create_task(other()))
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await tasks[0]
+            await send({"type": "http.response.body"})
+
+        def look(message: Message) -> None:
+            stored.append(several.stored())
+
+        exchange = await get(DBSessionMiddleware(app, *several.databases), on_message=look)
+        assert exchange.error is None
+        assert stored[:2] == [set(), [["kept"], ["kept"]]]
+        assert several.stored() == [["kept", "late"], ["kept"]]
+
+
+@pytest.mark.parametrize("way", ["native", "native twice", "anyio"])
+@pytest.mark.parametrize("kinds", ["asyncpg + pymysql-sync", "psycopg-sync + asyncmy"])
+async def test_cancelled_at_any_await_it_is_all_or_nothing(
+    tmp_path: Path, kinds: str, way: str
+) -> None:
+    """Every await of a request in turn: stored in both or in none, and nothing is left held."""
+    async with several_databases(kinds, tmp_path) as several:
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await several.add(scope["path"])
+            await respond(send)
+
+        middleware = DBSessionMiddleware(app, *several.databases)
+        at, reached = 0, True
+        while reached:
+            at += 1
+            exchange = Exchange(middleware, f"/{at}")
+            reached, _ = await run_and_cancel(several.each[0], exchange, at, way)
+            await several.assert_clean()
+            first, second = several.stored()
+            assert first == second
+            assert f"/{at}" in first or exchange.status is None
+        assert f"/{at}" in first
+        assert at > 6
+
+
+def test_an_end_cancelled_with_its_loop_rolls_all_of_them_back(tmp_path: Path) -> None:
+    """A server that gives up in the middle of a flush leaves no transaction open."""
+    waiting, first = real_database("asyncpg", tmp_path), real_database("sqlite-sync", tmp_path)
+    third = real_database("pymysql-sync", tmp_path)
+    reals = (first, waiting, third)
+    databases = [real.describe() for real in reals]
+    requests: list[asyncio.Task[Exchange]] = []
+
+    async def serve() -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            for each in map(Running, reals, databases):
+                await in_session(each, lambda session: session.add(Entry("lost")))
+            await respond(send)
+
+        for database in databases:
+            await database.startup()
+        requests.append(asyncio.create_task(get(DBSessionMiddleware(app, *databases))))
+        await becomes_true(lambda: is_blocked(waiting))
+
+    with waiting.reader.connect() as connection:
+        connection.execute(text("LOCK TABLE entry"))
+        asyncio.run(serve())  # cancels what is left, and waits for it
+        assert requests[0].done()
+    assert [real.stored() for real in reals] == [[], [], []]
+    for database in (databases[0], databases[2]):
+        asyncio.run(database.shutdown())
+    asyncio.run(becomes_true(lambda: not any(real.open_transactions() for real in reals)))
+    for real in reals:
+        real.reader.dispose()
+
+
+def is_blocked(real: Real) -> bool:
+    """Whether someone waits for a lock."""
+    with real.reader.connect() as connection:
+        return bool(connection.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")))
+
+
+@pytest.mark.parametrize("kinds", ["asyncpg + sqlite", "sqlite + asyncpg"])
+async def test_a_race_lost_at_commit_runs_again_unless_another_was_committed(
+    tmp_path: Path, kinds: str
+) -> None:
+    """What is stored on one database must not be stored twice, so then the loss is an error."""
+    runs = []
+    async with several_databases(kinds, tmp_path) as several:
+        (sqlite,) = (each for each in several.each if each.real.is_sqlite)
+        reader = sqlite.real.reader.connect()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            runs.append(scope)
+            if len(runs) == 2:
+                reader.close()
+            await sqlite.execute(text("PRAGMA busy_timeout = 0"))
+            await several.write("once")
+            await respond(send)
+
+        with reader:
+            reader.exec_driver_sql("BEGIN")
+            reader.exec_driver_sql("SELECT * FROM entry").all()  # COMMIT has to wait for it
+            middleware = DBSessionMiddleware(app, *several.databases, attempts=3)
+            exchange = await get(middleware)
+        if several.each[0] is sqlite:
+            assert (len(runs), exchange.status) == (2, 200)
+            assert several.stored() == [["once"], ["once"]]
+        else:
+            assert len(runs) == 1
+            assert isinstance(exchange.error, OperationalError)
+            assert several.stored() == [["once"], []]
+
+
+async def test_one_that_was_not_used_is_left_alone(several: Several) -> None:
+    """No connection, no COMMIT."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.each[1].execute(ENTRY.insert().values(note="kept"))
+        for each in several.databases:
+            each.get_session()
+        await respond(send)
+
+    for running in (several.each[0], several.each[2]):
+        event.listen(engine_of(running), "checkout", lambda *_: pytest.fail("it was used"))
+    await get(DBSessionMiddleware(app, *several.databases))
+    assert several.stored() == [[], ["kept"], []]
