@@ -1,19 +1,24 @@
 """What an application wants done once its work is stored."""
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from asyncio import CancelledError
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from inspect import isawaitable
 from typing import TypeAlias
 
-from anyio import to_thread
+from anyio import get_current_task, to_thread
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
+
+from .session import SessionInTurn
 
 Function: TypeAlias = Callable[[], object] | Callable[[], Awaitable[object]]
 
 _logger = logging.getLogger("asgi_dbsession")
+
+# Where a session keeps what follows it.
+_FOLLOWERS = "_followers"
 
 
 @dataclass(slots=True, eq=False)
@@ -25,65 +30,97 @@ class AfterCommit:
         in_thread: Whether it was given from a worker thread, and so is called in one.
 
     Attributes:
-        is_stored: Whether the work was committed, be it by the application itself.
-        is_undone: Whether the work was rolled back, be it only to a savepoint.
+        is_stored: Whether all of the work was committed, be it by the application itself.
+        is_undone: Whether any of the work was rolled back, be it only to a savepoint.
     """
 
     function: Function
     in_thread: bool
     is_stored: bool = False
     is_undone: bool = False
+    _sessions: list[Session] = field(default_factory=list)
+    _pending: set[Session] = field(default_factory=set)
     _transactions: set[SessionTransaction] = field(default_factory=set)
 
     def follow(self, session: Session) -> None:
         """Learn what becomes of the transaction, and the savepoints, that the session is in."""
+        if session.in_transaction():
+            self._pending.add(session)
         transaction = session.get_nested_transaction() or session.get_transaction()
         while transaction is not None:
             self._transactions.add(transaction)
             transaction = transaction.parent
-        event.listen(session, "after_commit", self._note_commit)
-        event.listen(session, "after_soft_rollback", self._note_rollback)
+        self._sessions.append(session)
+        vars(session).setdefault(_FOLLOWERS, []).append(self)
 
-    def _note_commit(self, session: Session) -> None:
-        if not session.in_nested_transaction():  # it is told of savepoints too
-            self.is_stored = self.is_stored or not self.is_undone
+    def forget(self) -> None:
+        """Let go of the sessions; otherwise they would wait for the garbage collector."""
+        for session in self._sessions:
+            vars(session)[_FOLLOWERS].remove(self)
+        self._sessions.clear()
+        self._pending.clear()
+        self._transactions.clear()
 
-    def _note_rollback(self, _session: Session, transaction: SessionTransaction) -> None:
+    def note_commit(self, session: Session) -> None:
+        """What that session has done is stored."""
+        self._pending.discard(session)
+        self.is_stored = self.is_stored or not (self._pending or self.is_undone)
+
+    def note_rollback(self, transaction: SessionTransaction) -> None:
+        """What was done in that transaction, or savepoint, is gone."""
         if transaction in self._transactions or transaction.parent is None:
             self.is_undone = not self.is_stored
 
-    async def call(self) -> None:
-        """Call it; what it raises is logged, for nothing can undo the COMMIT."""
+    async def call(self) -> bool:
+        """Call it; what it raises is logged, for nothing can undo the COMMIT.
+
+        Returns:
+            Whether it did what it should.
+        """
         try:
             result = await to_thread.run_sync(self.function) if self.in_thread else self.function()
             if isawaitable(result):
                 await result
-        except Exception as error:
-            self._report(error)
+        except (Exception, CancelledError) as error:  # of a task of its own: this one completes
+            self.report(error)
+            return False
+        return True
 
-    def call_blocking(self) -> None:
+    def call_blocking(self) -> bool:
         """The same on the calling thread."""
         try:
             self.function()
         except Exception as error:
-            self._report(error)
+            self.report(error)
+            return False
+        return True
 
-    def _report(self, error: Exception) -> None:
+    def report(self, error: BaseException) -> None:
+        """Log what it raised."""
         _logger.error(
             "%r failed after COMMIT; what was committed stays.", self.function, exc_info=error
         )
 
 
-async def call_all(functions: Iterable[AfterCommit]) -> None:
-    """Call them in order, each although one before it failed."""
-    for each in functions:
-        await each.call()
-
-
 def is_in_thread() -> bool:
     """Whether the caller runs in a worker thread of the event loop."""
     try:
-        asyncio.get_running_loop()
+        get_current_task()
     except RuntimeError:
         return True
     return False
+
+
+def _note_commit(session: Session) -> None:
+    if not session.in_nested_transaction():  # it is told of savepoints too
+        for each in vars(session).get(_FOLLOWERS, ()):
+            each.note_commit(session)
+
+
+def _note_rollback(session: Session, transaction: SessionTransaction) -> None:
+    for each in vars(session).get(_FOLLOWERS, ()):
+        each.note_rollback(transaction)
+
+
+event.listen(SessionInTurn, "after_commit", _note_commit)
+event.listen(SessionInTurn, "after_soft_rollback", _note_rollback)

@@ -15,7 +15,7 @@ _reserving = Lock()
 
 _SEVERAL = object()
 
-# What ends several sessions together, in several threads perhaps: it may not wait for itself.
+# What ends sessions together, in several threads perhaps: it must not wait for itself.
 current_end: ContextVar[object] = ContextVar("asgi_dbsession.end", default=None)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from sqlalchemy.orm import Session
 
-from .after_commit import AfterCommit, Function, call_all, is_in_thread
+from .after_commit import AfterCommit, Function, is_in_thread
 from .completion import run_to_completion
 from .errors import ConfigurationError, NoSession, SessionClosed, Unwound
 from .transaction import begin_end, close_at_once, end, has_work
@@ -125,6 +125,14 @@ class UnitOfWork:
         """A unit of its own, opened inside of this one."""
         return UnitOfWork(databases, self.scope, self)
 
+    @property
+    def outermost(self) -> "UnitOfWork":
+        """The one that ends last, of those of the same request."""
+        unit = self
+        while unit.joins and unit.enclosing is not None:
+            unit = unit.enclosing
+        return unit
+
     def open(self, database: SessionSource[S]) -> S:
         """The session of a database that this unit manages, made on first use.
 
@@ -137,6 +145,8 @@ class UnitOfWork:
             opened = self.sessions.setdefault(database, database.open_session(self.scope))
             if self.two_phase:
                 opened.orm.twophase = True
+            for after_commit in self.outermost.after_commit:
+                after_commit.follow(opened.orm)
         if opened is None:
             raise SessionClosed(database)
         if self.over:  # it ended in another thread while this one opened a session
@@ -183,16 +193,19 @@ class UnitOfWork:
     def close_blocking(self, *, commit: bool) -> None:
         """The same on the calling thread, for a unit that has sync sessions only."""
         self.over = True
-        stored = self._stored()
+        given, success = self.after_commit, False
+        token = current_end.set(self)
+        stored = [each for each in given if each.is_stored]
         try:
             for each in self._in_order():
                 if not close_at_once(each.orm, each.turn):
                     end(each.orm, each.turn, commit, close=True)
-            stored = self._stored(also_now=commit)
+            success = commit
         finally:
+            current_end.reset(token)
             self.sessions.clear()
-            for function in stored:
-                function.call_blocking()
+            for function in self._settle(given, stored, success=success):
+                self._follow_up_blocking(function)
 
     def _in_order(self) -> list[OpenSession[Any]]:
         return [self.sessions[each] for each in self.databases if each in self.sessions]
@@ -200,31 +213,71 @@ class UnitOfWork:
     async def _end_each(
         self, working: list[OpenSession[Any]], *, commit: bool, close: bool
     ) -> None:
-        stored = self._stored() if self.after_commit else []
+        given = self.after_commit
+        stored = [each for each in given if each.is_stored] if given else []
         failure: BaseException | None = None
-        if len(working) > 1:
-            failure = await _end_together(working, commit=commit, close=close)
-        elif working:
-            (opened,) = working
-            try:
+        token = current_end.set(working)
+        try:
+            if len(working) > 1:
+                failure = await _end_together(working, commit=commit, close=close)
+            elif working:
+                (opened,) = working
                 await opened.run(end, opened.orm, opened.turn, commit, close)
-            except Exception as error:
-                failure = error
+        except Exception as error:
+            failure = error
+        finally:
+            current_end.reset(token)
         if self.after_commit:
-            stored = self._stored(also_now=True) if commit and failure is None else stored
-            self.after_commit = ()
-            await call_all(stored)
+            stored = self._settle(given, stored, success=commit and failure is None)
+        for each in stored:
+            await self._follow_up(each)
         if isinstance(failure, Exception):
             self.failure = failure
         if failure is not None:
             raise failure
 
-    def _stored(self, *, also_now: bool = False) -> list[AfterCommit]:
-        return [
+    def _settle(
+        self, given: tuple[AfterCommit, ...], stored: list[AfterCommit], *, success: bool
+    ) -> list[AfterCommit]:
+        """Which functions to call now; what was given meanwhile may be about what follows."""
+        settled = [
             each
             for each in self.after_commit
-            if each.is_stored or (also_now and not each.is_undone)
+            if self.over or each in given or each.is_stored or each.is_undone
         ]
+        self.after_commit = tuple(each for each in self.after_commit if each not in settled)
+        for each in settled:
+            each.forget()
+        if success:
+            stored = [each for each in settled if each.is_stored or not each.is_undone]
+        return stored
+
+    async def _follow_up(self, after_commit: AfterCommit) -> None:
+        unit = self._unit_for_function()
+        token = current_unit.set(unit)
+        try:
+            success = await after_commit.call()
+            await unit.close(commit=success and not unit.rollback)
+        except Exception as error:
+            after_commit.report(error)
+        finally:
+            current_unit.reset(token)
+
+    def _follow_up_blocking(self, after_commit: AfterCommit) -> None:
+        unit = self._unit_for_function()
+        token = current_unit.set(unit)
+        try:
+            success = after_commit.call_blocking()
+            unit.close_blocking(commit=success and not unit.rollback)
+        except Exception as error:
+            after_commit.report(error)
+        finally:
+            current_unit.reset(token)
+
+    def _unit_for_function(self) -> "UnitOfWork":
+        unit = UnitOfWork(self.databases, self.scope, self)
+        unit.is_blocking, unit.two_phase = self.is_blocking, self.two_phase
+        return unit
 
 
 async def _end_together(
@@ -257,16 +310,12 @@ async def _end_together(
 
 async def _begin_each(working: list[OpenSession[Any]]) -> tuple[int, BaseException | None]:
     """Have all fail, if one must, before the first is committed; how many were begun."""
-    token = current_end.set(working)
-    try:
-        for number, opened in enumerate(working):
-            try:
-                await opened.run(begin_end, opened.orm, opened.turn)
-            except BaseException as error:
-                return number, error
-        return len(working), None
-    finally:
-        current_end.reset(token)
+    for number, opened in enumerate(working):
+        try:
+            await opened.run(begin_end, opened.orm, opened.turn)
+        except BaseException as error:
+            return number, error
+    return len(working), None
 
 
 current_unit: ContextVar[UnitOfWork | None] = ContextVar("asgi_dbsession", default=None)
@@ -314,7 +363,8 @@ def on_commit(function: Function) -> None:
 
     They are called in order and run to completion although the request is cancelled. What one
     raises is logged by the logger `asgi_dbsession`: it neither unmakes the COMMIT nor skips the
-    others. One that needs the database opens `database.begin()`.
+    others. Each has a unit of work of its own: `get_session()` is another session there, committed
+    when the function returns, and followed up by the functions that it gives itself.
 
     Args:
         function: Takes no arguments. A coroutine function is awaited; a plain one is called where
@@ -325,7 +375,7 @@ def on_commit(function: Function) -> None:
         SessionClosed: The request that this task belongs to is over.
         ConfigurationError: It is a coroutine function, and the unit is `SyncDatabase.begin()`.
     """
-    unit = _unit()
+    unit = _unit(also_at_end=True)
     if unit.is_blocking and iscoroutinefunction(function):
         raise ConfigurationError(
             f"on_commit takes a plain function inside SyncDatabase.begin(), not {function!r}."
@@ -340,10 +390,10 @@ def on_commit(function: Function) -> None:
     unit.after_commit = (*unit.after_commit, after_commit)
 
 
-def _unit() -> UnitOfWork:
+def _unit(*, also_at_end: bool = False) -> UnitOfWork:
     unit = current_unit.get()
     if unit is None:
         raise NoSession("any database")
-    if unit.over:
+    if unit.over and not (also_at_end and current_end.get()):  # a listener of its last flush
         raise SessionClosed("any database")
     return unit

@@ -1,15 +1,19 @@
 """Functions given to `on_commit` run once the work is stored, and before the client hears of it."""
 
 import asyncio
+import gc
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from anyio import to_thread
 from asgi import Message, Socket, get, respond
 from conftest import ENTRY, Running, checked_out, real_database
-from sqlalchemy import text
+from several import Entry, in_session
+from sqlalchemy import event, text
 
 from asgi_dbsession import (
     AsyncDatabase,
@@ -21,6 +25,7 @@ from asgi_dbsession import (
     on_commit,
     set_rollback,
 )
+from asgi_dbsession.after_commit import AfterCommit
 
 pytestmark = pytest.mark.anyio
 
@@ -78,6 +83,55 @@ async def test_a_rollback_drops_them(running: Running, how: str) -> None:
 
     await get(DBSessionMiddleware(app, running.database))
     assert (done, running.stored()) == ([], [])
+
+
+async def test_a_rollback_drops_what_was_given_before_the_session_was_opened(
+    running: Running,
+) -> None:
+    """All that was done so far is gone, whenever the function was given."""
+    done: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        on_commit(lambda: done.append("sent"))
+        await running.write("undone")
+        await running.call("rollback")
+        await respond(send)
+
+    await get(DBSessionMiddleware(app, running.database))
+    assert done == []
+
+
+@pytest.mark.parametrize("path", ["/", "/background"])
+async def test_what_a_listener_gives_during_the_last_flush_is_called_with_the_rest(
+    running: Running, path: str
+) -> None:
+    """A search index, say, is told of whatever was flushed; and of nothing that failed."""
+    done: list[Any] = []
+
+    def give(*_: Any) -> None:
+        on_commit(lambda: done.append(running.stored()))
+
+    def listen_and_add(session: Any) -> None:
+        event.listen(session, "after_flush", give)
+        session.add(Entry("kept"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if path == "/background":
+            await respond(send)
+        await in_session(running, listen_and_add)
+        if path == "/":
+            await respond(send)
+
+    def look(message: Message) -> None:
+        done.append(message["type"])
+
+    middleware = DBSessionMiddleware(app, running.database)
+    await get(middleware, path, on_message=look)
+    response = ["http.response.start", "http.response.body"]
+    assert done == ([*response, ["kept"]] if path == "/background" else [["kept"], *response])
+    done.clear()
+    assert (await get(middleware, path)).error is not None  # the note is taken
+    assert done == []
 
 
 @pytest.mark.parametrize(("rolls_back", "expected"), [(True, ["outer"]), (False, ["outer", "in"])])
@@ -146,6 +200,153 @@ async def test_a_failing_function_is_logged_and_nothing_else(
     assert running.stored() == ["kept"]
     assert "what was committed stays" in caplog.text
     assert "no mail server" in caplog.text
+
+
+async def test_one_that_waits_for_what_was_cancelled_has_failed_like_any_other(
+    running: Running,
+) -> None:
+    """The cancellation is not the request's."""
+    done: list[str] = []
+
+    async def wait() -> None:
+        task = asyncio.create_task(asyncio.sleep(60))
+        task.cancel()
+        await task
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        on_commit(wait)
+        on_commit(lambda: done.append("next"))
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error, done) == (201, None, ["next"])
+
+
+async def test_each_is_a_unit_of_work_of_its_own(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it does in its session is stored before the response, or undone where it fails."""
+    seen: list[Any] = []
+
+    async def audit() -> None:
+        await running.write("audit")
+
+    async def fail() -> None:
+        await running.write("undone")
+        raise LookupError
+
+    async def clash() -> None:
+        await running.doom()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        for function in (audit, fail, clash, audit):
+            on_commit(function)
+        await respond(send)
+
+    def look(message: Message) -> None:
+        seen.append((running.stored(), checked_out(running.database)))
+
+    exchange = await get(DBSessionMiddleware(app, running.database), on_message=look)
+    assert exchange.error is None
+    # The second audit clashes with the first.
+    assert seen == [(["kept", "audit"], 0)] * 2
+    assert caplog.text.count("what was committed stays") == 3
+
+
+@pytest.mark.parametrize("path", ["/", "/background"])
+async def test_functions_may_give_further_functions(running: Running, path: str) -> None:
+    """They are called once the one that gave them is done, also at the end of a request."""
+    done: list[str] = []
+
+    def first() -> None:
+        on_commit(lambda: done.append("further"))
+        done.append("first")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if path == "/background":
+            await respond(send)
+        await running.write("kept")
+        on_commit(first)
+        on_commit(lambda: done.append("last"))
+        if path == "/":
+            await respond(send)
+
+    await get(DBSessionMiddleware(app, running.database), path)
+    assert done == ["first", "further", "last"]
+
+
+async def test_they_keep_nothing_alive(running: Running) -> None:
+    """What a request gave goes with it, without the garbage collector."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for status in (200, 400):
+            await running.write(f"{scope['path']} {status}")
+            on_commit(lambda: None)
+            await running.call("commit" if status == 200 else "rollback")
+            on_commit(lambda: None)
+        await respond(send)
+
+    middleware = DBSessionMiddleware(app, running.database)
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(3):
+            await get(middleware, f"/{number}")
+        assert not [each for each in gc.get_objects() if isinstance(each, AfterCommit)]
+    finally:
+        gc.enable()
+
+
+def test_on_trio_they_are_called_where_they_were_given(tmp_path: Path) -> None:
+    """A plain function of an `async def` handler is called on the event loop there too."""
+    threads: list[Any] = []
+    real = real_database("sqlite-sync", tmp_path)
+
+    async def main() -> None:
+        async with real.describe() as database:
+
+            async def app(scope: Any, receive: Any, send: Any) -> None:
+                on_commit(lambda: threads.append(threading.current_thread()))
+                await to_thread.run_sync(
+                    lambda: on_commit(lambda: threads.append(threading.current_thread()))
+                )
+                await respond(send)
+
+            async def ignore(*_: Any) -> None:
+                """Nobody is there."""
+
+            scope = {"type": "http", "method": "GET", "path": "/"}
+            await DBSessionMiddleware(app, database)(scope, ignore, ignore)
+
+    anyio.run(main, backend="trio")
+    assert [each is threading.main_thread() for each in threads] == [True, False]
+    real.reader.dispose()
+
+
+async def test_a_race_that_one_loses_does_not_run_the_request_again(tmp_path: Path) -> None:
+    """Functions before it have been called."""
+    real = real_database("sqlite", tmp_path)
+    done: list[str] = []
+    async with real.describe() as database:
+
+        async def lose() -> None:
+            assert isinstance(database, AsyncDatabase)
+            async with database.begin() as session:
+                await session.execute(text("PRAGMA busy_timeout = 0"))
+                await session.execute(ENTRY.insert().values(note="undone"))
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            on_commit(lambda: done.append("sent"))
+            on_commit(lose)
+            await respond(send)
+
+        with real.reader.connect() as connection:
+            connection.exec_driver_sql("BEGIN EXCLUSIVE")
+            exchange = await get(DBSessionMiddleware(app, database, attempts=3))
+        assert (exchange.status, done, real.stored()) == (200, ["sent"], [])
+    real.reader.dispose()
 
 
 async def test_bodies_and_background_tasks_have_their_own(running: Running) -> None:
