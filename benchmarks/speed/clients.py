@@ -1,0 +1,165 @@
+"""Many clients at once, who read fast, or slowly, or listen for ever."""
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from benchmarks.faults.cluster import HOST
+
+DOWNLOAD = 400_000  # bytes, of `/download`
+SLOW = 100_000  # bytes per second
+_SIP = 25_000  # bytes, at once
+
+
+async def read_fast(port: int, path: str, clients: int, seconds: float) -> float:
+    """Responses per second to so many clients, each asking again as soon as it is answered."""
+    end = time.monotonic() + seconds
+    answered = 0
+
+    async def be_client() -> None:
+        nonlocal answered
+        async with _connected(port) as (reader, writer):
+            while time.monotonic() < end:
+                await _ask(reader, writer, path)
+                answered += time.monotonic() < end
+
+    # Whoever is not answered by then is not waited for.
+    async with _at_work(be_client() for _ in range(clients)) as tasks:
+        await asyncio.wait(tasks, timeout=seconds + 0.1)
+    return answered / seconds
+
+
+async def read_slowly(port: int, clients: int, coming: int, seconds: int) -> list[float]:
+    """Downloads per second that so many clients get who read 100 kB per second each.
+
+    Counted by the byte, in each second but those in which they come and buffers fill.
+    """
+    received = 0
+
+    async def be_client() -> None:
+        nonlocal received
+        while True:
+            async for size in _sips(port):
+                received += size
+
+    rates = []
+    async with _at_work(be_client() for _ in range(clients)):
+        for _ in range(coming + seconds):
+            before, start = received, time.monotonic()
+            await asyncio.sleep(1)
+            rates.append((received - before) / DOWNLOAD / (time.monotonic() - start))
+    return rates[coming:]
+
+
+async def download_slowly(port: int, seconds: float) -> None:
+    """Make one download, at 100 kB per second, or leave after so many seconds."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            async for _ in _sips(port):
+                pass
+
+
+@asynccontextmanager
+async def listening(port: int, listeners: int, seconds: float) -> AsyncIterator[int]:
+    """Have so many listen to `/events`; how many heard something within so many seconds."""
+    heard = 0
+
+    async def be_listener() -> None:
+        nonlocal heard
+        async with _connected(port) as (reader, writer):
+            writer.write(_request("/events"))
+            await reader.readuntil(b"data: ")
+            heard += 1
+            await reader.read()
+
+    async with _at_work(be_listener() for _ in range(listeners)):
+        end = time.monotonic() + seconds
+        while heard < listeners and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        yield heard
+
+
+async def time_one(port: int, path: str, patience: float) -> float | None:
+    """Milliseconds that one request takes of one more client; None beyond so many seconds."""
+    start = time.monotonic()
+    try:
+        async with asyncio.timeout(patience), _connected(port) as (reader, writer):
+            await _ask(reader, writer, path)
+    except TimeoutError:
+        return None
+    return (time.monotonic() - start) * 1e3
+
+
+async def ask_in_turn(port: int, requests: list[tuple[str, str]], clients: int) -> None:
+    """Make all these requests, methods and paths, with so many clients at once."""
+    left = iter(requests)
+
+    async def be_client() -> None:
+        async with _connected(port) as (reader, writer):
+            for method, path in left:
+                await _ask(reader, writer, path, method)
+
+    await asyncio.gather(*(be_client() for _ in range(clients)))
+
+
+@asynccontextmanager
+async def _at_work(
+    clients: Iterable[Coroutine[Any, Any, None]],
+) -> AsyncIterator[list[asyncio.Task[None]]]:
+    tasks = [asyncio.create_task(client) for client in clients]
+    try:
+        yield tasks
+        for task in tasks:
+            if task.done() and (error := task.exception()) is not None:
+                raise error
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _connected(
+    port: int, room: int | None = None
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    connection = socket.socket()
+    connection.setblocking(False)
+    if room is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    await asyncio.get_running_loop().sock_connect(connection, (HOST, port))
+    reader, writer = await asyncio.open_connection(sock=connection, limit=room or 2**16)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+def _request(path: str, method: str = "GET") -> bytes:
+    return f"{method} {path} HTTP/1.1\r\nhost: {HOST}\r\ncontent-length: 0\r\n\r\n".encode()
+
+
+async def _ask(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, method: str = "GET"
+) -> None:
+    writer.write(_request(path, method))
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    if b"content-length:" in head:
+        await reader.readexactly(int(head.partition(b"content-length:")[2].split()[0]))
+    else:
+        await reader.readuntil(b"0\r\n\r\n")
+    if int(head.split()[1]) >= 500:
+        raise RuntimeError(f"{path} was answered {head.decode()}")
+
+
+async def _sips(port: int) -> AsyncIterator[int]:
+    async with _connected(port, room=8192) as (reader, writer):
+        writer.write(_request("/download"))
+        due, left = time.monotonic(), DOWNLOAD
+        while left > 0 and (sip := await reader.read(_SIP)):
+            left -= len(sip)
+            yield len(sip)
+            due += len(sip) / SLOW
+            await asyncio.sleep(due - time.monotonic())

@@ -1,0 +1,60 @@
+"""How many requests are served by a small pool, to readers fast and slow."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from .clients import listening, read_fast, read_slowly, time_one
+from .servers import Server
+from .size import Size
+from .turns import Rounds, compare, spread
+
+_FEW = 10  # clients who read slowly leave room for those of the other tools
+
+
+async def fast_readers(servers: Mapping[str, Server], size: Size) -> dict[str, Any]:
+    """Responses per second to one SELECT."""
+    found = {}
+    for clients in size.clients:
+        rounds: Rounds = {tool: [] for tool in servers}
+        order = list(servers)
+        for _ in range(size.load_rounds):
+            for tool in order:
+                port = servers[tool].port
+                rounds[tool].append(await read_fast(port, "/read", clients, size.load))
+            order.append(order.pop(0))
+        found[str(clients)] = compare(rounds)
+    return found
+
+
+async def slow_readers(servers: Mapping[str, Server], size: Size) -> dict[str, Any]:
+    """Downloads per second to clients who read 100 kB per second each."""
+    found = {}
+    for clients in size.clients:
+        rounds: Rounds = {}
+        if clients <= _FEW:
+            ports = [server.port for server in servers.values()]
+            reading = (read_slowly(port, clients, size.coming, size.slow) for port in ports)
+            rounds = dict(zip(servers, await asyncio.gather(*reading), strict=True))
+        else:
+            for tool, server in servers.items():
+                rounds[tool] = await read_slowly(server.port, clients, size.coming, size.slow)
+        for server in servers.values():
+            await server.settle()
+        found[str(clients)] = {tool: {"taken": spread(each)} for tool, each in rounds.items()}
+    return found
+
+
+async def event_streams(servers: Mapping[str, Server], size: Size) -> dict[str, Any]:
+    """How many of the listeners hear something, what they hold, and who is served meanwhile."""
+    found = {}
+    for tool, server in servers.items():
+        async with listening(server.port, size.listeners, size.patience) as heard:
+            one_more = await time_one(server.port, "/read", size.patience)
+            measured = await asyncio.to_thread(server.measured)
+        found[tool] = {
+            "heard": heard,
+            "connections held": measured["checked out"],
+            "one more SELECT": one_more,
+        }
+    return found

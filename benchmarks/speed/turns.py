@@ -1,0 +1,80 @@
+"""Measures several in turn, a few requests at a time, so that what else goes on meets them all."""
+
+import gc
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from .tools import base
+
+Ask: TypeAlias = Callable[[], Awaitable[None]]
+Rounds: TypeAlias = dict[str, list[float]]
+# Lower quartile, median, upper quartile.
+Spread: TypeAlias = tuple[float, float, float]
+
+SCENARIOS = {
+    "no database use": ("GET", "/nothing"),
+    "one SELECT": ("GET", "/read"),
+    "one INSERT": ("POST", "/insert"),
+    "ten statements": ("GET", "/ten"),
+    "an export of 1 000 rows": ("GET", "/export"),
+}
+
+
+async def in_turn(asks: Mapping[str, Ask], rounds: int, seconds: float) -> Rounds:
+    """Microseconds per request: of each, as many as there are rounds.
+
+    Args:
+        asks: What makes one request, of each tool.
+        rounds: How often it is each one's turn. Who begins changes from round to round.
+        seconds: About how long one turn takes.
+    """
+    requests = 1
+    for ask in asks.values():
+        took = min([await _time(ask, 5) for _ in range(min(5, rounds))])
+        requests = max(requests, round(seconds * 1e6 / took))
+    gc.collect()
+    gc.freeze()
+    taken: Rounds = {tool: [] for tool in asks}
+    order = list(asks)
+    for _ in range(rounds):
+        for tool in order:
+            taken[tool].append(await _time(asks[tool], requests))
+        order.append(order.pop(0))
+    return taken
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The median and the quartiles around it."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def compare(rounds: Rounds) -> dict[str, dict[str, Spread]]:
+    """What each took, its ratio to `by_hand`, and the ratio of `asgi_dbsession` to it.
+
+    The ratios are those of each round, so that a round that was slow for everyone changes nothing.
+    """
+    by_base = {base(tool): values for tool, values in rounds.items()}
+    return {
+        tool: {
+            "taken": spread(values),
+            "to by hand": _ratio(values, by_base["by_hand"]),
+            "ours to it": _ratio(by_base["asgi_dbsession"], values),
+        }
+        for tool, values in by_base.items()
+    }
+
+
+def _ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
+    return spread([one / other for one, other in zip(over, under, strict=True) if other])
+
+
+async def _time(ask: Ask, requests: int) -> float:
+    start = time.perf_counter()
+    for _ in range(requests):
+        await ask()
+    return (time.perf_counter() - start) / requests * 1e6

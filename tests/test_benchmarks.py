@@ -1,0 +1,59 @@
+"""The measurements of speed: the short form of `python -m benchmarks.speed`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes, in a folder of its own; what was written once is not kept here."""
+    folder = tmp_path_factory.mktemp("measured")
+    command = [sys.executable, "-m", "benchmarks.speed", "--quick", "--write", str(folder)]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def test_every_tool_that_is_installed_is_measured_in_every_table(written: Path) -> None:
+    """No cell is empty, whatever the figures are."""
+    text = (written / "speed.md").read_text()
+    tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    assert len(tables) == 13
+    for table in tables:
+        first, *rows = [line.split(" | ") for line in table.splitlines()]
+        assert len(rows) > 1
+        assert all(len(row) == len(first) and all(row) for row in rows)
+    for tool in ("by hand", "asgi-dbsession", "`Depends`, handlers commit"):
+        assert sum(f"\n| {tool} |" in table for table in tables) >= 10
+
+
+def test_the_document_says_how_it_was_made(written: Path) -> None:
+    """Command, versions and load, so that its figures can be judged, and made again."""
+    text = (written / "speed.md").read_text()
+    assert "`python -m benchmarks.speed --quick`" in text
+    assert re.search(r"load average \d+\.\d before and \d+\.\d after", text)
+    for name in ("Python", "sqlalchemy", "fastapi", "PostgreSQL"):
+        assert re.search(rf"{name} \d+\.\d+", text)
+
+
+def test_the_picture_is_one(written: Path) -> None:
+    """It has a row for each tool, and colours of its own in the dark."""
+    text = (written / "speed.svg").read_text()
+    words = [each.text for each in ElementTree.fromstring(text).iter() if each.text]
+    assert {"by hand", "asgi-dbsession", "one SELECT", "slow readers"} <= set(words)
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_document_and_picture_come_from_the_kept_figures(written: Path) -> None:
+    """So that they can be improved without measuring again, and nothing in them is typed."""
+    before = {each: each.read_text() for each in written.iterdir()}
+    (written / "speed.md").write_text("")
+    command = [sys.executable, "-m", "benchmarks.speed", "--again", "--write", str(written)]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    assert {each: each.read_text() for each in written.iterdir()} == before
