@@ -272,7 +272,7 @@ async def test_a_server_that_cancels_what_is_under_way_stores_nothing_of_it(new_
     request.join()
     await becomes_true(lambda: new_shop.real.connections() == 0)
     assert new_shop.real.stored() == []
-    assert statuses == [0]
+    assert statuses in ([0], [500])
 
 
 def test_the_docs_show_the_commands_that_are_tested() -> None:
