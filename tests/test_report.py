@@ -1,9 +1,11 @@
 """Each unit of work that has ended is reported once: how, why, and what it took."""
 
 import asyncio
+import gc
 import inspect
 import logging
 import time
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -438,3 +440,63 @@ async def test_a_coroutine_function_is_refused(running: Running) -> None:
 
     with pytest.raises(ConfigurationError, match="on_report takes a plain function"):
         DBSessionMiddleware(silence, running.database, on_report=note)
+
+
+async def test_what_goes_to_another_engine_is_no_waiting(running: Running) -> None:
+    """A session may send its SELECTs elsewhere: that is neither counted nor waited for here."""
+    reports: list[UnitReport] = []
+    replica: Any = running.real.describe()
+    options: dict[str, Any] = {}
+
+    class Routing(Session):
+        def get_bind(self, *args: Any, **kwargs: Any) -> Any:
+            return getattr(replica.engine, "sync_engine", replica.engine)
+
+    options["class_" if running.real.is_sync else "sync_session_class"] = Routing
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY), database)
+        await respond(send)
+
+    async with replica, running.real.describe(session_options=options) as database:
+        await get(DBSessionMiddleware(app, database, on_report=reports.append))
+    (used,) = reports[0].databases
+    assert (used.statements, used.wait_time, used.use_time) == (0, 0, 0)
+
+
+async def test_a_session_is_freed_without_the_garbage_collector(running: Running) -> None:
+    """As it is without reports: what a request leaves behind is paid for by later ones."""
+    sessions: list[weakref.ref[Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        opened: Any = running.database.get_session()
+        sessions.append(weakref.ref(getattr(opened, "sync_session", opened)))
+        await respond(send)
+
+    gc.collect()
+    gc.disable()
+    try:
+        for on_report in (None, lambda report: None):
+            await get(DBSessionMiddleware(app, running.database, on_report=on_report))
+            await asyncio.sleep(0)
+    finally:
+        freed = [each() is None for each in sessions]
+        gc.enable()
+    assert freed == [True, True]
+
+
+async def test_an_engine_that_is_built_later_is_measured_too(running: Running) -> None:
+    """At startup, and at another one after a shutdown."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY), database)
+        await respond(send)
+
+    database = running.real.describe()
+    served = DBSessionMiddleware(app, database, on_report=reports.append)
+    for _ in range(2):
+        async with database:
+            await get(served)
+    assert [each.databases[0].statements for each in reports] == [1, 1]
