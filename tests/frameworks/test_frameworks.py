@@ -5,7 +5,7 @@ import importlib
 import json
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from fastapi import Depends
 from litestar.middleware import DefineMiddleware
 from pages import Page
 from sqlalchemy import inspect, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.responses import PlainTextResponse
 
@@ -599,3 +599,70 @@ async def test_django_async_client_passes_the_middleware_by(pages: Pages) -> Non
     async with serving(application):
         with pytest.raises(NoSession):
             await AsyncClient().get("/notes/1")
+
+
+def by_default(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Have the middleware of every page be given these options too."""
+    given = DBSessionMiddleware.__init__.__kwdefaults__ or {}
+    monkeypatch.setattr(DBSessionMiddleware.__init__, "__kwdefaults__", given | options)
+
+
+@contextmanager
+def contended_table() -> Iterator[None]:
+    """A table in which whoever stores `contended` loses the first two races."""
+    lose = (
+        "CREATE SEQUENCE IF NOT EXISTS races",  # which no rollback puts back
+        (
+            "CREATE OR REPLACE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "IF NEW.text = 'contended' AND nextval('races') < 3 THEN "
+            "RAISE EXCEPTION 'lost' USING ERRCODE = '40001'; END IF; RETURN NEW; END $$"
+        ),
+        "CREATE OR REPLACE TRIGGER lose BEFORE INSERT ON note FOR EACH ROW EXECUTE FUNCTION lose()",
+    )
+    with server().reader.begin() as connection:
+        for statement in lose:
+            connection.execute(text(statement))
+    try:
+        yield
+    finally:
+        with server().reader.begin() as connection:
+            connection.execute(text("DROP FUNCTION lose CASCADE"))
+            connection.execute(text("DROP SEQUENCE races"))
+
+
+@in_the_table
+@frameworks
+@pytest.mark.parametrize("attempts", [2, 3])
+async def test_a_lost_race_is_run_again(
+    framework: Framework, pages: Pages, monkeypatch: pytest.MonkeyPatch, attempts: int
+) -> None:
+    """A lost race is run again, from the same body, and its last outcome is answered."""
+    by_default(monkeypatch, attempts=attempts)
+    async with serving(pages.load(framework)) as served:
+        with contended_table():
+            exchange = await served.ask("POST", "/notes", {"text": "contended"})
+            assert stored() == (["contended"] if attempts == 3 else [])
+    if attempts == 3:
+        assert (exchange.status, exchange.error) == (201, None)
+    else:
+        assert exchange.status == 500 or isinstance(exchange.error, DBAPIError)
+
+
+@in_the_table
+@frameworks
+async def test_a_full_pool_is_answered_503(
+    framework: Framework, pages: Pages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that waits in vain for a connection is answered 503, with Retry-After."""
+    by_default(monkeypatch, retry_after=2)
+    loaded = pages.load(framework)
+    options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
+    loaded.database._engine_options.update(options)
+    async with serving(loaded) as served:
+        engine: Any = served.database.engine
+        async with engine.connect():
+            exchange = await served.ask("POST", "/notes", {"text": "refused"})
+        assert (exchange.status, exchange.error) == (503, None)
+        assert (b"retry-after", b"2") in exchange.messages[0]["headers"]
+        assert (await served.ask("POST", "/notes", {"text": "fine"})).status == 201
+    assert stored() == ["fine"]
