@@ -4,57 +4,65 @@ import logging
 from contextvars import ContextVar
 from http import HTTPStatus
 
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
 from .errors import UNWOUND, Unwound
 from .types import ASGIApp, Message, Receive, Scope, Send
 
 _logger = logging.getLogger("asgi_dbsession")
 
-_waits_in_vain: ContextVar[list[BaseException] | None] = ContextVar(
-    "asgi_dbsession.waits_in_vain", default=None
-)
+
+class _Wait:
+    """Whether a request waited in vain; set from below, where the context is another one."""
+
+    is_in_vain: bool = False
 
 
-def note_wait_in_vain(error: BaseException) -> None:
+_current: ContextVar[_Wait | None] = ContextVar("asgi_dbsession.wait", default=None)
+
+
+def note_wait_in_vain() -> None:
     """Have the request know, also where its application swallows the error."""
-    waits = _waits_in_vain.get()
-    if waits is not None:
-        waits.append(error)
+    wait = _current.get()
+    if wait is not None:
+        wait.is_in_vain = True
 
 
 async def answer_overload(
     serve: ASGIApp, retry_after: int, scope: Scope, receive: Receive, send: Send
 ) -> None:
     """Serve a request; instead of an error of the pool, or the 500 that it became, send 503."""
-    waits: list[BaseException] = []
+    wait = _Wait()
     is_answered = is_withheld = False
 
     async def withhold_errors_then_send(message: Message) -> None:
         nonlocal is_answered, is_withheld
         if message["type"] == "http.response.start":
-            is_withheld = bool(waits) and message["status"] == HTTPStatus.INTERNAL_SERVER_ERROR
+            is_error = message["status"] == HTTPStatus.INTERNAL_SERVER_ERROR
+            is_withheld = wait.is_in_vain and is_error
             is_answered = not is_withheld
         if is_withheld:
             raise Unwound
         await send(message)
 
-    token = _waits_in_vain.set(waits)
+    token = _current.set(wait)
     try:
         await serve(scope, receive, withhold_errors_then_send)
     except UNWOUND as error:
-        if is_answered or not (is_withheld or _stems_from(error, waits)):
+        is_withheld = is_withheld or (not is_answered and _stems_from_wait(error))
+        if not is_withheld:
             raise
-        is_withheld = True
     finally:
-        _waits_in_vain.reset(token)
+        _current.reset(token)
     if is_withheld:
-        _logger.warning("Answered 503, for a request waited in vain: %s", waits[0])
+        _logger.warning("Waited in vain for a connection, answered 503: %r", scope["path"])
         await _say_busy(retry_after, send)
 
 
-def _stems_from(error: BaseException | None, waits: list[BaseException]) -> bool:
+def _stems_from_wait(error: BaseException | None) -> bool:
     if isinstance(error, BaseExceptionGroup):
-        return any(_stems_from(each, waits) for each in error.exceptions)
-    while error is not None and not any(error is each for each in waits):
+        return any(map(_stems_from_wait, error.exceptions))
+    while error is not None and not isinstance(error, PoolTimeout):
         error = error.__cause__ or error.__context__
     return error is not None
 

@@ -68,15 +68,15 @@ def _taking_turn(operation: Callable[..., R]) -> Callable[..., R]:
     @functools.wraps(operation)
     def take_turn(self: Any, *args: Any, **kwargs: Any) -> R:
         turn: Turn = self._turn
-        if not turn.take():
-            return operation(self, *args, **kwargs)
+        is_outermost = turn.take()
         try:
             return operation(self, *args, **kwargs)
-        except PoolTimeout as error:
-            note_wait_in_vain(error)
+        except PoolTimeout:
+            note_wait_in_vain()
             raise
         finally:
-            turn.give()
+            if is_outermost:
+                turn.give()
 
     return take_turn
 

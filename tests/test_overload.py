@@ -1,0 +1,312 @@
+"""A request that waits in vain for a connection is answered 503, and the next one is served."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+from anyio import to_thread
+from asgi import Exchange, Socket, get, respond
+from conftest import ENTRY, Real, Running, checked_out
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError as PoolTimeout
+from sqlalchemy.orm import registry
+from starlette.responses import PlainTextResponse
+
+from asgi_dbsession import DBSessionMiddleware, SyncDatabase
+
+pytestmark = pytest.mark.anyio
+
+KINDS = ("sqlite", "sqlite-sync", "asyncpg", "psycopg-sync", "asyncmy")
+BUSY = [(b"content-type", b"text/plain"), (b"retry-after", b"2")]
+
+
+@pytest.fixture
+async def running(real: Real) -> AsyncIterator[Running]:
+    """A pool of one connection, which nobody is to wait for."""
+    options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
+    async with real.describe(**options) as database:
+        yield Running(real, database)
+        await real.assert_clean(database)
+
+
+@asynccontextmanager
+async def exhausted(running: Running) -> AsyncIterator[None]:
+    """Have another unit of work keep the one connection."""
+    database = running.database
+    if isinstance(database, SyncDatabase):
+        with database.engine.connect():
+            yield
+    else:
+        async with database.engine.connect():
+            yield
+
+
+def ours(app: Any, running: Running, **options: Any) -> DBSessionMiddleware:
+    return DBSessionMiddleware(app, running.database, **{"retry_after": 2} | options)
+
+
+def is_busy(exchange: Exchange) -> bool:
+    """Whether all that came was the one answer."""
+    return (
+        exchange.messages
+        == [
+            {"type": "http.response.start", "status": 503, "headers": BUSY},
+            {"type": "http.response.body", "body": b"Service Unavailable"},
+        ]
+        and not exchange.error
+    )
+
+
+async def write(running: Running, scope: Any, receive: Any, send: Any) -> None:
+    await running.write("kept")
+    await respond(send, 201)
+
+
+async def test_it_is_answered_503_and_recovers(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the seconds after which to try again; the log says which it was."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await write(running, scope, receive, send)
+
+    async with exhausted(running):
+        assert is_busy(await get(ours(app, running)))
+    (record,) = [each for each in caplog.records if each.name == "asgi_dbsession"]
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().endswith("answered 503: '/'")
+    assert (await get(ours(app, running))).status == 201
+    assert running.stored() == ["kept"]
+
+
+async def test_a_crowd_is_served_or_told_to_come_back(running: Running) -> None:
+    """Each one is either stored or refused, and the pool is whole afterwards."""
+    leave = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write(scope["path"])
+        await leave.wait()
+        await respond(send, 201)
+
+    serving = ours(app, running)
+    requests = [asyncio.create_task(get(serving, f"/{number}")) for number in range(10)]
+    while sum(each.done() for each in requests) < 9:  # all but the one that has the connection
+        await asyncio.sleep(0.01)
+    leave.set()
+    exchanges = await asyncio.gather(*requests)
+    assert sorted(each.status or 0 for each in exchanges) == [201] + [503] * 9
+    served = [each.scope["path"] for each in exchanges if each.status == 201]
+    assert running.stored() == served
+
+
+async def test_a_wait_that_only_commit_begins_is_in_vain_too(running: Running) -> None:
+    """What was added meets the pool first at COMMIT; `on_commit_error` may have an answer to it."""
+
+    class Entry:
+        note: str
+
+    mapping = registry()
+    mapping.map_imperatively(Entry, ENTRY)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        entry = Entry()
+        entry.note = "kept"
+        running.database.get_session().add(entry)
+        await respond(send, 201)
+
+    def ask(error: Exception) -> Any:
+        return PlainTextResponse("full", 429) if isinstance(error, PoolTimeout) else None
+
+    async with exhausted(running):
+        assert is_busy(await get(ours(app, running)))
+        assert (await get(ours(app, running, on_commit_error=ask))).status == 429
+    assert (await get(ours(app, running))).status == 201
+    mapping.dispose()
+
+
+async def test_a_framework_that_answers_500_answers_503(running: Running) -> None:
+    """Nothing of its own answer is sent."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await write(running, scope, receive, send)
+        except PoolTimeout:
+            await respond(send, 500)
+
+    async with exhausted(running):
+        assert is_busy(await get(ours(app, running)))
+
+
+async def test_a_framework_that_swallows_everything_says_it_once(running: Running) -> None:
+    """Even one that goes on when its response is refused."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with pytest.raises(PoolTimeout):
+            await write(running, scope, receive, send)
+        for _ in range(2):
+            with suppress(BaseException):
+                await respond(send, 500)
+        with suppress(BaseException):
+            await send({"type": "http.response.body", "body": b"late"})
+
+    async with exhausted(running):
+        assert is_busy(await get(ours(app, running)))
+
+
+async def test_what_an_error_became_on_its_way_is_known(running: Running) -> None:
+    """In a group, or as the cause of another one."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def work() -> None:
+            try:
+                await write(running, scope, receive, send)
+            except PoolTimeout as error:
+                raise RuntimeError from error
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(work())
+
+    async with exhausted(running):
+        assert is_busy(await get(ours(app, running)))
+
+
+@pytest.mark.parametrize("status", [200, 409, 503])
+async def test_an_application_that_gets_over_it_answers_for_itself(
+    running: Running, status: int
+) -> None:
+    """Whatever it has to say, early hints included."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with pytest.raises(PoolTimeout):
+            await running.write("kept")
+        await send({"type": "http.response.early_hint", "links": []})
+        await respond(send, status, b"mine")
+
+    async with exhausted(running):
+        exchange = await get(ours(app, running))
+    assert (exchange.status, exchange.body) == (status, b"mine")
+    assert exchange.kinds[0] == "response.early_hint"
+
+
+async def test_no_other_error_hides_behind_it(running: Running) -> None:
+    """One that follows a wait which the application got over is raised as it is."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with pytest.raises(PoolTimeout):
+            await running.write("kept")
+        raise ZeroDivisionError
+
+    async with exhausted(running):
+        exchange = await get(ours(app, running))
+    assert isinstance(exchange.error, ZeroDivisionError)
+    assert exchange.messages == []
+
+
+async def test_a_connection_of_the_engines_may_be_waited_for_too(running: Running) -> None:
+    """Where a handler goes past its session."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async with exhausted(running):
+            pytest.fail("there was a connection")
+
+    async with exhausted(running):
+        assert is_busy(await get(ours(app, running)))
+
+
+async def test_an_error_without_a_wait_is_not_touched(running: Running) -> None:
+    """Nor is a status of 500."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("same")
+        if scope["path"] == "/raise":
+            await running.write("same")
+        await respond(send, 500)
+
+    exchange = await get(ours(app, running), "/raise")
+    assert isinstance(exchange.error, IntegrityError)
+    assert (await get(ours(app, running))).status == 500
+
+
+async def test_never_after_the_response_has_started(running: Running) -> None:
+    """The error of a streaming body is the server's to hear."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await running.write("kept")
+
+    async with exhausted(running):
+        exchange = await get(ours(app, running))
+    assert isinstance(exchange.error, PoolTimeout)
+    assert exchange.kinds == ["response.start"]
+
+
+async def test_what_needs_no_database_is_served_all_the_same(running: Running) -> None:
+    """A session that is opened and not used waits for nothing."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        running.database.get_session()
+        await respond(send)
+
+    async with exhausted(running):
+        assert (await get(ours(app, running))).status == 200
+
+
+async def test_it_is_a_choice(running: Running) -> None:
+    """Unless told otherwise, the error of the pool is the application's; on a socket always."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+
+    async with exhausted(running):
+        exchange = await get(ours(app, running, retry_after=None))
+        assert isinstance(exchange.error, PoolTimeout)
+        socket = await Socket(ours(app, running)).run()
+        assert isinstance(socket.error, PoolTimeout)
+
+
+async def test_a_thread_may_wait_in_vain_too(running: Running) -> None:
+    """A handler written with `def` is answered like any other."""
+    if not isinstance(running.database, SyncDatabase):
+        pytest.skip("async sessions need no thread")
+    database = running.database
+
+    def handler() -> None:
+        with database.begin() as session:
+            session.execute(text("SELECT 1"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await to_thread.run_sync(handler)
+
+    async with exhausted(running):
+        assert is_busy(await get(ours(app, running)))
+
+
+async def test_together_with_attempts_each_has_its_own_waits(running: Running) -> None:
+    """A race that was lost is run again; a wait in vain is not, and one long over is forgotten."""
+    if not running.real.is_postgresql:
+        pytest.skip("only PostgreSQL can be told to fail with any SQLSTATE")
+    lose = text("DO $$ BEGIN RAISE EXCEPTION 'lost' USING ERRCODE = '40001'; END $$")
+    runs = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        runs.append(scope["path"])
+        if len(runs) == 1:
+            async with exhausted(running):
+                with pytest.raises(PoolTimeout):
+                    await running.write("kept")
+            await running.call("rollback")
+            with pytest.raises(DBAPIError):
+                await running.execute(lose)
+        elif scope["path"] == "/wait":
+            await running.write("kept")
+        await respond(send, 500)
+
+    assert (await get(ours(app, running, attempts=3))).status == 500
+    assert runs == ["/", "/"]
+    async with exhausted(running):
+        assert is_busy(await get(ours(app, running, attempts=3), "/wait"))
+    assert runs == ["/", "/", "/wait"]
+    assert checked_out(running.database) == 0
