@@ -1,0 +1,209 @@
+"""Requests that really race each other all succeed, and what they did adds up."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from anyio import to_thread
+from asgi import Exchange, get, respond
+from conftest import AnyDatabase, Real, becomes_true, real_database
+from sqlalchemy import event, insert, select, text, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from asgi_dbsession import DBSessionMiddleware, SyncDatabase
+
+pytestmark = pytest.mark.anyio
+
+
+class Base(DeclarativeBase):
+    """Of the one table."""
+
+
+class Counter(Base):
+    """What everybody counts up."""
+
+    __tablename__ = "counter"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int]
+
+
+def counters(real: Real) -> dict[int, int]:
+    """What is really there."""
+    with real.reader.connect() as connection:
+        rows = connection.execute(select(Counter.id, Counter.value))
+        return {row.id: row.value for row in rows}
+
+
+class Racing:
+    """Two counters, a database, and an application that counts as its handler does.
+
+    Args:
+        real: The database.
+        database: The same, running.
+    """
+
+    def __init__(self, real: Real, database: AnyDatabase) -> None:
+        self.real = real
+        self.database = database
+        self.begins: str | None = None
+        self.runs = 0
+
+    def work(self, session: Session, run: int) -> None:
+        """Count up what was read: the loser of a race must begin again."""
+        counter = session.get_one(Counter, 1)
+        counter.value += 1
+
+    async def app(self, scope: Any, receive: Any, send: Any) -> None:
+        self.runs += 1
+        run = self.runs
+        if isinstance(self.database, SyncDatabase):
+            database = self.database
+            await to_thread.run_sync(lambda: self.work(database.get_session(), run))
+        else:
+            await self.database.get_session().run_sync(self.work, run)
+        await respond(send)
+
+    async def serve(self, requests: int, **options: Any) -> list[Exchange]:
+        """Serve so many requests at once."""
+        serving = DBSessionMiddleware(self.app, self.database, **options)
+        return await asyncio.gather(*(get(serving) for _ in range(requests)))
+
+
+@pytest.fixture
+async def racing(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Racing]:
+    """A kind of database, with the options of its engine."""
+    kind, options = request.param[0], dict(request.param[1])
+    begins = options.pop("begin", None)
+    real = real_database(kind, tmp_path)
+    Base.metadata.create_all(real.reader)
+    with real.reader.begin() as connection:
+        connection.execute(insert(Counter), [{"id": each, "value": 0} for each in (1, 2)])
+    async with real.describe(**options) as database:
+        racing = Racing(real, database)
+        racing.begins = begins
+        if begins is not None:
+            engine = getattr(database.engine, "sync_engine", database.engine)
+            event.listen(engine, "begin", lambda each: each.exec_driver_sql(f"BEGIN {begins}"))
+        yield racing
+        await real.assert_clean(database)
+    Base.metadata.drop_all(real.reader)
+    real.reader.dispose()
+
+
+def on(*kinds: str, **options: Any) -> pytest.MarkDecorator:
+    """Run a test on these kinds of databases, with options of their engines."""
+    return pytest.mark.parametrize(
+        "racing", [(kind, options) for kind in kinds], indirect=True, ids=kinds
+    )
+
+
+@on("asyncpg", "psycopg-sync", isolation_level="SERIALIZABLE", max_overflow=0)
+async def test_a_hundred_increments_on_postgresql_all_count(racing: Racing) -> None:
+    """Under SERIALIZABLE, at flush or at COMMIT; without attempts some are refused."""
+    exchanges = await racing.serve(100, attempts=50)
+    assert [each.status for each in exchanges] == [200] * 100
+    assert counters(racing.real)[1] == 100
+    assert racing.runs > 100
+    refused = [each for each in await racing.serve(50) if each.error is not None]
+    assert refused
+    assert all(isinstance(each.error, DBAPIError) for each in refused)
+    assert counters(racing.real)[1] == 150 - len(refused)
+
+
+class Crossing(Racing):
+    """Two requests at a time lock the two counters, each in the other's order."""
+
+    def work(self, session: Session, run: int) -> None:
+        first = 1 + run % 2
+        for each in (first, 3 - first):
+            count_up = update(Counter).where(Counter.id == each).values(value=Counter.value + 1)
+            session.execute(count_up)
+            session.execute(text("SELECT SLEEP(0.02)"))  # the other one has begun by then
+
+
+@on("asyncmy", "pymysql-sync")
+async def test_deadlocks_on_mariadb_are_run_again(racing: Racing) -> None:
+    """Whoever InnoDB rolls back counts all the same; without attempts it is refused."""
+    crossing = Crossing(racing.real, racing.database)
+    exchanges = await crossing.serve(6, attempts=30)
+    assert [each.status for each in exchanges] == [200] * 6
+    assert counters(racing.real) == {1: 6, 2: 6}
+    assert crossing.runs > 6
+    refused = [each for each in await crossing.serve(4) if each.error is not None]
+    assert refused
+    assert "1213" in str(refused[0].error)
+    assert counters(racing.real) == {1: 10 - len(refused), 2: 10 - len(refused)}
+
+
+def log_and_begin(mode: str | None) -> dict[str, Any]:
+    """Options of SQLite: a write-ahead log, nobody waits, and how a transaction begins."""
+
+    def configure(connection: Any, _record: Any) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+        if mode is not None:
+            connection.isolation_level = None  # the driver begins none by itself
+
+    return {"pool_events": [(configure, "connect")], "connect_args": {"timeout": 0}, "begin": mode}
+
+
+ON_SQLITE = pytest.mark.parametrize(
+    "racing",
+    [
+        (kind, log_and_begin(mode))
+        for kind in ("sqlite", "sqlite-sync")
+        for mode in (None, "DEFERRED", "IMMEDIATE")
+    ],
+    indirect=True,
+    ids=lambda given: f"{given[0]}-{given[1]['begin']}",
+)
+
+
+class Adding(Racing):
+    """Each request counts up in one statement."""
+
+    def work(self, session: Session, run: int) -> None:
+        session.execute(update(Counter).values(value=Counter.value + 1))
+
+
+@ON_SQLITE
+async def test_a_busy_sqlite_is_asked_again(racing: Racing) -> None:
+    """However a transaction begins: by the driver at the first write, DEFERRED, or IMMEDIATE."""
+    adding = Adding(racing.real, racing.database)
+    with racing.real.reader.connect() as writer:
+        writer.exec_driver_sql("BEGIN IMMEDIATE")
+        (refused,) = await adding.serve(1)
+        assert "database is locked" in str(refused.error)
+        serving = asyncio.create_task(adding.serve(10, attempts=50))
+        await becomes_true(lambda: adding.runs > 20)
+        writer.rollback()
+        assert [each.status for each in await serving] == [200] * 10
+    assert counters(racing.real) == {1: 10, 2: 10}
+
+
+class Overtaken(Racing):
+    """What the first run has read is out of date when it writes."""
+
+    def work(self, session: Session, run: int) -> None:
+        counter = session.get_one(Counter, 1)
+        if run == 1:
+            with self.real.reader.begin() as other:
+                other.execute(update(Counter).values(value=10))
+        counter.value += 1
+
+
+@ON_SQLITE
+async def test_sqlite_sees_a_read_that_is_out_of_date_where_a_transaction_was_begun(
+    racing: Racing,
+) -> None:
+    """DEFERRED it is run again; the driver's own way begins too late, and loses the other write."""
+    overtaken = Overtaken(racing.real, racing.database)
+    mode = racing.begins
+    if mode == "IMMEDIATE":
+        pytest.skip("nobody can write between a read and a write of this transaction")
+    (exchange,) = await overtaken.serve(1, attempts=2)
+    assert exchange.status == 200
+    assert (overtaken.runs, counters(racing.real)[1]) == ((2, 11) if mode else (1, 1))
