@@ -3,8 +3,8 @@
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_the_document_says_how_it_was_made(written: Path) -> None:
 def test_the_picture_is_one(written: Path) -> None:
     """It has a row for each tool, and colours of its own in the dark."""
     text = (written / "speed.svg").read_text()
-    words = [each.text for each in ElementTree.fromstring(text).iter() if each.text]
+    words = [each.text for each in ET.fromstring(text).iter() if each.text]
     assert {"by hand", "asgi-dbsession", "one SELECT", "slow readers"} <= set(words)
     assert "prefers-color-scheme: dark" in text
 
