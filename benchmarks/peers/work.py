@@ -17,7 +17,7 @@ URL = os.environ["DATABASE_URL"]
 POOL: dict[str, Any] = {
     "pool_size": int(os.environ.get("POOL_SIZE", "8")),
     "max_overflow": 0,
-    "pool_timeout": float(os.environ.get("POOL_TIMEOUT", "1")),
+    "pool_timeout": int(os.environ.get("POOL_TIMEOUT", "1")),
 }
 
 _READ = text("SELECT balance FROM account WHERE id = 1")

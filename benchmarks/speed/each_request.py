@@ -11,6 +11,8 @@ from .servers import ROOT, Server, environment
 from .size import Size
 from .turns import SCENARIOS, Rounds, compare, in_turn, spread
 
+_POOL = 2  # one tool needs so many to start
+
 
 async def printed_by(url: str, pool_size: int, *arguments: str) -> Any:
     """What a module of this benchmark prints as JSON, in a process of its own."""
@@ -30,7 +32,7 @@ async def printed_by(url: str, pool_size: int, *arguments: str) -> Any:
 async def in_process(tools: list[str], size: Size, url: str) -> dict[str, Any]:
     """Microseconds, with nothing but the application in the process."""
     arguments = ("benchmarks.speed.in_process", str(size.rounds), str(size.turn))
-    found: dict[str, Rounds] = await printed_by(url, 1, "-m", *arguments, *tools)
+    found: dict[str, Rounds] = await printed_by(url, _POOL, "-m", *arguments, *tools)
     return {scenario: compare(rounds) for scenario, rounds in found.items()}
 
 

@@ -9,6 +9,7 @@ little room, as if a network were in between.
 import asyncio
 import gc
 import json
+import os
 import socket
 import sys
 import time
@@ -82,11 +83,13 @@ class Door:
 
 def main(tool: str) -> None:
     """Serve until killed."""
-    peer: Any = import_module(f"benchmarks.peers.{tool}")
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)  # connections inherit it
     listener.bind(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
+    with Path(os.devnull).open("w") as nowhere:  # some print more, which nobody reads
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    peer: Any = import_module(f"benchmarks.peers.{tool}")
     config = uvicorn.Config(
         Door(peer.app, peer.pool), log_level="critical", backlog=2048, timeout_keep_alive=60
     )
