@@ -60,13 +60,13 @@ class DBSessionMiddleware:
             application, such as a Starlette `Response`. Where it returns None, and where there is
             none, the original exception is raised to the server.
         attempts: How often a request may run when its transaction loses a race: a serialization
-            failure, a deadlock, a busy SQLite. It runs again from the top, with the same body, a
-            fresh scope and a fresh session, after a short random pause; never once anything was
-            sent or committed, never with a body of more than 1 MiB, never when cancelled. What
-            its handler does outside of the database is done again.
+            failure, a deadlock, a busy SQLite. It runs again from the top as if it were the first
+            time, with the same body, after a random pause of at most a second; never once
+            anything was sent or committed, never with a body of more than 1 MiB, never when
+            cancelled. What its handler does outside of the database is done again.
         retry_after: Seconds. Where a request waits in vain for a connection (the engine's
-            `pool_timeout`) and so fails, it is answered 503 with this `Retry-After`. None: the
-            error of the pool is left to the application.
+            `pool_timeout`), and ends with that error or a status of 500, it is answered 503 with
+            this `Retry-After`. None: the error of the pool is left to the application.
         two_phase: Whether the sessions of a request commit in two phases, so that a COMMIT can no
             longer fail after another one succeeded. The drivers must support it.
         on_report: A plain function that is called once for each unit of work that has ended: the

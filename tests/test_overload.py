@@ -3,13 +3,14 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 from anyio import to_thread
 from asgi import Exchange, Socket, get, respond
-from conftest import ENTRY, Real, Running, checked_out
+from conftest import ENTRY, Real, Running, checked_out, postgresql
+from pages import Page
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError as PoolTimeout
 from sqlalchemy.orm import registry
@@ -310,3 +311,24 @@ async def test_together_with_attempts_each_has_its_own_waits(running: Running) -
         assert is_busy(await get(ours(app, running, attempts=3), "/wait"))
     assert runs == ["/", "/", "/wait"]
     assert checked_out(running.database) == 0
+
+
+async def test_the_page_says_what_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Word for word; and what needs no database is well."""
+    page = Page("docs/how-to/overload.md")
+    url = postgresql("tests")[0].render_as_string(hide_password=False)
+    monkeypatch.setenv("DATABASE_URL", url)
+    shop = page.run(0)
+    database = shop["database"]
+    async with database, AsyncExitStack() as stack:
+        for _ in range(5):
+            await stack.enter_async_context(database.engine.connect())
+        refused = await get(shop["app"], "/answer")
+        (start, _) = refused.messages
+        lines = ["HTTP/1.1 503 Service Unavailable"]
+        lines += [f"{name.decode()}: {value.decode()}" for name, value in start["headers"]]
+        assert refused.status == 503
+        assert page.blocks("http") == ["\n".join(lines) + "\n"]
+        assert (await get(shop["app"], "/health")).status == 200
+        await stack.aclose()
+        assert (await get(shop["app"], "/answer")).body == b"42"

@@ -1,14 +1,17 @@
 """Requests that really race each other all succeed, and what they did adds up."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from anyio import to_thread
 from asgi import Exchange, get, respond
-from conftest import AnyDatabase, Real, becomes_true, real_database
+from conftest import AnyDatabase, Real, becomes_true, postgresql, real_database
+from pages import Page
 from sqlalchemy import event, insert, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -207,3 +210,53 @@ async def test_sqlite_sees_a_read_that_is_out_of_date_where_a_transaction_was_be
     (exchange,) = await overtaken.serve(1, attempts=2)
     assert exchange.status == 200
     assert (overtaken.runs, counters(racing.real)[1]) == ((2, 11) if mode else (1, 1))
+
+
+PAGE = Page("docs/how-to/retry.md")
+
+
+async def test_the_deposits_of_the_page_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred at once, each of them answered."""
+    url, reader = postgresql("tests")
+    monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
+    bank = ModuleType("bank")
+    monkeypatch.setitem(sys.modules, "bank", bank)  # where its annotations are looked up
+    exec(compile(PAGE.blocks()[0], PAGE.path, "exec"), vars(bank))
+    bank.app.user_middleware[0].kwargs["attempts"] = 50  # this machine may be a slow one
+    bank.Base.metadata.create_all(reader)
+    try:
+        with reader.begin() as connection:
+            connection.execute(insert(bank.Account).values(id=1, balance=0))
+        async with bank.database:
+            exchanges = await asyncio.gather(
+                *(deposit(bank.app, amount) for amount in range(100)),
+            )
+        assert [each.status for each in exchanges] == [200] * 100
+        with reader.connect() as connection:
+            assert connection.scalar(select(bank.Account.balance)) == sum(range(100))
+    finally:
+        bank.Base.metadata.drop_all(reader)
+
+
+async def deposit(app: Any, amount: int) -> Exchange:
+    exchange = Exchange(app, "/accounts/1/deposits", method="POST")
+    exchange.scope["query_string"] = f"amount={amount}".encode()
+    return await exchange.run()
+
+
+async def test_the_engine_of_the_page_begins_its_transactions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read and then changed by another one cannot be written over."""
+    monkeypatch.chdir(tmp_path)
+    shop = PAGE.run(1)["shop"]
+    async with shop.begin() as session:
+        await session.execute(text("CREATE TABLE item (count INT)"))
+        await session.execute(text("INSERT INTO item VALUES (1)"))
+    with pytest.raises(DBAPIError, match="locked"):
+        async with shop.begin() as session:
+            await session.execute(text("SELECT count FROM item"))
+            async with shop.begin() as other:
+                await other.execute(text("UPDATE item SET count = 2"))
+            await session.execute(text("UPDATE item SET count = 3"))
+    await shop.engine.dispose()
