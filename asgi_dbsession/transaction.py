@@ -14,7 +14,7 @@ from .completion import run_to_completion
 from .errors import TransactionAborted
 from .session import SessionInTurn
 from .turn import Turn
-from .two_phases import is_in_doubt
+from .two_phases import costs_its_connection
 from .url import without_secrets
 
 # Transactions in which a statement failed: what it said, and whether the database then rolled all
@@ -168,8 +168,7 @@ def _note_failure(context: ExceptionContext) -> None:
     transaction = connection.get_transaction()
     if transaction is None:
         return
-    if is_in_doubt(transaction) or (context.statement or "").startswith("XA "):
-        # Only without its connection can others decide on it, or MariaDB forget it.
+    if costs_its_connection(transaction, context.statement):
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
         return

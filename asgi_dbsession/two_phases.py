@@ -27,9 +27,15 @@ def refuse_one_phase(database: object, url: URL) -> None:
         )
 
 
-def is_in_doubt(transaction: Transaction) -> bool:
-    """Whether it is prepared: the database keeps it until someone decides on it."""
-    return isinstance(transaction, TwoPhaseTransaction) and transaction._is_prepared
+def costs_its_connection(transaction: Transaction, statement: str | None) -> bool:
+    """Whether a failed step of an end in two phases leaves a connection that is of no use.
+
+    What is prepared can only be decided on without it; MariaDB lets go of what it has refused to
+    end only with it; and psycopg counts as prepared what was not, and tells of no statement.
+    """
+    if not isinstance(transaction, TwoPhaseTransaction):
+        return False
+    return transaction._is_prepared or statement is None or statement.startswith("XA ")
 
 
 def prepared(session: Session) -> str:
