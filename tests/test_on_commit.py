@@ -12,6 +12,7 @@ import pytest
 from anyio import to_thread
 from asgi import Message, Socket, get, respond
 from conftest import ENTRY, Running, checked_out, real_database
+from pages import Page
 from several import Entry, in_session
 from sqlalchemy import event, text
 
@@ -475,3 +476,21 @@ async def test_a_cancelled_request_still_follows_up_what_it_stored(tmp_path: Pat
             await request
         assert done == ["slow", "next"]
     real.reader.dispose()
+
+
+@pytest.mark.parametrize("is_sold", [True, False])
+async def test_the_page_shows_what_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_sold: bool
+) -> None:
+    """The mail is sent and recorded if the cup was sold."""
+    monkeypatch.chdir(tmp_path)
+    page = Page("docs/how-to/on-commit.md").run(0)
+    async with page["shop"] as database:
+        async with database.begin() as session:
+            await session.execute(text("CREATE TABLE mail (subject TEXT)"))
+            unique = "" if is_sold else "CHECK (item <> 'cup') "
+            await session.execute(text(f"CREATE TABLE sold (item TEXT {unique})"))
+        await get(page["app"], method="POST")
+        async with database.begin() as session:
+            recorded = (await session.scalars(text("SELECT subject FROM mail"))).all()
+    assert page["outbox"] == recorded == (["You have bought a cup."] if is_sold else [])

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from asgi import Exchange, Message, get, respond
 from conftest import ENTRY, Real, Running, becomes_true, real_database
+from pages import Page
 from several import Entry, Several, engine_of, in_session, orm, several_databases
-from sqlalchemy import event, text
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError, OperationalError
 from sqlalchemy.orm import Session
-from sqlalchemy.util import await_only
+from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only, greenlet_spawn
 from test_cancellation import run_and_cancel
 
 from asgi_dbsession import DBSessionMiddleware, on_commit, set_rollback
@@ -332,3 +334,28 @@ async def test_one_that_was_not_used_is_left_alone(several: Several) -> None:
         event.listen(engine_of(running), "checkout", lambda *_: pytest.fail("it was used"))
     await get(DBSessionMiddleware(app, *several.databases))
     assert several.stored() == [[], ["kept"], []]
+
+
+async def test_the_page_shows_what_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its order is in both databases; its other blocks can be pasted, too."""
+    monkeypatch.chdir(tmp_path)
+    page = Page("docs/how-to/several-databases.md")
+    shop = page.run(0)
+    async with shop["shop"] as database, shop["reports"] as reports:
+        for table, each in (("sold", database.engine.sync_engine), ("sale", reports.engine)):
+            await greenlet_spawn(create_table, each, table)
+        exchange = await get(shop["app"], method="POST")
+        assert (exchange.status, exchange.error) == (201, None)
+        with create_engine("sqlite:///shop.db", poolclass=NullPool).connect() as connection:
+            assert connection.scalars(text("SELECT * FROM sold")).all() == ["cup"]
+        with create_engine("sqlite:///reports.db", poolclass=NullPool).connect() as connection:
+            assert connection.scalars(text("SELECT * FROM sale")).all() == ["cup"]
+    names = {**shop}
+    exec(compile(page.blocks()[1], page.path, "exec"), names)
+    assert names["app"].user_middleware
+
+
+def create_table(engine: Engine, name: str) -> None:
+    """Make it, with one column."""
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE TABLE {name} (item TEXT)"))

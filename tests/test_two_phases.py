@@ -1,0 +1,296 @@
+"""`two_phase=True`: once all are prepared, no COMMIT can fail but for a while."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asgi import get, respond
+from conftest import ENTRY, Real, becomes_true, checked_out
+from pages import ROOT, Page
+from several import Several, engine_of, in_session, several_databases
+from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+
+from asgi_dbsession import ConfigurationError, DBSessionMiddleware, TransactionAborted, on_commit
+from asgi_dbsession.two_phases import note_decision
+
+pytestmark = pytest.mark.anyio
+
+PAGE = Page("docs/how-to/several-databases.md")
+PAIRS = ("asyncpg + asyncmy", "aiomysql + psycopg", "psycopg-sync + pymysql-sync")
+LOGGER = "asgi_dbsession"
+
+
+@pytest.fixture(params=PAIRS)
+async def several(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Several]:
+    """PostgreSQL and MariaDB, by each of their drivers, and nothing in doubt afterwards."""
+    async with several_databases(request.param, tmp_path) as databases:
+        yield databases
+        assert [in_doubt(real) for real in databases.reals] == [[], []]
+
+
+def in_doubt(real: Real) -> list[str]:
+    """The transactions that are prepared and not yet decided on."""
+    with real.reader.connect() as connection:
+        if real.is_postgresql:
+            return list(connection.scalars(text("SELECT gid FROM pg_prepared_xacts")))
+        return [row.data.decode() for row in connection.execute(text("XA RECOVER"))]
+
+
+def resolve(real: Real, log: str) -> None:
+    """Decide on what is in doubt, as the page says."""
+    names: dict[str, Any] = {"__name__": "resolve"}
+    exec(compile(PAGE.files()["resolve.py"], "resolve.py", "exec"), names)
+    driver = "postgresql+psycopg" if real.is_postgresql else "mysql+pymysql"
+    names["resolve"](real.url.set(drivername=driver), log)
+
+
+async def test_all_are_prepared_before_the_first_is_committed(
+    several: Several, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what is to be committed is in the log before it is."""
+    done: list[Any] = []
+    for number, running in enumerate(several.each):
+        for name in ("prepare_twophase", "commit_twophase"):
+
+            def note(*_: Any, name: str = name, number: int = number) -> None:
+                done.append((name, number, "and to be committed" in caplog.text))
+
+            event.listen(engine_of(running), name, note)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.write("written")
+        await several.add("added")
+        on_commit(lambda: done.append(several.stored()))
+        await respond(send)
+
+    with caplog.at_level(logging.INFO, LOGGER):
+        middleware = DBSessionMiddleware(app, *several.databases, two_phase=True)
+        exchange = await get(middleware)
+    assert (exchange.status, exchange.error) == (200, None)
+    assert done == [
+        ("prepare_twophase", 0, False),
+        ("prepare_twophase", 1, False),
+        ("commit_twophase", 0, True),
+        ("commit_twophase", 1, True),
+        [["written", "added"]] * 2,
+    ]
+
+
+async def test_what_cannot_be_prepared_is_stored_nowhere(several: Several) -> None:
+    """A deferred constraint, which COMMIT would refuse, is refused before anything is decided."""
+    (refusing,) = (each for each in several.each if each.real.is_postgresql)
+    done: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.write("lost")
+        await refusing.doom()
+        on_commit(lambda: done.append("called"))
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
+    assert isinstance(exchange.error, IntegrityError)
+    assert (exchange.messages, done, several.stored()) == ([], [], [[], []])
+
+
+@pytest.mark.parametrize("how", ["status", "error", "swallowed", "savepoint"])
+async def test_what_is_not_prepared_ends_as_in_one_phase(several: Several, how: str) -> None:
+    """Rolled back whole, or to a savepoint, and the connections are good for the next request."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.write("first")
+        if how == "savepoint":
+            for running in several.each:
+                await in_session(running, lambda session: session.begin_nested())
+            await several.write("inside")
+        elif how in ("error", "swallowed"):
+            for running in several.each:
+                with pytest.raises(IntegrityError):
+                    await running.write("first")
+        if how == "error":
+            raise LookupError
+        await respond(send, 400 if how == "status" else 200)
+
+    middleware = DBSessionMiddleware(app, *several.databases, two_phase=True)
+    for _ in range(2):
+        await get(middleware)
+        await several.assert_clean()
+        expected = [["first", "inside"]] * 2 if how == "savepoint" else [[], []]
+        assert several.stored() == expected
+
+
+async def test_a_session_that_is_alone_commits_in_one_phase(several: Several) -> None:
+    """It has nobody to agree with, and so leaves nothing in doubt."""
+    for running in several.each:
+        engine = engine_of(running)
+        if running.real.is_postgresql:  # SQLAlchemy has no other way for XA
+            event.listen(engine, "prepare_twophase", lambda *_: pytest.fail("it was prepared"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.each[int(scope["path"][1:])].write("kept")
+        await respond(send)
+
+    middleware = DBSessionMiddleware(app, *several.databases, two_phase=True)
+    for number in range(2):
+        assert (await get(middleware, f"/{number}")).error is None
+    assert several.stored() == [["kept"], ["kept"]]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+async def test_one_that_is_lost_when_all_are_prepared_is_stored_in_the_end(
+    several: Several, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others are committed, the log says what is in doubt, and the page how to resolve it."""
+    runs: list[Any] = []
+    lost = several.each[number]
+    event.listen(
+        engine_of(lost), "commit_twophase", lambda *_: lost.real.kill(), once=True
+    )  # between PREPARE and COMMIT
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        runs.append(scope)
+        await several.write("kept")
+        on_commit(lambda: runs.append("called"))
+        await respond(send)
+
+    with caplog.at_level(logging.INFO, LOGGER):
+        middleware = DBSessionMiddleware(app, *several.databases, two_phase=True, attempts=3)
+        exchange = await get(middleware)
+    assert isinstance(exchange.error, DBAPIError)
+    assert (exchange.messages, len(runs)) == ([], 1)
+    assert [checked_out(each) for each in several.databases] == [0, 0]
+    assert several.stored() == [[] if each is lost else ["kept"] for each in several.each]
+    (xid,) = in_doubt(lost.real)
+    (error,) = (each for each in caplog.records if each.levelno == logging.ERROR)
+    assert xid in error.getMessage()
+    resolve(lost.real, caplog.text)
+    assert several.stored() == [["kept"], ["kept"]]
+
+
+PROGRAM = """
+import asyncio, logging, os, signal, sys
+
+from sqlalchemy import event, text
+
+from asgi_dbsession import AsyncDatabase, DBSessionMiddleware
+
+logging.basicConfig(filename=sys.argv[1], level=logging.INFO)
+databases = [AsyncDatabase(url) for url in sys.argv[2:4]]
+
+async def app(scope, receive, send):
+    for database in databases:
+        await database.get_session().execute(text("INSERT INTO entry (note) VALUES ('kept')"))
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+async def main():
+    for database in databases:
+        await database.startup()
+    engine = databases[int(sys.argv[5])].engine.sync_engine
+    event.listen(engine, sys.argv[4], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    scope = {"type": "http", "method": "GET", "path": "/"}
+    await DBSessionMiddleware(app, *databases, two_phase=True)(scope, None, None)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "doubtful", "stored"),
+    [
+        ("prepare_twophase", 1, [1, 0], []),
+        ("commit_twophase", 0, [1, 1], ["kept"]),
+        ("commit_twophase", 1, [0, 1], ["kept"]),
+    ],
+)
+async def test_a_process_that_is_killed_leaves_what_the_log_decides(
+    tmp_path: Path, name: str, number: int, doubtful: list[int], stored: list[str]
+) -> None:
+    """Before the decision, in the midst of it, and after the first COMMIT: all or nothing."""
+    log = tmp_path / "server.log"
+    async with several_databases("asyncpg + asyncmy", tmp_path) as several:
+        urls = [real.url.render_as_string(hide_password=False) for real in several.reals]
+        command = [sys.executable, "-c", PROGRAM, str(log), *urls, name, str(number)]
+        process = await asyncio.create_subprocess_exec(
+            *command, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+        assert await process.wait() == -signal.SIGKILL
+        await becomes_true(lambda: sum(real.connections() for real in several.reals) == 2)
+        assert [len(in_doubt(real)) for real in several.reals] == doubtful
+        for real in several.reals:
+            resolve(real, log.read_text())
+            assert in_doubt(real) == []
+        assert several.stored() == [stored, stored]
+
+
+@pytest.mark.parametrize("swallowed", [True, False])
+async def test_a_deadlock_inside_of_xa_is_rolled_back(tmp_path: Path, *, swallowed: bool) -> None:
+    """MariaDB refuses XA END then: its connection is thrown away, and nobody is the wiser."""
+    async with several_databases("asyncmy + asyncpg", tmp_path) as several:
+        maria = several.each[0]
+
+        def update(number: int) -> Any:
+            return ENTRY.update().where(ENTRY.c.id == number).values(note=f"changed {number}")
+
+        with maria.real.reader.connect() as autocommitting:
+            connection = autocommitting.execution_options(isolation_level="READ COMMITTED")
+            connection.execute(ENTRY.insert(), [{"id": 1, "note": "a"}, {"id": 2, "note": "b"}])
+            connection.commit()
+            # Whoever has written less is the one to be rolled back.
+            connection.execute(ENTRY.insert(), [{"note": f"row {n}"} for n in range(50)])
+            connection.execute(update(2))
+            blocked: list[Any] = []
+
+            async def app(scope: Any, receive: Any, send: Any) -> None:
+                await several.each[1].write("lost")
+                await maria.execute(update(1))
+                blocked.append(
+                    asyncio.create_task(asyncio.to_thread(connection.execute, update(1)))
+                )
+                await becomes_true(lambda: is_waiting(maria.real))
+                if swallowed:
+                    with pytest.raises(OperationalError, match="1213"):
+                        await maria.execute(update(2))
+                else:
+                    await maria.execute(update(2))
+                await respond(send)
+
+            middleware = DBSessionMiddleware(app, *several.databases, two_phase=True)
+            exchange = await get(middleware)
+            await blocked[0]
+            connection.rollback()
+        assert isinstance(exchange.error, TransactionAborted if swallowed else OperationalError)
+        assert several.stored() == [["a", "b"], []]
+
+
+def is_waiting(real: Real) -> bool:
+    """Whether someone waits for a lock."""
+    query = "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
+    with real.reader.connect() as connection:
+        return bool(connection.scalar(text(query)))
+
+
+async def nothing(scope: Any, receive: Any, send: Any) -> None:
+    """An application."""
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "sqlite-sync"])
+async def test_sqlite_is_refused(tmp_path: Path, kind: str) -> None:
+    """When the middleware is made, and not at the first request."""
+    async with several_databases(f"asyncpg + {kind}", tmp_path) as several:
+        with pytest.raises(ConfigurationError, match="Leave out `two_phase=True`"):
+            DBSessionMiddleware(nothing, *several.databases, two_phase=True)
+
+
+def test_the_log_line_on_the_page_is_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever looks for it finds it, and so does `resolve.py`."""
+    (line,) = PAGE.blocks("text")
+    transactions = line.removeprefix("Prepared, and to be committed: ").strip().split(", ")
+    with caplog.at_level(logging.INFO, LOGGER):
+        note_decision(transactions)
+    assert caplog.messages == [line.strip()]
