@@ -1,11 +1,13 @@
 """Writes what was tested with what, as tables: `pytest --matrix docs/tested.md`.
 
 `@pytest.mark.matrix("Frameworks", "framework")` gives the table "Frameworks" a row, which is the
-first line of the test's docstring, with a cell for each value of its parameter `framework`.
+first line of the test's docstring, with a cell for each value of its parameter `framework`. Tests
+may run in several processes (`-n 2`): a report carries the place of its test.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "matrix(table, parameter): a row of a table in the docs")
-    if config.option.matrix:
+    if config.option.matrix and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Matrix(Path(config.option.matrix)), "matrix-writer")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before anyone puts them in random order
+def pytest_collection_modifyitems(items: list[Any]) -> Iterator[None]:
+    for number, item in enumerate(items):
+        mark = item.get_closest_marker("matrix")
+        if mark is not None:
+            table, parameter = mark.args
+            column = str(item.callspec.params[parameter])
+            row = (item.function.__doc__ or item.function.__name__).splitlines()[0].rstrip(".")
+            item.user_properties.append(("matrix", [number, table, row, column]))
+    yield
 
 
 class Matrix:
@@ -34,35 +48,28 @@ class Matrix:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._place: dict[str, tuple[str, str, str]] = {}
+        self._places: dict[str, tuple[int, str, str, str]] = {}
+        self._outcomes: dict[str, set[str]] = defaultdict(set)
         self._tables: dict[str, dict[str, dict[str, set[str]]]] = defaultdict(dict)
         self._columns: dict[str, dict[str, None]] = defaultdict(dict)
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)  # before anyone puts them in random order
-    def pytest_collection_modifyitems(self, items: list[Any]) -> Iterator[None]:
-        for item in items:
-            mark = item.get_closest_marker("matrix")
-            if mark is None:
-                continue
-            table, parameter = mark.args
-            column = str(item.callspec.params[parameter])
-            row = (item.function.__doc__ or item.function.__name__).splitlines()[0].rstrip(".")
-            self._place[item.nodeid] = table, row, column
-            self._tables[table].setdefault(row, defaultdict(set))
-            self._columns[table][column] = None
-        yield
-
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        place = self._place.get(report.nodeid)
-        if place is None or (report.when != "call" and report.outcome == "passed"):
+        place: Any = dict(report.user_properties).get("matrix")
+        if place is None:
             return
-        table, row, column = place
+        self._places[report.nodeid] = place
+        if report.when != "call" and report.outcome == "passed":
+            return
         mark: str = report.outcome
         if isinstance(report.longrepr, tuple) and report.skipped:
             mark += report.longrepr[2].removeprefix("Skipped")
-        self._tables[table][row][column].add(mark)
+        self._outcomes[report.nodeid].add(mark)
 
     def pytest_sessionfinish(self) -> None:
+        for name, (_, table, row, column) in sorted(self._places.items(), key=itemgetter(1)):
+            cells = self._tables[table].setdefault(row, defaultdict(set))
+            cells[column] |= self._outcomes[name]
+            self._columns[table][column] = None
         parts = [TITLE, *(self._table(title) for title in sorted(self._tables))]
         self._file.write_text("\n".join(parts))
 

@@ -395,10 +395,10 @@ async def test_a_health_check_tells_the_two_apart(
 
     async with alive(module.app):
         assert (await get(module.app, "/ready")).status == 200
-        rename("health", "gone")
+        rename("health", "away")
         assert (await get(module.app, "/alive")).status == 200
         assert (await get(module.app, "/ready")).status == 503
-        rename("gone", "health")
+        rename("away", "health")
         assert (await get(module.app, "/ready")).status == 200
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import matrix
+import pytest
 
 TESTS = '''
 import pytest
@@ -42,11 +43,14 @@ TABLE = """\
 """
 
 
-def test_a_cell_is_the_worst_of_what_was_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["-n", "2"]], ids=["one process", "several"])
+def test_a_cell_is_the_worst_of_what_was_found(tmp_path: Path, options: list[str]) -> None:
     """One failure makes a cell a failure; what was skipped says why; what is missing shows."""
     (tmp_path / "test_fruit.py").write_text(TESTS)
     path = str(Path(matrix.__file__).parent)
     environment = os.environ | {"PYTHONPATH": path, "PYTEST_ADDOPTS": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "matrix", "--matrix", "tables.md"]
-    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    subprocess.run(
+        [*command, *options], cwd=tmp_path, env=environment, capture_output=True, check=False
+    )
     assert (tmp_path / "tables.md").read_text() == matrix.TITLE + "\n" + TABLE
