@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 
 from .errors import UNWOUND, Unwound
+from .transaction import watched
 from .types import ASGIApp, Message, Receive, Scope, Send
 
 # How much of a request's body is kept for another run, in bytes; one with more has a single run.
@@ -106,7 +107,7 @@ def will_run_again() -> bool:
 
 
 def watch_races() -> None:
-    """Have attempts hear of lost races and of COMMITs, on whatever engine, and whoever is asked.
+    """Have attempts hear of lost races and of COMMITs on any database, their own or not.
 
     Not before someone wants attempts: these listeners cost every request some microseconds.
     """
@@ -126,7 +127,7 @@ def _note_race(context: ExceptionContext) -> None:
 
 def _note_commit(connection: Connection, *_: object) -> None:
     attempt = _current.get()
-    if attempt is not None:  # SQLAlchemy tells of it just before
+    if attempt is not None and connection.dialect in watched:  # SQLAlchemy tells of it just before
         attempt.commits.append(connection)
 
 

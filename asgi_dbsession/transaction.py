@@ -2,10 +2,10 @@
 
 from asyncio import CancelledError
 from contextlib import suppress
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Connection, Engine, event, select
-from sqlalchemy.engine import ExceptionContext, Transaction
+from sqlalchemy.engine import Dialect, ExceptionContext, Transaction
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
@@ -16,6 +16,9 @@ from .session import SessionInTurn
 from .turn import Turn
 from .two_phases import costs_its_connection
 from .url import without_secrets
+
+# The dialects of the engines that are watched: what a copy of an engine with other options shares.
+watched: WeakSet[Dialect] = WeakSet()
 
 # Transactions in which a statement failed: what it said, and whether the database then rolled all
 # of it back by itself. To it, whatever follows is another transaction, so asking it would find
@@ -109,6 +112,7 @@ def end(session: Session, turn: Turn, commit: bool, close: bool, begun: bool = F
 def watch(engine: Engine) -> None:
     """Have `engine` notice what would be lost in silence; watching twice is watching once."""
     event.listen(engine, "handle_error", _note_failure)
+    watched.add(engine.dialect)
 
 
 def _is_unfinished(session: Session, turn: Turn) -> bool:

@@ -27,20 +27,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "matrix(table, parameter): a row of a table in the docs")
+    config.pluginmanager.register(Places())  # so late that it comes before whoever shuffles
     if config.option.matrix and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Matrix(Path(config.option.matrix)), "matrix-writer")
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # before anyone puts them in random order
-def pytest_collection_modifyitems(items: list[Any]) -> Iterator[None]:
-    for number, item in enumerate(items):
-        mark = item.get_closest_marker("matrix")
-        if mark is not None:
-            table, parameter = mark.args
-            column = str(item.callspec.params[parameter])
-            row = (item.function.__doc__ or item.function.__name__).splitlines()[0].rstrip(".")
-            item.user_properties.append(("matrix", [number, table, row, column]))
-    yield
+class Places:
+    """Tells each marked test its place, which its reports then carry."""
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)  # before anyone puts them in random order
+    def pytest_collection_modifyitems(self, items: list[Any]) -> Iterator[None]:
+        for number, item in enumerate(items):
+            mark = item.get_closest_marker("matrix")
+            if mark is not None:
+                table, parameter = mark.args
+                column = str(item.callspec.params[parameter])
+                row = (item.function.__doc__ or item.function.__name__).splitlines()[0].rstrip(".")
+                item.user_properties.append(("matrix", [number, table, row, column]))
+        yield
 
 
 class Matrix:

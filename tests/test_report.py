@@ -374,7 +374,7 @@ async def test_nothing_listens_unless_a_report_is_wanted(running: Running) -> No
                 DBSessionMiddleware(silence, database, on_report=print)
             else:
                 DBSessionMiddleware(silence, database)
-            for name in ("before_cursor_execute", "after_cursor_execute", "commit", "rollback"):
+            for name in ("before_cursor_execute", "after_cursor_execute", "rollback"):
                 assert len(getattr(dispatch, name)) == count
             assert len(engine.pool.dispatch.checkin) == count
 

@@ -174,6 +174,7 @@ async def test_a_commit_that_fails_leaves_what_was_committed_before_it(tmp_path:
     async with several_databases("asyncmy + sqlite + psycopg-sync", tmp_path) as several:
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
+            on_commit(lambda: done.append("given before any work"))
             await several.write("half")
             await several.each[1].doom()
             on_commit(lambda: done.append("called"))
@@ -183,6 +184,23 @@ async def test_a_commit_that_fails_leaves_what_was_committed_before_it(tmp_path:
         assert isinstance(exchange.error, IntegrityError)
         assert (exchange.messages, done) == ([], [])
         assert several.stored() == [["half"], [], []]
+
+
+async def test_a_function_waits_for_all_that_was_done_before_it(several: Several) -> None:
+    """Where the handler commits one of them by itself, the function still depends on the rest."""
+    done: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.write(scope["path"])
+        on_commit(lambda: done.append(scope["path"]))
+        await several.each[0].call("commit")
+        await respond(send, 400 if scope["path"] == "/undone" else 200)
+
+    middleware = DBSessionMiddleware(app, *several.databases)
+    for path in ("/undone", "/stored"):
+        await get(middleware, path)
+    assert done == ["/stored"]
+    assert several.stored() == [["/undone", "/stored"], ["/stored"], ["/stored"]]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pages import ROOT, Page
 from several import Several, engine_of, in_session, several_databases
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.orm import Session
 
 from asgi_dbsession import ConfigurationError, DBSessionMiddleware, TransactionAborted, on_commit
 from asgi_dbsession.two_phases import note_decision
@@ -170,6 +171,41 @@ async def test_one_that_is_lost_when_all_are_prepared_is_stored_in_the_end(
     (error,) = (each for each in caplog.records if each.levelno == logging.ERROR)
     assert xid in error.getMessage()
     resolve(lost.real, caplog.text)
+    assert several.stored() == [["kept"], ["kept"]]
+
+
+# What a serialization failure looks like, wherever it comes from.
+RACE = "DO $$ BEGIN RAISE EXCEPTION 'lost' USING ERRCODE = '40001'; END $$"
+
+
+async def test_what_is_decided_does_not_run_again(
+    several: Several, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even where no COMMIT came through, and a race was lost on the way."""
+    runs: list[Any] = []
+    for each in several.each:
+        event.listen(
+            engine_of(each), "commit_twophase", lambda *_, each=each: each.real.kill(), once=True
+        )
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        runs.append(scope)
+        await several.write("kept")
+        for each in several.each:
+            if each.real.is_postgresql:
+                await in_session(each, lose)
+        await respond(send)
+
+    def lose(session: Session) -> None:
+        with pytest.raises(DBAPIError, match="lost"), session.begin_nested():
+            session.execute(text(RACE))
+
+    with caplog.at_level(logging.INFO, LOGGER):
+        middleware = DBSessionMiddleware(app, *several.databases, two_phase=True, attempts=3)
+        await get(middleware)
+    assert (len(runs), several.stored()) == (1, [[], []])
+    for real in several.reals:
+        resolve(real, caplog.text)
     assert several.stored() == [["kept"], ["kept"]]
 
 

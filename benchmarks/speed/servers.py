@@ -65,7 +65,7 @@ async def running_servers(
     tools = list(tools)
     async with AsyncExitStack() as stack:
         started = [stack.enter_async_context(_running(tool, url, pool_size)) for tool in tools]
-        servers = [await each for each in started]
+        servers = await asyncio.gather(*started)
         yield dict(zip(tools, servers, strict=True))
 
 
