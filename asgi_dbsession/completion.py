@@ -29,6 +29,7 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     except RuntimeError:  # trio, where nothing but a scope can cancel
         with anyio.CancelScope(shield=True):
             return await work
+        raise  # never: a shielded scope swallows nothing
     finished = loop.create_future()  # what a cancellation of the caller hits instead of the work
 
     async def work_to_the_end() -> T:
