@@ -112,8 +112,8 @@ def is_in_thread() -> bool:
 
 
 def _note_commit(session: Session) -> None:
-    if not session.in_nested_transaction():  # it is told of savepoints too
-        for each in vars(session).get(_FOLLOWERS, ()):
+    for each in vars(session).get(_FOLLOWERS, ()):
+        if not session.in_nested_transaction():  # it is told of savepoints too
             each.note_commit(session)
 
 

@@ -127,7 +127,7 @@ def _is_unfinished(session: Session, turn: Turn) -> bool:
 
 def _commit(session: Session, *, alone: bool) -> None:
     two_phase = session.twophase
-    if alone and len(_open_connections(session)) == 1:
+    if two_phase and alone and len(_open_connections(session)) == 1:
         # Nobody to agree with: in one phase it is stored sooner, and nothing can be left in doubt.
         session.twophase = False
     try:

@@ -27,7 +27,8 @@ class Turn:
 
     Args:
         database: What the errors name.
-        caller: Who is asking: the current task on an async session, the thread on a sync one.
+        caller: Who is asking: the current task on an async session, the thread on a sync one. It
+            raises RuntimeError where there is no task.
         wait: How that caller waits.
 
     Attributes:
@@ -77,7 +78,11 @@ class Turn:
         """
         if self._over:
             raise SessionClosed(self.database)
-        self._note(self._caller())
+        try:
+            caller = self._caller()
+        except RuntimeError as error:
+            raise self._error_of_thread() from error
+        self.worker = caller if self.worker in (None, caller) else _SEVERAL
 
     def take(self) -> bool:
         """Begin an operation.
@@ -90,7 +95,10 @@ class Turn:
             ConcurrentUse: Another task (thread) is in the middle of an operation.
             SessionClosed: The unit of work is over.
         """
-        caller = self._caller()
+        try:
+            caller = self._caller()
+        except RuntimeError as error:
+            raise self._error_of_thread() from error
         if self._holder == caller:
             return False
         while not self._claim(caller):
@@ -102,7 +110,7 @@ class Turn:
                 break
             else:
                 raise ConcurrentUse(self.database)
-        self._note(caller)
+        self.worker = caller if self.worker in (None, caller) else _SEVERAL
         return True
 
     def take_to_end(self) -> None:
@@ -155,11 +163,12 @@ class Turn:
         if self._waiting:
             self._wake()
 
-    def _note(self, caller: object) -> None:
-        if self.worker is None:
-            self.worker = caller
-        elif self.worker != caller:
-            self.worker = _SEVERAL
+    def _error_of_thread(self) -> ConfigurationError:
+        return ConfigurationError(
+            f"This session of {self.database} was used in a thread, where nothing can be awaited. "
+            "Use it in an `async def` function, or give DBSessionMiddleware an object of the class "
+            "SyncDatabase for what is written with `def`."
+        )
 
     def _claim(self, caller: object, ending: object = None) -> bool:
         if self._ending is not ending or not self._free.acquire(blocking=False):
@@ -188,18 +197,7 @@ class Turn:
 
 def turn_between_tasks(database: object) -> Turn:
     """Turns on an async session: a caller is a task, and the loop goes on while it waits."""
-
-    def current_task() -> object:
-        try:
-            return asyncio.current_task()
-        except RuntimeError as error:
-            raise ConfigurationError(
-                f"This session of {database} was used in a thread, where nothing can be awaited. "
-                "Use it in an `async def` function, or give DBSessionMiddleware an object of the "
-                "class SyncDatabase for what is written with `def`."
-            ) from error
-
-    return Turn(database, current_task, _wait_in_greenlet)
+    return Turn(database, asyncio.current_task, _wait_in_greenlet)
 
 
 def turn_between_threads(database: object) -> Turn:

@@ -87,17 +87,6 @@ class UnitOfWork:
         over: Whether it has been closed.
     """
 
-    # Whatever is not yet so is stated once, for all: most requests never change it.
-    joins: bool = False
-    rollback: bool | None = None
-    failure: Exception | None = None
-    after_commit: tuple[AfterCommit, ...] = ()
-    is_blocking: bool = False
-    two_phase: bool = False
-    is_answered: bool = False
-    may_commit: bool = False
-    over: bool = False
-
     def __init__(
         self,
         databases: tuple[SessionSource[Any], ...],
@@ -108,6 +97,15 @@ class UnitOfWork:
         self.scope: Scope | None = scope
         self.enclosing: UnitOfWork | None = enclosing
         self.sessions: dict[SessionSource[Any], OpenSession[Any]] = {}
+        self.joins: bool = False
+        self.rollback: bool | None = None
+        self.failure: Exception | None = None
+        self.after_commit: tuple[AfterCommit, ...] = ()
+        self.two_phase: bool = False
+        self.is_blocking: bool = False
+        self.is_answered: bool = False
+        self.may_commit: bool = False
+        self.over: bool = False
 
     def manages(self, database: SessionSource[Any]) -> bool:
         """Whether the session of that database is opened and ended here."""
