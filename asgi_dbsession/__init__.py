@@ -2,6 +2,7 @@
 
 from .access import get_session, get_sync_session, session_dependency
 from .async_database import AsyncDatabase
+from .current_unit import on_commit, set_rollback
 from .errors import (
     ConcurrentUse,
     ConfigurationError,
@@ -19,7 +20,6 @@ from .middleware import DBSessionMiddleware
 from .report import DatabaseReport, UnitReport
 from .server_timing import ServerTimingMiddleware
 from .sync_database import SyncDatabase
-from .unit_of_work import on_commit, set_rollback
 
 __all__ = [
     "AsyncDatabase",

@@ -12,11 +12,12 @@ from typing_extensions import override
 
 from .database import Database
 from .errors import ConfigurationError, DatabaseNotRunning
+from .open_session import OpenSession
 from .options import AnyAsyncSession, AsyncSessionOptions
 from .session import in_turn, put_in_turn
 from .turn import turn_between_tasks
 from .types import Scope
-from .unit_of_work import OpenSession, current_unit
+from .unit_of_work import current_unit
 
 
 class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):

@@ -14,11 +14,13 @@ from sqlalchemy.pool import QueuePool
 from typing_extensions import Self
 
 from .completion import run_to_completion
+from .current_unit import unit_that_manages
 from .errors import ConfigurationError, DatabaseNotRunning, DatabaseUnavailable, DBSessionError
 from .health import Health
+from .open_session import OpenSession
 from .transaction import watch
 from .types import Scope
-from .unit_of_work import OpenSession, UnitOfWork, current_unit, unit_that_manages
+from .unit_of_work import UnitOfWork, current_unit
 from .url import options_for_memory, url_with_driver, without_secrets
 from .usage import watch_usage
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from .errors import Unwound
+from .turn import current_task
 from .types import Message, Receive, Send
-from .unit_of_work import UnitOfWork, current_task
+from .unit_of_work import UnitOfWork
 
 # What ends a response, unless it says `more_body`.
 _ENDINGS = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")

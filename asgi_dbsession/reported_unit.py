@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 from typing_extensions import override
 
 from .database import Database
+from .open_session import OpenSession, SessionSource
 from .place import as_text
 from .report import DatabaseReport, Outcome, Reason, UnitReport
 from .transaction import has_work
 from .types import Scope
-from .unit_of_work import OpenSession, SessionSource, UnitOfWork
+from .unit_of_work import UnitOfWork
 from .usage import Usage, forget
 
 S = TypeVar("S")

@@ -11,11 +11,12 @@ from typing_extensions import override
 
 from .database import Database
 from .errors import DatabaseUnavailable
+from .open_session import OpenSession
 from .options import AnySession, SessionOptions
 from .session import in_turn, put_in_turn
-from .turn import turn_between_threads
+from .turn import current_task, turn_between_threads
 from .types import Scope
-from .unit_of_work import OpenSession, current_task, current_unit
+from .unit_of_work import current_unit
 
 # How many threads may wait for an answer that nobody waits for any more.
 _MAX_QUESTIONS = 3

@@ -195,6 +195,14 @@ class Turn:
                 released.set_result(None)
 
 
+def current_task() -> object:
+    """The running task; None in a worker thread, which has none, and on trio."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
 def turn_between_tasks(database: object) -> Turn:
     """Turns on an async session: a caller is a task, and the loop goes on while it waits."""
     return Turn(database, asyncio.current_task, _wait_in_greenlet)

@@ -1,67 +1,17 @@
-"""Which sessions a unit of work opened, and how they end together."""
+"""Which sessions a unit of work opened, and how it ends."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
-from inspect import iscoroutinefunction
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from sqlalchemy.orm import Session
-
-from .after_commit import AfterCommit, Function, is_in_thread
+from .after_commit import AfterCommit
 from .completion import run_to_completion
-from .errors import ConfigurationError, NoSession, SessionClosed, Unwound
-from .transaction import begin_end, close_at_once, end, has_work
-from .turn import Turn, current_end
-from .two_phases import note_decision, note_doubt, prepared
+from .errors import SessionClosed, Unwound
+from .open_session import OpenSession, SessionSource, end_together
+from .transaction import close_at_once, end, has_work
+from .turn import current_end
 from .types import Scope
 
 S = TypeVar("S")
-
-
-def current_task() -> object:
-    """The running task; None in a worker thread, which has none, and on trio."""
-    try:
-        return asyncio.current_task()
-    except RuntimeError:
-        return None
-
-
-@dataclass(slots=True, eq=False)
-class OpenSession(Generic[S]):
-    """A session that a unit of work opened.
-
-    Args:
-        session: What the application works with.
-        orm: The `sqlalchemy.orm.Session` behind it; `session` itself, where that is one.
-        turn: The turn on it.
-        run: Calls a plain function where it may block. The one seam of async and sync.
-        opener: The task that opened it, where it is worked on by threads, which have none.
-    """
-
-    session: S
-    orm: Session
-    turn: Turn
-    run: Callable[..., Awaitable[None]]
-    opener: object = None
-
-    def is_work_of(self, tasks: tuple[object, ...]) -> bool:
-        """Whether all that was done here since the last end is done, and by one of these tasks.
-
-        A blocking session is worked on by threads, which say nothing of tasks: there, whether one
-        of them opened it.
-        """
-        worker = self.opener if self.session is self.orm else self.turn.worker
-        return worker in tasks and not self.turn.is_busy
-
-
-class SessionSource(Protocol[S]):
-    """What a unit of work needs of a database."""
-
-    def open_session(self, scope: Scope | None) -> OpenSession[S]:
-        """Make a session; its first statement checks a connection out."""
-        ...
 
 
 class UnitOfWork:
@@ -217,7 +167,7 @@ class UnitOfWork:
         token = current_end.set(working)
         try:
             if len(working) > 1:
-                failure = await _end_together(working, commit=commit, close=close)
+                failure = await end_together(working, commit=commit, close=close)
             elif working:
                 (opened,) = working
                 await opened.run(end, opened.orm, opened.turn, commit, close)
@@ -278,120 +228,4 @@ class UnitOfWork:
         return unit
 
 
-async def _end_together(
-    working: list[OpenSession[Any]], *, commit: bool, close: bool
-) -> BaseException | None:
-    """End them in order; what failed first.
-
-    A COMMIT that fails rolls back those after it; but where all are prepared, it is decided: each
-    can only be committed, be it by another hand.
-    """
-    begun, failure = await _begin_each(working) if commit else (0, None)
-    # Its own thread may still be at it, or else it has rolled back.
-    interrupted = begun if failure and not isinstance(failure, Exception) else None
-    decided = bool(begun) and not failure and all(each.orm.twophase for each in working)
-    transactions = [prepared(each.orm) for each in working] if decided else []
-    if decided:
-        note_decision(transactions)
-    for number, opened in enumerate(working):
-        if number == interrupted:
-            continue
-        go_on = decided or (commit and failure is None)
-        try:
-            await opened.run(end, opened.orm, opened.turn, go_on, close, number < begun)
-        except BaseException as error:
-            failure = failure or error
-            if decided:
-                note_doubt(transactions[number], error)
-    return failure
-
-
-async def _begin_each(working: list[OpenSession[Any]]) -> tuple[int, BaseException | None]:
-    """Have all fail, if one must, before the first is committed; how many were begun."""
-    for number, opened in enumerate(working):
-        try:
-            await opened.run(begin_end, opened.orm, opened.turn)
-        except BaseException as error:
-            return number, error
-    return len(working), None
-
-
 current_unit: ContextVar[UnitOfWork | None] = ContextVar("asgi_dbsession", default=None)
-
-
-def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
-    """The nearest unit of work that has a session of the database.
-
-    Raises:
-        NoSession: There is none here.
-    """
-    unit = current_unit.get()
-    while unit is not None:
-        if unit.manages(database):
-            return unit
-        unit = unit.enclosing
-    raise NoSession(database)
-
-
-def set_rollback(rollback: bool) -> None:
-    """Decide how the current unit of work ends, whatever the status of the response says.
-
-    Args:
-        rollback: True rolls back also on success; False commits also on a status of 400 and
-            above (a failed login that must be counted, say). An exception that nobody turns into
-            a response rolls back in any case.
-
-    Raises:
-        NoSession: No unit of work is open here.
-        SessionClosed: The request that this task belongs to is over.
-    """
-    unit = _unit()
-    unit.rollback = rollback
-    while unit.joins and unit.enclosing is not None:
-        unit = unit.enclosing
-        unit.rollback = rollback
-
-
-def on_commit(function: Function) -> None:
-    """Call a function once the work of the current unit is stored, and before the client hears.
-
-    It is dropped when that work is rolled back, be it by the application, and be it only to a
-    savepoint that was open when it was given; so give it after the work it belongs to. Where the
-    application commits by itself, it is called when the unit of work ends.
-
-    They are called in order and run to completion although the request is cancelled. What one
-    raises is logged by the logger `asgi_dbsession`: it neither unmakes the COMMIT nor skips the
-    others. Each has a unit of work of its own: `get_session()` is another session there, committed
-    when the function returns, and followed up by the functions that it gives itself.
-
-    Args:
-        function: Takes no arguments. A coroutine function is awaited; a plain one is called where
-            it was given: on the event loop, or, by a `def` handler, in a worker thread.
-
-    Raises:
-        NoSession: No unit of work is open here.
-        SessionClosed: The request that this task belongs to is over.
-        ConfigurationError: It is a coroutine function, and the unit is `SyncDatabase.begin()`.
-    """
-    unit = _unit(also_at_end=True)
-    if unit.is_blocking and iscoroutinefunction(function):
-        raise ConfigurationError(
-            f"on_commit takes a plain function inside SyncDatabase.begin(), not {function!r}."
-        )
-    after_commit = AfterCommit(function, in_thread=not unit.is_blocking and is_in_thread())
-    while True:
-        for opened in unit.sessions.values():
-            after_commit.follow(opened.orm)
-        if not unit.joins or unit.enclosing is None:
-            break
-        unit = unit.enclosing
-    unit.after_commit = (*unit.after_commit, after_commit)
-
-
-def _unit(*, also_at_end: bool = False) -> UnitOfWork:
-    unit = current_unit.get()
-    if unit is None:
-        raise NoSession("any database")
-    if unit.over and not (also_at_end and current_end.get()):  # a listener of its last flush
-        raise SessionClosed("any database")
-    return unit

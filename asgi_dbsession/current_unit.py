@@ -1,0 +1,88 @@
+"""The unit of work that the caller is in, and what an application may tell it."""
+
+from inspect import iscoroutinefunction
+from typing import Any
+
+from .after_commit import AfterCommit, Function, is_in_thread
+from .errors import ConfigurationError, NoSession, SessionClosed
+from .open_session import SessionSource
+from .turn import current_end
+from .unit_of_work import UnitOfWork, current_unit
+
+
+def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
+    """The nearest unit of work that has a session of the database.
+
+    Raises:
+        NoSession: There is none here.
+    """
+    unit = current_unit.get()
+    while unit is not None:
+        if unit.manages(database):
+            return unit
+        unit = unit.enclosing
+    raise NoSession(database)
+
+
+def set_rollback(rollback: bool) -> None:
+    """Decide how the current unit of work ends, whatever the status of the response says.
+
+    Args:
+        rollback: True rolls back also on success; False commits also on a status of 400 and
+            above (a failed login that must be counted, say). An exception that nobody turns into
+            a response rolls back in any case.
+
+    Raises:
+        NoSession: No unit of work is open here.
+        SessionClosed: The request that this task belongs to is over.
+    """
+    unit = _unit()
+    unit.rollback = rollback
+    while unit.joins and unit.enclosing is not None:
+        unit = unit.enclosing
+        unit.rollback = rollback
+
+
+def on_commit(function: Function) -> None:
+    """Call a function once the work of the current unit is stored, and before the client hears.
+
+    It is dropped when that work is rolled back, be it by the application, and be it only to a
+    savepoint that was open when it was given; so give it after the work it belongs to. Where the
+    application commits by itself, it is called when the unit of work ends.
+
+    They are called in order and run to completion although the request is cancelled. What one
+    raises is logged by the logger `asgi_dbsession`: it neither unmakes the COMMIT nor skips the
+    others. Each has a unit of work of its own: `get_session()` is another session there, committed
+    when the function returns, and followed up by the functions that it gives itself.
+
+    Args:
+        function: Takes no arguments. A coroutine function is awaited; a plain one is called where
+            it was given: on the event loop, or, by a `def` handler, in a worker thread.
+
+    Raises:
+        NoSession: No unit of work is open here.
+        SessionClosed: The request that this task belongs to is over.
+        ConfigurationError: It is a coroutine function, and the unit is `SyncDatabase.begin()`.
+    """
+    unit = _unit(also_at_end=True)
+    if unit.is_blocking and iscoroutinefunction(function):
+        raise ConfigurationError(
+            f"on_commit takes a plain function inside SyncDatabase.begin(), not {function!r}."
+        )
+    after_commit = AfterCommit(function, in_thread=not unit.is_blocking and is_in_thread())
+    while True:
+        for opened in unit.sessions.values():
+            after_commit.follow(opened.orm)
+        if not unit.joins or unit.enclosing is None:
+            break
+        unit = unit.enclosing
+    unit.after_commit = (*unit.after_commit, after_commit)
+
+
+def _unit(*, also_at_end: bool = False) -> UnitOfWork:
+    unit = current_unit.get()
+    if unit is None:
+        raise NoSession("any database")
+    if unit.over and not (also_at_end and current_end.get()):  # a listener of its last flush
+        raise SessionClosed("any database")
+    return unit
