@@ -216,6 +216,29 @@ async def test_in_autocommit_the_server_refuses_writes(reports: Any, url: URL, d
         assert await session.scalar(text("SELECT 42")) == 42
 
 
+@pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])
+async def test_on_mariadb_a_level_lasts_for_one_transaction_too(driver: str) -> None:
+    """It is set on the connection there, and reset before anyone else gets that."""
+    url, _ = maria_database()
+    level = text("SELECT @@tx_isolation")
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = get_session()
+        if scope["path"] == "/serializable":
+            await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        seen.append(await session.scalar(level))
+        await session.commit()
+        seen.append(await session.scalar(level))
+        await respond(send)
+
+    async with AsyncDatabase(url.set(drivername=f"mysql+{driver}"), **ONE) as database:
+        middleware = DBSessionMiddleware(app, database)
+        for path in ("/serializable", "/"):
+            await get(middleware, path)
+    assert seen == ["SERIALIZABLE", *["REPEATABLE-READ"] * 3]
+
+
 @pytest.mark.skipif(
     tuple(map(int, sqlalchemy.__version__.split(".")[:3])) < (2, 0, 43),
     reason="skip_autocommit_rollback came with SQLAlchemy 2.0.43",
