@@ -30,6 +30,11 @@ class Request:
     leave_after: float | None = None
     leave: str = ""
 
+    @property
+    def is_given_up(self) -> bool:
+        """Whether the client, or the server, does not wait until it is done."""
+        return bool(self.leave or self.leave_after or self.cancel_after)
+
 
 async def ask(port: int, request: Request) -> int | None:
     """The status of the answer; None where there was none, or the client did not wait for it.

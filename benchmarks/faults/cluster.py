@@ -24,6 +24,7 @@ listen_addresses = '{host}'
 port = {port}
 unix_socket_directories = ''
 shared_buffers = 32MB
+wal_retrieve_retry_interval = 100ms
 """
 
 

@@ -23,7 +23,8 @@ class Stage:
     workers: Workers
 
 
-Strike: TypeAlias = Callable[[Stage, Random, float], Coroutine[Any, Any, None]]
+# What it returns is how often it struck.
+Strike: TypeAlias = Callable[[Stage, Random, float], Coroutine[Any, Any, int]]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ def next_request(fault: Fault, number: int, random: Random) -> tuple[Request, bo
     return fault.change(Request(f"/{kind}/{number}?then={then}"), random), True
 
 
+def is_fault(fault: Fault, request: Request) -> bool:
+    """Whether that request is itself what goes wrong, and not only there meanwhile."""
+    handler_fails = fault.then not in (CALM.then, _SLOW) and "then=" in request.path
+    return request.is_given_up or (handler_fails and not request.path.endswith("then="))
+
+
 def _vanish(request: Request, random: Random) -> Request:
     return replace(
         request, leave_after=random.uniform(0.0005, 0.06) if random.random() < 0.5 else None
@@ -88,35 +95,42 @@ def _cancel(request: Request, random: Random) -> Request:
     return replace(request, cancel_after=after if random.random() < 0.7 else None)
 
 
-async def _terminate_backends(stage: Stage, random: Random, seconds: float) -> None:
+async def _terminate_backends(stage: Stage, random: Random, seconds: float) -> int:
+    terminated = 0
     async with asyncio.timeout(seconds + 10):
         for _ in range(int(seconds / 0.3) or 1):
             await asyncio.sleep(random.uniform(0.1, 0.3))
-            await stage.cluster.query(
+            backends = await stage.cluster.query(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                 "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
             )
+            terminated += len(backends)
+    return terminated
 
 
-async def _restart_database(stage: Stage, random: Random, seconds: float) -> None:
+async def _restart_database(stage: Stage, random: Random, seconds: float) -> int:
     await asyncio.sleep(random.uniform(0.2, 0.5) * seconds)
     await in_thread(stage.cluster.stop_hard)
     await asyncio.sleep(random.uniform(0.1, 0.5))
     await in_thread(stage.cluster.start)
+    return 1
 
 
 def _signal_worker(number: int) -> Strike:
-    async def signal_worker(stage: Stage, random: Random, seconds: float) -> None:
+    async def signal_worker(stage: Stage, random: Random, seconds: float) -> int:
         await asyncio.sleep(random.uniform(0.2, 0.5) * seconds)
         stage.workers.signal_one(number, random)
+        return 1
 
     return signal_worker
 
 
-async def _cut_in_commit(stage: Stage, random: Random, seconds: float) -> None:
+async def _cut_in_commit(stage: Stage, random: Random, seconds: float) -> int:
+    before = stage.proxy.cuts
     stage.proxy.cut = lambda: random.choice((BEFORE, AFTER)) if random.random() < 0.25 else None
     await asyncio.sleep(seconds)
     stage.proxy.cut = lambda: None
+    return stage.proxy.cuts - before
 
 
 CALM = Fault("no fault", then=("", "", "slow commit", "stream"))
@@ -133,7 +147,7 @@ FAULTS = (
     Fault("backends are terminated", then=_SLOW, strike=_terminate_backends, leaves_open=True),
     Fault("the database is stopped hard", then=_SLOW, strike=_restart_database, leaves_open=True),
     Fault("the pool is exhausted", then=("", "wait long"), clients=60),
-    Fault("a worker is killed", then=("", "slow commit"), strike=_signal_worker(signal.SIGKILL)),
+    Fault("a worker is killed", then=_SLOW, strike=_signal_worker(signal.SIGKILL)),
     Fault("a worker is told to stop", then=_SLOW, strike=_signal_worker(signal.SIGTERM)),
     Fault("connections are cut in COMMIT", then=_SLOW, strike=_cut_in_commit, leaves_open=True),
 )

@@ -11,6 +11,7 @@ from .tools import TOOLS, versions
 _TEMPLATE = Path(__file__).parent / "document.md"
 _COLUMNS = (
     "fault",
+    "faults",
     "requests",
     "acknowledged",
     "refused",
@@ -38,6 +39,7 @@ def document(
     return _TEMPLATE.read_text().format(
         command=command,
         versions=versions(),
+        faults=sum(result.faults for of_tool in results.values() for result in of_tool),
         acknowledged=sum(len(ledger.acknowledged) for ledger in ledgers),
         requests=sum(ledger.requests for ledger in ledgers),
         side_by_side=side_by_side(results),
@@ -68,7 +70,16 @@ def _checked(checks: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _failed_over(failovers: Mapping[tuple[str, str], Failover]) -> str:
-    columns = ("", "driver", "acknowledged before", "after", "open", "lost", "first success after")
+    columns = (
+        "",
+        "driver",
+        "acknowledged before",
+        "after",
+        "open",
+        "lost",
+        "promoted after",
+        "first success after",
+    )
     rows = [
         [
             TOOLS[tool],
@@ -77,6 +88,7 @@ def _failed_over(failovers: Mapping[tuple[str, str], Failover]) -> str:
             str(len(each.ledger.acknowledged) - each.before),
             f"{len(each.ledger.open)} ({each.finding.open_stored})",
             str(each.finding.lost),
+            f"{each.promotion:.2f} s",
             "never" if each.gap is None else f"{each.gap:.2f} s",
         ]
         for (tool, driver), each in failovers.items()
@@ -89,6 +101,7 @@ def _row(result: Result) -> list[str]:
     counts = (finding.lost, finding.twice, finding.phantom, finding.half, finding.money)
     return [
         result.fault,
+        str(result.faults),
         str(ledger.requests),
         str(len(ledger.acknowledged)),
         str(len(ledger.refused)),

@@ -11,7 +11,7 @@ from random import Random
 from .client import Request, ask, held
 from .cluster import Cluster, in_thread
 from .ledger import SCHEMA, Finding, Ledger, begin_anew, compare, open_transactions
-from .plan import Fault, Stage, next_request
+from .plan import Fault, Stage, is_fault, next_request
 from .proxy import Proxy
 from .workers import Workers
 
@@ -25,6 +25,7 @@ class Result:
 
     Attributes:
         fault: Its name.
+        faults: How many there were, requests that are one themselves included.
         ledger: What the clients heard.
         finding: What was found in the database.
         held: Connections that were still out of a pool afterwards.
@@ -34,6 +35,7 @@ class Result:
     """
 
     fault: str
+    faults: int
     ledger: Ledger
     finding: Finding
     held: int
@@ -62,6 +64,7 @@ def merge(results: Sequence[Result]) -> Result:
     slowest = [result.recovered for result in results]
     return Result(
         results[0].fault,
+        sum(result.faults for result in results),
         Ledger(
             acknowledged=set().union(*(result.ledger.acknowledged for result in results)),
             refused=set().union(*(result.ledger.refused for result in results)),
@@ -129,15 +132,17 @@ async def run_tool(
 async def _run_fault(
     stage: Stage, fault: Fault, numbers: Iterator[int], random: Random, seconds: float
 ) -> Result:
-    ledger = Ledger()
+    ledger, faults = Ledger(), 0
     end = time.monotonic() + seconds
     seeds = [random.random() for _ in range(fault.clients)]
 
     async def be_client(own: Random) -> None:
+        nonlocal faults
         while time.monotonic() < end and ledger.requests < _MOST_REQUESTS:
             ledger.requests += 1
             number = next(numbers)
             request, is_write = next_request(fault, number, own)
+            faults += is_fault(fault, request)
             status = await ask(own.choice(stage.workers.ports), request)
             if is_write:
                 ledger.note(number, status, errors_leave_open=fault.leaves_open)
@@ -147,12 +152,12 @@ async def _run_fault(
     async with asyncio.TaskGroup() as group:
         for seed in seeds:
             group.create_task(be_client(Random(seed)))
-        if fault.strike is not None:
-            group.create_task(fault.strike(stage, random, seconds))
+        strike = fault.strike and group.create_task(fault.strike(stage, random, seconds))
+    faults += strike.result() if strike else 0
     recovered = await _recover(stage, fault, ledger, numbers)
     still_held, still_open = await _settle(stage)
     finding = await compare(ledger, stage.cluster)
-    return Result(fault.name, ledger, finding, still_held, still_open, recovered)
+    return Result(fault.name, faults, ledger, finding, still_held, still_open, recovered)
 
 
 async def _recover(
