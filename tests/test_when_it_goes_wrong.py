@@ -11,6 +11,7 @@ from typing import Any
 
 import postgres
 import pytest
+import trio
 from asgi import get
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
@@ -22,8 +23,10 @@ from asgi_dbsession import (
     DBSessionError,
     DBSessionMiddleware,
     SyncDatabase,
+    TransactionAborted,
     get_session,
     get_sync_session,
+    url,
 )
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -138,8 +141,8 @@ async def unreachable() -> None:
 
 
 async def swallowed() -> None:
-    url = postgres.new_database("aborted").set(drivername="postgresql+psycopg")
-    async with AsyncDatabase(url) as database:
+    real = postgres.new_database("aborted").set(drivername="postgresql+psycopg")
+    async with AsyncDatabase(real) as database:
         try:
             async with database.begin() as session:
                 with pytest.raises(DBAPIError):
@@ -150,6 +153,12 @@ async def swallowed() -> None:
             )
             error.args = (said,)
             raise
+
+
+async def deadlocked() -> None:
+    # What brings it about is in test_drivers.
+    reason = "Deadlock found when trying to get lock"
+    raise TransactionAborted("mysql+asyncmy://app@db/shop", reason, undone=True)
 
 
 async def nothing(scope: Any, receive: Any, send: Any) -> None:
@@ -163,6 +172,26 @@ async def no_variable() -> None:
 async def no_url() -> None:
     missing: Any = None
     AsyncDatabase(missing)
+
+
+async def no_driver() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(url, "find_spec", lambda _: None)
+        AsyncDatabase("postgresql://app@db/shop")
+
+
+async def driver_not_installed() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "aiomysql", None)  # so that it cannot be imported
+        AsyncDatabase("mysql+aiomysql://app@db/shop")
+
+
+async def misspelt() -> None:
+    AsyncDatabase("postgresqll://app@db/shop")
+
+
+async def on_trio() -> None:
+    await asyncio.to_thread(trio.run, AsyncDatabase("sqlite:///shop.db").startup)
 
 
 async def driver_that_blocks() -> None:
@@ -202,8 +231,13 @@ WAYS = (
     in_another_loop,
     unreachable,
     swallowed,
+    deadlocked,
     no_variable,
     no_url,
+    no_driver,
+    driver_not_installed,
+    misspelt,
+    on_trio,
     driver_that_blocks,
     driver_for_asyncio,
     engine_for_a_database,
