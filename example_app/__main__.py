@@ -14,7 +14,11 @@ three cards: only the approved one changes anything. Or from another terminal:
   curl {address}/api/products
   curl {address}/api/orders -d '{{"product": 1, "quantity": 2, "card": "approved"}}'
   curl {address}/api/orders -d '{{"product": 1, "quantity": 2, "card": "declined"}}'
+  curl {address}/api/mails
+  curl {address}/api/sales
   curl {address}/orders.csv
+
+The network panel of the browser shows, under "Timing", what a page cost the databases.
 """
 
 

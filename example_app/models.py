@@ -1,16 +1,21 @@
 """What the shop remembers."""
 
+from datetime import date
 from uuid import UUID
 
 from sqlalchemy import CheckConstraint, ForeignKey
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
-class Base(DeclarativeBase):
-    """What all tables belong to."""
+class ShopBase(DeclarativeBase):
+    """What the tables of the shop belong to."""
 
 
-class Product(Base):
+class ReportBase(DeclarativeBase):
+    """What the tables of the reports belong to: another database, so no key leads across."""
+
+
+class Product(ShopBase):
     """Something on the shelf. Money is in cents."""
 
     __tablename__ = "product"
@@ -23,7 +28,7 @@ class Product(Base):
     stock: Mapped[int]
 
 
-class Order(Base):
+class Order(ShopBase):
     """A number of one product, at the price of that moment."""
 
     __tablename__ = "orders"  # ORDER is a word of SQL's
@@ -33,12 +38,12 @@ class Order(Base):
     product_id: Mapped[int] = mapped_column(ForeignKey("product.id"), index=True)
     quantity: Mapped[int]
     total: Mapped[int]
+    packed: Mapped[bool] = mapped_column(default=False)
 
     product: Mapped[Product] = relationship(lazy="joined", innerjoin=True)
-    mail: Mapped["Mail | None"] = relationship(lazy="joined")
 
 
-class Payment(Base):
+class Payment(ShopBase):
     """What a card was charged for an order. No key is charged twice."""
 
     __tablename__ = "payment"
@@ -49,11 +54,22 @@ class Payment(Base):
     key: Mapped[UUID] = mapped_column(unique=True)
 
 
-class Mail(Base):
-    """The confirmation of an order, sent once the order is safe."""
+class Mail(ShopBase):
+    """What has left the shop: as with any mail, no ROLLBACK of anything takes it back."""
 
     __tablename__ = "mail"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    order_id: Mapped[int] = mapped_column(ForeignKey("orders.id"), unique=True)
     text: Mapped[str]
+
+
+class Sale(ReportBase):
+    """What was sold, in the words of that day: products come and go, reports stay."""
+
+    __tablename__ = "sale"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    day: Mapped[date] = mapped_column(index=True)
+    product: Mapped[str]
+    quantity: Mapped[int]
+    total: Mapped[int]

@@ -2,15 +2,18 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from http import HTTPStatus
 from uuid import UUID
 
-from sqlalchemy import select, update
+from sqlalchemy import RowMapping, func, select, update
 
-from asgi_dbsession import get_session
+from asgi_dbsession import get_session, on_commit
 
-from .models import Mail, Order, Payment, Product
+from .databases import reports
+from .models import Mail, Order, Payment, Product, Sale
 
 PAGE = 100
 LATEST = 20
@@ -72,9 +75,10 @@ class PaymentDeclined(Refusal):
 
 
 async def place_order(wish: Wish) -> Order:
-    """Take the stock, write the order, charge the card: all three, or none.
+    """Take the stock, write the order, count the sale, charge the card: all of it, or nothing.
 
-    The payment comes last on purpose. When it fails, there is something to roll back.
+    The payment comes last on purpose. When it fails, there is something to roll back, and a mail
+    that must not leave.
 
     Returns:
         The order, not yet committed: that happens when the response is about to leave.
@@ -86,6 +90,9 @@ async def place_order(wish: Wish) -> Order:
     """
     product = await take_stock(wish.product_id, wish.quantity)
     order = await write_order(product, wish.quantity)
+    count_sale(order)
+    thanks = f"Thank you for order {order.id}: {order.quantity} of {product.name}."
+    on_commit(partial(send_mail, thanks))
     charge(order, wish.card, wish.key)
     return order
 
@@ -114,10 +121,21 @@ async def take_stock(product_id: int, quantity: int) -> Product:
 
 async def write_order(product: Product, quantity: int) -> Order:
     """Write an order, and so give it its number."""
-    order = Order(product=product, quantity=quantity, total=quantity * product.price, mail=None)
+    order = Order(product=product, quantity=quantity, total=quantity * product.price)
     get_session().add(order)
     await get_session().flush()
     return order
+
+
+def count_sale(order: Order) -> None:
+    """Note an order for the reports, in their database."""
+    sale = Sale(
+        day=datetime.now(UTC).date(),
+        product=order.product.name,
+        quantity=order.quantity,
+        total=order.total,
+    )
+    reports.get_session().add(sale)
 
 
 def charge(order: Order, card: Card, key: UUID) -> None:
@@ -137,10 +155,20 @@ def charge(order: Order, card: Card, key: UUID) -> None:
     get_session().add(Payment(order_id=order.id, amount=order.total, key=key))
 
 
-async def send_confirmation(order: Order) -> None:
-    """Confirm an order to the customer; runs in the background, after the response."""
-    text = f"Order {order.id}: {order.quantity} of {order.product.name}. Thank you!"
-    get_session().add(Mail(order_id=order.id, text=text))
+async def send_mail(text: str) -> None:
+    """Send a mail, which here goes no further than an outbox that everybody can look into.
+
+    Called after COMMIT, it has a session, and a transaction, of its own.
+    """
+    get_session().add(Mail(text=text))
+
+
+async def pack(order: Order) -> None:
+    """Make a parcel of an order; runs in the background, after the response.
+
+    The session of the request goes on there, and commits in the end what has changed since.
+    """
+    order.packed = True
 
 
 async def products() -> Sequence[Product]:
@@ -152,6 +180,23 @@ async def latest_orders() -> Sequence[Order]:
     """The last few orders, newest first."""
     orders = select(Order).order_by(Order.id.desc()).limit(LATEST)
     return (await get_session().scalars(orders)).all()
+
+
+async def latest_mails() -> Sequence[Mail]:
+    """The last few mails that have left, newest first."""
+    return (await get_session().scalars(select(Mail).order_by(Mail.id.desc()).limit(LATEST))).all()
+
+
+async def latest_sales() -> Sequence[RowMapping]:
+    """What was sold on the last days, newest first: day, product, quantity, total."""
+    total = func.sum(Sale.total).label("total")
+    sales = (
+        select(Sale.day, Sale.product, func.sum(Sale.quantity).label("quantity"), total)
+        .group_by(Sale.day, Sale.product)
+        .order_by(Sale.day.desc(), total.desc())
+        .limit(LATEST)
+    )
+    return (await reports.get_session().execute(sales)).mappings().all()
 
 
 async def all_orders() -> AsyncIterator[Sequence[Order]]:

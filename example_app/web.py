@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+from sqlalchemy import RowMapping
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -32,10 +33,12 @@ templates.env.filters["money"] = money
 
 
 async def show_shop(request: Request) -> Response:
-    """The page: the shelf, an order form, the latest orders."""
+    """The page: the shelf, an order form, and what came of the latest orders."""
     context = {
         "products": await shop.products(),
         "orders": await shop.latest_orders(),
+        "mails": await shop.latest_mails(),
+        "sales": await shop.latest_sales(),
         "cards": Card,
         "most": MOST,
         "key": uuid4(),
@@ -51,7 +54,7 @@ async def order_by_form(request: Request) -> Response:
     return RedirectResponse(
         f"/#order-{order.id}",
         status_code=HTTPStatus.SEE_OTHER,
-        background=BackgroundTask(shop.send_confirmation, order),
+        background=BackgroundTask(shop.pack, order),
     )
 
 
@@ -65,13 +68,23 @@ async def list_orders(_request: Request) -> Response:
     return JSONResponse([order_as_json(order) for order in await shop.latest_orders()])
 
 
+async def list_mails(_request: Request) -> Response:
+    """The latest mails, as JSON."""
+    return JSONResponse([mail.text for mail in await shop.latest_mails()])
+
+
+async def list_sales(_request: Request) -> Response:
+    """The sales of the last days, as JSON."""
+    return JSONResponse([sale_as_json(sale) for sale in await shop.latest_sales()])
+
+
 async def order_by_json(request: Request) -> Response:
     """A program's order."""
     order = await shop.place_order(read_wish(await read_json_object(request)))
     return JSONResponse(
         order_as_json(order),
         status_code=HTTPStatus.CREATED,
-        background=BackgroundTask(shop.send_confirmation, order),
+        background=BackgroundTask(shop.pack, order),
     )
 
 
@@ -116,8 +129,13 @@ def order_as_json(order: Order) -> dict[str, Any]:
         "product": order.product.name,
         "quantity": order.quantity,
         "total": order.total,
-        "confirmed": order.mail is not None,
+        "packed": order.packed,
     }
+
+
+def sale_as_json(sale: RowMapping) -> dict[str, Any]:
+    """What a program is told of the sales of a product on a day."""
+    return {**sale, "day": sale["day"].isoformat()}
 
 
 async def orders_as_csv() -> AsyncIterator[str]:
@@ -196,4 +214,6 @@ routes = [
     Route("/api/products", list_products),
     Route("/api/orders", list_orders),
     Route("/api/orders", order_by_json, methods=["POST"]),
+    Route("/api/mails", list_mails),
+    Route("/api/sales", list_sales),
 ]
