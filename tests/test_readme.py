@@ -7,6 +7,8 @@ import pytest
 from pages import Page
 from starlette.testclient import TestClient
 
+from asgi_dbsession.testing import rolled_back
+
 README = Page("README.md")
 BLOCKS = README.blocks()
 
@@ -36,6 +38,19 @@ def test_the_example_of_a_def_handler_answers(
     (number,) = (number for number, block in enumerate(BLOCKS) if "def version" in block)
     with TestClient(README.run(number)["app"]) as client:
         assert client.get("/").text.startswith("3.")
+
+
+def test_the_example_of_a_grown_application_does_what_the_list_below_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two databases, each option, and a test around it that undoes all."""
+    monkeypatch.chdir(tmp_path)
+    (number,) = (number for number, block in enumerate(BLOCKS) if "def health" in block)
+    shown = README.run(number)
+    with rolled_back(shown["shop"], shown["reports"]), TestClient(shown["app"]) as client:
+        answer = client.get("/health")
+    assert answer.status_code == 200
+    assert answer.json()["latency"] > 0
 
 
 def test_every_error_is_in_the_table_of_the_readme() -> None:
