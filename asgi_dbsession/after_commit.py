@@ -1,7 +1,6 @@
 """What an application wants done once its work is stored."""
 
 import logging
-from asyncio import CancelledError
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from inspect import isawaitable
@@ -71,32 +70,14 @@ class AfterCommit:
         if transaction in self._transactions or transaction.parent is None:
             self.is_undone = not self.is_stored
 
-    async def call(self) -> bool:
-        """Call it; what it raises is logged, for nothing can undo the COMMIT.
-
-        Returns:
-            Whether it did what it should.
-        """
-        try:
-            result = await to_thread.run_sync(self.function) if self.in_thread else self.function()
-            if isawaitable(result):
-                await result
-        except (Exception, CancelledError) as error:  # of a task of its own: this one completes
-            self.report(error)
-            return False
-        return True
-
-    def call_blocking(self) -> bool:
-        """The same on the calling thread."""
-        try:
-            self.function()
-        except Exception as error:
-            self.report(error)
-            return False
-        return True
+    async def call(self) -> None:
+        """Call it where it was given."""
+        result = await to_thread.run_sync(self.function) if self.in_thread else self.function()
+        if isawaitable(result):
+            await result
 
     def report(self, error: BaseException) -> None:
-        """Log what it raised."""
+        """Log what it raised, for nothing can undo the COMMIT."""
         _logger.error(
             "%r failed after COMMIT; what was committed stays.", self.function, exc_info=error
         )

@@ -71,8 +71,9 @@ class DBSessionMiddleware:
             longer fail after another one succeeded. The drivers must support it.
         on_report: A plain function that is called once for each unit of work that has ended: the
             response's, before its status is sent; the body's or background task's; and each
-            `begin()` inside of the request. It is called on the event loop (on its own thread for
-            `SyncDatabase.begin()`), so it must be quick; what it raises is logged.
+            `begin()` and `on_commit` function inside of the request. It is called on the event loop
+            (on its own thread for `SyncDatabase.begin()`), so it must be quick; what it raises is
+            logged.
 
     Raises:
         ConfigurationError: An argument is not what it should be.

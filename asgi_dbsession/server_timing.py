@@ -15,8 +15,9 @@ class ServerTimingMiddleware:
 
     Goes around `DBSessionMiddleware(..., on_report=ServerTimingMiddleware.note)`. The header leaves
     with the status, so it tells of the units that have ended by then: the response's, and each
-    `begin()` before it. `db` is the time that the databases were at work, `db_wait` the time spent
-    waiting for connections. A response without a session has no such header.
+    `begin()` and `on_commit` function before it. `db` is the time that the databases were at work,
+    `db_wait` the time spent waiting for connections. A response without a session has no such
+    header.
     Source: https://www.w3.org/TR/server-timing/
 
     Args:
@@ -34,7 +35,7 @@ class ServerTimingMiddleware:
             noted.append(report)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGIApp one ASGI scope."""
+        """Serve one ASGI scope."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

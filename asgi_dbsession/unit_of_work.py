@@ -1,5 +1,6 @@
 """Which sessions a unit of work opened, and how it ends."""
 
+from asyncio import CancelledError
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -204,9 +205,13 @@ class UnitOfWork:
         unit = self._unit_for_function()
         token = current_unit.set(unit)
         try:
-            success = await after_commit.call()
-            await unit.close(commit=success and not unit.rollback)
-        except Exception as error:
+            try:
+                await after_commit.call()
+            except BaseException:
+                await unit.close(commit=False)
+                raise
+            await unit.close(commit=not unit.rollback)
+        except (Exception, CancelledError) as error:  # of a task of its own: this one completes
             after_commit.report(error)
         finally:
             current_unit.reset(token)
@@ -215,15 +220,19 @@ class UnitOfWork:
         unit = self._unit_for_function()
         token = current_unit.set(unit)
         try:
-            success = after_commit.call_blocking()
-            unit.close_blocking(commit=success and not unit.rollback)
+            try:
+                after_commit.function()
+            except BaseException:
+                unit.close_blocking(commit=False)
+                raise
+            unit.close_blocking(commit=not unit.rollback)
         except Exception as error:
             after_commit.report(error)
         finally:
             current_unit.reset(token)
 
     def _unit_for_function(self) -> "UnitOfWork":
-        unit = UnitOfWork(self.databases, self.scope, self)
+        unit = self.within(self.databases)
         unit.is_blocking, unit.two_phase = self.is_blocking, self.two_phase
         return unit
 

@@ -25,6 +25,7 @@ from asgi_dbsession import (
     DBSessionMiddleware,
     SyncDatabase,
     UnitReport,
+    on_commit,
     set_rollback,
 )
 from asgi_dbsession.testing import rolled_back
@@ -99,6 +100,32 @@ async def test_each_end_is_reported_with_its_reason(
     assert [each.database for each in report.databases] == [running.database]
     assert report.databases[0].committed == (outcome == "committed")
     assert running.stored() == (["row"] if outcome == "committed" else [])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_an_on_commit_function_does_is_a_unit_of_its_own(
+    running: Running, caplog: pytest.LogCaptureFixture, *, fails: bool
+) -> None:
+    """Reported before the one whose COMMIT it followed, because it ends first."""
+    reports: list[UnitReport] = []
+
+    async def follow_up() -> None:
+        await running.write("mail")
+        if fails:
+            raise LookupError
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("order")
+        on_commit(follow_up)
+        await respond(send)
+
+    with caplog.at_level(logging.CRITICAL):
+        await get(DBSessionMiddleware(app, running.database, on_report=reports.append))
+    ends = [("rolled_back", "exception") if fails else ("committed", None), ("committed", None)]
+    assert outcomes(reports) == ends
+    assert isinstance(reports[0].error, LookupError if fails else type(None))
+    assert [each.databases[0].statements for each in reports] == [1, 1]
+    assert running.stored() == (["order"] if fails else ["order", "mail"])
 
 
 async def test_a_request_that_asks_for_no_session_is_not_reported(running: Running) -> None:
