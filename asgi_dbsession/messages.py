@@ -9,6 +9,13 @@ from .unit_of_work import UnitOfWork
 
 # What ends a response, unless it says `more_body`.
 _ENDINGS = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
+# Before what on a socket the work ends; the last is a denial.
+_ENDING_WORK = (
+    "websocket.accept",
+    "websocket.send",
+    "websocket.close",
+    "websocket.http.response.start",
+)
 # Normal closure, and going away: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
 _FINE = (1000, 1001)
 
@@ -27,7 +34,7 @@ def end_before_response(unit: UnitOfWork, commit_when: Callable[[int], bool], se
                 await unit.end(commit=success)
             unit.rollback = None
             unit.is_answered = True
-        elif kind in _ENDINGS and not message.get("more_body", False):
+        elif unit.is_answered and not unit.may_commit and _is_ending(message):
             unit.may_commit = True
             # Below an inner BaseHTTPMiddleware, this may not be the task at work.
             if (unit.sessions or unit.after_commit) and (task := current_task()) is not None:
@@ -35,6 +42,10 @@ def end_before_response(unit: UnitOfWork, commit_when: Callable[[int], bool], se
         await send(message)
 
     return end_unit_then_send
+
+
+def _is_ending(message: Message) -> bool:
+    return message["type"] in _ENDINGS and not message.get("more_body", False)
 
 
 def end_before_waiting(unit: UnitOfWork, receive: Receive, send: Send) -> tuple[Receive, Send]:
@@ -46,24 +57,26 @@ def end_before_waiting(unit: UnitOfWork, receive: Receive, send: Send) -> tuple[
     unit.is_answered = True  # by the handshake, or by the server
 
     async def end_unit_then_receive() -> Message:
+        if unit.failure is not None:
+            raise Unwound
         await end_own_work(commit=True)
         return await receive()
 
     async def end_unit_then_send(message: Message) -> None:
+        if unit.failure is not None:
+            raise Unwound
         kind = message["type"]
         if kind == "websocket.accept":
             unit.may_commit = True
+        elif kind == "websocket.http.response.start":
+            unit.may_commit = False
         elif kind == "websocket.close":
             unit.may_commit = unit.may_commit and message.get("code", 1000) in _FINE
-        if kind in ("websocket.accept", "websocket.send", "websocket.close"):
+        if kind in _ENDING_WORK:
             await end_own_work(commit=unit.may_commit)
-        elif kind == "websocket.http.response.start":
-            await end_own_work(commit=False)
         await send(message)
 
     async def end_own_work(*, commit: bool) -> None:
-        if unit.failure is not None:
-            raise Unwound
         if unit.sessions or unit.after_commit:
             # None: what threads did, for the handler that waited for them.
             tasks = current_task(), None

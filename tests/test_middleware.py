@@ -365,6 +365,23 @@ async def test_a_body_that_was_cut_short_is_not_half_stored(running: Running) ->
     assert running.stored() == ["handler"]
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before the start", "after the end"])
+async def test_a_body_that_no_server_takes_acknowledges_nothing(
+    running: Running, *, late: bool
+) -> None:
+    """What came before it is rolled back by the error it is refused with."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if late:
+            await respond(send)
+        await running.write("refused")
+        await send({"type": "http.response.body"})
+
+    exchange = await get(serving(running, app))
+    assert isinstance(exchange.error, AssertionError)
+    assert running.stored() == []
+
+
 @pytest.mark.parametrize("status", [200, 404])
 async def test_work_after_the_response_is_a_unit_of_its_own(running: Running, status: int) -> None:
     """A background task is committed when it ends, also after an error response."""

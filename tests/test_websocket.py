@@ -220,6 +220,26 @@ async def test_a_failed_commit_is_never_followed_by_a_message(running: Running, 
     assert running.stored() == []
 
 
+async def test_not_even_an_unknown_message_follows_a_failed_commit(running: Running) -> None:
+    """ASGI may come to have other ones that acknowledge something."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(ACCEPT)
+        await running.doom()
+        for message in (text("ok"), {"type": "websocket.surprise"}):
+            try:
+                await send(message)
+            except BaseException as error:
+                unwound.append(error)
+
+    unwound: list[BaseException] = []
+    peer = await socket(running, app).run()
+    assert len(unwound) == 2
+    assert isinstance(peer.error, IntegrityError)
+    assert peer.messages == [ACCEPT]
+
+
 async def test_the_handler_can_commit_by_itself_and_answer_a_failure(running: Running) -> None:
     """So one refused row need not cost the peer its socket."""
 
