@@ -6,7 +6,7 @@ from typing import Any
 from .after_commit import AfterCommit, Function, is_in_thread
 from .errors import ConfigurationError, NoSession, SessionClosed
 from .open_session import SessionSource
-from .turn import current_end
+from .turn import current_end, current_task
 from .unit_of_work import UnitOfWork, current_unit
 
 
@@ -36,11 +36,11 @@ def set_rollback(rollback: bool) -> None:
         NoSession: No unit of work is open here.
         SessionClosed: The request that this task belongs to is over.
     """
-    unit = _unit()
-    unit.rollback = rollback
+    unit, decider = _unit(), current_task()
+    unit.rollback, unit.decider = rollback, decider
     while unit.joins and unit.enclosing is not None:
         unit = unit.enclosing
-        unit.rollback = rollback
+        unit.rollback, unit.decider = rollback, decider
 
 
 def on_commit(function: Function) -> None:

@@ -37,7 +37,7 @@ def end_before_response(unit: UnitOfWork, commit_when: Callable[[int], bool], se
         elif unit.is_answered and not unit.may_commit and _is_ending(message):
             unit.may_commit = True
             # Below an inner BaseHTTPMiddleware, this may not be the task at work.
-            if (unit.sessions or unit.after_commit) and (task := current_task()) is not None:
+            if unit.has_begun and (task := current_task()) is not None:
                 await unit.end(commit=not unit.rollback, only_of=(task,))
         await send(message)
 
@@ -77,7 +77,7 @@ def end_before_waiting(unit: UnitOfWork, receive: Receive, send: Send) -> tuple[
         await send(message)
 
     async def end_own_work(*, commit: bool) -> None:
-        if unit.sessions or unit.after_commit:
+        if unit.has_begun:
             # None: what threads did, for the handler that waited for them.
             tasks = current_task(), None
             await unit.end(commit=commit and not unit.rollback, only_of=tasks)

@@ -29,6 +29,7 @@ class UnitOfWork:
     Attributes:
         joins: Whether `enclosing` is of the same request; databases that it has stay with it.
         rollback: What `set_rollback` said of the work since the last end.
+        decider: The task that said so.
         failure: The first error of a COMMIT.
         after_commit: What `on_commit` was given.
         two_phase: Whether its sessions commit in two phases.
@@ -37,6 +38,8 @@ class UnitOfWork:
         may_commit: Whether what is left when the application returns belongs to a success.
         over: Whether it has been closed.
     """
+
+    decider: object = None  # here, for a request pays for each attribute that it has of its own
 
     def __init__(
         self,
@@ -73,6 +76,11 @@ class UnitOfWork:
     def within(self, databases: tuple[SessionSource[Any], ...]) -> "UnitOfWork":
         """A unit of its own, opened inside of this one."""
         return UnitOfWork(databases, self.scope, self)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether an end could have anything to do."""
+        return bool(self.sessions or self.after_commit or self.rollback is not None)
 
     @property
     def outermost(self) -> "UnitOfWork":
@@ -120,6 +128,10 @@ class UnitOfWork:
         """
         working = [each for each in self._in_order() if has_work(each.orm, each.turn)]
         if not working and not self.after_commit:
+            # It was about nothing, and must not be about what follows; but of another task, it is
+            # about what that one has not begun yet.
+            if only_of is None or self.decider in only_of:
+                self.rollback = None
             return
         if only_of is not None and not all(each.is_work_of(only_of) for each in working):
             return

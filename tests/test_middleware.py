@@ -468,6 +468,32 @@ async def test_set_rollback_of_a_handler_without_a_session_is_over_with_its_resp
     assert running.stored() == ["background"]
 
 
+async def test_set_rollback_of_a_body_that_did_nothing_is_over_with_it(running: Running) -> None:
+    """Or the background task's work would be lost, which it was never said of."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        set_rollback(True)
+        await send({"type": "http.response.body"})
+        await running.write("background")
+
+    await get(serving(running, app))
+    assert running.stored() == ["background"]
+
+
+async def test_set_rollback_of_a_task_outlives_messages_of_another_one(running: Running) -> None:
+    """An inner middleware's task may send the last of a body when the next work has begun."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        set_rollback(True)
+        await asyncio.create_task(send({"type": "http.response.body"}))
+        await running.write("background")
+
+    await get(serving(running, app))
+    assert running.stored() == []
+
+
 async def test_set_rollback_after_the_request_is_refused(running: Running) -> None:
     """There is nothing left to decide."""
     over = asyncio.Event()

@@ -277,6 +277,22 @@ async def test_set_rollback_speaks_of_the_work_until_the_next_message(running: R
     assert running.stored() == ["done"]
 
 
+async def test_set_rollback_about_nothing_is_forgotten_with_the_next_message(
+    running: Running,
+) -> None:
+    """Or it would undo, in silence, what a later message is about."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        set_rollback(True)
+        await send(ACCEPT)
+        await running.write("done")
+        await send(text("stored"))
+
+    await socket(running, app).run()
+    assert running.stored() == ["done"]
+
+
 async def test_a_message_does_not_commit_what_another_task_is_at(running: Running) -> None:
     """Or half of its work would be stored: it opens `begin()`, and is whole."""
     if running.real.is_sync:
