@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import mariadb_server
 import postgres
 import pytest
 from anyio import to_thread
+from hypothesis import settings
 from sqlalchemy import (
     URL,
     Column,
@@ -37,6 +39,11 @@ from sqlalchemy.pool import NullPool
 from asgi_dbsession import AsyncDatabase, SyncDatabase
 
 pytest_plugins = ["matrix"]
+
+# The same examples in each run; or, by the environment, many more and others each time.
+settings.register_profile("short", max_examples=400, derandomize=True, deadline=None, database=None)
+settings.register_profile("long", max_examples=5000, deadline=None, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 METADATA = MetaData()
 ENTRY = Table(
