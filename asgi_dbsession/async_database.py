@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import URL, Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 from typing_extensions import override
 
@@ -48,8 +49,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     ) -> None:
         super().__init__(url, session_options, ping_on_startup, engine_options)
         self._class: type[AnyAsyncSession] = self._session_class(AsyncSession)
-        sync_class = self._session_options.pop("sync_session_class", self._class.sync_session_class)
-        self._sync_class = in_turn(sync_class)
+        default = self._class.sync_session_class
+        self._sync_class = in_turn(self._session_class(Session, "sync_session_class", default))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._given_up: set[asyncio.Task[None]] = set()
         self._check_session_options()

@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import URL, Engine
-from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
 from typing_extensions import Self
@@ -44,6 +43,11 @@ class Database(ABC, Generic[E, S]):
     ) -> None:
         self.url: URL = url_with_driver(url, asynchronous=self._asynchronous)
         self._engine_options = options_for_memory(self.url, engine_options)
+        if not isinstance(session_options or {}, Mapping):
+            raise ConfigurationError(
+                f"session_options takes a dictionary, not something of type "
+                f"{type(session_options).__name__}."
+            )
         self._session_options = {
             "expire_on_commit": False,
             **(session_options or {}),
@@ -70,6 +74,12 @@ class Database(ABC, Generic[E, S]):
         Raises:
             ConfigurationError: The variable is not set, or what it holds cannot work.
         """
+        if not isinstance(variable, str) or "://" in variable:
+            # Not quoted: it may hold a password.
+            raise ConfigurationError(
+                f"{cls.__name__}.from_env takes the name of an environment variable; a URL goes "
+                f"into {cls.__name__} itself."
+            )
         url = os.environ.get(variable)
         if not url:
             raise ConfigurationError(
@@ -242,7 +252,9 @@ class Database(ABC, Generic[E, S]):
     def _build_engine(self) -> E:
         try:
             engine = self._create_engine()
-        except (ArgumentError, TypeError) as error:
+        except DBSessionError:
+            raise
+        except Exception as error:  # ArgumentError, if all is well; KeyError, AttributeError, …
             raise ConfigurationError(
                 f"{self} cannot be built with these engine options: {self._reason(error)}"
             ) from None
@@ -277,11 +289,11 @@ class Database(ABC, Generic[E, S]):
                 f"{self} cannot make a session with these session options: {error}"
             ) from error
 
-    def _session_class(self, base: type) -> Any:
-        session_class = self._session_options.pop("class_", base)
+    def _session_class(self, base: type, option: str = "class_", default: Any = None) -> Any:
+        session_class = self._session_options.pop(option, default or base)
         if isinstance(session_class, type) and issubclass(session_class, base):
             return session_class
         raise ConfigurationError(
             f"{type(self).__name__} needs a subclass of {base.__name__} as "
-            f'session_options["class_"], not {session_class!r}.'
+            f'session_options["{option}"], not {session_class!r}.'
         )

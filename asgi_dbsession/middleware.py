@@ -109,11 +109,18 @@ class DBSessionMiddleware:
             "on_commit_error": on_commit_error,
             "on_report": on_report,
         }
+        if not callable(app):
+            raise ConfigurationError(
+                "DBSessionMiddleware is put around an ASGI application, and this is something of "
+                f"type {type(app).__name__}: give it the application first."
+            )
         for name, function in functions.items():
-            if function is not None and (not callable(function) or iscoroutinefunction(function)):
+            is_needless = function is None and name != "commit_when"
+            if not is_needless and (not callable(function) or iscoroutinefunction(function)):
                 raise ConfigurationError(f"{name} takes a plain function, not {function!r}.")
         for name, number in (("attempts", attempts), ("retry_after", retry_after)):
-            if number is not None and (not isinstance(number, int) or number < 1):
+            is_needless = number is None and name == "retry_after"
+            if not is_needless and (type(number) is not int or number < 1):  # True is an int too
                 raise ConfigurationError(f"{name} takes a whole number from 1 on, not {number!r}.")
         if on_report is not None:
             self._begin_unit = partial(ReportedUnit, on_report)

@@ -71,9 +71,10 @@ def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
         return given
     asynchronous = url.get_dialect().is_async
     options = dict(given)
-    if not asynchronous:
+    arguments = given.get("connect_args", {})
+    if not asynchronous and isinstance(arguments, dict):
         # COMMIT comes from another thread than the statements, though never at the same time.
-        options["connect_args"] = {"check_same_thread": False} | given.get("connect_args", {})
+        options["connect_args"] = {"check_same_thread": False} | arguments
     if "poolclass" not in given and "pool" not in given:
         options["poolclass"] = AsyncAdaptedQueuePool if asynchronous else QueuePool
         options |= {"pool_size": 1, "max_overflow": 0}
@@ -88,19 +89,26 @@ def _is_in_memory(url: URL) -> bool:
 
 
 def _parse(url: str | URL) -> URL:
+    text = url.strip() if isinstance(url, str) else ""  # files of secrets end with a line break
     try:
-        parsed = make_url(url)
+        parsed = make_url(text or url)
     except (ArgumentError, ValueError):
         parsed = None
-    # An `@` in the host is the rest of a password that was not percent-encoded.
-    if parsed is None or "@" in (parsed.host or ""):
+    if parsed is None or not text.isprintable() or _is_misread(parsed, text):
         # Outside of the `except`: SQLAlchemy's message may quote the text, and so a password.
         raise ConfigurationError(
             "This is not a database URL. Write `dialect://user:password@host:port/name`, for "
-            "example `postgresql://app@localhost/shop` or `sqlite:///shop.db`, with special "
-            "characters percent-encoded (`sqlalchemy.URL.create` does it)."
+            "example `postgresql://app@localhost/shop` or `sqlite:///shop.db`, without quotes, "
+            "and with special characters percent-encoded (`sqlalchemy.URL.create` does it)."
         )
     return parsed
+
+
+def _is_misread(url: URL, text: str) -> bool:
+    # A second `@` belongs to a password that was not percent-encoded, and whose rest was taken for
+    # a host or a name. One in the user's name does no harm.
+    secret_and_rest = text.partition("://")[2].partition(":")[2]
+    return "@" in (url.host or "") or (url.password is not None and secret_and_rest.count("@") > 1)
 
 
 def _choose_driver(url: URL, *, asynchronous: bool) -> str:
@@ -120,7 +128,7 @@ def _check_driver(url: URL, *, asynchronous: bool) -> None:
     shown = without_secrets(url)
     try:
         dialect = url.get_dialect()
-    except NoSuchModuleError:
+    except (NoSuchModuleError, ValueError):  # two `+`
         raise ConfigurationError(
             f"SQLAlchemy knows no dialect and driver for {shown}. Check the part before `://`; "
             "a database that is not built in needs its dialect's package installed."

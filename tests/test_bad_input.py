@@ -1,0 +1,297 @@
+"""Whatever is configured wrong is told in one line, with a cure, and without a password.
+
+What `test_url.py`, `test_misuse.py`, `test_database.py` and `test_middleware.py` say of it is not
+said again here.
+"""
+
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from inspect import isawaitable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import AnyDatabase
+from hypothesis import example, given, strategies as st
+from sqlalchemy import URL
+from sqlalchemy.pool import StaticPool
+
+from asgi_dbsession import (
+    AsyncDatabase,
+    ConfigurationError,
+    DatabaseUnavailable,
+    DBSessionError,
+    DBSessionMiddleware,
+    SyncDatabase,
+)
+
+pytestmark = pytest.mark.anyio
+
+SECRET = "hush-hush"
+BOTH = pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
+IS_NO_URL = "Write `dialect://user:password@host:port/name`"
+
+
+@pytest.fixture(autouse=True)
+def no_secrets_in_logs(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    caplog.set_level("DEBUG", logger="asgi_dbsession")
+    yield
+    assert SECRET not in caplog.text
+
+
+async def nothing(scope: Any, receive: Any, send: Any) -> None:
+    """An application that is never called."""
+
+
+def assert_tells_well(error: BaseException) -> str:
+    """One line; and no password, with all that a traceback would show around it."""
+    said = str(error)
+    assert said == " ".join(said.split())
+    assert SECRET not in "".join(traceback.format_exception(error))
+    return said
+
+
+async def told(use: Callable[[], Awaitable[None] | object]) -> str:
+    with pytest.raises((ConfigurationError, DatabaseUnavailable)) as caught:
+        await result if isawaitable(result := use()) else None
+    return assert_tells_well(caught.value)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "url",
+    [
+        " ",
+        f'"postgresql://app:{SECRET}@db/shop"',
+        f"'postgresql://app:{SECRET}@db/shop'",
+        f"DATABASE_URL=postgresql://app:{SECRET}@db/shop",
+        "$DATABASE_URL",
+        "sqlite:shop.db",
+        "sqlite:/shop.db",
+        "shop.db",
+        f"jdbc:postgresql://db/shop?password={SECRET}",
+        f"postgresql://app:{SECRET}@db:/shop",
+        f"postgresql://app:b@/{SECRET}@db/shop",
+        f"postgresql://app:b@{SECRET}?@db/shop",
+        f"postgresql://app:{SECRET}@db\n/shop",
+        f"postgresql://app:{SECRET}@[::1/shop",
+    ],
+)
+async def test_what_only_looks_like_a_url_is_refused(
+    database_class: type[AnyDatabase], url: str
+) -> None:
+    """Quotes that a shell would have taken off, half an `.env` file, another tool's notation."""
+    assert IS_NO_URL in await told(lambda: database_class(url))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("url", "user", "name"),
+    [
+        ("postgresql://app@shop:pw@db/shop", "app@shop", "shop"),
+        ("postgresql://app:p%40ss@db/shop", "app", "shop"),
+        ("sqlite:////srv/a@b/c@d.db", None, "/srv/a@b/c@d.db"),
+    ],
+)
+def test_an_at_sign_that_can_only_mean_itself_is_fine(
+    database_class: type[AnyDatabase], url: str, user: str | None, name: str
+) -> None:
+    """In the name of a user (Azure's are like that), encoded, or in the path of a file."""
+    read = database_class(url).url
+    assert (read.username, read.database) == (user, name)
+
+
+@BOTH
+@pytest.mark.parametrize("dialect", ["postgresql+asyncpg+x", "postgresql+", "psql", "Postgresql"])
+async def test_a_dialect_with_a_typing_error_is_refused(
+    database_class: type[AnyDatabase], dialect: str
+) -> None:
+    """With what was written, for it is nearly right."""
+    said = await told(lambda: database_class(f"{dialect}://app:{SECRET}@db/shop"))
+    assert f"{dialect}://app:***@db/shop. Check the part before `://`" in said
+
+
+@BOTH
+async def test_space_around_a_url_is_ignored(
+    database_class: type[AnyDatabase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of secrets ends with a line break, and SQLite would make it part of the name."""
+    monkeypatch.setenv("SHOP", " sqlite:///shop.db\r\n")
+    assert database_class.from_env("SHOP").url.database == "shop.db"
+
+
+@BOTH
+@pytest.mark.parametrize("variable", [None, 1, f"postgresql://app:{SECRET}@db/shop"])
+async def test_a_url_is_no_name_of_a_variable(
+    database_class: type[AnyDatabase], variable: Any
+) -> None:
+    """It goes into the class itself, and is not quoted."""
+    said = await told(lambda: database_class.from_env(variable))
+    assert "takes the name of an environment variable" in said
+
+
+@pytest.mark.parametrize("value", [" ", '"sqlite:///shop.db"', f"db:{SECRET}"])
+async def test_an_environment_that_is_wrong_is_told(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where only the middleware reads it."""
+    monkeypatch.setenv("DATABASE_URL", value)
+    assert IS_NO_URL in await told(lambda: DBSessionMiddleware(nothing))
+
+
+@pytest.mark.parametrize("number", [0, -1, True, "3", 1.5, [1]])
+@pytest.mark.parametrize("option", ["attempts", "retry_after"])
+async def test_a_number_that_is_none_is_refused(option: str, number: Any) -> None:
+    """True would be one attempt, and `Retry-After: True`."""
+    wrong = {option: number}
+    said = await told(lambda: DBSessionMiddleware(nothing, "sqlite://", **wrong))
+    assert said == f"{option} takes a whole number from 1 on, not {number!r}."
+
+
+@pytest.mark.parametrize(
+    ("option", "cure"), [("attempts", "a whole number"), ("commit_when", "a plain function")]
+)
+async def test_none_is_refused_where_it_means_nothing(option: str, cure: str) -> None:
+    """When the application is put together, and not at its first response."""
+    wrong: Any = {option: None}
+    assert cure in await told(lambda: DBSessionMiddleware(nothing, "sqlite://", **wrong))
+
+
+@pytest.mark.parametrize("app", [None, "sqlite://", AsyncDatabase("sqlite://")], ids=repr)
+async def test_what_is_no_application_is_refused(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database in its place, most likely, where the environment names another one."""
+    monkeypatch.setenv("DATABASE_URL", "sqlite://")
+    assert "give it the application first" in await told(lambda: DBSessionMiddleware(app))
+
+
+@BOTH
+@pytest.mark.parametrize("options", ["expire_on_commit", ["expire_on_commit"], 1], ids=repr)
+async def test_session_options_that_are_no_dictionary_are_refused(
+    database_class: type[AnyDatabase], options: Any
+) -> None:
+    """When the database is described."""
+    said = await told(lambda: database_class("sqlite://", session_options=options))
+    assert "session_options takes a dictionary" in said
+
+
+@pytest.mark.parametrize("wrong", [1, "Session", dict], ids=repr)
+async def test_what_is_no_class_of_the_session_behind_is_refused(wrong: Any) -> None:
+    """`sync_session_class` too must be one of SQLAlchemy's."""
+    options: Any = {"sync_session_class": wrong}
+    said = await told(lambda: AsyncDatabase("sqlite://", session_options=options))
+    assert 'needs a subclass of Session as session_options["sync_session_class"]' in said
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["", "/shop.db"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool_sise": 3},
+        {"pool_size": 3, "poolclass": StaticPool},
+        {"poolclass": "StaticPool"},
+        {"connect_args": "timeout=3"},
+        {"echo": "yes"},
+        {"execution_options": "AUTOCOMMIT"},
+        {"plugins": ["nosuch"]},
+    ],
+    ids=str,
+)
+async def test_engine_options_that_cannot_work_are_told_at_startup(
+    database_class: type[AnyDatabase], name: str, options: dict[str, Any]
+) -> None:
+    """Whatever SQLAlchemy raises at them, and nothing is left running."""
+    database = database_class(f"sqlite://{name}", **options)
+    assert "cannot be built with these engine options: " in await told(database.startup)
+    assert not database.is_running
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"isolation_level": "SNAPSHOT"}, "Valid isolation levels for 'sqlite' are"),
+        ({"connect_args": {"nonsense": SECRET}}, "unexpected keyword argument 'nonsense'"),
+    ],
+)
+async def test_options_that_the_driver_refuses_are_told_at_startup(
+    database_class: type[AnyDatabase], options: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """With its own words, and nothing is left running."""
+    database = database_class(f"sqlite:///{tmp_path / 'shop.db'}", **options)
+    assert reason in await told(database.startup)
+    assert not database.is_running
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["no/such/folder/shop.db", "."])
+async def test_an_sqlite_file_that_cannot_be_is_told_at_startup(
+    database_class: type[AnyDatabase], name: str, tmp_path: Path
+) -> None:
+    """Its path is part of the message, so that one sees where it was looked for."""
+    path = tmp_path / name
+    said = await told(database_class(f"sqlite:///{path}").startup)
+    assert f"{path}') cannot be reached: unable to open database file" in said
+
+
+@BOTH
+async def test_an_sqlite_url_with_a_slash_too_few_is_told_at_startup(
+    database_class: type[AnyDatabase],
+) -> None:
+    """SQLAlchemy takes the name of the file for a host, and says so."""
+    database = database_class(f"sqlite://app:{SECRET}@shop.db")
+    assert "sqlite:///relative/path/to/file.db" in await told(database.startup)
+
+
+@pytest.mark.parametrize("options", ["", "?nonsense=1"])
+@pytest.mark.parametrize(
+    ("database_class", "dialect"),
+    [
+        (AsyncDatabase, "postgresql+asyncpg"),
+        (AsyncDatabase, "postgresql+psycopg"),
+        (AsyncDatabase, "mysql+asyncmy"),
+        (SyncDatabase, "postgresql+psycopg"),
+        (SyncDatabase, "mysql+pymysql"),
+    ],
+)
+async def test_a_server_that_is_not_there_is_told_at_startup(
+    database_class: type[AnyDatabase], dialect: str, options: str
+) -> None:
+    """Nobody listens on port 1; and no driver knows that option."""
+    url = f"{dialect}://app:{SECRET}@127.0.0.1:1/shop{options}"
+    said = await told(database_class(url).startup)
+    assert f"{dialect}://app:***@127.0.0.1:1/shop') cannot be reached: " in said
+
+
+PIECES = st.sampled_from(
+    [*":/@?#+&=%[]\"' \n\0", "://", "sqlite", "postgresql", "asyncpg", "db", "1", "ü"]
+)
+
+
+def describe(url: str | URL) -> None:
+    """Both ways; accepted or told well."""
+    for database_class in (AsyncDatabase, SyncDatabase):
+        try:
+            shown = repr(database_class(url))
+        except DBSessionError as error:
+            assert_tells_well(error)
+        else:
+            assert SECRET not in shown
+            assert shown.isprintable()
+
+
+@given(url=st.text() | st.lists(PIECES).map("".join))
+def test_no_text_at_all_is_a_url_that_raises_anything_else(url: str) -> None:
+    """Whatever it is, it is accepted, or `ConfigurationError` says in one line what to write."""
+    describe(url)
+
+
+@given(before=st.lists(PIECES).map("".join), after=st.lists(PIECES).map("".join))
+@example(before="b@/", after="")
+@example(before="@", after="?")
+def test_no_password_is_shown_however_it_was_written(before: str, after: str) -> None:
+    """Not percent-encoded, it may be read as a host, a port or a name, all of which are shown."""
+    describe(f"postgresql://app:{before}{SECRET}{after}@db:5432/shop")
+    with suppress(ConfigurationError):
+        describe(URL.create("postgresql", "app", f"{before}{SECRET}{after}", "db", 5432, "shop"))
