@@ -34,7 +34,10 @@ def end_before_response(unit: UnitOfWork, commit_when: Callable[[int], bool], se
                 await unit.end(commit=success)
             unit.rollback = None
             unit.is_answered = True
-        elif unit.is_answered and not unit.may_commit and _is_ending(message):
+        elif kind in _ENDINGS and not message.get("more_body", False):
+            if unit.may_commit or not unit.is_answered:
+                await send(message)  # which the server refuses, before a start and after an end
+                return
             unit.may_commit = True
             # Below an inner BaseHTTPMiddleware, this may not be the task at work.
             if unit.has_begun and (task := current_task()) is not None:
@@ -42,10 +45,6 @@ def end_before_response(unit: UnitOfWork, commit_when: Callable[[int], bool], se
         await send(message)
 
     return end_unit_then_send
-
-
-def _is_ending(message: Message) -> bool:
-    return message["type"] in _ENDINGS and not message.get("more_body", False)
 
 
 def end_before_waiting(unit: UnitOfWork, receive: Receive, send: Send) -> tuple[Receive, Send]:
