@@ -3,18 +3,23 @@
 https://github.com/dialoguemd/fastapi-sqla
 """
 
+import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import fastapi_sqla
+import structlog
 from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 from fastapi_sqla import AsyncSession
 from fastapi_sqla.async_sqla import _async_session_factories
 
 from . import work
+
+# It logs whole tracebacks, and a `rich` that happens to be installed draws them for seconds.
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 os.environ |= {"sqlalchemy_url": work.URL}
 os.environ |= {f"sqlalchemy_{name}": str(value) for name, value in work.POOL.items()}
