@@ -8,7 +8,7 @@ import pytest
 from anyio import from_thread, to_thread
 from asgi import respond
 from conftest import ENTRY, Real, checked_out
-from sqlalchemy import select
+from sqlalchemy import select, text
 from trio.abc import Instrument
 from trio.lowlevel import Task, add_instrument, current_task, remove_instrument
 
@@ -291,3 +291,41 @@ async def test_a_session_reads_what_another_request_stored(
     for _ in range(3):
         await serve(DBSessionMiddleware(app, database))
     assert read == [[], ["row 1"], ["row 1", "row 2"]]
+
+
+async def test_a_request_that_lost_a_race_is_run_again(real: Real, database: SyncDatabase) -> None:
+    """With the same body, after a pause of trio's."""
+    bodies = []
+
+    def lose() -> None:
+        session = get_sync_session()
+        if not real.is_sqlite:
+            session.execute(
+                text("DO $$ BEGIN RAISE EXCEPTION 'lost' USING ERRCODE = '40001'; END $$")
+            )
+        with real.reader.connect() as winner:
+            winner.exec_driver_sql("BEGIN IMMEDIATE")
+            session.execute(text("PRAGMA busy_timeout = 0"))
+            session.execute(ENTRY.insert().values(note="lost"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        bodies.append((await receive())["body"])
+        if len(bodies) == 1:
+            await to_thread.run_sync(lose)
+        await write("kept")
+        await respond(send, 201)
+
+    sent: list[Any] = []
+    messages = iter([{"type": "http.request", "body": b"kept", "more_body": False}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/"}
+    await DBSessionMiddleware(app, database, attempts=3)(scope, receive, send)
+    assert [each.get("status") for each in sent] == [201, None]
+    assert bodies == [b"kept"] * 2
+    assert real.stored() == ["kept"]
