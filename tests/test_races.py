@@ -7,7 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx2
 import pytest
+import uvicorn
 from anyio import to_thread
 from asgi import Exchange, get, respond
 from conftest import AnyDatabase, Real, becomes_true, postgresql, real_database
@@ -115,6 +117,25 @@ async def test_a_hundred_increments_on_postgresql_all_count(racing: Racing) -> N
     assert refused
     assert all(isinstance(each.error, DBAPIError) for each in refused)
     assert counters(racing.real)[1] == 150 - len(refused)
+
+
+@on("asyncpg", isolation_level="SERIALIZABLE", max_overflow=0)
+async def test_a_hundred_increments_over_a_real_server_all_count(racing: Racing) -> None:
+    """Each over a connection of its own to uvicorn, and each is answered."""
+    serving = DBSessionMiddleware(racing.app, racing.database, attempts=50)
+    # The database runs already; on any free port.
+    config = uvicorn.Config(serving, port=0, lifespan="off", ws="none", log_level="error")
+    server = uvicorn.Server(config)
+    running = asyncio.create_task(server.serve())
+    await becomes_true(lambda: server.started or running.done())
+    port = server.servers[0].sockets[0].getsockname()[1]
+    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        answers = await asyncio.gather(*(client.post("/") for _ in range(100)))
+    server.should_exit = True
+    await running
+    assert [each.status_code for each in answers] == [200] * 100
+    assert counters(racing.real)[1] == 100
+    assert racing.runs > 100
 
 
 class Crossing(Racing):
