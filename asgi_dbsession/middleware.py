@@ -4,25 +4,28 @@ from collections.abc import Callable
 from copy import copy
 from functools import partial
 from http import HTTPStatus
-from inspect import iscoroutinefunction
 from typing import Any, TypeAlias
 
 from sqlalchemy import URL
 
-from .async_database import AsyncDatabase
-from .errors import UNWOUND, ConfigurationError
+from .arguments import (
+    AnyDatabase,
+    check_application,
+    check_function,
+    check_number,
+    databases_of,
+)
+from .errors import UNWOUND
 from .lifespan import serve_lifespan
 from .messages import end_before_response, end_before_waiting
 from .overload import answer_overload
 from .report import UnitReport
 from .reported_unit import ReportedUnit
 from .retry import serve_until_won, watch_races, will_run_again
-from .sync_database import SyncDatabase
 from .two_phases import refuse_one_phase
 from .types import ASGIApp, Receive, Scope, Send
 from .unit_of_work import UnitOfWork, current_unit
 
-AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 _BeginUnit: TypeAlias = Callable[[tuple[Any, ...], Scope, UnitOfWork | None], UnitOfWork]
 
 # Where the unit of work of a request lies in its scope: a middleware further in joins it.
@@ -90,9 +93,16 @@ class DBSessionMiddleware:
         two_phase: bool = False,
         on_report: Callable[[UnitReport], object] | None = None,
     ) -> None:
-        given = databases or (AsyncDatabase.from_env(),)
+        check_application(app)
+        check_function("commit_when", commit_when)
+        for name, function in (("on_commit_error", on_commit_error), ("on_report", on_report)):
+            if function is not None:
+                check_function(name, function)
+        check_number("attempts", attempts)
+        if retry_after is not None:
+            check_number("retry_after", retry_after)
         self.app: ASGIApp = app
-        self.databases: tuple[AnyDatabase, ...] = tuple(map(_as_database, given))
+        self.databases: tuple[AnyDatabase, ...] = databases_of(databases)
         self.commit_when: Callable[[int], bool] = commit_when
         self.on_commit_error: Callable[[Exception], ASGIApp | None] | None = on_commit_error
         self.attempts: int = attempts
@@ -102,26 +112,6 @@ class DBSessionMiddleware:
         self._begin_unit: _BeginUnit = UnitOfWork
         for database in self.databases if two_phase else ():
             refuse_one_phase(database, database.url)
-        if len(set(self.databases)) < len(self.databases):
-            raise ConfigurationError(f"The same database was given twice: {self.databases}.")
-        functions = {
-            "commit_when": commit_when,
-            "on_commit_error": on_commit_error,
-            "on_report": on_report,
-        }
-        if not callable(app):
-            raise ConfigurationError(
-                "DBSessionMiddleware is put around an ASGI application, and this is something of "
-                f"type {type(app).__name__}: give it the application first."
-            )
-        for name, function in functions.items():
-            is_needless = function is None and name != "commit_when"
-            if not is_needless and (not callable(function) or iscoroutinefunction(function)):
-                raise ConfigurationError(f"{name} takes a plain function, not {function!r}.")
-        for name, number in (("attempts", attempts), ("retry_after", retry_after)):
-            is_needless = number is None and name == "retry_after"
-            if not is_needless and (type(number) is not int or number < 1):  # True is an int too
-                raise ConfigurationError(f"{name} takes a whole number from 1 on, not {number!r}.")
         if on_report is not None:
             self._begin_unit = partial(ReportedUnit, on_report)
             for database in self.databases:
@@ -186,14 +176,3 @@ class DBSessionMiddleware:
             raise error from failure
         if answer is None:
             raise failure
-
-
-def _as_database(given: AnyDatabase | str | URL) -> AnyDatabase:
-    if isinstance(given, AsyncDatabase | SyncDatabase):
-        return given
-    if isinstance(given, str | URL):
-        return AsyncDatabase(given)
-    raise ConfigurationError(
-        "DBSessionMiddleware takes a URL, an AsyncDatabase or a SyncDatabase, not something of "
-        f"type {type(given).__name__}; an engine goes into `AsyncDatabase.from_engine(engine)`."
-    )

@@ -475,7 +475,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "the application and the URL interchanged": (
         lambda any_: DBSessionMiddleware(any_(URL), any_(nothing)),
-        r"takes a URL, an AsyncDatabase or a SyncDatabase",
+        r"give it the application first",
     ),
     "a variable that is not set": (
         lambda any_: AsyncDatabase(any_(None)),

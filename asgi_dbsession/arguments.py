@@ -1,0 +1,53 @@
+"""What `DBSessionMiddleware` can be made with, and what it says of anything else."""
+
+from collections.abc import Sequence
+from inspect import iscoroutinefunction
+from typing import Any, TypeAlias
+
+from sqlalchemy import URL
+
+from .async_database import AsyncDatabase
+from .errors import ConfigurationError
+from .sync_database import SyncDatabase
+
+AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
+
+
+def databases_of(given: Sequence[AnyDatabase | str | URL]) -> tuple[AnyDatabase, ...]:
+    """The databases that are meant; none given: that of the environment."""
+    databases = tuple(map(_as_database, given)) or (AsyncDatabase.from_env(),)
+    if len(set(databases)) < len(databases):
+        raise ConfigurationError(f"The same database was given twice: {databases}.")
+    return databases
+
+
+def check_application(app: object) -> None:
+    """Refuse what cannot be called."""
+    if not callable(app):
+        raise ConfigurationError(
+            "DBSessionMiddleware is put around an ASGI application, and this is something of "
+            f"type {type(app).__name__}: give it the application first."
+        )
+
+
+def check_function(name: str, given: object) -> None:
+    """Refuse what cannot be called, or would have to be awaited."""
+    if not callable(given) or iscoroutinefunction(given):
+        raise ConfigurationError(f"{name} takes a plain function, not {given!r}.")
+
+
+def check_number(name: str, given: object) -> None:
+    """Refuse what is no whole number from 1 on; True is an int too."""
+    if type(given) is not int or given < 1:
+        raise ConfigurationError(f"{name} takes a whole number from 1 on, not {given!r}.")
+
+
+def _as_database(given: AnyDatabase | str | URL) -> AnyDatabase:
+    if isinstance(given, AsyncDatabase | SyncDatabase):
+        return given
+    if isinstance(given, str | URL):
+        return AsyncDatabase(given)
+    raise ConfigurationError(
+        "DBSessionMiddleware takes a URL, an AsyncDatabase or a SyncDatabase, not something of "
+        f"type {type(given).__name__}; an engine goes into `AsyncDatabase.from_engine(engine)`."
+    )
