@@ -44,7 +44,7 @@ async def ask(port: int, request: Request) -> int | None:
     status: int | None = None
     try:
         reader, writer = await asyncio.open_connection(HOST, port)
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):
         return NOBODY_LISTENED
     data = _encode(request)
     try:
