@@ -1,15 +1,17 @@
 """What an application wants done once its work is stored."""
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from inspect import isawaitable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from anyio import get_current_task, to_thread
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
 
+from .errors import ConfigurationError
+from .open_session import SessionSource
 from .session import SessionInTurn
 
 Function: TypeAlias = Callable[[], object] | Callable[[], Awaitable[object]]
@@ -26,6 +28,7 @@ class AfterCommit:
 
     Args:
         function: Takes nothing; may return something to await.
+        databases: Whose sessions it can ask for: those that could be where it was given.
         in_thread: Whether it was given from a worker thread, and so is called in one.
 
     Attributes:
@@ -34,6 +37,7 @@ class AfterCommit:
     """
 
     function: Function
+    databases: tuple[SessionSource[Any], ...]
     in_thread: bool
     is_stored: bool = False
     is_undone: bool = False
@@ -76,11 +80,26 @@ class AfterCommit:
         if isawaitable(result):
             await result
 
+    def call_blocking(self) -> None:
+        """Call it on this thread, where nothing can be awaited."""
+        result = self.function()
+        if isawaitable(result):
+            if isinstance(result, Coroutine):
+                result.close()  # or Python would warn that nobody awaited it
+            raise refusal_to_await(self.function)
+
     def report(self, error: BaseException) -> None:
         """Log what it raised, for nothing can undo the COMMIT."""
         _logger.error(
             "%r failed after COMMIT; what was committed stays.", self.function, exc_info=error
         )
+
+
+def refusal_to_await(function: Function) -> ConfigurationError:
+    """What is said of a function that would have to be awaited."""
+    return ConfigurationError(
+        f"on_commit takes a plain function inside SyncDatabase.begin(), not {function!r}."
+    )
 
 
 def is_in_thread() -> bool:

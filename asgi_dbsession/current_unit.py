@@ -3,8 +3,8 @@
 from inspect import iscoroutinefunction
 from typing import Any
 
-from .after_commit import AfterCommit, Function, is_in_thread
-from .errors import ConfigurationError, NoSession, SessionClosed
+from .after_commit import AfterCommit, Function, is_in_thread, refusal_to_await
+from .errors import NoSession, SessionClosed
 from .open_session import SessionSource
 from .turn import current_end, current_task
 from .unit_of_work import UnitOfWork, current_unit
@@ -66,10 +66,9 @@ def on_commit(function: Function) -> None:
     """
     unit = _unit(also_at_end=True)
     if unit.is_blocking and iscoroutinefunction(function):
-        raise ConfigurationError(
-            f"on_commit takes a plain function inside SyncDatabase.begin(), not {function!r}."
-        )
-    after_commit = AfterCommit(function, in_thread=not unit.is_blocking and is_in_thread())
+        raise refusal_to_await(function)
+    in_thread = not unit.is_blocking and is_in_thread()
+    after_commit = AfterCommit(function, unit.visible_databases, in_thread)
     while True:
         for opened in unit.sessions.values():
             after_commit.follow(opened.orm)

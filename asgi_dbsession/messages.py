@@ -77,8 +77,9 @@ def end_before_waiting(unit: UnitOfWork, receive: Receive, send: Send) -> tuple[
 
     async def end_own_work(*, commit: bool) -> None:
         if unit.has_begun:
-            # None: what threads did, for the handler that waited for them.
+            # None: what threads did, and tasks that have ended: the handler waited for them.
             tasks = current_task(), None
-            await unit.end(commit=commit and not unit.rollback, only_of=tasks)
+            success = commit if unit.rollback is None else not unit.rollback
+            await unit.end(commit=success, only_of=tasks)
 
     return end_unit_then_receive, end_unit_then_send

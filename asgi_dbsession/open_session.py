@@ -7,7 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from sqlalchemy.orm import Session
 
 from .transaction import begin_end, end
-from .turn import Turn
+from .turn import Turn, is_done
 from .two_phases import note_decision, note_doubt, prepared
 from .types import Scope
 
@@ -33,13 +33,15 @@ class OpenSession(Generic[S]):
     opener: object = None
 
     def is_work_of(self, tasks: tuple[object, ...]) -> bool:
-        """Whether all that was done here since the last end is done, and by one of these tasks.
+        """Whether all that was done here since the last end is done, and by these tasks.
 
-        A blocking session is worked on by threads, which say nothing of tasks: there, whether one
-        of them opened it.
+        None among them is a task that nobody knows, or that has ended by now. A blocking session is
+        worked on by threads, which say nothing of tasks: there, whether one of them opened it.
         """
-        worker = self.opener if self.session is self.orm else self.turn.worker
-        return worker in tasks and not self.turn.is_busy
+        if self.turn.is_busy:
+            return False
+        workers = {self.opener} if self.session is self.orm else self.turn.workers or {None}
+        return all(each in tasks or (None in tasks and is_done(each)) for each in workers)
 
 
 class SessionSource(Protocol[S]):

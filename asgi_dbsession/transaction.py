@@ -121,7 +121,7 @@ def _is_unfinished(session: Session, turn: Turn) -> bool:
     return (
         session.in_transaction()
         or session.identity_map.check_modified()
-        or (turn.worker is not None and bool(session.new))
+        or (bool(turn.workers) and bool(session.new))
     )
 
 

@@ -13,8 +13,6 @@ from .errors import ConcurrentUse, ConfigurationError, SessionClosed
 # Held for a few instructions at a time, so one is enough for all.
 _reserving = Lock()
 
-_SEVERAL = object()
-
 # What ends sessions together, in several threads perhaps: it must not wait for itself.
 current_end: ContextVar[object] = ContextVar("asgi_dbsession.end", default=None)
 
@@ -32,7 +30,7 @@ class Turn:
         wait: How that caller waits.
 
     Attributes:
-        worker: Who alone began operations since the last end began; None where nobody did.
+        workers: Who began operations since the last end began, but for tasks that are done.
     """
 
     __slots__ = (
@@ -44,7 +42,7 @@ class Turn:
         "_wait",
         "_waiting",
         "database",
-        "worker",
+        "workers",
     )
 
     def __init__(
@@ -58,7 +56,7 @@ class Turn:
         self._ending: object = None
         self._over = False
         self._waiting: list[Future[None]] = []
-        self.worker: object = None
+        self.workers: set[object] = set()
 
     @property
     def is_busy(self) -> bool:
@@ -82,7 +80,8 @@ class Turn:
             caller = self._caller()
         except RuntimeError as error:
             raise self._error_of_thread() from error
-        self.worker = caller if self.worker in (None, caller) else _SEVERAL
+        if caller not in self.workers:
+            self._note(caller)
 
     def take(self) -> bool:
         """Begin an operation.
@@ -110,7 +109,8 @@ class Turn:
                 break
             else:
                 raise ConcurrentUse(self.database)
-        self.worker = caller if self.worker in (None, caller) else _SEVERAL
+        if caller not in self.workers:
+            self._note(caller)
         return True
 
     def take_to_end(self) -> None:
@@ -126,7 +126,7 @@ class Turn:
                     if self._ending is None:
                         self._ending = caller
                 if self._claim(caller, ending=caller):
-                    self.worker = None
+                    self.workers.clear()
                     return
                 self._wait_for_release(ending=caller)
         except BaseException:  # cancelled with its whole loop: nobody must wait for it for ever
@@ -162,6 +162,10 @@ class Turn:
             self._ending = None
         if self._waiting:
             self._wake()
+
+    def _note(self, caller: object) -> None:
+        # `asyncio.wait_for` makes a task for each call before Python 3.12: they must not pile up.
+        self.workers = {each for each in self.workers if not is_done(each)} | {caller}
 
     def _error_of_thread(self) -> ConfigurationError:
         return ConfigurationError(
@@ -201,6 +205,11 @@ def current_task() -> object:
         return asyncio.current_task()
     except RuntimeError:
         return None
+
+
+def is_done(caller: object) -> bool:
+    """Whether it is a task that has ended; what it did is for others to end."""
+    return isinstance(caller, asyncio.Future) and caller.done()
 
 
 def turn_between_tasks(database: object) -> Turn:

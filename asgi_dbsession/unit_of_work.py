@@ -83,6 +83,14 @@ class UnitOfWork:
         return bool(self.sessions or self.after_commit or self.rollback is not None)
 
     @property
+    def visible_databases(self) -> tuple[SessionSource[Any], ...]:
+        """Those of this unit and of those of the same request around it, the nearest first."""
+        if not self.joins or self.enclosing is None:
+            return self.databases
+        further = self.enclosing.visible_databases
+        return (*self.databases, *(each for each in further if each not in self.databases))
+
+    @property
     def outermost(self) -> "UnitOfWork":
         """The one that ends last, of those of the same request."""
         unit = self
@@ -120,13 +128,15 @@ class UnitOfWork:
 
         Args:
             commit: False rolls back.
-            only_of: Do nothing unless all of it is the work of one of these tasks; None among
-                them is a task that nobody knows.
+            only_of: Do nothing unless all of it is the work of these tasks; see
+                `OpenSession.is_work_of`.
 
         Raises:
             Unwound: What flush and COMMIT raised is its cause.
         """
         working = [each for each in self._in_order() if has_work(each.orm, each.turn)]
+        if len(working) < len(self.sessions):
+            self._forget_workers(working)
         if not working and not self.after_commit:
             # It was about nothing, and must not be about what follows; but of another task, it is
             # about what that one has not begun yet.
@@ -168,6 +178,12 @@ class UnitOfWork:
             for function in self._settle(given, stored, success=success):
                 self._follow_up_blocking(function)
 
+    def _forget_workers(self, working: list[OpenSession[Any]]) -> None:
+        # The application has ended their work by itself: what follows is another task's, perhaps.
+        for each in self.sessions.values():
+            if each not in working:
+                each.turn.workers.clear()
+
     def _in_order(self) -> list[OpenSession[Any]]:
         return [self.sessions[each] for each in self.databases if each in self.sessions]
 
@@ -193,7 +209,7 @@ class UnitOfWork:
         for each in stored:
             await self._follow_up(each)
         if isinstance(failure, Exception):
-            self.failure = failure
+            self.failure = self.failure or failure
         if failure is not None:
             raise failure
 
@@ -214,7 +230,7 @@ class UnitOfWork:
         return stored
 
     async def _follow_up(self, after_commit: AfterCommit) -> None:
-        unit = self._unit_for_function()
+        unit = self._unit_for(after_commit)
         token = current_unit.set(unit)
         try:
             try:
@@ -229,11 +245,11 @@ class UnitOfWork:
             current_unit.reset(token)
 
     def _follow_up_blocking(self, after_commit: AfterCommit) -> None:
-        unit = self._unit_for_function()
+        unit = self._unit_for(after_commit)
         token = current_unit.set(unit)
         try:
             try:
-                after_commit.function()
+                after_commit.call_blocking()
             except BaseException:
                 unit.close_blocking(commit=False)
                 raise
@@ -243,8 +259,8 @@ class UnitOfWork:
         finally:
             current_unit.reset(token)
 
-    def _unit_for_function(self) -> "UnitOfWork":
-        unit = self.within(self.databases)
+    def _unit_for(self, after_commit: AfterCommit) -> "UnitOfWork":
+        unit = self.within(after_commit.databases)
         unit.is_blocking, unit.two_phase = self.is_blocking, self.two_phase
         return unit
 

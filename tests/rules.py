@@ -272,7 +272,7 @@ class ExpectedOfSocket(Expected):
         elif is_denial or (message.do == "close" and message.value not in (None, 1000, 1001)):
             self.is_success = False
         if is_denial or message.do in ("accept", "send", "close"):
-            self.end(success=self.is_success and not self.rollback)
+            self.end(success=self.is_success if self.rollback is None else not self.rollback)
         self.forward(message)
 
     @override

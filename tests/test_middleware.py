@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from asgi import Exchange, get, respond
+from asgi import Exchange, Message, get, respond
 from conftest import ENTRY, WITH_MARIADB, Real, Running, checked_out
 from sqlalchemy import select
 
@@ -602,6 +602,32 @@ async def test_a_task_that_outlives_its_request_gets_a_clear_error(running: Runn
     over.set()
     with pytest.raises(SessionClosed, match=r"database\.begin\(\)"):
         await tasks[0]
+
+
+async def test_a_body_is_committed_by_its_last_message_whoever_committed_before(
+    running: Running,
+) -> None:
+    """As in a Starlette `StreamingResponse`, whose body is a task of its own."""
+    seen = []
+
+    async def stream(send: Any) -> None:
+        await running.write("streamed")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("handled")
+        await running.call("commit")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.create_task(stream(send))
+
+    def look(message: Message) -> None:
+        seen.append((running.stored(), checked_out(running.database)))
+
+    await Exchange(DBSessionMiddleware(app, running.database), on_message=look).run()
+    if running.real.is_sync:  # there, it is the task that opened the session that counts
+        assert running.stored() == ["handled", "streamed"]
+    else:
+        assert seen == [(["handled"], 0), (["handled", "streamed"], 0)]
 
 
 async def test_outside_of_a_request_there_is_no_session(running: Running) -> None:

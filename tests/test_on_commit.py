@@ -23,6 +23,8 @@ from asgi_dbsession import (
     NoSession,
     SessionClosed,
     SyncDatabase,
+    get_session,
+    get_sync_session,
     on_commit,
     set_rollback,
 )
@@ -429,6 +431,54 @@ async def test_a_mounted_middleware_waits_for_the_outer_commit(running: Running)
     inner = DBSessionMiddleware(app, running.database)
     await get(DBSessionMiddleware(inner, running.database))
     assert done == [["kept"]]
+
+
+async def test_a_function_given_below_finds_the_sessions_that_are_there(running: Running) -> None:
+    """Also of a database that only the inner middleware has; the default is the same, too."""
+    other = running.real.describe()
+    found: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+
+        def look() -> None:
+            mine = get_sync_session() if running.real.is_sync else get_session()
+            found.append(mine is running.database.get_session())
+            found.append(other.get_session() is mine)
+
+        on_commit(look)
+        await respond(send)
+
+    async with other:
+        inner = DBSessionMiddleware(app, running.database)
+        exchange = await get(DBSessionMiddleware(inner, other))
+    assert (exchange.status, found) == (200, [True, False])
+
+
+def test_begin_says_of_a_function_that_it_cannot_await_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lambda does not tell before it is called; it is logged, and nothing is unmade."""
+    real = real_database("sqlite-sync", tmp_path)
+    database = real.describe()
+    assert isinstance(database, SyncDatabase)
+
+    async def mail() -> None:
+        """Never awaited."""
+
+    def work() -> None:
+        with database.begin() as session:
+            session.execute(ENTRY.insert().values(note="kept"))
+            on_commit(lambda: mail())
+
+    async def main() -> None:
+        async with database:
+            await to_thread.run_sync(work)
+
+    asyncio.run(main())
+    assert "takes a plain function" in caplog.text
+    assert real.stored() == ["kept"]
+    caplog.clear()
 
 
 async def test_it_needs_a_unit_of_work(running: Running) -> None:

@@ -160,6 +160,53 @@ async def test_a_denial_rolls_back(running: Running, refusal: list[Message]) -> 
     assert running.stored() == []
 
 
+@pytest.mark.parametrize(
+    "refusal", [close(1008), {"type": "websocket.http.response.start", "status": 401}]
+)
+async def test_set_rollback_decides_on_a_denial_too(running: Running, refusal: Message) -> None:
+    """A login that failed can be counted, as with a status of 401 on HTTP."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await running.write("failed login")
+        set_rollback(False)
+        await send(refusal)
+        if refusal["type"].endswith("start"):
+            await send({"type": "websocket.http.response.body", "body": b"no"})
+
+    await socket(running, app).run()
+    assert running.stored() == ["failed login"]
+
+
+@pytest.mark.parametrize("helps", ["with a commit", "with the work"])
+async def test_a_message_commits_what_a_task_did_that_has_ended(real: Real, helps: str) -> None:
+    """One that the handler has waited for: `asyncio.wait_for` is one before Python 3.12."""
+    database = real.describe()
+    if not isinstance(database, AsyncDatabase):
+        pytest.skip("what threads do says nothing of tasks")
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(ACCEPT)
+        session = database.get_session()
+        insert = session.execute(ENTRY.insert().values(note="helped"))
+        if helps == "with a commit":
+            await insert
+            await asyncio.create_task(session.commit())
+        else:
+            await asyncio.create_task(insert)
+        await session.execute(ENTRY.insert().values(note="alone"))
+        await send(text("stored"))
+
+    def look(message: Message) -> None:
+        seen.append((real.stored(), checked_out(database)))
+
+    async with database:
+        await Socket(DBSessionMiddleware(app, database), on_message=look).run()
+    assert seen[1] == (["helped", "alone"], 0)
+
+
 @pytest.mark.parametrize(("code", "stored"), [(1000, ["work"]), (1011, []), (4000, [])])
 async def test_an_error_as_close_code_rolls_back(
     running: Running, code: int, stored: list[str]

@@ -29,7 +29,7 @@ class Size:
     turn: float = 0.004
     few: bool = False
     clients: tuple[int, ...] = (1, 10, 100, 1000)
-    load: float = 0.5
+    load: float = 1.0
     load_rounds: int = 3
     coming: int = 2
     slow: int = 5

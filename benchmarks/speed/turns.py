@@ -1,6 +1,7 @@
 """Measures several in turn, a few requests at a time, so that what else goes on meets them all."""
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -47,8 +48,9 @@ async def in_turn(asks: Mapping[str, Ask], rounds: int, seconds: float) -> Round
 
 def spread(values: Sequence[float]) -> Spread:
     """The median and the quartiles around it."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
+    if len(values) < 2:  # none: nobody was served at all
+        value = values[0] if values else math.nan
+        return value, value, value
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
 
