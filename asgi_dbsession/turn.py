@@ -164,8 +164,10 @@ class Turn:
             self._wake()
 
     def _note(self, caller: object) -> None:
-        # `asyncio.wait_for` makes a task for each call before Python 3.12: they must not pile up.
-        self.workers = {each for each in self.workers if not is_done(each)} | {caller}
+        if self.workers:
+            # `asyncio.wait_for` makes a task for each call before Python 3.12: must not pile up.
+            self.workers = {each for each in self.workers if not is_done(each)}
+        self.workers.add(caller)
 
     def _error_of_thread(self) -> ConfigurationError:
         return ConfigurationError(
