@@ -39,7 +39,7 @@ class Attempt:
         body: What the client sends.
 
     Attributes:
-        has_lost: Whether the database reported that it lost a race.
+        lost: What the database said of the last race that it lost.
         commits: The connections on which something was committed, as far as is known.
     """
 
@@ -47,13 +47,19 @@ class Attempt:
         self._body = body
         self._is_answered = False
         self._is_withheld = False
-        self.has_lost: bool = False
+        self.lost: BaseException | None = None
         self.commits: list[Connection] = []
 
     @property
     def is_futile(self) -> bool:
         """Whether it can be followed by another one as if it had never been."""
-        return self.has_lost and self._body.is_kept and not self._is_answered and not self.commits
+        can_follow = self._body.is_kept and not self._is_answered and not self.commits
+        return can_follow and self.lost is not None
+
+    @property
+    def owes_answer(self) -> bool:
+        """Whether a client still waits for the response, or the error, that was withheld."""
+        return self._is_withheld and not self._body.is_client_gone
 
     async def serve(self, serve: ASGIApp, scope: Scope, send: Send) -> None:
         """Serve the request; a response that is as futile as the attempt is not sent."""
@@ -70,8 +76,8 @@ class Attempt:
         try:
             await serve(scope, self._body.from_start(), send_unless_futile)
         except UNWOUND:
-            # Withheld, and then the client went away: there is nobody left to answer.
-            if not self.is_futile and not self._is_withheld:
+            self._is_withheld = self._is_withheld or self.is_futile
+            if not self._is_withheld:
                 raise
         finally:
             _current.reset(token)
@@ -90,6 +96,9 @@ async def serve_until_won(
         serve_once = partial(attempt.serve, serve, scope, send)
         await (serve_once() if number == 1 else _run_in(context, serve_once))
         if not attempt.is_futile:
+            # Withheld, and then something was committed, or more of the body came than is kept.
+            if attempt.lost is not None and attempt.owes_answer:
+                raise attempt.lost
             return
         if _is_cancelled():  # and its application took that for an error
             raise asyncio.CancelledError
@@ -120,7 +129,7 @@ def _note_race(context: ExceptionContext) -> None:
     attempt = _current.get()
     if attempt is None or not _is_lost_race(context.original_exception):
         return
-    attempt.has_lost = True
+    attempt.lost = context.sqlalchemy_exception or context.original_exception
     if context.statement is None and attempt.commits[-1:] == [context.connection]:
         attempt.commits.pop()  # it was this COMMIT that failed
 
@@ -199,6 +208,7 @@ class _Replay:
 
     Attributes:
         is_kept: Whether all that was received is still there, and the client too.
+        is_client_gone: Whether it is the client that is not.
     """
 
     def __init__(self, receive: Receive) -> None:
@@ -207,6 +217,7 @@ class _Replay:
         self._has_begun = False
         self._has_more = True
         self.is_kept: bool = True
+        self.is_client_gone: bool = False
 
     def from_start(self) -> Receive:
         """A `receive` that begins with all of the body that was received so far."""
@@ -226,8 +237,9 @@ class _Replay:
 
     def _keep(self, message: Message) -> None:
         body = message.get("body", b"")
-        if message["type"] != "http.request" or len(self._body) + len(body) > BODY_LIMIT:
-            # The client is gone, or too much was sent: there will be no other run.
+        self.is_client_gone = self.is_client_gone or message["type"] != "http.request"
+        if self.is_client_gone or len(self._body) + len(body) > BODY_LIMIT:
+            # There will be no other run.
             self.is_kept = False
             self._body.clear()
         if self.is_kept:

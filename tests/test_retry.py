@@ -440,6 +440,35 @@ async def test_never_when_the_client_is_gone(postgresql: Running, when: str) -> 
     assert exchange.status == (500 if when == "before" else None)
 
 
+@pytest.mark.parametrize("swallows", [False, True])
+@pytest.mark.parametrize("spoils", ["commits", "reads too much"])
+async def test_a_response_that_was_withheld_for_nothing_leaves_the_error(
+    postgresql: Running, spoils: str, swallows: bool
+) -> None:
+    """What the application still does may rule out another run; the server then hears why."""
+    race = Race(postgresql, losses=9)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with pytest.raises(DBAPIError):
+            await race.run()
+        try:
+            await respond(send, 409)
+        except BaseException:
+            if not swallows:
+                raise
+        finally:
+            if spoils == "commits":
+                await commit_own_unit(AsyncExitStack(), postgresql)
+            else:
+                await read(receive)
+
+    sender = Sender(b"x" * retry.BODY_LIMIT, b"more")
+    with pytest.raises(DBAPIError, match="lost"):
+        await sender.ask(ours(app, postgresql))
+    assert (race.runs, sender.sent) == (1, [])
+    assert postgresql.stored() == (["committed"] if spoils == "commits" else [])
+
+
 async def test_never_on_a_socket(postgresql: Running) -> None:
     """What the peer heard cannot be unheard."""
     race = Race(postgresql, losses=9)
