@@ -40,20 +40,24 @@ class Attempt:
 
     Attributes:
         lost: What the database said of the last race that it lost.
-        commits: The connections on which something was committed, as far as is known.
+        is_answered: Whether anything was sent. From then on nothing more is noted here.
+        committing: The connection whose COMMIT was the last; it may have come through, or not.
+        has_committed: Whether an earlier one did, as far as is known.
     """
 
     def __init__(self, body: "_Replay") -> None:
         self._body = body
-        self._is_answered = False
         self._is_withheld = False
         self.lost: BaseException | None = None
-        self.commits: list[Connection] = []
+        self.is_answered: bool = False
+        self.committing: Connection | None = None
+        self.has_committed: bool = False
 
     @property
     def is_futile(self) -> bool:
         """Whether it can be followed by another one as if it had never been."""
-        can_follow = self._body.is_kept and not self._is_answered and not self.commits
+        is_stored = self.has_committed or self.committing is not None
+        can_follow = self._body.is_kept and not self.is_answered and not is_stored
         return can_follow and self.lost is not None
 
     @property
@@ -69,7 +73,8 @@ class Attempt:
             if self._is_withheld or (self.is_futile and not _is_success(message)):
                 self._is_withheld = True
                 raise Unwound
-            self._is_answered = True
+            self.is_answered = True
+            self.lost = self.committing = None
             await send(message)
 
         token = _current.set(self)
@@ -126,18 +131,25 @@ def watch_races() -> None:
 
 
 def _note_race(context: ExceptionContext) -> None:
-    attempt = _current.get()
+    attempt = _under_way()
     if attempt is None or not _is_lost_race(context.original_exception):
         return
     attempt.lost = context.sqlalchemy_exception or context.original_exception
-    if context.statement is None and attempt.commits[-1:] == [context.connection]:
-        attempt.commits.pop()  # it was this COMMIT that failed
+    if context.statement is None and attempt.committing is context.connection:
+        attempt.committing = None  # it was this COMMIT that failed
 
 
 def _note_commit(connection: Connection, *_: object) -> None:
-    attempt = _current.get()
+    attempt = _under_way()
     if attempt is not None and connection.dialect in watched:  # SQLAlchemy tells of it just before
-        attempt.commits.append(connection)
+        attempt.has_committed = attempt.has_committed or attempt.committing is not None
+        attempt.committing = connection
+
+
+def _under_way() -> Attempt | None:
+    """The attempt that what happens here counts for; a task may well outlive it."""
+    attempt = _current.get()
+    return None if attempt is None or attempt.is_answered else attempt
 
 
 _LISTENERS: dict[str, Callable[..., None]] = {

@@ -1,16 +1,18 @@
 """A request that lost a race in the database is run again, as if it had never been run."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from asgi import Exchange, Message, Socket, get, respond
 from conftest import ENTRY, Real, Running, checked_out, real_database
-from sqlalchemy import func, select, text
+from sqlalchemy import Connection, func, select, text
 from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -336,6 +338,31 @@ async def test_a_commit_of_the_handlers_that_lost_is_run_again(tmp_path: Path) -
         assert (len(runs), real.stored()) == (2, ["other"])
         await running.assert_clean()
     real.reader.dispose()
+
+
+@pytest.mark.parametrize("answered", [False, True])
+async def test_however_often_a_request_commits_it_keeps_no_connections(
+    postgresql: Running, answered: bool
+) -> None:
+    """One at the most, before its answer; none in a stream without end, or a task it leaves."""
+    kept = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert isinstance(postgresql.database, AsyncDatabase)
+        if answered:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        connections: WeakSet[Connection] = WeakSet()
+        for _ in range(3):
+            async with postgresql.database.engine.begin() as connection:
+                connections.add(await connection.run_sync(lambda each: each))
+            del connection
+        gc.collect()
+        kept.append(len(connections))
+        if not answered:
+            await respond(send)
+
+    assert (await get(ours(app, postgresql))).status == 200
+    assert kept == [0 if answered else 1]
 
 
 async def test_a_savepoint_that_was_released_is_no_commit(postgresql: Running) -> None:
