@@ -65,8 +65,9 @@ class DBSessionMiddleware:
         attempts: How often a request may run when its transaction loses a race: a serialization
             failure, a deadlock, a busy SQLite. It runs again from the top as if it were the first
             time, with the same body, after a random pause of at most a second; never once
-            anything was sent or committed, never with a body of more than 1 MiB, never when
-            cancelled. What its handler does outside of the database is done again.
+            anything was sent, or committed on a database of this package, never where the race
+            was lost under AUTOCOMMIT, never with a body of more than 1 MiB, never when cancelled.
+            What its handler does elsewhere is done again.
         retry_after: Seconds. Where a request waits in vain for a connection (the engine's
             `pool_timeout`), and ends with that error or a status of 500, it is answered 503 with
             this `Retry-After`. None: the error of the pool is left to the application.

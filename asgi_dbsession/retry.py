@@ -42,7 +42,7 @@ class Attempt:
         lost: What the database said of the last race that it lost.
         is_answered: Whether anything was sent. From then on nothing more is noted here.
         committing: The connection whose COMMIT was the last; it may have come through, or not.
-        has_committed: Whether an earlier one did, as far as is known.
+        has_committed: Whether an earlier one did, as far as is known; AUTOCOMMIT is one too.
     """
 
     def __init__(self, body: "_Replay") -> None:
@@ -121,8 +121,9 @@ def will_run_again() -> bool:
 
 
 def watch_races() -> None:
-    """Have attempts hear of lost races and of COMMITs on any database, their own or not.
+    """Have attempts hear of lost races on any engine, and of COMMITs on each that a database has.
 
+    An engine of the application's own may commit what a request does not undo: a log, a counter.
     Not before someone wants attempts: these listeners cost every request some microseconds.
     """
     for name, listener in _LISTENERS.items():
@@ -135,7 +136,10 @@ def _note_race(context: ExceptionContext) -> None:
     if attempt is None or not _is_lost_race(context.original_exception):
         return
     attempt.lost = context.sqlalchemy_exception or context.original_exception
-    if context.statement is None and attempt.committing is context.connection:
+    connection = context.connection
+    if connection is not None and _commits_by_itself(connection):
+        attempt.has_committed = True
+    elif context.statement is None and attempt.committing is connection:
         attempt.committing = None  # it was this COMMIT that failed
 
 
@@ -167,6 +171,11 @@ def _is_lost_race(error: Any) -> bool:
         return state.startswith(_ROLLBACK) and state != _UNKNOWN
     sqlite_code = getattr(error, "sqlite_errorcode", None)
     return isinstance(sqlite_code, int) and sqlite_code & 0xFF == _SQLITE_BUSY
+
+
+def _commits_by_itself(connection: Connection) -> bool:
+    level = connection.get_execution_options().get("isolation_level")
+    return (level or connection.dialect._on_connect_isolation_level) == "AUTOCOMMIT"
 
 
 def _is_success(message: Message) -> bool:

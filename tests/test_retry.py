@@ -14,6 +14,7 @@ from asgi import Exchange, Message, Socket, get, respond
 from conftest import ENTRY, Real, Running, checked_out, real_database
 from sqlalchemy import Connection, func, select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -338,6 +339,45 @@ async def test_a_commit_of_the_handlers_that_lost_is_run_again(tmp_path: Path) -
         assert (len(runs), real.stored()) == (2, ["other"])
         await running.assert_clean()
     real.reader.dispose()
+
+
+@pytest.mark.parametrize("of_engine", [False, True])
+async def test_never_where_each_statement_is_stored_at_once(
+    postgresql: Running, of_engine: bool
+) -> None:
+    """AUTOCOMMIT, of the engine or of the request's connection, leaves nothing to begin again."""
+    race = Race(postgresql, losses=9)
+    level: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        race.running = running
+        if not of_engine:
+            assert isinstance(database, AsyncDatabase)
+            await database.get_session().connection(execution_options=level)
+        await race.answered(scope, receive, send)
+
+    async with postgresql.real.describe(**(level if of_engine else {})) as database:
+        running = Running(postgresql.real, database)
+        exchange = await get(ours(app, running))
+    assert (race.runs, exchange.status, postgresql.stored()) == (1, 500, ["kept"])
+
+
+async def test_a_commit_on_an_engine_that_no_database_has_is_done_again(
+    postgresql: Running,
+) -> None:
+    """It is outside of what a request undoes, as a mail is."""
+    race = Race(postgresql)
+    engine = create_async_engine(postgresql.real.url)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async with engine.begin() as connection:
+            await connection.execute(ENTRY.insert().values(note=f"log {race.runs}"))
+        await race(scope, receive, send)
+
+    exchange = await get(ours(app, postgresql))
+    await engine.dispose()
+    assert exchange.status == 201
+    assert (race.runs, postgresql.stored()) == (2, ["log 0", "log 1", "kept"])
 
 
 @pytest.mark.parametrize("answered", [False, True])
