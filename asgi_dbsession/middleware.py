@@ -1,7 +1,6 @@
 """What happens to a request's unit of work, on each ASGI message."""
 
 from collections.abc import Callable
-from copy import copy
 from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeAlias
@@ -30,6 +29,8 @@ _BeginUnit: TypeAlias = Callable[[tuple[Any, ...], Scope, UnitOfWork | None], Un
 
 # Where the unit of work of a request lies in its scope: a middleware further in joins it.
 _KEY = "asgi_dbsession"
+# What lies there instead while a run begins that others may precede or follow.
+_RUN = object()
 
 
 def below_400(status: int) -> bool:
@@ -118,12 +119,11 @@ class DBSessionMiddleware:
             for database in self.databases:
                 database._measure()
         self._around: ASGIApp | None = None
-        plain = copy(self)  # which has nothing around
         if retry_after is not None:
-            self._around = partial(answer_overload, plain, retry_after)
+            self._around = partial(answer_overload, self._serve, retry_after)
         if attempts > 1:
             watch_races()
-            self._around = partial(serve_until_won, self._around or plain, attempts)
+            self._around = partial(serve_until_won, self._around or self._serve, attempts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
@@ -131,9 +131,11 @@ class DBSessionMiddleware:
             await self._serve_other(scope, receive, send)
             return
         enclosing = scope.get(_KEY)
-        if self._around is not None and enclosing is None and scope["type"] == "http":
-            await self._around(scope, receive, send)
-            return
+        if self._around is not None and scope["type"] == "http":
+            if enclosing is None:
+                await self._around(scope, receive, send)
+                return
+            enclosing = None if enclosing is _RUN else enclosing
         unit = scope[_KEY] = self._begin_unit(self.databases, scope, enclosing)
         unit.joins = enclosing is not None
         unit.two_phase = self.two_phase
@@ -157,6 +159,11 @@ class DBSessionMiddleware:
             scope[_KEY] = enclosing
         if unit.failure is not None:
             await self._answer(unit.failure, scope, receive, None if unit.is_answered else send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Not the body of `__call__`: there, every request would pay for another coroutine.
+        scope[_KEY] = _RUN
+        await self(scope, receive, send)
 
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

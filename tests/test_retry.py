@@ -764,6 +764,22 @@ async def test_each_attempt_has_a_session_and_a_say_of_its_own(postgresql: Runni
 # Among other middleware
 
 
+async def test_an_application_that_is_replaced_is_the_one_that_is_served(
+    postgresql: Running,
+) -> None:
+    """Instrumentation puts its own around `middleware.app` once the middleware is made."""
+    race, seen = Race(postgresql), []
+
+    async def traced(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(race.runs)
+        await race(scope, receive, send)
+
+    middleware = ours(race, postgresql, retry_after=2)
+    middleware.app = traced
+    assert (await get(middleware)).status == 201
+    assert seen == [0, 1]
+
+
 @pytest.mark.parametrize("shared", [False, True])
 async def test_the_outermost_middleware_runs_a_mounted_application_again(
     postgresql: Running, tmp_path: Path, shared: bool
