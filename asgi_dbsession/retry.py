@@ -199,7 +199,9 @@ async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> 
         nonlocal failure
         try:
             await function()
-        except UNWOUND as error:  # out of the group it would come as a group
+        except (*UNWOUND, asyncio.CancelledError) as error:
+            # Out of the group it would come as a group; or not at all, if the application itself
+            # let go of something that was cancelled.
             failure = error
 
     async with anyio.create_task_group() as group:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+import anyio
 import pytest
 from asgi import Exchange, Message, Socket, get, respond
 from conftest import ENTRY, Real, Running, checked_out, real_database
@@ -466,6 +467,55 @@ async def test_a_cancelled_pause_ends_the_request(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert (race.runs, exchange.messages) == (1, [])
+
+
+@pytest.mark.parametrize("losses", [0, 1])
+async def test_something_cancelled_that_is_the_applications_own_reaches_the_server(
+    postgresql: Running, losses: int
+) -> None:
+    """In whatever run: nobody cancelled the request, and nobody answered it."""
+    race = Race(postgresql, losses)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await race.run()
+        given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        given_up.cancel()
+        await given_up
+
+    with pytest.raises(asyncio.CancelledError):
+        await get(ours(app, postgresql))
+    assert (race.runs, postgresql.stored()) == (losses + 1, [])
+
+
+@pytest.mark.parametrize("by", ["task", "scope"])
+async def test_another_attempt_can_be_cancelled_too(postgresql: Running, by: str) -> None:
+    """By its server, or by a time limit of middleware further out, which then is the one to end."""
+    race = Race(postgresql)
+    waiting = asyncio.Event()
+    ended: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await race.run()
+        waiting.set()
+        await asyncio.sleep(60)
+
+    async def serve() -> None:
+        with limit:
+            await get(ours(app, postgresql))
+        ended.append(limit.cancelled_caught)
+
+    limit = anyio.CancelScope()
+    task = asyncio.create_task(serve())
+    await waiting.wait()
+    if by == "scope":
+        limit.cancel()
+        await task
+    else:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert (race.runs, ended) == (2, [True] if by == "scope" else [])
+    assert postgresql.stored() == []
 
 
 async def test_pauses_are_short_and_random(
