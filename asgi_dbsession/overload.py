@@ -60,9 +60,9 @@ async def answer_overload(
 
 
 def _stems_from_wait(error: BaseException | None) -> bool:
-    if isinstance(error, BaseExceptionGroup):
-        return any(map(_stems_from_wait, error.exceptions))
     while error is not None and not isinstance(error, PoolTimeout):
+        if isinstance(error, BaseExceptionGroup) and any(map(_stems_from_wait, error.exceptions)):
+            return True
         error = error.__cause__ or error.__context__
     return error is not None
 

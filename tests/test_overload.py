@@ -162,8 +162,9 @@ async def test_a_framework_that_swallows_everything_says_it_once(running: Runnin
     assert refused == [Unwound] * 3
 
 
-async def test_what_an_error_became_on_its_way_is_known(running: Running) -> None:
-    """In a group, or as the cause of another one."""
+@pytest.mark.parametrize("wrapped", [False, True])
+async def test_what_an_error_became_on_its_way_is_known(running: Running, wrapped: bool) -> None:
+    """In a group, as the cause of another one, or both, in any order."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         async def work() -> None:
@@ -172,8 +173,13 @@ async def test_what_an_error_became_on_its_way_is_known(running: Running) -> Non
             except PoolTimeout as error:
                 raise RuntimeError from error
 
-        async with asyncio.TaskGroup() as group:
-            group.create_task(work())
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(work())
+        except ExceptionGroup as error:
+            if wrapped:
+                raise LookupError from error
+            raise
 
     async with exhausted(running):
         assert is_busy(await get(ours(app, running)))
