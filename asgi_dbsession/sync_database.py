@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 from anyio import CapacityLimiter, move_on_after, to_thread
@@ -104,9 +105,11 @@ class SyncDatabase(Database[Engine, AnySession]):
 
     @override
     async def _ping_within(self, seconds: float) -> bool:
-        engine = self.engine
+        engine, unasked = self.engine, Lock()
 
         def ask() -> Exception | None:
+            if not unasked.acquire(blocking=False):
+                return None
             try:
                 _select_one(engine)
             except Exception as error:
@@ -118,14 +121,18 @@ class SyncDatabase(Database[Engine, AnySession]):
         if self._questions == _MAX_QUESTIONS:
             return False
         self._questions += 1
-        with move_on_after(seconds):
-            error = await to_thread.run_sync(
-                ask, abandon_on_cancel=True, limiter=CapacityLimiter(1)
-            )
-            if error is None:
-                return True
-            raise DatabaseUnavailable(self, self._reason(error)) from error
-        return False
+        try:
+            with move_on_after(seconds):
+                error = await to_thread.run_sync(
+                    ask, abandon_on_cancel=True, limiter=CapacityLimiter(1)
+                )
+                if error is None:
+                    return True
+                raise DatabaseUnavailable(self, self._reason(error)) from error
+            return False
+        finally:
+            if unasked.acquire(blocking=False):  # cancelled before a thread came to it
+                self._questions -= 1
 
     @override
     async def _dispose(self, engine: Engine) -> None:

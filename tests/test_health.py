@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, ExitStack, contextmanager
 from typing import Any
 
 import pytest
+from anyio import CancelScope
 from conftest import ENTRY, Running, becomes_true, checked_out
 from sqlalchemy import select
 from sqlalchemy.pool import NullPool
@@ -105,6 +106,24 @@ async def test_a_question_that_is_cancelled_leaves_nothing(running: Running) -> 
     with pytest.raises(asyncio.CancelledError):
         await task
     await becomes_true(lambda: checked_out(running.database) == 0)
+
+
+@pytest.mark.parametrize("real", ["sqlite-sync", "psycopg-sync"], indirect=True)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+async def test_questions_that_are_cancelled_count_no_longer(running: Running, steps: int) -> None:
+    """Be it before a thread has begun to ask them: the next one is asked, and answered."""
+    for _ in range(3):
+        task = asyncio.create_task(running.database.health(within=30))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        with CancelScope() as scope:
+            scope.cancel()
+            await running.database.health(within=30)
+    async with asyncio.timeout(10):
+        while not (await running.database.health(within=30)).answers:
+            await asyncio.sleep(0.01)  # those that a thread has begun to ask are still counted
 
 
 @DRIVERS
