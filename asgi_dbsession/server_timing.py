@@ -5,9 +5,14 @@ from contextvars import ContextVar
 from .report import UnitReport
 from .types import ASGIApp, Message, Receive, Scope, Send
 
-_noted: ContextVar[list[UnitReport] | None] = ContextVar(
-    "asgi_dbsession.server_timing", default=None
-)
+
+class _Header:
+    def __init__(self) -> None:
+        # None once it has left, for a stream or a task may go on for long.
+        self.noted: list[UnitReport] | None = []
+
+
+_current: ContextVar[_Header | None] = ContextVar("asgi_dbsession.server_timing", default=None)
 
 
 class ServerTimingMiddleware:
@@ -29,8 +34,9 @@ class ServerTimingMiddleware:
 
     @staticmethod
     def note(report: UnitReport) -> None:
-        """Keep a report for the response of its request; outside of one, do nothing."""
-        noted = _noted.get()
+        """Keep a report for the header of its request; where there is none to come, do nothing."""
+        header = _current.get()
+        noted = header.noted if header is not None else None
         if noted is not None:
             noted.append(report)
 
@@ -39,19 +45,22 @@ class ServerTimingMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        noted: list[UnitReport] = []
+        header = _Header()
 
         async def add_header_then_send(message: Message) -> None:
-            if noted and message["type"] == "http.response.start":
-                header = (b"server-timing", _as_header(noted).encode("ascii"))
-                message = {**message, "headers": [*message.get("headers", ()), header]}
+            if message["type"] == "http.response.start":
+                noted, header.noted = header.noted, None
+                if noted:
+                    timing = (b"server-timing", _as_header(noted).encode("ascii"))
+                    message = {**message, "headers": [*message.get("headers", ()), timing]}
             await send(message)
 
-        token = _noted.set(noted)
+        token = _current.set(header)
         try:
             await self.app(scope, receive, add_header_then_send)
         finally:
-            _noted.reset(token)
+            _current.reset(token)
+            header.noted = None
 
 
 def _as_header(noted: list[UnitReport]) -> str:

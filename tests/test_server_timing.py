@@ -1,6 +1,9 @@
 """Browsers are told what the database had to do for a response."""
 
+import asyncio
+import gc
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ from asgi import Exchange, Life, Socket, get, respond
 from conftest import ENTRY, Running, real_database
 from sqlalchemy import select
 
-from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, ServerTimingMiddleware
+from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, ServerTimingMiddleware, UnitReport
 
 pytestmark = pytest.mark.anyio
 
@@ -73,6 +76,44 @@ async def test_all_databases_and_units_of_the_request_count(tmp_path: Path) -> N
     match = re.fullmatch(METRICS, value)
     assert match
     assert match[1] == "3"
+
+
+@pytest.mark.parametrize("real", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("starts", [True, False])
+async def test_no_report_is_kept_once_the_header_has_left(running: Running, starts: bool) -> None:
+    """A stream without an end, and a task that outlives its request, cost no more memory."""
+    reports: list[weakref.ref[UnitReport]] = []
+
+    def note(report: UnitReport) -> None:
+        reports.append(weakref.ref(report))
+        ServerTimingMiddleware.note(report)
+
+    async def work() -> None:
+        if not starts:
+            await served.wait()
+        for _ in range(3):
+            async with database.begin() as session:
+                await session.execute(select(ENTRY))
+        gc.collect()
+        alive.append(sum(each() is not None for each in reports))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        if starts:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await work()
+            await send({"type": "http.response.body", "body": b"ok"})
+        else:
+            tasks.append(asyncio.create_task(work()))
+            raise LookupError
+
+    database: Any = running.database
+    alive: list[int] = []
+    served, tasks = asyncio.Event(), list[asyncio.Task[None]]()
+    await get(ServerTimingMiddleware(DBSessionMiddleware(app, database, on_report=note)))
+    served.set()
+    await asyncio.gather(*tasks)
+    assert (len(reports), alive) == (4, [0])
 
 
 async def test_other_scopes_pass_untouched(running: Running) -> None:
