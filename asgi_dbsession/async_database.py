@@ -112,13 +112,15 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     @override
     def _create_engine(self) -> AsyncEngine:
-        self._loop = _running_loop()
-        if self._loop is None:
+        loop = _running_loop()
+        if loop is None:
             raise ConfigurationError(
                 f"{self} works on asyncio only, and this is another event loop, such as "
                 "trio. Describe it as a SyncDatabase there."
             )
-        return create_async_engine(self.url, **self._engine_options)
+        engine = create_async_engine(self.url, **self._engine_options)
+        self._loop = loop
+        return engine
 
     @override
     def _sync_engine(self, engine: AsyncEngine) -> Engine:

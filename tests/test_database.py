@@ -214,6 +214,15 @@ def test_another_event_loop_is_told_so(real: Real) -> None:
     assert real.stored() == ["kept"]
 
 
+def test_a_refused_engine_belongs_to_no_event_loop() -> None:
+    """Another loop hears the same reason, not that the database was started somewhere else."""
+    database = AsyncDatabase("sqlite+aiosqlite://", no_such_option=1)
+    with asyncio.Runner() as first, asyncio.Runner() as second:
+        for runner in (first, second):
+            with pytest.raises(ConfigurationError, match="no_such_option"):
+                runner.run(database.startup())
+
+
 # Who forgets the shutdown hears of it from the driver, and rightly so.
 @pytest.mark.filterwarnings("ignore:.*(deleted while still open|unclosed):ResourceWarning")
 def test_a_loop_that_died_is_followed_by_a_new_one(real: Real) -> None:
