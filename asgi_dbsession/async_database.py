@@ -18,7 +18,6 @@ from .options import AnyAsyncSession, AsyncSessionOptions
 from .session import in_turn, put_in_turn
 from .turn import turn_between_tasks
 from .types import Scope
-from .unit_of_work import current_unit
 
 
 class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
@@ -72,16 +71,14 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             TransactionAborted: An error was swallowed that had aborted the transaction.
             Exception: Whatever COMMIT raised; nothing was stored.
         """
-        unit = self._begin_unit()
-        try:
-            yield unit.open(self)
-        except BaseException:
-            await unit.close(commit=False)
-            raise
-        else:
-            await unit.close(commit=not unit.rollback)
-        finally:
-            current_unit.set(unit.enclosing)
+        with self._unit_of_its_own() as unit:
+            try:
+                yield unit.open(self)
+            except BaseException:
+                await unit.close(commit=False)
+                raise
+            else:
+                await unit.close(commit=not unit.rollback)
 
     @property
     @override

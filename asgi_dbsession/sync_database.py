@@ -17,7 +17,6 @@ from .options import AnySession, SessionOptions
 from .session import in_turn, put_in_turn
 from .turn import current_task, turn_between_threads
 from .types import Scope
-from .unit_of_work import current_unit
 
 # How many threads may wait for an answer that nobody waits for any more.
 _MAX_QUESTIONS = 3
@@ -72,17 +71,15 @@ class SyncDatabase(Database[Engine, AnySession]):
             TransactionAborted: An error was swallowed that had aborted the transaction.
             Exception: Whatever COMMIT raised; nothing was stored.
         """
-        unit = self._begin_unit()
-        unit.is_blocking = True
-        try:
-            yield unit.open(self)
-        except BaseException:
-            unit.close_blocking(commit=False)
-            raise
-        else:
-            unit.close_blocking(commit=not unit.rollback)
-        finally:
-            current_unit.set(unit.enclosing)
+        with self._unit_of_its_own() as unit:
+            unit.is_blocking = True
+            try:
+                yield unit.open(self)
+            except BaseException:
+                unit.close_blocking(commit=False)
+                raise
+            else:
+                unit.close_blocking(commit=not unit.rollback)
 
     @override
     def _make_session(self, engine: Engine | None, scope: Scope | None) -> OpenSession[AnySession]:

@@ -1,8 +1,10 @@
 """The promises of a database: its engine's life, and units of work outside of a request."""
 
 import asyncio
+import gc
 import inspect
 import traceback
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -36,6 +38,7 @@ from asgi_dbsession import (
     get_sync_session,
     set_rollback,
 )
+from asgi_dbsession.unit_of_work import current_unit
 
 pytestmark = pytest.mark.anyio
 
@@ -536,6 +539,95 @@ async def test_begin_outside_of_a_request_knows_of_none(running: Running) -> Non
     """Events that read `session.info["scope"]` find None, not a missing key."""
     async with beginning(running.database) as session:
         assert session.info["scope"] is None
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+async def test_jobs_that_start_each_other_keep_nothing_of_each_other(
+    running: Running, overlap: bool
+) -> None:
+    """Each inside the `begin()` of the one before, be that over by then or not."""
+    units: list[weakref.ref[Any]] = []
+
+    async def job(number: int, before: asyncio.Event) -> None:
+        begun = asyncio.Event()
+        async with beginning(running.database):
+            before.set()
+            units.append(weakref.ref(current_unit.get()))
+            if number < 20:
+                start(job(number + 1, begun))
+                if overlap:
+                    await begun.wait()
+            else:
+                await becomes_true(lambda: len(tasks) == 1)
+                gc.collect()
+                alive.append(sum(unit() is not None for unit in units))
+
+    def start(coroutine: Any) -> None:
+        task = asyncio.create_task(coroutine)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    alive: list[int] = []
+    tasks: set[asyncio.Task[None]] = set()
+    start(job(0, asyncio.Event()))
+    await becomes_true(lambda: not tasks)
+    assert len(units) == 21
+    assert alive[0] <= 3
+
+
+@pytest.mark.parametrize("in_request", [True, False])
+async def test_units_that_end_out_of_order_leave_the_right_one(
+    running: Running, in_request: bool
+) -> None:
+    """The one that is open stays the current one, and after both of them what was before."""
+    seen: list[bool] = []
+    database = running.database
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        outer = database.get_session() if in_request else None
+        first, second = beginning(database), beginning(database)
+        await first.__aenter__()
+        session = await second.__aenter__()
+        await first.__aexit__(None, None, None)
+        seen.append(database.get_session() is session)
+        await running.write("kept")
+        await second.__aexit__(None, None, None)
+        if in_request:
+            seen.append(database.get_session() is outer)
+        else:
+            with pytest.raises(SessionClosed):
+                database.get_session()
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, database) if in_request else app)
+    assert exchange.error is None
+    assert seen == [True] * (2 if in_request else 1)
+    assert running.stored() == ["kept"]
+
+
+async def test_a_task_that_outlives_its_unit_is_told_so_after_one_of_its_own(
+    running: Running,
+) -> None:
+    """It does not slip into the transaction of the request around."""
+    database = running.database
+
+    async def outlive(over: asyncio.Event) -> None:
+        await over.wait()
+        async with beginning(database):
+            await running.write("kept")
+        with pytest.raises(SessionClosed):
+            database.get_session()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        over = asyncio.Event()
+        async with beginning(database):
+            task = asyncio.create_task(outlive(over))
+        over.set()
+        await task
+        await respond(send)
+
+    assert (await get(DBSessionMiddleware(app, database))).error is None
+    assert running.stored() == ["kept"]
 
 
 async def test_the_session_dependency_is_the_session(running: Running) -> None:
