@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 from typing_extensions import override
 
+from .current_unit import unit_of_its_own
 from .database import Database
 from .errors import ConfigurationError, DatabaseNotRunning
 from .open_session import OpenSession
@@ -71,7 +72,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             TransactionAborted: An error was swallowed that had aborted the transaction.
             Exception: Whatever COMMIT raised; nothing was stored.
         """
-        with self._unit_of_its_own() as unit:
+        with unit_of_its_own(self) as unit:
             try:
                 yield unit.open(self)
             except BaseException:

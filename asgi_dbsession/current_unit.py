@@ -1,5 +1,7 @@
 """The unit of work that the caller is in, and what an application may tell it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import iscoroutinefunction
 from typing import Any
 
@@ -22,6 +24,22 @@ def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
             return unit
         unit = unit.enclosing
     raise NoSession(database)
+
+
+@contextmanager
+def unit_of_its_own(database: SessionSource[Any]) -> Iterator[UnitOfWork]:
+    """A unit for one database, current inside of the block; ending it is left to the block."""
+    around = current_unit.get()
+    was_over = around is not None and around.over
+    unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
+    if not current_end.get():  # a listener of a last flush is in a unit that is over
+        _forget_hidden(unit)
+    current_unit.set(unit)
+    try:
+        yield unit
+    finally:
+        if current_unit.get() is unit:  # else one that began later is still open
+            current_unit.set(around if was_over else _nearest_open(around))
 
 
 def set_rollback(rollback: bool) -> None:
@@ -84,4 +102,25 @@ def _unit(*, also_at_end: bool = False) -> UnitOfWork:
         raise NoSession("any database")
     if unit.over and not (also_at_end and current_end.get()):  # a listener of its last flush
         raise SessionClosed("any database")
+    return unit
+
+
+def _forget_hidden(unit: UnitOfWork) -> None:
+    """Let go of finished units around this one that no lookup can reach.
+
+    Where each job starts the next one inside its `begin()`, there would be ever more of them.
+    """
+    hidden = set(unit.databases)
+    while (enclosing := unit.enclosing) is not None:
+        if enclosing.over and hidden.issuperset(enclosing.databases):
+            unit.enclosing = enclosing.enclosing
+        else:
+            hidden = {*enclosing.databases, *(hidden if enclosing.over else ())}
+            unit = enclosing
+
+
+def _nearest_open(unit: UnitOfWork | None) -> UnitOfWork | None:
+    """The nearest unit that is not over; or else the outermost, whose error says so."""
+    while unit is not None and unit.over and unit.enclosing is not None:
+        unit = unit.enclosing
     return unit

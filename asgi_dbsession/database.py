@@ -2,8 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -19,9 +18,7 @@ from .errors import ConfigurationError, DatabaseNotRunning, DatabaseUnavailable,
 from .health import Health
 from .open_session import OpenSession
 from .transaction import watch
-from .turn import current_end
 from .types import Scope
-from .unit_of_work import UnitOfWork, current_unit
 from .url import options_for_memory, url_with_driver, without_secrets
 from .usage import watch_usage
 
@@ -277,20 +274,6 @@ class Database(ABC, Generic[E, S]):
         password = self.url.password
         return (text.replace(password, "***") if password else text).rstrip(".")
 
-    @contextmanager
-    def _unit_of_its_own(self) -> Iterator[UnitOfWork]:
-        around = current_unit.get()
-        was_over = around is not None and around.over
-        unit = around.within((self,)) if around is not None else UnitOfWork((self,), None, None)
-        if not current_end.get():  # a listener of a last flush is in a unit that is over
-            _forget_hidden(unit)
-        current_unit.set(unit)
-        try:
-            yield unit
-        finally:
-            if current_unit.get() is unit:  # else one that began later is still open
-                current_unit.set(around if was_over else _nearest_open(around))
-
     def _check_session_options(self) -> None:
         try:
             self._make_session(None, None)
@@ -307,24 +290,3 @@ class Database(ABC, Generic[E, S]):
             f"{type(self).__name__} needs a subclass of {base.__name__} as "
             f'session_options["{option}"], not {session_class!r}.'
         )
-
-
-def _forget_hidden(unit: UnitOfWork) -> None:
-    """Let go of finished units around this one that no lookup can reach.
-
-    Where each job starts the next one inside its `begin()`, there would be ever more of them.
-    """
-    hidden = set(unit.databases)
-    while (enclosing := unit.enclosing) is not None:
-        if enclosing.over and hidden.issuperset(enclosing.databases):
-            unit.enclosing = enclosing.enclosing
-        else:
-            hidden = {*enclosing.databases, *(hidden if enclosing.over else ())}
-            unit = enclosing
-
-
-def _nearest_open(unit: UnitOfWork | None) -> UnitOfWork | None:
-    """The nearest unit that is not over; or else the outermost, whose error says so."""
-    while unit is not None and unit.over and unit.enclosing is not None:
-        unit = unit.enclosing
-    return unit

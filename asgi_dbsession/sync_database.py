@@ -10,6 +10,7 @@ from sqlalchemy import URL, Engine, create_engine, select
 from sqlalchemy.orm import Session
 from typing_extensions import override
 
+from .current_unit import unit_of_its_own
 from .database import Database
 from .errors import DatabaseUnavailable
 from .open_session import OpenSession
@@ -71,7 +72,7 @@ class SyncDatabase(Database[Engine, AnySession]):
             TransactionAborted: An error was swallowed that had aborted the transaction.
             Exception: Whatever COMMIT raised; nothing was stored.
         """
-        with self._unit_of_its_own() as unit:
+        with unit_of_its_own(self) as unit:
             unit.is_blocking = True
             try:
                 yield unit.open(self)
