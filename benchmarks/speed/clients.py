@@ -14,9 +14,13 @@ SLOW = 100_000  # bytes per second
 _SIP = 25_000  # bytes, at once
 
 
-async def read_fast(port: int, path: str, clients: int, seconds: float) -> float:
-    """Responses per second to so many clients, each asking again as soon as it is answered."""
-    end = time.monotonic() + seconds
+async def read_fast(port: int, path: str, clients: int, coming: float, seconds: float) -> float:
+    """Responses per second to so many clients, each asking again as soon as it is answered.
+
+    Not counted while they come.
+    """
+    start = time.monotonic() + coming
+    end = start + seconds
     answered = 0
 
     async def be_client() -> None:
@@ -24,11 +28,11 @@ async def read_fast(port: int, path: str, clients: int, seconds: float) -> float
         async with _connected(port) as (reader, writer):
             while time.monotonic() < end:
                 await _ask(reader, writer, path)
-                answered += time.monotonic() < end
+                answered += start <= time.monotonic() < end
 
     # Whoever is not answered by then is not waited for.
     async with _at_work(be_client() for _ in range(clients)) as tasks:
-        await asyncio.wait(tasks, timeout=seconds + 0.1)
+        await asyncio.wait(tasks, timeout=coming + seconds + 0.1)
     return answered / seconds
 
 

@@ -9,6 +9,7 @@ from .servers import Server
 from .size import Size
 from .turns import Rounds, compare, spread
 
+_SOON = 100  # clients, who are there at once
 _FEW = 10  # clients who read slowly leave room for those of the other tools
 
 
@@ -16,12 +17,13 @@ async def fast_readers(servers: Mapping[str, Server], size: Size) -> dict[str, A
     """Responses per second to one SELECT."""
     found = {}
     for clients in size.clients:
+        coming = size.coming if clients > _SOON else 0
         rounds: Rounds = {tool: [] for tool in servers}
         order = list(servers)
         for _ in range(size.load_rounds):
             for tool in order:
                 port = servers[tool].port
-                rounds[tool].append(await read_fast(port, "/read", clients, size.load))
+                rounds[tool].append(await read_fast(port, "/read", clients, coming, size.load))
             order.append(order.pop(0))
         found[str(clients)] = compare(rounds)
     return found
