@@ -6,7 +6,7 @@ from xml.sax.saxutils import escape
 
 from .tools import OURS, title
 
-_ROW, _TOP, _LEFT, _WIDTH, _GAP = 26, 64, 290, 150, 62
+_ROW, _TOP, _LEFT, _WIDTH, _GAP = 26, 64, 350, 150, 62
 _STYLE = """
 :root { --ground: #ffffff; --ink: #24292f; --faint: #8c959f; --bar: #b6c2cf; --ours: #2f6f9f; }
 @media (prefers-color-scheme: dark) {
