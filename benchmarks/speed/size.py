@@ -32,12 +32,12 @@ class Size:
     load: float = 1.0
     load_rounds: int = 3
     coming: int = 2
-    slow: int = 5
+    slow: int = 4
     patience: float = 5
     download: float = 60
     listeners: int = 500
     requests: int = 100_000
-    starts: int = 7
+    starts: int = 5
 
     def chosen(self, tools: Iterable[str]) -> list[str]:
         """Those of them that are measured here."""
