@@ -1,6 +1,6 @@
 """Measures, and writes down what came out.
 
-    python -m benchmarks.speed                          ten minutes, into docs/measured
+    python -m benchmarks.speed                          a quarter of an hour, into docs/measured
     python -m benchmarks.speed --quick --write FOLDER   to see that it works
     python -m benchmarks.speed --again                  the document and the picture once more
 
