@@ -78,7 +78,7 @@ class Shop:
         url = url.set(drivername="postgresql+asyncpg")
         options = OPTIONS | ({"connect_args": FOR_PGBOUNCER} if bouncer else {})
         self.module = self._load(pgbouncer.url_through(url) if bouncer else url, options)
-        self.module.app.add_api_route("/work/{outcome}", self._work)
+        self.module.app.add_api_route("/count/{outcome}", self._work)
         self._create()
 
     async def ask(self, tenant: str, path: str, method: str = "GET") -> Exchange:
@@ -112,7 +112,7 @@ class Shop:
 
     async def _one(self, outcome: str) -> None:
         tenant = random.choice(TENANTS)
-        request = asyncio.create_task(self.ask(tenant, f"/work/{outcome}"))
+        request = asyncio.create_task(self.ask(tenant, f"/count/{outcome}"))
         if outcome == "cancelled":
             self._perhaps[tenant] += 2
             for _ in range(random.randrange(60)):
