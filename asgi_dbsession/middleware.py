@@ -127,11 +127,12 @@ class DBSessionMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
-        if scope["type"] not in ("http", "websocket"):
+        is_http = scope["type"] == "http"
+        if not is_http and scope["type"] != "websocket":
             await self._serve_other(scope, receive, send)
             return
         enclosing = scope.get(_KEY)
-        if self._around is not None and scope["type"] == "http":
+        if self._around is not None and is_http:
             if enclosing is None:
                 await self._around(scope, receive, send)
                 return
@@ -139,13 +140,14 @@ class DBSessionMiddleware:
         unit = scope[_KEY] = self._begin_unit(self.databases, scope, enclosing)
         unit.joins = enclosing is not None
         unit.two_phase = self.two_phase
-        if scope["type"] == "http":
-            guarded = receive, end_before_response(unit, self.commit_when, send)
+        unguarded_send = send
+        if is_http:
+            send = end_before_response(unit, self.commit_when, send)
         else:
-            guarded = end_before_waiting(unit, receive, send)
+            receive, send = end_before_waiting(unit, receive, send)
         token = current_unit.set(unit)
         try:
-            await self.app(scope, *guarded)
+            await self.app(scope, receive, send)
         except BaseException as error:
             await unit.close(commit=False)
             if unit.failure is None or not isinstance(error, UNWOUND):
@@ -158,7 +160,9 @@ class DBSessionMiddleware:
             current_unit.reset(token)
             scope[_KEY] = enclosing
         if unit.failure is not None:
-            await self._answer(unit.failure, scope, receive, None if unit.is_answered else send)
+            if unit.is_answered:
+                raise unit.failure
+            await self._answer(unit.failure, scope, receive, unguarded_send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Not the body of `__call__`: there, every request would pay for another coroutine.
@@ -171,10 +175,8 @@ class DBSessionMiddleware:
         else:
             await self.app(scope, receive, send)
 
-    async def _answer(
-        self, failure: Exception, scope: Scope, receive: Receive, send: Send | None
-    ) -> None:
-        if send is None or self.on_commit_error is None or will_run_again():
+    async def _answer(self, failure: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.on_commit_error is None or will_run_again():
             raise failure
         try:
             answer = self.on_commit_error(failure)
