@@ -6,9 +6,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from .async_database import AsyncDatabase
+from .current_unit import unit_that_manages
 from .errors import ConfigurationError, NoSession
 from .sync_database import SyncDatabase
-from .unit_of_work import current_unit
+from .unit_of_work import UnitOfWork, current_unit
 
 D = TypeVar("D", AsyncDatabase[Any], SyncDatabase[Any])
 
@@ -26,15 +27,15 @@ def get_session() -> AsyncSession:
         DatabaseNotRunning: The database has not been started.
         ConfigurationError: There are only sync databases here.
     """
-    database = _default(AsyncDatabase, "`get_sync_session()` in a `def` function")
-    session: AsyncSession = database.get_session()
+    unit, database = _default(AsyncDatabase, "`get_sync_session()` in a `def` function")
+    session: AsyncSession = unit.open(database)
     return session
 
 
 def get_sync_session() -> Session:
     """The same for the first `SyncDatabase`: for handlers written with `def`."""
-    database = _default(SyncDatabase, "`get_session()` in an `async def` function")
-    session: Session = database.get_session()
+    unit, database = _default(SyncDatabase, "`get_session()` in an `async def` function")
+    session: Session = unit.open(database)
     return session
 
 
@@ -46,12 +47,12 @@ async def session_dependency() -> AsyncSession:
     return get_session()
 
 
-def _default(kind: type[D], instead: str) -> D:
+def _default(kind: type[D], instead: str) -> tuple[UnitOfWork, D]:
     unit = innermost = current_unit.get()
     while unit is not None:
         for database in unit.databases:
             if isinstance(database, kind):
-                return database
+                return unit if unit.manages(database) else unit_that_manages(database), database
         unit = unit.enclosing
     if innermost is None:
         raise NoSession("the default database")

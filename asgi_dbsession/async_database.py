@@ -17,7 +17,7 @@ from .errors import ConfigurationError, DatabaseNotRunning
 from .open_session import OpenSession
 from .options import AnyAsyncSession, AsyncSessionOptions
 from .session import in_turn, put_in_turn
-from .turn import turn_between_tasks
+from .turn import BETWEEN_TASKS, Turn
 from .types import Scope
 
 
@@ -84,8 +84,11 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     @property
     @override
     def engine(self) -> AsyncEngine:
-        self._refuse_other_loop()
-        return super().engine
+        if self._loop is not None:
+            self._refuse_other_loop()
+        if self._engine is None:
+            raise DatabaseNotRunning(self)
+        return self._engine
 
     @override
     async def startup(self) -> None:
@@ -102,7 +105,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         session = self._class(engine, sync_session_class=self._sync_class, **self._session_options)
         orm = session.sync_session
         orm.info["scope"] = scope
-        return OpenSession(session, orm, put_in_turn(orm, turn_between_tasks(self)), greenlet_spawn)
+        turn = put_in_turn(orm, Turn(self, *BETWEEN_TASKS))
+        return OpenSession(session, orm, turn, greenlet_spawn)
 
     def _refuse_other_loop(self) -> None:
         if self._loop is not None and _running_loop() not in (None, self._loop):

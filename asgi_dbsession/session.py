@@ -101,9 +101,8 @@ class SessionInTurn(Session):
         return transaction
 
     @override
-    @_taking_turn
     def close(self) -> None:
-        if self._turn.is_ending:
+        if self._turn.is_ended_here():
             super().close()
         else:
             self.reset()

@@ -16,7 +16,7 @@ from .errors import DatabaseUnavailable
 from .open_session import OpenSession
 from .options import AnySession, SessionOptions
 from .session import in_turn, put_in_turn
-from .turn import current_task, turn_between_threads
+from .turn import BETWEEN_THREADS, Turn, current_task
 from .types import Scope
 
 # How many threads may wait for an answer that nobody waits for any more.
@@ -86,7 +86,7 @@ class SyncDatabase(Database[Engine, AnySession]):
     def _make_session(self, engine: Engine | None, scope: Scope | None) -> OpenSession[AnySession]:
         session = self._class(engine, **self._session_options)
         session.info["scope"] = scope
-        turn = put_in_turn(session, turn_between_threads(self))
+        turn = put_in_turn(session, Turn(self, *BETWEEN_THREADS))
         return OpenSession(session, session, turn, _run_in_thread, opener=current_task())
 
     @override

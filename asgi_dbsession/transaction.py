@@ -33,7 +33,7 @@ _UNDOING = (1213, 1020, 1206)
 
 def has_work(session: Session, turn: Turn) -> bool:
     """Whether there is anything to commit or roll back, or an operation in flight."""
-    return turn.is_busy or _is_unfinished(session, turn)
+    return _is_unfinished(session, turn) or turn.is_busy
 
 
 def close_at_once(session: Session, turn: Turn) -> bool:

@@ -63,10 +63,9 @@ class Turn:
         """Whether an operation or an end is under way, or an end waits."""
         return self._free.locked() or self._ending is not None
 
-    @property
-    def is_ending(self) -> bool:
-        """Whether the one whose turn it is ends the work; for that one to ask."""
-        return self._ending is not None and self._ending == self._holder
+    def is_ended_here(self) -> bool:
+        """Whether the caller is the one who has the turn to end the work."""
+        return self._ending is not None and self._ending == self._holder == self._caller()
 
     def touch(self) -> None:
         """Count what needs no turn, because it is done at once and in memory.
@@ -98,17 +97,10 @@ class Turn:
             caller = self._caller()
         except RuntimeError as error:
             raise self._error_of_thread() from error
-        if self._holder == caller:
+        if self._holder is not None and self._holder == caller:
             return False
-        while not self._claim(caller):
-            if self._ending is not None and self._ending is current_end.get():
-                return False  # a listener of another session that ends; SQLAlchemy will refuse it
-            if self._ending is not None:
-                self._wait_for_release()
-            elif self._claim(caller):  # what was in the way was an end, and is done by now
-                break
-            else:
-                raise ConcurrentUse(self.database)
+        if not self._claim(caller) and not self._claim_after_end(caller):
+            return False
         if caller not in self.workers:
             self._note(caller)
         return True
@@ -145,10 +137,9 @@ class Turn:
 
     def take_to_end_if_free(self) -> bool:
         """The same unless someone is in an operation; never waits."""
-        caller = self._caller()
-        if not self._claim(caller):
+        if self._ending is not None or not self._free.acquire(blocking=False):
             return False
-        self._ending = caller
+        self._holder = self._ending = self._caller()
         return True
 
     def give(self, *, over: bool = False) -> None:
@@ -185,6 +176,18 @@ class Turn:
         self._holder = caller
         return True
 
+    def _claim_after_end(self, caller: object) -> bool:
+        while not self._claim(caller):
+            if self._ending is not None and self._ending is current_end.get():
+                return False  # a listener of another session that ends; SQLAlchemy will refuse it
+            if self._ending is not None:
+                self._wait_for_release()
+            elif self._claim(caller):  # what was in the way was an end, and is done by now
+                break
+            else:
+                raise ConcurrentUse(self.database)
+        return True
+
     def _wait_for_release(self, ending: object = None) -> None:
         released: Future[None] = Future()
         with _reserving:
@@ -214,15 +217,11 @@ def is_done(caller: object) -> bool:
     return isinstance(caller, asyncio.Future) and caller.done()
 
 
-def turn_between_tasks(database: object) -> Turn:
-    """Turns on an async session: a caller is a task, and the loop goes on while it waits."""
-    return Turn(database, asyncio.current_task, _wait_in_greenlet)
-
-
-def turn_between_threads(database: object) -> Turn:
-    """Turns on a sync session: a caller is a thread, and blocks while it waits."""
-    return Turn(database, get_ident, Future[None].result)
-
-
 def _wait_in_greenlet(released: Future[None]) -> None:
     await_only(asyncio.wrap_future(released))
+
+
+# On an async session a caller is a task, and the loop goes on while it waits; on a sync one it is a
+# thread, and blocks.
+BETWEEN_TASKS = asyncio.current_task, _wait_in_greenlet
+BETWEEN_THREADS = get_ident, Future[None].result

@@ -1,6 +1,7 @@
 """Which sessions a unit of work opened, and how it ends."""
 
 from asyncio import CancelledError
+from collections.abc import Collection
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -110,7 +111,7 @@ class UnitOfWork:
             opened = self.sessions.setdefault(database, database.open_session(self.scope))
             if self.two_phase:
                 opened.orm.twophase = True
-            for after_commit in self.outermost.after_commit:
+            for after_commit in (self.outermost if self.joins else self).after_commit:
                 after_commit.follow(opened.orm)
         if opened is None:
             raise SessionClosed(database)
@@ -134,9 +135,12 @@ class UnitOfWork:
         Raises:
             Unwound: What flush and COMMIT raised is its cause.
         """
-        working = [each for each in self._in_order() if has_work(each.orm, each.turn)]
-        if len(working) < len(self.sessions):
-            self._forget_workers(working)
+        working = []
+        for each in self.sessions.values():
+            if has_work(each.orm, each.turn):
+                working.append(each)
+            else:  # the application has ended it by itself: what follows is another task's, perhaps
+                each.turn.workers.clear()
         if not working and not self.after_commit:
             # It was about nothing, and must not be about what follows; but of another task, it is
             # about what that one has not begun yet.
@@ -156,7 +160,8 @@ class UnitOfWork:
         self.over = True
         if not (self.sessions or self.after_commit):
             return
-        working = [each for each in self._in_order() if not close_at_once(each.orm, each.turn)]
+        opened = self.sessions.values()
+        working = [each for each in opened if not close_at_once(each.orm, each.turn)]
         if working or self.after_commit:
             await run_to_completion(self._end_each(working, commit=commit, close=True))
         self.sessions.clear()
@@ -168,7 +173,7 @@ class UnitOfWork:
         token = current_end.set(self)
         stored = [each for each in given if each.is_stored]
         try:
-            for each in self._in_order():
+            for each in self._in_order(self.sessions.values()):
                 if not close_at_once(each.orm, each.turn):
                     end(each.orm, each.turn, commit, close=True)
             success = commit
@@ -178,14 +183,9 @@ class UnitOfWork:
             for function in self._settle(given, stored, success=success):
                 self._follow_up_blocking(function)
 
-    def _forget_workers(self, working: list[OpenSession[Any]]) -> None:
-        # The application has ended their work by itself: what follows is another task's, perhaps.
-        for each in self.sessions.values():
-            if each not in working:
-                each.turn.workers.clear()
-
-    def _in_order(self) -> list[OpenSession[Any]]:
-        return [self.sessions[each] for each in self.databases if each in self.sessions]
+    def _in_order(self, opened: Collection[OpenSession[Any]]) -> list[OpenSession[Any]]:
+        sessions = [self.sessions.get(each) for each in self.databases]
+        return [each for each in sessions if each is not None and each in opened]
 
     async def _end_each(
         self, working: list[OpenSession[Any]], *, commit: bool, close: bool
@@ -196,7 +196,7 @@ class UnitOfWork:
         token = current_end.set(working)
         try:
             if len(working) > 1:
-                failure = await end_together(working, commit=commit, close=close)
+                failure = await end_together(self._in_order(working), commit=commit, close=close)
             elif working:
                 (opened,) = working
                 await opened.run(end, opened.orm, opened.turn, commit, close)

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import pytest
 
 from asgi_dbsession import ConcurrentUse, SessionClosed
-from asgi_dbsession.turn import Turn, turn_between_threads
+from asgi_dbsession.turn import BETWEEN_THREADS, Turn
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def restless() -> Iterator[None]:
 @pytest.mark.usefixtures("restless")
 def test_operations_and_ends_of_many_threads_follow_each_other() -> None:
     """An end and an operation wait for each other; two operations refuse each other."""
-    turn = turn_between_threads("the database")
+    turn = Turn("the database", *BETWEEN_THREADS)
     inside: list[str] = []
     overlaps: list[list[str]] = []
     rounds = 4000
@@ -81,7 +81,7 @@ def test_an_end_does_not_wait_for_a_release_that_it_has_just_missed() -> None:
     turn.take()
     callers.append("end")
     turn.take_to_end()
-    assert turn.is_ending
+    assert turn.is_ended_here()
     turn.give(over=True)
     with pytest.raises(SessionClosed):
         turn.take()
