@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from benchmarks.faults.tools import TOOLS
 
 OURS, BY_HAND, DEPENDS = "asgi_dbsession", "by_hand", "depends"
+AUTOCOMMIT = "asgi_dbsession_autocommit"
 
 FASTAPI = (
     BY_HAND,
@@ -17,7 +18,11 @@ FASTAPI = (
     "fastapi_sqla",
     "advanced_alchemy",
 )
-STARLETTE = ("by_hand_starlette", "asgi_dbsession_starlette")
+STARLETTE = (
+    "by_hand_starlette",
+    "asgi_dbsession_starlette",
+    "asgi_dbsession_autocommit_starlette",
+)
 DEF = (
     "by_hand_def",
     "asgi_dbsession_def",
@@ -30,6 +35,7 @@ FAMILIES = {"FastAPI": FASTAPI, "Starlette alone": STARLETTE, "FastAPI, handlers
 # What a short run leaves out, besides what is not installed.
 FEW = (BY_HAND, OURS, DEPENDS, *STARLETTE, "by_hand_def", "asgi_dbsession_def", "depends_def")
 
+_TITLES = {**TOOLS, AUTOCOMMIT: "asgi-dbsession, reads in autocommit"}
 _PACKAGES = (
     "fastapi_async_sqlalchemy",
     "context_async_sqlalchemy",
@@ -45,7 +51,7 @@ def base(tool: str) -> str:
 
 def title(tool: str) -> str:
     """What a table calls it."""
-    return TOOLS[base(tool)]
+    return _TITLES[base(tool)]
 
 
 def is_installed(tool: str) -> bool:
