@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import anyio
@@ -55,6 +55,28 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
             raise cancelled from error
         raise
     return task.result()
+
+
+async def call_here(function: Callable[..., T], *args: Any) -> T:
+    """Call a function that may block on the thread that asks."""
+    return function(*args)
+
+
+def complete_here(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that calls its functions with `call_here`, and so never waits.
+
+    Returns:
+        What it returned.
+
+    Raises:
+        Exception: Whatever it raised.
+    """
+    try:
+        work.send(None)
+    except StopIteration as finished:
+        result: T = finished.value
+        return result
+    raise RuntimeError(f"{work!r} waits")  # never: there is no event loop to wait for
 
 
 def _start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":

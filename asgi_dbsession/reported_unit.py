@@ -3,7 +3,6 @@
 import logging
 import sys
 from collections.abc import Callable
-from functools import partial
 from time import perf_counter, time
 from typing import Any, TypeVar
 
@@ -13,7 +12,6 @@ from .database import Database
 from .open_session import OpenSession, SessionSource
 from .place import as_text
 from .report import DatabaseReport, Outcome, Reason, UnitReport
-from .transaction import has_work
 from .types import Scope
 from .unit_of_work import UnitOfWork
 from .usage import Usage, forget
@@ -86,26 +84,6 @@ class ReportedUnit(UnitOfWork):
         finally:
             for session in sessions:
                 forget(session)
-
-    @override
-    def close_blocking(self, *, commit: bool) -> None:
-        self._give_reason(commit=commit)
-        opened = list(self.sessions.values())
-        report = partial(
-            self._report_end,
-            commit=commit,
-            is_work=any(has_work(each.orm, each.turn) for each in opened),
-        )
-        try:
-            super().close_blocking(commit=commit)
-        except Exception as error:
-            report(failure=error)
-            raise
-        else:
-            report()
-        finally:
-            for each in opened:
-                forget(each.orm)
 
     @override
     async def _end_each(

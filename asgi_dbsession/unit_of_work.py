@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from .after_commit import AfterCommit
-from .completion import run_to_completion
+from .completion import call_here, complete_here, run_to_completion
 from .errors import SessionClosed, Unwound
 from .open_session import OpenSession, SessionSource, end_together
 from .transaction import close_at_once, end, has_work
@@ -34,7 +34,7 @@ class UnitOfWork:
         failure: The first error of a COMMIT.
         after_commit: What `on_commit` was given.
         two_phase: Whether its sessions commit in two phases.
-        is_blocking: Whether it ends on the calling thread.
+        is_blocking: Whether it ends on the calling thread, which waits for nothing else.
         is_answered: Whether it is too late for another response.
         may_commit: Whether what is left when the application returns belongs to a success.
         over: Whether it has been closed.
@@ -111,6 +111,8 @@ class UnitOfWork:
             opened = self.sessions.setdefault(database, database.open_session(self.scope))
             if self.two_phase:
                 opened.orm.twophase = True
+            if self.is_blocking:
+                opened.run = call_here
             for after_commit in (self.outermost if self.joins else self).after_commit:
                 after_commit.follow(opened.orm)
         if opened is None:
@@ -163,25 +165,13 @@ class UnitOfWork:
         opened = self.sessions.values()
         working = [each for each in opened if not close_at_once(each.orm, each.turn)]
         if working or self.after_commit:
-            await run_to_completion(self._end_each(working, commit=commit, close=True))
+            ending = self._end_each(working, commit=commit, close=True)
+            await (ending if self.is_blocking else run_to_completion(ending))
         self.sessions.clear()
 
     def close_blocking(self, *, commit: bool) -> None:
-        """The same on the calling thread, for a unit that has sync sessions only."""
-        self.over = True
-        given, success = self.after_commit, False
-        token = current_end.set(self)
-        stored = [each for each in given if each.is_stored]
-        try:
-            for each in self._in_order(self.sessions.values()):
-                if not close_at_once(each.orm, each.turn):
-                    end(each.orm, each.turn, commit, close=True)
-            success = commit
-        finally:
-            current_end.reset(token)
-            self.sessions.clear()
-            for function in self._settle(given, stored, success=success):
-                self._follow_up_blocking(function)
+        """The same on the calling thread, for a unit that `is_blocking`."""
+        complete_here(self.close(commit=commit))
 
     def _in_order(self, opened: Collection[OpenSession[Any]]) -> list[OpenSession[Any]]:
         sessions = [self.sessions.get(each) for each in self.databases]
@@ -234,27 +224,15 @@ class UnitOfWork:
         token = current_unit.set(unit)
         try:
             try:
-                await after_commit.call()
+                if self.is_blocking:
+                    after_commit.call_blocking()
+                else:
+                    await after_commit.call()
             except BaseException:
                 await unit.close(commit=False)
                 raise
             await unit.close(commit=not unit.rollback)
         except (Exception, CancelledError) as error:  # of a task of its own: this one completes
-            after_commit.report(error)
-        finally:
-            current_unit.reset(token)
-
-    def _follow_up_blocking(self, after_commit: AfterCommit) -> None:
-        unit = self._unit_for(after_commit)
-        token = current_unit.set(unit)
-        try:
-            try:
-                after_commit.call_blocking()
-            except BaseException:
-                unit.close_blocking(commit=False)
-                raise
-            unit.close_blocking(commit=not unit.rollback)
-        except Exception as error:
             after_commit.report(error)
         finally:
             current_unit.reset(token)
