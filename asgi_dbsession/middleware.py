@@ -14,13 +14,14 @@ from .arguments import (
     check_number,
     databases_of,
 )
+from .attempt import watch_races, will_run_again
 from .errors import UNWOUND
 from .lifespan import serve_lifespan
 from .messages import end_before_response, end_before_waiting
 from .overload import answer_overload
 from .report import UnitReport
 from .reported_unit import ReportedUnit
-from .retry import serve_until_won, watch_races, will_run_again
+from .retry import serve_until_won
 from .two_phases import refuse_one_phase
 from .types import ASGIApp, Receive, Scope, Send
 from .unit_of_work import UnitOfWork, current_unit

@@ -27,9 +27,9 @@ from asgi_dbsession import (
     DBSessionMiddleware,
     TransactionAborted,
     on_commit,
-    retry,
     set_rollback,
 )
+from asgi_dbsession.replay import BODY_LIMIT
 
 pytestmark = pytest.mark.anyio
 
@@ -579,7 +579,7 @@ async def test_a_response_that_was_withheld_for_nothing_leaves_the_error(
             else:
                 await read(receive)
 
-    sender = Sender(b"x" * retry.BODY_LIMIT, b"more")
+    sender = Sender(b"x" * BODY_LIMIT, b"more")
     with pytest.raises(DBAPIError, match="lost"):
         await sender.ask(ours(app, postgresql))
     assert (race.runs, sender.sent) == (1, [])
@@ -711,9 +711,9 @@ async def test_a_body_over_the_limit_is_served_whole_once(
         sizes.append(len(await read(receive)))
         await race.answered(scope, receive, send)
 
-    half = retry.BODY_LIMIT // 2
+    half = BODY_LIMIT // 2
     await Sender(b"x" * half, b"y" * half, b"z" * more).ask(ours(app, postgresql))
-    assert sizes == [retry.BODY_LIMIT + more] * runs
+    assert sizes == [BODY_LIMIT + more] * runs
 
 
 async def test_another_attempt_hears_of_the_client_that_leaves(postgresql: Running) -> None:
