@@ -65,7 +65,12 @@ class Turn:
 
     def is_ended_here(self) -> bool:
         """Whether the caller is the one who has the turn to end the work."""
-        return self._ending is not None and self._ending == self._holder == self._caller()
+        if self._ending is None or self._ending != self._holder:
+            return False
+        try:
+            return self._ending == self._caller()
+        except RuntimeError:
+            return False
 
     def touch(self) -> None:
         """Count what needs no turn, because it is done at once and in memory.
@@ -137,9 +142,13 @@ class Turn:
 
     def take_to_end_if_free(self) -> bool:
         """The same unless someone is in an operation; never waits."""
+        try:
+            caller = self._caller()
+        except RuntimeError:  # of a thread, which ends no session of a task
+            return False
         if self._ending is not None or not self._free.acquire(blocking=False):
             return False
-        self._holder = self._ending = self._caller()
+        self._holder = self._ending = caller
         return True
 
     def give(self, *, over: bool = False) -> None:

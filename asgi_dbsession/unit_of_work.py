@@ -138,7 +138,7 @@ class UnitOfWork:
             Unwound: What flush and COMMIT raised is its cause.
         """
         working = []
-        for each in self.sessions.values():
+        for each in list(self.sessions.values()):  # a copy, for a thread may open another one
             if has_work(each.orm, each.turn):
                 working.append(each)
             else:  # the application has ended it by itself: what follows is another task's, perhaps
@@ -162,7 +162,7 @@ class UnitOfWork:
         self.over = True
         if not (self.sessions or self.after_commit):
             return
-        opened = self.sessions.values()
+        opened = list(self.sessions.values())  # a thread may be about to open another one
         working = [each for each in opened if not close_at_once(each.orm, each.turn)]
         if working or self.after_commit:
             ending = self._end_each(working, commit=commit, close=True)

@@ -1,7 +1,10 @@
 """Several databases in one request are stored all together, as far as that can be promised."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only, greenlet_spawn
 from test_cancellation import run_and_cancel
 
-from asgi_dbsession import DBSessionMiddleware, on_commit, set_rollback
+from asgi_dbsession import DBSessionMiddleware, SessionClosed, on_commit, set_rollback
 
 pytestmark = pytest.mark.anyio
 
@@ -337,6 +340,56 @@ async def test_a_race_lost_at_commit_runs_again_unless_another_was_committed(
             assert len(runs) == 1
             assert isinstance(exchange.error, OperationalError)
             assert several.stored() == [["once"], []]
+
+
+@pytest.mark.parametrize("moment", ["response", "return"])
+async def test_a_thread_may_open_a_session_in_the_middle_of_an_end(
+    tmp_path: Path, moment: str
+) -> None:
+    """The end of those that were open already goes on, and the new one is not left open."""
+    opening, ending = threading.Event(), threading.Event()
+    opened: list[Future[Session]] = []
+
+    class First(Session):
+        def in_transaction(self) -> bool:
+            if opening.is_set() and not ending.is_set():
+                ending.set()
+                opened[0].exception(10)
+            return super().in_transaction()
+
+    class Late(Session):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            if self.bind is not None:  # else it is only tried out
+                opening.set()
+                assert ending.wait(10)
+
+    (tmp_path / "late").mkdir()
+    real = real_database("sqlite-sync", tmp_path)
+    first: Any = real.describe(session_options={"class_": First})
+    late: Any = real_database("sqlite-sync", tmp_path / "late").describe(
+        session_options={"class_": Late}
+    )
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if moment == "return":
+            await respond(send)
+        first.get_session().add(Entry("kept"))
+        opened.append(threads.submit(copy_context().run, late.get_session))
+        opening.wait(10)
+        if moment == "response":
+            await respond(send)
+
+    with ThreadPoolExecutor(1) as threads:
+        async with first, late:
+            exchange = await get(DBSessionMiddleware(app, first, late))
+    assert (exchange.status, exchange.error) == (200, None)
+    assert real.stored() == ["kept"]
+    if moment == "return":
+        assert isinstance(opened[0].exception(), SessionClosed)
+    else:
+        with pytest.raises(SessionClosed):
+            opened[0].result().connection()
 
 
 async def test_one_that_was_not_used_is_left_alone(several: Several) -> None:

@@ -85,3 +85,25 @@ def test_an_end_does_not_wait_for_a_release_that_it_has_just_missed() -> None:
     turn.give(over=True)
     with pytest.raises(SessionClosed):
         turn.take()
+
+
+def test_a_thread_has_no_part_in_the_end_of_a_session_of_tasks() -> None:
+    """It may come in the middle of one: it neither raises nor takes the turn and keeps it."""
+    callers: list[object] = []
+
+    def caller() -> object:
+        if not callers:
+            raise RuntimeError
+        return callers[-1]
+
+    def never(released: Future[None]) -> None:
+        raise AssertionError("nobody is left to wake it")
+
+    turn = Turn("the database", caller, never)
+    assert not turn.take_to_end_if_free()
+    callers.append("the end")
+    turn.take_to_end()
+    assert turn.is_ended_here()
+    callers.clear()
+    assert not turn.is_ended_here()
+    turn.give(over=True)
