@@ -5,7 +5,7 @@ from contextlib import suppress
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Connection, Engine, event, select
-from sqlalchemy.engine import Dialect, ExceptionContext, Transaction
+from sqlalchemy.engine import Dialect, ExceptionContext, Transaction, TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
@@ -67,6 +67,8 @@ def begin_end(session: Session, turn: Turn) -> None:
         # What SQLAlchemy's own COMMIT does first. `Session.prepare` would be the public way, but is
         # for two phases only, and refuses open savepoints.
         (session.get_transaction() or session.begin())._prepare_impl()
+        if not session.twophase:  # else it was asked right before PREPARE, and cannot be any more
+            _refuse_if_aborted(session)
     except BaseException:
         try:
             _roll_back(session)
@@ -112,6 +114,8 @@ def end(session: Session, turn: Turn, commit: bool, close: bool, begun: bool = F
 def watch(engine: Engine) -> None:
     """Have `engine` notice what would be lost in silence; watching twice is watching once."""
     event.listen(engine, "handle_error", _note_failure)
+    for name in ("commit", "prepare_twophase"):
+        event.listen(engine, name, _refuse_at_the_last_moment)
     watched.add(engine.dialect)
 
 
@@ -217,18 +221,35 @@ def _refuse_if_aborted(session: Session) -> None:
     if not _failed:
         return
     for connection in getattr(session, "_connections", ()):
-        transaction = connection.get_transaction()
-        if transaction is None or transaction not in _failed:
-            continue
-        database = without_secrets(connection.engine.url)
-        said, is_undone = _failed[transaction]
-        if is_undone:
-            raise TransactionAborted(database, said, undone=True)
-        try:
-            # Only the database knows whether the error was fatal to the transaction: ask it.
-            connection.execute(select(1))
-        except DBAPIError as error:
-            raise TransactionAborted(database, said) from error
+        _refuse_if_lost(connection)
+
+
+def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
+    # What failed after `before_commit`: in a listener of the last flush, say, that swallowed it.
+    if not _failed:
+        return
+    try:
+        _refuse_if_lost(connection)
+    except TransactionAborted:
+        # To SQLAlchemy it is COMMIT that has failed, and so it would not roll back any more.
+        if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
+            connection.dialect.do_rollback(connection.connection)
+        raise
+
+
+def _refuse_if_lost(connection: Connection) -> None:
+    transaction = connection.get_transaction()
+    if transaction is None or transaction not in _failed:
+        return
+    database = without_secrets(connection.engine.url)
+    said, is_undone = _failed[transaction]
+    if is_undone:
+        raise TransactionAborted(database, said, undone=True)
+    try:
+        # Only the database knows whether the error was fatal to the transaction: ask it.
+        connection.execute(select(1))
+    except DBAPIError as error:
+        raise TransactionAborted(database, said) from error
 
 
 event.listen(SessionInTurn, "after_begin", _remember_connection)

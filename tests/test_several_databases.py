@@ -15,13 +15,19 @@ from conftest import ENTRY, Real, Running, becomes_true, real_database
 from pages import Page
 from several import Entry, Several, engine_of, in_session, orm, several_databases
 from sqlalchemy import Engine, create_engine, event, text
-from sqlalchemy.exc import IntegrityError, InvalidRequestError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError, OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only, greenlet_spawn
 from test_cancellation import run_and_cancel
 
-from asgi_dbsession import DBSessionMiddleware, SessionClosed, on_commit, set_rollback
+from asgi_dbsession import (
+    DBSessionMiddleware,
+    SessionClosed,
+    TransactionAborted,
+    on_commit,
+    set_rollback,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -136,6 +142,26 @@ async def test_a_listener_of_before_commit_has_its_say_before_anything_is_stored
     assert (await get(middleware)).status == 200
     assert several.stored() == [["kept", "by listener"]] * 3
     assert len(called) == 3
+
+
+async def test_an_error_that_a_listener_swallows_comes_before_anything_is_stored(
+    several: Several,
+) -> None:
+    """PostgreSQL can store nothing any more, so none of them may."""
+    (aborted,) = (each for each in several.each if each.real.is_postgresql)
+
+    def swallow(session: Session, *_: Any) -> None:
+        with pytest.raises(DBAPIError):
+            session.execute(text("SELECT * FROM no_such_table"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.add("lost")
+        event.listen(orm(aborted), "after_flush", swallow, once=True)
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, *several.databases))
+    assert isinstance(exchange.error, TransactionAborted)
+    assert (exchange.messages, several.stored()) == ([], [[], [], []])
 
 
 @pytest.mark.parametrize("kinds", ["asyncpg + sqlite", "psycopg-sync + sqlite-sync"])

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 from asgi import get, respond
-from conftest import ENTRY, METADATA, WITH_MARIADB, Running
-from sqlalchemy import text
+from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.orm import registry
+from sqlalchemy.orm import Session, registry
 
 from asgi_dbsession import (
     AsyncDatabase,
@@ -149,6 +149,44 @@ async def test_a_commit_of_the_handlers_own_is_refused_too(running: Running) -> 
             async with running.database.begin():
                 await swallow(running)
     assert running.stored() == []
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", ["before_commit", "after_flush"])
+async def test_an_error_that_a_listener_swallows_at_the_end_is_seen_too(
+    real: Real, name: str, *, own: bool
+) -> None:
+    """It comes after everything that a handler did, and nothing but COMMIT itself is later."""
+
+    def swallow_one(session: Session, *_: Any) -> None:
+        if name == "before_commit":
+            session.flush()  # or, on SQLAlchemy 2.0, the flush after it would be refused
+        with pytest.raises(DBAPIError):
+            session.execute(WRONG)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        opened: Any = running.database.get_session()
+        opened.add(Note(note=scope["path"]))
+        if scope["path"] == "/swallowed":
+            session = getattr(opened, "sync_session", opened)
+            event.listen(session, name, swallow_one, once=True)
+        if own:
+            await running.call("commit")
+        await respond(send, 201)
+
+    # Nothing but our own ROLLBACK is between one request and the next.
+    async with real.describe(pool_size=1, max_overflow=0, pool_reset_on_return=None) as database:
+        running = Running(real, database)
+        middleware = DBSessionMiddleware(app, database)
+        exchange = await get(middleware, "/swallowed")
+        if real.is_postgresql:
+            assert isinstance(exchange.error, TransactionAborted)
+            assert (exchange.messages, running.stored()) == ([], [])
+        else:
+            assert (exchange.status, running.stored()) == (201, ["/swallowed"])
+        await running.assert_clean()
+        assert (await get(middleware, "/next")).status == 201
+        assert running.stored()[-1] == "/next"
 
 
 async def test_on_commit_error_hears_of_an_aborted_transaction(running: Running) -> None:

@@ -13,7 +13,7 @@ import pytest
 from asgi import get, respond
 from conftest import ENTRY, Real, becomes_true, checked_out
 from pages import ROOT, Page
-from several import Several, engine_of, in_session, several_databases
+from several import Several, engine_of, in_session, orm, several_databases
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
@@ -98,6 +98,26 @@ async def test_what_cannot_be_prepared_is_stored_nowhere(several: Several) -> No
     exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
     assert isinstance(exchange.error, IntegrityError)
     assert (exchange.messages, done, several.stored()) == ([], [], [[], []])
+
+
+async def test_an_error_that_a_listener_swallows_is_seen_before_anything_is_decided(
+    several: Several,
+) -> None:
+    """PostgreSQL answers PREPARE TRANSACTION with a ROLLBACK then, as it does COMMIT."""
+    (aborted,) = (each for each in several.each if each.real.is_postgresql)
+
+    def swallow(session: Session, *_: Any) -> None:
+        with pytest.raises(DBAPIError):
+            session.execute(text("SELECT * FROM no_such_table"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.add("lost")
+        event.listen(orm(aborted), "after_flush", swallow, once=True)
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
+    assert isinstance(exchange.error, TransactionAborted)
+    assert (exchange.messages, several.stored()) == ([], [[], []])
 
 
 @pytest.mark.parametrize("how", ["status", "error", "swallowed", "savepoint"])
