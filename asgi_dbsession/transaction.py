@@ -209,6 +209,8 @@ def _was_answered(error: Exception | None) -> bool:
 def _remember_connection(
     session: SessionInTurn, _transaction: object, connection: Connection
 ) -> None:
+    if connection.engine is not session.bind and connection.dialect not in watched:
+        watch(connection.engine)  # one of the application's own: of `binds`, of `bind_arguments`
     held = [each for each in session._connections if not each.closed and each is not connection]
     session._connections = (*held, connection)
 

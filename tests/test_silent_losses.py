@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from asgi import get, respond
 from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running
-from sqlalchemy import event, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session, registry
 
@@ -187,6 +187,27 @@ async def test_an_error_that_a_listener_swallows_at_the_end_is_seen_too(
         await running.assert_clean()
         assert (await get(middleware, "/next")).status == 201
         assert running.stored()[-1] == "/next"
+
+
+async def test_another_engine_of_the_session_is_watched_too(running: Running) -> None:
+    """`binds` and `bind_arguments` bring connections of engines that no database here has."""
+    if not running.real.is_postgresql:
+        pytest.skip("only PostgreSQL aborts a transaction")
+    other = create_engine(running.real.url.set(drivername="postgresql+psycopg"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        arguments = {"bind_arguments": {"bind": other}}
+        opened: Any = running.database.get_session()
+        session: Session = getattr(opened, "sync_session", opened)
+        session.execute(ENTRY.insert().values(note="before"), **arguments)
+        with pytest.raises(DBAPIError):
+            session.execute(WRONG, **arguments)
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    other.dispose()
+    assert isinstance(exchange.error, TransactionAborted)
+    assert (exchange.messages, running.stored()) == ([], [])
 
 
 async def test_on_commit_error_hears_of_an_aborted_transaction(running: Running) -> None:
