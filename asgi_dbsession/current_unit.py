@@ -100,7 +100,8 @@ def _unit(*, also_at_end: bool = False) -> UnitOfWork:
     unit = current_unit.get()
     if unit is None:
         raise NoSession("any database")
-    if unit.over and not (also_at_end and current_end.get()):  # a listener of its last flush
+    # A listener of its last flush; not a task that such a listener has made, and that outlives it.
+    if unit.over and not (also_at_end and current_end.get() and unit.sessions):
         raise SessionClosed("any database")
     return unit
 

@@ -503,6 +503,31 @@ async def test_it_needs_a_unit_of_work(running: Running) -> None:
     await asyncio.gather(*late)
 
 
+async def test_a_task_that_a_listener_made_is_told_that_it_comes_too_late(tmp_path: Path) -> None:
+    """It has the context of the end, in which the listener itself may still give functions."""
+    tasks: list[asyncio.Task[None]] = []
+    over = asyncio.Event()
+
+    async def outlives() -> None:
+        await over.wait()
+        on_commit(lambda: None)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        def start(_: Any) -> None:
+            tasks.append(asyncio.create_task(outlives()))
+
+        session = database.get_session()
+        event.listen(session.sync_session, "after_commit", start)
+        session.add(Entry("kept"))
+        await respond(send)
+
+    async with AsyncDatabase(real_database("sqlite", tmp_path).url) as database:
+        await get(DBSessionMiddleware(app, database))
+        over.set()
+        with pytest.raises(SessionClosed):
+            await tasks[0]
+
+
 async def test_a_cancelled_request_still_follows_up_what_it_stored(tmp_path: Path) -> None:
     """Once the COMMIT is through, its functions run to completion."""
     real = real_database("asyncpg", tmp_path)
