@@ -88,7 +88,7 @@ def on_commit(function: Function) -> None:
     in_thread = not unit.is_blocking and is_in_thread()
     after_commit = AfterCommit(function, unit.visible_databases, in_thread)
     while True:
-        for opened in unit.sessions.values():
+        for opened in tuple(unit.sessions.values()):  # a thread may open another meanwhile
             after_commit.follow(opened.orm)
         if not unit.joins or unit.enclosing is None:
             break

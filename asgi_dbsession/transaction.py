@@ -114,8 +114,6 @@ def end(session: Session, turn: Turn, commit: bool, close: bool, begun: bool = F
 def watch(engine: Engine) -> None:
     """Have `engine` notice what would be lost in silence; watching twice is watching once."""
     event.listen(engine, "handle_error", _note_failure)
-    for name in ("commit", "prepare_twophase"):
-        event.listen(engine, name, _refuse_at_the_last_moment)
     watched.add(engine.dialect)
 
 
@@ -185,6 +183,10 @@ def _note_failure(context: ExceptionContext) -> None:
         _failed[transaction] = said, True
     else:
         _failed.setdefault(connection.get_nested_transaction() or transaction, (said, False))
+    for name in ("commit", "prepare_twophase"):
+        # On this connection alone: on an engine, such a listener slows down each statement.
+        if not event.contains(connection, name, _refuse_at_the_last_moment):
+            event.listen(connection, name, _refuse_at_the_last_moment)
 
 
 def _discard(connection: Connection) -> None:
@@ -228,8 +230,6 @@ def _refuse_if_aborted(session: Session) -> None:
 
 def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
     # What failed after `before_commit`: in a listener of the last flush, say, that swallowed it.
-    if not _failed:
-        return
     try:
         _refuse_if_lost(connection)
     except TransactionAborted:
