@@ -14,11 +14,28 @@ AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
 
 def databases_of(given: Sequence[AnyDatabase | str | URL]) -> tuple[AnyDatabase, ...]:
-    """The databases that are meant; none given: that of the environment."""
-    databases = tuple(map(_as_database, given)) or (AsyncDatabase.from_env(),)
+    """The databases that are meant; none given: that of the environment.
+
+    Raises:
+        ConfigurationError: A URL, or that of the environment, cannot work.
+    """
+    if not given:
+        return (AsyncDatabase.from_env(),)
+    return tuple(AsyncDatabase(each) if isinstance(each, str | URL) else each for each in given)
+
+
+def check_databases(given: Sequence[object]) -> None:
+    """Refuse what is neither a database nor a URL, and the same database twice."""
+    databases = [each for each in given if not isinstance(each, str | URL)]
+    for each in databases:
+        if not isinstance(each, AsyncDatabase | SyncDatabase):
+            raise ConfigurationError(
+                "DBSessionMiddleware takes a URL, an AsyncDatabase or a SyncDatabase, not "
+                f"something of type {type(each).__name__}; an engine goes into "
+                "`AsyncDatabase.from_engine(engine)`."
+            )
     if len(set(databases)) < len(databases):
         raise ConfigurationError(f"The same database was given twice: {databases}.")
-    return databases
 
 
 def check_application(app: object) -> None:
@@ -40,14 +57,3 @@ def check_number(name: str, given: object) -> None:
     """Refuse what is no whole number from 1 on; True is an int too."""
     if type(given) is not int or given < 1:
         raise ConfigurationError(f"{name} takes a whole number from 1 on, not {given!r}.")
-
-
-def _as_database(given: AnyDatabase | str | URL) -> AnyDatabase:
-    if isinstance(given, AsyncDatabase | SyncDatabase):
-        return given
-    if isinstance(given, str | URL):
-        return AsyncDatabase(given)
-    raise ConfigurationError(
-        "DBSessionMiddleware takes a URL, an AsyncDatabase or a SyncDatabase, not something of "
-        f"type {type(given).__name__}; an engine goes into `AsyncDatabase.from_engine(engine)`."
-    )

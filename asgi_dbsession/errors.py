@@ -25,10 +25,10 @@ class NoSession(DBSessionError, LookupError):
             )
         else:
             super().__init__(
-                f"No session of {database} here: this code is outside of every "
-                "DBSessionMiddleware that has it. Outside of a request use `database.begin()`; "
-                "inside of one, give the middleware this very database, and put whatever needs a "
-                "session further in."
+                f"No session of {database} here: no DBSessionMiddleware that has it is around "
+                "this code. Outside of a request use `database.begin()`; inside of one, add "
+                "DBSessionMiddleware with this very database to the application, further out "
+                "than whatever needs a session."
             )
 
 

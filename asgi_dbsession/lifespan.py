@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from .completion import run_to_completion
 from .errors import DBSessionError
@@ -21,6 +21,28 @@ class Startable(Protocol):
     async def shutdown(self) -> None:
         """End."""
         ...
+
+
+class Unstartable:
+    """Stands for databases that cannot be described, and has the startup fail with the reason.
+
+    Frameworks make their middleware within the lifespan. An error there is to servers what an
+    application without a lifespan raises: they start, and answer each request with 500.
+    """
+
+    def __init__(self, reason: Exception) -> None:
+        self._reason = reason
+
+    async def startup(self) -> None:
+        """Fail."""
+        self.refuse()
+
+    async def shutdown(self) -> None:
+        """Nothing was started."""
+
+    def refuse(self, *_: object) -> NoReturn:
+        """Raise the reason, whatever is asked for."""
+        raise self._reason.with_traceback(None)
 
 
 async def serve_lifespan(

@@ -10,13 +10,14 @@ from sqlalchemy import URL
 from .arguments import (
     AnyDatabase,
     check_application,
+    check_databases,
     check_function,
     check_number,
     databases_of,
 )
 from .attempt import watch_races, will_run_again
-from .errors import UNWOUND
-from .lifespan import serve_lifespan
+from .errors import UNWOUND, ConfigurationError
+from .lifespan import Startable, Unstartable, serve_lifespan
 from .messages import end_before_response, end_before_waiting
 from .overload import answer_overload
 from .report import UnitReport
@@ -82,7 +83,8 @@ class DBSessionMiddleware:
             logged.
 
     Raises:
-        ConfigurationError: An argument is not what it should be.
+        ConfigurationError: An argument is not what it should be. A URL that cannot work has the
+            server's startup fail instead, or the first request where there is none.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class DBSessionMiddleware:
         on_report: Callable[[UnitReport], object] | None = None,
     ) -> None:
         check_application(app)
+        check_databases(databases)
         check_function("commit_when", commit_when)
         for name, function in (("on_commit_error", on_commit_error), ("on_report", on_report)):
             if function is not None:
@@ -105,7 +108,7 @@ class DBSessionMiddleware:
         if retry_after is not None:
             check_number("retry_after", retry_after)
         self.app: ASGIApp = app
-        self.databases: tuple[AnyDatabase, ...] = databases_of(databases)
+        self.databases: tuple[AnyDatabase, ...] = ()
         self.commit_when: Callable[[int], bool] = commit_when
         self.on_commit_error: Callable[[Exception], ASGIApp | None] | None = on_commit_error
         self.attempts: int = attempts
@@ -113,13 +116,20 @@ class DBSessionMiddleware:
         self.two_phase: bool = two_phase
         self.on_report: Callable[[UnitReport], object] | None = on_report
         self._begin_unit: _BeginUnit = UnitOfWork
+        self._around: ASGIApp | None = None
+        self._startable: tuple[Startable, ...]
+        try:
+            self._startable = self.databases = databases_of(databases)
+        except ConfigurationError as error:
+            unstartable = Unstartable(error)
+            self._startable, self._begin_unit = (unstartable,), unstartable.refuse
+            return
         for database in self.databases if two_phase else ():
             refuse_one_phase(database, database.url)
         if on_report is not None:
             self._begin_unit = partial(ReportedUnit, on_report)
             for database in self.databases:
                 database._measure()
-        self._around: ASGIApp | None = None
         if retry_after is not None:
             self._around = partial(answer_overload, self._serve, retry_after)
         if attempts > 1:
@@ -172,7 +182,7 @@ class DBSessionMiddleware:
 
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await serve_lifespan(self.app, self.databases, scope, receive, send)
+            await serve_lifespan(self.app, self._startable, scope, receive, send)
         else:
             await self.app(scope, receive, send)
 

@@ -96,8 +96,9 @@ def _parse(url: str | URL) -> URL:
         parsed = None
     if parsed is None or not text.isprintable() or _is_misread(parsed, text):
         # Outside of the `except`: SQLAlchemy's message may quote the text, and so a password.
+        subject = "None" if url is None else "This"
         raise ConfigurationError(
-            "This is not a database URL. Write `dialect://user:password@host:port/name`, for "
+            f"{subject} is not a database URL. Write `dialect://user:password@host:port/name`, for "
             "example `postgresql://app@localhost/shop` or `sqlite:///shop.db`, without quotes, "
             "and with special characters percent-encoded (`sqlalchemy.URL.create` does it)."
         )

@@ -92,6 +92,13 @@ async def test_what_only_looks_like_a_url_is_refused(
 
 
 @BOTH
+async def test_none_is_called_by_its_name(database_class: type[AnyDatabase]) -> None:
+    """It comes from `os.environ.get(…)`, and nobody wrote it."""
+    url: Any = None
+    assert (await told(lambda: database_class(url))).startswith("None is not a database URL.")
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("url", "user", "name"),
     [
@@ -143,7 +150,8 @@ async def test_an_environment_that_is_wrong_is_told(
 ) -> None:
     """Also where only the middleware reads it."""
     monkeypatch.setenv("DATABASE_URL", value)
-    assert IS_NO_URL in await told(lambda: DBSessionMiddleware(nothing))
+    app: Any = DBSessionMiddleware(nothing)
+    assert IS_NO_URL in await told(lambda: app({"type": "http"}, None, None))
 
 
 @pytest.mark.parametrize("number", [0, -1, True, "3", 1.5, [1]])

@@ -328,6 +328,28 @@ async def test_engine_options_that_are_refused_fail_the_startup_with_one_line(
     assert not second.is_running
 
 
+@pytest.mark.parametrize("given", [(), ("shop",), ("sqlite:///shop.db", "sqlite+nonsense://")])
+async def test_a_url_that_cannot_work_fails_the_startup_and_each_request(
+    given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starlette makes its middleware within the lifespan: raised there, it would pass unheard."""
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    app = Starlette()
+    app.add_middleware(DBSessionMiddleware, *given, attempts=2, on_report=print)
+    life = Life(app)
+    await life.startup()
+    await asyncio.wait([life.task])
+    (message,) = life.messages
+    assert message["type"] == "lifespan.startup.failed"
+    assert isinstance(life.error, ConfigurationError)
+    assert message["message"] == str(life.error)
+    for _ in range(2):
+        exchange = await get(app)
+        assert exchange.status == 500
+        assert isinstance(exchange.error, ConfigurationError)
+        assert str(exchange.error) == str(life.error)
+
+
 def test_a_test_client_hears_of_a_startup_that_failed(closed_port: int) -> None:
     """It raises what the server logs, instead of going on and then waiting for ever."""
     app = Starlette()

@@ -403,7 +403,7 @@ async def test_another_database_than_that_of_the_middleware_is_told(running: Run
     errors = []
 
     async def work() -> None:
-        with pytest.raises(NoSession, match="give the middleware this very database") as caught:
+        with pytest.raises(NoSession, match="with this very database") as caught:
             twin.get_session()
         errors.append(caught.value)
 

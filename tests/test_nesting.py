@@ -193,7 +193,7 @@ async def test_outside_of_our_middleware_there_is_no_session(running: Running) -
     outer = Middleware(BaseHTTPMiddleware, dispatch=too_far_out)
     exchange = await get(starlette_on(running, outer, ours(running.database)), "/kept")
     assert exchange.status == 201
-    assert ["further in" in message for message in messages] == [True]
+    assert ["further out" in message for message in messages] == [True]
 
 
 @ASYNC

@@ -166,12 +166,12 @@ async def nothing(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def no_variable() -> None:
-    DBSessionMiddleware(nothing)
+    app: Any = DBSessionMiddleware(nothing)
+    await app({"type": "http"}, None, None)
 
 
 async def no_url() -> None:
-    missing: Any = None
-    AsyncDatabase(missing)
+    AsyncDatabase("shop.db")
 
 
 async def no_driver() -> None:

@@ -211,6 +211,24 @@ async def test_a_server_without_its_database_exits_and_says_why(
 
 
 @EVERY_SERVER
+async def test_a_server_that_is_given_no_url_exits_and_says_why(new_shop: Shop) -> None:
+    """Also where the framework makes its middleware within the lifespan."""
+    if not new_shop.kind.refusals:
+        pytest.skip("daphne starts all the same: each request is a 500")
+    new_shop.file.write_text(
+        "from starlette.applications import Starlette\n"
+        "from asgi_dbsession import DBSessionMiddleware\n"
+        "app = Starlette()\n"
+        "app.add_middleware(DBSessionMiddleware)\n"
+    )
+    server = new_shop.start(url="hush")
+    await becomes_true(lambda: server.process.poll() is not None, seconds=20)
+    assert server.process.returncode in new_shop.kind.refusals
+    assert "This is not a database URL" in server.printed
+    assert "hush" not in server.printed
+
+
+@EVERY_SERVER
 async def test_a_server_exits_so_without_the_middleware_too(new_shop: Shop) -> None:
     """Its exit status after SIGTERM is its own affair, not a trace of ours."""
     new_shop.file.write_text(BARE)
