@@ -64,8 +64,15 @@ class AfterCommit:
         self._pending.clear()
         self._transactions.clear()
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be called, where all that was left has been committed."""
+        return self.is_stored or not (self.is_undone or self._pending)
+
     def note_commit(self, session: Session) -> None:
         """What that session has done is stored."""
+        if session in self._pending and session.get_transaction() not in self._transactions:
+            self.is_undone = True  # by closing that transaction, of which nobody is told
         self._pending.discard(session)
         self.is_stored = self.is_stored or not (self._pending or self.is_undone)
 

@@ -213,10 +213,10 @@ class UnitOfWork:
             if self.over or each in given or each.is_stored or each.is_undone
         ]
         self.after_commit = tuple(each for each in self.after_commit if each not in settled)
+        if success:
+            stored = [each for each in settled if each.is_due]
         for each in settled:
             each.forget()
-        if success:
-            stored = [each for each in settled if each.is_stored or not each.is_undone]
         return stored
 
     async def _follow_up(self, after_commit: AfterCommit) -> None:

@@ -66,7 +66,10 @@ async def test_functions_run_in_order_after_commit_and_before_the_response(
     ]
 
 
-@pytest.mark.parametrize("how", ["status", "set_rollback", "exception", "failed commit", "handler"])
+@pytest.mark.parametrize(
+    "how",
+    ["status", "set_rollback", "exception", "failed commit", "handler", "invalidate", "close"],
+)
 async def test_a_rollback_drops_them(running: Running, how: str) -> None:
     """Whoever rolls back, the mail about what never happened is not sent."""
     done: list[str] = []
@@ -82,10 +85,30 @@ async def test_a_rollback_drops_them(running: Running, how: str) -> None:
             await running.doom()
         elif how == "handler":
             await running.call("rollback")
+        elif how == "invalidate":
+            await running.call("invalidate")
+        elif how == "close":
+            await in_session(running, lambda session: session.get_transaction().close())
         await respond(send, 404 if how == "status" else 200)
 
     await get(DBSessionMiddleware(app, running.database))
     assert (done, running.stored()) == ([], [])
+
+
+async def test_what_was_discarded_is_not_stored_by_what_follows(running: Running) -> None:
+    """A transaction that ends without a word takes along what was given in it, and nothing else."""
+    done: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("undone")
+        on_commit(lambda: done.append("undone"))
+        await in_session(running, lambda session: session.get_transaction().close())
+        await running.write("kept")
+        on_commit(lambda: done.append("kept"))
+        await respond(send)
+
+    await get(DBSessionMiddleware(app, running.database))
+    assert (done, running.stored()) == (["kept"], ["kept"])
 
 
 async def test_a_rollback_drops_what_was_given_before_the_session_was_opened(
