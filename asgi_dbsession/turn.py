@@ -187,9 +187,10 @@ class Turn:
 
     def _claim_after_end(self, caller: object) -> bool:
         while not self._claim(caller):
-            if self._ending is not None and self._ending is current_end.get():
+            ending = self._ending  # asked once: it may be over before it is asked again
+            if ending is not None and ending is current_end.get():
                 return False  # a listener of another session that ends; SQLAlchemy will refuse it
-            if self._ending is not None:
+            if ending is not None:
                 self._wait_for_release()
             elif self._claim(caller):  # what was in the way was an end, and is done by now
                 break

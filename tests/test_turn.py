@@ -63,6 +63,24 @@ def test_operations_and_ends_of_many_threads_follow_each_other() -> None:
     assert not turn.is_busy
 
 
+def test_an_end_that_is_over_between_two_questions_is_not_the_callers_own() -> None:
+    """An operation that took it for that would begin without its turn."""
+    answers: list[object] = ["end"] * 3
+
+    class Fickle(Turn):
+        @property
+        def _ending(self) -> object:
+            return answers.pop() if answers else None
+
+        @_ending.setter
+        def _ending(self, ending: object) -> None: ...
+
+    turn = Fickle("the database", *BETWEEN_THREADS)
+    assert turn.take()
+    assert turn.is_busy
+    turn.give()
+
+
 def test_an_end_does_not_wait_for_a_release_that_it_has_just_missed() -> None:
     """The operation in flight may be done between asking for the turn and waiting for it."""
     callers = ["operation"]
