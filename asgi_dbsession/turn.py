@@ -203,7 +203,7 @@ class Turn:
         with _reserving:
             self._waiting.append(released)
         # It may have been released before it could know of us: then nobody will wake us.
-        if self._free.locked() or self._ending is not ending:
+        if self._free.locked() or self._ending not in (None, ending):
             self._wait(released)
 
     def _wake(self) -> None:

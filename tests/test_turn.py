@@ -81,9 +81,10 @@ def test_an_end_that_is_over_between_two_questions_is_not_the_callers_own() -> N
     turn.give()
 
 
-def test_an_end_does_not_wait_for_a_release_that_it_has_just_missed() -> None:
-    """The operation in flight may be done between asking for the turn and waiting for it."""
-    callers = ["operation"]
+@pytest.mark.parametrize("first", ["operation", "other end"])
+def test_an_end_does_not_wait_for_a_release_that_it_has_just_missed(first: str) -> None:
+    """What is in flight may be done between asking for the turn and waiting for it."""
+    callers = [first]
 
     def never(released: Future[None]) -> None:
         raise AssertionError("nobody is left to wake it")
@@ -91,12 +92,15 @@ def test_an_end_does_not_wait_for_a_release_that_it_has_just_missed() -> None:
     class Unlucky(Turn):
         def _claim(self, caller: object, ending: object = None) -> bool:
             claimed = super()._claim(caller, ending)
-            if not claimed and self._holder == "operation":
+            if not claimed and self._holder == first:
                 self.give()
             return claimed
 
     turn = Unlucky("the database", lambda: callers[-1], never)
-    turn.take()
+    if first == "operation":
+        turn.take()
+    else:
+        turn.take_to_end()
     callers.append("end")
     turn.take_to_end()
     assert turn.is_ended_here()
