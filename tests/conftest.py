@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -207,6 +208,13 @@ def checked_out(database: AnyDatabase) -> int:
     """How many connections are out of the pool."""
     pool: Any = database.engine.pool
     return int(pool.checkedout())
+
+
+def forget_modules(*names: str) -> None:
+    """Have these modules, and those inside of them, imported anew."""
+    for each in list(sys.modules):
+        if any(each == name or each.startswith(f"{name}.") for name in names):
+            del sys.modules[each]
 
 
 async def becomes_true(condition: Callable[[], bool], seconds: float = 10) -> None:

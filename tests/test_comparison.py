@@ -4,7 +4,6 @@ import asyncio
 import gc
 import importlib
 import re
-import sys
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ from typing import Annotated, Any, TypeAlias
 import postgres
 import pytest
 from asgi import Exchange, Life, Socket
-from conftest import becomes_true
+from conftest import becomes_true, forget_modules
 from fastapi import Depends, WebSocket
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from pages import Page
@@ -313,8 +312,8 @@ def module(
         gc.collect()
     if tool != "asgi_dbsession":
         caplog.clear()  # the same
-    for name in [each for each in sys.modules if each.startswith("benchmarks.peers")]:
-        del sys.modules[name]
+    # One of them allows one engine in a process, and others are tested here too.
+    forget_modules("benchmarks.peers", "fastapi_async_sqlalchemy")
 
 
 @pytest.mark.parametrize("tool", NAMES)

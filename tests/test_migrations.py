@@ -5,7 +5,6 @@ import gc
 import importlib
 import json
 import re
-import sys
 import threading
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -20,6 +19,7 @@ import postgres
 import pytest
 from asgi import Exchange
 from asgiref.wsgi import WsgiToAsgi
+from conftest import forget_modules
 from pages import ROOT, Page
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.pool import NullPool
@@ -214,8 +214,8 @@ def module(page: str, side: str, change: tuple[str, str], folder: Path) -> Itera
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some peers are older than the SQLAlchemy they meet
         yield importlib.import_module(side)
-    for name in ("before", "after", "models"):
-        sys.modules.pop(name, None)
+    # The last one allows one engine in a process, and is tested elsewhere too.
+    forget_modules("before", "after", "models", "fastapi_async_sqlalchemy")
 
 
 @pytest.fixture
