@@ -1,13 +1,14 @@
 """Several real databases, used in one request."""
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from anyio import to_thread
 from conftest import ENTRY, AnyDatabase, Real, Running, real_database
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, registry
 
 from asgi_dbsession import SyncDatabase
@@ -72,6 +73,12 @@ def orm(running: Running) -> Session:
     opened: Any = running.database.get_session()
     session: Session = getattr(opened, "sync_session", opened)
     return session
+
+
+def swallow_an_error(session: Session, *_: Any) -> None:
+    """What a careless listener of a flush does."""
+    with suppress(DBAPIError):
+        session.execute(text("SELECT * FROM no_such_table"))
 
 
 def engine_of(running: Running) -> Engine:

@@ -10,7 +10,8 @@ import anyio
 import pytest
 from asgi import Exchange, get, respond
 from conftest import ENTRY, Real, Running, becomes_true, checked_out
-from sqlalchemy import select, text
+from several import Entry, orm, swallow_an_error
+from sqlalchemy import event, select, text
 
 from asgi_dbsession import DBSessionMiddleware, SyncDatabase
 from asgi_dbsession.completion import run_to_completion
@@ -140,6 +141,34 @@ async def test_a_request_cancelled_at_any_await_leaves_nothing_behind(
     assert stored == [
         [unit, number] for unit in ("handler", "body", "background") for number in "12"
     ]
+
+
+@pytest.mark.parametrize("way", ["native", "native twice", "anyio"])
+async def test_a_refused_commit_of_the_handlers_own_can_be_cancelled_at_any_await(
+    running: Running, way: str
+) -> None:
+    """What is refused at the last moment is rolled back before its connection goes."""
+    if not running.real.is_postgresql or isinstance(running.database, SyncDatabase):
+        pytest.skip("only PostgreSQL aborts a transaction, and a thread cannot be cancelled")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = running.database.get_session()
+        session.add(Entry("lost"))
+        event.listen(orm(running), "after_flush", swallow_an_error, once=True)
+        await session.commit()
+        await respond(send)
+
+    at, reached = 0, True
+    while reached:
+        at += 1
+        exchange = Exchange(DBSessionMiddleware(app, running.database))
+        reached, _ = await run_and_cancel(running, exchange, at, way)
+        assert exchange.status is None
+        await running.assert_clean()
+        async with running.database.begin() as session:
+            session.add(Entry(f"innocent {at}"))
+    assert at > 5
+    assert running.stored() == [f"innocent {number + 1}" for number in range(at)]
 
 
 @pytest.mark.parametrize("way", ["native", "native twice", "anyio"])
