@@ -2,8 +2,10 @@
 
 import asyncio
 import gc
+import threading
 import types
 from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context
 from typing import Any, Self
 
 import anyio
@@ -12,11 +14,14 @@ from asgi import Exchange, get, respond
 from conftest import ENTRY, Real, Running, becomes_true, checked_out
 from several import Entry, orm, swallow_an_error
 from sqlalchemy import event, select, text
+from sqlalchemy.util import await_only
 
 from asgi_dbsession import DBSessionMiddleware, SyncDatabase
 from asgi_dbsession.completion import run_to_completion
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
+
+WAYS = ("native", "native twice", "native from outside", "anyio", "anyio from outside")
 
 
 class Awaits:
@@ -90,18 +95,23 @@ async def run_and_cancel(
             await exchange.app(exchange.scope, exchange._receive, exchange._send)
 
     def cancel() -> None:
-        if way == "anyio":
+        if way.startswith("anyio"):
             scope.cancel()
         else:
             request.cancel()
 
-    with Awaits(at, 2 if way == "native twice" else 1, cancel) as awaits:
+    def cancel_from_outside() -> None:
+        # Once it waits, and with nothing of its context: as a server or a time-out would.
+        asyncio.get_running_loop().call_soon(cancel, context=Context())
+
+    act = cancel_from_outside if way.endswith("from outside") else cancel
+    with Awaits(at, 2 if way == "native twice" else 1, act) as awaits:
         request = asyncio.get_running_loop().create_task(serve())
         (outcome,) = await asyncio.gather(request, return_exceptions=True)
     return awaits.count >= at, outcome
 
 
-@pytest.mark.parametrize("way", ["native", "native twice", "anyio"])
+@pytest.mark.parametrize("way", WAYS)
 async def test_a_request_cancelled_at_any_await_leaves_nothing_behind(
     running: Running, way: str
 ) -> None:
@@ -128,7 +138,7 @@ async def test_a_request_cancelled_at_any_await_leaves_nothing_behind(
         at += 1
         exchange = Exchange(middleware, f"/{at}")
         reached, outcome = await run_and_cancel(running, exchange, at, way)
-        if way != "anyio" and reached:
+        if not way.startswith("anyio") and reached:
             assert isinstance(outcome, asyncio.CancelledError)
         await running.assert_clean()
         stored = [note.split()[1:] for note in running.stored() if note.startswith(f"/{at} ")]
@@ -143,7 +153,7 @@ async def test_a_request_cancelled_at_any_await_leaves_nothing_behind(
     ]
 
 
-@pytest.mark.parametrize("way", ["native", "native twice", "anyio"])
+@pytest.mark.parametrize("way", WAYS)
 async def test_a_refused_commit_of_the_handlers_own_can_be_cancelled_at_any_await(
     running: Running, way: str
 ) -> None:
@@ -171,7 +181,7 @@ async def test_a_refused_commit_of_the_handlers_own_can_be_cancelled_at_any_awai
     assert running.stored() == [f"innocent {number + 1}" for number in range(at)]
 
 
-@pytest.mark.parametrize("way", ["native", "native twice", "anyio"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("path", ["/rolled-back", "/doomed"])
 async def test_an_end_without_commit_cancelled_at_any_await_leaves_nothing_behind(
     running: Running, way: str, path: str
@@ -195,7 +205,7 @@ async def test_an_end_without_commit_cancelled_at_any_await_leaves_nothing_behin
             assert exchange.messages == []
 
 
-@pytest.mark.parametrize("way", ["native", "native twice", "anyio"])
+@pytest.mark.parametrize("way", WAYS)
 async def test_begin_cancelled_at_any_await_leaves_nothing_behind(
     running: Running, way: str
 ) -> None:
@@ -217,6 +227,47 @@ async def test_begin_cancelled_at_any_await_leaves_nothing_behind(
         stored = [note for note in running.stored() if note.startswith(f"/{at} ")]
         assert stored in ([], [f"/{at} 1", f"/{at} 2"])
     assert stored
+
+
+@pytest.mark.parametrize("awaiting", ["in a thread", "within a time limit", "another session"])
+async def test_what_a_listener_awaits_during_commit_is_not_cancelled_either(
+    running: Running, awaiting: str
+) -> None:
+    """Scopes of anyio and time limits within COMMIT, and the scope of the request around it."""
+    database = running.database
+    if isinstance(database, SyncDatabase):
+        pytest.skip("a listener has nothing to await in a thread")
+    waits: list[None] = []
+
+    async def wait() -> None:
+        waits.append(None)
+        if awaiting == "in a thread":
+            await anyio.to_thread.run_sync(lambda: threading.Event().wait(0.1))
+        elif awaiting == "within a time limit":
+            with anyio.fail_after(60):
+                await anyio.sleep(0.1)
+        else:
+            async with asyncio.timeout(60), database.begin() as session:
+                await asyncio.sleep(0.1)
+                await session.execute(select(ENTRY))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        event.listen(orm(running), "before_commit", lambda _: await_only(wait()), once=True)
+        await respond(send)
+
+    exchange = Exchange(DBSessionMiddleware(app, database))
+    with anyio.CancelScope() as scope:
+        asyncio.get_running_loop().call_later(0.05, scope.cancel, context=Context())
+        await exchange.run()
+    assert scope.cancelled_caught
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    assert len(waits) == 1
+    assert exchange.messages == []
+    assert running.stored() == ["kept"]
+    await running.assert_clean()
 
 
 async def test_a_client_that_hangs_up_during_commit_is_told_nothing_untrue(
