@@ -17,7 +17,7 @@ from conftest import ENTRY, METADATA, AnyDatabase, Real, Running, becomes_true
 from sqlalchemy import URL, create_engine, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, object_session
 from sqlalchemy.pool import NullPool, StaticPool
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelAsyncSession
 
@@ -707,6 +707,43 @@ async def test_the_session_behind_an_async_one_can_be_of_ones_own(real: Real) ->
             assert isinstance(session.sync_session, ShoutingSync)
             await session.run_sync(lambda sync: sync.shout("kept"))
         assert real.stored() == ["KEPT"]
+
+
+async def test_a_session_class_of_ones_own_may_prepare_itself_and_is_closed(real: Real) -> None:
+    """Its constructor's `info` stays, and its `close` is called, be there anything to close."""
+    closed: list[object] = []
+
+    class Careful(Session):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.info["tenant"] = "blue"
+
+        def close(self) -> None:
+            closed.append(self.info["tenant"])
+            super().close()
+
+    options: Any = {"class_" if real.is_sync else "sync_session_class": Careful}
+    async with real.describe(session_options=options) as database:
+        async with beginning(database) as session:
+            assert session.info == {"tenant": "blue", "scope": None}
+        async with beginning(database) as session:
+            session.add(Entry(note="kept"))
+    assert closed == ["blue", "blue"]
+    assert real.stored() == ["kept"]
+
+
+async def test_objects_belong_to_no_session_once_it_is_over(real: Real) -> None:
+    """So that another one can have them."""
+    async with real.describe() as database:
+        async with beginning(database) as session:
+            entry = Entry(note="kept")
+            session.add(entry)
+            await result_of(session.commit())
+        assert object_session(entry) is None
+        async with beginning(database) as session:
+            session.add(entry)
+            entry.note = "changed"
+    assert real.stored() == ["changed"]
 
 
 @pytest.mark.parametrize("wrong", [Session, dict, None, "AsyncSession", AsyncSession(), Entry])

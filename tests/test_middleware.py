@@ -396,6 +396,20 @@ async def test_work_after_the_response_is_a_unit_of_its_own(running: Running, st
     assert running.stored() == (["handler", "background"] if status == 200 else ["background"])
 
 
+async def test_a_start_that_was_made_before_the_work_waits_for_it(running: Running) -> None:
+    """What counts is when it is sent, and not when `send` was called."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        start = send({"type": "http.response.start", "status": 200, "headers": []})
+        await running.write("kept")
+        await start
+        raise LookupError("after the start")
+
+    exchange = await Exchange(DBSessionMiddleware(app, running.database)).run()
+    assert isinstance(exchange.error, LookupError)
+    assert running.stored() == ["kept"]
+
+
 async def test_a_background_task_that_fails_is_rolled_back(running: Running) -> None:
     """And its exception reaches the server, as without the middleware."""
 

@@ -66,6 +66,30 @@ async def test_functions_run_in_order_after_commit_and_before_the_response(
     ]
 
 
+@pytest.mark.parametrize("where", ["handler", "body", "background"])
+async def test_they_need_no_session(where: str, tmp_path: Path) -> None:
+    """Without one there is nothing to wait for but the end of the unit."""
+    done: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        messages = {
+            "handler": {"type": "http.response.start", "status": 200, "headers": []},
+            "body": {"type": "http.response.body", "body": b""},
+        }
+        for place, message in messages.items():
+            if place == where:
+                on_commit(lambda: done.append("called"))
+            await send(message)
+            done.append(place)
+        if where == "background":
+            on_commit(lambda: done.append("called"))
+
+    await get(DBSessionMiddleware(app, f"sqlite:///{tmp_path}/unused.db"))
+    expected = ["handler", "body"]
+    expected.insert([*expected, "background"].index(where), "called")
+    assert done == expected
+
+
 @pytest.mark.parametrize(
     "how",
     ["status", "set_rollback", "exception", "failed commit", "handler", "invalidate", "close"],
