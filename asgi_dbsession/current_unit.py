@@ -55,10 +55,11 @@ def set_rollback(rollback: bool) -> None:
         SessionClosed: The request that this task belongs to is over.
     """
     unit, decider = _unit(), current_task()
-    unit.rollback, unit.decider = rollback, decider
-    while unit.joins and unit.enclosing is not None:
+    while True:
+        unit.is_used, unit.rollback, unit.decider = True, rollback, decider
+        if not unit.joins or unit.enclosing is None:
+            break
         unit = unit.enclosing
-        unit.rollback, unit.decider = rollback, decider
 
 
 def on_commit(function: Function) -> None:
@@ -93,7 +94,7 @@ def on_commit(function: Function) -> None:
         if not unit.joins or unit.enclosing is None:
             break
         unit = unit.enclosing
-    unit.after_commit = (*unit.after_commit, after_commit)
+    unit.is_used, unit.after_commit = True, (*unit.after_commit, after_commit)
 
 
 def _unit(*, also_at_end: bool = False) -> UnitOfWork:

@@ -20,31 +20,32 @@ _ENDING_WORK = (
 _FINE = (1000, 1001)
 
 
-def end_before_response(unit: UnitOfWork, commit_when: Callable[[int], bool], send: Send) -> Send:
-    """Have `send` wait for COMMIT or ROLLBACK where a message would acknowledge the work."""
+async def end_then_send(
+    unit: UnitOfWork, commit_when: Callable[[int], bool], send: Send, message: Message
+) -> None:
+    """Send a message of a response, after COMMIT or ROLLBACK where it would acknowledge the work.
 
-    async def end_unit_then_send(message: Message) -> None:
-        if unit.failure is not None:
-            raise Unwound
-        kind = message["type"]
-        if kind == "http.response.start":
-            if unit.sessions or unit.after_commit:
-                rollback = unit.rollback
-                success = commit_when(message["status"]) if rollback is None else not rollback
-                await unit.end(commit=success)
-            unit.rollback = None
-            unit.is_answered = True
-        elif kind in _ENDINGS and not message.get("more_body", False):
-            if unit.may_commit or not unit.is_answered:
-                await send(message)  # which the server refuses, before a start and after an end
-                return
-            unit.may_commit = True
-            # Below an inner BaseHTTPMiddleware, this may not be the task at work.
-            if unit.has_begun and (task := current_task()) is not None:
-                await unit.end(commit=not unit.rollback, only_of=(task,))
-        await send(message)
-
-    return end_unit_then_send
+    No closure, for a request that never asks for a session would pay for it too.
+    """
+    if unit.failure is not None:
+        raise Unwound
+    kind = message["type"]
+    if kind == "http.response.start":
+        if unit.sessions or unit.after_commit:
+            rollback = unit.rollback
+            success = commit_when(message["status"]) if rollback is None else not rollback
+            await unit.end(commit=success)
+        unit.rollback = None
+        unit.is_answered = True
+    elif kind in _ENDINGS and not message.get("more_body", False):
+        if unit.may_commit or not unit.is_answered:
+            await send(message)  # which the server refuses, before a start and after an end
+            return
+        unit.may_commit = True
+        # Below an inner BaseHTTPMiddleware, this may not be the task at work.
+        if unit.is_used and (task := current_task()) is not None:
+            await unit.end(commit=not unit.rollback, only_of=(task,))
+    await send(message)
 
 
 def end_before_waiting(unit: UnitOfWork, receive: Receive, send: Send) -> tuple[Receive, Send]:
@@ -76,7 +77,7 @@ def end_before_waiting(unit: UnitOfWork, receive: Receive, send: Send) -> tuple[
         await send(message)
 
     async def end_own_work(*, commit: bool) -> None:
-        if unit.has_begun:
+        if unit.is_used:
             # None: what threads did, and tasks that have ended: the handler waited for them.
             tasks = current_task(), None
             success = commit if unit.rollback is None else not unit.rollback

@@ -18,7 +18,7 @@ from .arguments import (
 from .attempt import watch_races, will_run_again
 from .errors import UNWOUND, ConfigurationError
 from .lifespan import Startable, Unstartable, serve_lifespan
-from .messages import end_before_response, end_before_waiting
+from .messages import end_before_waiting, end_then_send
 from .overload import answer_overload
 from .report import UnitReport
 from .reported_unit import ReportedUnit
@@ -29,6 +29,8 @@ from .unit_of_work import UnitOfWork, current_unit
 
 _BeginUnit: TypeAlias = Callable[[tuple[Any, ...], Scope, UnitOfWork | None], UnitOfWork]
 
+_BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)  # an enumeration is slow to ask
+
 # Where the unit of work of a request lies in its scope: a middleware further in joins it.
 _KEY = "asgi_dbsession"
 # What lies there instead while a run begins that others may precede or follow.
@@ -37,7 +39,7 @@ _RUN = object()
 
 def below_400(status: int) -> bool:
     """Whether a status is no error: what `DBSessionMiddleware` goes by unless told otherwise."""
-    return status < HTTPStatus.BAD_REQUEST
+    return status < _BAD_REQUEST
 
 
 class DBSessionMiddleware:
@@ -153,7 +155,7 @@ class DBSessionMiddleware:
         unit.two_phase = self.two_phase
         unguarded_send = send
         if is_http:
-            send = end_before_response(unit, self.commit_when, send)
+            send = partial(end_then_send, unit, self.commit_when, send)
         else:
             receive, send = end_before_waiting(unit, receive, send)
         token = current_unit.set(unit)
@@ -164,9 +166,11 @@ class DBSessionMiddleware:
             if unit.failure is None or not isinstance(error, UNWOUND):
                 raise
         else:
-            # "Returned" is not "succeeded": a client that hangs up ends a stream just like that.
-            commit = unit.may_commit and not unit.rollback and unit.failure is None
-            await unit.close(commit=commit)
+            unit.over = True
+            if unit.is_used:
+                # "Returned" is not "succeeded": a client that hangs up ends a stream like that.
+                commit = unit.may_commit and not unit.rollback and unit.failure is None
+                await unit.close(commit=commit)
         finally:
             current_unit.reset(token)
             scope[_KEY] = enclosing

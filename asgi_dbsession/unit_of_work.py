@@ -31,6 +31,7 @@ class UnitOfWork:
         joins: Whether `enclosing` is of the same request; databases that it has stay with it.
         rollback: What `set_rollback` said of the work since the last end.
         decider: The task that said so.
+        is_used: Whether anything was asked of it: a session, `on_commit`, `set_rollback`.
         failure: The first error of a COMMIT.
         after_commit: What `on_commit` was given.
         two_phase: Whether its sessions commit in two phases.
@@ -40,7 +41,10 @@ class UnitOfWork:
         over: Whether it has been closed.
     """
 
-    decider: object = None  # here, for a request pays for each attribute that it has of its own
+    # Here, for a request pays for each attribute that it has of its own.
+    decider: object = None
+    two_phase: bool = False
+    is_blocking: bool = False
 
     def __init__(
         self,
@@ -53,11 +57,10 @@ class UnitOfWork:
         self.enclosing: UnitOfWork | None = enclosing
         self.sessions: dict[SessionSource[Any], OpenSession[Any]] = {}
         self.joins: bool = False
+        self.is_used: bool = False
         self.rollback: bool | None = None
         self.failure: Exception | None = None
         self.after_commit: tuple[AfterCommit, ...] = ()
-        self.two_phase: bool = False
-        self.is_blocking: bool = False
         self.is_answered: bool = False
         self.may_commit: bool = False
         self.over: bool = False
@@ -77,11 +80,6 @@ class UnitOfWork:
     def within(self, databases: tuple[SessionSource[Any], ...]) -> "UnitOfWork":
         """A unit of its own, opened inside of this one."""
         return UnitOfWork(databases, self.scope, self)
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether an end could have anything to do."""
-        return bool(self.sessions or self.after_commit or self.rollback is not None)
 
     @property
     def visible_databases(self) -> tuple[SessionSource[Any], ...]:
@@ -106,6 +104,7 @@ class UnitOfWork:
             SessionClosed: The unit of work is over.
             DatabaseNotRunning: The database has not been started.
         """
+        self.is_used = True
         opened: OpenSession[S] | None = self.sessions.get(database)
         if opened is None and not self.over:
             opened = self.sessions.setdefault(database, database.open_session(self.scope))
@@ -160,8 +159,6 @@ class UnitOfWork:
     async def close(self, *, commit: bool) -> None:
         """The same for good: nothing opened here can check out a connection afterwards."""
         self.over = True
-        if not (self.sessions or self.after_commit):
-            return
         opened = list(self.sessions.values())  # a thread may be about to open another one
         working = [each for each in opened if not close_at_once(each.orm, each.turn)]
         if working or self.after_commit:
