@@ -52,7 +52,9 @@ def _default(kind: type[D], instead: str) -> tuple[UnitOfWork, D]:
     while unit is not None:
         for database in unit.databases:
             if isinstance(database, kind):
-                return unit if unit.manages(database) else unit_that_manages(database), database
+                if unit.joins and not unit.manages(database):
+                    return unit_that_manages(database), database
+                return unit, database
         unit = unit.enclosing
     if innermost is None:
         raise NoSession("the default database")

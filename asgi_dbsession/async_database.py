@@ -109,17 +109,22 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         return OpenSession(session, orm, turn, greenlet_spawn)
 
     def _refuse_other_loop(self) -> None:
-        if self._loop is not None and _running_loop() not in (None, self._loop):
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # a worker thread of the loop that serves the request
+            return
+        if self._loop is not None and self._loop is not loop:
             raise DatabaseNotRunning(self, other_loop=True)
 
     @override
     def _create_engine(self) -> AsyncEngine:
-        loop = _running_loop()
-        if loop is None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
             raise ConfigurationError(
                 f"{self} works on asyncio only, and this is another event loop, such as "
                 "trio. Describe it as a SyncDatabase there."
-            )
+            ) from None
         engine = create_async_engine(self.url, **self._engine_options)
         self._loop = loop
         return engine
@@ -155,10 +160,3 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     async def _dispose(self, engine: AsyncEngine) -> None:
         self._loop = None
         await engine.dispose()
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:  # a worker thread of the loop that serves the request
-        return None

@@ -101,6 +101,12 @@ class SessionInTurn(Session):
         return transaction
 
     @override
+    def _autoflush(self) -> None:
+        # It precedes every statement, inside of whose turn it is: no need to ask for that again.
+        if not self._is_clean():
+            super()._autoflush()
+
+    @override
     def close(self) -> None:
         if self._turn.is_ended_here():
             super().close()

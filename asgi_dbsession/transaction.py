@@ -2,7 +2,7 @@
 
 from asyncio import CancelledError
 from contextlib import suppress
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.engine import Dialect, ExceptionContext, Transaction, TwoPhaseTransaction
@@ -23,7 +23,8 @@ watched: WeakSet[Dialect] = WeakSet()
 # Transactions in which a statement failed: what it said, and whether the database then rolled all
 # of it back by itself. To it, whatever follows is another transaction, so asking it would find
 # nothing wrong. A savepoint is a transaction of its own: rolling back to it leaves its mark behind.
-_failed: WeakKeyDictionary[Transaction, tuple[str, bool]] = WeakKeyDictionary()
+# Not a WeakKeyDictionary: each COMMIT asks whether there is any, which that one answers slowly.
+_failed: dict[ref[Transaction], tuple[str, bool]] = {}
 
 # The errors at which InnoDB rolls back everything, savepoints included: a deadlock, a snapshot that
 # is out of date (MariaDB), a lock table that is full.
@@ -46,7 +47,8 @@ def close_at_once(session: Session, turn: Turn) -> bool:
         return False
     idle = not _is_unfinished(session, turn)
     try:
-        if idle:
+        # Without objects to let go of, all that is left to do is to let nothing begin.
+        if idle and (list(session) or type(session).close is not SessionInTurn.close):
             session.close()
     finally:
         turn.give(over=idle)
@@ -99,10 +101,18 @@ def end(session: Session, turn: Turn, commit: bool, close: bool, begun: bool = F
     else:
         turn.take_to_end()
     try:
-        if commit:
-            _commit(session, alone=not begun)
-        else:
+        if not commit:
             _roll_back(session)
+        elif session.twophase and not begun:
+            _commit_alone(session)
+        else:
+            session.commit()
+    except BaseException:
+        # close() alone would hand the pool a connection that is still inside the transaction
+        # (SQLite): the next request would see rows that do not exist.
+        if commit:
+            _roll_back(session)
+        raise
     finally:
         try:
             if close:
@@ -127,20 +137,14 @@ def _is_unfinished(session: Session, turn: Turn) -> bool:
     )
 
 
-def _commit(session: Session, *, alone: bool) -> None:
-    two_phase = session.twophase
-    if two_phase and alone and len(_open_connections(session)) == 1:
+def _commit_alone(session: Session) -> None:
+    if len(_open_connections(session)) == 1:
         # Nobody to agree with: in one phase it is stored sooner, and nothing can be left in doubt.
         session.twophase = False
     try:
         session.commit()
-    except BaseException:
-        # close() alone would hand the pool a connection that is still inside the transaction
-        # (SQLite): the next request would see rows that do not exist.
-        _roll_back(session)
-        raise
     finally:
-        session.twophase = two_phase
+        session.twophase = True
 
 
 def _roll_back(session: Session) -> None:
@@ -157,9 +161,7 @@ def _note_failure(context: ExceptionContext) -> None:
     if connection is None:
         return
     if isinstance(context.original_exception, CancelledError) and connection.dialect.is_async:
-        # A cancelled operation costs its connection, and throwing that away takes awaits too,
-        # which a second cancellation would interrupt.
-        await_only(run_to_completion(greenlet_spawn(_discard, connection)))
+        _discard(connection)
         return
     if context.is_disconnect:
         return
@@ -180,9 +182,10 @@ def _note_failure(context: ExceptionContext) -> None:
         return
     said = " ".join(str(context.original_exception).split())
     if _undoes_everything(connection, context.original_exception):
-        _failed[transaction] = said, True
+        _failed[ref(transaction, _failed.pop)] = said, True
     else:
-        _failed.setdefault(connection.get_nested_transaction() or transaction, (said, False))
+        savepoint = connection.get_nested_transaction() or transaction
+        _failed.setdefault(ref(savepoint, _failed.pop), (said, False))
     for name in ("commit", "prepare_twophase"):
         # On this connection alone: on an engine, such a listener slows down each statement.
         if not event.contains(connection, name, _refuse_at_the_last_moment):
@@ -190,6 +193,15 @@ def _note_failure(context: ExceptionContext) -> None:
 
 
 def _discard(connection: Connection) -> None:
+    # A cancelled operation costs its connection, and throwing that away takes awaits too, which a
+    # second cancellation would interrupt.
+    if connection.dialect.is_async:
+        await_only(run_to_completion(greenlet_spawn(_throw_away, connection)))
+    else:
+        _throw_away(connection)
+
+
+def _throw_away(connection: Connection) -> None:
     if connection.dialect.name == "sqlite":
         # Closing is not enough: while a cursor waits for the garbage collector, a closed connection
         # still holds its locks. An error here must not take the place of the cancellation.
@@ -235,16 +247,21 @@ def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
     except TransactionAborted:
         # To SQLAlchemy it is COMMIT that has failed, and so it would not roll back any more.
         if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
-            connection.dialect.do_rollback(connection.connection)
+            try:
+                connection.dialect.do_rollback(connection.connection)
+            except BaseException:  # cancelled: nobody knows whether it came through
+                _discard(connection)
+                raise
         raise
 
 
 def _refuse_if_lost(connection: Connection) -> None:
     transaction = connection.get_transaction()
-    if transaction is None or transaction not in _failed:
+    found = _failed.get(ref(transaction)) if transaction is not None else None
+    if found is None:
         return
     database = without_secrets(connection.engine.url)
-    said, is_undone = _failed[transaction]
+    said, is_undone = found
     if is_undone:
         raise TransactionAborted(database, said, undone=True)
     try:

@@ -13,6 +13,9 @@ from .errors import ConcurrentUse, ConfigurationError, SessionClosed
 # Held for a few instructions at a time, so one is enough for all.
 _reserving = Lock()
 
+# Who has the turn of a session that is over: nobody ever gives it back.
+_OVER = object()
+
 # What ends sessions together, in several threads perhaps: it must not wait for itself.
 current_end: ContextVar[object] = ContextVar("asgi_dbsession.end", default=None)
 
@@ -38,7 +41,6 @@ class Turn:
         "_ending",
         "_free",
         "_holder",
-        "_over",
         "_wait",
         "_waiting",
         "database",
@@ -54,14 +56,13 @@ class Turn:
         self._free = Lock()
         self._holder: object = None
         self._ending: object = None
-        self._over = False
         self._waiting: list[Future[None]] = []
         self.workers: set[object] = set()
 
     @property
     def is_busy(self) -> bool:
         """Whether an operation or an end is under way, or an end waits."""
-        return self._free.locked() or self._ending is not None
+        return self._ending is not None or self._free.locked()
 
     def is_ended_here(self) -> bool:
         """Whether the caller is the one who has the turn to end the work."""
@@ -78,7 +79,7 @@ class Turn:
         Raises:
             SessionClosed: The unit of work is over.
         """
-        if self._over:
+        if self._ending is _OVER:
             raise SessionClosed(self.database)
         try:
             caller = self._caller()
@@ -104,9 +105,13 @@ class Turn:
             raise self._error_of_thread() from error
         if self._holder is not None and self._holder == caller:
             return False
-        if not self._claim(caller) and not self._claim_after_end(caller):
+        if self._ending is None and self._free.acquire(False):
+            self._holder = caller
+        elif not self._claim_after_end(caller):
             return False
-        if caller not in self.workers:
+        if not self.workers:
+            self.workers.add(caller)
+        elif caller not in self.workers:
             self._note(caller)
         return True
 
@@ -146,7 +151,7 @@ class Turn:
             caller = self._caller()
         except RuntimeError:  # of a thread, which ends no session of a task
             return False
-        if self._ending is not None or not self._free.acquire(blocking=False):
+        if self._ending is not None or not self._free.acquire(False):
             return False
         self._holder = self._ending = caller
         return True
@@ -154,12 +159,13 @@ class Turn:
     def give(self, *, over: bool = False) -> None:
         """Finish what was begun; with `over`, no operation begins ever again."""
         ended = self._ending is not None and self._ending == self._holder
-        if over:
-            self._over = True
         self._holder = None
-        self._free.release()
-        if ended:  # only now, or someone would be refused who only has to wait
-            self._ending = None
+        if over:
+            self._ending = _OVER
+        else:
+            self._free.release()
+            if ended:  # only now, or someone would be refused who only has to wait
+                self._ending = None
         if self._waiting:
             self._wake()
 
@@ -177,11 +183,10 @@ class Turn:
         )
 
     def _claim(self, caller: object, ending: object = None) -> bool:
-        if self._ending is not ending or not self._free.acquire(blocking=False):
-            return False
-        if self._over:
-            self._free.release()
+        if self._ending is _OVER:
             raise SessionClosed(self.database)
+        if self._ending is not ending or not self._free.acquire(False):
+            return False
         self._holder = caller
         return True
 
@@ -203,7 +208,9 @@ class Turn:
         with _reserving:
             self._waiting.append(released)
         # It may have been released before it could know of us: then nobody will wake us.
-        if self._free.locked() or self._ending not in (None, ending):
+        if self._ending is not _OVER and (
+            self._free.locked() or self._ending not in (None, ending)
+        ):
             self._wait(released)
 
     def _wake(self) -> None:
