@@ -17,7 +17,6 @@ from sqlalchemy import event, select, text
 from sqlalchemy.util import await_only
 
 from asgi_dbsession import DBSessionMiddleware, SyncDatabase
-from asgi_dbsession.completion import run_to_completion
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
@@ -291,38 +290,6 @@ async def test_a_client_that_hangs_up_during_commit_is_told_nothing_untrue(
         if exchange.status is not None:
             assert f"/{at}" in running.stored()
     assert (await get(DBSessionMiddleware(app, running.database), "/last")).complete
-
-
-async def test_the_error_of_work_that_was_cancelled_is_kept() -> None:
-    """The cancellation is raised, with the error as its cause: neither hides the other."""
-
-    async def fail() -> None:
-        await asyncio.sleep(0.01)
-        raise LookupError("kept")
-
-    task = asyncio.create_task(run_to_completion(fail()))
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError) as caught:
-        await task
-    chain: Any = caught.value
-    while chain is not None and not isinstance(chain, LookupError):
-        chain = chain.__cause__ or chain.__context__
-    assert isinstance(chain, LookupError)
-
-
-async def test_a_time_limit_around_work_that_must_complete_still_ends_as_one() -> None:
-    """`asyncio.timeout` turns the cancellation, raised late, into its own error."""
-    done = []
-
-    async def work() -> None:
-        await asyncio.sleep(0.05)
-        done.append(True)
-
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.01):
-            await run_to_completion(work())
-    assert done == [True]
 
 
 async def test_a_cancelled_statement_does_not_lock_the_database(running: Running) -> None:

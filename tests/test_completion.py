@@ -1,4 +1,4 @@
-"""What is completed in place ends as if it had a task of its own, whoever cancels whatever."""
+"""What runs to completion does, whoever cancels whatever, wherever."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """On trio it is `run_to_completion`, which has tests of its own."""
+    """For trio see `test_trio.py`."""
     return "asyncio"
 
 
@@ -60,11 +60,11 @@ async def after_a_turn_of_the_loop(future: asyncio.Future[str]) -> str:
     return await future
 
 
-async def in_place_again(future: asyncio.Future[str]) -> str:
+async def within_another(future: asyncio.Future[str]) -> str:
     return await run_to_completion(directly(future))
 
 
-WAITS = (directly, with_a_time_limit, after_a_turn_of_the_loop, in_place_again)
+WAITS = (directly, with_a_time_limit, after_a_turn_of_the_loop, within_another)
 
 
 @pytest.fixture(params=WAITS, ids=lambda wait: wait.__name__)
@@ -192,9 +192,16 @@ async def test_a_time_limit_of_the_work_reaches_it(is_cancelled: bool, is_nested
 
 async def test_a_time_limit_around_it_is_told_from_one_within() -> None:
     """The one around it has its `TimeoutError` once the work is done."""
+    done: list[bool] = []
+
+    async def work() -> None:
+        await asyncio.sleep(0.05)
+        done.append(True)
+
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0):
-            await run_to_completion(asyncio.sleep(0.05, "done"))
+            await run_to_completion(work())
+    assert done == [True]
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
