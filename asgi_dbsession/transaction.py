@@ -182,14 +182,18 @@ def _note_failure(context: ExceptionContext) -> None:
         return
     said = " ".join(str(context.original_exception).split())
     if _undoes_everything(connection, context.original_exception):
-        _failed[ref(transaction, _failed.pop)] = said, True
+        _failed[_mark_of(transaction)] = said, True
     else:
         savepoint = connection.get_nested_transaction() or transaction
-        _failed.setdefault(ref(savepoint, _failed.pop), (said, False))
+        _failed.setdefault(_mark_of(savepoint), (said, False))
     for name in ("commit", "prepare_twophase"):
         # On this connection alone: on an engine, such a listener slows down each statement.
         if not event.contains(connection, name, _refuse_at_the_last_moment):
             event.listen(connection, name, _refuse_at_the_last_moment)
+
+
+def _mark_of(transaction: Transaction) -> ref[Transaction]:
+    return ref(transaction, lambda mark: _failed.pop(mark, None))
 
 
 def _discard(connection: Connection) -> None:
