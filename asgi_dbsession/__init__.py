@@ -1,8 +1,10 @@
 """One SQLAlchemy session per request, committed before the client hears of it."""
 
-from .access import get_session, get_sync_session, session_dependency
-from .async_database import AsyncDatabase
-from .current_unit import on_commit, set_rollback
+from .asgi.middleware import DBSessionMiddleware
+from .database.access import get_session, get_sync_session, session_dependency
+from .database.async_database import AsyncDatabase
+from .database.health import Health
+from .database.sync_database import SyncDatabase
 from .errors import (
     ConcurrentUse,
     ConfigurationError,
@@ -14,12 +16,10 @@ from .errors import (
     SessionClosed,
     TransactionAborted,
 )
-from .health import Health
-from .idle import warn_when_idle
-from .middleware import DBSessionMiddleware
-from .report import DatabaseReport, UnitReport
-from .server_timing import ServerTimingMiddleware
-from .sync_database import SyncDatabase
+from .reports.idle import warn_when_idle
+from .reports.report import DatabaseReport, UnitReport
+from .reports.server_timing import ServerTimingMiddleware
+from .unit.current import on_commit, set_rollback
 
 __all__ = [
     "AsyncDatabase",

@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asgi_dbsession.completion import run_to_completion
+from asgi_dbsession.session.completion import run_to_completion
 
 pytestmark = pytest.mark.anyio
 

@@ -25,7 +25,7 @@ from asgi_dbsession import (
     DBSessionMiddleware,
     SyncDatabase,
 )
-from asgi_dbsession.lifespan import serve_lifespan
+from asgi_dbsession.asgi.lifespan import serve_lifespan
 
 pytestmark = pytest.mark.anyio
 

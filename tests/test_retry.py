@@ -29,7 +29,7 @@ from asgi_dbsession import (
     on_commit,
     set_rollback,
 )
-from asgi_dbsession.replay import BODY_LIMIT
+from asgi_dbsession.retry.replay import BODY_LIMIT
 
 pytestmark = pytest.mark.anyio
 

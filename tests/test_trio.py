@@ -20,7 +20,7 @@ from asgi_dbsession import (
     get_sync_session,
     set_rollback,
 )
-from asgi_dbsession.completion import run_to_completion
+from asgi_dbsession.session.completion import run_to_completion
 
 pytestmark = pytest.mark.anyio
 

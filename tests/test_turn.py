@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import pytest
 
 from asgi_dbsession import ConcurrentUse, SessionClosed
-from asgi_dbsession.turn import BETWEEN_THREADS, Turn
+from asgi_dbsession.session.lock import BETWEEN_THREADS, Turn
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from asgi_dbsession import ConfigurationError, DBSessionMiddleware, TransactionAborted, on_commit
-from asgi_dbsession.two_phases import note_decision
+from asgi_dbsession.session.two_phases import note_decision
 
 pytestmark = pytest.mark.anyio
 

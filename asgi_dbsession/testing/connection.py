@@ -8,8 +8,8 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
 from asgi_dbsession.errors import DBSessionError
-from asgi_dbsession.turn import current_task
-from asgi_dbsession.unit_of_work import UnitOfWork, current_unit
+from asgi_dbsession.session.lock import current_task
+from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 from .condition import Condition
 from .constraints import check_as_commit_would, send, violations

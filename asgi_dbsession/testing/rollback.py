@@ -17,12 +17,12 @@ from anyio import to_thread
 from sqlalchemy import Engine
 from sqlalchemy.util import greenlet_spawn
 
-from asgi_dbsession.async_database import AsyncDatabase
-from asgi_dbsession.completion import run_to_completion
-from asgi_dbsession.database import Database
+from asgi_dbsession.database.async_database import AsyncDatabase
+from asgi_dbsession.database.base import Database
+from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError
-from asgi_dbsession.sync_database import SyncDatabase
-from asgi_dbsession.transaction import watch
+from asgi_dbsession.session.commit import watch
+from asgi_dbsession.session.completion import run_to_completion
 
 from .engine import home_of, share, unshare
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 
-from asgi_dbsession.async_database import AsyncDatabase
-from asgi_dbsession.database import Database
-from asgi_dbsession.sync_database import SyncDatabase
+from asgi_dbsession.database.async_database import AsyncDatabase
+from asgi_dbsession.database.base import Database
+from asgi_dbsession.database.sync_database import SyncDatabase
 
 
 @contextmanager

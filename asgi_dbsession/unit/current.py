@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from inspect import iscoroutinefunction
 from typing import Any
 
+from asgi_dbsession.errors import NoSession, SessionClosed
+from asgi_dbsession.session.lock import current_end, current_task
+
 from .after_commit import AfterCommit, Function, is_in_thread, refusal_to_await
-from .errors import NoSession, SessionClosed
-from .open_session import SessionSource
-from .turn import current_end, current_task
+from .managed_session import SessionSource
 from .unit_of_work import UnitOfWork, current_unit
 
 

@@ -7,7 +7,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 
-from .errors import ConfigurationError
+from asgi_dbsession.errors import ConfigurationError
 
 # For a URL that names no driver: the first of these that is installed.
 _ASYNC_DRIVERS: dict[str, tuple[str, ...]] = {

@@ -6,10 +6,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from sqlalchemy.orm import Session
 
-from .transaction import begin_end, end
-from .turn import Turn, is_done
-from .two_phases import note_decision, note_doubt, prepared
-from .types import Scope
+from asgi_dbsession.session.commit import begin_end, end
+from asgi_dbsession.session.lock import Turn, is_done
+from asgi_dbsession.session.two_phases import note_decision, note_doubt, prepared
+from asgi_dbsession.types import Scope
 
 S = TypeVar("S")
 

@@ -10,9 +10,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, SessionTransaction
 from typing_extensions import override
 
-from .errors import PrematureClose
-from .overload import note_wait_in_vain
-from .turn import Turn
+from asgi_dbsession.errors import PrematureClose
+from asgi_dbsession.retry.overload import note_wait_in_vain
+
+from .lock import Turn
 
 R = TypeVar("R")
 S = TypeVar("S", bound=Session)

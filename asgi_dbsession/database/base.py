@@ -12,15 +12,21 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
 from typing_extensions import Self
 
-from .completion import run_to_completion
-from .current_unit import unit_that_manages
-from .errors import ConfigurationError, DatabaseNotRunning, DatabaseUnavailable, DBSessionError
+from asgi_dbsession.errors import (
+    ConfigurationError,
+    DatabaseNotRunning,
+    DatabaseUnavailable,
+    DBSessionError,
+)
+from asgi_dbsession.reports.stats import watch_usage
+from asgi_dbsession.session.commit import watch
+from asgi_dbsession.session.completion import run_to_completion
+from asgi_dbsession.types import Scope
+from asgi_dbsession.unit.current import unit_that_manages
+from asgi_dbsession.unit.managed_session import OpenSession
+
 from .health import Health
-from .open_session import OpenSession
-from .transaction import watch
-from .types import Scope
 from .url import options_for_memory, url_with_driver, without_secrets
-from .usage import watch_usage
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 S = TypeVar("S")

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from .database import Database
-from .types import Scope
+from asgi_dbsession.database.base import Database
+from asgi_dbsession.types import Scope
 
 Outcome: TypeAlias = Literal["committed", "rolled_back", "nothing_to_do"]
 Reason: TypeAlias = Literal[

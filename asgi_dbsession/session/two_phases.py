@@ -8,8 +8,8 @@ from sqlalchemy.engine import Transaction, TwoPhaseTransaction
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.orm import Session
 
-from .errors import ConfigurationError
-from .url import without_secrets
+from asgi_dbsession.database.url import without_secrets
+from asgi_dbsession.errors import ConfigurationError
 
 _logger = logging.getLogger("asgi_dbsession")
 

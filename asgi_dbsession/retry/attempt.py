@@ -8,10 +8,11 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 
-from .errors import UNWOUND, Unwound
+from asgi_dbsession.errors import UNWOUND, Unwound
+from asgi_dbsession.session.commit import watched
+from asgi_dbsession.types import ASGIApp, Message, Scope, Send
+
 from .replay import Replay
-from .transaction import watched
-from .types import ASGIApp, Message, Scope, Send
 
 # Transaction rollback (40), but for 40003, which leaves open whether COMMIT came through.
 # Source: https://www.postgresql.org/docs/current/errcodes-appendix.html

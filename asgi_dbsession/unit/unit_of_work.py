@@ -5,13 +5,14 @@ from collections.abc import Collection
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+from asgi_dbsession.errors import SessionClosed, Unwound
+from asgi_dbsession.session.commit import close_at_once, end, has_work
+from asgi_dbsession.session.completion import call_here, complete_here, run_to_completion
+from asgi_dbsession.session.lock import current_end
+from asgi_dbsession.types import Scope
+
 from .after_commit import AfterCommit
-from .completion import call_here, complete_here, run_to_completion
-from .errors import SessionClosed, Unwound
-from .open_session import OpenSession, SessionSource, end_together
-from .transaction import close_at_once, end, has_work
-from .turn import current_end
-from .types import Scope
+from .managed_session import OpenSession, SessionSource, end_together
 
 S = TypeVar("S")
 

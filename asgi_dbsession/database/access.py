@@ -5,11 +5,12 @@ from typing import Any, TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from asgi_dbsession.errors import ConfigurationError, NoSession
+from asgi_dbsession.unit.current import unit_that_manages
+from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
+
 from .async_database import AsyncDatabase
-from .current_unit import unit_that_manages
-from .errors import ConfigurationError, NoSession
 from .sync_database import SyncDatabase
-from .unit_of_work import UnitOfWork, current_unit
 
 D = TypeVar("D", AsyncDatabase[Any], SyncDatabase[Any])
 

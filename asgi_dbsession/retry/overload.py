@@ -6,8 +6,8 @@ from http import HTTPStatus
 
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from .errors import UNWOUND, Unwound
-from .types import ASGIApp, Message, Receive, Scope, Send
+from asgi_dbsession.errors import UNWOUND, Unwound
+from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 
 _logger = logging.getLogger("asgi_dbsession")
 

@@ -7,6 +7,16 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import URL
 
+from asgi_dbsession.errors import UNWOUND, ConfigurationError
+from asgi_dbsession.reports.recorder import ReportedUnit
+from asgi_dbsession.reports.report import UnitReport
+from asgi_dbsession.retry.attempt import watch_races, will_run_again
+from asgi_dbsession.retry.overload import answer_overload
+from asgi_dbsession.retry.retry import serve_until_won
+from asgi_dbsession.session.two_phases import refuse_one_phase
+from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
+from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
+
 from .arguments import (
     AnyDatabase,
     check_application,
@@ -15,17 +25,8 @@ from .arguments import (
     check_number,
     databases_of,
 )
-from .attempt import watch_races, will_run_again
-from .errors import UNWOUND, ConfigurationError
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .messages import end_before_waiting, end_then_send
-from .overload import answer_overload
-from .report import UnitReport
-from .reported_unit import ReportedUnit
-from .retry import serve_until_won
-from .two_phases import refuse_one_phase
-from .types import ASGIApp, Receive, Scope, Send
-from .unit_of_work import UnitOfWork, current_unit
 
 _BeginUnit: TypeAlias = Callable[[tuple[Any, ...], Scope, UnitOfWork | None], UnitOfWork]
 

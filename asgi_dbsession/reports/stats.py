@@ -9,7 +9,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from .place import Place, place_of_use
+from .call_site import Place, place_of_use
 
 # Where a connection keeps who has it.
 _KEY = "asgi_dbsession.hold"

@@ -10,9 +10,10 @@ from anyio import get_current_task, to_thread
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
 
-from .errors import ConfigurationError
-from .open_session import SessionSource
-from .session import SessionInTurn
+from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.session.guard import SessionInTurn
+
+from .managed_session import SessionSource
 
 Function: TypeAlias = Callable[[], object] | Callable[[], Awaitable[object]]
 

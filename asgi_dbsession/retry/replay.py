@@ -1,6 +1,6 @@
 """The body of a request, kept to be received again."""
 
-from .types import Message, Receive
+from asgi_dbsession.types import Message, Receive
 
 # How much of a request's body is kept for another run, in bytes; one with more has a single run.
 BODY_LIMIT = 1_048_576

@@ -10,14 +10,15 @@ from sqlalchemy import URL, Engine, create_engine, select
 from sqlalchemy.orm import Session
 from typing_extensions import override
 
-from .current_unit import unit_of_its_own
-from .database import Database
-from .errors import DatabaseUnavailable
-from .open_session import OpenSession
+from asgi_dbsession.errors import DatabaseUnavailable
+from asgi_dbsession.session.guard import in_turn, put_in_turn
+from asgi_dbsession.session.lock import BETWEEN_THREADS, Turn, current_task
+from asgi_dbsession.types import Scope
+from asgi_dbsession.unit.current import unit_of_its_own
+from asgi_dbsession.unit.managed_session import OpenSession
+
+from .base import Database
 from .options import AnySession, SessionOptions
-from .session import in_turn, put_in_turn
-from .turn import BETWEEN_THREADS, Turn, current_task
-from .types import Scope
 
 # How many threads may wait for an answer that nobody waits for any more.
 _MAX_QUESTIONS = 3

@@ -11,14 +11,15 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 from typing_extensions import override
 
-from .current_unit import unit_of_its_own
-from .database import Database
-from .errors import ConfigurationError, DatabaseNotRunning
-from .open_session import OpenSession
+from asgi_dbsession.errors import ConfigurationError, DatabaseNotRunning
+from asgi_dbsession.session.guard import in_turn, put_in_turn
+from asgi_dbsession.session.lock import BETWEEN_TASKS, Turn
+from asgi_dbsession.types import Scope
+from asgi_dbsession.unit.current import unit_of_its_own
+from asgi_dbsession.unit.managed_session import OpenSession
+
+from .base import Database
 from .options import AnyAsyncSession, AsyncSessionOptions
-from .session import in_turn, put_in_turn
-from .turn import BETWEEN_TASKS, Turn
-from .types import Scope
 
 
 class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):

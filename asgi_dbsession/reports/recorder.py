@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 from typing_extensions import override
 
-from .database import Database
-from .open_session import OpenSession, SessionSource
-from .place import as_text
+from asgi_dbsession.database.base import Database
+from asgi_dbsession.types import Scope
+from asgi_dbsession.unit.managed_session import OpenSession, SessionSource
+from asgi_dbsession.unit.unit_of_work import UnitOfWork
+
+from .call_site import as_text
 from .report import DatabaseReport, Outcome, Reason, UnitReport
-from .types import Scope
-from .unit_of_work import UnitOfWork
-from .usage import Usage, forget
+from .stats import Usage, forget
 
 S = TypeVar("S")
 

@@ -8,7 +8,7 @@ from threading import Lock, get_ident
 
 from sqlalchemy.util import await_only
 
-from .errors import ConcurrentUse, ConfigurationError, SessionClosed
+from asgi_dbsession.errors import ConcurrentUse, ConfigurationError, SessionClosed
 
 # Held for a few instructions at a time, so one is enough for all.
 _reserving = Lock()

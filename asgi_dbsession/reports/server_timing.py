@@ -2,8 +2,9 @@
 
 from contextvars import ContextVar
 
+from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
+
 from .report import UnitReport
-from .types import ASGIApp, Message, Receive, Scope, Send
 
 
 class _Header:

@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import URL
 
-from .async_database import AsyncDatabase
-from .errors import ConfigurationError
-from .sync_database import SyncDatabase
+from asgi_dbsession.database.async_database import AsyncDatabase
+from asgi_dbsession.database.sync_database import SyncDatabase
+from asgi_dbsession.errors import ConfigurationError
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 

@@ -8,10 +8,11 @@ from functools import partial
 
 import anyio
 
+from asgi_dbsession.errors import UNWOUND
+from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
+
 from .attempt import Attempt
-from .errors import UNWOUND
 from .replay import Replay
-from .types import ASGIApp, Receive, Scope, Send
 
 # The longest pause before the second run, in seconds; it doubles from run to run, up to the other.
 _PAUSE, _LONGEST_PAUSE = 0.04, 1.0

@@ -15,7 +15,7 @@ _BETWEEN = frozenset(
     ("sqlalchemy", "asgi_dbsession", "sqlmodel", "greenlet", "contextlib", "functools", "asyncio")
 )
 # What ends a unit of work: no use of the application's, though its code may be further out.
-_ENDS = ("asgi_dbsession.unit_of_work", "asgi_dbsession.transaction")
+_ENDS = ("asgi_dbsession.unit.unit_of_work", "asgi_dbsession.session.commit")
 
 
 def place_of_use() -> Place:

@@ -10,12 +10,13 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from asgi_dbsession.database.url import without_secrets
+from asgi_dbsession.errors import TransactionAborted
+
 from .completion import run_to_completion
-from .errors import TransactionAborted
-from .session import SessionInTurn
-from .turn import Turn
+from .guard import SessionInTurn
+from .lock import Turn
 from .two_phases import costs_its_connection
-from .url import without_secrets
 
 # The dialects of the engines that are watched: what a copy of an engine with other options shares.
 watched: WeakSet[Dialect] = WeakSet()

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
-from .completion import run_to_completion
-from .errors import DBSessionError
-from .types import ASGIApp, Message, Receive, Scope, Send
+from asgi_dbsession.errors import DBSessionError
+from asgi_dbsession.session.completion import run_to_completion
+from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 
 _logger = logging.getLogger("asgi_dbsession")
 

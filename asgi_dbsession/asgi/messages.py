@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from .errors import Unwound
-from .turn import current_task
-from .types import Message, Receive, Send
-from .unit_of_work import UnitOfWork
+from asgi_dbsession.errors import Unwound
+from asgi_dbsession.session.lock import current_task
+from asgi_dbsession.types import Message, Receive, Send
+from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
 # What ends a response, unless it says `more_body`.
 _ENDINGS = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")

@@ -1,0 +1,1 @@
+"""Which ASGI message ends what."""

@@ -1,0 +1,1 @@
+"""Runs a request again, or answers 503 (optional)."""

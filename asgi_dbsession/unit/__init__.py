@@ -1,0 +1,1 @@
+"""Which sessions one unit of work opened, and how they end together."""
