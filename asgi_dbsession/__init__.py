@@ -1,7 +1,9 @@
-"""One SQLAlchemy session per request, committed before the client hears of it."""
+"""One SQLAlchemy session per request, committed before the response is sent."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .asgi.middleware import DBSessionMiddleware
-from .database.access import get_session, get_sync_session, session_dependency
 from .database.async_database import AsyncDatabase
 from .database.health import Health
 from .database.sync_database import SyncDatabase
@@ -16,10 +18,13 @@ from .errors import (
     SessionClosed,
     TransactionAborted,
 )
-from .reports.idle import warn_when_idle
-from .reports.report import DatabaseReport, UnitReport
-from .reports.server_timing import ServerTimingMiddleware
-from .unit.current import on_commit, set_rollback
+from .unit.decisions import on_commit, set_rollback
+from .unit.report import DatabaseReport, UnitReport
+from .unit.unit_of_work import get_session, get_sync_session, session_dependency
+
+if TYPE_CHECKING:
+    from .reports.idle import warn_when_idle
+    from .reports.server_timing import ServerTimingMiddleware
 
 __all__ = [
     "AsyncDatabase",
@@ -45,3 +50,12 @@ __all__ = [
     "set_rollback",
     "warn_when_idle",
 ]
+
+# Names of optional rooms, which are imported when somebody asks for them.
+_OPTIONAL = {"ServerTimingMiddleware": "server_timing", "warn_when_idle": "idle"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OPTIONAL:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.reports.{_OPTIONAL[name]}"), name)

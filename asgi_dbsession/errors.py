@@ -1,15 +1,16 @@
-"""What can go wrong, in the user's words: who, what happened, and the cure."""
+"""What can go wrong. Each error says who, what happened, and what to write."""
 
 import asyncio
 import threading
 
+from sqlalchemy import URL
 from sqlalchemy.exc import PendingRollbackError
 
 
 class DBSessionError(Exception):
     """Base of every error that this package raises itself.
 
-    Errors of SQLAlchemy and of the driver are not wrapped: they reach you as they are.
+    Errors of SQLAlchemy and of the driver are not wrapped: they reach you unchanged.
     """
 
 
@@ -17,18 +18,18 @@ class NoSession(DBSessionError, LookupError):
     """A session was asked for where no unit of work is open."""
 
     def __init__(self, database: object) -> None:
-        if _in_a_bare_thread():
+        if _is_in_bare_thread():
             super().__init__(
-                f"No session of {database} in this thread: it was started without the context of "
-                "a request, as `run_in_executor` and `threading.Thread` do. Start it with "
-                "`asyncio.to_thread`, or open `database.begin()` in it."
+                f"There is no session of {database} in this thread, because the thread was started "
+                "without the context of a request (`run_in_executor`, `threading.Thread`). Start "
+                "it with `asyncio.to_thread`, or open `database.begin()` in it."
             )
         else:
             super().__init__(
-                f"No session of {database} here: no DBSessionMiddleware that has it is around "
-                "this code. Outside of a request use `database.begin()`; inside of one, add "
-                "DBSessionMiddleware with this very database to the application, further out "
-                "than whatever needs a session."
+                f"There is no session of {database} here, because no DBSessionMiddleware that "
+                "serves this database wraps this code. Outside of a request, use "
+                "`database.begin()`. Inside a request, give this same database object to a "
+                "DBSessionMiddleware that is further out than the code that needs a session."
             )
 
 
@@ -37,9 +38,9 @@ class SessionClosed(DBSessionError, RuntimeError):
 
     def __init__(self, database: object) -> None:
         super().__init__(
-            f"The request that this session of {database} belongs to is over: a task or a stored "
-            "reference outlived it. Work that goes on longer than its request opens a unit "
-            "of work of its own with `database.begin()`."
+            f"The request that this session of {database} belongs to has ended; a task or a stored "
+            "reference still uses the session. For work that takes longer than its request, open "
+            "`database.begin()` in the task."
         )
 
 
@@ -48,21 +49,40 @@ class PrematureClose(DBSessionError, RuntimeError):
 
     def __init__(self, database: object) -> None:
         super().__init__(
-            f"Closing this session of {database} would discard what was done on it: it is closed "
-            "when its unit of work ends. Leave out `close()` and `async with session:`; to give "
-            "its connection back early, or to discard, call `commit()` or `rollback()`."
+            f"Closing this session of {database} would discard its uncommitted work. The session "
+            "is closed for you when its unit of work ends, so leave out `close()` and `async with "
+            "session:`. To release its connection early or to discard the work, call `commit()` or "
+            "`rollback()`."
         )
 
 
 class ConcurrentUse(DBSessionError, RuntimeError):
-    """Two tasks (or threads) used one session at the same time."""
+    """Two tasks (or threads) used one session at the same time, or mixed their work on it.
 
-    def __init__(self, database: object) -> None:
-        super().__init__(
-            f"Another task is in the middle of an operation on this session of {database}, and a "
-            "session does one thing at a time. Await one after the other, or open "
-            "`database.begin()` in each task."
-        )
+    Args:
+        database: The database of the session.
+        mixed_with: Whose work is in the same transaction: that of a task that is "living", or of
+            one that has "failed". None if the operations themselves overlapped.
+    """
+
+    def __init__(self, database: object, *, mixed_with: str | None = None) -> None:
+        if mixed_with is None:
+            text = (
+                f"Another task is in the middle of an operation on this session of {database}, and "
+                "a session does one thing at a time."
+            )
+        elif mixed_with == "living":
+            text = (
+                f"Another task has uncommitted work on this session of {database}, in the same "
+                "transaction as the work of the task that sends. Nothing was sent, and nothing of "
+                "it is stored."
+            )
+        else:
+            text = (
+                f"A task that has failed left uncommitted work on this session of {database}, in "
+                "the same transaction as work that should be committed. All of it is rolled back."
+            )
+        super().__init__(f"{text} Open `database.begin()` in each task.")
 
 
 class DatabaseNotRunning(DBSessionError, RuntimeError):
@@ -71,19 +91,19 @@ class DatabaseNotRunning(DBSessionError, RuntimeError):
     def __init__(self, database: object, *, other_loop: bool = False) -> None:
         if other_loop:
             super().__init__(
-                f"{database} was started in another event loop, and its connections belong there. "
-                "Start it in the loop that uses it: leave it to the lifespan of the server, write "
-                "`async with database:` inside the function given to `asyncio.run`, and in an "
-                "async test use httpx's `ASGITransport`, for TestClient brings a loop of its own."
+                f"{database} was started in another event loop, and its connections belong to that "
+                "loop. Start it in the loop that uses it: by the lifespan of the server, or with "
+                "`async with database:` inside the function given to `asyncio.run`. In an async "
+                "test use httpx's `ASGITransport`, because TestClient has a loop of its own."
             )
         else:
             super().__init__(
                 f"{database} is not running: no lifespan startup reached a DBSessionMiddleware "
-                "that has it. Let one be sent (`uvicorn --lifespan on`, `with TestClient(app):`, "
-                "asgi-lifespan's `LifespanManager` around httpx's `ASGITransport`), write "
-                "`async with database:`, give it to the outermost DBSessionMiddleware too (below "
-                "a mount or on a single route), or, where the server sends none (daphne), use "
-                f"`{type(database).__name__}.from_engine(engine)`."
+                "that serves it. Have one sent (`uvicorn --lifespan on`, `with TestClient(app):`, "
+                "asgi-lifespan's `LifespanManager` around httpx's `ASGITransport`), or write "
+                "`async with database:`. Below a mount or on a single route, give it to the "
+                "outermost DBSessionMiddleware too. Where the server sends no lifespan (daphne), "
+                f"use `{type(database).__name__}.from_engine(engine)`."
             )
 
 
@@ -98,7 +118,7 @@ class DatabaseUnavailable(DBSessionError, ConnectionError):
 
 
 class TransactionAborted(DBSessionError, PendingRollbackError):
-    """COMMIT was refused because all or half of the work would silently have been lost.
+    """COMMIT was refused because all or half of the work would have been lost in silence.
 
     PostgreSQL aborts a transaction at the first statement that fails, and then answers COMMIT
     with a ROLLBACK that drivers report as success. MySQL and MariaDB roll back at a deadlock, and
@@ -106,18 +126,18 @@ class TransactionAborted(DBSessionError, PendingRollbackError):
     Source: https://www.postgresql.org/docs/current/sql-commit.html
     """
 
-    def __init__(self, database: object, reason: str, *, undone: bool = False) -> None:
-        if undone:
+    def __init__(self, database: object, reason: str, *, rolled_back: bool = False) -> None:
+        if rolled_back:
             super().__init__(
-                f"The transaction on {database} was rolled back by the database at an error that "
-                f"the application swallowed ({reason}); COMMIT would store only what came after "
-                "it. Let the error rise, or call `rollback()` and do the whole work again."
+                f"The database rolled back the transaction on {database} because of an error that "
+                f"the application caught ({reason}). COMMIT would store only the work after it. "
+                "Let the error rise, or call `rollback()` and do the whole work again."
             )
             return
         super().__init__(
-            f"The transaction on {database} was aborted by an error that the application "
-            f"swallowed ({reason}); COMMIT would store nothing. Put the statement that may fail "
-            "into `async with session.begin_nested():`, or let its error rise."
+            f"An error that the application caught ({reason}) aborted the transaction on "
+            f"{database}. COMMIT would store nothing. Put the statement that may fail into "
+            "`async with session.begin_nested():`, or let its error rise."
         )
 
 
@@ -125,7 +145,32 @@ class ConfigurationError(DBSessionError, ValueError):
     """The package was configured in a way that cannot work; the message says what to write."""
 
 
-def _in_a_bare_thread() -> bool:
+class AbortRequest(BaseException):
+    """Stops an application whose response must not be sent, because its COMMIT failed, say.
+
+    Not an `Exception`: no handler of the application may take it for an error of its own, and
+    answer it. The middleware turns it back into the error that it stands for.
+
+    Args:
+        failure: The error of the COMMIT, for the middleware that must answer it.
+    """
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        super().__init__(failure)
+        self.failure: Exception | None = failure
+        self.__cause__ = failure
+
+
+# What frameworks and task groups may have made of it.
+ABORTED = (AbortRequest, Exception, BaseExceptionGroup)
+
+
+def without_secrets(url: URL) -> str:
+    """The URL as it may be shown: password hidden, options left out (they can hold one too)."""
+    return url.set(query={}).render_as_string(hide_password=True)
+
+
+def _is_in_bare_thread() -> bool:
     if threading.current_thread() is threading.main_thread():
         return False
     try:
@@ -133,15 +178,3 @@ def _in_a_bare_thread() -> bool:
     except RuntimeError:
         return True
     return False
-
-
-class Unwound(BaseException):
-    """Unwinds the application whose response must not be sent: its COMMIT failed, say.
-
-    Not an `Exception`: no handler of the application's may take it for an error of its own, and
-    answer it. The middleware turns it back into what it stands for.
-    """
-
-
-# What it may have become on its way out, through frameworks and task groups.
-UNWOUND = (Unwound, Exception, BaseExceptionGroup)

@@ -17,7 +17,7 @@ from sqlalchemy.orm import registry
 from starlette.responses import PlainTextResponse
 
 from asgi_dbsession import DBSessionMiddleware, SyncDatabase
-from asgi_dbsession.errors import Unwound
+from asgi_dbsession.errors import AbortRequest
 
 pytestmark = pytest.mark.anyio
 
@@ -159,7 +159,7 @@ async def test_a_framework_that_swallows_everything_says_it_once(running: Runnin
 
     async with exhausted(running):
         assert is_busy(await get(ours(app, running)))
-    assert refused == [Unwound] * 3
+    assert refused == [AbortRequest] * 3
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

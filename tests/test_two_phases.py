@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from asgi_dbsession import ConfigurationError, DBSessionMiddleware, TransactionAborted, on_commit
-from asgi_dbsession.session.two_phases import note_decision
+from asgi_dbsession.session.two_phases import log_decision
 
 pytestmark = pytest.mark.anyio
 
@@ -343,5 +343,5 @@ def test_the_log_line_on_the_page_is_what_is_logged(caplog: pytest.LogCaptureFix
     (line,) = PAGE.blocks("text")
     transactions = line.removeprefix("Prepared, and to be committed: ").strip().split(", ")
     with caplog.at_level(logging.INFO, LOGGER):
-        note_decision(transactions)
+        log_decision(transactions)
     assert caplog.messages == [line.strip()]

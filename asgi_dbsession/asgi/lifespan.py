@@ -35,12 +35,12 @@ class Unstartable:
 
     async def startup(self) -> None:
         """Fail."""
-        self.refuse()
+        await self.refuse()
 
     async def shutdown(self) -> None:
         """Nothing was started."""
 
-    def refuse(self, *_: object) -> NoReturn:
+    async def refuse(self, *_: object) -> NoReturn:
         """Raise the reason, whatever is asked for."""
         raise self._reason.with_traceback(None)
 

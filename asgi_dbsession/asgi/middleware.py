@@ -1,61 +1,53 @@
-"""What happens to a request's unit of work, on each ASGI message."""
+"""What happens to the unit of work of a request, on each ASGI message."""
 
 from collections.abc import Callable
-from functools import partial
+from enum import Enum, auto
 from http import HTTPStatus
-from typing import Any, TypeAlias
 
 from sqlalchemy import URL
 
-from asgi_dbsession.errors import UNWOUND, ConfigurationError
-from asgi_dbsession.reports.recorder import ReportedUnit
-from asgi_dbsession.reports.report import UnitReport
-from asgi_dbsession.retry.attempt import watch_races, will_run_again
-from asgi_dbsession.retry.overload import answer_overload
-from asgi_dbsession.retry.retry import serve_until_won
+from asgi_dbsession.errors import ABORTED, AbortRequest, ConfigurationError
+from asgi_dbsession.session.completion import run_to_completion
+from asgi_dbsession.session.lock import current_task
 from asgi_dbsession.session.two_phases import refuse_one_phase
-from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
+from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
+from asgi_dbsession.unit.ending import close, close_returned, end_work, end_work_of
+from asgi_dbsession.unit.report import UnitReport
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
-from .arguments import (
-    AnyDatabase,
-    check_application,
-    check_databases,
-    check_function,
-    check_number,
-    databases_of,
-)
+from .answer import add_note, answer_or_raise, checked
+from .arguments import AnyDatabase, check_arguments, databases_of
 from .lifespan import Startable, Unstartable, serve_lifespan
-from .messages import end_before_waiting, end_then_send
-
-_BeginUnit: TypeAlias = Callable[[tuple[Any, ...], Scope, UnitOfWork | None], UnitOfWork]
+from .optional import with_optional_rooms
+from .websocket import SocketExchange
 
 _BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)  # an enumeration is slow to ask
 
-# Where the unit of work of a request lies in its scope: a middleware further in joins it.
+# Where the unit of work of a request is in its scope: a middleware further in joins it.
 _KEY = "asgi_dbsession"
-# What lies there instead while a run begins that others may precede or follow.
-_RUN = object()
+
+# The messages that end a response, unless they say `more_body`.
+_LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
 
 
 def below_400(status: int) -> bool:
-    """Whether a status is no error: what `DBSessionMiddleware` goes by unless told otherwise."""
+    """Whether a status is no error: the rule of `DBSessionMiddleware` unless told otherwise."""
     return status < _BAD_REQUEST
 
 
 class DBSessionMiddleware:
-    """Give each request one session per database, and end it before the client hears of it.
+    """Give each request one session per database, and end it before the response is sent.
 
     1. A session is opened when the application first asks for it; none otherwise.
-    2. The start of a response whose status is below 400 waits for COMMIT, and is sent only then.
+    2. The start of a response with a status below 400 waits for COMMIT, and is sent only then.
     3. On any other status, an exception, a cancellation, or no response: ROLLBACK.
-    4. A COMMIT that fails sends nothing of the response, and runs nothing that was to follow it.
-    5. Streaming bodies and background tasks go on with the same session, as a unit of their own:
-       committed when they end, rolled back when they fail.
-    6. When the application returns, its sessions are closed for good.
+    4. If COMMIT fails, nothing of the response is sent, and background tasks do not run.
+    5. Streaming bodies and background tasks go on with the same session, as a unit of work of
+       their own: committed when they end, rolled back when they fail.
+    6. When the application returns, its sessions are closed permanently.
 
-    On a WebSocket, the work of a task is committed before it sends, and before it waits to receive;
-    a denial, an exception or a close code other than 1000 and 1001 rolls back.
+    On a WebSocket, the work of a task is committed before it sends, and before it waits to receive.
+    A denial, an exception or a close code other than 1000 and 1001 rolls back.
 
     Databases are started before the application's own startup and stopped after its shutdown.
     Other scopes, and messages that are none of the above, pass untouched.
@@ -64,30 +56,30 @@ class DBSessionMiddleware:
         app: The ASGI application.
         *databases: An `AsyncDatabase`, a `SyncDatabase`, or a URL (for an `AsyncDatabase`) each;
             the first is the default. None at all: `AsyncDatabase.from_env()`.
-        commit_when: A plain function that replaces `status < 400` in rules 2 and 3.
+        commit_when: A plain function that replaces `status < 400` in rules 2 and 3. It must return
+            True or False; anything else is an error, and rolls back.
         on_commit_error: A plain function that makes the response to a COMMIT that failed: an ASGI
-            application, such as a Starlette `Response`. Where it returns None, and where there is
-            none, the original exception is raised to the server.
-        attempts: How often a request may run when its transaction loses a race: a serialization
-            failure, a deadlock, a busy SQLite. It runs again from the top as if it were the first
-            time, with the same body, after a random pause of at most a second; never once
-            anything was sent, or committed on a database of this package, never where the race
-            was lost under AUTOCOMMIT, never with a body of more than 1 MiB, never when cancelled.
-            What its handler does elsewhere is done again.
-        retry_after: Seconds. Where a request waits in vain for a connection (the engine's
-            `pool_timeout`), and ends with that error or a status of 500, it is answered 503 with
-            this `Retry-After`. None: the error of the pool is left to the application.
+            application, such as a Starlette `Response`. If it returns None, and if there is none,
+            the original exception is raised to the server.
+        attempts: How often a request may run if the database reports a conflict: a serialization
+            failure, a deadlock, a busy SQLite. It runs again from the start, with the same body,
+            after a random pause of at most a second. It never runs again once anything was sent,
+            or committed on a database of this package, or under AUTOCOMMIT, or with a body of
+            more than 1 MiB, or when cancelled. What its handler does elsewhere is done again.
+        retry_after: Seconds. If no connection becomes free for a request within the engine's
+            `pool_timeout`, and the request ends with that error or a status of 500, it is answered
+            503 with this `Retry-After`. None: the error of the pool is left to the application.
         two_phase: Whether the sessions of a request commit in two phases, so that a COMMIT can no
             longer fail after another one succeeded. The drivers must support it.
         on_report: A plain function that is called once for each unit of work that has ended: the
             response's, before its status is sent; the body's or background task's; and each
             `begin()` and `on_commit` function inside of the request. It is called on the event loop
-            (on its own thread for `SyncDatabase.begin()`), so it must be quick; what it raises is
+            (on its own thread for `SyncDatabase.begin()`), so it must be quick. What it raises is
             logged.
 
     Raises:
-        ConfigurationError: An argument is not what it should be. A URL that cannot work has the
-            server's startup fail instead, or the first request where there is none.
+        ConfigurationError: An argument is not what it should be. A URL that cannot work makes the
+            server's startup fail instead, or the first request where there is no startup.
     """
 
     def __init__(
@@ -101,15 +93,16 @@ class DBSessionMiddleware:
         two_phase: bool = False,
         on_report: Callable[[UnitReport], object] | None = None,
     ) -> None:
-        check_application(app)
-        check_databases(databases)
-        check_function("commit_when", commit_when)
-        for name, function in (("on_commit_error", on_commit_error), ("on_report", on_report)):
-            if function is not None:
-                check_function(name, function)
-        check_number("attempts", attempts)
-        if retry_after is not None:
-            check_number("retry_after", retry_after)
+        check_arguments(
+            app,
+            databases,
+            functions={
+                "commit_when": commit_when,
+                "on_commit_error": on_commit_error,
+                "on_report": on_report,
+            },
+            numbers={"attempts": attempts, "retry_after": retry_after},
+        )
         self.app: ASGIApp = app
         self.databases: tuple[AnyDatabase, ...] = ()
         self.commit_when: Callable[[int], bool] = commit_when
@@ -118,87 +111,138 @@ class DBSessionMiddleware:
         self.retry_after: int | None = retry_after
         self.two_phase: bool = two_phase
         self.on_report: Callable[[UnitReport], object] | None = on_report
-        self._begin_unit: _BeginUnit = UnitOfWork
-        self._around: ASGIApp | None = None
         self._startable: tuple[Startable, ...]
+        serve: ASGIApp = self._serve
         try:
             self._startable = self.databases = databases_of(databases)
         except ConfigurationError as error:
             unstartable = Unstartable(error)
-            self._startable, self._begin_unit = (unstartable,), unstartable.refuse
-            return
+            self._startable, serve = (unstartable,), unstartable.refuse
         for database in self.databases if two_phase else ():
             refuse_one_phase(database, database.url)
-        if on_report is not None:
-            self._begin_unit = partial(ReportedUnit, on_report)
-            for database in self.databases:
-                database._measure()
-        if retry_after is not None:
-            self._around = partial(answer_overload, self._serve, retry_after)
-        if attempts > 1:
-            watch_races()
-            self._around = partial(serve_until_won, self._around or self._serve, attempts)
+        self._serve_http, self._observers = with_optional_rooms(
+            serve,
+            self.databases,
+            attempts=attempts,
+            retry_after=retry_after,
+            on_report=on_report,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
-        is_http = scope["type"] == "http"
-        if not is_http and scope["type"] != "websocket":
-            await self._serve_other(scope, receive, send)
-            return
-        enclosing = scope.get(_KEY)
-        if self._around is not None and is_http:
-            if enclosing is None:
-                await self._around(scope, receive, send)
-                return
-            enclosing = None if enclosing is _RUN else enclosing
-        unit = scope[_KEY] = self._begin_unit(self.databases, scope, enclosing)
-        unit.joins = enclosing is not None
-        unit.two_phase = self.two_phase
-        unguarded_send = send
-        if is_http:
-            send = partial(end_then_send, unit, self.commit_when, send)
-        else:
-            receive, send = end_before_waiting(unit, receive, send)
-        token = current_unit.set(unit)
-        try:
-            await self.app(scope, receive, send)
-        except BaseException as error:
-            await unit.close(commit=False)
-            if unit.failure is None or not isinstance(error, UNWOUND):
-                raise
-        else:
-            unit.over = True
-            if unit.is_used:
-                # "Returned" is not "succeeded": a client that hangs up ends a stream like that.
-                commit = unit.may_commit and not unit.rollback and unit.failure is None
-                await unit.close(commit=commit)
-        finally:
-            current_unit.reset(token)
-            scope[_KEY] = enclosing
-        if unit.failure is not None:
-            if unit.is_answered:
-                raise unit.failure
-            await self._answer(unit.failure, scope, receive, unguarded_send)
-
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Not the body of `__call__`: there, every request would pay for another coroutine.
-        scope[_KEY] = _RUN
-        await self(scope, receive, send)
-
-    async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
+        kind = scope["type"]
+        if kind == "http":
+            # A middleware further out retries, and answers 503, for this one too.
+            serve = self._serve_http if scope.get(_KEY) is None else self._serve
+            try:
+                await serve(scope, receive, send)
+            except AbortRequest as abort:
+                await answer_or_raise(abort, self.on_commit_error, scope, receive, send)
+        elif kind == "websocket":
+            await self._serve(scope, receive, send)
+        elif kind == "lifespan":
             await serve_lifespan(self.app, self._startable, scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
-    async def _answer(self, failure: Exception, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.on_commit_error is None or will_run_again():
-            raise failure
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Open a unit of work, call the application, and close the unit of work."""
+        outer: UnitOfWork | None = scope.get(_KEY)
+        unit = scope[_KEY] = UnitOfWork(self.databases, scope, outer, self._observers)
+        unit.joins_outer_unit, unit.two_phase = outer is not None, self.two_phase
+        exchange: _Exchange | SocketExchange
+        if scope["type"] == "http":
+            exchange = _Exchange(unit, receive, send, self.commit_when)
+        else:
+            exchange = SocketExchange(unit, receive, send)
+        token = current_unit.set(unit)
         try:
-            answer = self.on_commit_error(failure)
-            if answer is not None:
-                await answer(scope, receive, send)
-        except Exception as error:
-            raise error from failure
-        if answer is None:
-            raise failure
+            await self.app(scope, exchange.receive, exchange.send)
+        except BaseException as error:
+            await close(unit, commit=False, error=error)
+            if unit.failure is None or not isinstance(error, ABORTED):
+                raise
+            add_note(unit.failure, error)
+        else:
+            # "Returned" is not "succeeded": a client that hangs up ends a stream like that.
+            unit.closed = True
+            if unit.is_used:
+                commit = exchange.may_commit and not unit.rollback and unit.failure is None
+                await close_returned(unit, commit=commit)
+        finally:
+            current_unit.reset(token)
+            scope[_KEY] = outer
+        if unit.failure is not None:
+            if exchange.is_answered:
+                raise unit.failure
+            raise AbortRequest(unit.failure)
+
+
+class _Progress(Enum):
+    WAITING = auto()
+    STARTED = auto()
+    COMPLETE = auto()
+
+
+class _Exchange:
+    """The messages of one response, and what they mean for its unit of work."""
+
+    __slots__ = ("_commit_when", "_progress", "_send", "_unit", "receive")
+
+    def __init__(
+        self, unit: UnitOfWork, receive: Receive, send: Send, commit_when: Callable[[int], bool]
+    ) -> None:
+        self.receive: Receive = receive
+        self._unit, self._send, self._commit_when = unit, send, commit_when
+        self._progress = _Progress.WAITING
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether it is too late for another response."""
+        return self._progress is not _Progress.WAITING
+
+    @property
+    def may_commit(self) -> bool:
+        """Whether the response is complete, so that work after it belongs to a success."""
+        return self._progress is _Progress.COMPLETE
+
+    async def send(self, message: Message) -> None:
+        """Send a message, after COMMIT or ROLLBACK if it acknowledges the work."""
+        unit = self._unit
+        if unit.failure is not None:
+            raise AbortRequest
+        kind = message["type"]
+        if kind == "http.response.start" and self._progress is _Progress.WAITING:
+            if unit.sessions or unit.callbacks:
+                try:
+                    await run_to_completion(end_work(unit, commit=self._decide(message)))
+                except Exception as error:
+                    unit.failure = unit.failure or error
+                    raise AbortRequest from error
+            unit.rollback = None
+            self._progress = _Progress.STARTED
+        elif kind in _LAST and not message.get("more_body", False) and self.is_answered:
+            await self._send_last(message)
+            return
+        await self._send(message)
+
+    def _decide(self, message: Message) -> bool:
+        if self._unit.rollback is not None:
+            return not self._unit.rollback
+        return checked(self._commit_when(message["status"]), "commit_when")
+
+    async def _send_last(self, message: Message) -> None:
+        unit, task = self._unit, current_task()
+        if unit.is_used and self._progress is _Progress.STARTED:
+            try:
+                await end_work_of(task, unit, commit=True, living="leave")
+            except Exception as error:
+                raise AbortRequest from error
+        self._progress = _Progress.COMPLETE
+        # uvicorn starts a request that waits on the same connection in the context of this call: it
+        # must not find the unit of work of this request.
+        token = current_unit.set(None)
+        try:
+            await self._send(message)
+        finally:
+            current_unit.reset(token)

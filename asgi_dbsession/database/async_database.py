@@ -12,11 +12,12 @@ from sqlalchemy.util import greenlet_spawn
 from typing_extensions import override
 
 from asgi_dbsession.errors import ConfigurationError, DatabaseNotRunning
-from asgi_dbsession.session.guard import in_turn, put_in_turn
-from asgi_dbsession.session.lock import BETWEEN_TASKS, Turn
+from asgi_dbsession.session.guard import Companion, guarded_async_class, guarded_class
+from asgi_dbsession.session.lock import TaskLock
+from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.types import Scope
-from asgi_dbsession.unit.current import unit_of_its_own
-from asgi_dbsession.unit.managed_session import OpenSession
+from asgi_dbsession.unit.begin import unit_of_its_own
+from asgi_dbsession.unit.ending import close
 
 from .base import Database
 from .options import AnyAsyncSession, AsyncSessionOptions
@@ -37,7 +38,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         ConfigurationError: The URL is none, its driver is missing, or it blocks.
     """
 
-    _asynchronous = True
+    is_async = True
     _engine_class = AsyncEngine
 
     def __init__(
@@ -49,9 +50,12 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         **engine_options: Any,
     ) -> None:
         super().__init__(url, session_options, ping_on_startup, engine_options)
-        self._class: type[AnyAsyncSession] = self._session_class(AsyncSession)
-        default = self._class.sync_session_class
-        self._sync_class = in_turn(self._session_class(Session, "sync_session_class", default))
+        session_class: type[AnyAsyncSession] = self._session_class(AsyncSession)
+        self._guarded_class = guarded_async_class(session_class)
+        default = session_class.sync_session_class
+        self._sync_class = guarded_class(
+            self._session_class(Session, "sync_session_class", default)
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._given_up: set[asyncio.Task[None]] = set()
         self._check_session_options()
@@ -76,11 +80,11 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         with unit_of_its_own(self) as unit:
             try:
                 yield unit.open(self)
-            except BaseException:
-                await unit.close(commit=False)
+            except BaseException as error:
+                await close(unit, commit=False, error=error)
                 raise
             else:
-                await unit.close(commit=not unit.rollback)
+                await close(unit, commit=not unit.rollback)
 
     @property
     @override
@@ -100,14 +104,20 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         await super().startup()
 
     @override
+    def open_session(self, scope: Scope | None) -> ManagedSession[AnyAsyncSession]:
+        return self._make_session(self.engine, scope)
+
+    @override
     def _make_session(
         self, engine: AsyncEngine | None, scope: Scope | None
-    ) -> OpenSession[AnyAsyncSession]:
-        session = self._class(engine, sync_session_class=self._sync_class, **self._session_options)
+    ) -> ManagedSession[AnyAsyncSession]:
+        session = self._guarded_class(
+            bind=engine, sync_session_class=self._sync_class, **self._session_options
+        )
         orm = session.sync_session
         orm.info["scope"] = scope
-        turn = put_in_turn(orm, Turn(self, *BETWEEN_TASKS))
-        return OpenSession(session, orm, turn, greenlet_spawn)
+        companion = Companion(TaskLock(self), self._watch_engine)
+        return ManagedSession(session, orm, companion, greenlet_spawn)
 
     def _refuse_other_loop(self) -> None:
         try:

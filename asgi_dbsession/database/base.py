@@ -17,16 +17,16 @@ from asgi_dbsession.errors import (
     DatabaseNotRunning,
     DatabaseUnavailable,
     DBSessionError,
+    without_secrets,
 )
-from asgi_dbsession.reports.stats import watch_usage
-from asgi_dbsession.session.commit import watch
 from asgi_dbsession.session.completion import run_to_completion
+from asgi_dbsession.session.failures import watch
+from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.types import Scope
-from asgi_dbsession.unit.current import unit_that_manages
-from asgi_dbsession.unit.managed_session import OpenSession
+from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
 from .health import Health
-from .url import options_for_memory, url_with_driver, without_secrets
+from .url import options_for_memory, url_with_driver
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 S = TypeVar("S")
@@ -35,9 +35,8 @@ S = TypeVar("S")
 class Database(ABC, Generic[E, S]):
     """What an async and a sync database share: all but how to talk to the engine."""
 
-    _asynchronous: bool
+    is_async: bool
     _engine_class: type[E]
-    _is_measured: bool = False
 
     def __init__(
         self,
@@ -46,7 +45,7 @@ class Database(ABC, Generic[E, S]):
         ping_on_startup: bool,
         engine_options: dict[str, Any],
     ) -> None:
-        self.url: URL = url_with_driver(url, asynchronous=self._asynchronous)
+        self.url: URL = url_with_driver(url, asynchronous=self.is_async)
         self._engine_options = options_for_memory(self.url, engine_options)
         if not isinstance(session_options or {}, Mapping):
             raise ConfigurationError(
@@ -64,6 +63,7 @@ class Database(ABC, Generic[E, S]):
         self._owns_engine = True
         self._starts = 0
         self._prepare: Callable[[Engine], None] = watch
+        self._engine_hooks: list[Callable[[Engine], None]] = []
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({without_secrets(self.url)!r})"
@@ -232,12 +232,12 @@ class Database(ABC, Generic[E, S]):
         """
         return self.get_session()
 
-    def open_session(self, scope: Scope | None) -> OpenSession[S]:
+    @abstractmethod
+    def open_session(self, scope: Scope | None) -> ManagedSession[S]:
         """Make a session for a unit of work to end; applications call `get_session` or `begin`."""
-        return self._make_session(self.engine, scope)
 
     @abstractmethod
-    def _make_session(self, engine: E | None, scope: Scope | None) -> OpenSession[S]: ...
+    def _make_session(self, engine: E | None, scope: Scope | None) -> ManagedSession[S]: ...
 
     @abstractmethod
     def _create_engine(self) -> E: ...
@@ -264,15 +264,24 @@ class Database(ABC, Generic[E, S]):
                 f"{self} cannot be built with these engine options: {self._reason(error)}"
             ) from None
         self._prepare(self._sync_engine(engine))
-        if self._is_measured:
-            watch_usage(self._sync_engine(engine))
+        for hook in self._engine_hooks:
+            hook(self._sync_engine(engine))
         return engine
 
-    def _measure(self) -> None:
-        """Count what sessions ask of the engine, of this one and of those built later."""
-        self._is_measured = True
+    def watch_engines(self, hook: Callable[[Engine], None]) -> None:
+        """Call `hook` with each engine that sessions of this database use, now and later.
+
+        Args:
+            hook: Called again for the same engine if several databases or sessions share it.
+        """
+        self._engine_hooks.append(hook)
         if self._engine is not None:
-            watch_usage(self._sync_engine(self._engine))
+            hook(self._sync_engine(self._engine))
+
+    def _watch_engine(self, engine: Engine) -> None:
+        """Watch an engine that a session uses besides that of its database (`binds`)."""
+        for hook in (watch, *self._engine_hooks):
+            hook(engine)
 
     def _reason(self, error: Exception) -> str:
         original = getattr(error, "orig", None) or error

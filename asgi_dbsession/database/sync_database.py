@@ -11,11 +11,13 @@ from sqlalchemy.orm import Session
 from typing_extensions import override
 
 from asgi_dbsession.errors import DatabaseUnavailable
-from asgi_dbsession.session.guard import in_turn, put_in_turn
-from asgi_dbsession.session.lock import BETWEEN_THREADS, Turn, current_task
+from asgi_dbsession.session.guard import Companion, guarded_class
+from asgi_dbsession.session.lock import current_task
+from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.thread_lock import ThreadLock
 from asgi_dbsession.types import Scope
-from asgi_dbsession.unit.current import unit_of_its_own
-from asgi_dbsession.unit.managed_session import OpenSession
+from asgi_dbsession.unit.begin import unit_of_its_own
+from asgi_dbsession.unit.ending import close_blocking
 
 from .base import Database
 from .options import AnySession, SessionOptions
@@ -42,7 +44,7 @@ class SyncDatabase(Database[Engine, AnySession]):
         ConfigurationError: The URL is none, its driver is missing, or it is for asyncio.
     """
 
-    _asynchronous = False
+    is_async = False
     _engine_class = Engine
     _questions = 0  # of health checks, not yet answered
 
@@ -55,7 +57,7 @@ class SyncDatabase(Database[Engine, AnySession]):
         **engine_options: Any,
     ) -> None:
         super().__init__(url, session_options, ping_on_startup, engine_options)
-        self._class: type[AnySession] = in_turn(self._session_class(Session))
+        self._class: type[AnySession] = guarded_class(self._session_class(Session))
         self._check_session_options()
 
     @contextmanager
@@ -77,18 +79,24 @@ class SyncDatabase(Database[Engine, AnySession]):
             unit.is_blocking = True
             try:
                 yield unit.open(self)
-            except BaseException:
-                unit.close_blocking(commit=False)
+            except BaseException as error:
+                close_blocking(unit, commit=False, error=error)
                 raise
             else:
-                unit.close_blocking(commit=not unit.rollback)
+                close_blocking(unit, commit=not unit.rollback)
 
     @override
-    def _make_session(self, engine: Engine | None, scope: Scope | None) -> OpenSession[AnySession]:
-        session = self._class(engine, **self._session_options)
+    def open_session(self, scope: Scope | None) -> ManagedSession[AnySession]:
+        return self._make_session(self.engine, scope)
+
+    @override
+    def _make_session(
+        self, engine: Engine | None, scope: Scope | None
+    ) -> ManagedSession[AnySession]:
+        session = self._class(bind=engine, **self._session_options)
         session.info["scope"] = scope
-        turn = put_in_turn(session, Turn(self, *BETWEEN_THREADS))
-        return OpenSession(session, session, turn, _run_in_thread, opener=current_task())
+        companion = Companion(ThreadLock(self, current_task()), self._watch_engine)
+        return ManagedSession(session, session, companion, _run_in_thread)
 
     @override
     def _create_engine(self) -> Engine:

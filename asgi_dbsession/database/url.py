@@ -7,7 +7,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 
-from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.errors import ConfigurationError, without_secrets
 
 # For a URL that names no driver: the first of these that is installed.
 _ASYNC_DRIVERS: dict[str, tuple[str, ...]] = {
@@ -33,11 +33,6 @@ _MODULES: dict[str, str] = {
     "pysqlite": "sqlite3",
 }
 _PACKAGES: dict[str, str] = {"mysqldb": "mysqlclient", "mariadbconnector": "mariadb"}
-
-
-def without_secrets(url: URL) -> str:
-    """The URL as it may be shown: password hidden, options left out (they can hold one too)."""
-    return url.set(query={}).render_as_string(hide_password=True)
 
 
 def url_with_driver(url: str | URL, *, asynchronous: bool) -> URL:

@@ -1,4 +1,4 @@
-"""Where in the application's code a session is being used."""
+"""Which line of the application uses a session."""
 
 import sys
 from importlib import import_module
@@ -7,18 +7,18 @@ from typing import Any, TypeAlias
 # Not imported by name: it comes without types.
 _greenlet: Any = import_module("greenlet")
 
-# A code object's file and a line; made into text only where someone wants to read it.
-Place: TypeAlias = tuple[str, int] | None
+# A file and a line; made into text only where somebody reads it.
+CallSite: TypeAlias = tuple[str, int] | None
 
 # Through what an application reaches its database.
 _BETWEEN = frozenset(
     ("sqlalchemy", "asgi_dbsession", "sqlmodel", "greenlet", "contextlib", "functools", "asyncio")
 )
-# What ends a unit of work: no use of the application's, though its code may be further out.
-_ENDS = ("asgi_dbsession.unit.unit_of_work", "asgi_dbsession.session.commit")
+# What ends a unit of work. The application's code may be further out, but does not use the session.
+_ENDS = ("asgi_dbsession.unit.ending", "asgi_dbsession.session.managed")
 
 
-def place_of_use() -> Place:
+def find_call_site() -> CallSite:
     """The innermost line of the application that led here; None at the end of a unit of work."""
     frame: Any = sys._getframe(1)
     greenlet = _greenlet.getcurrent()
@@ -36,6 +36,6 @@ def place_of_use() -> Place:
         frame = greenlet.gr_frame
 
 
-def as_text(place: Place) -> str | None:
+def as_text(call_site: CallSite) -> str | None:
     """As editors and terminals know it: `file:line`."""
-    return None if place is None else f"{place[0]}:{place[1]}"
+    return None if call_site is None else f"{call_site[0]}:{call_site[1]}"

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 
-from .report import DatabaseReport, UnitReport
+from asgi_dbsession.unit.report import DatabaseReport, UnitReport
 
 _logger = logging.getLogger("asgi_dbsession")
 
@@ -35,7 +35,7 @@ def warn_when_idle(seconds: float = 1) -> Callable[[UnitReport], None]:
 
 def _describe(report: UnitReport) -> str:
     kind, path = report.scope["type"], report.scope.get("path", "")
-    return f"{report.scope.get('method', kind)} {path}"
+    return ascii(f"{report.scope.get('method', kind)} {path}")  # a client chose them
 
 
 def _places(report: DatabaseReport) -> tuple[str, str]:

@@ -1,160 +1,114 @@
-"""A unit of work that reports how it ended."""
+"""Reports how each unit of work ended, and what it took."""
 
 import logging
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from time import perf_counter, time
-from typing import Any, TypeVar
+from typing import Any
+from weakref import WeakKeyDictionary
 
+from sqlalchemy import Engine
 from typing_extensions import override
 
-from asgi_dbsession.database.base import Database
-from asgi_dbsession.types import Scope
-from asgi_dbsession.unit.managed_session import OpenSession, SessionSource
-from asgi_dbsession.unit.unit_of_work import UnitOfWork
+from asgi_dbsession.session.lock import End, Reason
+from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.unit.observer import UnitObserver
+from asgi_dbsession.unit.report import DatabaseReport, Outcome, UnitReport
 
 from .call_site import as_text
-from .report import DatabaseReport, Outcome, Reason, UnitReport
-from .stats import Usage, forget
-
-S = TypeVar("S")
+from .stats import SessionStats, watch_usage
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# What an application raises; whatever else comes unwinds it.
-_RAISED = (Exception, BaseExceptionGroup, KeyboardInterrupt, SystemExit)
+
+@dataclass
+class _Record:
+    """What is known of one unit of work since its last report."""
+
+    start_time: float = field(default_factory=time)
+    start: float = field(default_factory=perf_counter)
+    stats: dict[Any, SessionStats] = field(default_factory=dict)
+
+    @property
+    def has_stats(self) -> bool:
+        return any(each.statements or each.wait_time for each in self.stats.values())
 
 
-class ReportedUnit(UnitOfWork):
-    """What `UnitOfWork` is, and a call for each end.
+class Recorder(UnitObserver):
+    """Calls a function with a report at each end of a unit of work.
 
     Args:
-        on_report: Called with each report; what it raises is logged.
-        databases: As for the class itself.
-        scope: As for the class itself.
-        enclosing: As for the class itself.
+        on_report: The function; what it raises is logged.
     """
 
-    def __init__(
-        self,
-        on_report: Callable[[UnitReport], object],
-        databases: tuple[SessionSource[Any], ...],
-        scope: Scope | None,
-        enclosing: UnitOfWork | None,
-    ) -> None:
-        super().__init__(databases, scope, enclosing)
+    def __init__(self, on_report: Callable[[UnitReport], object]) -> None:
         self._on_report = on_report
-        self._usages: dict[Database[Any, Any], Usage] = {}
-        self._reports = 0
-        self._reason: Reason | None = None
-        self._error: BaseException | None = None
-        # One that is being handled around this unit says nothing of what happens in it.
-        self._handled = sys.exception()
-        self._start_time, self._start = time(), perf_counter()
+        self._records: WeakKeyDictionary[Any, _Record] = WeakKeyDictionary()
 
     @override
-    def within(self, databases: tuple[SessionSource[Any], ...]) -> UnitOfWork:
-        return ReportedUnit(self._on_report, databases, self.scope, self)
+    def engine_used(self, engine: Engine) -> None:
+        watch_usage(engine)
 
     @override
-    def open(self, database: SessionSource[S]) -> S:
-        session = super().open(database)
-        if database not in self._usages and isinstance(database, Database):
-            usage = Usage()
-            if self._usages.setdefault(database, usage) is usage:
-                usage.follow(self.sessions[database].orm)
-        return session
+    def unit_began(self, unit: Any) -> None:
+        self._records[unit] = _Record()
 
     @override
-    async def end(self, *, commit: bool, only_of: tuple[object, ...] | None = None) -> None:
-        reports = self._reports
-        self._reason = None if commit else "set_rollback" if self.rollback else "status"
-        self._error = None
-        await super().end(commit=commit, only_of=only_of)
-        if only_of is None and reports == self._reports:
-            self._report_rest()
+    def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
+        stats = self._records[unit].stats[database] = SessionStats()
+        stats.attach(opened)
 
     @override
-    async def close(self, *, commit: bool) -> None:
-        self._give_reason(commit=commit)
-        sessions = [each.orm for each in self.sessions.values()]
-        try:
-            await super().close(commit=commit)
-            if any(each.statements or each.wait_time for each in self._usages.values()):
-                self._report_rest()
-        finally:
-            for session in sessions:
-                forget(session)
+    def work_ended(self, unit: Any, end: End) -> None:
+        record = self._records[unit]
+        if end.had_work or not end.close or record.has_stats:
+            self._report(unit, end, record)
 
-    @override
-    async def _end_each(
-        self, working: list[OpenSession[Any]], *, commit: bool, close: bool
-    ) -> None:
-        try:
-            await super()._end_each(working, commit=commit, close=close)
-        except Exception as error:
-            self._report_end(commit=commit, is_work=True, failure=error)
-            raise
-        else:
-            self._report_end(commit=commit, is_work=bool(working))
-
-    def _give_reason(self, *, commit: bool) -> None:
-        error = sys.exception()
-        self._reason, self._error = None, None if error is self._handled else error
-        if commit:
-            return
-        if self._error is None:
-            self._reason = "set_rollback" if self.rollback else "unfinished"
-        else:
-            self._reason = "exception" if isinstance(self._error, _RAISED) else "cancelled"
-
-    def _report_end(self, *, commit: bool, is_work: bool, failure: Exception | None = None) -> None:
-        if failure is not None and commit:
-            self._reason, self._error = "commit_failed", failure
-        if failure is not None or (is_work and not commit):
-            self._report("rolled_back")
-        else:
-            self._report_rest()
-
-    def _report_rest(self) -> None:
-        stored = any(each.commits for each in self._usages.values())
-        self._report("committed" if stored else "nothing_to_do")
-
-    def _report(self, outcome: Outcome) -> None:
+    def _report(self, unit: Any, end: End, record: _Record) -> None:
         now = perf_counter()
+        reason: Reason | None = None if end.commit else end.reason
+        error = end.error
+        if end.commit and end.failure is not None:
+            reason, error = "commit_failed", end.failure
         report = UnitReport(
-            scope=self.scope,
-            outcome=outcome,
-            reason=self._reason,
-            error=self._error,
-            start_time=self._start_time,
-            duration=now - self._start,
+            scope=unit.scope,
+            outcome=_outcome(end, record),
+            reason=reason,
+            error=error,
+            start_time=record.start_time,
+            duration=now - record.start,
             databases=tuple(
-                _describe(each, self._usages[each], now)
-                for each in self.databases
-                if isinstance(each, Database) and each in self._usages
+                _describe(each, record.stats[each], now)
+                for each in unit.databases
+                if each in record.stats
             ),
         )
-        self._reports += 1
-        self._start_time, self._start = time(), now
+        record.start_time, record.start = time(), now
         try:
             self._on_report(report)
         except Exception:
-            _logger.exception("%r failed; the unit of work is over as reported.", self._on_report)
+            _logger.exception("%r failed; the unit of work ended as reported.", self._on_report)
 
 
-def _describe(database: Database[Any, Any], usage: Usage, now: float) -> DatabaseReport:
-    usage.stop_waiting(now)  # in vain: the pool was exhausted, or the database is gone
+def _outcome(end: End, record: _Record) -> Outcome:
+    if end.failure is not None or (end.had_work and not end.commit):
+        return "rolled_back"
+    has_committed = any(each.commits for each in record.stats.values())
+    return "committed" if has_committed else "nothing_to_do"
+
+
+def _describe(database: Any, stats: SessionStats, now: float) -> DatabaseReport:
+    stats.stop_waiting(now)  # in vain: the pool was exhausted, or the database is gone
     report = DatabaseReport(
         database=database,
-        committed=usage.commits > 0,
-        statements=usage.statements,
-        operation_duration=usage.operation_duration,
-        wait_time=usage.wait_time,
-        use_time=usage.use_time,
-        idle_time=usage.idle_time,
-        idle_after=as_text(usage.idle_after),
-        idle_before=as_text(usage.idle_before),
+        committed=stats.commits > 0,
+        statements=stats.statements,
+        operation_duration=stats.operation_duration,
+        wait_time=stats.wait_time,
+        use_time=stats.use_time,
+        idle_time=stats.idle_time,
+        idle_after=as_text(stats.idle_after),
+        idle_before=as_text(stats.idle_before),
     )
-    usage.reset()
+    stats.reset()
     return report

@@ -3,8 +3,7 @@
 from contextvars import ContextVar
 
 from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
-
-from .report import UnitReport
+from asgi_dbsession.unit.report import UnitReport
 
 
 class _Header:

@@ -6,25 +6,26 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from .call_site import Place, place_of_use
+from asgi_dbsession.session.managed import ManagedSession
+
+from .call_site import CallSite, find_call_site
 
 # Where a connection keeps who has it.
-_KEY = "asgi_dbsession.hold"
+_KEY = "asgi_dbsession.checkout"
 
 
-class Usage:
+class SessionStats:
     """What was asked since it was last told; times in seconds.
 
     Attributes:
-        hold: The connection that the session has now.
+        checkout: The connection that the session has now.
         asked: Since when it waits for one.
     """
 
     def __init__(self) -> None:
-        self.hold: Hold | None = None
+        self.checkout: Checkout | None = None
         self.asked: float | None = None
         self.reset()
 
@@ -36,26 +37,26 @@ class Usage:
         self.wait_time: float = 0
         self.use_time: float = 0
         self.idle_time: float = 0
-        self.idle_after: Place = None
-        self.idle_before: Place = None
+        self.idle_after: CallSite = None
+        self.idle_before: CallSite = None
 
-    def follow(self, session: Session) -> None:
+    def attach(self, opened: ManagedSession[Any]) -> None:
         """Count what is done on a session that was just made.
 
         SQLAlchemy asks a session for its bind right before it checks out a connection, and tells
-        of a checkout only when it is done.
+        of the checkout only when it is done.
         """
-        get_bind: Any = session.get_bind
-        own: Any = session.bind
+        own: Any = opened.orm.bind
+        lock = opened.lock
 
-        def get_bind_and_note(*args: Any, **kwargs: Any) -> Any:
-            bind = get_bind(*args, **kwargs)
-            if self.hold is None and bind.engine.pool is own.engine.pool:
+        def record_bind(bind: Any) -> None:
+            # Outside of an operation, it is the application that asks.
+            is_asked = self.checkout is None and lock.is_busy
+            if is_asked and bind.engine.pool is own.engine.pool:
                 self.asked = perf_counter()
                 _asking.set(self)
-            return bind
 
-        vars(session)["get_bind"] = get_bind_and_note
+        opened.companion.bind_asked = record_bind
 
     def stop_waiting(self, now: float) -> None:
         """Count what it waited so far, in vain or not."""
@@ -64,57 +65,52 @@ class Usage:
             self.asked = None
 
 
-def forget(session: Session) -> None:
-    """Undo `follow`, or only the garbage collector would ever free the session."""
-    vars(session).pop("get_bind", None)
-
-
-class Hold:
+class Checkout:
     """A connection while a session has it.
 
     Args:
-        usage: Of that session.
+        stats: Of that session.
         now: When it was checked out.
     """
 
-    __slots__ = ("_busy", "_free", "_place", "_since", "is_committing", "usage")
+    __slots__ = ("_busy", "_call_site", "_free", "_since", "is_committing", "stats")
 
-    def __init__(self, usage: Usage, now: float) -> None:
-        self.usage: Usage = usage
+    def __init__(self, stats: SessionStats, now: float) -> None:
+        self.stats: SessionStats = stats
         self.is_committing: bool = False
         self._since = self._free = now
         self._busy: float | None = None
-        self._place: Place = None
+        self._call_site: CallSite = None
 
     def begin(self) -> None:
         """An operation begins."""
-        now, usage = perf_counter(), self.usage
-        usage.asked = None
+        now, stats = perf_counter(), self.stats
+        stats.asked = None
         if self._busy is not None:
-            usage.operation_duration += now - self._busy
+            stats.operation_duration += now - self._busy
             self._free = now
-        place = place_of_use()
-        if now - self._free > usage.idle_time:
-            usage.idle_time = now - self._free
-            usage.idle_after, usage.idle_before = self._place, place
-        self._place, self._busy = place, now
+        call_site = find_call_site()
+        if now - self._free > stats.idle_time:
+            stats.idle_time = now - self._free
+            stats.idle_after, stats.idle_before = self._call_site, call_site
+        self._call_site, self._busy = call_site, now
 
     def done(self) -> None:
         """The operation, if any, is over."""
         if self._busy is not None:
             self._free = perf_counter()
-            self.usage.operation_duration += self._free - self._busy
+            self.stats.operation_duration += self._free - self._busy
             self._busy = None
 
     def give_back(self) -> None:
         """The connection goes back into its pool."""
         self.done()
-        self.usage.use_time += perf_counter() - self._since
-        if self.usage.hold is self:
-            self.usage.hold = None
+        self.stats.use_time += perf_counter() - self._since
+        if self.stats.checkout is self:
+            self.stats.checkout = None
 
 
-_asking: ContextVar[Usage | None] = ContextVar("asgi_dbsession.asking", default=None)
+_asking: ContextVar[SessionStats | None] = ContextVar("asgi_dbsession.asking", default=None)
 
 
 def watch_usage(engine: Engine) -> None:
@@ -131,58 +127,58 @@ def watch_usage(engine: Engine) -> None:
 
 
 def _check_out(_connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
-    usage = _asking.get()
-    if usage is not None and usage.asked is not None:
+    stats = _asking.get()
+    if stats is not None and stats.asked is not None:
         now = perf_counter()
-        usage.stop_waiting(now)
-        usage.asked = now  # a pool may take from another pool, and tell of both
-        usage.hold = record.info[_KEY] = Hold(usage, now)
+        stats.stop_waiting(now)
+        stats.asked = now  # a pool may take from another pool, and tell of both
+        stats.checkout = record.info[_KEY] = Checkout(stats, now)
 
 
 def _check_in(_connection: object, record: ConnectionPoolEntry) -> None:
-    hold: Hold | None = record.info.pop(_KEY, None)
-    if hold is not None:
-        hold.give_back()
+    checkout: Checkout | None = record.info.pop(_KEY, None)
+    if checkout is not None:
+        checkout.give_back()
 
 
-def _hold_of(connection: Connection | None) -> Hold | None:
+def _checkout_of(connection: Connection | None) -> Checkout | None:
     # One that was thrown away would be replaced by the mere question.
     if connection is None or connection.closed or connection.invalidated:
         return None
-    hold: Hold | None = connection.info.get(_KEY)
-    return hold
+    checkout: Checkout | None = connection.info.get(_KEY)
+    return checkout
 
 
 def _begin_statement(connection: Connection, *_: object) -> None:
-    hold = _hold_of(connection)
-    if hold is not None:
-        hold.usage.statements += 1
-        hold.begin()
+    checkout = _checkout_of(connection)
+    if checkout is not None:
+        checkout.stats.statements += 1
+        checkout.begin()
 
 
 def _begin_commit(connection: Connection, *_: object) -> None:
-    hold = _hold_of(connection)
-    if hold is not None:
-        hold.usage.commits += 1
-        hold.is_committing = True
-        hold.begin()
+    checkout = _checkout_of(connection)
+    if checkout is not None:
+        checkout.stats.commits += 1
+        checkout.is_committing = True
+        checkout.begin()
 
 
 def _begin(connection: Connection, *_: object) -> None:
-    hold = _hold_of(connection)
-    if hold is not None:
-        hold.begin()
+    checkout = _checkout_of(connection)
+    if checkout is not None:
+        checkout.begin()
 
 
 def _done(connection: Connection, *_: object) -> None:
-    hold = _hold_of(connection)
-    if hold is not None:
-        hold.done()
+    checkout = _checkout_of(connection)
+    if checkout is not None:
+        checkout.done()
 
 
 def _fail(context: ExceptionContext) -> None:
-    hold = _hold_of(context.connection)
-    if hold is not None:
-        hold.done()
-        hold.usage.commits -= hold.is_committing
-        hold.is_committing = False
+    checkout = _checkout_of(context.connection)
+    if checkout is not None:
+        checkout.done()
+        checkout.stats.commits -= checkout.is_committing
+        checkout.is_committing = False

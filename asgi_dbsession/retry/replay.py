@@ -2,7 +2,7 @@
 
 from asgi_dbsession.types import Message, Receive
 
-# How much of a request's body is kept for another run, in bytes; one with more has a single run.
+# How much of a request's body is kept for another run, in bytes. One with more runs only once.
 BODY_LIMIT = 1_048_576
 
 
@@ -22,29 +22,38 @@ class Replay:
         self.is_kept: bool = True
         self.is_client_gone: bool = False
 
-    def from_start(self) -> Receive:
-        """A `receive` that begins with all of the body that was received so far."""
-        is_behind = self._has_begun
+    def from_start(self, *, last: bool = False) -> Receive:
+        """A `receive` that begins with all of the body that was received so far.
+
+        Args:
+            last: Whether there will be no other run, so that nothing needs to be kept.
+        """
+        pending = self._body if self._has_begun else None
+        has_more = self._has_more
+        if last:
+            self.let_go()
 
         async def receive_again() -> Message:
-            nonlocal is_behind
-            if is_behind:
-                is_behind = False
-                body = bytes(self._body)
-                return {"type": "http.request", "body": body, "more_body": self._has_more}
+            nonlocal pending
+            if pending is not None:
+                body, pending = bytes(pending), None
+                return {"type": "http.request", "body": body, "more_body": has_more}
             message = await self._receive()
             self._keep(message)
             return message
 
         return receive_again
 
+    def let_go(self) -> None:
+        """Keep nothing any more, because there will be no other run."""
+        self.is_kept = False
+        self._body = bytearray()
+
     def _keep(self, message: Message) -> None:
         body = message.get("body", b"")
         self.is_client_gone = self.is_client_gone or message["type"] != "http.request"
         if self.is_client_gone or len(self._body) + len(body) > BODY_LIMIT:
-            # There will be no other run.
-            self.is_kept = False
-            self._body.clear()
+            self.let_go()
         if self.is_kept:
             self._has_begun = True
             self._has_more = message.get("more_body", False)

@@ -1,44 +1,61 @@
-"""Runs a request again that lost a race with another one in the database."""
+"""Runs a request again after a conflict with another one in the database."""
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 from functools import partial
+from random import SystemRandom
 
 import anyio
+from sqlalchemy import Engine
+from typing_extensions import override
 
-from asgi_dbsession.errors import UNWOUND
+from asgi_dbsession.errors import ABORTED
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
+from asgi_dbsession.unit.observer import UnitObserver
 
-from .attempt import Attempt
+from .attempt import Attempt, watch_conflicts
 from .replay import Replay
 
 # The longest pause before the second run, in seconds; it doubles from run to run, up to the other.
 _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
 
 
-async def serve_until_won(
-    serve: ASGIApp, attempts: int, scope: Scope, receive: Receive, send: Send
-) -> None:
-    """Serve a request up to `attempts` times, each from the top as if it were the first."""
-    context, restore, body = copy_context(), _keep_contents(scope), Replay(receive)
-    for number in range(1, attempts):
-        attempt = Attempt(body)
-        serve_once = partial(attempt.serve, serve, scope, send)
-        await (serve_once() if number == 1 else _run_in(context, serve_once))
-        if not attempt.is_futile:
-            # Withheld, and then something was committed, or more of the body came than is kept.
-            if attempt.lost is not None and attempt.owes_answer:
-                raise attempt.lost
-            return
-        if _is_cancelled():  # and its application took that for an error
-            raise asyncio.CancelledError
-        # The others that lost the same race try again too: not all at once.
-        pause = random.uniform(0, min(_PAUSE * 2 ** (number - 1), _LONGEST_PAUSE))  # noqa: S311
-        await anyio.sleep(pause)
-        restore()
-    await _run_in(context, partial(serve, scope, body.from_start(), send))
+class Retry(UnitObserver):
+    """Serves a request several times if need be, each time from the start.
+
+    Args:
+        app: What serves the request.
+        attempts: How often it may run.
+    """
+
+    def __init__(self, app: ASGIApp, attempts: int) -> None:
+        self._app = app
+        self._attempts = attempts
+
+    @override
+    def engine_used(self, engine: Engine) -> None:
+        watch_conflicts(engine)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        context, restore, body = copy_context(), _keep_contents(scope), Replay(receive)
+        for number in range(1, self._attempts):
+            attempt = Attempt(body)
+            serve = partial(attempt.serve, self._app, scope, receive, send)
+            await (serve() if number == 1 else _run_in(context, serve))
+            if not attempt.can_retry:
+                # Withheld, and then something was committed, or the body became too long to keep.
+                if attempt.conflict is not None and attempt.owes_answer:
+                    raise attempt.conflict
+                return
+            if _is_cancelled():  # and its application took that for an error
+                raise asyncio.CancelledError
+            # Others that had the same conflict try again too: not all at once.
+            longest = min(_PAUSE * 2 ** (number - 1), _LONGEST_PAUSE)
+            await anyio.sleep(SystemRandom().uniform(0, longest))
+            restore()
+        await _run_in(context, partial(self._app, scope, body.from_start(last=True), send))
 
 
 def _is_cancelled() -> bool:
@@ -57,9 +74,9 @@ async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> 
         nonlocal failure
         try:
             await function()
-        except (*UNWOUND, asyncio.CancelledError) as error:
+        except (*ABORTED, asyncio.CancelledError) as error:
             # Out of the group it would come as a group; or not at all, if the application itself
-            # let go of something that was cancelled.
+            # raised a cancellation.
             failure = error
 
     async with anyio.create_task_group() as group:

@@ -1,244 +1,275 @@
-"""One operation at a time on a session, and none after its end."""
+"""Lets one caller at a time use a session, and nobody after it was closed."""
 
 import asyncio
-from collections.abc import Callable
+import sys
+from abc import ABC, abstractmethod
 from concurrent.futures import Future
 from contextvars import ContextVar
-from threading import Lock, get_ident
+from dataclasses import dataclass, field
+from threading import RLock, get_ident
+from typing import Any, Literal, TypeAlias
 
 from sqlalchemy.util import await_only
+from typing_extensions import override
 
 from asgi_dbsession.errors import ConcurrentUse, ConfigurationError, SessionClosed
 
-# Held for a few instructions at a time, so one is enough for all.
-_reserving = Lock()
-
-# Who has the turn of a session that is over: nobody ever gives it back.
-_OVER = object()
-
-# What ends sessions together, in several threads perhaps: it must not wait for itself.
-current_end: ContextVar[object] = ContextVar("asgi_dbsession.end", default=None)
-
-
-class Turn:
-    """Whose turn it is on one session.
-
-    An operation takes the turn, and is refused while another caller has it. An end waits for the
-    operation in flight; whoever comes while an end waits or runs, waits for the end.
-
-    Args:
-        database: What the errors name.
-        caller: Who is asking: the current task on an async session, the thread on a sync one. It
-            raises RuntimeError where there is no task.
-        wait: How that caller waits.
-
-    Attributes:
-        workers: Who began operations since the last end began, but for tasks that are done.
-    """
-
-    __slots__ = (
-        "_caller",
-        "_ending",
-        "_free",
-        "_holder",
-        "_wait",
-        "_waiting",
-        "database",
-        "workers",
-    )
-
-    def __init__(
-        self, database: object, caller: Callable[[], object], wait: Callable[[Future[None]], None]
-    ) -> None:
-        self.database: object = database
-        self._caller = caller
-        self._wait = wait
-        self._free = Lock()
-        self._holder: object = None
-        self._ending: object = None
-        self._waiting: list[Future[None]] = []
-        self.workers: set[object] = set()
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether an operation or an end is under way, or an end waits."""
-        return self._ending is not None or self._free.locked()
-
-    def is_ended_here(self) -> bool:
-        """Whether the caller is the one who has the turn to end the work."""
-        if self._ending is None or self._ending != self._holder:
-            return False
-        try:
-            return self._ending == self._caller()
-        except RuntimeError:
-            return False
-
-    def touch(self) -> None:
-        """Count what needs no turn, because it is done at once and in memory.
-
-        Raises:
-            SessionClosed: The unit of work is over.
-        """
-        if self._ending is _OVER:
-            raise SessionClosed(self.database)
-        try:
-            caller = self._caller()
-        except RuntimeError as error:
-            raise self._error_of_thread() from error
-        if caller not in self.workers:
-            self._note(caller)
-
-    def take(self) -> bool:
-        """Begin an operation.
-
-        Returns:
-            False inside an operation of the same caller (autoflush, lazy loading), which goes on
-            having the turn: only who took it gives it back.
-
-        Raises:
-            ConcurrentUse: Another task (thread) is in the middle of an operation.
-            SessionClosed: The unit of work is over.
-        """
-        try:
-            caller = self._caller()
-        except RuntimeError as error:
-            raise self._error_of_thread() from error
-        if self._holder is not None and self._holder == caller:
-            return False
-        if self._ending is None and self._free.acquire(False):
-            self._holder = caller
-        elif not self._claim_after_end(caller):
-            return False
-        if not self.workers:
-            self.workers.add(caller)
-        elif caller not in self.workers:
-            self._note(caller)
-        return True
-
-    def take_to_end(self) -> None:
-        """Begin the end of the work done so far; waits for the operation in flight.
-
-        Raises:
-            SessionClosed: The unit of work is over.
-        """
-        caller = self._caller()
-        try:
-            while True:
-                with _reserving:
-                    if self._ending is None:
-                        self._ending = caller
-                if self._claim(caller, ending=caller):
-                    self.workers.clear()
-                    return
-                self._wait_for_release(ending=caller)
-        except BaseException:  # cancelled with its whole loop: nobody must wait for it for ever
-            if self._ending == caller:
-                self._ending = None
-                self._wake()
-            raise
-
-    def keep(self) -> None:
-        """Let whoever goes on with `current_end` have the turn, whichever thread he is in."""
-        self._holder = self._ending = current_end.get()
-
-    def go_on_ending(self) -> None:
-        """Go on with an end that was begun, and whose turn was kept."""
-        self._holder = self._ending = self._caller()
-
-    def take_to_end_if_free(self) -> bool:
-        """The same unless someone is in an operation; never waits."""
-        try:
-            caller = self._caller()
-        except RuntimeError:  # of a thread, which ends no session of a task
-            return False
-        if self._ending is not None or not self._free.acquire(False):
-            return False
-        self._holder = self._ending = caller
-        return True
-
-    def give(self, *, over: bool = False) -> None:
-        """Finish what was begun; with `over`, no operation begins ever again."""
-        ended = self._ending is not None and self._ending == self._holder
-        self._holder = None
-        if over:
-            self._ending = _OVER
-        else:
-            self._free.release()
-            if ended:  # only now, or someone would be refused who only has to wait
-                self._ending = None
-        if self._waiting:
-            self._wake()
-
-    def _note(self, caller: object) -> None:
-        if self.workers:
-            # `asyncio.wait_for` makes a task for each call before Python 3.12: must not pile up.
-            self.workers = {each for each in self.workers if not is_done(each)}
-        self.workers.add(caller)
-
-    def _error_of_thread(self) -> ConfigurationError:
-        return ConfigurationError(
-            f"This session of {self.database} was used in a thread, where nothing can be awaited. "
-            "Use it in an `async def` function, or give DBSessionMiddleware an object of the class "
-            "SyncDatabase for what is written with `def`."
-        )
-
-    def _claim(self, caller: object, ending: object = None) -> bool:
-        if self._ending is _OVER:
-            raise SessionClosed(self.database)
-        if self._ending is not ending or not self._free.acquire(False):
-            return False
-        self._holder = caller
-        return True
-
-    def _claim_after_end(self, caller: object) -> bool:
-        while not self._claim(caller):
-            ending = self._ending  # asked once: it may be over before it is asked again
-            if ending is not None and ending is current_end.get():
-                return False  # a listener of another session that ends; SQLAlchemy will refuse it
-            if ending is not None:
-                self._wait_for_release()
-            elif self._claim(caller):  # what was in the way was an end, and is done by now
-                break
-            else:
-                raise ConcurrentUse(self.database)
-        return True
-
-    def _wait_for_release(self, ending: object = None) -> None:
-        released: Future[None] = Future()
-        with _reserving:
-            self._waiting.append(released)
-        # It may have been released before it could know of us: then nobody will wake us.
-        if self._ending is not _OVER and (
-            self._free.locked() or self._ending not in (None, ending)
-        ):
-            self._wait(released)
-
-    def _wake(self) -> None:
-        with _reserving:
-            waiting, self._waiting = self._waiting, []
-        for released in waiting:
-            if released.set_running_or_notify_cancel():  # else its waiter was cancelled
-                released.set_result(None)
+from .tasks import has_ended, has_failed
 
 
 def current_task() -> object:
-    """The running task; None in a worker thread, which has none, and on trio."""
+    """The running task of asyncio or trio; None in a worker thread."""
     try:
         return asyncio.current_task()
     except RuntimeError:
+        trio: Any = sys.modules.get("trio")  # without trio loaded, this is a worker thread
+        if trio is None:
+            return None
+    try:
+        task: object = trio.lowlevel.current_task()
+    except RuntimeError:
         return None
+    return task
 
 
-def is_done(caller: object) -> bool:
-    """Whether it is a task that has ended; what it did is for others to end."""
-    return isinstance(caller, asyncio.Future) and caller.done()
+Reason: TypeAlias = Literal[
+    "status", "set_rollback", "exception", "cancelled", "unfinished", "commit_failed"
+]
 
 
-def _wait_in_greenlet(released: Future[None]) -> None:
-    await_only(asyncio.wrap_future(released))
+@dataclass(slots=True, eq=False)
+class End:
+    """One commit or rollback of all work of a unit, in one or in several threads.
+
+    Args:
+        commit: False rolls back.
+        reason: Why the work is not committed.
+        close: Whether the sessions are closed permanently.
+        task: The task whose work it is; None for the work of all tasks.
+        error: What the application raised.
+
+    Attributes:
+        requested_by: The task and the thread that asked for the end, and wait for it. A lock that
+            they still hold was abandoned, by an exception out of a signal handler.
+        had_work: Whether there was anything to commit or roll back.
+        failure: What the end itself raised.
+    """
+
+    commit: bool
+    reason: Reason
+    close: bool = False
+    task: object = None
+    error: BaseException | None = None
+    requested_by: tuple[object, int] = field(default_factory=lambda: (current_task(), get_ident()))
+    had_work: bool = False
+    failure: BaseException | None = None
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the work was committed."""
+        return self.commit and self.failure is None
 
 
-# On an async session a caller is a task, and the loop goes on while it waits; on a sync one it is a
-# thread, and blocks.
-BETWEEN_TASKS = asyncio.current_task, _wait_in_greenlet
-BETWEEN_THREADS = get_ident, Future[None].result
+# Set while sessions end. A listener that SQLAlchemy calls meanwhile is part of that end.
+current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=None)
+
+
+class SessionLock(ABC):
+    """A monitor: each method decides at once, or waits until the lock is released.
+
+    An operation acquires the lock, and is refused while another caller is in an operation. An end
+    waits for the operation in flight. An operation that begins while an end waits or runs waits
+    for that end.
+
+    The mutex is an `RLock`: a signal handler or a finalizer may use the session while its own
+    thread holds the mutex. No exception can leave it locked, because `with` acquires and releases
+    it without running Python code.
+
+    Attributes:
+        is_closed: Whether no operation may begin any more.
+        users: The tasks that used the session since the last end. Those that have ended are moved
+            to the two flags below sooner or later.
+        has_finished_work: Whether a task that has ended well used it since, or an unknown caller.
+        has_failed_work: Whether a task used it since that has ended with an exception.
+    """
+
+    users: set[Any]
+    has_finished_work: bool
+    has_failed_work: bool
+
+    def __init__(self, database: object) -> None:
+        self.database: object = database
+        self.is_closed: bool = False
+        self.forget_users()
+        self._mutex = RLock()
+        self._holder: object = None
+        self._is_held_by_end = False
+        self._ends = 0  # how many run or wait
+        self._waiters: list[Future[None]] = []
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether an operation or an end runs or waits."""
+        return self._holder is not None or self._ends > 0
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anyone used the session since the last end."""
+        return bool(self.users) or self.has_finished_work or self.has_failed_work
+
+    def acquire(self) -> bool:
+        """Begin an operation.
+
+        Returns:
+            False inside an operation of the same caller (autoflush, lazy loading). The outermost
+            operation releases the lock.
+
+        Raises:
+            ConcurrentUse: Another task or thread is in the middle of an operation.
+            SessionClosed: The unit of work has ended.
+            ConfigurationError: A thread uses the session of an event loop.
+        """
+        caller = self._caller()
+        while True:
+            with self._mutex:
+                if self._holder == caller:
+                    return False
+                if self.is_closed:
+                    raise SessionClosed(self.database)
+                if not self._ends:
+                    if self._holder is not None:
+                        raise ConcurrentUse(self.database)
+                    self._holder = caller
+                    self._add_user(self._user(caller))
+                    return True
+                released = self._new_waiter()
+            self._wait(released)
+
+    def acquire_for_end(self, end: End) -> None:
+        """Begin a commit or rollback of all work so far, once the operation in flight is done.
+
+        Raises:
+            SessionClosed: The unit of work has ended.
+        """
+        with self._mutex:
+            self._ends += 1
+        try:
+            while True:
+                with self._mutex:
+                    if self.is_closed:
+                        raise SessionClosed(self.database)
+                    if self._holder is None or self._holder in end.requested_by:
+                        self._holder, self._is_held_by_end = self._caller(), True
+                        self.forget_users()
+                        return
+                    released = self._new_waiter()
+                self._wait(released)
+        except BaseException:  # cancelled together with its event loop
+            with self._mutex:
+                self._ends -= 1
+                self._wake_all()
+            raise
+
+    def acquire_for_end_if_free(self) -> bool:
+        """The same unless somebody uses the session; never waits."""
+        try:
+            caller = self._caller()
+        except ConfigurationError:  # a thread, which ends no session of an event loop
+            return False
+        with self._mutex:
+            if self.is_busy or self.is_closed:
+                return False
+            self._ends += 1
+            self._holder, self._is_held_by_end = caller, True
+            return True
+
+    def release(self, *, closed: bool = False) -> None:
+        """Finish an operation or an end; with `closed`, no operation begins any more."""
+        with self._mutex:
+            if self._is_held_by_end:
+                self._is_held_by_end = False
+                self._ends -= 1
+            self.is_closed = self.is_closed or closed
+            self._holder = None
+            self._wake_all()
+
+    def is_held_by_end_of_caller(self) -> bool:
+        """Whether the caller is the end that holds the lock, or was called by it."""
+        return self._is_held_by_end and self._holder == self._caller()
+
+    def record_user(self) -> None:
+        """Record that the caller uses the session, for what only changes it in memory.
+
+        Raises:
+            As `acquire`, but for `ConcurrentUse`.
+        """
+        with self._mutex:
+            if self.is_closed:
+                raise SessionClosed(self.database)
+            self._add_user(self._user(self._caller()))
+
+    def sort_out_users(self) -> None:
+        """Move the tasks that have ended from `users` to the two flags."""
+        with self._mutex:
+            for task in [each for each in self.users if has_ended(each)]:
+                self.users.discard(task)
+                if has_failed(task):
+                    self.has_failed_work = True
+                else:
+                    self.has_finished_work = True
+
+    def forget_users(self) -> None:
+        """Forget who used the session, because all work was committed or rolled back."""
+        self.users, self.has_finished_work, self.has_failed_work = set(), False, False
+
+    def _add_user(self, task: object) -> None:
+        if task is None:
+            self.has_finished_work = True
+        elif task not in self.users:
+            if self.users:
+                # Or the helper tasks of a long stream would pile up.
+                self.sort_out_users()
+            self.users.add(task)
+
+    def _new_waiter(self) -> "Future[None]":
+        released: Future[None] = Future()
+        self._waiters.append(released)
+        return released
+
+    def _wake_all(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for released in waiters:
+            if released.set_running_or_notify_cancel():  # else its waiter was cancelled
+                released.set_result(None)
+
+    @abstractmethod
+    def _caller(self) -> object: ...
+
+    @abstractmethod
+    def _user(self, caller: object) -> object: ...
+
+    @abstractmethod
+    def _wait(self, released: "Future[None]") -> None: ...
+
+
+class TaskLock(SessionLock):
+    """For the session of an event loop: its callers are tasks."""
+
+    @override
+    def _caller(self) -> object:
+        try:
+            return asyncio.current_task()
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"This session of {self.database} was used in a thread, where nothing can be "
+                "awaited. Use it in an `async def` function, or give DBSessionMiddleware a "
+                "SyncDatabase for functions written with `def`."
+            ) from error
+
+    @override
+    def _user(self, caller: object) -> object:
+        return caller
+
+    @override
+    def _wait(self, released: "Future[None]") -> None:
+        await_only(asyncio.wrap_future(released))

@@ -13,8 +13,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 from sqlalchemy.pool.base import _ConnectionRecord
 from typing_extensions import override
 
-from asgi_dbsession.database.url import without_secrets
-from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.errors import ConfigurationError, without_secrets
 
 from .condition import Condition
 from .connection import Nested, SharedConnection

@@ -21,8 +21,8 @@ from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.base import Database
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError
-from asgi_dbsession.session.commit import watch
 from asgi_dbsession.session.completion import run_to_completion
+from asgi_dbsession.session.failures import watch
 
 from .engine import home_of, share, unshare
 

@@ -1,89 +1,91 @@
 """What an application wants done once its work is stored."""
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from inspect import isawaitable
 from typing import Any, TypeAlias
 
-from anyio import get_current_task, to_thread
-from sqlalchemy import event
+from anyio import to_thread
 from sqlalchemy.orm import Session, SessionTransaction
 
 from asgi_dbsession.errors import ConfigurationError
-from asgi_dbsession.session.guard import SessionInTurn
-
-from .managed_session import SessionSource
+from asgi_dbsession.session.managed import ManagedSession
 
 Function: TypeAlias = Callable[[], object] | Callable[[], Awaitable[object]]
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# Where a session keeps what follows it.
-_FOLLOWERS = "_followers"
-
 
 @dataclass(slots=True, eq=False)
 class AfterCommit:
-    """A function to be called after COMMIT, and what became of the work it belongs to.
+    """A function to be called after COMMIT, and what became of the work that it belongs to.
 
     Args:
-        function: Takes nothing; may return something to await.
-        databases: Whose sessions it can ask for: those that could be where it was given.
-        in_thread: Whether it was given from a worker thread, and so is called in one.
+        function: Takes no arguments; may return something to await.
+        databases: Those whose sessions were available where the function was given.
+        in_thread: Whether it was given in a worker thread, and so is called in one.
+        given_by: The task that gave it; None in a worker thread.
 
     Attributes:
-        is_stored: Whether all of the work was committed, be it by the application itself.
-        is_undone: Whether any of the work was rolled back, be it only to a savepoint.
+        committed: Whether all of the work was committed, also if the application did it itself.
+        rolled_back: Whether any of the work was rolled back, also if only to a savepoint.
     """
 
     function: Function
-    databases: tuple[SessionSource[Any], ...]
+    databases: tuple[Any, ...]
     in_thread: bool
-    is_stored: bool = False
-    is_undone: bool = False
-    _sessions: list[Session] = field(default_factory=list)
+    given_by: object
+    committed: bool = False
+    rolled_back: bool = False
+    _attached: list[ManagedSession[Any]] = field(default_factory=list)
     _pending: set[Session] = field(default_factory=set)
     _transactions: set[SessionTransaction] = field(default_factory=set)
 
-    def follow(self, session: Session) -> None:
-        """Learn what becomes of the transaction, and the savepoints, that the session is in."""
+    def attach(self, opened: ManagedSession[Any]) -> None:
+        """Follow the transaction, and the savepoints, that the session is in."""
+        session = opened.orm
         if session.in_transaction():
             self._pending.add(session)
         transaction = session.get_nested_transaction() or session.get_transaction()
         while transaction is not None:
             self._transactions.add(transaction)
             transaction = transaction.parent
-        self._sessions.append(session)
-        vars(session).setdefault(_FOLLOWERS, []).append(self)
+        self._attached.append(opened)
+        opened.companion.followers.append(self)
 
-    def forget(self) -> None:
+    def detach(self) -> None:
         """Let go of the sessions; otherwise they would wait for the garbage collector."""
-        for session in self._sessions:
-            vars(session)[_FOLLOWERS].remove(self)
-        self._sessions.clear()
+        for opened in self._attached:
+            opened.companion.followers.remove(self)
+        self._attached.clear()
         self._pending.clear()
         self._transactions.clear()
 
-    @property
-    def is_due(self) -> bool:
-        """Whether it is to be called, where all that was left has been committed."""
-        return self.is_stored or not (self.is_undone or self._pending)
+    def waits_for_others(self, sessions: Iterable[ManagedSession[Any]]) -> bool:
+        """Whether its work is also in open transactions of other sessions than these."""
+        others = self._pending.difference(each.orm for each in sessions)
+        return any(each.in_transaction() for each in others)
 
-    def note_commit(self, session: Session) -> None:
+    def should_run(self, *, success: bool) -> bool:
+        """Whether to call it: its work is stored, or it waits for none and all went well."""
+        return self.committed or (success and not self.rolled_back and not self._pending)
+
+    def record_commit(self, session: Session) -> None:
         """What that session has done is stored."""
         if session in self._pending and session.get_transaction() not in self._transactions:
-            self.is_undone = True  # by closing that transaction, of which nobody is told
+            # That transaction was closed without a commit, which SQLAlchemy does not report.
+            self.rolled_back = True
         self._pending.discard(session)
-        self.is_stored = self.is_stored or not (self._pending or self.is_undone)
+        self.committed = self.committed or not (self._pending or self.rolled_back)
 
-    def note_rollback(self, transaction: SessionTransaction) -> None:
+    def record_rollback(self, transaction: SessionTransaction) -> None:
         """What was done in that transaction, or savepoint, is gone."""
         if transaction in self._transactions or transaction.parent is None:
-            self.is_undone = not self.is_stored
+            self.rolled_back = not self.committed
 
     async def call(self) -> None:
-        """Call it where it was given."""
+        """Call it where it was given: on the event loop or in a worker thread."""
         result = await to_thread.run_sync(self.function) if self.in_thread else self.function()
         if isawaitable(result):
             await result
@@ -96,39 +98,21 @@ class AfterCommit:
                 result.close()  # or Python would warn that nobody awaited it
             raise refusal_to_await(self.function)
 
-    def report(self, error: BaseException) -> None:
-        """Log what it raised, for nothing can undo the COMMIT."""
-        _logger.error(
-            "%r failed after COMMIT; what was committed stays.", self.function, exc_info=error
-        )
+    def log(self, error: BaseException) -> None:
+        """Log what the function raised, because nothing can undo the COMMIT."""
+        name = name_of(self.function)
+        _logger.error("%s failed after COMMIT; what was committed stays.", name, exc_info=error)
 
 
 def refusal_to_await(function: Function) -> ConfigurationError:
-    """What is said of a function that would have to be awaited."""
+    """The error for a function that would have to be awaited."""
     return ConfigurationError(
-        f"on_commit takes a plain function inside SyncDatabase.begin(), not {function!r}."
+        "on_commit takes a plain function inside SyncDatabase.begin(), where nothing can be "
+        f"awaited, and {name_of(function)} is a coroutine function. Write it with `def`."
     )
 
 
-def is_in_thread() -> bool:
-    """Whether the caller runs in a worker thread of the event loop."""
-    try:
-        get_current_task()
-    except RuntimeError:
-        return True
-    return False
-
-
-def _note_commit(session: Session) -> None:
-    for each in vars(session).get(_FOLLOWERS, ()):
-        if not session.in_nested_transaction():  # it is told of savepoints too
-            each.note_commit(session)
-
-
-def _note_rollback(session: Session, transaction: SessionTransaction) -> None:
-    for each in vars(session).get(_FOLLOWERS, ()):
-        each.note_rollback(transaction)
-
-
-event.listen(SessionInTurn, "after_commit", _note_commit)
-event.listen(SessionInTurn, "after_soft_rollback", _note_rollback)
+def name_of(function: object) -> str:
+    """The name of a function, without its arguments: those of a `partial` may be secret."""
+    inner = getattr(function, "func", function)
+    return getattr(inner, "__qualname__", type(inner).__name__)

@@ -1,244 +1,214 @@
-"""Which sessions a unit of work opened, and how it ends."""
+"""The sessions of one request, or of one `begin()`, and how to get at them."""
 
-from asyncio import CancelledError
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from asgi_dbsession.errors import SessionClosed, Unwound
-from asgi_dbsession.session.commit import close_at_once, end, has_work
-from asgi_dbsession.session.completion import call_here, complete_here, run_to_completion
-from asgi_dbsession.session.lock import current_end
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from asgi_dbsession.errors import ConfigurationError, NoSession, SessionClosed
+from asgi_dbsession.session.completion import call_here
+from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.types import Scope
 
 from .after_commit import AfterCommit
-from .managed_session import OpenSession, SessionSource, end_together
+from .observer import UnitObserver
 
 S = TypeVar("S")
 
 
-class UnitOfWork:
-    """The sessions of one request, or of one `begin()`.
+class SessionSource(Protocol[S]):
+    """What a unit of work needs of a database."""
 
-    It is put into the context empty and filled from below: what is set in a context further down
-    (by an inner middleware's task, by a worker thread) would be invisible up here.
+    is_async: bool
+
+    def open_session(self, scope: Scope | None) -> ManagedSession[S]:
+        """Make a session; its first statement checks a connection out."""
+        ...
+
+
+class UnitOfWork:
+    """The sessions of one request, or of one `begin()`; committed or rolled back together.
+
+    It is put into the context empty, and filled from below. A value that is set further down (by
+    the task of an inner middleware, by a worker thread) would not be visible up here.
 
     Args:
-        databases: What it opens sessions of; the first of each kind is the default.
-        scope: The ASGI scope it serves, for `session.info["scope"]`.
-        enclosing: Where other databases are looked for.
+        databases: Those whose sessions it opens; the first of each kind is the default.
+        scope: The ASGI scope that it serves, for `session.info["scope"]`. None once it has ended.
+        enclosing: The unit around it, where other databases are looked for.
+        observers: Told of what happens to it.
 
     Attributes:
-        joins: Whether `enclosing` is of the same request; databases that it has stay with it.
-        rollback: What `set_rollback` said of the work since the last end.
-        decider: The task that said so.
+        joins_outer_unit: Whether `enclosing` is of the same request, and keeps its databases.
+        rollback: What `set_rollback` said about the work since the last end.
+        rollback_set_by: The task that said so.
         is_used: Whether anything was asked of it: a session, `on_commit`, `set_rollback`.
-        failure: The first error of a COMMIT.
-        after_commit: What `on_commit` was given.
+        failure: The first error of an end. From then on, nothing may be sent.
+        callbacks: What `on_commit` was given, and waits for a commit.
         two_phase: Whether its sessions commit in two phases.
-        is_blocking: Whether it ends on the calling thread, which waits for nothing else.
-        is_answered: Whether it is too late for another response.
-        may_commit: Whether what is left when the application returns belongs to a success.
-        over: Whether it has been closed.
+        is_blocking: Whether it ends on the calling thread, without an event loop.
+        closed: Whether it has ended.
     """
 
-    # Here, for a request pays for each attribute that it has of its own.
-    decider: object = None
+    # Set on the class, because every request pays for each attribute of its own.
+    rollback_set_by: object = None
     two_phase: bool = False
     is_blocking: bool = False
+    joins_outer_unit: bool = False
 
     def __init__(
         self,
         databases: tuple[SessionSource[Any], ...],
         scope: Scope | None,
         enclosing: "UnitOfWork | None",
+        observers: tuple[UnitObserver, ...] = (),
     ) -> None:
         self.databases: tuple[SessionSource[Any], ...] = databases
         self.scope: Scope | None = scope
         self.enclosing: UnitOfWork | None = enclosing
-        self.sessions: dict[SessionSource[Any], OpenSession[Any]] = {}
-        self.joins: bool = False
+        self.observers: tuple[UnitObserver, ...] = observers
+        self.sessions: dict[SessionSource[Any], ManagedSession[Any]] = {}
         self.is_used: bool = False
         self.rollback: bool | None = None
         self.failure: Exception | None = None
-        self.after_commit: tuple[AfterCommit, ...] = ()
-        self.is_answered: bool = False
-        self.may_commit: bool = False
-        self.over: bool = False
+        self.callbacks: list[AfterCommit] = []
+        self.closed: bool = False
+        for observer in observers:
+            observer.unit_began(self)
 
-    def manages(self, database: SessionSource[Any]) -> bool:
-        """Whether the session of that database is opened and ended here."""
-        if database not in self.databases:
-            return False
-        return not (self.joins and self.enclosing and self.enclosing.has(database))
+    def chain(self) -> Iterator["UnitOfWork"]:
+        """This unit and those around it, the nearest first."""
+        unit: UnitOfWork | None = self
+        while unit is not None:
+            yield unit
+            unit = unit.enclosing
 
-    def has(self, database: SessionSource[Any]) -> bool:
-        """Whether this unit of work or one of the same request around it manages the database."""
-        return database in self.databases or bool(
-            self.joins and self.enclosing and self.enclosing.has(database)
-        )
-
-    def within(self, databases: tuple[SessionSource[Any], ...]) -> "UnitOfWork":
-        """A unit of its own, opened inside of this one."""
-        return UnitOfWork(databases, self.scope, self)
-
-    @property
-    def visible_databases(self) -> tuple[SessionSource[Any], ...]:
-        """Those of this unit and of those of the same request around it, the nearest first."""
-        if not self.joins or self.enclosing is None:
-            return self.databases
-        further = self.enclosing.visible_databases
-        return (*self.databases, *(each for each in further if each not in self.databases))
+    def of_same_request(self) -> Iterator["UnitOfWork"]:
+        """This unit and those around it that end with the same request, the nearest first."""
+        for unit in self.chain():
+            yield unit
+            if not unit.joins_outer_unit:
+                return
 
     @property
     def outermost(self) -> "UnitOfWork":
-        """The one that ends last, of those of the same request."""
-        unit = self
-        while unit.joins and unit.enclosing is not None:
-            unit = unit.enclosing
-        return unit
+        """The unit that ends last, of those of the same request."""
+        return deque(self.of_same_request(), maxlen=1)[0] if self.joins_outer_unit else self
+
+    def manages(self, database: SessionSource[Any]) -> bool:
+        """Whether this unit opens and ends the session of that database."""
+        if database not in self.databases:
+            return False
+        return not self.joins_outer_unit or not any(
+            database in unit.databases for unit in self.of_same_request() if unit is not self
+        )
+
+    def within(self, databases: tuple[SessionSource[Any], ...]) -> "UnitOfWork":
+        """A unit of its own, inside of this one."""
+        return UnitOfWork(databases, self.scope, self, self.observers)
 
     def open(self, database: SessionSource[S]) -> S:
         """The session of a database that this unit manages, made on first use.
 
         Raises:
-            SessionClosed: The unit of work is over.
+            SessionClosed: The unit of work has ended.
             DatabaseNotRunning: The database has not been started.
         """
         self.is_used = True
-        opened: OpenSession[S] | None = self.sessions.get(database)
-        if opened is None and not self.over:
-            opened = self.sessions.setdefault(database, database.open_session(self.scope))
-            if self.two_phase:
-                opened.orm.twophase = True
-            if self.is_blocking:
-                opened.run = call_here
-            for after_commit in (self.outermost if self.joins else self).after_commit:
-                after_commit.follow(opened.orm)
+        opened: ManagedSession[S] | None = self.sessions.get(database)
+        if opened is None and not self.closed:
+            opened = self._open(database)
         if opened is None:
             raise SessionClosed(database)
-        if self.over:  # it ended in another thread while this one opened a session
-            close_at_once(opened.orm, opened.turn)
+        if self.closed:  # another thread ended it while this one opened a session
+            opened.close_if_idle()
             raise SessionClosed(database)
         return opened.session
 
-    async def end(self, *, commit: bool, only_of: tuple[object, ...] | None = None) -> None:
-        """Commit or roll back what was done so far, in declared order. Sessions stay usable.
+    def _open(self, database: SessionSource[S]) -> ManagedSession[S]:
+        made = database.open_session(self.scope)
+        opened = self.sessions.setdefault(database, made)
+        if opened is not made:  # another thread was faster
+            return opened
+        if self.two_phase:
+            made.orm.twophase = True
+        if self.is_blocking:
+            made.run = call_here
+        for callback in tuple(self.outermost.callbacks):
+            callback.attach(made)
+        if self.observers:
+            made.companion.wait_failed = self._tell_of_failed_wait
+            for observer in self.observers:
+                observer.session_opened(self, database, made)
+        return opened
 
-        Several sessions are all flushed before the first is committed. Runs to completion although
-        it is cancelled. After a COMMIT that failed, the others are rolled back, and `failure` keeps
-        the error whatever becomes of the exception. `on_commit` functions follow.
-
-        Args:
-            commit: False rolls back.
-            only_of: Do nothing unless all of it is the work of these tasks; see
-                `OpenSession.is_work_of`.
-
-        Raises:
-            Unwound: What flush and COMMIT raised is its cause.
-        """
-        working = []
-        for each in list(self.sessions.values()):  # a copy, for a thread may open another one
-            if has_work(each.orm, each.turn):
-                working.append(each)
-            else:  # the application has ended it by itself: what follows is another task's, perhaps
-                each.turn.workers.clear()
-        if not working and not self.after_commit:
-            # It was about nothing, and must not be about what follows; but of another task, it is
-            # about what that one has not begun yet.
-            if only_of is None or self.decider in only_of:
-                self.rollback = None
-            return
-        if only_of is not None and not all(each.is_work_of(only_of) for each in working):
-            return
-        self.rollback = None
-        try:
-            await run_to_completion(self._end_each(working, commit=commit, close=False))
-        except Exception as error:
-            raise Unwound from error
-
-    async def close(self, *, commit: bool) -> None:
-        """The same for good: nothing opened here can check out a connection afterwards."""
-        self.over = True
-        opened = list(self.sessions.values())  # a thread may be about to open another one
-        working = [each for each in opened if not close_at_once(each.orm, each.turn)]
-        if working or self.after_commit:
-            ending = self._end_each(working, commit=commit, close=True)
-            await (ending if self.is_blocking else run_to_completion(ending))
-        self.sessions.clear()
-
-    def close_blocking(self, *, commit: bool) -> None:
-        """The same on the calling thread, for a unit that `is_blocking`."""
-        complete_here(self.close(commit=commit))
-
-    def _in_order(self, opened: Collection[OpenSession[Any]]) -> list[OpenSession[Any]]:
-        sessions = [self.sessions.get(each) for each in self.databases]
-        return [each for each in sessions if each is not None and each in opened]
-
-    async def _end_each(
-        self, working: list[OpenSession[Any]], *, commit: bool, close: bool
-    ) -> None:
-        given = self.after_commit
-        stored = [each for each in given if each.is_stored] if given else []
-        failure: BaseException | None = None
-        token = current_end.set(working)
-        try:
-            if len(working) > 1:
-                failure = await end_together(self._in_order(working), commit=commit, close=close)
-            elif working:
-                (opened,) = working
-                await opened.run(end, opened.orm, opened.turn, commit, close)
-        except Exception as error:
-            failure = error
-        finally:
-            current_end.reset(token)
-        if self.after_commit:
-            stored = self._settle(given, stored, success=commit and failure is None)
-        for each in stored:
-            await self._follow_up(each)
-        if isinstance(failure, Exception):
-            self.failure = self.failure or failure
-        if failure is not None:
-            raise failure
-
-    def _settle(
-        self, given: tuple[AfterCommit, ...], stored: list[AfterCommit], *, success: bool
-    ) -> list[AfterCommit]:
-        """Which functions to call now; what was given meanwhile may be about what follows."""
-        settled = [
-            each
-            for each in self.after_commit
-            if self.over or each in given or each.is_stored or each.is_undone
-        ]
-        self.after_commit = tuple(each for each in self.after_commit if each not in settled)
-        if success:
-            stored = [each for each in settled if each.is_due]
-        for each in settled:
-            each.forget()
-        return stored
-
-    async def _follow_up(self, after_commit: AfterCommit) -> None:
-        unit = self._unit_for(after_commit)
-        token = current_unit.set(unit)
-        try:
-            try:
-                if self.is_blocking:
-                    after_commit.call_blocking()
-                else:
-                    await after_commit.call()
-            except BaseException:
-                await unit.close(commit=False)
-                raise
-            await unit.close(commit=not unit.rollback)
-        except (Exception, CancelledError) as error:  # of a task of its own: this one completes
-            after_commit.report(error)
-        finally:
-            current_unit.reset(token)
-
-    def _unit_for(self, after_commit: AfterCommit) -> "UnitOfWork":
-        unit = self.within(after_commit.databases)
-        unit.is_blocking, unit.two_phase = self.is_blocking, self.two_phase
-        return unit
+    def _tell_of_failed_wait(self, error: Exception) -> None:
+        for observer in self.observers:
+            observer.wait_failed(self, error)
 
 
 current_unit: ContextVar[UnitOfWork | None] = ContextVar("asgi_dbsession", default=None)
+
+
+def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
+    """The nearest unit of work that has a session of the database.
+
+    Raises:
+        NoSession: There is none here.
+    """
+    innermost = current_unit.get()
+    for unit in innermost.chain() if innermost is not None else ():
+        if unit.manages(database):
+            return unit
+    raise NoSession(database)
+
+
+def get_session() -> AsyncSession:
+    """The session of the default database: the first `AsyncDatabase` of the current unit of work.
+
+    It is opened on first use, and its first statement checks a connection out. It is valid until
+    the request (or the `begin()`) ends, and is then closed permanently. One task at a time may use
+    it: tasks that run at once open `database.begin()` each.
+
+    Raises:
+        NoSession: Not inside a request that `DBSessionMiddleware` serves, nor inside `begin()`.
+        SessionClosed: The request that this task belongs to has ended.
+        DatabaseNotRunning: The database has not been started.
+        ConfigurationError: There are only sync databases here.
+    """
+    session: AsyncSession = _default_session(is_async=True)
+    return session
+
+
+def get_sync_session() -> Session:
+    """The same for the first `SyncDatabase`: for handlers written with `def`."""
+    session: Session = _default_session(is_async=False)
+    return session
+
+
+async def session_dependency() -> AsyncSession:
+    """`get_session` for injectors: `Annotated[AsyncSession, Depends(session_dependency)]`.
+
+    See `AsyncDatabase.session_dependency` for why it is a coroutine function without parameters.
+    """
+    return get_session()
+
+
+def _default_session(*, is_async: bool) -> Any:
+    innermost = current_unit.get()
+    if innermost is None:
+        raise NoSession("the default database")
+    for unit in innermost.chain():
+        for database in unit.databases:
+            if database.is_async is is_async:
+                joins = unit.joins_outer_unit and not unit.manages(database)
+                return (unit_that_manages(database) if joins else unit).open(database)
+    kind = "AsyncDatabase" if is_async else "SyncDatabase"
+    other = "`get_sync_session()` in a `def`" if is_async else "`get_session()` in an `async def`"
+    raise ConfigurationError(
+        f"There is no {kind} here, only {innermost.databases[0]}. Use {other} function, or give "
+        f"DBSessionMiddleware an object of the class {kind} too."
+    )

@@ -3,13 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from asgi_dbsession.database.base import Database
+from asgi_dbsession.session.lock import Reason
 from asgi_dbsession.types import Scope
 
 Outcome: TypeAlias = Literal["committed", "rolled_back", "nothing_to_do"]
-Reason: TypeAlias = Literal[
-    "status", "set_rollback", "exception", "cancelled", "unfinished", "commit_failed"
-]
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class DatabaseReport:
         idle_before: The place that used it next; None where that was the end of the unit.
     """
 
-    database: Database[Any, Any]
+    database: Any
     committed: bool
     statements: int
     operation_duration: float

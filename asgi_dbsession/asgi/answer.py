@@ -1,0 +1,58 @@
+"""What becomes of a COMMIT that failed: a response, or the original exception."""
+
+from collections.abc import Callable
+from inspect import isawaitable
+
+from asgi_dbsession.errors import AbortRequest, ConfigurationError
+from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
+
+
+async def answer_or_raise(
+    abort: AbortRequest,
+    on_commit_error: Callable[[Exception], ASGIApp | None] | None,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+) -> None:
+    """Send the response that `on_commit_error` makes, or raise the error of the COMMIT."""
+    failure = abort.failure
+    if failure is None:  # of a middleware further out
+        raise abort
+    answer: ASGIApp | None = None
+    if on_commit_error is not None and not isinstance(failure, ConfigurationError):
+        try:
+            answer = on_commit_error(failure)
+            if answer is not None:
+                await answer(scope, receive, send)
+        except Exception as error:
+            raise error from failure
+    if answer is None:
+        raise failure
+
+
+def add_note(failure: Exception, error: BaseException) -> None:
+    """Keep what the application raised while it was stopped because of `failure`."""
+    if isinstance(error, AbortRequest) or error is failure:
+        return
+    if isinstance(error, BaseExceptionGroup) and error.split(AbortRequest)[1] is None:
+        return
+    failure.add_note(
+        "While the application was stopped because of this error, it raised "
+        f"{type(error).__name__}: {error}"
+    )
+
+
+def checked(decision: object, rule: str) -> bool:
+    """What a rule decided.
+
+    Raises:
+        ConfigurationError: It is neither True nor False.
+    """
+    if decision is True or decision is False:
+        return decision
+    if isawaitable(decision) and hasattr(decision, "close"):
+        decision.close()  # or Python would warn that nobody awaited it
+    raise ConfigurationError(
+        f"{rule} must return True or False, and returned something of type "
+        f"{type(decision).__name__}. Write a plain function, which is not awaited."
+    )

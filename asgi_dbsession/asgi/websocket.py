@@ -1,0 +1,69 @@
+"""What ends the work of a WebSocket: whatever its peer can observe, and waiting for the peer."""
+
+from asgi_dbsession.errors import AbortRequest, ConcurrentUse
+from asgi_dbsession.session.lock import current_task
+from asgi_dbsession.types import Message, Receive, Send
+from asgi_dbsession.unit.ending import end_work_of
+from asgi_dbsession.unit.unit_of_work import UnitOfWork
+
+# The messages that tell the peer something; the last one is a denial.
+_OBSERVED = (
+    "websocket.accept",
+    "websocket.send",
+    "websocket.close",
+    "websocket.http.response.start",
+)
+# Normal closure, and going away: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
+_REGULAR_CLOSE = (1000, 1001)
+
+
+class SocketExchange:
+    """The messages of one WebSocket, and what they mean for its unit of work.
+
+    Before a message, and before waiting for one, the work of the task that sends or receives is
+    committed; or rolled back, with a denial and an irregular close.
+
+    Attributes:
+        may_commit: Whether the socket was accepted, and not closed because of an error.
+        is_answered: Whether it is too late for a response.
+    """
+
+    def __init__(self, unit: UnitOfWork, receive: Receive, send: Send) -> None:
+        self.may_commit: bool = False
+        self.is_answered: bool = True  # by the handshake, or by the server
+        self._unit = unit
+        self._receive = receive
+        self._send = send
+
+    async def receive(self) -> Message:
+        """End the work of the task that waits, so that it holds no connection meanwhile."""
+        await self._end_work(commit=True)
+        return await self._receive()
+
+    async def send(self, message: Message) -> None:
+        """End the work of the task that sends, so that what it says is true."""
+        kind = message["type"]
+        if kind == "websocket.accept":
+            self.may_commit = True
+        elif kind == "websocket.http.response.start":
+            self.may_commit = False
+        elif kind == "websocket.close":
+            is_regular = message.get("code", 1000) in _REGULAR_CLOSE
+            self.may_commit = self.may_commit and is_regular
+        if kind in _OBSERVED:
+            await self._end_work(commit=self.may_commit)
+        elif self._unit.failure is not None:
+            raise AbortRequest
+        await self._send(message)
+
+    async def _end_work(self, *, commit: bool) -> None:
+        unit = self._unit
+        if unit.failure is not None:
+            raise AbortRequest
+        if unit.is_used:
+            try:
+                await end_work_of(current_task(), unit, commit=commit, living="refuse")
+            except ConcurrentUse:
+                raise
+            except Exception as error:
+                raise AbortRequest from error

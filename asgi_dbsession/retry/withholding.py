@@ -1,0 +1,45 @@
+"""Serves a request whose response may be withheld, because another one will be sent instead."""
+
+from abc import ABC, abstractmethod
+
+from asgi_dbsession.errors import ABORTED, AbortRequest
+from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class Withholding(ABC):
+    """One run of a request.
+
+    Attributes:
+        is_answered: Whether anything was sent.
+        is_withheld: Whether a response, or an error, was withheld.
+    """
+
+    def __init__(self) -> None:
+        self.is_answered: bool = False
+        self.is_withheld: bool = False
+
+    async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the request; what is withheld is neither sent nor raised."""
+
+        async def withhold_or_send(message: Message) -> None:
+            if self.is_withheld or (not self.is_answered and self.withholds_message(message)):
+                self.is_withheld = True
+                raise AbortRequest
+            self.is_answered = True
+            await send(message)
+
+        try:
+            await app(scope, receive, withhold_or_send)
+        except ABORTED as error:
+            is_error = not self.is_answered and self.withholds_error(error)
+            self.is_withheld = self.is_withheld or is_error
+            if not self.is_withheld:
+                raise
+
+    @abstractmethod
+    def withholds_message(self, message: Message) -> bool:
+        """Whether to withhold the first message, and so all of the response."""
+
+    @abstractmethod
+    def withholds_error(self, error: BaseException) -> bool:
+        """Whether to withhold what the application raised."""

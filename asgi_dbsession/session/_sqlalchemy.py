@@ -1,0 +1,49 @@
+"""Every private name of SQLAlchemy that this package uses, and what for.
+
+Checked with SQLAlchemy 2.0.40 and 2.1.9. `tests/test_sqlalchemy.py` says which name is missing when
+SQLAlchemy changes.
+"""
+
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.engine import Transaction, TwoPhaseTransaction
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm.session import SessionTransactionOrigin, SessionTransactionState
+
+
+def begin(session: Any, made_by: type[SessionTransaction], *, nested: bool) -> SessionTransaction:
+    """`Session.begin`, with the class of the transaction: SQLAlchemy has no factory for it.
+
+    Raises:
+        sqlalchemy.exc.InvalidRequestError: As `Session.begin`.
+    """
+    if not session.in_transaction():
+        transaction = made_by(session, SessionTransactionOrigin.BEGIN)
+        if not nested:
+            return transaction
+    outer: Any = session.get_nested_transaction() or session.get_transaction()
+    if not nested or outer._state is not SessionTransactionState.ACTIVE:
+        return Session.begin(session, nested)  # which raises the error for this state
+    inner = made_by(session, SessionTransactionOrigin.BEGIN_NESTED, session._transaction)
+    session._nested_transaction = inner
+    return inner
+
+
+def flush_and_prepare(session: Session) -> None:
+    """Do what SQLAlchemy's COMMIT does first: flush, end savepoints, PREPARE in two phases.
+
+    `Session.prepare` is for two phases only, and refuses open savepoints.
+    """
+    (session.get_transaction() or session.begin())._prepare_impl()
+
+
+def is_prepared(transaction: Transaction | None) -> bool:
+    """Whether PREPARE has succeeded."""
+    return isinstance(transaction, TwoPhaseTransaction) and transaction._is_prepared
+
+
+def isolation_level_on_connect(connection: Connection) -> str | None:
+    """The isolation level that the engine sets on each new connection; None for the server's."""
+    level: str | None = connection.dialect._on_connect_isolation_level
+    return level

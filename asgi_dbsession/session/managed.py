@@ -1,0 +1,179 @@
+"""One session that a unit of work opened, and how its work ends: whole, or not at all."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import Connection, event
+from sqlalchemy.orm import Session, SessionTransaction
+
+from ._sqlalchemy import flush_and_prepare
+from .failures import failed_transactions, refuse_if_aborted
+from .guard import Companion, GuardedSession
+from .lock import End, SessionLock
+
+S = TypeVar("S")
+
+
+class ManagedSession(Generic[S]):
+    """What a unit of work knows of a session that it opened.
+
+    Args:
+        session: What the application works with, made by a class from `guarded_class`.
+        orm: The `sqlalchemy.orm.Session` behind it; `session` itself where that is one.
+        companion: Given to the session.
+        run: Calls a function where it may block. The one difference of async and sync.
+
+    Attributes:
+        is_prepared: Whether `prepare` has been called, and holds the lock for `end`.
+    """
+
+    def __init__(
+        self,
+        session: S,
+        orm: Session,
+        companion: Companion,
+        run: Callable[..., Awaitable[None]],
+    ) -> None:
+        self.session: S = session
+        self.orm: Session = orm
+        self.companion: Companion = companion
+        self.lock: SessionLock = companion.lock
+        self.run: Callable[..., Awaitable[None]] = run
+        self.is_prepared: bool = False
+        vars(orm)["_companion"] = companion
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to commit or roll back, or an operation in flight."""
+        return self._is_unfinished or self.lock.is_busy
+
+    def close_if_idle(self) -> bool:
+        """Close the session permanently if it has no work, without talking to the database.
+
+        Returns:
+            False if it has work: then `end` must be called.
+        """
+        if not self.lock.acquire_for_end_if_free():
+            return False
+        is_idle = not self._is_unfinished
+        try:
+            # Without objects, it is enough that no operation can begin.
+            if is_idle and (list(self.orm) or type(self.orm).close is not GuardedSession.close):
+                self.orm.close()
+        finally:
+            self.lock.release(closed=is_idle)
+        return is_idle
+
+    def prepare(self, end: End) -> None:
+        """Do what can fail before COMMIT: flush, and PREPARE in two phases. `end` must follow.
+
+        Raises:
+            TransactionAborted: The application swallowed an error that aborted the transaction.
+            Exception: Whatever flush and PREPARE raised. Everything was rolled back.
+        """
+        self.lock.acquire_for_end(end)
+        try:
+            flush_and_prepare(self.orm)
+            if not self.orm.twophase:  # else the database was asked right before PREPARE
+                refuse_if_aborted(self.companion.connections)
+        except BaseException:
+            try:
+                _roll_back(self.orm)
+            finally:
+                self.lock.release()
+            raise
+        self.is_prepared = True
+
+    def end(self, end: End, commit: bool) -> None:
+        """Commit or roll back what was done so far, after the operation in flight.
+
+        Whatever happens, the connection is back in its pool afterwards, or was thrown away.
+
+        Args:
+            end: The end of the unit of work that this is part of.
+            commit: False rolls back; another database may have failed to commit.
+
+        Raises:
+            TransactionAborted: The application swallowed an error that aborted the transaction.
+            Exception: Whatever flush and COMMIT raised. Everything was rolled back.
+        """
+        if not self.is_prepared:
+            self.lock.acquire_for_end(end)
+        try:
+            if commit:
+                self._commit()
+            else:
+                _roll_back(self.orm)
+        finally:
+            self.is_prepared = False
+            try:
+                if end.close:
+                    self.orm.close()
+                    self.orm.info["scope"] = None
+            finally:
+                self.lock.release(closed=end.close)
+
+    def _commit(self) -> None:
+        # With nobody to agree with, one phase stores sooner and leaves nothing in doubt.
+        is_alone = not self.is_prepared and len(self.companion.open_connections) == 1
+        in_one_phase = self.orm.twophase and is_alone
+        if in_one_phase:
+            self.orm.twophase = False
+        try:
+            self.orm.commit()
+        except BaseException:
+            # close() alone would give the pool a connection that is still inside the transaction
+            # (SQLite): the next request would see rows that do not exist.
+            _roll_back(self.orm)
+            raise
+        finally:
+            if in_one_phase:
+                self.orm.twophase = True
+
+    @property
+    def _is_unfinished(self) -> bool:
+        # in_transaction() knows of flushed and Core writes; the others of what another task changed
+        # or added while an earlier COMMIT was under way.
+        return (
+            self.orm.in_transaction()
+            or self.orm.identity_map.check_modified()
+            or (self.lock.is_used and bool(self.orm.new))
+        )
+
+
+def _roll_back(session: Session) -> None:
+    try:
+        session.rollback()
+    except Exception:
+        # SQLAlchemy has thrown a dead connection away, so the server rolls back by itself.
+        if session.in_transaction():
+            session.invalidate()
+
+
+def _remember_connection(session: Any, _transaction: object, connection: Connection) -> None:
+    companion: Companion = session._companion
+    if connection.engine is not session.bind:  # one of `binds`, or of `bind_arguments`
+        companion.watch_engine(connection.engine)
+    companion.connections = (*companion.open_connections, connection)
+
+
+def _refuse_if_aborted(session: Any) -> None:
+    if failed_transactions:
+        refuse_if_aborted(session._companion.connections)
+
+
+def _record_commit(session: Any) -> None:
+    for follower in tuple(session._companion.followers):
+        if not session.in_nested_transaction():  # SQLAlchemy tells of savepoints too
+            follower.record_commit(session)
+
+
+def _record_rollback(session: Any, transaction: SessionTransaction) -> None:
+    for follower in tuple(session._companion.followers):
+        follower.record_rollback(transaction)
+
+
+event.listen(GuardedSession, "after_begin", _remember_connection)
+event.listen(GuardedSession, "before_commit", _refuse_if_aborted)
+event.listen(GuardedSession, "after_commit", _record_commit)
+event.listen(GuardedSession, "after_soft_rollback", _record_rollback)

@@ -1,0 +1,34 @@
+"""The lock of a session that blocks."""
+
+from concurrent.futures import Future
+from threading import get_ident
+
+from typing_extensions import override
+
+from .lock import SessionLock, current_end, current_task
+
+
+class ThreadLock(SessionLock):
+    """For a session that blocks: its callers are threads, or the end that runs in several of them.
+
+    Args:
+        database: The database of the session, for errors.
+        opener: The task that opened the session. What worker threads do counts as its work,
+            because a thread cannot tell which task started it.
+    """
+
+    def __init__(self, database: object, opener: object) -> None:
+        super().__init__(database)
+        self._opener = opener
+
+    @override
+    def _caller(self) -> object:
+        return current_end.get() or get_ident()
+
+    @override
+    def _user(self, caller: object) -> object:
+        return current_task() or self._opener
+
+    @override
+    def _wait(self, released: "Future[None]") -> None:
+        released.result()

@@ -1,0 +1,191 @@
+"""How the work of a unit ends: all of it, or that of one task."""
+
+from asyncio import CancelledError
+from collections.abc import Coroutine
+from typing import Any, TypeAlias
+
+from asgi_dbsession.errors import ConcurrentUse
+from asgi_dbsession.session.completion import complete_here, run_to_completion
+from asgi_dbsession.session.lock import End, Reason, current_end, current_task
+from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.tasks import has_ended
+
+from .after_commit import AfterCommit
+from .shares import Living, sort_work
+from .together import end_together
+from .unit_of_work import UnitOfWork, current_unit
+
+Sessions: TypeAlias = list[ManagedSession[Any]]
+
+
+def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
+    """Commit or roll back all work so far, in declared order. The sessions stay usable.
+
+    Several sessions are all flushed before the first one is committed. If a COMMIT fails, the
+    others are rolled back. Then the functions given to `on_commit` are called. The caller must run
+    the coroutine to completion.
+
+    Raises:
+        Exception: Whatever flush and COMMIT raised; `unit.failure` keeps it.
+    """
+    end = End(commit, "status" if unit.rollback is None else "set_rollback")
+    unit.rollback = None
+    return _end(unit, end, _with_work(unit))
+
+
+async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: Living) -> None:
+    """End the work that `task` may speak for, to completion; `set_rollback` has the last word.
+
+    Args:
+        task: The task that is about to send a message, or to wait for one.
+        unit: The unit of work of the exchange.
+        commit: False rolls back.
+        living: What to do with the work of other tasks that have not ended.
+
+    Raises:
+        ConcurrentUse: Its work cannot be told from that of another task.
+        Exception: Whatever flush and COMMIT raised; `unit.failure` keeps it.
+    """
+    try:
+        own, failed = sort_work(_with_work(unit), task, living)
+    except ConcurrentUse as error:
+        unit.failure = error
+        raise
+    reason: Reason = "status"
+    if unit.rollback is not None and _is_of(unit.rollback_set_by, task):
+        # Also if there is no work: it must not apply to later work.
+        commit, unit.rollback, reason = not unit.rollback, None, "set_rollback"
+    if failed:
+        await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
+    if own or any(_is_of(each.given_by, task) for each in unit.callbacks):
+        await run_to_completion(_end(unit, End(commit, reason, task=task), own))
+
+
+async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
+    """End all work, and close the sessions permanently.
+
+    Args:
+        unit: On its way to be closed.
+        commit: False rolls back.
+        error: What the application raised.
+    """
+    unit.closed = True
+    opened = tuple(unit.sessions.values())  # a thread may be about to open another one
+    working = [each for each in opened if not each.close_if_idle()]
+    try:
+        if working or unit.callbacks or unit.observers:
+            end = End(commit, _reason_to_roll_back(error, unit.rollback), close=True, error=error)
+            ending = _end(unit, end, working)
+            await (ending if unit.is_blocking else run_to_completion(ending))
+    finally:
+        unit.sessions.clear()
+        unit.scope = None  # what outlives the request must not take part in it
+
+
+async def close_returned(unit: UnitOfWork, *, commit: bool) -> None:
+    """The same once the application has returned: the work of tasks that failed is rolled back."""
+    working = _with_work(unit) if commit else []
+    if working:
+        try:
+            _, failed = sort_work(working, current_task(), "include")
+        except ConcurrentUse as error:
+            unit.failure, commit = error, False
+        else:
+            if failed:
+                await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
+    await close(unit, commit=commit)
+
+
+def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
+    """The same on the calling thread, for a unit that `is_blocking`."""
+    complete_here(close(unit, commit=commit, error=error))
+
+
+def _with_work(unit: UnitOfWork) -> Sessions:
+    working = []
+    for each in tuple(unit.sessions.values()):  # a copy: a thread may open another one
+        if each.has_work:
+            working.append(each)
+        else:  # the application ended it by itself, and what follows may be another task's
+            each.lock.forget_users()
+    return working
+
+
+async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
+    given = tuple(unit.callbacks)
+    end.had_work = bool(working)
+    token = current_end.set(end)
+    try:
+        if len(working) == 1:
+            await working[0].run(working[0].end, end, end.commit)
+        elif working:
+            end.failure = await end_together(_in_order(unit, working), end)
+    except BaseException as error:
+        end.failure = error
+    finally:
+        current_end.reset(token)
+    if isinstance(end.failure, Exception):
+        unit.failure = unit.failure or end.failure
+    if unit.callbacks:
+        for callback in _settle(unit, end, given, working):
+            await _call(unit, callback)
+    for observer in unit.observers:
+        observer.work_ended(unit, end)
+    if end.failure is not None:
+        raise end.failure
+
+
+def _in_order(unit: UnitOfWork, working: Sessions) -> Sessions:
+    sessions = [unit.sessions.get(each) for each in unit.databases]
+    return [each for each in sessions if each is not None and each in working]
+
+
+def _settle(
+    unit: UnitOfWork, end: End, given: tuple[AfterCommit, ...], working: Sessions
+) -> list[AfterCommit]:
+    """Drop the functions whose work was rolled back, and return those to be called now."""
+    due: list[AfterCommit] = []
+    for each in tuple(unit.callbacks):
+        # Those given meanwhile, or by another task, may belong to later work.
+        is_concerned = each in given and _is_of(each.given_by, end.task)
+        ends = unit.closed or (is_concerned and not each.waits_for_others(working))
+        if not (ends or each.committed or each.rolled_back):
+            continue
+        if each.should_run(success=ends and end.succeeded):
+            due.append(each)
+        unit.callbacks.remove(each)
+        each.detach()
+    return due
+
+
+async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
+    """Call a function in a unit of work of its own, and log what goes wrong."""
+    inner = unit.within(callback.databases)
+    inner.is_blocking, inner.two_phase = unit.is_blocking, unit.two_phase
+    token = current_unit.set(inner)
+    try:
+        try:
+            if unit.is_blocking:
+                callback.call_blocking()
+            else:
+                await callback.call()
+        except BaseException as error:
+            await close(inner, commit=False, error=error)
+            raise
+        await close(inner, commit=not inner.rollback)
+    except (Exception, CancelledError) as error:  # of a task of its own: this one completes
+        callback.log(error)
+    finally:
+        current_unit.reset(token)
+
+
+def _is_of(task: object, asking: object) -> bool:
+    """Whether what `task` decided is for the asking task to carry out; for None, always."""
+    return asking is None or task is None or task is asking or has_ended(task)
+
+
+def _reason_to_roll_back(error: BaseException | None, rollback: bool | None) -> Reason:
+    if error is None:
+        return "set_rollback" if rollback else "unfinished"
+    raised = (Exception, BaseExceptionGroup, KeyboardInterrupt, SystemExit)
+    return "exception" if isinstance(error, raised) else "cancelled"
