@@ -136,8 +136,11 @@ class DBSessionMiddleware:
             serve = self._serve_http if scope.get(_KEY) is None else self._serve
             try:
                 await serve(scope, receive, send)
-            except AbortRequest as abort:
-                await answer_or_raise(abort, self.on_commit_error, scope, receive, send)
+                return
+            except AbortRequest as error:
+                abort = error
+            # Outside of the `except`: or the failure would be its own context.
+            await answer_or_raise(abort, self.on_commit_error, scope, receive, send)
         elif kind == "websocket":
             await self._serve(scope, receive, send)
         elif kind == "lifespan":
@@ -172,6 +175,7 @@ class DBSessionMiddleware:
         finally:
             current_unit.reset(token)
             scope[_KEY] = outer
+            unit.scope = None  # a task that outlives the request must not take part in it
         if unit.failure is not None:
             if exchange.is_answered:
                 raise unit.failure

@@ -9,7 +9,11 @@ from typing import Any
 from sqlalchemy import Connection
 from sqlalchemy.engine import Transaction, TwoPhaseTransaction
 from sqlalchemy.orm import Session, SessionTransaction
-from sqlalchemy.orm.session import SessionTransactionOrigin, SessionTransactionState
+from sqlalchemy.orm.session import (
+    SessionTransactionOrigin,
+    SessionTransactionState,
+    _sessions,
+)
 
 
 def begin(session: Any, made_by: type[SessionTransaction], *, nested: bool) -> SessionTransaction:
@@ -28,6 +32,15 @@ def begin(session: Any, made_by: type[SessionTransaction], *, nested: bool) -> S
     inner = made_by(session, SessionTransactionOrigin.BEGIN_NESTED, session._transaction)
     session._nested_transaction = inner
     return inner
+
+
+def forget(session: Session) -> None:
+    """Take a closed session out of the registry for `close_all_sessions` and `object_session`.
+
+    Otherwise a garbage collection runs a callback for each, and Python ignores an exception that a
+    signal handler raises there: Ctrl-C, or a time limit, would have no effect.
+    """
+    _sessions.pop(session.hash_key, None)
 
 
 def flush_and_prepare(session: Session) -> None:

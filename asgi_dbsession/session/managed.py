@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
-from ._sqlalchemy import flush_and_prepare
+from ._sqlalchemy import flush_and_prepare, forget
 from .failures import failed_transactions, refuse_if_aborted
 from .guard import Companion, GuardedSession
 from .lock import End, SessionLock
@@ -110,6 +110,7 @@ class ManagedSession(Generic[S]):
                 if end.close:
                     self.orm.close()
                     self.orm.info["scope"] = None
+                    forget(self.orm)
             finally:
                 self.lock.release(closed=end.close)
 

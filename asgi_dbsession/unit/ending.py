@@ -79,7 +79,6 @@ async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None =
             await (ending if unit.is_blocking else run_to_completion(ending))
     finally:
         unit.sessions.clear()
-        unit.scope = None  # what outlives the request must not take part in it
 
 
 async def close_returned(unit: UnitOfWork, *, commit: bool) -> None:
