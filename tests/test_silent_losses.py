@@ -1,10 +1,11 @@
 """What SQLAlchemy and its drivers would lose in silence is said aloud."""
 
+import asyncio
 from typing import Any
 
 import pytest
 from asgi import get, respond
-from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running
+from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running, checked_out
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session, registry
@@ -15,6 +16,7 @@ from asgi_dbsession import (
     PrematureClose,
     SyncDatabase,
     TransactionAborted,
+    get_session,
 )
 
 pytestmark = pytest.mark.anyio
@@ -244,6 +246,39 @@ async def test_a_killed_connection_is_an_error_and_not_a_loss(running: Running) 
     assert isinstance(exchange.error, DBAPIError)
     assert running.stored() == []
     await running.assert_clean()
+
+
+@pytest.mark.parametrize("real", ["asyncpg"], indirect=True)
+async def test_a_commit_that_is_never_answered_costs_only_its_own_connection(real: Real) -> None:
+    """The other connections of the pool serve the next requests; nobody has to connect again."""
+    backend = text("SELECT pg_backend_pid()")
+    pids: dict[str, int] = {}
+    sleeping: list[asyncio.Task[object]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = get_session()
+        pids[scope["path"]] = await session.scalar(backend)
+        if scope["path"] == "/unanswered":
+            async with database.begin() as other:  # so that the pool has two connections
+                pids["/idle"] = await other.scalar(backend)
+            await session.execute(ENTRY.insert().values(note="lost"))
+            raw: Any = await (await session.connection()).get_raw_connection()
+            # A driver that is busy does not even send COMMIT.
+            sleeping.append(asyncio.create_task(raw.driver_connection.fetch("SELECT pg_sleep(30)")))
+            await asyncio.sleep(0.1)
+        await respond(send)
+
+    database = real.describe(pool_size=2)
+    assert isinstance(database, AsyncDatabase)
+    async with database:
+        middleware = DBSessionMiddleware(app, database)
+        exchange = await get(middleware, "/unanswered")
+        assert isinstance(exchange.error, DBAPIError)
+        assert (exchange.messages, checked_out(database), real.stored()) == ([], 0, [])
+        await asyncio.wait(sleeping)
+        assert sleeping[0].exception() is not None
+        assert (await get(middleware, "/next")).status == 200
+        assert pids["/next"] == pids["/idle"] != pids["/unanswered"]
 
 
 async def test_what_was_added_and_never_flushed_is_stored(running: Running) -> None:
