@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from asgi import get, respond
 from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running, checked_out
-from sqlalchemy import create_engine, event, text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy import create_engine, event, select, text
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session, registry
 
 from asgi_dbsession import (
@@ -115,6 +115,28 @@ async def test_an_error_that_harmed_nothing_may_be_swallowed(running: Running) -
     exchange = await get(DBSessionMiddleware(app, running.database))
     assert (exchange.status, exchange.error) == (201, None)
     assert running.stored() == ["before"]
+
+
+@pytest.mark.parametrize("real", ["asyncmy", "pymysql-sync"], indirect=True)
+async def test_a_lock_that_mariadb_waits_for_in_vain_may_be_swallowed(running: Running) -> None:
+    """It rolls back that statement alone, so what was done before it is stored."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(text("SET innodb_lock_wait_timeout = 1"))
+        await running.write("kept")
+        with pytest.raises(OperationalError, match="1205"):
+            await running.execute(text("UPDATE entry SET note = 'lost' WHERE note = 'locked'"))
+        await respond(send)
+
+    with running.real.reader.connect() as connection:
+        connection.execute(text("INSERT INTO entry (note) VALUES ('locked')"))
+        connection.execute(text("SET TRANSACTION ISOLATION LEVEL READ COMMITTED"))  # no gaps
+        connection.execute(text("START TRANSACTION"))
+        connection.execute(text("SELECT note FROM entry WHERE note = 'locked' FOR UPDATE"))
+        exchange = await get(DBSessionMiddleware(app, running.database))
+        connection.execute(text("ROLLBACK"))
+    assert (exchange.status, exchange.error) == (200, None)
+    assert running.stored() == ["locked", "kept"]
 
 
 async def test_an_error_on_the_raw_connection_counts_too(running: Running) -> None:
@@ -290,6 +312,20 @@ async def test_what_was_added_and_never_flushed_is_stored(running: Running) -> N
 
     await get(DBSessionMiddleware(app, running.database))
     assert running.stored() == ["orm"]
+
+
+async def test_what_was_added_is_seen_by_the_next_statement(running: Running) -> None:
+    """SQLAlchemy flushes before each statement, as in any session."""
+    seen: list[object] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+        session.add(Note("added"))
+        seen.extend((await running.execute(select(ENTRY.c.note))).scalars())
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, seen) == (200, ["added"])
 
 
 @pytest.mark.parametrize("status", [200, 400])
