@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from anyio import to_thread
 from asgi import get, respond
 from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running, checked_out
 from sqlalchemy import create_engine, event, select, text
@@ -12,6 +13,7 @@ from sqlalchemy.orm import Session, registry
 
 from asgi_dbsession import (
     AsyncDatabase,
+    ConfigurationError,
     DBSessionMiddleware,
     PrematureClose,
     SyncDatabase,
@@ -290,8 +292,7 @@ async def test_a_commit_that_is_never_answered_costs_only_its_own_connection(rea
             await asyncio.sleep(0.1)
         await respond(send)
 
-    database = real.describe(pool_size=2)
-    assert isinstance(database, AsyncDatabase)
+    database: AsyncDatabase[Any] = AsyncDatabase(real.url, pool_size=2)
     async with database:
         middleware = DBSessionMiddleware(app, database)
         exchange = await get(middleware, "/unanswered")
@@ -365,3 +366,37 @@ async def test_a_session_without_work_may_be_closed_and_used_again(running: Runn
     exchange = await get(DBSessionMiddleware(app, running.database))
     assert (exchange.status, exchange.error) == (200, None)
     assert running.stored() == ["kept", "kept too"]
+
+
+@pytest.mark.parametrize("real", ["sqlite", "psycopg-sync"], indirect=True)
+async def test_a_session_that_is_closed_lets_go_of_its_objects(running: Running) -> None:
+    """What was loaded before belongs to no session, and is loaded anew by the next statement."""
+    kept: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+        note = Note("kept")
+        session.add(note)
+        await running.call("commit")
+        await running.call("close")
+        kept.append(note in session)
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error, kept) == (200, None, [False])
+
+
+@pytest.mark.parametrize("real", ["sqlite"], indirect=True)
+async def test_an_object_added_in_a_thread_to_a_session_of_tasks_is_refused(
+    running: Running,
+) -> None:
+    """The error names the class for handlers that are written with `def`."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+        with pytest.raises(ConfigurationError, match="SyncDatabase"):
+            await to_thread.run_sync(session.add, Note("refused"))
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error, running.stored()) == (200, None, [])
