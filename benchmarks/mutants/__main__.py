@@ -62,7 +62,7 @@ def main(options: argparse.Namespace) -> None:
         copy(_ROOT, Path(unchanged))
         trials = {
             pool.submit(survives, Path(unchanged), each, near_only=options.near_only): each
-            for each in mutants
+            for each in sorted(mutants, key=lambda each: each.diff in results)
             if results.get(each.diff, True)
         }
         for trial in as_completed(trials):
