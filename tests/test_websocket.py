@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from asgi import Exchange, Message, Socket, get, respond
 from conftest import ENTRY, Real, Running, checked_out, real_database
+from several import Entry
 from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 
@@ -340,14 +341,20 @@ async def test_set_rollback_about_nothing_is_forgotten_with_the_next_message(
     assert running.stored() == ["done"]
 
 
-async def test_a_message_does_not_commit_what_another_task_is_at(running: Running) -> None:
+@pytest.mark.parametrize("work", ["a statement", "an object"])
+async def test_a_message_does_not_commit_what_another_task_is_at(
+    running: Running, work: str
+) -> None:
     """Or half of its work would be stored: it opens `begin()`, and is whole."""
     if running.real.is_sync:
         pytest.skip("what threads do says nothing of tasks")
     half_done, go_on = asyncio.Event(), asyncio.Event()
 
     async def write(send: Any) -> None:
-        await running.write("one")
+        if work == "a statement":
+            await running.write("one")
+        else:
+            running.database.get_session().add(Entry("one"))
         half_done.set()
         await go_on.wait()
         raise LookupError
