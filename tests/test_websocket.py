@@ -341,6 +341,35 @@ async def test_set_rollback_about_nothing_is_forgotten_with_the_next_message(
     assert running.stored() == ["done"]
 
 
+@pytest.mark.parametrize("real", ["sqlite", "asyncpg"], indirect=True)
+async def test_a_message_of_a_task_at_work_does_not_commit_what_another_task_is_at(
+    running: Running,
+) -> None:
+    """Nothing is stored, be the message sent or refused: the other task fails afterwards."""
+    half_done, go_on = asyncio.Event(), asyncio.Event()
+
+    async def fail() -> None:
+        await running.write("half done")
+        half_done.set()
+        await go_on.wait()
+        raise LookupError
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(ACCEPT)
+        other = asyncio.create_task(fail())
+        await half_done.wait()
+        await running.write("mine")
+        try:
+            await send(text("not stored"))
+        finally:
+            go_on.set()
+            await other
+
+    await socket(running, app).run()
+    assert running.stored() == []
+
+
 @pytest.mark.parametrize("work", ["a statement", "an object"])
 async def test_a_message_does_not_commit_what_another_task_is_at(
     running: Running, work: str
