@@ -68,6 +68,16 @@ KINDS = ("sqlite", "sqlite-sync", "asyncpg", "psycopg", "psycopg-sync")
 # A module that says `KINDS = WITH_MARIADB` is run on these instead.
 WITH_MARIADB = (*KINDS, "asyncmy", "pymysql-sync")
 _MARIADB = ("asyncmy", "aiomysql", "pymysql-sync")
+# What `--quick` keeps: SQLite, an async driver and a blocking one.
+_QUICK_KINDS = ("sqlite", "asyncpg", "psycopg-sync")
+# What `--quick` leaves out: other programs and libraries around the package, and the documentation.
+_SLOW = (
+    *("servers", "frameworks", "test_audit.py", "test_benchmarks.py", "test_comparison.py"),
+    *("test_drivers.py", "test_example.py", "test_faults.py", "test_galera.py", "test_guides.py"),
+    *("test_matrix.py", "test_migrations.py", "test_observability_guide.py", "test_package.py"),
+    *("test_readme.py", "test_shop.py", "test_site.py", "test_tenants.py", "test_testing_guide.py"),
+    *("test_tutorial.py", "test_when_it_goes_wrong.py"),
+)
 
 
 def enforce_foreign_keys(connection: Any, _record: Any) -> None:
@@ -318,6 +328,33 @@ def real_database(kind: str, folder: Path, name: str = "tests") -> Real:
 def anyio_backend() -> str:
     """SQLAlchemy's async sessions run on asyncio only."""
     return "asyncio"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--quick`, to be run after every change."""
+    parser.addoption(
+        "--quick", action="store_true", help="test the promises only, with few drivers"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--quick`, leave out what starts other programs or needs other libraries."""
+    return True if config.option.quick and collection_path.name in _SLOW else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--quick`, leave out the drivers that repeat what other drivers show."""
+    if not config.option.quick:
+        return
+    config.hook.pytest_deselected(items=[each for each in items if _is_repeated(each)])
+    items[:] = [each for each in items if not _is_repeated(each)]
+
+
+def _is_repeated(item: pytest.Item) -> bool:
+    parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
+    values = [each[0] if isinstance(each, tuple) and each else each for each in parameters]
+    kinds = {kind for each in values if isinstance(each, str) for kind in each.split(" + ")}
+    return bool(kinds & {*WITH_MARIADB, *_MARIADB} - {*_QUICK_KINDS})
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

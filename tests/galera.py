@@ -44,7 +44,11 @@ def nodes() -> tuple[URL, ...]:
     program("rsync")
     folder = Path(tempfile.mkdtemp(prefix="galera-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    place = [f"--user={_owner(folder)}"]
+    # Of their own: servers that are made at the same time would take each other's files in /tmp.
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    _owner(temporary)
+    place = [f"--user={_owner(folder)}", f"--tmpdir={temporary}"]
     subprocess.run(
         [
             *(install, "--no-defaults", f"--datadir={folder / '0'}", *place),

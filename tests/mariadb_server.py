@@ -34,7 +34,10 @@ def _socket() -> Path:
     server, install = program("mariadbd"), program("mariadb-install-db")
     folder = Path(tempfile.mkdtemp(prefix="mariadb-"))
     path = folder / "socket"
-    place = ["--no-defaults", f"--datadir={folder / 'data'}"]
+    # Of its own: servers that are made at the same time would take each other's files in /tmp.
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    place = ["--no-defaults", f"--datadir={folder / 'data'}", f"--tmpdir={temporary}"]
     if os.getuid() == 0:
         place.append("--user=root")
     subprocess.run(

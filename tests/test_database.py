@@ -7,13 +7,22 @@ import traceback
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import postgres
 import pytest
 import sqlmodel
 from asgi import Exchange, get, respond
-from conftest import ENTRY, METADATA, AnyDatabase, Real, Running, becomes_true
+from conftest import (
+    ENTRY,
+    METADATA,
+    AnyDatabase,
+    Real,
+    Running,
+    becomes_true,
+    real_database,
+)
 from sqlalchemy import URL, create_engine, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -215,6 +224,17 @@ def test_another_event_loop_is_told_so(real: Real) -> None:
         first.run(database.shutdown())
     assert not database.is_running
     assert real.stored() == ["kept"]
+
+
+def test_a_database_that_was_stopped_may_be_started_in_another_event_loop(tmp_path: Path) -> None:
+    """Although the first loop still runs, as that of a thread does."""
+    database = real_database("sqlite", tmp_path).describe()
+    assert isinstance(database, AsyncDatabase)
+    with asyncio.Runner() as first, asyncio.Runner() as second:
+        for runner in (first, second, first):
+            runner.run(database.startup())
+            runner.run(database.ping())
+            runner.run(database.shutdown())
 
 
 def test_a_refused_engine_belongs_to_no_event_loop() -> None:

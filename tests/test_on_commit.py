@@ -480,6 +480,62 @@ async def test_a_mounted_middleware_waits_for_the_outer_commit(running: Running)
     assert done == [["kept"]]
 
 
+@pytest.mark.parametrize("given", ["above", "below"])
+async def test_a_rollback_of_a_mounted_middleware_drops_what_was_given_before_its_session(
+    running: Running, given: str
+) -> None:
+    """A session that is opened later, further in, belongs to the same request."""
+    other = running.real.describe()
+    done: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if given == "below":
+            on_commit(lambda: done.append("sent"))
+        await running.write("undone")
+        await respond(send)
+
+    inner = DBSessionMiddleware(app, running.database, commit_when=lambda _: False)
+
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        if given == "above":
+            on_commit(lambda: done.append("sent"))
+        await inner(scope, receive, send)
+
+    async with other:
+        exchange = await get(DBSessionMiddleware(outer, other))
+    assert (exchange.status, exchange.error) == (200, None)
+    assert (done, running.stored()) == ([], [])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_a_function_of_a_blocking_unit_the_session_around_it_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, *, fails: bool
+) -> None:
+    """`get_session()` after an inner `begin()` is the session of the outer one, or none."""
+    real = real_database("sqlite-sync", tmp_path)
+    database = real.describe()
+    assert isinstance(database, SyncDatabase)
+    seen: list[object] = []
+
+    def look() -> None:
+        seen.append(database.get_session())
+        if fails:
+            raise LookupError
+
+    async def main() -> None:
+        async with database:
+            with database.begin() as outer:
+                with database.begin() as inner:
+                    on_commit(look)
+                assert database.get_session() is outer
+                assert len({id(each) for each in (*seen, inner, outer)}) == 3
+            with pytest.raises(NoSession):
+                database.get_session()
+
+    asyncio.run(main())
+    caplog.clear()
+
+
 async def test_a_function_given_below_finds_the_sessions_that_are_there(running: Running) -> None:
     """Also of a database that only the inner middleware has; the default is the same, too."""
     other = running.real.describe()

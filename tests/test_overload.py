@@ -185,6 +185,24 @@ async def test_what_an_error_became_on_its_way_is_known(running: Running, wrappe
         assert is_busy(await get(ours(app, running)))
 
 
+@pytest.mark.parametrize("first", ["wait", "other"])
+async def test_a_wait_beside_another_error_in_a_group_is_answered_503(
+    running: Running, first: str
+) -> None:
+    """Tasks of one group fail together: one for want of a connection, another on its own."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        errors: list[Exception] = [LookupError()]
+        try:
+            await running.write("kept")
+        except PoolTimeout as error:
+            errors.insert(0 if first == "wait" else 1, error)
+        raise ExceptionGroup("both", errors) from None
+
+    async with exhausted(running):
+        assert is_busy(await get(ours(app, running)))
+
+
 @pytest.mark.parametrize("status", [200, 409, 503])
 async def test_an_application_that_gets_over_it_answers_for_itself(
     running: Running, status: int

@@ -8,7 +8,9 @@ import pytest
 from anyio import to_thread
 from asgi import Exchange, get, respond
 from conftest import ENTRY, WITH_MARIADB, Running, checked_out
-from sqlalchemy import select, text
+from several import engine_of
+from sqlalchemy import event, select, text
+from sqlalchemy.util import await_only
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -144,6 +146,35 @@ async def test_an_operation_that_meets_the_end_waits_for_it(running: Running) ->
     assert exchange.complete
     assert exchange.error is None
     assert running.stored() == ["handler", *(f"other {number}" for number in range(20))]
+
+
+@pytest.mark.parametrize("real", ["sqlite", "asyncpg", "asyncmy"], indirect=True)
+async def test_a_close_that_meets_the_end_waits_for_it(running: Running) -> None:
+    """A task that closes the session during COMMIT takes nothing of it away."""
+    done: list[str] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    async def close() -> None:
+        await running.call("close")
+        done.append("closed")
+
+    def look(_: object) -> None:
+        # COMMIT is under way: the other task has all the time it needs to get in between.
+        tasks.append(asyncio.get_running_loop().create_task(close()))
+        await_only(asyncio.sleep(0.1))
+        done.append("committed")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        event.listen(engine_of(running), "commit", look, once=True)
+        await respond(send)
+        await asyncio.wait(tasks)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error) == (200, None)
+    assert done == ["committed", "closed"]
+    assert tasks[0].exception() is None
+    assert running.stored() == ["kept"]
 
 
 async def test_a_cancelled_handler_does_not_leave_its_threads_or_tasks_the_session(

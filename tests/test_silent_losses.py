@@ -1,20 +1,24 @@
 """What SQLAlchemy and its drivers would lose in silence is said aloud."""
 
+import asyncio
 from typing import Any
 
 import pytest
+from anyio import to_thread
 from asgi import get, respond
-from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running
-from sqlalchemy import create_engine, event, text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running, checked_out
+from sqlalchemy import create_engine, event, select, text
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session, registry
 
 from asgi_dbsession import (
     AsyncDatabase,
+    ConfigurationError,
     DBSessionMiddleware,
     PrematureClose,
     SyncDatabase,
     TransactionAborted,
+    get_session,
 )
 
 pytestmark = pytest.mark.anyio
@@ -113,6 +117,28 @@ async def test_an_error_that_harmed_nothing_may_be_swallowed(running: Running) -
     exchange = await get(DBSessionMiddleware(app, running.database))
     assert (exchange.status, exchange.error) == (201, None)
     assert running.stored() == ["before"]
+
+
+@pytest.mark.parametrize("real", ["asyncmy", "pymysql-sync"], indirect=True)
+async def test_a_lock_that_mariadb_waits_for_in_vain_may_be_swallowed(running: Running) -> None:
+    """It rolls back that statement alone, so what was done before it is stored."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(text("SET innodb_lock_wait_timeout = 1"))
+        await running.write("kept")
+        with pytest.raises(OperationalError, match="1205"):
+            await running.execute(text("UPDATE entry SET note = 'lost' WHERE note = 'locked'"))
+        await respond(send)
+
+    with running.real.reader.connect() as connection:
+        connection.execute(text("INSERT INTO entry (note) VALUES ('locked')"))
+        connection.execute(text("SET TRANSACTION ISOLATION LEVEL READ COMMITTED"))  # no gaps
+        connection.execute(text("START TRANSACTION"))
+        connection.execute(text("SELECT note FROM entry WHERE note = 'locked' FOR UPDATE"))
+        exchange = await get(DBSessionMiddleware(app, running.database))
+        connection.execute(text("ROLLBACK"))
+    assert (exchange.status, exchange.error) == (200, None)
+    assert running.stored() == ["locked", "kept"]
 
 
 async def test_an_error_on_the_raw_connection_counts_too(running: Running) -> None:
@@ -246,6 +272,38 @@ async def test_a_killed_connection_is_an_error_and_not_a_loss(running: Running) 
     await running.assert_clean()
 
 
+@pytest.mark.parametrize("real", ["asyncpg"], indirect=True)
+async def test_a_commit_that_is_never_answered_costs_only_its_own_connection(real: Real) -> None:
+    """The other connections of the pool serve the next requests; nobody has to connect again."""
+    backend = text("SELECT pg_backend_pid()")
+    pids: dict[str, int] = {}
+    sleeping: list[asyncio.Task[object]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = get_session()
+        pids[scope["path"]] = await session.scalar(backend)
+        if scope["path"] == "/unanswered":
+            async with database.begin() as other:  # so that the pool has two connections
+                pids["/idle"] = await other.scalar(backend)
+            await session.execute(ENTRY.insert().values(note="lost"))
+            raw: Any = await (await session.connection()).get_raw_connection()
+            # A driver that is busy does not even send COMMIT.
+            sleeping.append(asyncio.create_task(raw.driver_connection.fetch("SELECT pg_sleep(30)")))
+            await asyncio.sleep(0.1)
+        await respond(send)
+
+    database: AsyncDatabase[Any] = AsyncDatabase(real.url, pool_size=2)
+    async with database:
+        middleware = DBSessionMiddleware(app, database)
+        exchange = await get(middleware, "/unanswered")
+        assert isinstance(exchange.error, DBAPIError)
+        assert (exchange.messages, checked_out(database), real.stored()) == ([], 0, [])
+        await asyncio.wait(sleeping)
+        assert sleeping[0].exception() is not None
+        assert (await get(middleware, "/next")).status == 200
+        assert pids["/next"] == pids["/idle"] != pids["/unanswered"]
+
+
 async def test_what_was_added_and_never_flushed_is_stored(running: Running) -> None:
     """`session.add()` alone is work; so is a Core statement alone."""
 
@@ -255,6 +313,20 @@ async def test_what_was_added_and_never_flushed_is_stored(running: Running) -> N
 
     await get(DBSessionMiddleware(app, running.database))
     assert running.stored() == ["orm"]
+
+
+async def test_what_was_added_is_seen_by_the_next_statement(running: Running) -> None:
+    """SQLAlchemy flushes before each statement, as in any session."""
+    seen: list[object] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+        session.add(Note("added"))
+        seen.extend((await running.execute(select(ENTRY.c.note))).scalars())
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, seen) == (200, ["added"])
 
 
 @pytest.mark.parametrize("status", [200, 400])
@@ -294,3 +366,37 @@ async def test_a_session_without_work_may_be_closed_and_used_again(running: Runn
     exchange = await get(DBSessionMiddleware(app, running.database))
     assert (exchange.status, exchange.error) == (200, None)
     assert running.stored() == ["kept", "kept too"]
+
+
+@pytest.mark.parametrize("real", ["sqlite", "psycopg-sync"], indirect=True)
+async def test_a_session_that_is_closed_lets_go_of_its_objects(running: Running) -> None:
+    """What was loaded before belongs to no session, and is loaded anew by the next statement."""
+    kept: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+        note = Note("kept")
+        session.add(note)
+        await running.call("commit")
+        await running.call("close")
+        kept.append(note in session)
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error, kept) == (200, None, [False])
+
+
+@pytest.mark.parametrize("real", ["sqlite"], indirect=True)
+async def test_an_object_added_in_a_thread_to_a_session_of_tasks_is_refused(
+    running: Running,
+) -> None:
+    """The error names the class for handlers that are written with `def`."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+        with pytest.raises(ConfigurationError, match="SyncDatabase"):
+            await to_thread.run_sync(session.add, Note("refused"))
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error, running.stored()) == (200, None, [])

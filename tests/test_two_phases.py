@@ -159,6 +159,67 @@ async def test_a_session_that_is_alone_commits_in_one_phase(several: Several) ->
     assert several.stored() == [["kept"], ["kept"]]
 
 
+async def test_after_a_commit_alone_the_rest_of_the_request_is_in_two_phases(
+    several: Several,
+) -> None:
+    """A background task that uses both databases is prepared on both."""
+    prepared: list[int] = []
+    for number, running in enumerate(several.each):
+        event.listen(
+            engine_of(running), "prepare_twophase", lambda *_, n=number: prepared.append(n)
+        )
+    (alone,) = (each for each in several.each if each.real.is_postgresql)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await alone.write("alone")
+        await respond(send)
+        assert prepared == []
+        await several.write("together")
+
+    exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
+    assert (exchange.status, exchange.error) == (200, None)
+    assert prepared == [0, 1]
+
+
+async def test_functions_after_commit_commit_in_two_phases_too(several: Several) -> None:
+    """What an `on_commit` function writes to several databases is prepared on each of them."""
+    prepared: list[int] = []
+    for number, running in enumerate(several.each):
+        event.listen(
+            engine_of(running), "prepare_twophase", lambda *_, n=number: prepared.append(n)
+        )
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        on_commit(lambda: several.write("followed"))
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
+    assert (exchange.status, prepared) == (200, [0, 1])
+    assert several.stored() == [["followed"], ["followed"]]
+
+
+async def test_the_first_of_two_prepared_commits_that_fail_is_the_one_reported(
+    several: Several, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server gets the error of the database that is declared first; the log has both."""
+    for each in several.each:
+        event.listen(
+            engine_of(each), "commit_twophase", lambda *_, each=each: each.real.kill(), once=True
+        )
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.write("kept")
+        await respond(send)
+
+    with caplog.at_level(logging.INFO, LOGGER):
+        exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
+    for real in several.reals:
+        resolve(real, caplog.text)
+    assert isinstance(exchange.error, DBAPIError)
+    assert isinstance(exchange.error.orig, engine_of(several.each[0]).dialect.loaded_dbapi.Error)
+    assert sum(each.levelno == logging.ERROR for each in caplog.records) == 2
+
+
 @pytest.mark.parametrize("number", [0, 1])
 async def test_one_that_is_lost_when_all_are_prepared_is_stored_in_the_end(
     several: Several, number: int, caplog: pytest.LogCaptureFixture

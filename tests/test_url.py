@@ -136,6 +136,7 @@ def test_what_is_no_url_is_refused_without_being_quoted(
 ) -> None:
     """Half a URL may hold a whole password: neither the message nor its causes repeat it."""
     said = refused(database_class, given)
+    assert ("None is not a database URL" in said) == (given is None)
     assert "Write `dialect://user:password@host:port/name`" in said
     assert "hush" not in said
     assert "direct cause" not in said

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from asgi import Exchange, Message, Socket, get, respond
 from conftest import ENTRY, Real, Running, checked_out, real_database
+from several import Entry
 from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 
@@ -340,14 +341,49 @@ async def test_set_rollback_about_nothing_is_forgotten_with_the_next_message(
     assert running.stored() == ["done"]
 
 
-async def test_a_message_does_not_commit_what_another_task_is_at(running: Running) -> None:
+@pytest.mark.parametrize("real", ["sqlite", "asyncpg"], indirect=True)
+async def test_a_message_of_a_task_at_work_does_not_commit_what_another_task_is_at(
+    running: Running,
+) -> None:
+    """Nothing is stored, be the message sent or refused: the other task fails afterwards."""
+    half_done, go_on = asyncio.Event(), asyncio.Event()
+
+    async def fail() -> None:
+        await running.write("half done")
+        half_done.set()
+        await go_on.wait()
+        raise LookupError
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(ACCEPT)
+        other = asyncio.create_task(fail())
+        await half_done.wait()
+        await running.write("mine")
+        try:
+            await send(text("not stored"))
+        finally:
+            go_on.set()
+            await other
+
+    await socket(running, app).run()
+    assert running.stored() == []
+
+
+@pytest.mark.parametrize("work", ["a statement", "an object"])
+async def test_a_message_does_not_commit_what_another_task_is_at(
+    running: Running, work: str
+) -> None:
     """Or half of its work would be stored: it opens `begin()`, and is whole."""
     if running.real.is_sync:
         pytest.skip("what threads do says nothing of tasks")
     half_done, go_on = asyncio.Event(), asyncio.Event()
 
     async def write(send: Any) -> None:
-        await running.write("one")
+        if work == "a statement":
+            await running.write("one")
+        else:
+            running.database.get_session().add(Entry("one"))
         half_done.set()
         await go_on.wait()
         raise LookupError

@@ -26,7 +26,6 @@ from asgi_dbsession import (
     TransactionAborted,
     get_session,
     get_sync_session,
-    url,
 )
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -176,7 +175,7 @@ async def no_url() -> None:
 
 async def no_driver() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(url, "find_spec", lambda _: None)
+        patch.setattr("asgi_dbsession.database.url.find_spec", lambda _: None)
         AsyncDatabase("postgresql://app@db/shop")
 
 

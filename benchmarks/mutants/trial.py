@@ -1,0 +1,87 @@
+"""Runs the tests on a copy of the repository that has one mutation."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from .mutations import Mutation
+
+_COPIED = ("asgi_dbsession", "benchmarks", "docs", "example_app", "tests")
+_CACHES = shutil.ignore_patterns("__pycache__")
+# The timer is a thread, which ends the process: a mutant that waits for ever cannot be left.
+_PYTEST = (
+    *("-m", "pytest", "-x", "-q", "-n0", "-p", "no:randomly", "-p", "no:cacheprovider"),
+    "--timeout-method=thread",
+)
+# Which tests are close to the files of a room, next to the test of the same name: cheap ones first.
+_ROOMS = {
+    "session": ("silent_losses", "several_tasks", "several_databases", "two_phases"),
+    "unit": ("on_commit", "database", "nesting", "several_databases", "two_phases"),
+    "asgi": ("lifespan", "nesting", "websocket", "on_commit", "starlette"),
+    "database": ("database", "url", "health", "lifespan"),
+}
+_FEW_DRIVERS = "not sqlite-sync and not psycopg-sync"
+# Processes and tools around the package: slow, and their tests say nothing about a single line.
+_FAR = (
+    *("servers", "frameworks", "test_benchmarks.py", "test_comparison.py", "test_example.py"),
+    *("test_faults.py", "test_galera.py", "test_package.py", "test_site.py", "test_tutorial.py"),
+)
+# Seconds of one test, and of all of them: a busy machine must not kill a mutant.
+_TEST_LIMIT, _LIMIT = 30, 900
+_MEMORY = 3 * 1024**3  # bytes of one process: a loop without an end must not fill the machine
+
+
+def copy(root: Path, folder: Path) -> None:
+    """Copy all that the tests need, so that edits meanwhile change no outcome."""
+    for each in _COPIED:
+        shutil.copytree(root / each, folder / each, ignore=_CACHES)
+    for each in ("README.md", "CHANGELOG.md", "pyproject.toml", "setup.cfg"):
+        shutil.copy(root / each, folder)
+
+
+def survives(root: Path, mutation: Mutation, *, near_only: bool) -> bool:
+    """Whether all tests pass: first those close to the mutated file, then nearly all others."""
+    with tempfile.TemporaryDirectory(prefix="mutant-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        copy(root, folder)
+        (folder / mutation.file).write_text(mutation.after)
+        near = ("--quick", "-k", _FEW_DRIVERS, *_near(folder, mutation))
+        wide = ("tests", *(f"--ignore=tests/{each}" for each in _FAR))
+        return _pass(folder, near) and (near_only or _pass(folder, wide))
+
+
+def _near(folder: Path, mutation: Mutation) -> list[str]:
+    file = Path(mutation.file)
+    names = dict.fromkeys((file.stem, "middleware", *_ROOMS.get(file.parent.name, ())))
+    tests = [Path("tests", f"test_{name}.py") for name in names]
+    return [str(each) for each in tests if (folder / each).exists()]
+
+
+def _pass(folder: Path, arguments: tuple[str, ...]) -> bool:
+    process = subprocess.Popen(  # noqa: S603
+        [sys.executable, *_PYTEST, f"--timeout={_TEST_LIMIT}", *arguments],
+        cwd=folder,
+        # In the folder, so that the servers of the tests can be found when the tests have crashed.
+        env={**os.environ, "PYTHONPATH": str(folder), "TMPDIR": str(folder)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    try:
+        return process.wait(_LIMIT) == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for each in folder.rglob("postmaster.pid"):  # PostgreSQL has a session of its own
+            with suppress(ProcessLookupError):
+                os.kill(int(each.read_text().split()[0]), signal.SIGQUIT)
+        process.wait()
