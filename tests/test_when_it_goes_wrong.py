@@ -26,8 +26,8 @@ from asgi_dbsession import (
     TransactionAborted,
     get_session,
     get_sync_session,
-    url,
 )
+from asgi_dbsession.database import url
 
 DOCS = Path(__file__).parents[1] / "docs"
 ERRORS = (DOCS / "when-it-goes-wrong.md").read_text()
