@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, get_session
 
-WHY = Page("docs/explanation/why-before-the-first-byte.md")
+WHY = Page("docs/explanation/concepts.md")
 STREAMING = Page("docs/how-to/streaming.md")
 BACKGROUND = Page("docs/how-to/background-work.md")
 WEBSOCKETS = Page("docs/how-to/websockets.md")

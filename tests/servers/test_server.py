@@ -295,7 +295,8 @@ async def test_a_server_that_cancels_what_is_under_way_stores_nothing_of_it(new_
 
 def test_the_docs_show_the_commands_that_are_tested() -> None:
     """Each way to run a server is in the docs, and none that no test runs."""
-    shown = set(re.findall(r"^\$ (.+)$", DOCS, re.MULTILINE))
+    blocks = re.findall(r"^```bash\n(.*?)^```$", DOCS, re.DOTALL | re.MULTILINE)
+    shown = set("".join(blocks).splitlines())
     tested = {
         " ".join([kind.command, *kind.options(option)])
         for kind in KINDS.values()
