@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .goals import goals
+from .summary import costs, loses, wins
 from .tools import title
 
 _TEMPLATE = Path(__file__).parent / "document.md"
@@ -21,6 +22,9 @@ def document(found: dict[str, Any]) -> str:
         machine=found["machine"],
         versions=found["versions"],
         postgresql=found["postgresql"],
+        costs=costs(found),
+        wins=wins(found),
+        loses=loses(found),
         load=f"{before:.1f} before and {after:.1f} after",
         goals=_table(
             ("goal", "measured", "met"),
@@ -56,7 +60,8 @@ def _by_tool(columns: Mapping[str, Mapping[str, Any]], cell: Callable[[Any], str
 
 
 def _crowds(figures: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{int(each):,} clients".replace(",", " "): of for each, of in figures.items()}
+    names = {each: f"{int(each):,} clients".replace(",", " ") for each in figures}
+    return {names[each] if each != "1" else "1 client": of for each, of in figures.items()}
 
 
 def _turned(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -68,7 +73,7 @@ def _turned(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _listeners(found: Mapping[str, Any]) -> str:
-    columns = ("", "heard the first event", "connections held", "one more SELECT")
+    columns = ("", "received the first event", "connections held", "one more SELECT")
     rows = [
         [
             title(tool),
