@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
-TITLE = """# What is tested with what
+TITLE = """---
+description: Which drivers, frameworks, servers and versions the test suite of asgi_dbsession covers.
+---
 
-Each cell is what a run of the test suite found (`pytest --matrix docs/tested.md`); none is written
-by hand.
+# Tested versions, drivers, frameworks and servers
+
+The test suite makes this page (`pytest --matrix docs/tested.md`). Each cell is the result of a run.
 """
 _MARKS = {"failed": "✗", "passed": "✓"}  # the worst first
 

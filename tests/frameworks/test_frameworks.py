@@ -636,7 +636,7 @@ def contended_table() -> Iterator[None]:
 async def test_a_lost_race_is_run_again(
     framework: Framework, pages: Pages, monkeypatch: pytest.MonkeyPatch, attempts: int
 ) -> None:
-    """A lost race is run again, from the same body, and its last outcome is answered."""
+    """A conflict is retried with the same body, and the last outcome is answered."""
     by_default(monkeypatch, attempts=attempts)
     async with serving(pages.load(framework)) as served:
         with contended_table():
