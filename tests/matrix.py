@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 TITLE = """---
-description: Which drivers, frameworks, servers and versions the test suite of asgi_dbsession covers.
+description: Drivers, frameworks, servers and versions with which asgi_dbsession is tested.
 ---
 
 # Tested versions, drivers, frameworks and servers
