@@ -6,7 +6,7 @@ from typing import Any
 
 from .goals import goals
 from .summary import costs, loses, wins
-from .tools import title
+from .tools import OURS, base, title
 
 _TEMPLATE = Path(__file__).parent / "document.md"
 # Lower quartile, median, upper quartile, as JSON has them.
@@ -55,8 +55,12 @@ def _request(figures: Mapping[str, _Values]) -> str:
 
 def _by_tool(columns: Mapping[str, Mapping[str, Any]], cell: Callable[[Any], str]) -> str:
     tools = next(iter(columns.values()))
-    rows = [[title(tool), *(cell(each[tool]) for each in columns.values())] for tool in tools]
+    rows = [[_name(tool), *(cell(each[tool]) for each in columns.values())] for tool in tools]
     return _table(["", *columns], rows)
+
+
+def _name(tool: str) -> str:
+    return f"**{title(tool)}**" if base(tool) == OURS else title(tool)
 
 
 def _crowds(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def _listeners(found: Mapping[str, Any]) -> str:
     columns = ("", "received the first event", "connections held", "one more SELECT")
     rows = [
         [
-            title(tool),
+            _name(tool),
             str(each["heard"]),
             str(each["connections held"]),
             "no answer" if each["one more SELECT"] is None else f"{each['one more SELECT']:.0f} ms",
