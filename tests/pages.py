@@ -46,7 +46,7 @@ class Page:
         script = "".join(self.blocks("bash", under)).replace("&&\n", "&&")
         return [line for line in script.splitlines() if line]
 
-    def answers(self, under: str) -> list[tuple[str, str]]:
+    def answers(self, under: str = "") -> list[tuple[str, str]]:
         """Each request with curl of a section, and the answer in the block below it."""
         blocks = re.findall(
             r"^```bash\n(curl [^\n]*)\n```\n\n```(?:json|text)\n(.*?)\n```$",

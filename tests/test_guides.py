@@ -167,6 +167,23 @@ async def test_a_dependency_that_ends_before_the_response_ends_too_early(guide: 
     await module.engine.dispose()
 
 
+# Frameworks
+
+
+@pytest.mark.parametrize("framework", ["fastapi", "starlette"])
+async def test_the_first_request_is_answered_as_shown(guide: Guide, framework: str) -> None:
+    """The request below the application, as curl sends it, gets the answer below it."""
+    page = Page(f"docs/how-to/{framework}.md")
+    module = guide.load(page, "notes")
+    async with alive(module.app):
+        for command, answer in page.answers():
+            path, content = re.fullmatch(  # type: ignore[union-attr]
+                r"curl localhost:8000(\S+) --json '(.*)'", command
+            ).groups()
+            exchange = await get(module.app, path, method="POST", content=content.encode())
+            assert (exchange.status, exchange.body.decode()) == (201, answer)
+
+
 # Stream a response
 
 

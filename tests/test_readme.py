@@ -88,6 +88,24 @@ def test_code_is_at_most_80_columns_wide() -> None:
     assert wide == []
 
 
+# Idioms that a reader with English as a second language has to guess.
+IDIOMS = re.compile(
+    r"hears? of|heard of|lost races?|by hand|\bis over\b|for good|at will|from the top|in vain",
+    re.IGNORECASE,
+)
+
+
+def test_no_page_uses_an_idiom_that_has_a_plain_word() -> None:
+    """Outside of code and quoted messages; tables that tests write are theirs."""
+    found = []
+    for page in pages():
+        if page.path in ("CHANGELOG.md", "docs/tested.md"):
+            continue
+        prose = re.sub(r"^```.*?^```$", "", page.text, flags=re.DOTALL | re.MULTILINE)
+        found += [(page.path, each.group(0)) for each in IDIOMS.finditer(prose)]
+    assert found == []
+
+
 def test_the_readme_has_the_commands_that_the_build_runs() -> None:
     """`.ci/run` reads the test command from the section with this name."""
     (command,) = README.blocks("bash", under="Run the tests")
