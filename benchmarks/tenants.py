@@ -1,4 +1,4 @@
-"""Whether the tenants of `docs/how-to/tenants-and-row-level-security.md` ever meet.
+"""Whether the tenants of `docs/how-to/multi-tenancy.md` ever meet.
 
     python benchmarks/tenants.py --requests 100000
 

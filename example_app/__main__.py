@@ -8,8 +8,8 @@ from .app import app
 
 HOST = "127.0.0.1"
 WELCOME = """\
-The shop opens at {address} and Ctrl-C closes it. Order something there, with each of the
-three cards: only the approved one changes anything. Or from another terminal:
+The shop opens at {address}. Ctrl-C stops it. Order something with each of the
+three cards: only the approved card changes something. Or use another terminal:
 
   curl {address}/api/products
   curl {address}/api/orders -d '{{"product": 1, "quantity": 2, "card": "approved"}}'
@@ -18,7 +18,7 @@ three cards: only the approved one changes anything. Or from another terminal:
   curl {address}/api/sales
   curl {address}/orders.csv
 
-The network panel of the browser shows, under "Timing", what a page cost the databases.
+The network panel of the browser shows, under "Timing", the database time of each page.
 """
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000, help="where to listen (default: 8000)")
     port = parser.parse_args().port
     print(WELCOME.format(address=f"http://{HOST}:{port}"), flush=True)
-    # A client that reads slowly does not keep the shop open.
+    # At Ctrl-C, wait at most five seconds for clients that read slowly.
     uvicorn.run(app, host=HOST, port=port, timeout_graceful_shutdown=5)
 
 

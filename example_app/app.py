@@ -28,7 +28,7 @@ SHELF = [
 @asynccontextmanager
 async def prepare(_app: Starlette) -> AsyncIterator[None]:
     """Make the tables and products that are missing."""
-    # The middleware is further out than this lifespan: the databases are running by now.
+    # The middleware has started the databases before this runs.
     for database, base in ((shop, ShopBase), (reports, ReportBase)):
         async with database.engine.begin() as connection:
             await connection.run_sync(base.metadata.create_all)
@@ -41,7 +41,7 @@ async def prepare(_app: Starlette) -> AsyncIterator[None]:
 
 
 def answer_conflict(error: Exception) -> ASGIApp | None:
-    """The response to a COMMIT that the database refused: two of what may be there once."""
+    """The response to a COMMIT that a unique constraint refused: the same order came twice."""
 
     async def conflict(scope: Scope, receive: Receive, send: Send) -> None:
         response = await show_failure(Request(scope), AlreadyPaid("This was ordered already."))
@@ -54,12 +54,12 @@ handlers: dict[Any, Any] = dict.fromkeys((Refusal, HTTPException, Exception), sh
 app = Starlette(routes=routes, lifespan=prepare, exception_handlers=handlers)
 app.add_middleware(
     DBSessionMiddleware,
-    # All are flushed before the first is committed, so what either database refuses is stored in
-    # none. What is left is a COMMIT that fails after another one: the shop's is first, for a sale
-    # may be missing in a report, but none may be there that never was.
+    # All databases are flushed before the first COMMIT, so a refused flush stores nothing anywhere.
+    # If the second COMMIT fails, the first stays. The shop is first: a report may miss a sale, but
+    # it must not show a sale that did not happen.
     shop,
     reports,
     on_commit_error=answer_conflict,
     on_report=ServerTimingMiddleware.note,
 )
-app.add_middleware(ServerTimingMiddleware)  # around it: the browser's network panel shows it
+app.add_middleware(ServerTimingMiddleware)  # the browser's network panel shows the header

@@ -1,4 +1,4 @@
-"""Where the shop keeps its books: described here, opened when the application starts."""
+"""The databases of the shop. They are described here, and started by the middleware."""
 
 import os
 from typing import Any
@@ -14,7 +14,7 @@ def describe_database(url: str) -> AsyncDatabase:
 
 
 def set_up_sqlite(connection: Any, _record: object) -> None:
-    """Have SQLite check foreign keys, read while it writes, and wait for its turn."""
+    """Let SQLite check foreign keys, read during a write, and wait for the writer."""
     cursor = connection.cursor()
     cursor.execute("PRAGMA busy_timeout = 5000")
     cursor.execute("PRAGMA foreign_keys = ON")

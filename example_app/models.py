@@ -1,4 +1,4 @@
-"""What the shop remembers."""
+"""The tables of the shop and of its reports."""
 
 from datetime import date
 from uuid import UUID
@@ -8,18 +8,18 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
 class ShopBase(DeclarativeBase):
-    """What the tables of the shop belong to."""
+    """The base of the tables of the shop."""
 
 
 class ReportBase(DeclarativeBase):
-    """What the tables of the reports belong to: another database, so no key leads across."""
+    """The base of the tables of the reports, in another database: no foreign key crosses."""
 
 
 class Product(ShopBase):
-    """Something on the shelf. Money is in cents."""
+    """A product. Prices are in cents."""
 
     __tablename__ = "product"
-    # The last line of defence: `take_stock` never gets here, and a mistake in it never gets past.
+    # A second check: `take_stock` never makes the stock negative, and a mistake in it fails here.
     __table_args__ = (CheckConstraint("stock >= 0", name="stock_is_never_negative"),)
 
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -29,9 +29,9 @@ class Product(ShopBase):
 
 
 class Order(ShopBase):
-    """A number of one product, at the price of that moment."""
+    """An order: a quantity of one product, at its price when it was ordered."""
 
-    __tablename__ = "orders"  # ORDER is a word of SQL's
+    __tablename__ = "orders"  # ORDER is reserved in SQL
     __table_args__ = (CheckConstraint("quantity > 0", name="quantity_is_positive"),)
 
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -44,7 +44,7 @@ class Order(ShopBase):
 
 
 class Payment(ShopBase):
-    """What a card was charged for an order. No key is charged twice."""
+    """The payment of an order. The key is unique, so no order is charged twice."""
 
     __tablename__ = "payment"
 
@@ -55,7 +55,7 @@ class Payment(ShopBase):
 
 
 class Mail(ShopBase):
-    """What has left the shop: as with any mail, no ROLLBACK of anything takes it back."""
+    """A sent mail. Like any mail, it cannot be rolled back."""
 
     __tablename__ = "mail"
 
@@ -64,7 +64,7 @@ class Mail(ShopBase):
 
 
 class Sale(ReportBase):
-    """What was sold, in the words of that day: products come and go, reports stay."""
+    """A sale. It copies the product's name, because a report outlives a product."""
 
     __tablename__ = "sale"
 

@@ -1,4 +1,4 @@
-"""What the shop does. No function here commits, and none is handed a session."""
+"""The work of the shop. No function here calls `commit()` or takes a session as a parameter."""
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -29,13 +29,13 @@ class Card(StrEnum):
 
 @dataclass(frozen=True)
 class Wish:
-    """What a customer asks for, in the right types and range.
+    """An order as the customer asked for it, with checked types and ranges.
 
     Args:
-        product_id: Of the product; there may be none with it.
-        quantity: How many, at least one.
-        card: How it is paid.
-        key: Names this one wish, so that sending it twice does not charge twice.
+        product_id: The product's id; the product may not exist.
+        quantity: The number of items, at least one.
+        card: The card to charge.
+        key: An idempotency key: sending the same order twice does not charge twice.
     """
 
     product_id: int
@@ -45,7 +45,7 @@ class Wish:
 
 
 class Refusal(Exception):
-    """What the shop will not do; the message is for the customer."""
+    """An order that the shop refuses. The message is shown to the customer."""
 
     status = HTTPStatus.BAD_REQUEST
 
@@ -77,15 +77,15 @@ class PaymentDeclined(Refusal):
 async def place_order(wish: Wish) -> Order:
     """Take the stock, write the order, count the sale, charge the card: all of it, or nothing.
 
-    The payment comes last on purpose. When it fails, there is something to roll back, and a mail
-    that must not leave.
+    The payment comes last. If it fails, there is work to roll back, and a mail that must not be
+    sent.
 
     Returns:
-        The order, not yet committed: that happens when the response is about to leave.
+        The order, not committed yet. The middleware commits before it sends the response.
 
     Raises:
-        UnknownProduct: No such product.
-        OutOfStock: Less is left than was asked for.
+        UnknownProduct: The product does not exist.
+        OutOfStock: The stock is smaller than the quantity.
         PaymentDeclined: The card was declined.
     """
     product = await take_stock(wish.product_id, wish.quantity)
@@ -98,13 +98,13 @@ async def place_order(wish: Wish) -> Order:
 
 
 async def take_stock(product_id: int, quantity: int) -> Product:
-    """Take so many of a product off the shelf.
+    """Reduce the stock of a product.
 
     Raises:
-        UnknownProduct: No such product.
-        OutOfStock: Less is left than was asked for.
+        UnknownProduct: The product does not exist.
+        OutOfStock: The stock is smaller than the quantity.
     """
-    # One statement looks and takes, so that two customers cannot both get the last one.
+    # One statement checks and takes the stock, so two customers cannot both get the last item.
     product: Product | None = await get_session().scalar(
         update(Product)
         .where(Product.id == product_id, Product.stock >= quantity)
@@ -120,7 +120,7 @@ async def take_stock(product_id: int, quantity: int) -> Product:
 
 
 async def write_order(product: Product, quantity: int) -> Order:
-    """Write an order, and so give it its number."""
+    """Write an order. The flush gives the order its number."""
     order = Order(product=product, quantity=quantity, total=quantity * product.price)
     get_session().add(order)
     await get_session().flush()
@@ -128,7 +128,7 @@ async def write_order(product: Product, quantity: int) -> Order:
 
 
 def count_sale(order: Order) -> None:
-    """Note an order for the reports, in their database."""
+    """Count an order in the database of the reports."""
     sale = Sale(
         day=datetime.now(UTC).date(),
         product=order.product.name,
@@ -156,7 +156,7 @@ def charge(order: Order, card: Card, key: UUID) -> None:
 
 
 async def send_mail(text: str) -> None:
-    """Send a mail, which here goes no further than an outbox that everybody can look into.
+    """Send a mail. In this example, sending means writing to an outbox that the page shows.
 
     Called after COMMIT, it has a session, and a transaction, of its own.
     """
@@ -164,7 +164,7 @@ async def send_mail(text: str) -> None:
 
 
 async def pack(order: Order) -> None:
-    """Make a parcel of an order; runs in the background, after the response.
+    """Pack an order. Runs in the background, after the response.
 
     The session of the request goes on there, and commits in the end what has changed since.
     """
@@ -183,7 +183,7 @@ async def latest_orders() -> Sequence[Order]:
 
 
 async def latest_mails() -> Sequence[Mail]:
-    """The last few mails that have left, newest first."""
+    """The latest mails, newest first."""
     return (await get_session().scalars(select(Mail).order_by(Mail.id.desc()).limit(LATEST))).all()
 
 
@@ -215,4 +215,4 @@ async def all_orders() -> AsyncIterator[Sequence[Order]]:
             return
         yield orders
         last = orders[-1].id
-        session.expunge_all()  # or it would remember every order of a long export
+        session.expunge_all()  # or the session keeps every order of a long export

@@ -1,4 +1,4 @@
-"""What the shop says to browsers and to programs."""
+"""The routes of the shop: pages for browsers, JSON and CSV for programs."""
 
 import csv
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -24,7 +24,7 @@ MOST = 999
 
 
 def money(cents: int) -> str:
-    """Cents, as people write them."""
+    """An amount in cents, formatted for people."""
     return f"€ {cents // 100}.{cents % 100:02}"
 
 
@@ -33,7 +33,7 @@ templates.env.filters["money"] = money
 
 
 async def show_shop(request: Request) -> Response:
-    """The page: the shelf, an order form, and what came of the latest orders."""
+    """The page: the shelf, an order form, and the latest orders."""
     context = {
         "products": await shop.products(),
         "orders": await shop.latest_orders(),
@@ -47,7 +47,7 @@ async def show_shop(request: Request) -> Response:
 
 
 async def order_by_form(request: Request) -> Response:
-    """The form's order; the browser is sent on to the page."""
+    """Place the order of the form, and redirect the browser to the page."""
     async with request.form() as form:
         wish = read_wish(form)
     order = await shop.place_order(wish)
@@ -79,7 +79,7 @@ async def list_sales(_request: Request) -> Response:
 
 
 async def order_by_json(request: Request) -> Response:
-    """A program's order."""
+    """Place an order that is sent as JSON."""
     order = await shop.place_order(read_wish(await read_json_object(request)))
     return JSONResponse(
         order_as_json(order),
@@ -89,7 +89,7 @@ async def order_by_json(request: Request) -> Response:
 
 
 async def export_orders(_request: Request) -> Response:
-    """All orders as CSV, however many: they are read while they are sent."""
+    """All orders as CSV, read page by page while the response is sent."""
     return StreamingResponse(
         orders_as_csv(),
         media_type="text/csv",
@@ -98,7 +98,7 @@ async def export_orders(_request: Request) -> Response:
 
 
 async def show_failure(request: Request, error: Exception) -> Response:
-    """What went wrong, in the form that the client speaks."""
+    """The error, as a page for a browser and as JSON for a program."""
     status, message, headers = HTTPStatus.INTERNAL_SERVER_ERROR, "Something broke.", None
     if isinstance(error, Refusal):
         status, message = error.status, str(error)
@@ -113,7 +113,7 @@ async def show_failure(request: Request, error: Exception) -> Response:
 
 
 def product_as_json(product: Product) -> dict[str, Any]:
-    """What a program is told of a product."""
+    """A product as JSON."""
     return {
         "id": product.id,
         "name": product.name,
@@ -123,7 +123,7 @@ def product_as_json(product: Product) -> dict[str, Any]:
 
 
 def order_as_json(order: Order) -> dict[str, Any]:
-    """What a program is told of an order."""
+    """An order as JSON."""
     return {
         "id": order.id,
         "product": order.product.name,
@@ -134,7 +134,7 @@ def order_as_json(order: Order) -> dict[str, Any]:
 
 
 def sale_as_json(sale: RowMapping) -> dict[str, Any]:
-    """What a program is told of the sales of a product on a day."""
+    """The sales of a product on a day, as JSON."""
     return {**sale, "day": sale["day"].isoformat()}
 
 
@@ -170,7 +170,7 @@ async def read_json_object(request: Request) -> Mapping[str, object]:
 
 
 def read_wish(fields: Mapping[str, object]) -> Wish:
-    """What a form or a program asks for.
+    """The order in a form or a JSON body.
 
     Args:
         fields: `product`, `quantity`, `card`, and perhaps `key`: without one, nothing protects
@@ -193,7 +193,7 @@ def read_wish(fields: Mapping[str, object]) -> Wish:
 
 
 def read_number(fields: Mapping[str, object], name: str) -> int:
-    """A whole number from 1 to 999, in digits or as JSON has it.
+    """A whole number from 1 to 999, from a form or from JSON.
 
     Raises:
         Refusal: It is anything else.

@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
-TITLE = """# What is tested with what
+TITLE = """---
+description: Drivers, frameworks, servers and versions with which asgi_dbsession is tested.
+---
 
-Each cell is what a run of the test suite found (`pytest --matrix docs/tested.md`); none is written
-by hand.
+# Tested versions, drivers, frameworks and servers
+
+The test suite makes this page (`pytest --matrix docs/tested.md`). Each cell is the result of a run.
 """
 _MARKS = {"failed": "✗", "passed": "✓"}  # the worst first
 

@@ -30,12 +30,31 @@ class Page:
             language: What is written behind the three backticks.
             under: Only of the section with this heading.
         """
-        text = self.text
-        if under:
-            (text,) = re.findall(
-                rf"^## {re.escape(under)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE
-            )
+        text = self._section(under)
         return [block for found, block in _FENCED.findall(text) if found == language]
+
+    def _section(self, under: str) -> str:
+        if not under:
+            return self.text
+        (text,) = re.findall(
+            rf"^## {re.escape(under)}\n(.*?)(?=^## |\Z)", self.text, re.DOTALL | re.MULTILINE
+        )
+        return str(text)
+
+    def commands(self, under: str = "") -> list[str]:
+        """The lines of its blocks of commands; one that ends in `&&` goes on in the next."""
+        script = "".join(self.blocks("bash", under)).replace("&&\n", "&&")
+        return [line for line in script.splitlines() if line]
+
+    def answers(self, under: str = "") -> list[tuple[str, str]]:
+        """Each request with curl of a section, and the answer in the block below it."""
+        blocks = re.findall(
+            r"^```bash\n(curl [^\n]*)\n```\n\n```(?:json|text)\n(.*?)\n```$",
+            self._section(under),
+            re.DOTALL | re.MULTILINE,
+        )
+        assert len(blocks) == len([each for each in self.commands(under) if "curl" in each])
+        return blocks
 
     def run(self, number: int) -> dict[str, Any]:
         """Execute one block as a module of its own."""

@@ -29,7 +29,7 @@ from sqlalchemy.pool import NullPool
 
 from asgi_dbsession import get_session
 
-PAGE = Page("docs/how-to/tenants-and-row-level-security.md")
+PAGE = Page("docs/how-to/multi-tenancy.md")
 BY_ROW = "row-level security"
 WAYS = {
     BY_ROW: (),

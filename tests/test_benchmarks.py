@@ -29,7 +29,7 @@ def test_every_tool_that_is_installed_is_measured_in_every_table(written: Path) 
         first, *rows = [line.split(" | ") for line in table.splitlines()]
         assert len(rows) > 1
         assert all(len(row) == len(first) and all(row) for row in rows)
-    for tool in ("by hand", "asgi-dbsession", "`Depends`, handlers commit"):
+    for tool in ("hand-written", "**asgi-dbsession**", "`Depends`, handlers commit"):
         assert sum(f"\n| {tool} |" in table for table in tables) >= 8
 
 
@@ -37,7 +37,7 @@ def test_the_document_says_how_it_was_made(written: Path) -> None:
     """Command, versions and load, so that its figures can be judged, and made again."""
     text = (written / "speed.md").read_text()
     assert "`python -m benchmarks.speed --quick`" in text
-    assert re.search(r"load average \d+\.\d before and \d+\.\d after", text)
+    assert re.search(r"Load average \d+\.\d before and \d+\.\d after", text)
     for name in ("Python", "sqlalchemy", "fastapi", "PostgreSQL"):
         assert re.search(rf"{name} \d+\.\d+", text)
 
@@ -46,7 +46,7 @@ def test_the_picture_is_one(written: Path) -> None:
     """It has a row for each tool, and colours of its own in the dark."""
     text = (written / "speed.svg").read_text()
     words = [each.text for each in ET.fromstring(text).iter() if each.text]
-    assert {"by hand", "asgi-dbsession", "one SELECT", "slow readers"} <= set(words)
+    assert {"hand-written", "asgi-dbsession", "one SELECT", "slow readers"} <= set(words)
     assert "prefers-color-scheme: dark" in text
 
 

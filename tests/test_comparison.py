@@ -278,7 +278,7 @@ def claims() -> dict[str, dict[str, str]]:
         ]
         for row in rows:
             cells = zip(first[1:], row[1:], strict=True)
-            found.setdefault(row[0], {}).update(
+            found.setdefault(row[0].strip("*"), {}).update(
                 {name: cell for name, cell in cells if name in PROBES}
             )
     return {tool: cells for tool, cells in found.items() if cells}

@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, get_session
 
-WHY = Page("docs/explanation/why-before-the-first-byte.md")
+WHY = Page("docs/explanation/concepts.md")
 STREAMING = Page("docs/how-to/streaming.md")
 BACKGROUND = Page("docs/how-to/background-work.md")
 WEBSOCKETS = Page("docs/how-to/websockets.md")
@@ -167,6 +167,23 @@ async def test_a_dependency_that_ends_before_the_response_ends_too_early(guide: 
     await module.engine.dispose()
 
 
+# Frameworks
+
+
+@pytest.mark.parametrize("framework", ["fastapi", "starlette"])
+async def test_the_first_request_is_answered_as_shown(guide: Guide, framework: str) -> None:
+    """The request below the application, as curl sends it, gets the answer below it."""
+    page = Page(f"docs/how-to/{framework}.md")
+    module = guide.load(page, "notes")
+    async with alive(module.app):
+        for command, answer in page.answers():
+            path, content = re.fullmatch(  # type: ignore[union-attr]
+                r"curl localhost:8000(\S+) --json '(.*)'", command
+            ).groups()
+            exchange = await get(module.app, path, method="POST", content=content.encode())
+            assert (exchange.status, exchange.body.decode()) == (201, answer)
+
+
 # Stream a response
 
 
@@ -263,6 +280,16 @@ async def test_a_cache_forgets_what_was_stored(
         exchange = await get(module.app, "/orders/7/cancel", method="POST", on_message=look)
     assert exchange.status == status
     assert seen[0] == after
+
+
+async def test_a_task_of_celery_needs_no_event_loop(guide: Guide) -> None:
+    """Its engine is there at once, and what it did is stored when its block ends."""
+    guide.load(BACKGROUND, "orders")
+    tasks = guide.load(BACKGROUND, "tasks")
+    guide.execute("INSERT INTO orders VALUES (7, 'confirmed')")
+    await asyncio.to_thread(tasks.ship_order, 7)
+    assert guide.stored("SELECT state FROM orders") == ["shipped"]
+    tasks.engine.dispose()
 
 
 async def test_workers_share_the_rows(guide: Guide) -> None:

@@ -230,6 +230,8 @@ async def serving(module: ModuleType, reader: Engine) -> AsyncIterator[Side]:
     if hasattr(module, "database"):
         async with module.database as database:
             yield Side(module, database.engine, reader)
+        if hasattr(module, "engine"):
+            await module.engine.dispose()
         return
     engine: Any
     if hasattr(module, "engine"):
@@ -273,14 +275,16 @@ def test_each_page_has_a_table(page: str) -> None:
 SCOPE = ("Depends(get_db)", 'Depends(get_db, scope="function")')
 REDIRECT = ('"autocommit"', '"autocommit_include_redirect"')
 OLD_RULE = ("Middleware, database)", "Middleware, database, commit_when=lambda status: True)")
+NEVER = ("Middleware, database)", "Middleware, database, commit_when=lambda status: False)")
 LESS_THAN_300 = ("database)", "database, commit_when=lambda status: status < 300)")
 
 
 @pytest.mark.parametrize(
     ("page", "side", "change", "what", "expected"),
     [
-        ("get-db", "before", SCOPE, "the client's answer when COMMIT fails", 500),
-        ("get-db", "before", SCOPE, "connections held while the client reads", 0),
+        ("get-db", "after", NEVER, "rows stored by a handler without `commit()`", 0),
+        ("session-local", "before", SCOPE, "the client's answer when COMMIT fails", 500),
+        ("session-local", "before", SCOPE, "connections held while the client reads", 0),
         ("fastapi-sqlalchemy", "after", OLD_RULE, "rows stored by a handler that raises 409", 1),
         (
             "fastapi-async-sqlalchemy",

@@ -1,16 +1,24 @@
 """Whatever the README shows works when it is pasted."""
 
+import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
-from pages import Page
+from pages import ROOT, Page
 from starlette.testclient import TestClient
 
 from asgi_dbsession.testing import rolled_back
 
 README = Page("README.md")
 BLOCKS = README.blocks()
+
+
+def pages() -> list[Page]:
+    """The README, the documents of the project, and every page of the site."""
+    paths = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    return [Page(str(path.relative_to(ROOT))) for path in paths]
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -20,14 +28,18 @@ def test_every_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.Monke
     README.run(number)
 
 
-def test_the_first_example_stores_what_it_says(
+def test_the_first_example_answers_as_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each visit is counted, also by the next server."""
+    """The request below the code gets the answer below the request, and the note is stored."""
     monkeypatch.chdir(tmp_path)
-    for visits in ({"visits": 1}, {"visits": 2}):
-        with TestClient(README.run(0)["app"]) as client:
-            assert client.get("/").json() == visits
+    asked = next(block for block in README.blocks("bash") if block.startswith("curl"))
+    (path,) = re.findall(r"^curl -X POST 'localhost:8000(\S+)'\n$", asked)
+    answer = json.loads(README.blocks("json")[0])
+    for number in (1, 2):
+        with TestClient(README.run(0)["app"]) as client:  # a new server for each request
+            response = client.post(path)
+        assert (response.status_code, response.json()) == (201, answer * number)
 
 
 def test_the_example_of_a_def_handler_answers(
@@ -51,6 +63,53 @@ def test_the_example_of_a_grown_application_does_what_the_list_below_it_says(
         answer = client.get("/health")
     assert answer.status_code == 200
     assert answer.json()["latency"] > 0
+
+
+def test_commands_are_pasted_as_they_stand() -> None:
+    """A block of commands has no prompt, no output, and the syntax of a shell."""
+    for page in pages():
+        assert page.blocks("console") == []
+        for block in page.blocks("bash"):
+            assert not re.search(r"^\$ ", block, re.MULTILINE), page.path
+            finished = subprocess.run(["bash", "-n"], input=block, text=True, check=False)
+            assert finished.returncode == 0, block
+
+
+def test_code_is_at_most_80_columns_wide() -> None:
+    """It is read without scrolling, on the site and in a terminal."""
+    wide = [
+        (page.path, line)
+        for page in pages()
+        for language in ("python", "diff", "bash", "sql", "ini", "toml", "json")
+        for block in page.blocks(language)
+        for line in block.splitlines()
+        if len(line) > 80
+    ]
+    assert wide == []
+
+
+# Idioms that a reader with English as a second language has to guess.
+IDIOMS = re.compile(
+    r"hears? of|heard of|lost races?|by hand|\bis over\b|for good|at will|from the top|in vain",
+    re.IGNORECASE,
+)
+
+
+def test_no_page_uses_an_idiom_that_has_a_plain_word() -> None:
+    """Outside of code and quoted messages; tables that tests write are theirs."""
+    found = []
+    for page in pages():
+        if page.path in ("CHANGELOG.md", "docs/tested.md"):
+            continue
+        prose = re.sub(r"^```.*?^```$", "", page.text, flags=re.DOTALL | re.MULTILINE)
+        found += [(page.path, each.group(0)) for each in IDIOMS.finditer(prose)]
+    assert found == []
+
+
+def test_the_readme_has_the_commands_that_the_build_runs() -> None:
+    """`.ci/run` reads the test command from the section with this name."""
+    (command,) = README.blocks("bash", under="Run the tests")
+    assert command.endswith(".venv/bin/python -m pytest\n")
 
 
 def test_every_error_is_in_the_table_of_the_readme() -> None:

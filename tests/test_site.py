@@ -1,8 +1,10 @@
 """The documentation is built without a warning, and leads nowhere that is not there."""
 
+import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from html.parser import HTMLParser
 from importlib.util import find_spec
@@ -90,6 +92,86 @@ def test_nothing_is_loaded_from_another_host() -> None:
             re.findall(r"(?:url\(|@import )[\"']?((?:https?:)?//[^)\"']+)", style.read_text())
         )
     assert loaded == set()
+
+
+# What people type, and the page that answers them.
+SEARCHES = {
+    "observability": "how-to/observability",
+    "opentelemetry": "how-to/observability",
+    "troubleshooting": "troubleshooting",
+    "multi-tenant": "how-to/multi-tenancy",
+    "multi-tenancy": "how-to/multi-tenancy",
+    "row-level security": "how-to/multi-tenancy",
+    "sqlmodel": "faq",
+    "503": "how-to/overload",
+    "queuepool limit": "how-to/overload",
+    "retry": "how-to/retry",
+    "deadlock": "how-to/retry",
+    "serialization failure": "how-to/retry",
+    "pgbouncer": "how-to/drivers",
+    "asyncpg": "how-to/drivers",
+    "celery": "how-to/background-work",
+    "background task": "how-to/background-work",
+    "depends": "how-to/dependency-injection",
+    "get_db": "migrate/get-db",
+    "async_sessionmaker": "migrate/get-db",
+    "sessionlocal": "migrate/session-local",
+    "scoped_session": "migrate/scoped-session",
+    "flask-sqlalchemy": "migrate/flask-sqlalchemy",
+    "server-sent events": "how-to/streaming",
+    "streamingresponse": "how-to/streaming",
+    "websocket": "how-to/websockets",
+    "pytest": "how-to/testing",
+    "n+1": "how-to/testing",
+    "testclient": "how-to/testing",
+    "alembic": "tutorial",
+    "kubernetes": "how-to/deployment",
+    "pool size": "how-to/deployment",
+    "missinggreenlet": "troubleshooting",
+    "was never awaited": "troubleshooting",
+    "expire_on_commit": "faq",
+    "savepoint": "glossary",
+    "two-phase commit": "how-to/several-databases",
+    "read-only": "how-to/isolation-levels-and-read-only",
+    "uvicorn": "how-to/servers",
+    "comparison": "explanation/comparison",
+    "cheat sheet": "cheat-sheet",
+    "faq": "faq",
+}
+
+
+@built
+@pytest.mark.parametrize(("words", "page"), SEARCHES.items())
+def test_a_search_finds_the_page_that_answers(words: str, page: str) -> None:
+    """Among the three pages that have the words most often, in headings above all."""
+    site()
+    scores: Counter[str] = Counter()
+    for item in json.loads((SITE / "search.json").read_text())["items"]:
+        place = item["location"].partition(".html")[0]
+        in_heading = words in item["title"].lower()
+        in_text = item["text"].lower().count(words)
+        scores[place] += 20 * in_heading * (item["level"] == 1) + 5 * in_heading + min(in_text, 3)
+    assert page in [place for place, score in scores.most_common(3) if score]
+
+
+@built
+def test_a_missing_page_leads_home() -> None:
+    """From whatever address, to the first page and to those that people look for."""
+    links = site()[SITE / "404.html"].links
+    assert "/" in links
+    for link in links:
+        if link.endswith(".html") and not urlsplit(link).scheme:
+            assert (SITE / link.lstrip("/")).exists()
+
+
+@built
+def test_every_page_describes_itself() -> None:
+    """Search engines and chat programs show it below the title."""
+    described = re.compile(r'<meta name="description" content="([^"]+)"')
+    found = Counter(
+        described.findall(file.read_text())[0] for file in site() if file.name != "404.html"
+    )
+    assert [text for text, number in found.items() if number > 1] == []
 
 
 def test_the_reference_has_every_public_name() -> None:

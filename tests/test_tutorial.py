@@ -47,7 +47,7 @@ class Reader:
 
     def type(self, section: str, **variables: str) -> None:
         """Run the commands of a section, but for installations and servers."""
-        for command in commands(section):
+        for command in TUTORIAL.commands(section):
             self._save()
             if match := re.fullmatch(r"export (\w+)=(\S+)", command):
                 name, value = match.groups()
@@ -58,7 +58,7 @@ class Reader:
     @asynccontextmanager
     async def serving(self, section: str) -> AsyncIterator[httpx2.AsyncClient]:
         """Run the server of a section, on a port that is free."""
-        (command,) = (each for each in commands(section) if each.startswith("uvicorn"))
+        (command,) = (each for each in TUTORIAL.commands(section) if each.startswith("uvicorn"))
         log = self.folder / "log"
         with log.open("w") as output:
             server = subprocess.Popen(  # noqa: ASYNC220 - it is started once, and at once
@@ -106,45 +106,35 @@ def words(command: str) -> list[str]:
     return [sys.executable, "-m", *shlex.split(command)]
 
 
-def commands(section: str) -> list[str]:
-    """What a section says that one should type."""
-    lines = "".join(TUTORIAL.blocks("console", under=section)).splitlines()
-    return [line[2:] for line in lines if line.startswith("$ ")]
-
-
-def conversations(section: str) -> list[str]:
-    """The blocks of a section that ask with curl."""
-    return [block for block in TUTORIAL.blocks("console", under=section) if "$ curl" in block]
-
-
-async def hold(client: httpx2.AsyncClient, conversation: str) -> None:
-    """Ask with curl's words, and expect the answers that stand below them."""
-    asked = re.findall(r"^\$ curl localhost:8000(\S+)(.*)\n(.*)\n", conversation, re.MULTILINE)
-    assert len(asked) == conversation.count("$ ")
-    for path, options, answer in asked:
+async def hold(client: httpx2.AsyncClient, conversation: list[tuple[str, str]]) -> None:
+    """Send each request of curl, and expect the answer below it."""
+    assert conversation
+    for command, answer in conversation:
+        address, *options = shlex.split(command.removeprefix("curl "))
+        path = address.removeprefix("localhost:8000")
         if options:
-            as_json, content = shlex.split(options)
+            as_json, content = options
             assert as_json == "--json"
             headers = {"content-type": "application/json"}
             response = await client.post(path, content=content, headers=headers)
         else:
             response = await client.get(path)
-        assert response.text == answer, path + options
+        assert response.text == answer, command
 
 
 async def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
     """Every file, every command, and every answer that is printed there, with a real server."""
     reader = Reader(tmp_path)
     reader.type(MIGRATE)
-    before, after = conversations(REFUSE)
+    *before, after = TUTORIAL.answers(REFUSE)
     async with reader.serving(RUN) as client:
-        await hold(client, *conversations(RUN))
+        await hold(client, TUTORIAL.answers(RUN))
         await hold(client, before)
     reader.change(REFUSE)
     async with reader.serving(RUN) as client:
-        await hold(client, after)
+        await hold(client, [after])
     reader.type("Test it")
     url = postgres.new_database("tutorial").render_as_string(hide_password=False)
     reader.type("Deploy it", DATABASE_URL=url)
     async with reader.serving("Deploy it") as client:
-        await hold(client, *conversations(RUN))
+        await hold(client, TUTORIAL.answers(RUN))

@@ -27,11 +27,12 @@ from asgi_dbsession import (
     get_session,
     get_sync_session,
 )
+from asgi_dbsession.database import url
 
 DOCS = Path(__file__).parents[1] / "docs"
-ERRORS = (DOCS / "when-it-goes-wrong.md").read_text()
+ERRORS = (DOCS / "troubleshooting.md").read_text()
 PAGES = {
-    "when-it-goes-wrong": ERRORS,
+    "troubleshooting": ERRORS,
     "dependency-injection": (DOCS / "how-to" / "dependency-injection.md").read_text(),
 }
 

@@ -5,8 +5,8 @@ from importlib.metadata import distributions, version
 TOOLS = {
     "asgi_dbsession": "asgi-dbsession",
     "asgi_dbsession_http": 'asgi-dbsession, `@app.middleware("http")`',
-    "by_hand": "by hand",
-    "by_hand_http": 'by hand, `@app.middleware("http")`',
+    "by_hand": "hand-written",
+    "by_hand_http": 'hand-written, `@app.middleware("http")`',
     "depends": "`Depends`, handlers commit",
     "depends_commit": "`Depends`, commit after `yield`",
     "depends_function": '`Depends`, commit after `yield`, `scope="function"`',

@@ -33,7 +33,8 @@ def main(options: argparse.Namespace) -> None:
     found: dict[str, Any] = json.loads(figures.read_text())
     text = document(found)
     (options.write / "speed.md").write_text(text)
-    (options.write / "speed.svg").write_text(picture(found))
+    (options.write / "speed.svg").write_text(picture(found, columns=2))
+    (options.write / "speed-narrow.svg").write_text(picture(found, columns=1))
     print(text)
 
 

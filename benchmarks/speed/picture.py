@@ -1,4 +1,8 @@
-"""The same figures as a picture, on a background of its own for light and dark."""
+"""The same figures as a picture, on a background of its own for light and dark.
+
+On a page, its type is shown at the size that is written here: one column of panels is as wide as
+a telephone, and two are as wide as the text of a page on a desk.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,21 +10,21 @@ from xml.sax.saxutils import escape
 
 from .tools import OURS, title
 
-_ROW, _TOP, _LEFT, _WIDTH, _GAP = 26, 64, 350, 150, 62
+_ROW, _HEAD, _FOOT, _PANEL, _BAR, _EDGE = 34, 58, 18, 344, 250, 14
 _STYLE = """
-:root { --ground: #ffffff; --ink: #24292f; --faint: #8c959f; --bar: #b6c2cf; --ours: #2f6f9f; }
+:root { --ground: #ffffff; --ink: #24292f; --faint: #59636e; --bar: #b6c2cf; --ours: #2f6f9f; }
 @media (prefers-color-scheme: dark) {
-  :root { --ground: #1b1f24; --ink: #e6edf3; --faint: #7d8590; --bar: #4a5563; --ours: #58a6d6; }
+  :root { --ground: #1b1f24; --ink: #e6edf3; --faint: #9198a1; --bar: #4a5563; --ours: #58a6d6; }
 }
 .ground { fill: var(--ground); } .bar { fill: var(--bar); } .ours { fill: var(--ours); }
-text { fill: var(--ink); font: 13px system-ui, sans-serif; } .head { font-weight: 600; }
-.small { font-size: 11px; fill: var(--faint); }
+text { fill: var(--ink); font: 12.5px system-ui, sans-serif; } .head { font-weight: 600; }
+.panel { font-size: 15px; font-weight: 600; } .small { fill: var(--faint); }
 line { stroke: var(--ink); } .one { stroke: var(--faint); stroke-dasharray: 3 3; }
 """
 
 
 class Panel(NamedTuple):
-    """One column of bars.
+    """One chart of bars.
 
     Attributes:
         head: What it shows.
@@ -35,62 +39,63 @@ class Panel(NamedTuple):
     one: bool = True
 
 
-def picture(found: dict[str, Any]) -> str:
-    """An SVG."""
+def picture(found: dict[str, Any], columns: int) -> str:
+    """An SVG, with so many panels side by side."""
     panels = [_ratios(found, each) for each in ("no database use", "one SELECT", "one INSERT")]
     crowds = list(found["slow readers"].items())
     crowd, slow = next((each for each in crowds if each[0] == "100"), crowds[-1])
     downloads = {tool: figures["taken"] for tool, figures in slow.items()}
-    panels.append(Panel("slow readers", f"downloads/s, {crowd} clients", downloads, one=False))
-    tools = list(panels[0].values)
-    width = _LEFT + len(panels) * (_WIDTH + _GAP)
-    height = _TOP + len(tools) * _ROW + 14
+    unit = f"downloads per second, {crowd} clients; more is better"
+    panels.append(Panel("slow readers", unit, downloads, one=False))
+    tall = _HEAD + len(panels[0].values) * _ROW + _FOOT
+    width, height = columns * _PANEL, -(-len(panels) // columns) * tall
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
         f"<title>What a request costs with each tool</title><style>{_STYLE}</style>",
         f'<rect class="ground" width="{width}" height="{height}" rx="8"/>',
     ]
-    for number, tool in enumerate(tools):
-        name = escape(title(tool).replace("`", ""))
-        head = " head" if tool == OURS else ""
-        parts.append(_text(_LEFT - 12, _TOP + number * _ROW + 17, name, head, anchor="end"))
     for number, panel in enumerate(panels):
-        parts += _drawn(panel, _LEFT + number * (_WIDTH + _GAP), tools)
+        row, column = divmod(number, columns)
+        parts += _drawn(panel, column * _PANEL + _EDGE, row * tall)
     return "\n".join([*parts, "</svg>\n"])
 
 
 def _ratios(found: dict[str, Any], scenario: str) -> Panel:
     figures = found["in process"]["FastAPI"][scenario]
     values = {tool: each["to by hand"] for tool, each in figures.items()}
-    return Panel(scenario, "time, by hand = 1", values)
+    return Panel(scenario, "time, hand-written = 1; less is better", values)
 
 
-def _drawn(panel: Panel, left: int, tools: Sequence[str]) -> list[str]:
+def _drawn(panel: Panel, left: float, top: float) -> list[str]:
     most = max(high for _, _, high in panel.values.values()) or 1
-    scale = _WIDTH / most
-    parts = [_text(left, 26, panel.head, "head"), _text(left, 44, panel.unit, "small")]
-    for number, tool in enumerate(tools):
-        low, middle, high = panel.values[tool]
-        top = _TOP + number * _ROW
-        kind = "ours" if tool == OURS else "bar"
+    scale = _BAR / most
+    parts = [_text(left, top + 26, panel.head, "panel"), _text(left, top + 44, panel.unit, "small")]
+    for number, (tool, (low, middle, high)) in enumerate(panel.values.items()):
+        y = top + _HEAD + number * _ROW
+        name = escape(title(tool).replace("`", ""))
         parts += [
-            _bar(left, top + 4, middle * scale, kind),
-            _line(left + low * scale, left + high * scale, top + _ROW / 2),
-            _text(left + max(middle, high) * scale + 5, top + 17, f"{middle:.2f}", "small"),
+            _text(left, y + 12, name, "head" if tool == OURS else ""),
+            _bar(left, y + 17, middle * scale, "ours" if tool == OURS else "bar"),
+            _line(left + low * scale, left + high * scale, y + 22),
+            _text(left + max(middle, high) * scale + 6, y + 27, f"{middle:.2f}", "small"),
         ]
     if panel.one:
-        x, bottom = left + scale, _TOP + len(tools) * _ROW
-        parts.append(f'<line class="one" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
+        x = left + scale
+        for number in range(len(panel.values)):  # not through the names
+            y = top + _HEAD + number * _ROW
+            parts.append(
+                f'<line class="one" x1="{x:.1f}" x2="{x:.1f}" y1="{y + 15}" y2="{y + 29}"/>'
+            )
     return parts
 
 
-def _text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y}" class="{kind.strip()}" text-anchor="{anchor}">{words}</text>'
+def _text(x: float, y: float, words: str, kind: str) -> str:
+    return f'<text x="{x:.1f}" y="{y}" class="{kind}">{words}</text>'
 
 
 def _bar(x: float, y: float, width: float, kind: str) -> str:
-    size = f'width="{width:.1f}" height="{_ROW - 8}"'
-    return f'<rect class="{kind}" x="{x:.1f}" y="{y}" {size} rx="2"/>'
+    return f'<rect class="{kind}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="10" rx="2"/>'
 
 
 def _line(left: float, right: float, y: float) -> str:

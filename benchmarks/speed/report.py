@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from .goals import goals
-from .tools import title
+from .summary import costs, loses, wins
+from .tools import OURS, base, title
 
 _TEMPLATE = Path(__file__).parent / "document.md"
 # Lower quartile, median, upper quartile, as JSON has them.
@@ -21,6 +22,9 @@ def document(found: dict[str, Any]) -> str:
         machine=found["machine"],
         versions=found["versions"],
         postgresql=found["postgresql"],
+        costs=costs(found),
+        wins=wins(found),
+        loses=loses(found),
         load=f"{before:.1f} before and {after:.1f} after",
         goals=_table(
             ("goal", "measured", "met"),
@@ -51,12 +55,17 @@ def _request(figures: Mapping[str, _Values]) -> str:
 
 def _by_tool(columns: Mapping[str, Mapping[str, Any]], cell: Callable[[Any], str]) -> str:
     tools = next(iter(columns.values()))
-    rows = [[title(tool), *(cell(each[tool]) for each in columns.values())] for tool in tools]
+    rows = [[_name(tool), *(cell(each[tool]) for each in columns.values())] for tool in tools]
     return _table(["", *columns], rows)
 
 
+def _name(tool: str) -> str:
+    return f"**{title(tool)}**" if base(tool) == OURS else title(tool)
+
+
 def _crowds(figures: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{int(each):,} clients".replace(",", " "): of for each, of in figures.items()}
+    names = {each: f"{int(each):,} clients".replace(",", " ") for each in figures}
+    return {names[each] if each != "1" else "1 client": of for each, of in figures.items()}
 
 
 def _turned(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -68,10 +77,10 @@ def _turned(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _listeners(found: Mapping[str, Any]) -> str:
-    columns = ("", "heard the first event", "connections held", "one more SELECT")
+    columns = ("", "received the first event", "connections held", "one more SELECT")
     rows = [
         [
-            title(tool),
+            _name(tool),
             str(each["heard"]),
             str(each["connections held"]),
             "no answer" if each["one more SELECT"] is None else f"{each['one more SELECT']:.0f} ms",

@@ -636,7 +636,7 @@ def contended_table() -> Iterator[None]:
 async def test_a_lost_race_is_run_again(
     framework: Framework, pages: Pages, monkeypatch: pytest.MonkeyPatch, attempts: int
 ) -> None:
-    """A lost race is run again, from the same body, and its last outcome is answered."""
+    """A conflict is retried with the same body, and the last outcome is answered."""
     by_default(monkeypatch, attempts=attempts)
     async with serving(pages.load(framework)) as served:
         with contended_table():
@@ -653,7 +653,7 @@ async def test_a_lost_race_is_run_again(
 async def test_a_full_pool_is_answered_503(
     framework: Framework, pages: Pages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request that waits in vain for a connection is answered 503, with Retry-After."""
+    """A request that gets no connection in time is answered 503, with Retry-After."""
     by_default(monkeypatch, retry_after=2)
     loaded = pages.load(framework)
     options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}

@@ -50,7 +50,7 @@ def closed_port(new_shop: Shop) -> Iterator[URL]:
 
 @row
 async def test_what_was_acknowledged_is_stored(server: str) -> None:
-    """A write is committed before the client hears of it."""
+    """A write is committed before the response is sent."""
     shop = await open_shop(server)
     response = shop.server.post("lingering")
     assert shop.real.stored() == ["lingering"]
@@ -158,7 +158,7 @@ async def test_two_workers_leave_no_connection(new_shop: Shop) -> None:
 async def test_a_server_that_is_stopped_in_the_middle_of_a_request_stores_it_first(
     new_shop: Shop,
 ) -> None:
-    """SIGTERM in the middle of a request: it is stored, and its client hears of it."""
+    """SIGTERM in the middle of a request: it is stored, and its client is answered."""
     if not new_shop.kind.refusals:
         pytest.skip("daphne cancels what is under way: it is rolled back")
     statuses: list[int] = []
@@ -295,7 +295,8 @@ async def test_a_server_that_cancels_what_is_under_way_stores_nothing_of_it(new_
 
 def test_the_docs_show_the_commands_that_are_tested() -> None:
     """Each way to run a server is in the docs, and none that no test runs."""
-    shown = set(re.findall(r"^\$ (.+)$", DOCS, re.MULTILINE))
+    blocks = re.findall(r"^```bash\n(.*?)^```$", DOCS, re.DOTALL | re.MULTILINE)
+    shown = set("".join(blocks).splitlines())
     tested = {
         " ".join([kind.command, *kind.options(option)])
         for kind in KINDS.values()

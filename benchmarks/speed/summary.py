@@ -1,0 +1,53 @@
+"""What the document says first, in three plain sentences made from the figures."""
+
+from typing import Any
+
+from .tools import BY_HAND, DEPENDS, OURS, title
+
+_STATEMENTS = ("one SELECT", "one INSERT")
+
+
+def costs(found: dict[str, Any]) -> str:
+    """What the package adds to a request."""
+    idle = found["in process"]["Starlette alone"]["no database use"]
+    more = idle[OURS]["taken"][1] - idle[BY_HAND]["taken"][1]
+    select, insert = (found["in process"]["FastAPI"][each][OURS] for each in _STATEMENTS)
+    return (
+        f"a request without database use takes {more:.1f} µs longer than without the package; a "
+        f"request with one SELECT takes {select['to by hand'][1]:.2f} times, and with one INSERT "
+        f"{insert['to by hand'][1]:.2f} times the time of hand-written code."
+    )
+
+
+def wins(found: dict[str, Any]) -> str:
+    """What listeners of events get on a small pool."""
+    ours, other = (found["listeners"][each] for each in (OURS, DEPENDS))
+    return (
+        "a client that reads slowly holds no connection. On a pool of five connections, "
+        f"{ours['heard']} clients received server-sent events at the same time; with a FastAPI "
+        f"dependency that stays open until the response has ended, {other['heard']} clients did."
+    )
+
+
+def loses(found: dict[str, Any]) -> str:
+    """The fastest other tool over a server, and the handlers that the package makes slower."""
+    clients, figures = max(found["fast readers"].items(), key=_lag)
+    fastest = _fastest(figures)
+    theirs, ours = (round(figures[each]["taken"][1]) for each in (fastest, OURS))
+    crowd = "1 client" if clients == "1" else f"{clients} clients"
+    blocking = found["in process"]["FastAPI, handlers with `def`"]["one SELECT"][OURS]
+    return (
+        f"with {crowd} over uvicorn, *{title(fastest)}* serves {theirs} responses per second, and "
+        f"this package {ours}; a `def` handler with one SELECT takes "
+        f"{blocking['to by hand'][1]:.2f} times the time of hand-written code."
+    )
+
+
+def _lag(crowd: tuple[str, Any]) -> float:
+    _, figures = crowd
+    return float(figures[_fastest(figures)]["taken"][1] / max(figures[OURS]["taken"][1], 0.001))
+
+
+def _fastest(figures: dict[str, Any]) -> str:
+    others = [each for each in figures if each != OURS]
+    return max(others, key=lambda each: float(figures[each]["taken"][1]))
