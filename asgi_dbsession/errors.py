@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from typing import Any
 
 from sqlalchemy.exc import PendingRollbackError
 
@@ -11,6 +12,10 @@ class DBSessionError(Exception):
 
     Errors of SQLAlchemy and of the driver are not wrapped: they reach you as they are.
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the finished text: `__init__` of a subclass takes what the text is made from."""
+        return _restore_error, (type(self), self.args), vars(self)
 
 
 class NoSession(DBSessionError, LookupError):
@@ -123,6 +128,14 @@ class TransactionAborted(DBSessionError, PendingRollbackError):
 
 class ConfigurationError(DBSessionError, ValueError):
     """The package was configured in a way that cannot work; the message says what to write."""
+
+
+def _restore_error(
+    error_class: type[DBSessionError], arguments: tuple[object, ...]
+) -> DBSessionError:
+    error = error_class.__new__(error_class)
+    error.args = arguments
+    return error
 
 
 def _in_a_bare_thread() -> bool:
