@@ -1,11 +1,12 @@
 """What happens to a request's unit of work, on each ASGI message."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
 from sqlalchemy import URL
+from typing_extensions import Never
 
 from asgi_dbsession.errors import UNWOUND, ConfigurationError
 from asgi_dbsession.reports.recorder import ReportedUnit
@@ -19,11 +20,15 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 from .arguments import (
     AnyDatabase,
+    application_first,
     check_application,
     check_databases,
     check_function,
+    check_names,
     check_number,
     databases_of,
+    in_event_loop,
+    no_application,
 )
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .messages import end_before_waiting, end_then_send
@@ -86,13 +91,15 @@ class DBSessionMiddleware:
             logged.
 
     Raises:
-        ConfigurationError: An argument is not what it should be. A URL that cannot work has the
-            server's startup fail instead, or the first request where there is none.
+        ConfigurationError: An argument is not what it should be. In a running event loop, where
+            frameworks make their middleware, and for a URL that cannot work, the startup of the
+            server fails instead; or each request, where no startup is sent.
     """
 
     def __init__(
         self,
-        app: ASGIApp,
+        app: ASGIApp = no_application,
+        /,
         *databases: AnyDatabase | str | URL,
         commit_when: Callable[[int], bool] = below_400,
         on_commit_error: Callable[[Exception], ASGIApp | None] | None = None,
@@ -100,16 +107,9 @@ class DBSessionMiddleware:
         retry_after: int | None = None,
         two_phase: bool = False,
         on_report: Callable[[UnitReport], object] | None = None,
+        **unknown: Never,
     ) -> None:
-        check_application(app)
-        check_databases(databases)
-        check_function("commit_when", commit_when)
-        for name, function in (("on_commit_error", on_commit_error), ("on_report", on_report)):
-            if function is not None:
-                check_function(name, function)
-        check_number("attempts", attempts)
-        if retry_after is not None:
-            check_number("retry_after", retry_after)
+        app, databases = application_first(app, databases, unknown)
         self.app: ASGIApp = app
         self.databases: tuple[AnyDatabase, ...] = ()
         self.commit_when: Callable[[int], bool] = commit_when
@@ -122,13 +122,19 @@ class DBSessionMiddleware:
         self._around: ASGIApp | None = None
         self._startable: tuple[Startable, ...]
         try:
-            self._startable = self.databases = databases_of(databases)
+            self._check_arguments(databases, unknown)
         except ConfigurationError as error:
-            unstartable = Unstartable(error)
-            self._startable, self._begin_unit = (unstartable,), unstartable.refuse
+            if not in_event_loop():
+                raise
+            self._refuse_all(error)
             return
-        for database in self.databases if two_phase else ():
-            refuse_one_phase(database, database.url)
+        try:
+            self._startable = self.databases = databases_of(databases)
+            for database in self.databases if two_phase else ():
+                refuse_one_phase(database, database.url)
+        except ConfigurationError as error:
+            self._refuse_all(error)
+            return
         if on_report is not None:
             self._begin_unit = partial(ReportedUnit, on_report)
             for database in self.databases:
@@ -138,6 +144,26 @@ class DBSessionMiddleware:
         if attempts > 1:
             watch_races()
             self._around = partial(serve_until_won, self._around or self._serve, attempts)
+
+    def _check_arguments(
+        self, databases: tuple[object, ...], unknown: Mapping[str, object]
+    ) -> None:
+        check_application(self.app)
+        check_names(unknown, type(self).__init__)
+        check_databases(databases)
+        check_function("commit_when", self.commit_when)
+        if self.on_commit_error is not None:
+            check_function("on_commit_error", self.on_commit_error)
+        if self.on_report is not None:
+            check_function("on_report", self.on_report)
+        check_number("attempts", self.attempts)
+        if self.retry_after is not None:
+            check_number("retry_after", self.retry_after)
+
+    def _refuse_all(self, reason: ConfigurationError) -> None:
+        """Have the startup fail, and each request where no startup is sent."""
+        unstartable = Unstartable(reason)
+        self._startable, self._begin_unit = (unstartable,), unstartable.refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
