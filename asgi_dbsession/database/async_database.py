@@ -20,6 +20,7 @@ from asgi_dbsession.unit.managed_session import OpenSession
 
 from .base import Database
 from .options import AnyAsyncSession, AsyncSessionOptions
+from .questions import TaskQuestions
 
 
 class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
@@ -53,7 +54,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         default = self._class.sync_session_class
         self._sync_class = in_turn(self._session_class(Session, "sync_session_class", default))
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._given_up: set[asyncio.Task[None]] = set()
+        self._questions = TaskQuestions(self._select_one)
         self._check_session_options()
 
     @asynccontextmanager
@@ -138,24 +139,6 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     async def _select_one(self, engine: AsyncEngine) -> None:
         async with engine.connect() as connection:
             await connection.execute(select(1))
-
-    @override
-    async def _ping_within(self, seconds: float) -> bool:
-        ping = asyncio.ensure_future(self.ping())
-        try:
-            await asyncio.wait([ping], timeout=seconds)
-            return ping.done() and ping.result() is None
-        finally:
-            if not ping.done():
-                # Not waited for: a connection to a server that is gone takes a while to give up.
-                self._given_up.add(ping)
-                ping.add_done_callback(self._forget)
-                ping.cancel()
-
-    def _forget(self, ping: "asyncio.Task[None]") -> None:
-        self._given_up.discard(ping)
-        if not ping.cancelled():
-            ping.exception()  # or asyncio would complain that nobody asked
 
     @override
     async def _dispose(self, engine: AsyncEngine) -> None:

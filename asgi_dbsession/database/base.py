@@ -26,6 +26,7 @@ from asgi_dbsession.unit.current import unit_that_manages
 from asgi_dbsession.unit.managed_session import OpenSession
 
 from .health import Health
+from .questions import Questions
 from .url import options_for_memory, url_with_driver, without_secrets
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
@@ -38,6 +39,7 @@ class Database(ABC, Generic[E, S]):
     _asynchronous: bool
     _engine_class: type[E]
     _is_measured: bool = False
+    _questions: Questions
 
     def __init__(
         self,
@@ -191,19 +193,21 @@ class Database(ABC, Generic[E, S]):
     async def health(self, *, within: float = 1) -> Health:
         """Say whether the database answers, soon and without raising, for a route like `/health`.
 
-        Where the pool is exhausted or the server gone, it gives up in time. A question that a
-        blocking driver cannot be kept from asking goes on in its thread; when three of them are
-        unanswered, there is no fourth.
+        Where the pool is exhausted or the server gone, it gives up in time. Callers share the
+        question that is under way. A blocking driver cannot be stopped: a question that was given
+        up goes on in its thread, and while three of them do, no other one is asked.
 
         Args:
             within: Seconds to wait for the answer.
         """
         start = perf_counter()
         try:
-            answers = await self._ping_within(within)
+            answers = await self._questions.answers(self.engine, within)
             reason = None if answers else f"{self} did not answer within {within:g} s"
         except DBSessionError as error:
             answers, reason = False, str(error)
+        except Exception as error:
+            answers, reason = False, str(DatabaseUnavailable(self, self._reason(error)))
         latency = perf_counter() - start if answers else None
         pool = self._sync_engine(self._engine).pool if self._engine is not None else None
         if not isinstance(pool, QueuePool):
@@ -244,9 +248,6 @@ class Database(ABC, Generic[E, S]):
 
     @abstractmethod
     async def _select_one(self, engine: E) -> None: ...
-
-    @abstractmethod
-    async def _ping_within(self, seconds: float) -> bool: ...
 
     @abstractmethod
     async def _dispose(self, engine: E) -> None: ...
