@@ -3,10 +3,13 @@
 import asyncio
 import gc
 import inspect
+import threading
 import traceback
 import weakref
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import postgres
@@ -144,6 +147,69 @@ async def test_starting_is_counted_not_repeated(real: Real) -> None:
         await store(database, "kept")
     assert not database.is_running
     assert real.stored() == ["kept"]
+
+
+async def test_two_tasks_may_start_it_at_once(real: Real) -> None:
+    """One engine serves both; where one of them is cancelled, the other one's start counts."""
+    database = real.describe()
+    for cancelled in (False, True):
+        tasks = [asyncio.create_task(database.startup()) for _ in range(2)]
+        await asyncio.sleep(0)
+        if cancelled:
+            tasks[0].cancel()
+        await asyncio.wait(tasks)
+        await store(database, f"kept {cancelled}")
+        for task in tasks:
+            assert database.is_running
+            if not task.cancelled():
+                await database.shutdown()
+        assert not database.is_running
+    assert real.stored() == ["kept False", "kept True"]
+
+
+@pytest.mark.parametrize("turns", [0, 1, 3, 10])
+async def test_a_shutdown_during_a_startup_ends_it(real: Real, turns: int) -> None:
+    """The startup says so, nothing is left running, and the next start is a start."""
+    database = real.describe()
+    starting = asyncio.create_task(database.startup())
+    await asyncio.sleep(0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    was_running = starting.done()
+    await database.shutdown()
+    await asyncio.wait([starting])
+    if not was_running:
+        assert isinstance(starting.exception(), DatabaseNotRunning | DatabaseUnavailable)
+    assert not database.is_running
+    async with database:
+        await store(database, "kept")
+    assert not database.is_running
+    assert real.stored() == ["kept"]
+
+
+def test_starts_in_many_threads_are_all_counted(tmp_path: Path) -> None:
+    """Workers that start and stop it at once find it running, and leave nothing."""
+    database = SyncDatabase(f"sqlite:///{tmp_path / 'shop.db'}")
+    failed: list[BaseException] = []
+
+    async def work() -> None:
+        async with database:
+            with database.begin() as session:
+                session.execute(select(1))
+
+    def work_often() -> None:
+        try:
+            for _ in range(20):
+                asyncio.run(work())
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work_often) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert (failed, database.is_running) == ([], False)
 
 
 async def test_a_stop_without_a_start_is_harmless(real: Real) -> None:
@@ -870,9 +936,9 @@ async def test_engine_options_for_a_database_in_memory_are_respected(
 
 
 def raised_by(use: Callable[[], Any]) -> DBSessionError:
-    """The error of this package's that `use` raises."""
-    with pytest.raises(DBSessionError) as caught:
-        use()
+    """The error of this package's that `use` raises where no event loop is running."""
+    with ThreadPoolExecutor(1) as pool, pytest.raises(DBSessionError) as caught:
+        pool.submit(use).result()
     return caught.value
 
 

@@ -96,7 +96,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     async def startup(self) -> None:
         if self._loop is not None and self._loop.is_closed():
             # Its connections went with it; what is left of the engine could only fail.
-            self._engine, self._loop, self._starts = None, None, 0
+            self._forget_engine()
         self._refuse_other_loop()
         await super().startup()
 
@@ -137,10 +137,17 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     @override
     async def _select_one(self, engine: AsyncEngine) -> None:
+        pool = engine.pool
         async with engine.connect() as connection:
             await connection.execute(select(1))
+            if engine.pool is not pool:  # disposed meanwhile: nobody would close what it got back
+                await connection.invalidate()
 
     @override
     async def _dispose(self, engine: AsyncEngine) -> None:
-        self._loop = None
         await engine.dispose()
+
+    @override
+    def _forget_engine(self) -> None:
+        super()._forget_engine()
+        self._loop = None

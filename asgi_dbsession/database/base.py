@@ -3,6 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from threading import Lock
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -65,6 +66,7 @@ class Database(ABC, Generic[E, S]):
         self._engine: E | None = None
         self._owns_engine = True
         self._starts = 0
+        self._starting = Lock()
         self._prepare: Callable[[Engine], None] = watch
 
     def __repr__(self) -> str:
@@ -145,23 +147,35 @@ class Database(ABC, Generic[E, S]):
         Raises:
             DatabaseUnavailable: The ping failed; nothing is left behind.
             ConfigurationError: SQLAlchemy or the driver refused the options.
+            DatabaseNotRunning: It was shut down meanwhile.
         """
-        self._starts += 1
-        try:
+        with self._starting:
             if self._engine is None:
                 self._engine = self._build_engine()
+            engine = self._engine
+            self._starts += 1
+        try:
             if self._ping_on_startup:
                 await self.ping()
         except BaseException:
-            await self.shutdown()
+            if self._engine is engine:  # else another caller has ended this start
+                await self.shutdown()
             raise
+        if self._engine is not engine:
+            raise DatabaseNotRunning(self)
 
     async def shutdown(self) -> None:
         """Close every connection once the last start is undone, cancelled or not."""
-        self._starts = max(0, self._starts - 1)
-        if self._starts == 0 and self._owns_engine and self._engine is not None:
-            engine, self._engine = self._engine, None
-            await run_to_completion(self._dispose(engine))
+        with self._starting:
+            self._starts = max(0, self._starts - 1)
+            if self._starts > 0 or not self._owns_engine or self._engine is None:
+                return
+            engine = self._engine
+            self._forget_engine()
+        await run_to_completion(self._dispose(engine))
+
+    def _forget_engine(self) -> None:
+        self._engine, self._starts = None, 0
 
     async def __aenter__(self) -> Self:
         await self.startup()
@@ -189,6 +203,9 @@ class Database(ABC, Generic[E, S]):
             await self._select_one(engine)
         except Exception as error:
             raise DatabaseUnavailable(self, self._reason(error)) from error
+        finally:
+            if self._engine is not engine:  # shut down meanwhile: close what was opened since
+                await run_to_completion(self._dispose(engine))
 
     async def health(self, *, within: float = 1) -> Health:
         """Say whether the database answers, soon and without raising, for a route like `/health`.
