@@ -201,6 +201,8 @@ class Database(ABC, Generic[E, S]):
         engine = self.engine
         try:
             await self._select_one(engine)
+        except DBSessionError:
+            raise
         except Exception as error:
             raise DatabaseUnavailable(self, self._reason(error)) from error
         finally:
