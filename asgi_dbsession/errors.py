@@ -95,11 +95,13 @@ class DatabaseNotRunning(DBSessionError, RuntimeError):
 class DatabaseUnavailable(DBSessionError, ConnectionError):
     """The database did not answer."""
 
-    def __init__(self, database: object, reason: str) -> None:
-        super().__init__(
-            f"{database} cannot be reached: {reason}. "
-            "Is it running, and are host, port, name and credentials right?"
-        )
+    def __init__(
+        self,
+        database: object,
+        reason: str,
+        advice: str = "Is it running, and are host, port, name and credentials right?",
+    ) -> None:
+        super().__init__(f"{database} cannot be reached: {reason}. {advice}")
 
 
 class TransactionAborted(DBSessionError, PendingRollbackError):

@@ -334,24 +334,93 @@ async def test_an_sqlite_url_with_a_slash_too_few_is_told_at_startup(
     assert "sqlite:///relative/path/to/file.db" in await told(database.startup)
 
 
-@pytest.mark.parametrize("options", ["", "?nonsense=1"])
-@pytest.mark.parametrize(
+SERVERS = pytest.mark.parametrize(
     ("database_class", "dialect"),
     [
         (AsyncDatabase, "postgresql+asyncpg"),
         (AsyncDatabase, "postgresql+psycopg"),
         (AsyncDatabase, "mysql+asyncmy"),
+        (AsyncDatabase, "mysql+aiomysql"),
         (SyncDatabase, "postgresql+psycopg"),
         (SyncDatabase, "mysql+pymysql"),
     ],
 )
+
+
+@SERVERS
 async def test_a_server_that_is_not_there_is_told_at_startup(
-    database_class: type[AnyDatabase], dialect: str, options: str
+    database_class: type[AnyDatabase], dialect: str
 ) -> None:
-    """Nobody listens on port 1; and no driver knows that option."""
-    url = f"{dialect}://app:{SECRET}@127.0.0.1:1/shop{options}"
-    said = await told(database_class(url).startup)
+    """Nobody listens on port 1."""
+    said = await told(database_class(f"{dialect}://app:{SECRET}@127.0.0.1:1/shop").startup)
     assert f"{dialect}://app:***@127.0.0.1:1/shop') cannot be reached: " in said
+    assert said.endswith("Is it running, and are host, port, name and credentials right?")
+
+
+@SERVERS
+async def test_a_connect_argument_that_the_driver_does_not_have_is_told_at_startup(
+    database_class: type[AnyDatabase], dialect: str
+) -> None:
+    """It is a mistake in the options, and not of the server."""
+    url = f"{dialect}://app:{SECRET}@127.0.0.1:1/shop"
+    database = database_class(url, connect_args={"nonsense": SECRET})
+    with pytest.raises(ConfigurationError):
+        await database.startup()
+    assert "nonsense" in await told(database.startup)
+    assert "Check the options in its URL (after `?`) and in `connect_args`" in await told(
+        database.startup
+    )
+
+
+@pytest.mark.parametrize(
+    "word", ["e", "call", "127", "Connect", "host=", "a b", "p@ss", "connection"]
+)
+@SERVERS
+async def test_hiding_a_password_does_not_tell_it(
+    database_class: type[AnyDatabase], dialect: str, word: str
+) -> None:
+    """No text with a hole in the shape of it."""
+    backend, _, driver = dialect.partition("+")
+    url = URL.create(f"{backend}+{driver}", "app", word, "127.0.0.1", 1, "shop")
+    with pytest.raises(DatabaseUnavailable) as caught:
+        await database_class(url).startup()
+    reason = str(caught.value).partition("cannot be reached: ")[2]
+    assert "***" not in reason
+    if len(word) > 3:
+        assert "may hold a secret" in reason or word not in reason.partition(". Is it")[0]
+
+
+@BOTH
+def test_a_half_made_database_can_be_printed(database_class: type[AnyDatabase]) -> None:
+    """As a traceback of its constructor does that shows local variables."""
+    assert repr(database_class.__new__(database_class)) == f"{database_class.__name__}(…)"
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://app%3A{SECRET}@db/shop",
+        f"postgresql://app%3A{SECRET}:pw@db/shop",
+        f"postgresql://:{SECRET}@db/shop",
+        f"mysql://app@db/shop?password={SECRET}",
+    ],
+)
+def test_no_repr_shows_a_password(database_class: type[AnyDatabase], url: str) -> None:
+    """Wherever in the URL it stands."""
+    assert SECRET not in repr(database_class(url, connect_args={"password": SECRET}))
+
+
+@BOTH
+@pytest.mark.parametrize("variable", [SECRET, "s3cr3t", "DATABASE_URL "])
+def test_what_is_no_name_of_a_variable_is_not_quoted(
+    database_class: type[AnyDatabase], variable: str
+) -> None:
+    """It may be the password itself."""
+    with pytest.raises(ConfigurationError) as caught:
+        database_class.from_env(variable)
+    assert str(caught.value).startswith("The variable is not set. Set it to a database URL")
+    assert variable.strip() not in str(caught.value).replace("DATABASE_URL=sqlite", "")
 
 
 PIECES = st.sampled_from(

@@ -431,6 +431,41 @@ async def test_ping_says_that_the_database_is_gone_and_that_it_is_back(driver: s
         assert pool_of(database).checkedout() == 0
 
 
+@pytest.mark.parametrize("real", ["asyncmy", "aiomysql", "pymysql-sync"], indirect=True)
+async def test_a_login_that_is_refused_names_what_may_be_missing(real: Real) -> None:
+    """The credentials may come later: then the ping does, or a listener sets them."""
+    wrong = real.url.set(username="nobody", password="wrong-password")
+    database_class: Any = type(real.describe())
+    with pytest.raises(DatabaseUnavailable, match="`ping_on_startup=False`.*`do_connect`"):
+        await database_class(wrong).startup()
+
+
+@pytest.mark.parametrize("kind", [AsyncDatabase, SyncDatabase])
+async def test_what_a_listener_raises_is_not_taken_for_a_database_that_is_gone(
+    kind: Any, tmp_path: Path
+) -> None:
+    """An error of the application's own reaches it as it is."""
+
+    def fail(*_: Any) -> None:
+        raise LookupError("no coffee")
+
+    database = kind(f"sqlite:///{tmp_path / 'shop.db'}", pool_events=[(fail, "connect")])
+    with pytest.raises(LookupError, match="no coffee"):
+        await database.startup()
+    assert not database.is_running
+
+
+@pytest.mark.parametrize("kind", [AsyncDatabase, SyncDatabase])
+async def test_a_pool_that_is_used_up_is_told_as_that(kind: Any, tmp_path: Path) -> None:
+    """Nothing is wrong with host, port or credentials."""
+    options: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
+    async with kind(f"sqlite:///{tmp_path / 'shop.db'}", **options) as database:
+        async with beginning(database) as session:
+            await result_of(session.execute(select(1)))
+            with pytest.raises(DatabaseUnavailable, match="All connections of its pool are in use"):
+                await database.ping()
+
+
 @pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
 async def test_a_start_that_fails_is_no_start(
     database_class: type[AnyDatabase], tmp_path: Any
@@ -1001,11 +1036,13 @@ async def test_no_text_ever_shows_a_password(place: str) -> None:
 
 
 async def test_the_password_is_hidden_where_the_driver_quotes_it() -> None:
-    """A driver's reason is told without it."""
-    url = URL.create("postgresql+psycopg", "app", "hush", "localhost", query={"sslmode": "hush"})
-    with pytest.raises(DatabaseUnavailable, match=r'invalid sslmode value: "\*\*\*"') as caught:
+    """The class of its error is told, and none of its text."""
+    wrong = {"target_session_attrs": "hush"}
+    url = URL.create("postgresql+psycopg", "app", "hush", "localhost", query=wrong)
+    with pytest.raises(DatabaseUnavailable, match="reached: OperationalError") as caught:
         await AsyncDatabase(url).startup()
     assert "hush" not in str(caught.value)
+    assert "***" not in str(caught.value).partition("reached:")[2]
 
 
 @pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])

@@ -1,6 +1,7 @@
 """An engine's life, whatever its kind."""
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from threading import Lock
@@ -16,7 +17,6 @@ from typing_extensions import Self
 from asgi_dbsession.errors import (
     ConfigurationError,
     DatabaseNotRunning,
-    DatabaseUnavailable,
     DBSessionError,
 )
 from asgi_dbsession.reports.stats import watch_usage
@@ -26,9 +26,12 @@ from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.current import unit_that_manages
 from asgi_dbsession.unit.managed_session import OpenSession
 
+from .failures import failure_of, reason_of
 from .health import Health
+from .options_in_url import translate_options
 from .questions import Questions
-from .url import options_for_memory, url_with_driver, without_secrets
+from .secrets import secrets_of, without_secrets
+from .url import options_for_memory, url_with_driver
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 S = TypeVar("S")
@@ -49,7 +52,8 @@ class Database(ABC, Generic[E, S]):
         ping_on_startup: bool,
         engine_options: dict[str, Any],
     ) -> None:
-        self.url: URL = url_with_driver(url, asynchronous=self._asynchronous)
+        named = url_with_driver(url, asynchronous=self._asynchronous)
+        self.url, engine_options = translate_options(named, engine_options)
         self._engine_options = options_for_memory(self.url, engine_options)
         if not isinstance(session_options or {}, Mapping):
             raise ConfigurationError(
@@ -70,7 +74,9 @@ class Database(ABC, Generic[E, S]):
         self._prepare: Callable[[Engine], None] = watch
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({without_secrets(self.url)!r})"
+        url = getattr(self, "url", None)  # none yet, where a traceback shows a half-made one
+        shown = repr(without_secrets(url)) if url is not None else "…"
+        return f"{type(self).__name__}({shown})"
 
     @classmethod
     def from_env(cls, variable: str = "DATABASE_URL", **options: Any) -> Self:
@@ -91,9 +97,12 @@ class Database(ABC, Generic[E, S]):
             )
         url = os.environ.get(variable)
         if not url:
+            # Quoted only where it looks like the name of a variable: it may be a secret.
+            name = variable if re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) else "The variable"
             raise ConfigurationError(
-                f"{variable} is not set. Set it to a database URL, for example "
-                f"`{variable}=sqlite:///shop.db`, or give {cls.__name__} the URL itself."
+                f"{name} is not set. Set it to a database URL, for example "
+                f"`{name.replace('The variable', 'DATABASE_URL')}=sqlite:///shop.db`, or give "
+                f"{cls.__name__} the URL itself."
             )
         return cls(url, **options)
 
@@ -201,10 +210,11 @@ class Database(ABC, Generic[E, S]):
         engine = self.engine
         try:
             await self._select_one(engine)
-        except DBSessionError:
-            raise
         except Exception as error:
-            raise DatabaseUnavailable(self, self._reason(error)) from error
+            failure = self._failure(error)
+            if failure is error:
+                raise
+            raise failure from error
         finally:
             if self._engine is not engine:  # shut down meanwhile: close what was opened since
                 await run_to_completion(self._dispose(engine))
@@ -226,7 +236,7 @@ class Database(ABC, Generic[E, S]):
         except DBSessionError as error:
             answers, reason = False, str(error)
         except Exception as error:
-            answers, reason = False, str(DatabaseUnavailable(self, self._reason(error)))
+            answers, reason = False, str(self._failure(error))
         latency = perf_counter() - start if answers else None
         pool = self._sync_engine(self._engine).pool if self._engine is not None else None
         if not isinstance(pool, QueuePool):
@@ -280,8 +290,9 @@ class Database(ABC, Generic[E, S]):
         except DBSessionError:
             raise
         except Exception as error:  # ArgumentError, if all is well; KeyError, AttributeError, …
+            reason = reason_of(error, secrets_of(self.url, self._engine_options))
             raise ConfigurationError(
-                f"{self} cannot be built with these engine options: {self._reason(error)}"
+                f"{self} cannot be built with these engine options: {reason}"
             ) from None
         self._prepare(self._sync_engine(engine))
         if self._is_measured:
@@ -294,11 +305,8 @@ class Database(ABC, Generic[E, S]):
         if self._engine is not None:
             watch_usage(self._sync_engine(self._engine))
 
-    def _reason(self, error: Exception) -> str:
-        original = getattr(error, "orig", None) or error
-        text = " ".join(str(original).split()) or type(original).__name__
-        password = self.url.password
-        return (text.replace(password, "***") if password else text).rstrip(".")
+    def _failure(self, error: Exception) -> Exception:
+        return failure_of(self, error, secrets_of(self.url, self._engine_options))
 
     def _check_session_options(self) -> None:
         try:
@@ -314,5 +322,12 @@ class Database(ABC, Generic[E, S]):
             return session_class
         raise ConfigurationError(
             f"{type(self).__name__} needs a subclass of {base.__name__} as "
-            f'session_options["{option}"], not {session_class!r}.'
+            f'session_options["{option}"], not {_kind_of(session_class)}.'
         )
+
+
+def _kind_of(given: object) -> str:
+    # Not the value: in the wrong place, it may be a secret.
+    return (
+        given.__name__ if isinstance(given, type) else f"something of type {type(given).__name__}"
+    )

@@ -9,6 +9,8 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 
 from asgi_dbsession.errors import ConfigurationError
 
+from .secrets import without_secrets as without_secrets  # noqa: PLC0414  imported from here too
+
 # For a URL that names no driver: the first of these that is installed.
 _ASYNC_DRIVERS: dict[str, tuple[str, ...]] = {
     "postgresql": ("asyncpg", "psycopg"),
@@ -33,11 +35,6 @@ _MODULES: dict[str, str] = {
     "pysqlite": "sqlite3",
 }
 _PACKAGES: dict[str, str] = {"mysqldb": "mysqlclient", "mariadbconnector": "mariadb"}
-
-
-def without_secrets(url: URL) -> str:
-    """The URL as it may be shown: password hidden, options left out (they can hold one too)."""
-    return url.set(query={}).render_as_string(hide_password=True)
 
 
 def url_with_driver(url: str | URL, *, asynchronous: bool) -> URL:

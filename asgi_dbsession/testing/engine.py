@@ -9,7 +9,7 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_dbsession.database.base import Database
-from asgi_dbsession.database.url import without_secrets
+from asgi_dbsession.database.secrets import without_secrets
 from asgi_dbsession.errors import ConfigurationError
 
 from .dialect import SavepointDialect, with_savepoints

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.base import Database
-from asgi_dbsession.database.url import without_secrets
+from asgi_dbsession.database.secrets import without_secrets
 
 from .dialect import record_of
 from .isolation import Isolation, NotIsolated, outlived
