@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from typing import Any
 
 from sqlalchemy import URL
 from sqlalchemy.exc import PendingRollbackError
@@ -12,6 +13,10 @@ class DBSessionError(Exception):
 
     Errors of SQLAlchemy and of the driver are not wrapped: they reach you unchanged.
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the finished text: `__init__` of a subclass takes what the text is made from."""
+        return _restore_error, (type(self), self.args), vars(self)
 
 
 class NoSession(DBSessionError, LookupError):
@@ -110,11 +115,13 @@ class DatabaseNotRunning(DBSessionError, RuntimeError):
 class DatabaseUnavailable(DBSessionError, ConnectionError):
     """The database did not answer."""
 
-    def __init__(self, database: object, reason: str) -> None:
-        super().__init__(
-            f"{database} cannot be reached: {reason}. "
-            "Is it running, and are host, port, name and credentials right?"
-        )
+    def __init__(
+        self,
+        database: object,
+        reason: str,
+        advice: str = "Is it running, and are host, port, name and credentials right?",
+    ) -> None:
+        super().__init__(f"{database} cannot be reached: {reason}. {advice}")
 
 
 class TransactionAborted(DBSessionError, PendingRollbackError):
@@ -167,7 +174,18 @@ ABORTED = (AbortRequest, Exception, BaseExceptionGroup)
 
 def without_secrets(url: URL) -> str:
     """The URL as it may be shown: password hidden, options left out (they can hold one too)."""
+    if url.username and ":" in url.username:  # a colon that was percent-encoded by mistake
+        user, _, password = url.username.partition(":")
+        url = url.set(username=user, password=password)
     return url.set(query={}).render_as_string(hide_password=True)
+
+
+def _restore_error(
+    error_class: type[DBSessionError], arguments: tuple[object, ...]
+) -> DBSessionError:
+    error = error_class.__new__(error_class)
+    error.args = arguments
+    return error
 
 
 def _is_in_bare_thread() -> bool:

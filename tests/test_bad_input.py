@@ -6,6 +6,7 @@ said again here.
 
 import threading
 import traceback
+from asyncio import wait
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from inspect import isawaitable
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asgi import Life, get
 from conftest import AnyDatabase, becomes_true
 from hypothesis import example, given, strategies as st
 from sqlalchemy import URL
 from sqlalchemy.pool import StaticPool
+from starlette.applications import Starlette
 
 from asgi_dbsession import (
     AsyncDatabase,
@@ -154,29 +157,102 @@ async def test_an_environment_that_is_wrong_is_told(
     assert IS_NO_URL in await told(lambda: app({"type": "http"}, None, None))
 
 
-@pytest.mark.parametrize("number", [0, -1, True, "3", 1.5, [1]])
+def refused(*given: Any, **options: Any) -> str:
+    """What the middleware says where no event loop is running, as in a module."""
+    with pytest.raises(ConfigurationError) as caught:
+        DBSessionMiddleware(*given, **options)
+    return assert_tells_well(caught.value)
+
+
+@pytest.mark.parametrize("number", [0, -1, True, SECRET, 1.5, [1], None])
 @pytest.mark.parametrize("option", ["attempts", "retry_after"])
-async def test_a_number_that_is_none_is_refused(option: str, number: Any) -> None:
-    """True would be one attempt, and `Retry-After: True`."""
-    wrong = {option: number}
-    said = await told(lambda: DBSessionMiddleware(nothing, "sqlite://", **wrong))
-    assert said == f"{option} takes a whole number from 1 on, not {number!r}."
+def test_a_number_that_is_none_is_refused(option: str, number: Any) -> None:
+    """True would be one attempt, and `Retry-After: True`; a text is not quoted."""
+    if (option, number) != ("retry_after", None):
+        said = refused(nothing, "sqlite://", **{option: number})
+        is_number = type(number) is int
+        wrong = number if is_number else f"something of type {type(number).__name__}"
+        assert said == f"{option} takes a whole number from 1 on, not {wrong}."
+
+
+@pytest.mark.parametrize("option", ["commit_when", "on_commit_error", "on_report"])
+@pytest.mark.parametrize("wrong", [SECRET, 400, nothing], ids=["text", "number", "coroutine"])
+def test_what_is_no_plain_function_is_refused(option: str, wrong: Any) -> None:
+    """When the application is put together, and not at its first response; it is not quoted."""
+    said = refused(nothing, "sqlite://", **{option: wrong})
+    assert said.startswith(f"{option} takes a plain function, ")
+    assert ("`def`, not `async def`" in said) == (wrong is nothing)
+
+
+def test_a_function_that_is_needed_cannot_be_none() -> None:
+    """There is always a rule for COMMIT."""
+    assert "a plain function" in refused(nothing, "sqlite://", commit_when=None)
 
 
 @pytest.mark.parametrize(
-    ("option", "cure"), [("attempts", "a whole number"), ("commit_when", "a plain function")]
+    ("name", "cure"),
+    [("attemps", "Did you mean attempts?"), ("databse", "It takes commit_when, on_commit_error, ")],
 )
-async def test_none_is_refused_where_it_means_nothing(option: str, cure: str) -> None:
-    """When the application is put together, and not at its first response."""
-    wrong: Any = {option: None}
-    assert cure in await told(lambda: DBSessionMiddleware(nothing, "sqlite://", **wrong))
+def test_an_option_with_a_typing_error_is_refused(name: str, cure: str) -> None:
+    """With the option that was meant, or all there are; the value is not quoted."""
+    said = refused(nothing, "sqlite://", **{name: SECRET})
+    assert said.startswith(f"DBSessionMiddleware takes no option {name}. {cure}")
 
 
-@pytest.mark.parametrize("app", [None, "sqlite://", AsyncDatabase("sqlite://")], ids=repr)
-async def test_what_is_no_application_is_refused(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("app", [None, f"sqlite:///{SECRET}", AsyncDatabase("sqlite://")], ids=str)
+def test_what_is_no_application_is_refused(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The database in its place, most likely, where the environment names another one."""
     monkeypatch.setenv("DATABASE_URL", "sqlite://")
-    assert "give it the application first" in await told(lambda: DBSessionMiddleware(app))
+    assert "give it the application first" in refused(app)
+
+
+@pytest.mark.parametrize("options", [{}, {"app": None}, {"attempts": 2}], ids=str)
+def test_no_application_at_all_is_refused(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the words of Python for a missing argument."""
+    monkeypatch.setenv("DATABASE_URL", "sqlite://")
+    assert "give it the application first" in refused(**options)
+
+
+@pytest.mark.parametrize("given", [(), ("sqlite:///a.db",), ("sqlite:///a.db", "sqlite:///b.db")])
+def test_an_application_may_be_given_by_name(
+    given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Litestar's `DefineMiddleware` gives it, and `add_middleware` of Starlette below 0.41.3."""
+    monkeypatch.setenv("DATABASE_URL", "sqlite:///environment.db")
+    make: Any = DBSessionMiddleware
+    middleware = make(*given, app=nothing, attempts=2)
+    assert middleware.app is nothing
+    names = [each.url.database for each in middleware.databases]
+    assert names == ([each.removeprefix("sqlite:///") for each in given] or ["environment.db"])
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "cure"),
+    [
+        ((), {"attempts": 0}, "a whole number"),
+        ((), {"attemps": 2}, "Did you mean attempts?"),
+        ((), {"commit_when": nothing}, "`def`, not `async def`"),
+        ((), {"two_phase": True}, "Leave out `two_phase=True`"),
+        ((SyncDatabase,), {}, "takes a URL, an AsyncDatabase or a SyncDatabase"),
+    ],
+)
+async def test_a_wrong_argument_fails_the_startup_and_each_request(
+    given: tuple[Any, ...], options: dict[str, Any], cure: str
+) -> None:
+    """Starlette makes its middleware within the lifespan, where servers drop what it raises."""
+    app = Starlette()
+    add: Any = app.add_middleware
+    add(DBSessionMiddleware, "sqlite://", *given, **options)
+    life = await Life(app).startup()
+    await wait([life.task])
+    (message,) = life.messages
+    assert message["type"] == "lifespan.startup.failed"
+    assert cure in message["message"]
+    for _ in range(2):
+        exchange = await get(app)
+        assert (exchange.status, type(exchange.error)) == (500, ConfigurationError)
 
 
 @BOTH
@@ -258,24 +334,93 @@ async def test_an_sqlite_url_with_a_slash_too_few_is_told_at_startup(
     assert "sqlite:///relative/path/to/file.db" in await told(database.startup)
 
 
-@pytest.mark.parametrize("options", ["", "?nonsense=1"])
-@pytest.mark.parametrize(
+SERVERS = pytest.mark.parametrize(
     ("database_class", "dialect"),
     [
         (AsyncDatabase, "postgresql+asyncpg"),
         (AsyncDatabase, "postgresql+psycopg"),
         (AsyncDatabase, "mysql+asyncmy"),
+        (AsyncDatabase, "mysql+aiomysql"),
         (SyncDatabase, "postgresql+psycopg"),
         (SyncDatabase, "mysql+pymysql"),
     ],
 )
+
+
+@SERVERS
 async def test_a_server_that_is_not_there_is_told_at_startup(
-    database_class: type[AnyDatabase], dialect: str, options: str
+    database_class: type[AnyDatabase], dialect: str
 ) -> None:
-    """Nobody listens on port 1; and no driver knows that option."""
-    url = f"{dialect}://app:{SECRET}@127.0.0.1:1/shop{options}"
-    said = await told(database_class(url).startup)
+    """Nobody listens on port 1."""
+    said = await told(database_class(f"{dialect}://app:{SECRET}@127.0.0.1:1/shop").startup)
     assert f"{dialect}://app:***@127.0.0.1:1/shop') cannot be reached: " in said
+    assert said.endswith("Is it running, and are host, port, name and credentials right?")
+
+
+@SERVERS
+async def test_a_connect_argument_that_the_driver_does_not_have_is_told_at_startup(
+    database_class: type[AnyDatabase], dialect: str
+) -> None:
+    """It is a mistake in the options, and not of the server."""
+    url = f"{dialect}://app:{SECRET}@127.0.0.1:1/shop"
+    database = database_class(url, connect_args={"nonsense": SECRET})
+    with pytest.raises(ConfigurationError):
+        await database.startup()
+    assert "nonsense" in await told(database.startup)
+    assert "Check the options in its URL (after `?`) and in `connect_args`" in await told(
+        database.startup
+    )
+
+
+@pytest.mark.parametrize(
+    "word", ["e", "call", "127", "Connect", "host=", "a b", "p@ss", "connection"]
+)
+@SERVERS
+async def test_hiding_a_password_does_not_tell_it(
+    database_class: type[AnyDatabase], dialect: str, word: str
+) -> None:
+    """No text with a hole in the shape of it."""
+    backend, _, driver = dialect.partition("+")
+    url = URL.create(f"{backend}+{driver}", "app", word, "127.0.0.1", 1, "shop")
+    with pytest.raises(DatabaseUnavailable) as caught:
+        await database_class(url).startup()
+    reason = str(caught.value).partition("cannot be reached: ")[2]
+    assert "***" not in reason
+    if len(word) > 3:
+        assert "may hold a secret" in reason or word not in reason.partition(". Is it")[0]
+
+
+@BOTH
+def test_a_half_made_database_can_be_printed(database_class: type[AnyDatabase]) -> None:
+    """As a traceback of its constructor does that shows local variables."""
+    assert repr(database_class.__new__(database_class)) == f"{database_class.__name__}(…)"
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://app%3A{SECRET}@db/shop",
+        f"postgresql://app%3A{SECRET}:pw@db/shop",
+        f"postgresql://:{SECRET}@db/shop",
+        f"mysql://app@db/shop?password={SECRET}",
+    ],
+)
+def test_no_repr_shows_a_password(database_class: type[AnyDatabase], url: str) -> None:
+    """Wherever in the URL it stands."""
+    assert SECRET not in repr(database_class(url, connect_args={"password": SECRET}))
+
+
+@BOTH
+@pytest.mark.parametrize("variable", [SECRET, "s3cr3t", "DATABASE_URL "])
+def test_what_is_no_name_of_a_variable_is_not_quoted(
+    database_class: type[AnyDatabase], variable: str
+) -> None:
+    """It may be the password itself."""
+    with pytest.raises(ConfigurationError) as caught:
+        database_class.from_env(variable)
+    assert str(caught.value).startswith("The variable is not set. Set it to a database URL")
+    assert variable.strip() not in str(caught.value).replace("DATABASE_URL=sqlite", "")
 
 
 PIECES = st.sampled_from(

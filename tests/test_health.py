@@ -4,15 +4,21 @@ import asyncio
 import dataclasses
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import anyio
 import pytest
 from anyio import CancelScope
 from conftest import ENTRY, Running, becomes_true, checked_out
-from sqlalchemy import select
+from sqlalchemy import event, select
 from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
 
 from asgi_dbsession import AsyncDatabase, Health, SyncDatabase
 
@@ -67,9 +73,10 @@ async def test_an_exhausted_pool_is_told_in_time(running: Running) -> None:
         assert found[0].reason == f"{database} did not answer within 0.05 s"
         assert (found[0].pool_size, found[0].checked_out, found[0].overflow) == (1, 2, 1)
         # The questions in threads still have to get their connections, and to give them back.
-        await becomes_true(lambda: not getattr(database, "_questions", 0))
         await becomes_true(lambda: checked_out(database) == 0)
-        assert (await database.health(within=30)).answers
+        async with asyncio.timeout(10):
+            while not (await database.health(within=30)).answers:
+                await asyncio.sleep(0.01)
 
 
 DRIVERS = pytest.mark.parametrize("kind", ["asyncpg", "psycopg", "psycopg-sync"])
@@ -107,14 +114,16 @@ async def test_a_question_that_is_cancelled_leaves_nothing(running: Running) -> 
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert (await running.database.health(within=30)).answers  # the same question, in a thread
     await becomes_true(lambda: checked_out(running.database) == 0)
 
 
-@pytest.mark.parametrize("real", ["sqlite-sync", "psycopg-sync"], indirect=True)
 @pytest.mark.parametrize("steps", [1, 2, 3])
-async def test_questions_that_are_cancelled_count_no_longer(running: Running, steps: int) -> None:
-    """Be it before a thread has begun to ask them: the next one is asked, and answered."""
-    for _ in range(3):
+async def test_questions_of_callers_that_are_cancelled_do_no_harm(
+    running: Running, steps: int
+) -> None:
+    """Clients that hang up, at once or a little later, do not make a healthy database look ill."""
+    for _ in range(10):
         task = asyncio.create_task(running.database.health(within=30))
         for _ in range(steps):
             await asyncio.sleep(0)
@@ -123,9 +132,99 @@ async def test_questions_that_are_cancelled_count_no_longer(running: Running, st
         with CancelScope() as scope:
             scope.cancel()
             await running.database.health(within=30)
-    async with asyncio.timeout(10):
-        while not (await running.database.health(within=30)).answers:
-            await asyncio.sleep(0.01)  # those that a thread has begun to ask are still counted
+    assert (await running.database.health(within=30)).answers
+    await becomes_true(lambda: checked_out(running.database) == 0)
+
+
+def slow_down(database: AnyDatabase, seconds: list[float]) -> list[str | None]:
+    """Have each statement take that long; what `CALLER` was in each of them."""
+    asked: list[str | None] = []
+    engine: Any = database.engine
+
+    @event.listens_for(getattr(engine, "sync_engine", engine), "before_cursor_execute")
+    def be_far_away(*_: Any) -> None:
+        asked.append(CALLER.get())
+        if isinstance(database, SyncDatabase):
+            time.sleep(seconds[0])
+        else:
+            await_only(asyncio.sleep(seconds[0]))
+
+    return asked
+
+
+CALLER: ContextVar[str | None] = ContextVar("caller", default=None)
+
+
+async def test_callers_share_the_question_that_is_under_way(running: Running) -> None:
+    """A healthy database that is asked often stays well, and is asked once; a later caller asks."""
+    asked = slow_down(running.database, [0.05])
+    CALLER.set("a request")
+    for _ in range(2):
+        found = await asyncio.gather(*(running.database.health(within=30) for _ in range(50)))
+        assert [each.answers for each in found] == [True] * 50
+    assert asked == [None, None]  # and without the context of a request
+
+
+async def test_callers_share_an_error_too(running: Running) -> None:
+    """Each of them gets the reason."""
+    engine: Any = running.database.engine
+
+    @event.listens_for(getattr(engine, "sync_engine", engine), "before_cursor_execute")
+    def fail(*_: Any) -> None:
+        raise LookupError("no coffee")
+
+    found = await asyncio.gather(*(running.database.health(within=30) for _ in range(5)))
+    assert [each.answers for each in found] == [False] * 5
+    assert all("no coffee" in str(each.reason) for each in found)
+
+
+async def test_a_question_that_was_given_up_is_not_shared(running: Running) -> None:
+    """Who comes after one that waited in vain finds out whether the database is well again."""
+    seconds = [0.5]
+    asked = slow_down(running.database, seconds)
+    patient = asyncio.create_task(running.database.health(within=30))
+    await asyncio.sleep(0.05)
+    assert not (await running.database.health(within=0.05)).answers
+    seconds[0] = 0
+    assert (await running.database.health(within=30)).answers
+    assert len(asked) == 2
+    assert (await patient).answers  # it goes on for who has more time
+
+
+@pytest.mark.parametrize("real", ["sqlite-sync", "psycopg-sync"], indirect=True)
+async def test_only_a_few_questions_are_given_up(running: Running) -> None:
+    """Threads that nothing can stop are few, and the database is asked again once they end."""
+    asked = slow_down(running.database, [0.5])
+    found = [await running.database.health(within=0.01) for _ in range(6)]
+    assert {each.answers for each in found} == {False}
+    await becomes_true(lambda: len(asked) == 3)
+    await becomes_true(lambda: checked_out(running.database) == 0)
+    await asyncio.sleep(0.05)
+    assert (await running.database.health(within=30)).answers
+    assert len(asked) == 4
+
+
+def test_callers_of_several_event_loops_share_a_question(tmp_path: Path) -> None:
+    """On asyncio and trio, each in a thread of its own, at the same time."""
+    database = SyncDatabase(f"sqlite:///{tmp_path / 'shop.db'}")
+    asyncio.run(database.startup())
+    asked = slow_down(database, [0.5])
+    found: list[Health] = []
+
+    async def ask() -> None:
+        found.append(await database.health(within=30))
+
+    threads = [
+        Thread(target=anyio.run, args=(ask,), kwargs={"backend": each})
+        for each in ("asyncio", "trio") * 3
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert [each.answers for each in found] == [True] * 6
+    assert asked == [None]
+    asyncio.run(database.shutdown())
 
 
 @DRIVERS

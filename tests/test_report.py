@@ -460,13 +460,13 @@ async def test_tests_that_are_rolled_back_have_reports_too(running: Running) -> 
     assert min(each.databases[0].statements for each in reports) >= 1
 
 
-async def test_a_coroutine_function_is_refused(running: Running) -> None:
+def test_a_coroutine_function_is_refused() -> None:
     """Nobody would await it."""
 
     async def note(report: UnitReport) -> None: ...
 
     with pytest.raises(ConfigurationError, match="on_report takes a plain function"):
-        DBSessionMiddleware(silence, running.database, on_report=note)
+        DBSessionMiddleware(silence, "sqlite://", on_report=note)
 
 
 async def test_what_goes_to_another_engine_is_no_waiting(running: Running) -> None:

@@ -2,7 +2,10 @@
 
 import asyncio
 import inspect
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +15,7 @@ from asgi import get, respond
 from conftest import (
     CHILD,
     ENTRY,
+    METADATA,
     WITH_MARIADB,
     Real,
     Running,
@@ -20,8 +24,11 @@ from conftest import (
     real_database,
 )
 from fastapi import Depends, FastAPI
-from sqlalchemy import event, select, text
+from sqlalchemy import create_engine, event, insert, select, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -311,7 +318,7 @@ async def test_what_one_connection_cannot_show_is_an_error_in_the_end(real: Real
         await shop.add("audit")
         await respond(send, 401)
 
-    with pytest.raises(NotIsolated, match="without it") as caught:
+    with pytest.raises(NotIsolated, match="without `rolled_back`") as caught:
         async with rolled_back(shop.database):
             await get(shop.around(serve), "/login")
     assert "the transaction of GET /login" in str(caught.value)
@@ -367,7 +374,7 @@ async def test_work_on_a_transaction_around_another_one_is_refused(real: Real) -
     async with rolled_back(shop.database):
         exchange = await get(shop.around(serve))
         assert isinstance(exchange.error, NotIsolated)
-        assert "begun inside of it" in str(exchange.error)
+        assert "which began inside of it, is still open" in str(exchange.error)
         assert await shop.all() == []
 
 
@@ -686,6 +693,290 @@ async def test_the_first_of_two_phases_refuses_what_the_second_could_not(real: R
 
     async with rolled_back(shop.database):
         await shop.alone(work)
+
+
+class There(DeclarativeBase):
+    """What lies in another database."""
+
+
+class Far(There):
+    """A table there."""
+
+    __tablename__ = "entry"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    note: Mapped[str]
+
+
+def elsewhere(real: Real, folder: Path, how: str) -> tuple[Shop, Any, Callable[[], list[str]]]:
+    """A shop whose sessions use a second engine for one table, that engine, and what is in it."""
+    file = folder / "elsewhere.db"
+    reader = create_engine(f"sqlite:///{file}", poolclass=NullPool)
+    METADATA.create_all(reader)
+
+    def stored() -> list[str]:
+        with reader.connect() as connection:
+            return list(connection.scalars(select(ENTRY.c.note).order_by(ENTRY.c.id)))
+
+    engine: Any = (
+        create_engine(f"sqlite:///{file}")
+        if real.is_sync
+        else create_async_engine(f"sqlite+aiosqlite:///{file}")
+    )
+    bound = getattr(engine, "sync_engine", engine)
+
+    class Routing(Session):
+        def get_bind(self, mapper: Any = None, **options: Any) -> Any:
+            if mapper is not None and mapper.class_ is Far:
+                return bound.execution_options(copied=True)
+            return super().get_bind(mapper, **options)
+
+    options: dict[str, Any] = (
+        {"binds": {Far: engine}}
+        if how == "binds"
+        else {"class_" if real.is_sync else "sync_session_class": Routing}
+    )
+    return Shop.of(real, session_options=options), engine, stored
+
+
+async def write_far(shop: Shop, note: str = "far") -> None:
+    """Store a row in the second engine's database."""
+    await shop.execute(insert(Far).values(note=note))
+
+
+SECOND = pytest.mark.parametrize("real", ["sqlite", "asyncpg", "psycopg-sync"], indirect=True)
+
+
+@SECOND
+async def test_the_engines_in_binds_are_rolled_back_too(real: Real, tmp_path: Path) -> None:
+    """And what was committed there is there for the rest of the test; twice, as in two tests."""
+    shop, engine, stored = elsewhere(real, tmp_path, "binds")
+    for _ in range(2):
+        async with rolled_back(shop.database):
+            with count_statements(shop.database) as statements:
+                await shop.alone(partial(write_far, shop))
+                await shop.add("near")
+            assert len(statements) == 2
+            found = await shop.alone(partial(shop.execute, select(Far.note)))
+            assert found.scalars().all() == ["far"]
+        assert (stored(), real.stored()) == ([], [])
+    async with shop.database:
+        await shop.alone(partial(write_far, shop, "kept"))
+    assert stored() == ["kept"]
+    await finish(engine.dispose())
+
+
+@SECOND
+async def test_an_engine_that_a_session_chooses_is_refused(real: Real, tmp_path: Path) -> None:
+    """Nothing is stored there, also by an application that swallows the error; the cure works."""
+    shop, engine, stored = elsewhere(real, tmp_path, "get_bind")
+
+    async def swallow() -> None:
+        for _ in range(2):
+            with pytest.raises(NotIsolated, match=r"Database\.from_engine\(engine\)"):
+                await write_far(shop)
+
+    async def run() -> None:
+        with pytest.raises(NotIsolated):
+            await shop.alone(swallow)
+
+    with pytest.raises(NotIsolated, match="which no `rolled_back` covers"):
+        async with rolled_back(shop.database):
+            await run()
+    assert stored() == []
+    other: Any = type(shop.database).from_engine(engine)
+    async with rolled_back(shop.database, other):
+        with count_statements(shop.database) as statements:
+            await shop.alone(partial(write_far, shop))
+        assert len(statements) == 1
+    assert stored() == []
+    await finish(engine.dispose())
+
+
+class Job:
+    """Something of the application's that does its work in two parts, and outlives a test."""
+
+    def __init__(self, shop: Shop, how: str) -> None:
+        self.shop = shop
+        self.how = how
+        self.is_in_the_middle = False
+        self.go_on = threading.Event()
+
+    async def run(self) -> None:
+        """Do it as that way says."""
+        shop = self.shop
+        if self.how == "several transactions":
+            await shop.alone(partial(shop.write, "first"))
+            await self.pause()
+            await shop.alone(partial(shop.write, "late"))
+        elif self.how == "begins later":
+            await self.pause()
+            await shop.alone(partial(shop.write, "late"))
+        else:
+            await shop.alone(self.one_unit)
+
+    async def one_unit(self) -> None:
+        """Both parts in one unit of work."""
+        await self.shop.write("first")
+        if self.how == "one session":
+            await self.shop.call("commit")
+        await self.pause()
+        await self.shop.write("late")
+
+    async def pause(self) -> None:
+        """Wait for the end of the test."""
+        self.is_in_the_middle = True
+        while not self.go_on.is_set():
+            await asyncio.sleep(0.01)
+
+
+HOWS = ("one transaction", "one session", "several transactions", "begins later")
+
+
+@pytest.mark.parametrize("is_task", [True, False], ids=["task", "thread"])
+@pytest.mark.parametrize("how", HOWS)
+async def test_what_outlives_a_test_stores_nothing(real: Real, how: str, is_task: bool) -> None:
+    """It gets an error that says so, whether or not another test has been run since."""
+    if not is_task and not real.is_sync:
+        pytest.skip("an async session belongs to one event loop")
+    shop = Shop.of(real)
+    async with shop.database:
+        for between in (False, True):
+            job = Job(shop, how)
+            async with rolled_back(shop.database):
+                if is_task:
+                    running: Any = asyncio.create_task(job.run())
+                else:
+                    running = begin_thread(job)
+                await becomes_true(partial(getattr, job, "is_in_the_middle"))
+            if between:
+                async with rolled_back(shop.database):
+                    await shop.add("of the next test")
+            job.go_on.set()
+            with pytest.raises(NotIsolated, match=r"outlived its test.*cancel and await tasks"):
+                await asyncio.wait_for(asyncio.wrap_future(running) if not is_task else running, 10)
+            await shop.add(f"real {between}")
+        assert checked_out(shop.database) == 0
+    assert real.stored() == ["real False", "real True"]
+
+
+def begin_thread(job: Job) -> Any:
+    """Do the same in a thread of its own, without the context of the test, as schedulers do."""
+    result: Any = Future()
+    database: Any = job.shop.database
+
+    def write(*notes: str) -> None:
+        with database.begin() as session:
+            for note in notes:
+                if note == "late":
+                    wait()
+                session.execute(insert(ENTRY).values(note=note))
+                if job.how == "one session":
+                    session.commit()
+
+    def wait() -> None:
+        job.is_in_the_middle = True
+        job.go_on.wait(10)
+
+    def work() -> None:
+        try:
+            if job.how == "several transactions":
+                write("first")
+            if job.how in ("several transactions", "begins later"):
+                wait()
+                write("late")
+            else:
+                write("first", "late")
+            result.set_result(None)
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=work).start()
+    return result
+
+
+async def test_a_connection_that_outlives_a_test_is_cut_off(real: Real) -> None:
+    """Also where it was taken from the engine, and for what talks to the driver itself."""
+    shop = Shop.of(real)
+    async with shop.database as database:
+        engine: Any = database.engine
+        async with rolled_back(database):
+            connection = engine.connect()
+            connection = connection if real.is_sync else await connection
+            await finish(connection.execute(insert(ENTRY).values(note="lost")))
+        for work in (
+            lambda: connection.execute(insert(ENTRY).values(note="late")),
+            lambda: connection.execute(insert(ENTRY), [{"note": "a"}, {"note": "b"}]),
+            lambda: connection.exec_driver_sql("INSERT INTO entry (note) VALUES ('late')"),
+            connection.commit,
+        ):
+            with pytest.raises(NotIsolated, match="outlived its test"):
+                await finish(work())
+        raw: Any = connection.connection if real.is_sync else connection.sync_connection.connection
+        with pytest.raises(NotIsolated, match="outlived its test"):
+            raw.cursor().execute("INSERT INTO entry (note) VALUES ('late')")
+        await finish(connection.rollback())
+        await finish(connection.close())
+        await shop.add("real")
+        async with rolled_back(database):
+            assert await shop.all() == ["real"]
+    assert real.stored() == ["real"]
+
+
+async def test_a_statement_under_way_at_the_end_of_a_test_is_waited_for(real: Real) -> None:
+    """Two statements at once on one connection would break it."""
+    shop = Shop.of(real)
+    async with shop.database:
+        with count_statements(shop.database) as statements:
+            async with rolled_back(shop.database):
+                task = asyncio.create_task(shop.alone(partial(shop.execute, slow(shop))))
+                await becomes_true(lambda: len(statements) == 1)
+            with pytest.raises(NotIsolated, match="outlived its test"):
+                await task
+        await shop.add("real")
+    assert real.stored() == ["real"]
+
+
+@pytest.mark.parametrize("real", ["sqlite-sync", "psycopg-sync", "pymysql-sync"], indirect=True)
+def test_the_client_starts_while_the_test_has_a_session_of_its_own(real: Real) -> None:
+    """As in the fixtures of many templates: requests see its rows, and it sees theirs."""
+    engine = create_engine(real.url)
+    database = SyncDatabase.from_engine(engine)
+    shop = Shop(real, database)
+    start = time.monotonic()
+    with rolled_back(database), Session(engine) as session:
+        session.execute(insert(ENTRY).values(note="of the test"))
+        with client_for(shop, "FastAPI") as client:
+            assert client.post("/one").text == "2"
+        assert session.scalars(select(ENTRY.c.note).order_by(ENTRY.c.id)).all()[-1] == "one"
+        session.rollback()
+    assert time.monotonic() - start < 5
+    assert real.stored() == []
+    engine.dispose()
+
+
+async def test_waiting_for_a_session_of_the_tests_own_names_the_cure(real: Real) -> None:
+    """Within a second, where it cannot be told that it is the test's."""
+    shop = Shop.of(real)
+    async with rolled_back(shop.database):
+        engine: Any = shop.database.engine
+
+        async def hold() -> None:
+            connection = engine.connect()
+            connection = connection if real.is_sync else await connection
+            await finish(connection.execute(select(1)))
+            held.set()
+            await done.wait()
+            await finish(connection.close())
+
+        held, done = asyncio.Event(), asyncio.Event()
+        holding = asyncio.create_task(hold())
+        await held.wait()
+        start = time.monotonic()
+        with pytest.raises(NotIsolated, match=r"`Session\(engine\)`.*`database\.begin\(\)`"):
+            await asyncio.create_task(shop.database.ping())
+        assert time.monotonic() - start < 1.5
+        done.set()
+        await holding
 
 
 async def test_statements_are_counted(shop: Shop) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asgi import get, respond
+from asgi import Life, get, respond
 from conftest import ENTRY, Real, becomes_true, checked_out
 from pages import ROOT, Page
 from several import Several, engine_of, in_session, orm, several_databases, swallow_an_error
@@ -393,10 +393,15 @@ async def nothing(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["sqlite", "sqlite-sync"])
 async def test_sqlite_is_refused(tmp_path: Path, kind: str) -> None:
-    """When the middleware is made, and not at the first request."""
+    """At the startup, and not at the first request."""
     async with several_databases(f"asyncpg + {kind}", tmp_path) as several:
-        with pytest.raises(ConfigurationError, match="Leave out `two_phase=True`"):
-            DBSessionMiddleware(nothing, *several.databases, two_phase=True)
+        app = DBSessionMiddleware(nothing, *several.databases, two_phase=True)
+        life = await Life(app).startup()
+        await asyncio.wait([life.task])
+        (message,) = life.messages
+        assert message["type"] == "lifespan.startup.failed"
+        assert "Leave out `two_phase=True`" in message["message"]
+        assert isinstance(life.error, ConfigurationError)
 
 
 def test_the_log_line_on_the_page_is_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:

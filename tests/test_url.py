@@ -2,13 +2,23 @@
 
 import sys
 import traceback
+from pathlib import Path
+from ssl import CERT_NONE, CERT_REQUIRED
 from typing import Any
 
 import pytest
-from conftest import AnyDatabase
-from sqlalchemy import URL, make_url
+from conftest import AnyDatabase, real_database
+from sqlalchemy import URL, func, make_url, select
 
-from asgi_dbsession import AsyncDatabase, ConfigurationError, DBSessionMiddleware, SyncDatabase
+from asgi_dbsession import (
+    AsyncDatabase,
+    ConfigurationError,
+    DatabaseUnavailable,
+    DBSessionMiddleware,
+    SyncDatabase,
+)
+
+pytestmark = pytest.mark.anyio
 
 BOTH = pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
 
@@ -92,6 +102,174 @@ def test_an_asyncio_driver_is_refused_by_a_sync_database(url: str) -> None:
     """Its statements could only be run in an event loop."""
     with pytest.raises(ConfigurationError, match="Leave the driver out, or use an AsyncDatabase"):
         SyncDatabase(url)
+
+
+HEROKU = "postgres://u:pw@ec2.compute.amazonaws.com:5432/d"
+# What providers hand out (the host shortened), and what an asyncio driver makes of it.
+HANDED_OUT = [
+    (HEROKU, {}, {}),
+    (HEROKU + "?sslmode=require", {"ssl": "require"}, {}),
+    ("postgresql://u:pw@ep-x.neon.tech/d?sslmode=require&channel_binding=prefer",
+     {"ssl": "require"}, {}),
+    ("postgres://doadmin:pw@x.db.ondigitalocean.com:25060/d?sslmode=require",
+     {"ssl": "require"}, {}),
+    ("postgres://avnadmin:pw@x.aivencloud.com:1/d?sslmode=verify-full", {"ssl": "verify-full"}, {}),
+    ("postgres://u:pw@x.postgres.database.azure.com/d?ssl=true", {"ssl": "require"}, {}),
+    ("postgres://u:pw@h/d?ssl-mode=DISABLED", {"ssl": "disable"}, {}),
+    ("postgres://u:pw@h/d?connect_timeout=10&command_timeout=2.5", {},
+     {"timeout": 10.0, "command_timeout": 2.5}),
+    ("postgres://u:pw@h/d?statement_cache_size=0", {}, {"statement_cache_size": 0}),
+    ("postgres://u:pw@h/d?charset=utf8&encoding=UTF-8", {}, {}),
+    ("postgres://u:pw@h/d?pgbouncer=false", {}, {}),
+    ("postgres://u:pw@h/d?application_name=shop&sslrootcert=/ca.pem",
+     {"dsn": "postgresql://?application_name=shop&sslrootcert=%2Fca.pem"}, {}),
+]  # fmt: skip
+
+
+def arguments_of(database: AnyDatabase) -> dict[str, Any]:
+    """What a database gives its driver beside the URL."""
+    arguments: dict[str, Any] = database._engine_options.get("connect_args", {})
+    return arguments
+
+
+@pytest.mark.parametrize(("url", "query", "arguments"), HANDED_OUT, ids=lambda value: str(value))
+def test_a_url_of_a_provider_is_translated_for_asyncpg(
+    url: str, query: dict[str, str], arguments: dict[str, Any]
+) -> None:
+    """Where an option means the same under another name; numbers become numbers."""
+    database = AsyncDatabase(url)
+    assert (dict(database.url.query), arguments_of(database)) == (query, arguments)
+
+
+@pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
+@pytest.mark.parametrize(
+    ("query", "expected", "arguments"),
+    [
+        ("sslmode=require&channel_binding=require", "as it is", {}),
+        ("sslmode=verify-full&sslrootcert=/ca.pem&options=endpoint%3Dx", "as it is", {}),
+        ("ssl=true", {"sslmode": "require"}, {}),
+        ("ssl-mode=REQUIRED&timeout=5", {"sslmode": "require", "connect_timeout": "5"}, {}),
+        ("pgbouncer=true", {}, {"prepare_threshold": None}),
+        ("prepared_statement_cache_size=0", {}, {"prepare_threshold": None}),
+        ("prepare_threshold=7", {}, {"prepare_threshold": 7}),
+        ("charset=utf8", {}, {}),
+    ],
+)
+def test_a_url_of_a_provider_is_translated_for_psycopg(
+    database_class: type[AnyDatabase], query: str, expected: Any, arguments: dict[str, Any]
+) -> None:
+    """What libpq knows stays as it is."""
+    url = f"postgresql+psycopg://u:pw@h/d?{query}"
+    database = database_class(url)
+    stays = dict(make_url(url).query) if expected == "as it is" else expected
+    assert (dict(database.url.query), arguments_of(database)) == (stays, arguments)
+
+
+@pytest.mark.parametrize("driver", ["asyncmy", "aiomysql", "pymysql"])
+@pytest.mark.parametrize(
+    ("query", "mode"),
+    [
+        ("ssl-mode=REQUIRED", CERT_NONE),
+        ("sslmode=require", CERT_NONE),
+        ("ssl_mode=VERIFY_CA", CERT_REQUIRED),
+        ("ssl-mode=VERIFY_IDENTITY", CERT_REQUIRED),
+        ("sslaccept=strict", CERT_REQUIRED),
+        ("sslaccept=accept_invalid_certs", CERT_NONE),
+        ('ssl={"rejectUnauthorized":true}', CERT_REQUIRED),
+        ("ssl_verify_cert=true&ssl_verify_identity=true", CERT_REQUIRED),
+        ("ssl-mode=DISABLED", None),
+    ],
+)
+def test_a_url_of_a_provider_is_translated_for_mysql(driver: str, query: str, mode: Any) -> None:
+    """Each driver gets TLS as the option of MySQL's own clients asks for it."""
+    database_class: Any = SyncDatabase if driver == "pymysql" else AsyncDatabase
+    database = database_class(f"mysql+{driver}://u:pw@h:25060/defaultdb?{query}")
+    context: Any = arguments_of(database).get("ssl")
+    assert dict(database.url.query) == {}
+    assert (context and context.verify_mode) == mode
+    if mode == CERT_REQUIRED:
+        assert context.check_hostname == ("VERIFY_CA" not in query)
+
+
+@pytest.mark.parametrize("driver", ["asyncmy", "aiomysql", "pymysql"])
+def test_what_is_given_wins_over_the_url(driver: str) -> None:
+    """`connect_args` are the last word."""
+    database_class: Any = SyncDatabase if driver == "pymysql" else AsyncDatabase
+    url = f"mysql+{driver}://u:pw@h/d?ssl-mode=REQUIRED"
+    assert arguments_of(database_class(url, connect_args={"ssl": None})) == {"ssl": None}
+
+
+@pytest.mark.parametrize(
+    ("query", "cure"),
+    [
+        ("channel_binding=require", "or use psycopg"),
+        ("connection_limit=5", "pool_size=…, max_overflow=0"),
+        ("pool_timeout=5", "`pool_timeout=…`"),
+        ("schema=shop", "search_path"),
+        ("conn_max_age=60", "pool_recycle"),
+        ("sslmode=nonsense", "It takes one of"),
+        ("timeout=hush", "It takes a number"),
+        ("supa=base-pooler.x", "Leave it out"),
+        ("pgbouncer=true&nonsense=hush", "The option nonsense in the URL"),
+    ],
+)
+def test_an_option_that_the_driver_does_not_have_is_refused_with_the_cure(
+    query: str, cure: str
+) -> None:
+    """And not with its value, which may be a secret."""
+    said = refused(AsyncDatabase, f"postgresql+asyncpg://app:pw@db/shop?{query}")
+    assert cure in said
+    assert "hush" not in said
+
+
+async def test_pgbouncer_in_a_url_means_no_prepared_statements() -> None:
+    """As the page on drivers says for asyncpg."""
+    arguments = arguments_of(AsyncDatabase("postgresql+asyncpg://u@h:6543/d?pgbouncer=true"))
+    assert arguments.pop("prepared_statement_name_func")() == ""
+    assert arguments == {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
+
+
+@pytest.mark.parametrize("kind", ["asyncpg", "psycopg", "psycopg-sync"])
+async def test_a_translated_url_works_on_a_real_postgresql(kind: str, tmp_path: Path) -> None:
+    """What it asks for holds on the server."""
+    real = real_database(kind, tmp_path)
+    database_class: Any = SyncDatabase if real.is_sync else AsyncDatabase
+    options = {
+        "ssl-mode": "PREFERRED",
+        "connect_timeout": "9",
+        "application_name": "the shop",
+        "options": "-c statement_timeout=4321",
+        "pgbouncer": "true",
+        "charset": "utf8",
+    }
+    asked = select(
+        func.current_setting("application_name"), func.current_setting("statement_timeout")
+    )
+    async with database_class(real.url.update_query_dict(options)) as database:
+        if real.is_sync:
+            with database.begin() as session:
+                found = session.execute(asked).one()
+        else:
+            async with database.begin() as session:
+                found = (await session.execute(asked)).one()
+    assert tuple(found) == ("the shop", "4321ms")
+    real.reader.dispose()
+
+
+@pytest.mark.parametrize("kind", ["asyncmy", "aiomysql", "pymysql-sync"])
+async def test_a_server_without_tls_does_not_get_what_must_be_encrypted(
+    kind: str, tmp_path: Path
+) -> None:
+    """`ssl-mode=DISABLED` connects, and `REQUIRED` is no mere wish."""
+    real = real_database(kind, tmp_path)
+    database_class: Any = SyncDatabase if real.is_sync else AsyncDatabase
+    url = real.url.set(query={})
+    socket = real.url.query
+    async with database_class(url.set(query={**socket, "ssl-mode": "DISABLED"})) as database:
+        await database.ping()
+    with pytest.raises(DatabaseUnavailable):
+        await database_class(url.set(query={**socket, "ssl-mode": "REQUIRED"})).startup()
+    real.reader.dispose()
 
 
 @BOTH

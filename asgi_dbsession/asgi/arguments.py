@@ -1,59 +1,106 @@
 """What `DBSessionMiddleware` can be made with, and what it says about anything else."""
 
 from collections.abc import Mapping, Sequence
-from inspect import iscoroutinefunction
-from typing import Any, TypeAlias
+from difflib import get_close_matches
+from inspect import Parameter, iscoroutinefunction, signature
+from typing import Any, TypeAlias, TypeVar
 
+from anyio import get_current_task
 from sqlalchemy import URL
 
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.session.two_phases import refuse_one_phase
+from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
+
+from .lifespan import Unstartable
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
+D = TypeVar("D")
 
 
-def check_arguments(
+async def no_application(scope: Scope, receive: Receive, send: Send) -> None:
+    """Stand for an application that was not given; it is never called."""
+
+
+def application_first(
+    app: ASGIApp, databases: tuple[D, ...], unknown: Mapping[str, object]
+) -> tuple[ASGIApp, tuple[D, ...]]:
+    """The application and the databases, whether the application came by position or by name.
+
+    Litestar's `DefineMiddleware` and Starlette below 0.41.3 give the application by name, so the
+    first database is in its place.
+    """
+    named: Any = unknown.get("app")
+    if named is None:
+        return app, databases
+    first: Any = app
+    return named, (databases if first is no_application else (first, *databases))
+
+
+def usable_databases(
     app: object,
-    databases: Sequence[object],
-    *,
-    functions: Mapping[str, object],
-    numbers: Mapping[str, object],
-) -> None:
-    """Refuse what cannot work, whatever the URLs say.
+    given: Sequence[AnyDatabase | str | URL],
+    unknown: Mapping[str, object],
+    options: Mapping[str, Any],
+    made_by: type,
+) -> tuple[AnyDatabase, ...] | Unstartable:
+    """The databases that are meant; or else what makes the startup fail, and each request.
 
-    Args:
-        app: The application.
-        databases: Databases and URLs.
-        functions: What must be a plain function, by name; None is left out.
-        numbers: What must be a whole number from 1 on, by name; None is left out.
+    Frameworks make their middleware in the event loop of the server, within the lifespan. Servers
+    take an error there for an application without a lifespan, and answer each request with 500.
 
     Raises:
-        ConfigurationError: An argument is not what it should be.
+        ConfigurationError: An argument is not what it should be, and no event loop is running.
     """
-    if not callable(app):
-        raise ConfigurationError(
-            "DBSessionMiddleware wraps an ASGI application, and was given something of type "
-            f"{type(app).__name__}. Give it the application first."
-        )
-    _check_databases(databases)
-    for name, function in functions.items():
-        if name == "commit_when" or function is not None:
-            _check_function(name, function)
-    for name, number in numbers.items():
-        if name == "attempts" or number is not None:
-            _check_number(name, number)
+    try:
+        _check_application(app)
+        _check_names(unknown, made_by)
+        _check_databases(given)
+        for name in ("commit_when", "on_commit_error", "on_report"):
+            if name == "commit_when" or options[name] is not None:
+                _check_function(name, options[name])
+        for name in ("attempts", "retry_after"):
+            if name == "attempts" or options[name] is not None:
+                _check_number(name, options[name])
+    except ConfigurationError as error:
+        if not _is_in_event_loop():
+            raise
+        return Unstartable(error)
+    try:
+        databases = _databases_of(given)
+        for database in databases if options["two_phase"] else ():
+            refuse_one_phase(database, database.url)
+    except ConfigurationError as error:
+        return Unstartable(error)
+    return databases
 
 
-def databases_of(given: Sequence[AnyDatabase | str | URL]) -> tuple[AnyDatabase, ...]:
-    """The databases that are meant; none given: that of the environment.
-
-    Raises:
-        ConfigurationError: A URL, or that of the environment, cannot work.
-    """
+def _databases_of(given: Sequence[AnyDatabase | str | URL]) -> tuple[AnyDatabase, ...]:
     if not given:
         return (AsyncDatabase.from_env(),)
     return tuple(AsyncDatabase(each) if isinstance(each, str | URL) else each for each in given)
+
+
+def _check_application(app: object) -> None:
+    if callable(app) and app is not no_application:
+        return
+    given = "nothing" if app is no_application else f"something of type {type(app).__name__}"
+    raise ConfigurationError(
+        f"DBSessionMiddleware wraps an ASGI application, and was given {given}. Give it the "
+        "application first."
+    )
+
+
+def _check_names(unknown: Mapping[str, object], made_by: type) -> None:
+    parameters = signature(made_by).parameters.values()
+    known = [each.name for each in parameters if each.kind is Parameter.KEYWORD_ONLY]
+    for name in unknown:
+        if name != "app":
+            close = get_close_matches(name, known, 1)
+            cure = f"Did you mean {close[0]}?" if close else f"It takes {', '.join(known)}."
+            raise ConfigurationError(f"DBSessionMiddleware takes no option {name}. {cure}")
 
 
 def _check_databases(given: Sequence[object]) -> None:
@@ -70,11 +117,30 @@ def _check_databases(given: Sequence[object]) -> None:
 
 
 def _check_function(name: str, given: object) -> None:
-    if not callable(given) or iscoroutinefunction(given):
-        kind = "a coroutine function" if iscoroutinefunction(given) else type(given).__name__
-        raise ConfigurationError(f"{name} takes a plain function, not {kind}.")
+    if iscoroutinefunction(given):
+        raise ConfigurationError(
+            f"{name} takes a plain function, not a coroutine function. Write it with `def`, not "
+            "`async def`."
+        )
+    if not callable(given):
+        raise ConfigurationError(
+            f"{name} takes a plain function, not something of type {type(given).__name__}."
+        )
 
 
 def _check_number(name: str, given: object) -> None:
-    if type(given) is not int or given < 1:  # True is an int too
-        raise ConfigurationError(f"{name} takes a whole number from 1 on.")
+    if type(given) is not int:  # True is an int too
+        # Not quoted: a value in the wrong place may be a secret.
+        raise ConfigurationError(
+            f"{name} takes a whole number from 1 on, not something of type {type(given).__name__}."
+        )
+    if given < 1:
+        raise ConfigurationError(f"{name} takes a whole number from 1 on, not {given}.")
+
+
+def _is_in_event_loop() -> bool:
+    try:
+        get_current_task()
+    except RuntimeError:
+        return False
+    return True

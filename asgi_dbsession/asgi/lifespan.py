@@ -50,7 +50,9 @@ async def serve_lifespan(
 ) -> None:
     """Run the databases from before the startup of `app` until after its shutdown.
 
-    They are stopped before the server hears how the shutdown went, whatever went wrong on the way.
+    They are stopped before the server is told how the shutdown went, whatever went wrong. An
+    application that raises before it receives the startup has no lifespan, and is served without;
+    one that received the startup and raises has failed, and the server is told so.
     """
     lifespan = _Lifespan(databases, receive, send)
     try:
@@ -99,23 +101,30 @@ class _Lifespan:
         try:
             await app(scope, self.receive, self.send)
         except Exception as error:
-            if self._answered_startup:
-                failure = error
-            else:
-                # One that asked for the startup failed in it; one that did not knows no lifespan.
-                level = logging.WARNING if self._startup is None else logging.INFO
-                text = "The application does not answer the lifespan; serving it all the same: %r"
-                _logger.log(level, text, error)
-        if not self._answered_startup:
-            await self.send({"type": "lifespan.startup.complete"})
-        if not self._finished:
-            # Requests go on although this part of the application has ended.
-            while not self._heard_shutdown:
-                await self.receive()
+            failure = error
+        if failure is not None and not self._answered_startup:
+            if self._startup is None:
+                await self._fail_startup(failure)
+            _logger.info("The application has no lifespan; it is served without: %r", failure)
+            failure = None
+        await self._serve_after_return()
         if failure is not None:
             raise failure
         if not self._finished:
             await self.send({"type": "lifespan.shutdown.complete"})
+
+    async def _fail_startup(self, failure: Exception) -> NoReturn:
+        # With the traceback: servers show the message alone.
+        _logger.error("The startup of the application failed", exc_info=failure)
+        await self.send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
+        raise failure
+
+    async def _serve_after_return(self) -> None:
+        """Answer for an application whose requests go on although its lifespan has returned."""
+        if not self._answered_startup:
+            await self.send({"type": "lifespan.startup.complete"})
+        while not (self._finished or self._heard_shutdown):
+            await self.receive()
 
     async def receive(self) -> Message:
         if self._startup is not None:

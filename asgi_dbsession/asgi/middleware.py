@@ -5,18 +5,18 @@ from enum import Enum, auto
 from http import HTTPStatus
 
 from sqlalchemy import URL
+from typing_extensions import Never
 
-from asgi_dbsession.errors import ABORTED, AbortRequest, ConfigurationError
+from asgi_dbsession.errors import ABORTED, AbortRequest
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.lock import current_task
-from asgi_dbsession.session.two_phases import refuse_one_phase
 from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_dbsession.unit.ending import close, close_returned, end_work, end_work_of
 from asgi_dbsession.unit.report import UnitReport
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 from .answer import add_note, answer_or_raise, checked
-from .arguments import AnyDatabase, check_arguments, databases_of
+from .arguments import AnyDatabase, application_first, no_application, usable_databases
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .optional import with_optional_rooms
 from .websocket import SocketExchange
@@ -78,13 +78,15 @@ class DBSessionMiddleware:
             logged.
 
     Raises:
-        ConfigurationError: An argument is not what it should be. A URL that cannot work makes the
-            server's startup fail instead, or the first request where there is no startup.
+        ConfigurationError: An argument is not what it should be. In a running event loop, where
+            frameworks make their middleware, and for a URL that cannot work, the startup of the
+            server fails instead; or each request, if the server sends no startup.
     """
 
     def __init__(
         self,
-        app: ASGIApp,
+        app: ASGIApp = no_application,
+        /,
         *databases: AnyDatabase | str | URL,
         commit_when: Callable[[int], bool] = below_400,
         on_commit_error: Callable[[Exception], ASGIApp | None] | None = None,
@@ -92,17 +94,9 @@ class DBSessionMiddleware:
         retry_after: int | None = None,
         two_phase: bool = False,
         on_report: Callable[[UnitReport], object] | None = None,
+        **unknown: Never,
     ) -> None:
-        check_arguments(
-            app,
-            databases,
-            functions={
-                "commit_when": commit_when,
-                "on_commit_error": on_commit_error,
-                "on_report": on_report,
-            },
-            numbers={"attempts": attempts, "retry_after": retry_after},
-        )
+        app, databases = application_first(app, databases, unknown)
         self.app: ASGIApp = app
         self.databases: tuple[AnyDatabase, ...] = ()
         self.commit_when: Callable[[int], bool] = commit_when
@@ -111,18 +105,17 @@ class DBSessionMiddleware:
         self.retry_after: int | None = retry_after
         self.two_phase: bool = two_phase
         self.on_report: Callable[[UnitReport], object] | None = on_report
-        self._startable: tuple[Startable, ...]
-        serve: ASGIApp = self._serve
-        try:
-            self._startable = self.databases = databases_of(databases)
-        except ConfigurationError as error:
-            unstartable = Unstartable(error)
-            self._startable, serve = (unstartable,), unstartable.refuse
-        for database in self.databases if two_phase else ():
-            refuse_one_phase(database, database.url)
+        usable = usable_databases(app, databases, unknown, vars(self), type(self))
+        if isinstance(usable, Unstartable):
+            self._startable: tuple[Startable, ...] = (usable,)
+            self._serve: ASGIApp = usable.refuse
+            self._serve_http: ASGIApp = usable.refuse
+            return
+        self._startable = self.databases = usable
+        self._serve = self._serve_one
         self._serve_http, self._observers = with_optional_rooms(
-            serve,
-            self.databases,
+            self._serve_one,
+            usable,
             attempts=attempts,
             retry_after=retry_after,
             on_report=on_report,
@@ -136,9 +129,10 @@ class DBSessionMiddleware:
             serve = self._serve_http if scope.get(_KEY) is None else self._serve
             try:
                 await serve(scope, receive, send)
-                return
             except AbortRequest as error:
                 abort = error
+            else:
+                return
             # Outside of the `except`: or the failure would be its own context.
             await answer_or_raise(abort, self.on_commit_error, scope, receive, send)
         elif kind == "websocket":
@@ -148,7 +142,7 @@ class DBSessionMiddleware:
         else:
             await self.app(scope, receive, send)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve_one(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Open a unit of work, call the application, and close the unit of work."""
         outer: UnitOfWork | None = scope.get(_KEY)
         unit = scope[_KEY] = UnitOfWork(self.databases, scope, outer, self._observers)

@@ -21,6 +21,7 @@ from asgi_dbsession.unit.ending import close
 
 from .base import Database
 from .options import AnyAsyncSession, AsyncSessionOptions
+from .questions import TaskQuestions
 
 
 class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
@@ -57,7 +58,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             self._session_class(Session, "sync_session_class", default)
         )
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._given_up: set[asyncio.Task[None]] = set()
+        self._questions = TaskQuestions(self._select_one)
         self._check_session_options()
 
     @asynccontextmanager
@@ -99,7 +100,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     async def startup(self) -> None:
         if self._loop is not None and self._loop.is_closed():
             # Its connections went with it; what is left of the engine could only fail.
-            self._engine, self._loop, self._starts = None, None, 0
+            self._forget_engine()
         self._refuse_other_loop()
         await super().startup()
 
@@ -146,28 +147,17 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     @override
     async def _select_one(self, engine: AsyncEngine) -> None:
+        pool = engine.pool
         async with engine.connect() as connection:
             await connection.execute(select(1))
-
-    @override
-    async def _ping_within(self, seconds: float) -> bool:
-        ping = asyncio.ensure_future(self.ping())
-        try:
-            await asyncio.wait([ping], timeout=seconds)
-            return ping.done() and ping.result() is None
-        finally:
-            if not ping.done():
-                # Not waited for: a connection to a server that is gone takes a while to give up.
-                self._given_up.add(ping)
-                ping.add_done_callback(self._forget)
-                ping.cancel()
-
-    def _forget(self, ping: "asyncio.Task[None]") -> None:
-        self._given_up.discard(ping)
-        if not ping.cancelled():
-            ping.exception()  # or asyncio would complain that nobody asked
+            if engine.pool is not pool:  # disposed meanwhile: nobody would close what it got back
+                await connection.invalidate()
 
     @override
     async def _dispose(self, engine: AsyncEngine) -> None:
-        self._loop = None
         await engine.dispose()
+
+    @override
+    def _forget_engine(self) -> None:
+        super()._forget_engine()
+        self._loop = None

@@ -1,8 +1,10 @@
 """An engine's life, whatever its kind."""
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from threading import Lock
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -15,7 +17,6 @@ from typing_extensions import Self
 from asgi_dbsession.errors import (
     ConfigurationError,
     DatabaseNotRunning,
-    DatabaseUnavailable,
     DBSessionError,
     without_secrets,
 )
@@ -25,7 +26,11 @@ from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
+from .failures import failure_of, reason_of
 from .health import Health
+from .options_in_url import translate_options
+from .questions import Questions
+from .secrets import secrets_of
 from .url import options_for_memory, url_with_driver
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
@@ -37,6 +42,7 @@ class Database(ABC, Generic[E, S]):
 
     is_async: bool
     _engine_class: type[E]
+    _questions: Questions
 
     def __init__(
         self,
@@ -45,7 +51,8 @@ class Database(ABC, Generic[E, S]):
         ping_on_startup: bool,
         engine_options: dict[str, Any],
     ) -> None:
-        self.url: URL = url_with_driver(url, asynchronous=self.is_async)
+        named = url_with_driver(url, asynchronous=self.is_async)
+        self.url, engine_options = translate_options(named, engine_options)
         self._engine_options = options_for_memory(self.url, engine_options)
         if not isinstance(session_options or {}, Mapping):
             raise ConfigurationError(
@@ -62,11 +69,14 @@ class Database(ABC, Generic[E, S]):
         self._engine: E | None = None
         self._owns_engine = True
         self._starts = 0
+        self._starting = Lock()
         self._prepare: Callable[[Engine], None] = watch
         self._engine_hooks: list[Callable[[Engine], None]] = []
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({without_secrets(self.url)!r})"
+        url = getattr(self, "url", None)  # none yet, where a traceback shows a half-made one
+        shown = repr(without_secrets(url)) if url is not None else "…"
+        return f"{type(self).__name__}({shown})"
 
     @classmethod
     def from_env(cls, variable: str = "DATABASE_URL", **options: Any) -> Self:
@@ -87,9 +97,12 @@ class Database(ABC, Generic[E, S]):
             )
         url = os.environ.get(variable)
         if not url:
+            # Quoted only where it looks like the name of a variable: it may be a secret.
+            name = variable if re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) else "The variable"
             raise ConfigurationError(
-                f"{variable} is not set. Set it to a database URL, for example "
-                f"`{variable}=sqlite:///shop.db`, or give {cls.__name__} the URL itself."
+                f"{name} is not set. Set it to a database URL, for example "
+                f"`{name.replace('The variable', 'DATABASE_URL')}=sqlite:///shop.db`, or give "
+                f"{cls.__name__} the URL itself."
             )
         return cls(url, **options)
 
@@ -143,23 +156,35 @@ class Database(ABC, Generic[E, S]):
         Raises:
             DatabaseUnavailable: The ping failed; nothing is left behind.
             ConfigurationError: SQLAlchemy or the driver refused the options.
+            DatabaseNotRunning: It was shut down meanwhile.
         """
-        self._starts += 1
-        try:
+        with self._starting:
             if self._engine is None:
                 self._engine = self._build_engine()
+            engine = self._engine
+            self._starts += 1
+        try:
             if self._ping_on_startup:
                 await self.ping()
         except BaseException:
-            await self.shutdown()
+            if self._engine is engine:  # else another caller has ended this start
+                await self.shutdown()
             raise
+        if self._engine is not engine:
+            raise DatabaseNotRunning(self)
 
     async def shutdown(self) -> None:
         """Close every connection once the last start is undone, cancelled or not."""
-        self._starts = max(0, self._starts - 1)
-        if self._starts == 0 and self._owns_engine and self._engine is not None:
-            engine, self._engine = self._engine, None
-            await run_to_completion(self._dispose(engine))
+        with self._starting:
+            self._starts = max(0, self._starts - 1)
+            if self._starts > 0 or not self._owns_engine or self._engine is None:
+                return
+            engine = self._engine
+            self._forget_engine()
+        await run_to_completion(self._dispose(engine))
+
+    def _forget_engine(self) -> None:
+        self._engine, self._starts = None, 0
 
     async def __aenter__(self) -> Self:
         await self.startup()
@@ -186,24 +211,32 @@ class Database(ABC, Generic[E, S]):
         try:
             await self._select_one(engine)
         except Exception as error:
-            raise DatabaseUnavailable(self, self._reason(error)) from error
+            failure = self._failure(error)
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            if self._engine is not engine:  # shut down meanwhile: close what was opened since
+                await run_to_completion(self._dispose(engine))
 
     async def health(self, *, within: float = 1) -> Health:
         """Say whether the database answers, soon and without raising, for a route like `/health`.
 
-        Where the pool is exhausted or the server gone, it gives up in time. A question that a
-        blocking driver cannot be kept from asking goes on in its thread; when three of them are
-        unanswered, there is no fourth.
+        Where the pool is exhausted or the server gone, it gives up in time. Callers share the
+        question that is under way. A blocking driver cannot be stopped: a question that was given
+        up goes on in its thread, and while three of them do, no other one is asked.
 
         Args:
             within: Seconds to wait for the answer.
         """
         start = perf_counter()
         try:
-            answers = await self._ping_within(within)
+            answers = await self._questions.answers(self.engine, within)
             reason = None if answers else f"{self} did not answer within {within:g} s"
         except DBSessionError as error:
             answers, reason = False, str(error)
+        except Exception as error:
+            answers, reason = False, str(self._failure(error))
         latency = perf_counter() - start if answers else None
         pool = self._sync_engine(self._engine).pool if self._engine is not None else None
         if not isinstance(pool, QueuePool):
@@ -246,9 +279,6 @@ class Database(ABC, Generic[E, S]):
     async def _select_one(self, engine: E) -> None: ...
 
     @abstractmethod
-    async def _ping_within(self, seconds: float) -> bool: ...
-
-    @abstractmethod
     async def _dispose(self, engine: E) -> None: ...
 
     @abstractmethod
@@ -260,8 +290,9 @@ class Database(ABC, Generic[E, S]):
         except DBSessionError:
             raise
         except Exception as error:  # ArgumentError, if all is well; KeyError, AttributeError, …
+            reason = reason_of(error, secrets_of(self.url, self._engine_options))
             raise ConfigurationError(
-                f"{self} cannot be built with these engine options: {self._reason(error)}"
+                f"{self} cannot be built with these engine options: {reason}"
             ) from None
         self._prepare(self._sync_engine(engine))
         for hook in self._engine_hooks:
@@ -283,11 +314,8 @@ class Database(ABC, Generic[E, S]):
         for hook in (watch, *self._engine_hooks):
             hook(engine)
 
-    def _reason(self, error: Exception) -> str:
-        original = getattr(error, "orig", None) or error
-        text = " ".join(str(original).split()) or type(original).__name__
-        password = self.url.password
-        return (text.replace(password, "***") if password else text).rstrip(".")
+    def _failure(self, error: Exception) -> Exception:
+        return failure_of(self, error, secrets_of(self.url, self._engine_options))
 
     def _check_session_options(self) -> None:
         try:
@@ -303,5 +331,12 @@ class Database(ABC, Generic[E, S]):
             return session_class
         raise ConfigurationError(
             f"{type(self).__name__} needs a subclass of {base.__name__} as "
-            f'session_options["{option}"], not {session_class!r}.'
+            f'session_options["{option}"], not {_kind_of(session_class)}.'
         )
+
+
+def _kind_of(given: object) -> str:
+    # Not the value: in the wrong place, it may be a secret.
+    return (
+        given.__name__ if isinstance(given, type) else f"something of type {type(given).__name__}"
+    )

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock
 from typing import Any
 
-from anyio import CapacityLimiter, move_on_after, to_thread
+from anyio import CapacityLimiter, to_thread
 from sqlalchemy import URL, Engine, create_engine, select
 from sqlalchemy.orm import Session
 from typing_extensions import override
 
-from asgi_dbsession.errors import DatabaseUnavailable
 from asgi_dbsession.session.guard import Companion, guarded_class
 from asgi_dbsession.session.lock import current_task
 from asgi_dbsession.session.managed import ManagedSession
@@ -21,9 +19,7 @@ from asgi_dbsession.unit.ending import close_blocking
 
 from .base import Database
 from .options import AnySession, SessionOptions
-
-# How many threads may wait for an answer that nobody waits for any more.
-_MAX_QUESTIONS = 3
+from .questions import ThreadQuestions
 
 
 class SyncDatabase(Database[Engine, AnySession]):
@@ -46,7 +42,6 @@ class SyncDatabase(Database[Engine, AnySession]):
 
     is_async = False
     _engine_class = Engine
-    _questions = 0  # of health checks, not yet answered
 
     def __init__(
         self,
@@ -58,6 +53,7 @@ class SyncDatabase(Database[Engine, AnySession]):
     ) -> None:
         super().__init__(url, session_options, ping_on_startup, engine_options)
         self._class: type[AnySession] = guarded_class(self._session_class(Session))
+        self._questions = ThreadQuestions(_select_one)
         self._check_session_options()
 
     @contextmanager
@@ -111,44 +107,16 @@ class SyncDatabase(Database[Engine, AnySession]):
         await _run_in_thread(_select_one, engine)
 
     @override
-    async def _ping_within(self, seconds: float) -> bool:
-        engine, unasked = self.engine, Lock()
-
-        def ask() -> Exception | None:
-            if not unasked.acquire(blocking=False):
-                return None
-            try:
-                _select_one(engine)
-            except Exception as error:
-                return error
-            finally:
-                self._questions -= 1
-            return None
-
-        if self._questions == _MAX_QUESTIONS:
-            return False
-        self._questions += 1
-        try:
-            with move_on_after(seconds):
-                error = await to_thread.run_sync(
-                    ask, abandon_on_cancel=True, limiter=CapacityLimiter(1)
-                )
-                if error is None:
-                    return True
-                raise DatabaseUnavailable(self, self._reason(error)) from error
-            return False
-        finally:
-            if unasked.acquire(blocking=False):  # cancelled before a thread came to it
-                self._questions -= 1
-
-    @override
     async def _dispose(self, engine: Engine) -> None:
         await _run_in_thread(engine.dispose)
 
 
 def _select_one(engine: Engine) -> None:
+    pool = engine.pool
     with engine.connect() as connection:
         connection.execute(select(1))
+        if engine.pool is not pool:  # disposed meanwhile: nobody would close what it got back
+            connection.detach()
 
 
 async def _run_in_thread(function: Callable[..., None], *args: Any) -> None:

@@ -1,6 +1,6 @@
-"""What the tests of an application need: a database that forgets, and a count of statements."""
+"""Tools for the tests of an application: a rollback after each test, a count of statements."""
 
-from .connection import NotIsolated
+from .isolation import NotIsolated
 from .rollback import rolled_back
 from .statements import count_statements
 

@@ -1,4 +1,4 @@
-"""One at a time, and only when a condition holds; tasks wait as well as threads."""
+"""One caller at a time, and only when a condition holds; tasks wait as well as threads."""
 
 import asyncio
 import time
@@ -11,10 +11,10 @@ from sqlalchemy.util import await_only
 
 
 class Condition:
-    """What `threading.Condition` is, also for the tasks of one event loop.
+    """A `threading.Condition` that also serves the tasks of one event loop.
 
     Args:
-        asynchronous: Whether those who wait are tasks, inside SQLAlchemy's greenlets.
+        asynchronous: Whether the callers are tasks, inside of SQLAlchemy's greenlets.
         timeout: Seconds to wait.
     """
 
@@ -26,14 +26,18 @@ class Condition:
         self._waiting: list[Future[None]] = []
 
     @contextmanager
-    def alone(self, when: Callable[[], bool]) -> Iterator[None]:
-        """Wait until nobody else is inside such a block, and `when()` is true.
+    def alone(self, when: Callable[[], bool], timeout: float | None = None) -> Iterator[None]:
+        """Wait until no other caller is inside such a block, and `when()` is true.
+
+        Args:
+            when: Asked whenever a block has ended, and at each `wake()`.
+            timeout: Seconds to wait, if that is less than the timeout of this object.
 
         Raises:
-            TimeoutError: It did not become true.
+            TimeoutError: The condition did not become true.
             Exception: Whatever `when` raised.
         """
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + min(self.timeout, timeout or self.timeout)
         while (freed := self._take(when)) is not None:
             self._wait(freed, deadline - time.monotonic())
         try:
@@ -43,7 +47,7 @@ class Condition:
             self.wake()
 
     def wake(self) -> None:
-        """Have everybody look again."""
+        """Have all waiting callers ask again whether they may go on."""
         with self._mutex:
             waiting, self._waiting = self._waiting, []
         for freed in waiting:

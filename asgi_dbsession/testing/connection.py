@@ -1,89 +1,29 @@
-"""One connection on which every transaction is a savepoint, so that all of them can be undone."""
+"""One connection on which every transaction is a savepoint, so that all can be rolled back."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from threading import get_ident
 
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
-from asgi_dbsession.errors import DBSessionError
-from asgi_dbsession.session.lock import current_task
-from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
-
 from .condition import Condition
 from .constraints import check_as_commit_would, send, violations
+from .isolation import Isolation, NotIsolated
+from .transaction import SavepointTransaction, current_caller
 
-_NO_SUCH_SAVEPOINT = 1305  # MariaDB's and MySQL's number for it
-
-
-class NotIsolated(DBSessionError, RuntimeError):
-    """One connection cannot do what several would have done."""
-
-    def __init__(self, database: str, what: str) -> None:
-        super().__init__(
-            f"{what} Inside `rolled_back`, all transactions on {database} take turns on one "
-            "connection: test what needs several at once on a database of its own, without it."
-        )
-
-
-class Nested:
-    """A transaction of the application's: a savepoint on the shared connection.
-
-    Args:
-        number: Makes the name of its savepoint.
-
-    Attributes:
-        unit: The unit of work that it belongs to; None for a connection of the engine's own.
-        caller: The task or the thread that began it.
-        saved: Whether its savepoint is there.
-        wrote: Whether it did anything but SELECT since.
-        keeps: Whether a transaction that began inside it has been committed since.
-        aborted: Whether it can do nothing any more but roll back.
-    """
-
-    caller: object = None
-    saved: bool = False
-    wrote: bool = False
-    keeps: bool = False
-    aborted: bool = False
-
-    def __init__(self, number: int) -> None:
-        self.name: str = f"asgi_dbsession_{number}"
-        self.unit: UnitOfWork | None = current_unit.get()
-
-    def __str__(self) -> str:
-        if self.unit is None or self.unit.scope is None:
-            return "a transaction outside of any request"
-        scope = self.unit.scope
-        return f"the transaction of {scope.get('method', scope['type'])} {scope.get('path', '')}"
-
-    @property
-    def is_of_request(self) -> bool:
-        """Whether it was begun while a request was served."""
-        return self.unit is not None and self.unit.scope is not None
-
-    def may_begin_inside(self, other: "Nested") -> bool:
-        """Whether `other` would wait for this one, and so must not be waited for."""
-        unit = self.unit
-        while unit is not None:
-            if unit is other.unit:
-                return True
-            unit = unit.enclosing
-        if other.is_of_request:
-            return False
-        return self.is_of_request or self.caller == other.caller
+_NO_SUCH_SAVEPOINT = 1305  # the error number of MariaDB and MySQL
+# Seconds to wait for a transaction that nothing but the test itself is likely to end.
+_PATIENCE_WITH_THE_TEST = 0.8
 
 
 class SharedConnection:
-    """The one connection, and the transactions that are open on it, each inside the one before.
+    """The one connection, and the open transactions on it, each inside of the one before.
 
     Args:
-        connection: Inside a transaction that nobody commits.
-        dialect: Of its engine.
-        database: What errors name.
-        timeout: Seconds that a transaction waits for another one.
-        falsified: Where it is noted what would have ended differently on several connections.
+        connection: Inside a transaction that is never committed.
+        dialect: The dialect of the engine.
+        database: The URL that errors name.
+        isolation: Of the block that the connection is for.
     """
 
     def __init__(
@@ -91,102 +31,109 @@ class SharedConnection:
         connection: PoolProxiedConnection,
         dialect: Dialect,
         database: str,
-        timeout: float,
-        falsified: list[Exception],
+        isolation: Isolation,
     ) -> None:
         self.connection: PoolProxiedConnection = connection
         self.lost: BaseException | None = None
         self._dialect = dialect
         self._error: type[Exception] = dialect.loaded_dbapi.Error
         self._database = database
-        self._falsified = falsified
-        self._open: list[Nested] = []
-        self._turns = Condition(asynchronous=dialect.is_async, timeout=timeout)
+        self._isolation = isolation
+        self._open: list[SavepointTransaction] = []
+        self._free = Condition(asynchronous=dialect.is_async, timeout=isolation.timeout)
         self._known = violations(connection, dialect)
 
-    def begin(self, nested: Nested) -> None:
+    def begin(self, transaction: SavepointTransaction) -> None:
         """Wait until no transaction is open that this one has to wait for, and begin."""
-        nested.caller = _caller()
-        nested.aborted = False
-        with self._alone(nested, lambda: not self._open or nested.may_begin_inside(self._open[-1])):
+        transaction.caller = current_caller()
+        transaction.aborted = False
+
+        def may_begin() -> bool:
+            self.refuse_if_lost()
+            return not self._open or transaction.may_begin_inside(self._open[-1])
+
+        with self._alone(transaction, may_begin):
             below = self._open[-1] if self._open else None
             try:
                 if below is not None and below.saved and not below.wrote:
-                    # Nothing to undo there: so its rollback need not undo what is stored now.
+                    # `below` has nothing to roll back yet. Without its savepoint, rolling it back
+                    # later keeps what this transaction commits.
                     self._release(below)
-                self._save(nested)
+                self._save(transaction)
             except self._error as error:
                 if below is None or not below.saved:
                     self.lose(error)
                     raise
-                # PostgreSQL has aborted it, which is no matter to a connection of one's own.
+                # PostgreSQL has aborted `below`. On a connection of its own, this transaction
+                # would not notice.
                 self._undo(below)
                 below.aborted = True
-                self._save(nested)
-            self._open.append(nested)
+                self._save(transaction)
+            self._open.append(transaction)
 
     @contextmanager
-    def executing(self, nested: Nested, statement: str) -> Iterator[bool]:
-        """Wait until no transaction is open inside this one.
+    def executing(self, transaction: SavepointTransaction, statement: str) -> Iterator[bool]:
+        """Wait until no transaction is open inside of this one.
 
         Yields:
             Whether to send the statement at all.
         """
         self.refuse_if_lost()
-        if nested not in self._open:
-            # A recipe of SQLAlchemy's for SQLite sends BEGIN by itself, just before ours.
+        if transaction not in self._open:
+            # SQLAlchemy's recipe for SQLite sends its own BEGIN just before ours.
             yield not statement.lstrip().upper().startswith("BEGIN")
             return
-        with self._on_top(nested):
-            if nested.aborted:
+        with self._on_top(transaction):
+            if transaction.aborted:
                 raise self._dialect.loaded_dbapi.InternalError("the transaction is aborted")
-            if not nested.saved:
-                self._save(nested)
-            nested.wrote = nested.wrote or not statement.lstrip().upper().startswith("SELECT")
+            if not transaction.saved:
+                self._save(transaction)
+            reads = statement.lstrip().upper().startswith("SELECT")
+            transaction.wrote = transaction.wrote or not reads
             yield True
 
-    def prepare(self, nested: Nested) -> None:
+    def prepare(self, transaction: SavepointTransaction) -> None:
         """Check what COMMIT checks."""
-        with self._on_top(nested):
-            if nested.wrote:
+        with self._on_top(transaction):
+            if transaction.wrote:
                 check_as_commit_would(self.connection, self._dialect, self._known)
 
-    def commit(self, nested: Nested) -> None:
-        """Check what COMMIT checks, and keep what was done until the end of the test."""
-        with self._on_top(nested):
+    def commit(self, transaction: SavepointTransaction) -> None:
+        """Check what COMMIT checks, and keep the work until the end of the test."""
+        with self._on_top(transaction):
             try:
-                if nested.wrote:
+                if transaction.wrote:
                     check_as_commit_would(self.connection, self._dialect, self._known)
-                if nested.saved:
-                    self._release(nested)
+                if transaction.saved:
+                    self._release(transaction)
             except BaseException:
-                self._undo(nested)
+                self._undo(transaction)
                 raise
             finally:
-                if nested in self._open:  # else all are gone, with the connection
-                    self._open.remove(nested)
-            if self._open and (nested.wrote or nested.keeps):
+                if transaction in self._open:  # else all are gone, with the connection
+                    self._open.remove(transaction)
+            if self._open and (transaction.wrote or transaction.keeps):
                 self._open[-1].keeps = True
 
-    def roll_back(self, nested: Nested) -> None:
-        """Undo what it did; nothing, if it is over."""
-        if nested not in self._open:
+    def roll_back(self, transaction: SavepointTransaction) -> None:
+        """Roll the transaction back; do nothing if it has ended."""
+        if transaction not in self._open:
             return
-        with self._on_top(nested):
-            if nested.saved and nested.keeps and nested.is_of_request:
-                self._falsified.append(
-                    self.refusal(
-                        f"What was committed inside of {nested} went when that rolled back, and "
-                        "would have stayed on a connection of its own."
+        with self._on_top(transaction):
+            if transaction.saved and transaction.keeps and transaction.is_of_request:
+                self._isolation.violations.append(
+                    self._refusal(
+                        f"What was committed inside of {transaction} was rolled back together with "
+                        "it. On a connection of its own, it would have stayed."
                     )
                 )
-            self._undo(nested)
-            self._open.remove(nested)
+            self._undo(transaction)
+            self._open.remove(transaction)
 
-    def abandon(self, nested: Nested) -> None:
-        """Undo what nobody has ended, or else give the connection up."""
+    def abandon(self, transaction: SavepointTransaction) -> None:
+        """Roll back a transaction that nobody has ended, or else give the connection up."""
         try:
-            self.roll_back(nested)
+            self.roll_back(transaction)
         except BaseException as error:
             self.lose(error)
             if not isinstance(error, Exception):
@@ -196,36 +143,46 @@ class SharedConnection:
         """Let nobody use the connection any more."""
         self.lost = self.lost or reason
         self._open.clear()
-        self._turns.wake()
+        self._free.wake()
 
-    def refuse_if_lost(self) -> None:
-        """Refuse whoever comes too late.
+    def end(self, reason: NotIsolated) -> AbstractContextManager[None]:
+        """Refuse all that is still open from now on, and wait for the statement under way.
 
         Raises:
-            NotIsolated: The connection was lost.
+            TimeoutError: The statement goes on for longer than transactions wait for each other.
         """
+        self.lose(reason)
+        return self._free.alone(lambda: True)
+
+    def refuse_if_lost(self) -> None:
+        """Refuse callers that come too late.
+
+        Raises:
+            NotIsolated: The connection was lost, or the test has ended.
+        """
+        if isinstance(self.lost, NotIsolated):
+            raise self.lost.with_traceback(None)
         if self.lost is not None:
-            raise self.refusal(
-                f"The connection was lost, and with it all of this test: {self.lost}."
+            raise self._refusal(
+                f"The connection was lost, and with it all work of this test: {self.lost}."
             ) from self.lost
 
-    def refusal(self, what: str) -> NotIsolated:
-        """An error to raise."""
+    def _refusal(self, what: str) -> NotIsolated:
         return NotIsolated(self._database, what)
 
-    def _save(self, nested: Nested) -> None:
-        self._send(f"SAVEPOINT {nested.name}")
-        nested.saved = True
-        nested.wrote = nested.keeps = False
+    def _save(self, transaction: SavepointTransaction) -> None:
+        self._send(f"SAVEPOINT {transaction.name}")
+        transaction.saved = True
+        transaction.wrote = transaction.keeps = False
 
-    def _release(self, nested: Nested) -> None:
-        self._send(f"RELEASE SAVEPOINT {nested.name}")
-        nested.saved = False
+    def _release(self, transaction: SavepointTransaction) -> None:
+        self._send(f"RELEASE SAVEPOINT {transaction.name}")
+        transaction.saved = False
 
-    def _undo(self, nested: Nested) -> None:
-        if nested.saved:
-            self._send(f"ROLLBACK TO SAVEPOINT {nested.name}")
-            self._release(nested)
+    def _undo(self, transaction: SavepointTransaction) -> None:
+        if transaction.saved:
+            self._send(f"ROLLBACK TO SAVEPOINT {transaction.name}")
+            self._release(transaction)
 
     def _send(self, statement: str) -> None:
         try:
@@ -234,38 +191,50 @@ class SharedConnection:
             if _NO_SUCH_SAVEPOINT not in error.args:
                 raise
             self.lose(error)
-            raise self.refusal(
-                "MariaDB has committed by itself, as it does at CREATE TABLE, TRUNCATE and "
-                "the like, and nothing before that can be rolled back: do this before the test."
+            raise self._refusal(
+                "MariaDB has committed by itself, as it does at CREATE TABLE, TRUNCATE and the "
+                "like, and nothing before that can be rolled back: do this before the test."
             ) from error
 
-    def _on_top(self, nested: Nested) -> AbstractContextManager[None]:
+    def _on_top(self, transaction: SavepointTransaction) -> AbstractContextManager[None]:
         def is_on_top() -> bool:
             self.refuse_if_lost()
             top = self._open[-1]
-            if top is not nested and top.caller == _caller():
-                raise self.refusal(
-                    f"There is work on {nested} while another one, begun inside of it, is open."
+            if top is not transaction and top.caller == current_caller():
+                raise self._refusal(
+                    f"A statement was sent in {transaction} while {top}, which began inside of "
+                    "it, is still open."
                 )
-            return top is nested
+            return top is transaction
 
-        return self._alone(nested, is_on_top)
+        return self._alone(transaction, is_on_top)
 
     @contextmanager
-    def _alone(self, nested: Nested, when: Callable[[], bool]) -> Iterator[None]:
+    def _alone(self, transaction: SavepointTransaction, when: Callable[[], bool]) -> Iterator[None]:
         entered = False
+        top = self._open[-1] if self._open else None
+        waits_for_engine = top is not None and top is not transaction and top.is_of_engine
+        patience = _PATIENCE_WITH_THE_TEST if waits_for_engine else None
         try:
-            with self._turns.alone(when):
+            with self._free.alone(when, patience):
                 entered = True
                 yield
         except TimeoutError:
             if entered:
                 raise
-            top = self._open[-1] if self._open else "an operation"
-            raise self.refusal(
-                f"For {self._turns.timeout} seconds {nested} has waited for {top} to end."
-            ) from None
+            raise self._waited_in_vain(transaction, patience) from None
 
-
-def _caller() -> object:
-    return current_task() or get_ident()
+    def _waited_in_vain(
+        self, transaction: SavepointTransaction, patience: float | None
+    ) -> NotIsolated:
+        top = self._open[-1] if self._open else "an operation"
+        seconds = min(patience or self._isolation.timeout, self._isolation.timeout)
+        what = f"For {seconds:g} seconds {transaction} has waited for {top} to end."
+        if patience is None:
+            return self._refusal(what)
+        return NotIsolated(
+            self._database,
+            what,
+            "The test has probably opened it with `Session(engine)` or `engine.connect()`: end it "
+            "first, or open `database.begin()` in the test instead, once the client has started.",
+        )

@@ -1,12 +1,12 @@
-"""What COMMIT would refuse, asked for without a COMMIT."""
+"""Finds what COMMIT would refuse, without a COMMIT."""
 
 from typing import Any
 
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
-# Fires what COMMIT would fire. Afterwards each constraint is again as its table declares it; ALL
-# DEFERRED would also defer those that are INITIALLY IMMEDIATE.
+# Checks what COMMIT would check. Afterwards each constraint is again as its table declares it; ALL
+# DEFERRED would also defer the constraints that are INITIALLY IMMEDIATE.
 _POSTGRESQL = """
 DO $$
 DECLARE
@@ -27,7 +27,7 @@ $$
 
 
 def send(connection: PoolProxiedConnection, statement: str) -> list[Any]:
-    """Execute a statement of ours, which no event or log of SQLAlchemy's hears of; its rows."""
+    """The rows of a statement of ours, which no event or log of SQLAlchemy's shows."""
     cursor = connection.cursor()
     try:
         cursor.execute(statement)
@@ -37,7 +37,7 @@ def send(connection: PoolProxiedConnection, statement: str) -> list[Any]:
 
 
 def violations(connection: PoolProxiedConnection, dialect: Dialect) -> set[Any]:
-    """The rows of SQLite's that break a foreign key, if it enforces them; none elsewhere."""
+    """The rows that break a foreign key, on an SQLite that enforces them; none elsewhere."""
     if dialect.name != "sqlite" or send(connection, "PRAGMA foreign_keys") != [(1,)]:
         return set()
     return set(send(connection, "PRAGMA foreign_key_check"))
@@ -49,13 +49,13 @@ def check_as_commit_would(
     """Raise the driver's error if COMMIT would.
 
     MariaDB defers no constraint. SQLite enforces deferred ones at the end of the outermost
-    transaction only, and a savepoint is none.
+    transaction only, not of a savepoint.
     Source: https://www.sqlite.org/foreignkeys.html#fk_deferred
 
     Args:
-        connection: With the work that is to be committed.
-        dialect: Of its engine.
-        known: The violations that were there before, which COMMIT would not mind.
+        connection: The connection with the work that is to be committed.
+        dialect: The dialect of its engine.
+        known: The violations from before the test, which COMMIT ignores.
 
     Raises:
         Exception: The driver's `IntegrityError`.

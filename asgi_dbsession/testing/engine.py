@@ -1,58 +1,55 @@
-"""How an engine comes to share one connection, and how it gets its own ones back."""
+"""How an engine comes to share one connection, and how it gets its own connections back."""
 
 import asyncio
-import types
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from itertools import count
+from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import Connection, Engine
-from sqlalchemy.engine.interfaces import Dialect
-from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
-from sqlalchemy.pool.base import _ConnectionRecord
-from typing_extensions import override
+from sqlalchemy import Engine
+from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
+from asgi_dbsession.database.base import Database
 from asgi_dbsession.errors import ConfigurationError, without_secrets
 
-from .condition import Condition
-from .connection import Nested, SharedConnection
-from .constraints import send
+from .dialect import SavepointDialect, with_savepoints
+from .isolation import Isolation
+from .pool import SharedPool
 
 
-def share(engine: Engine, timeout: float, falsified: list[Exception]) -> None:
-    """Have all transactions of an engine take turns on one connection, inside one that is undone.
+def share(engine: Engine, isolation: Isolation) -> None:
+    """Have all transactions of an engine take turns on one connection that is rolled back.
 
     Nothing is connected yet. The connection will come from the engine's own pool, with all that
-    its events make of one.
+    its events make of a connection.
 
     Args:
         engine: Changed in place, as others hold it too.
-        timeout: Seconds that a transaction waits for another one.
-        falsified: Where it is noted what would have ended differently on several connections.
+        isolation: Of the `rolled_back` block.
 
     Raises:
-        ConfigurationError: It does so already.
+        ConfigurationError: The engine shares one connection already.
     """
-    dialect = engine.dialect
     name = without_secrets(engine.url)
-    if isinstance(dialect, _SavepointDialect):
+    if isinstance(engine.pool, SharedPool):
         raise ConfigurationError(
             f"{name} is inside of `rolled_back` already: use it once for each test."
         )
-    dialect.__class__ = _by_savepoints(type(dialect))
-    engine.pool = SharedPool(engine.pool, dialect, name, timeout, falsified)
+    dialect = engine.dialect
+    if not isinstance(dialect, SavepointDialect):  # else work has outlived an earlier test
+        dialect.__class__ = with_savepoints(type(dialect))
+    engine.pool = SharedPool(engine.pool, dialect, name, isolation)
 
 
 def unshare(engine: Engine) -> None:
-    """Undo all that was done, and the sharing."""
+    """Roll everything back, and give the engine its own connections back."""
     pool, dialect = engine.pool, engine.dialect
     if isinstance(pool, SharedPool):
         try:
             pool.roll_back()
         finally:
             engine.pool = pool.source
-            dialect.__class__ = type(dialect).__bases__[1]
+            if pool.checkedout() == 0:  # else what is still out must go on to be refused
+                dialect.__class__ = type(dialect).__bases__[1]
 
 
 def home_of(engine: Engine) -> asyncio.AbstractEventLoop | None:
@@ -60,218 +57,23 @@ def home_of(engine: Engine) -> asyncio.AbstractEventLoop | None:
     return engine.pool.loop if isinstance(engine.pool, SharedPool) else None
 
 
-class SharedPool(Pool):
-    """Gives the same connection to everybody.
+def engines_of(database: Database[Any, Any]) -> Iterator[Engine]:
+    """The engines that the sessions of a database are known to use: its own, and `binds`.
 
-    Args:
-        source: The pool that it comes from.
-        dialect: Of the engine.
-        database: What errors name.
-        timeout: Seconds that a transaction waits for another one.
-        falsified: Where it is noted what would have ended differently on several connections.
+    What a session class chooses in `get_bind` is known only when a session has used it.
     """
-
-    def __init__(
-        self,
-        source: Pool,
-        dialect: Dialect,
-        database: str,
-        timeout: float,
-        falsified: list[Exception],
-    ) -> None:
-        super().__init__(
-            source._creator,
-            dialect=dialect,
-            reset_on_return=source._reset_on_return,
-            _dispatch=source.dispatch,
-        )
-        self.source: Pool = source
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self._for_dialect = dialect
-        self._options = (database, timeout, falsified)
-        self._shared: SharedConnection | None = None
-        self._opening = Condition(asynchronous=dialect.is_async, timeout=timeout)
-        self._numbers = count(1)
-        self._checked_out = 0
-
-    def checkedout(self) -> int:
-        """How many connections there would be, if it were not one."""
-        return self._checked_out
-
-    @override
-    def status(self) -> str:
-        return f"One connection, shared by {self._checked_out}"
-
-    @override
-    def recreate(self) -> Pool:
-        return SharedPool(self.source.recreate(), self._for_dialect, *self._options)
-
-    @override
-    def dispose(self) -> None:
-        self.roll_back()
-        self.source.dispose()
-
-    def roll_back(self) -> None:
-        """Undo all that was done, and give the connection back."""
-        shared, self._shared = self._shared, None
-        if shared is None:
-            return
-        is_lost = shared.lost is not None
-        shared.lose(RuntimeError("the test is over"))
-        try:
-            if not is_lost:
-                self._for_dialect.do_rollback(shared.connection)
-                if _is_autocommit(self._for_dialect):
-                    self._for_dialect.reset_isolation_level(_dbapi(shared.connection))
-                shared.connection.close()
-        finally:
-            if shared.connection.is_valid:
-                # Without it, the database rolls back by itself.
-                shared.connection.invalidate(shared.lost)
-
-    @override
-    def _do_get(self) -> ConnectionPoolEntry:
-        with self._opening.alone(lambda: True):
-            shared = self._shared = self._shared or self._open()
-        shared.refuse_if_lost()
-        self._checked_out += 1
-        return _Share(self, shared, Nested(next(self._numbers)))
-
-    @override
-    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        self._checked_out -= 1
-        if isinstance(record, _Share):
-            record.shared.abandon(record.nested)
-
-    @override
-    def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
-        """Leave it to the others: returning the share undoes what was done."""
-
-    def _open(self) -> SharedConnection:
-        dialect = self._for_dialect
-        if dialect.is_async:
-            self.loop = asyncio.get_running_loop()
-        connection = self.source.connect()
-        if _is_autocommit(dialect):
-            level = dialect.default_isolation_level or "SERIALIZABLE"
-            dialect.set_isolation_level(_dbapi(connection), level)
-        driver: Any = connection.driver_connection
-        if dialect.name == "sqlite" and not driver.in_transaction:
-            # Otherwise the release of a savepoint would be a COMMIT.
-            send(connection, "BEGIN")
-        return SharedConnection(connection, dialect, *self._options)
+    if database._engine is not None:
+        yield root_of(database._sync_engine(database._engine))
+    for bind in (database._session_options.get("binds") or {}).values():
+        engine = bind.sync_engine if isinstance(bind, AsyncEngine) else bind
+        if isinstance(engine, Engine):
+            yield root_of(engine)
 
 
-class _Share(_ConnectionRecord):
-    """What looks like a connection of one's own."""
-
-    def __init__(self, pool: Pool, shared: SharedConnection, nested: Nested) -> None:
-        super().__init__(pool, connect=False)
-        self.dbapi_connection = shared.connection.dbapi_connection
-        self.shared = shared
-        self.nested = nested
-
-
-class _SavepointDialect(Dialect):
-    """Begins, commits and rolls back by savepoints on what comes from a `SharedPool`."""
-
-    @override
-    def do_begin(self, dbapi_connection: PoolProxiedConnection) -> None:
-        if share := _share_of(dbapi_connection):
-            share.shared.begin(share.nested)
-        else:
-            super().do_begin(dbapi_connection)
-
-    @override
-    def do_commit(self, dbapi_connection: PoolProxiedConnection) -> None:
-        if share := _share_of(dbapi_connection):
-            share.shared.commit(share.nested)
-        else:
-            super().do_commit(dbapi_connection)
-
-    @override
-    def do_rollback(self, dbapi_connection: PoolProxiedConnection) -> None:
-        if share := _share_of(dbapi_connection):
-            share.shared.roll_back(share.nested)
-        else:
-            super().do_rollback(dbapi_connection)
-
-    @override
-    def do_begin_twophase(self, connection: Connection, xid: Any) -> None:
-        self.do_begin(connection.connection)
-
-    @override
-    def do_prepare_twophase(self, connection: Connection, xid: Any) -> None:
-        if share := _share_of(connection.connection):
-            share.shared.prepare(share.nested)
-
-    @override
-    def do_rollback_twophase(
-        self, connection: Connection, xid: Any, is_prepared: bool = True, recover: bool = False
-    ) -> None:
-        self.do_rollback(connection.connection)
-
-    @override
-    def do_commit_twophase(
-        self, connection: Connection, xid: Any, is_prepared: bool = True, recover: bool = False
-    ) -> None:
-        self.do_commit(connection.connection)
-
-    @override
-    def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        with _turn(context, statement) as is_sent:
-            if is_sent:
-                super().do_execute(cursor, statement, parameters, context)
-
-    @override
-    def do_executemany(
-        self, cursor: Any, statement: str, parameters: Any, context: Any = None
-    ) -> None:
-        with _turn(context, statement):
-            super().do_executemany(cursor, statement, parameters, context)
-
-    @override
-    def do_execute_no_params(self, cursor: Any, statement: str, context: Any = None) -> None:
-        with _turn(context, statement) as is_sent:
-            if is_sent:
-                super().do_execute_no_params(cursor, statement, context)
-
-    def _set_connection_characteristics(
-        self, connection: Connection, characteristics: Mapping[str, Any]
-    ) -> None:
-        """Leave out the isolation level and the like: the transaction has begun long ago."""
-        dialect: Any = super()
-        if _share_of(connection.connection):
-            known = dialect.connection_characteristics
-            characteristics = {
-                name: value
-                for name, value in characteristics.items()
-                if not known[name].transactional
-            }
-        dialect._set_connection_characteristics(connection, characteristics)
-
-
-def _by_savepoints(dialect: type[Dialect]) -> type[Dialect]:
-    # SQLAlchemy takes it for a dialect of somebody else's that may not know of the cache.
-    known = {"supports_statement_cache": dialect.supports_statement_cache}
-    return types.new_class(
-        dialect.__name__, (_SavepointDialect, dialect), exec_body=lambda body: body.update(known)
-    )
-
-
-def _share_of(connection: PoolProxiedConnection) -> _Share | None:
-    record = connection._connection_record
-    return record if isinstance(record, _Share) else None
-
-
-def _turn(context: Any, statement: str) -> AbstractContextManager[bool]:
-    share = _share_of(context.root_connection.connection) if context else None
-    return share.shared.executing(share.nested, statement) if share else nullcontext(True)
-
-
-def _is_autocommit(dialect: Any) -> bool:
-    return bool(dialect._on_connect_isolation_level == "AUTOCOMMIT")
-
-
-def _dbapi(connection: PoolProxiedConnection) -> Any:
-    return connection.dbapi_connection
+def root_of(engine: Engine) -> Engine:
+    """The engine that owns the pool; `engine` may be a copy of it with other options."""
+    proxied: Any = engine
+    while isinstance(proxied, OptionEngine):
+        proxied = proxied._proxied
+    root: Engine = proxied
+    return root

@@ -1,4 +1,4 @@
-"""A database in which everything that a test does is rolled back at its end."""
+"""Rolls back everything that a test did to databases."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -18,42 +18,50 @@ from sqlalchemy import Engine
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_dbsession.database.async_database import AsyncDatabase
-from asgi_dbsession.database.base import Database
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.failures import watch
 
-from .engine import home_of, share, unshare
+from .engine import engines_of, home_of, root_of, share, unshare
+from .isolation import Isolation
+from .pool import SharedPool
+from .sessions import enter_block, leave_block, watch_sessions
+from .transaction import current_caller
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
 
 def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
-    """Let a test do to databases what it likes, and find them afterwards as they were.
+    """Roll back, at the end of a test, all that the test and the application did to databases.
 
-    All transactions on a database share one connection, which is never committed: each is a
-    savepoint. So a COMMIT stores for the rest of the test, fails where it would fail (deferred
-    constraints included), and later transactions see it, be they of a request or of the test.
+    All transactions on a database share one connection, which is never committed: each of them is
+    a savepoint. A COMMIT stores for the rest of the test, and fails where it would fail (deferred
+    constraints included). Later transactions see what was committed, in requests and in the test.
 
-    Transactions of different requests take turns. One that begins while the test itself, outside
-    of any request, has one open, or inside of another one of its request, is nested in it.
+    Transactions of different requests take turns. A transaction that begins while the test itself
+    has one open, or inside of another one of its request, is nested in that one.
 
     `async with` also starts the databases, for clients that send no lifespan. Plain `with`, for
-    tests written with `def`, leaves that to Starlette's `with TestClient(app):`, inside of it or
-    around; it starts a `SyncDatabase`, too.
+    tests written with `def`, leaves that to Starlette's `with TestClient(app):`, inside of the
+    block or around it; a `SyncDatabase` is started by both.
+
+    Engines in `session_options["binds"]` are covered. A session that uses another engine (by its
+    `get_bind`, say) is refused, unless `from_engine(engine)` is among the databases. What goes
+    on after the block (tasks, threads, schedulers, sessions) is refused, too. Sequences and
+    AUTO_INCREMENT are not reset: no database rolls them back.
 
     Args:
-        *databases: Those of the application; nothing else of it needs to change.
+        *databases: The databases of the application. Nothing else of it needs to change.
         timeout: Seconds that a transaction waits for its turn.
 
     Returns:
         A context manager for one use; in a coroutine it must be `async with`.
 
     Raises:
-        NotIsolated: In a request, as well as at the end of the block: the outcome would have been
-            another one on several connections. Or the connection was lost, or MariaDB has
-            committed by itself.
+        NotIsolated: In a request, as well as at the end of the block: several connections would
+            have led to another outcome. Or the connection was lost, or MariaDB has committed by
+            itself.
         ConfigurationError: A database is inside of such a block already; or `with` in a coroutine.
         DatabaseUnavailable: A database did not answer.
     """
@@ -66,8 +74,6 @@ class RolledBack(AbstractContextManager[None], AbstractAsyncContextManager[None]
     def __init__(self, databases: tuple[AnyDatabase, ...], timeout: float) -> None:
         self._databases = databases
         self._timeout = timeout
-        self._falsified: list[Exception] = []
-        self._engines: set[Engine] = set()
         self._inside: AbstractContextManager[None] = self._in_thread()
         self._inside_loop: AbstractAsyncContextManager[None] = self._in_loop()
 
@@ -100,85 +106,90 @@ class RolledBack(AbstractContextManager[None], AbstractAsyncContextManager[None]
                 "`with rolled_back(…)` is for tests and fixtures written with `def`: write "
                 "`async with rolled_back(…)` here."
             )
+        isolation = Isolation(self._timeout, current_caller())
         with ExitStack() as stack:
             for database in self._databases:
-                stack.enter_context(self._sharing(database))
+                stack.enter_context(_sharing(database, isolation))
                 stack.callback(_unshare, database)
                 if isinstance(database, SyncDatabase):
                     _run(database.startup())
                     stack.callback(_shut_down, database)
-            with self._reporting():
+            with _reporting(isolation):
                 yield
 
     @asynccontextmanager
     async def _in_loop(self) -> AsyncIterator[None]:
+        isolation = Isolation(self._timeout, current_caller())
         async with AsyncExitStack() as stack:
             for database in self._databases:
-                stack.enter_context(self._sharing(database))
+                stack.enter_context(_sharing(database, isolation))
                 stack.push_async_callback(_unshare_async, database)
                 await stack.enter_async_context(database)
-            with self._reporting():
+            with _reporting(isolation):
                 yield
 
-    @contextmanager
-    def _sharing(self, database: AnyDatabase) -> Iterator[None]:
-        if database._prepare is not watch:
-            raise ConfigurationError(
-                f"{database} is inside of `rolled_back` already: use it once for each test."
-            )
-        engine = _sync_engine(database)
-        if engine is not None:
-            self._share(engine)
 
-        def prepare(engine: Engine) -> None:
-            watch(engine)
-            self._share(engine)
+@contextmanager
+def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
+    if database._prepare is not watch:
+        raise ConfigurationError(
+            f"{database} is inside of `rolled_back` already: use it once for each test."
+        )
+    watch_sessions(database, isolation)
+    for engine in engines_of(database):
+        _share_once(engine, isolation)
 
-        database._prepare = prepare
-        try:
-            yield
-        finally:
-            database._prepare = watch
+    def prepare(engine: Engine) -> None:
+        watch(engine)
+        _share_once(engine, isolation)
 
-    def _share(self, engine: Engine) -> None:
-        if engine not in self._engines:  # several databases may be made from one engine
-            share(engine, self._timeout, self._falsified)
-            self._engines.add(engine)
-
-    @contextmanager
-    def _reporting(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            for each in self._falsified:
-                error.add_note(str(each))
-            raise
-        if self._falsified:
-            raise self._falsified[0]
+    database._prepare = prepare
+    try:
+        yield
+    finally:
+        isolation.has_ended = True  # also where a database could not be started
+        database._prepare = watch
 
 
-def _sync_engine(database: Database[Any, Any]) -> Engine | None:
-    return None if database._engine is None else database._sync_engine(database._engine)
+def _share_once(engine: Engine, isolation: Isolation) -> None:
+    """Share an engine; several databases may be made from one."""
+    pool = root_of(engine).pool
+    if not (isinstance(pool, SharedPool) and pool.isolation is isolation):
+        share(root_of(engine), isolation)
+
+
+@contextmanager
+def _reporting(isolation: Isolation) -> Iterator[None]:
+    enter_block(isolation)
+    try:
+        yield
+    except BaseException as error:
+        for each in isolation.violations:
+            error.add_note(str(each))
+        raise
+    finally:
+        leave_block(isolation)
+    if isolation.violations:
+        raise isolation.violations[0]
 
 
 def _unshare(database: AnyDatabase) -> None:
-    engine = _sync_engine(database)
-    if engine is None:
-        return
-    loop = home_of(engine)
-    if loop is None:
-        unshare(engine)
-    elif loop.is_running():  # in another thread, which serves the application
-        asyncio.run_coroutine_threadsafe(greenlet_spawn(unshare, engine), loop).result()
-    elif not loop.is_closed():
-        loop.run_until_complete(greenlet_spawn(unshare, engine))
+    for engine in engines_of(database):
+        loop = home_of(engine)
+        if loop is None:
+            unshare(engine)
+        elif loop.is_running():  # in another thread, which serves the application
+            asyncio.run_coroutine_threadsafe(greenlet_spawn(unshare, engine), loop).result()
+        elif not loop.is_closed():
+            loop.run_until_complete(greenlet_spawn(unshare, engine))
 
 
 async def _unshare_async(database: AnyDatabase) -> None:
-    if isinstance(database, SyncDatabase):
-        await to_thread.run_sync(_unshare, database)
-    elif (engine := _sync_engine(database)) is not None:
-        await run_to_completion(greenlet_spawn(unshare, engine))
+    for engine in engines_of(database):
+        if home_of(engine) is None:
+            await to_thread.run_sync(unshare, engine)
+        else:
+            await run_to_completion(greenlet_spawn(unshare, engine))
 
 
 def _shut_down(database: AnyDatabase) -> None:

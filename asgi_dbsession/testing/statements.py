@@ -1,50 +1,51 @@
-"""How many statements a part of a test may send."""
+"""Counts the statements of a part of a test."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.orm import Session
 
 from asgi_dbsession.database.async_database import AsyncDatabase
-from asgi_dbsession.database.base import Database
 from asgi_dbsession.database.sync_database import SyncDatabase
+
+from .engine import engines_of, root_of
+from .sessions import session_class_of
 
 
 @contextmanager
 def count_statements(
     *databases: AsyncDatabase[Any] | SyncDatabase[Any], at_most: int | None = None
 ) -> Iterator[list[str]]:
-    """Note each statement that anyone sends to the databases, savepoints included.
+    """Record each statement that is sent to the databases, savepoints included.
 
     A plain `with`, in async tests too. It works with and without `rolled_back`, whose own
-    statements do not count; BEGIN, COMMIT and ROLLBACK do not either.
+    statements do not count. BEGIN, COMMIT and ROLLBACK do not count either. All engines count
+    that a session of the databases uses, such as those in `binds`.
 
     Args:
         *databases: They must be running.
-        at_most: How many there may be; None for any number.
+        at_most: How many statements there may be; None for any number.
 
     Yields:
-        The statements so far, with their parameters, in the order in which they were sent. One
-        that is sent with many sets of parameters at once is one.
+        The statements so far, with their parameters, in the order in which they were sent. A
+        statement that is sent with many sets of parameters at once counts once.
 
     Raises:
-        AssertionError: There were more; the message shows them.
+        AssertionError: There were more statements; the message shows them.
         DatabaseNotRunning: A database has not been started.
     """
     statements: list[str] = []
-
-    def note(
-        _connection: Any, _cursor: Any, statement: str, parameters: Any, *_others: Any
-    ) -> None:
-        text = " ".join(statement.split())
-        statements.append(f"{text}  {parameters!r}" if parameters else text)
-
     with ExitStack() as stack:
+        recorder = _Recorder(statements, stack)
         for database in databases:
-            engine = _sync_engine(database)
-            event.listen(engine, "before_cursor_execute", note)
-            stack.callback(event.remove, engine, "before_cursor_execute", note)
+            _ = database.engine  # or it says that it is not running
+            for engine in engines_of(database):
+                recorder.listen(engine)
+            sessions = session_class_of(database)
+            event.listen(sessions, "after_begin", recorder.listen_to_session)
+            stack.callback(event.remove, sessions, "after_begin", recorder.listen_to_session)
         yield statements
     if at_most is not None and len(statements) > at_most:
         lines = [f"{number}. {each}" for number, each in enumerate(statements, 1)]
@@ -52,5 +53,27 @@ def count_statements(
         raise AssertionError(f"{len(statements)} statements instead of at most {at_most}:\n{shown}")
 
 
-def _sync_engine(database: Database[Any, Any]) -> Engine:
-    return database._sync_engine(database.engine)
+class _Recorder:
+    """Listens to engines until the end of the block."""
+
+    def __init__(self, statements: list[str], stack: ExitStack) -> None:
+        self._statements = statements
+        self._stack = stack
+        self._engines: set[Engine] = set()
+
+    def listen(self, engine: Engine) -> None:
+        if engine not in self._engines:
+            self._engines.add(engine)
+            event.listen(engine, "before_cursor_execute", self.record)
+            self._stack.callback(event.remove, engine, "before_cursor_execute", self.record)
+
+    def listen_to_session(
+        self, _session: Session, _transaction: object, connection: Connection
+    ) -> None:
+        self.listen(root_of(connection.engine))
+
+    def record(
+        self, _connection: Any, _cursor: Any, statement: str, parameters: Any, *_others: Any
+    ) -> None:
+        text = " ".join(statement.split())
+        self._statements.append(f"{text}  {parameters!r}" if parameters else text)

@@ -518,11 +518,11 @@ async def test_litestar_runs_before_send_hooks_where_the_page_says(pages: Pages,
         assert seen[0] == (["written"] if name == "Litestar" else [])
 
 
-async def test_litestar_cannot_define_the_middleware_with_a_database(pages: Pages) -> None:
-    """Which is why the page shows a function."""
+async def test_litestar_can_define_the_middleware_with_a_database(pages: Pages) -> None:
+    """It gives the application by name, after the database."""
     database = pages.load(framework_named("Litestar")).database
-    with pytest.raises(TypeError, match="app"):
-        DefineMiddleware(DBSessionMiddleware, database)(no_such_note)
+    middleware: Any = DefineMiddleware(DBSessionMiddleware, database)(no_such_note)
+    assert (middleware.app, middleware.databases) == (no_such_note, (database,))
 
 
 async def test_quart_needs_its_test_app(pages: Pages, caplog: pytest.LogCaptureFixture) -> None:

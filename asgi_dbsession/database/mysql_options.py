@@ -1,0 +1,47 @@
+"""Options in the URL of a MySQL or MariaDB, for its drivers."""
+
+from ssl import CERT_NONE, CERT_REQUIRED, SSLContext, create_default_context
+
+from .url_options import UrlOptions, is_on, take_ssl_mode
+
+_MODES = {
+    "disable": "disabled",
+    "false": "disabled",
+    "0": "disabled",
+    "require": "required",
+    "true": "required",
+    "1": "required",
+    "accept_invalid_certs": "required",
+    "verify-ca": "verify_ca",
+    "verify-full": "verify_identity",
+    "verify_full": "verify_identity",
+    "strict": "verify_identity",
+}
+
+
+def for_mysql(options: UrlOptions) -> None:
+    """Write the options as asyncmy, aiomysql and PyMySQL take them."""
+    if (charset := options.take("encoding")) is not None:
+        options.query["charset"] = charset
+    mode = take_ssl_mode(options, _MODES)
+    verify = options.take("ssl_verify_cert"), options.take("ssl_verify_identity")
+    if mode is None and any(map(is_on, verify)):
+        mode = "verify_identity" if is_on(verify[1]) else "verify_ca"
+    if mode == "disabled" and options.driver == "pymysql":
+        options.arguments["ssl_disabled"] = True
+    elif mode not in (None, "disabled"):
+        files = {name: options.take(f"ssl_{name}") for name in ("ca", "capath", "cert", "key")}
+        options.arguments["ssl"] = _context(mode, files)
+
+
+def _context(mode: str, files: dict[str, str | None]) -> SSLContext:
+    """As MySQL's own clients read these modes.
+
+    Source: https://dev.mysql.com/doc/refman/8.4/en/connection-options.html#option_general_ssl-mode
+    """
+    context = create_default_context(cafile=files["ca"], capath=files["capath"])
+    context.check_hostname = mode == "verify_identity"
+    context.verify_mode = CERT_NONE if mode == "required" else CERT_REQUIRED
+    if files["cert"] is not None:
+        context.load_cert_chain(files["cert"], files["key"])
+    return context

@@ -1,0 +1,78 @@
+"""Options in a URL, as hosting providers write them, for the driver that serves the URL."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import URL
+
+from .mysql_options import for_mysql
+from .postgresql_options import for_asyncpg, for_psycopg, known_to_psycopg
+from .url_options import UrlOptions, known_to
+
+_CURES = {
+    "channel_binding": "Leave it out, or use psycopg (`postgresql+psycopg://`), which has it.",
+    "connection_limit": "Leave it out, and write `pool_size=…, max_overflow=0` after the URL.",
+    "pool_timeout": "Leave it out, and write `pool_timeout=…` after the URL.",
+    "pool": "Leave it out, and write `pool_size=…` after the URL.",
+    "pool_size": "Leave it out, and write `pool_size=…` after the URL.",
+    "reconnect": "Leave it out, and write `pool_pre_ping=True` after the URL.",
+    "conn_max_age": "Leave it out, and write `pool_recycle=…` after the URL.",
+}
+_SCHEMA_CURES = {
+    "asyncpg": 'Leave it out, and write `connect_args={"server_settings": {"search_path": "…"}}`.',
+    "psycopg": "Write `options=-csearch_path%3D…` instead.",
+}
+_SSL_FILES = ("ssl_ca", "ssl_capath", "ssl_cert", "ssl_cipher", "ssl_check_hostname", "ssl_key")
+_TRANSLATIONS: dict[str, Callable[[UrlOptions], None]] = {
+    "asyncpg": for_asyncpg,
+    "psycopg": for_psycopg,
+    "psycopg_async": for_psycopg,
+    "asyncmy": for_mysql,
+    "aiomysql": for_mysql,
+    "pymysql": for_mysql,
+}
+_KNOWN: dict[str, Callable[[], set[str]]] = {
+    "asyncpg": known_to("asyncpg", "connect", "prepared_statement_cache_size", "async_fallback"),
+    "psycopg": known_to_psycopg,
+    "psycopg_async": known_to_psycopg,
+    "asyncmy": known_to("asyncmy", "connect", *_SSL_FILES),
+    "aiomysql": known_to("aiomysql", "connect", *_SSL_FILES),
+    "pymysql": known_to("pymysql.connections", "Connection", *_SSL_FILES),
+}
+
+
+def translate_options(url: URL, given: dict[str, Any]) -> tuple[URL, dict[str, Any]]:
+    """Write the options in a URL as its driver takes them.
+
+    An option that means the same under another name is translated. So that URLs of Heroku, Neon,
+    Supabase, Render, Railway, DigitalOcean, Aiven, Azure and Prisma can be used as they are.
+
+    Args:
+        url: Names its driver.
+        given: Engine options. What `connect_args` says there wins.
+
+    Returns:
+        The URL and the engine options to use.
+
+    Raises:
+        ConfigurationError: The driver has no such option; the error says what to write.
+    """
+    if not url.query:
+        return url, given
+    options = UrlOptions(url)
+    if options.driver in _TRANSLATIONS:
+        _TRANSLATIONS[options.driver](options)
+        _refuse_unknown(options)
+    arguments = given.get("connect_args", {})
+    if options.arguments and isinstance(arguments, dict):
+        given = {**given, "connect_args": options.arguments | arguments}
+    return url.set(query=options.query), given
+
+
+def _refuse_unknown(options: UrlOptions) -> None:
+    known = _KNOWN[options.driver]()
+    for name in options.query:
+        if name not in known:
+            general = "Leave it out, or write what the driver calls it."
+            cures = _SCHEMA_CURES if name in ("schema", "currentSchema", "search_path") else {}
+            options.refuse(name, cures.get(options.driver) or _CURES.get(name) or general)

@@ -1,0 +1,94 @@
+"""Options in the URL of a PostgreSQL, for its drivers."""
+
+from importlib import import_module
+
+from sqlalchemy import URL
+
+from .url_options import UrlOptions, is_on, take_ssl_mode
+
+_MODES = {
+    "allow": "allow",
+    "prefer": "prefer",
+    "required": "require",
+    "true": "require",
+    "1": "require",
+    "disabled": "disable",
+    "false": "disable",
+    "0": "disable",
+    "preferred": "prefer",
+    "verify_ca": "verify-ca",
+    "verify_full": "verify-full",
+    "verify_identity": "verify-full",
+    "strict": "verify-full",
+    "accept_invalid_certs": "require",
+}
+# What asyncpg takes from a DSN alone, where it means what it means to libpq.
+_DSN_ONLY = (
+    "application_name",
+    "options",
+    "sslcert",
+    "sslcrl",
+    "sslkey",
+    "sslpassword",
+    "sslrootcert",
+    "ssl_min_protocol_version",
+    "ssl_max_protocol_version",
+)
+
+
+def _for_postgresql(options: UrlOptions) -> None:
+    """Leave out an encoding that every driver uses anyway."""
+    for name in ("charset", "encoding", "client_encoding"):
+        if str(options.query.get(name)).lower().replace("-", "") in ("utf8", "unicode", "utf8mb4"):
+            options.take(name)
+
+
+def for_asyncpg(options: UrlOptions) -> None:
+    """Write the options as asyncpg takes them."""
+    _for_postgresql(options)
+    mode = take_ssl_mode(options, _MODES)
+    if mode is not None:
+        options.query["ssl"] = mode
+    if options.query.get("channel_binding") in ("disable", "prefer"):
+        options.take("channel_binding")  # as asyncpg does anyway
+    if is_on(options.take("pgbouncer")):
+        options.arguments |= {
+            "statement_cache_size": 0,
+            "prepared_statement_cache_size": 0,
+            "prepared_statement_name_func": _no_name,
+        }
+    options.number("connect_timeout", float, to="timeout")
+    for name in ("timeout", "command_timeout"):
+        options.number(name, float)
+    for name in ("statement_cache_size", "max_cached_statement_lifetime"):
+        options.number(name, int)
+    dsn = {name: options.query.pop(name) for name in _DSN_ONLY if name in options.query}
+    if dsn and "dsn" not in options.query:
+        options.query["dsn"] = str(URL.create("postgresql", query=dsn))
+
+
+def for_psycopg(options: UrlOptions) -> None:
+    """Write the options as psycopg takes them."""
+    _for_postgresql(options)
+    mode = take_ssl_mode(options, _MODES)
+    if mode is not None:
+        options.query["sslmode"] = mode
+    if is_on(options.take("pgbouncer")):
+        options.arguments["prepare_threshold"] = None
+    for name in ("statement_cache_size", "prepared_statement_cache_size"):
+        if options.take(name) == "0":
+            options.arguments["prepare_threshold"] = None
+    options.number("prepare_threshold", int)
+    if (seconds := options.take("timeout")) is not None:
+        options.query["connect_timeout"] = seconds
+
+
+def _no_name() -> str:
+    return ""  # each prepared statement replaces the last one
+
+
+def known_to_psycopg() -> set[str]:
+    """The options of libpq, and those of psycopg itself."""
+    libpq = import_module("psycopg").pq.Conninfo.get_defaults()
+    names = {each.keyword.decode() for each in libpq}
+    return names | {"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"}

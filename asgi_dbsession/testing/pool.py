@@ -1,0 +1,196 @@
+"""A pool that gives the same connection to every caller."""
+
+import asyncio
+from itertools import count
+from typing import Any, NoReturn
+from weakref import WeakSet
+
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
+from sqlalchemy.pool.base import _ConnectionRecord
+from typing_extensions import override
+
+from .condition import Condition
+from .connection import SharedConnection
+from .constraints import send
+from .isolation import Isolation, disposed, outlived
+from .transaction import SavepointTransaction
+
+
+class SharedPool(Pool):
+    """Gives the same connection to every caller.
+
+    Args:
+        source: The pool that the connection comes from.
+        dialect: The dialect of the engine.
+        database: The URL that errors name.
+        isolation: Of the `rolled_back` block.
+    """
+
+    def __init__(self, source: Pool, dialect: Dialect, database: str, isolation: Isolation) -> None:
+        super().__init__(
+            source._creator,
+            dialect=dialect,
+            reset_on_return=source._reset_on_return,
+            _dispatch=source.dispatch,
+        )
+        self.source: Pool = source
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._for_dialect = dialect
+        self._database = database
+        self.isolation = isolation
+        self._shared: SharedConnection | None = None
+        self._opening = Condition(asynchronous=dialect.is_async, timeout=isolation.timeout)
+        self._numbers = count(1)
+        self._out: WeakSet[SharedRecord] = WeakSet()
+
+    def checkedout(self) -> int:
+        """How many connections would be out of the pool, if it had more than one."""
+        return len(self._out)
+
+    @override
+    def status(self) -> str:
+        return f"One connection, shared by {self.checkedout()}"
+
+    @override
+    def recreate(self) -> Pool:
+        source = self.source.recreate()
+        return SharedPool(source, self._for_dialect, self._database, self.isolation)
+
+    @override
+    def dispose(self) -> None:
+        self.roll_back()
+        self.source.dispose()
+
+    def roll_back(self) -> None:
+        """Roll back everything, and give the connection back to its pool.
+
+        Connections that are still out of this pool can do nothing any more.
+        """
+        shared, self._shared = self._shared, None
+        if shared is None:
+            return
+        was_lost = shared.lost is not None
+        reason = (outlived if self.isolation.has_ended else disposed)(self._database)
+        try:
+            with shared.end(reason):
+                self._cut_off(reason)
+                if not was_lost:
+                    self._give_back(shared)
+        finally:
+            self._cut_off(reason)
+            if shared.connection.is_valid:
+                # Without its connection, the transaction is rolled back by the database.
+                shared.connection.invalidate(shared.lost)
+
+    def _give_back(self, shared: SharedConnection) -> None:
+        self._for_dialect.do_rollback(shared.connection)
+        if is_autocommit(self._for_dialect):
+            self._for_dialect.reset_isolation_level(_dbapi(shared.connection))
+        shared.connection.close()
+
+    def _cut_off(self, reason: Exception) -> None:
+        for record in list(self._out):
+            record.cut_off(reason)
+
+    @override
+    def _do_get(self) -> ConnectionPoolEntry:
+        if self.isolation.has_ended:
+            raise outlived(self._database)
+        with self._opening.alone(lambda: True):
+            shared = self._shared = self._shared or self._open()
+        shared.refuse_if_lost()
+        number = next(self._numbers)
+        record = SharedRecord(self, shared, SavepointTransaction(number, self.isolation.test))
+        self._out.add(record)
+        return record
+
+    @override
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        if isinstance(record, SharedRecord):
+            self._out.discard(record)
+            record.shared.abandon(record.transaction)
+
+    @override
+    def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
+        """Leave the connection open for the others: the record that comes back rolls back."""
+
+    def _open(self) -> SharedConnection:
+        dialect = self._for_dialect
+        if dialect.is_async:
+            self.loop = asyncio.get_running_loop()
+        connection = self.source.connect()
+        if is_autocommit(dialect):
+            level = dialect.default_isolation_level or "SERIALIZABLE"
+            dialect.set_isolation_level(_dbapi(connection), level)
+        driver: Any = connection.driver_connection
+        if dialect.name == "sqlite" and not driver.in_transaction:
+            # Otherwise the release of a savepoint would be a COMMIT.
+            send(connection, "BEGIN")
+        return SharedConnection(connection, dialect, self._database, self.isolation)
+
+
+class SharedRecord(_ConnectionRecord):
+    """Stands for a connection of the caller's own."""
+
+    def __init__(
+        self, pool: Pool, shared: SharedConnection, transaction: SavepointTransaction
+    ) -> None:
+        super().__init__(pool, connect=False)
+        self.dbapi_connection = shared.connection.dbapi_connection
+        self.shared = shared
+        self.transaction = transaction
+
+    def cut_off(self, reason: Exception) -> None:
+        """Let nothing through to the real connection, by whatever way a caller still holds it."""
+        connection: Any = CutOffConnection(reason)
+        self.dbapi_connection = connection
+        proxy: Any = self.fairy_ref() if self.fairy_ref is not None else None
+        if proxy is not None:
+            proxy.dbapi_connection = connection
+
+
+class CutOffConnection:
+    """Stands for the driver's connection after the end of the test.
+
+    Args:
+        reason: Raised at whatever would talk to the database.
+    """
+
+    def __init__(self, reason: Exception) -> None:
+        self._reason = reason
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise self._reason.with_traceback(None)
+
+    def cursor(self, *_: object, **__: object) -> "CutOffCursor":
+        """A cursor that can only be closed: its statements raise."""
+        return CutOffCursor(self._reason)
+
+    def rollback(self) -> None:
+        """Do nothing: all was rolled back at the end of the test."""
+
+    def close(self) -> None:
+        """Do nothing: the real connection has gone back to its pool."""
+
+
+class CutOffCursor:
+    """A cursor of such a connection."""
+
+    def __init__(self, reason: Exception) -> None:
+        self._reason = reason
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise self._reason.with_traceback(None)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def is_autocommit(dialect: Any) -> bool:
+    """Whether the connections of the engine are in AUTOCOMMIT unless told otherwise."""
+    return bool(dialect._on_connect_isolation_level == "AUTOCOMMIT")
+
+
+def _dbapi(connection: PoolProxiedConnection) -> Any:
+    return connection.dbapi_connection

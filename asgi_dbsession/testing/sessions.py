@@ -1,0 +1,129 @@
+"""Refuses sessions that would write past the shared connections, during a test and after it."""
+
+import asyncio
+import threading
+from contextvars import ContextVar, copy_context
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, event
+from sqlalchemy.orm import Session
+
+from asgi_dbsession.database.async_database import AsyncDatabase
+from asgi_dbsession.database.base import Database
+from asgi_dbsession.errors import without_secrets
+
+from .dialect import record_of
+from .isolation import Isolation, NotIsolated, outlived
+
+# The block in which the running code was started; None after a block, in the code around it.
+_block: ContextVar[Isolation | None] = ContextVar("asgi_dbsession.testing", default=None)
+
+# The latest block around each database, and the block in which each session was first used.
+_latest: WeakKeyDictionary[Database[Any, Any], Isolation] = WeakKeyDictionary()
+_block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
+
+# Their threads serve one caller after the other, and so outlive none.
+_POOLS = ("anyio.", "trio.")
+
+
+def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
+    """Have each session of the database checked whenever it begins a transaction."""
+    earlier = _latest.get(database)
+    if earlier is None:
+        # For as long as the session class lives: what outlives its test is refused afterwards.
+        event.listen(session_class_of(database), "after_begin", _Check(database))
+    else:
+        # What has outlived an earlier test is not a part of this one.
+        isolation.threads.intersection_update(earlier.threads)
+        isolation.tasks.update(earlier.tasks)
+    _latest[database] = isolation
+
+
+def enter_block(isolation: Isolation) -> None:
+    """Mark all that is started from here on as started inside of the block."""
+    _block.set(isolation)
+
+
+def leave_block(isolation: Isolation) -> None:
+    """Refuse from now on what was started inside of the block and goes on after it."""
+    isolation.has_ended = True
+    if (task := _current_task()) is not None:
+        isolation.tasks.discard(task)
+    _block.set(None)
+
+
+def session_class_of(database: Database[Any, Any]) -> type[Session]:
+    """The class of the database's sessions, which no other database has."""
+    found: Any = database
+    session_class: type[Session] = (
+        found._sync_class if isinstance(database, AsyncDatabase) else found._class
+    )
+    return session_class
+
+
+class _Check:
+    """Called when a session of the database has begun a transaction on a connection."""
+
+    def __init__(self, database: Database[Any, Any]) -> None:
+        self._database = database
+
+    def __call__(self, session: Session, _transaction: object, connection: Connection) -> None:
+        isolation = _latest[self._database]
+        name = without_secrets(self._database.url)
+        if isolation.has_ended:
+            if session in _block_of or _goes_on_after(isolation):
+                _refuse(connection, outlived(name))
+            return
+        if _block_of.setdefault(session, isolation).has_ended:
+            _refuse(connection, outlived(name))
+        if (task := _current_task()) is not None:
+            isolation.tasks.add(task)
+        if record_of(connection.connection) is None:
+            error = _not_covered(connection)
+            isolation.violations.append(error)
+            _refuse(connection, error)
+
+
+def _goes_on_after(isolation: Isolation) -> bool:
+    """Whether the running code was started inside of the block, which has ended."""
+    task = _current_task()
+    block = _block.get()
+    if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
+        return True
+    # A bare thread has no context. Pools of threads pass on the context of each caller.
+    thread = threading.current_thread()
+    return (
+        task is None
+        and block is None
+        and _block not in copy_context()
+        and thread not in isolation.threads
+        and not type(thread).__module__.startswith(_POOLS)
+    )
+
+
+def _refuse(connection: Connection, error: NotIsolated) -> NoReturn:
+    def refuse(*_: object) -> NoReturn:
+        raise error.with_traceback(None)
+
+    # The application may swallow the error, and go on with the same connection.
+    for name in ("before_cursor_execute", "commit", "prepare_twophase", "commit_twophase"):
+        event.listen(connection, name, refuse)
+    raise error
+
+
+def _not_covered(connection: Connection) -> NotIsolated:
+    engine = without_secrets(connection.engine.url)
+    return NotIsolated(
+        engine,
+        f"A session uses {engine}, which no `rolled_back` covers: its work would be stored.",
+        "Give this engine to `rolled_back` too, as a database of its own: "
+        "`rolled_back(database, AsyncDatabase.from_engine(engine))`, or `SyncDatabase`.",
+    )
+
+
+def _current_task() -> "asyncio.Task[Any] | None":
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None

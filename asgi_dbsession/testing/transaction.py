@@ -1,0 +1,80 @@
+"""A transaction of the application, as a savepoint on the shared connection."""
+
+import asyncio
+from threading import get_ident
+
+from asgi_dbsession.session.lock import current_task
+from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
+
+
+def current_caller() -> object:
+    """The running task, or else the thread."""
+    return current_task() or get_ident()
+
+
+class SavepointTransaction:
+    """A transaction of the application, as a savepoint on the shared connection.
+
+    Args:
+        number: Makes the name of the savepoint.
+        test: The caller that entered `rolled_back`: the test, or its fixture.
+
+    Attributes:
+        unit: The unit of work that the transaction belongs to; None for a connection that the
+            application took from the engine, and for a session that is not this package's.
+        caller: The task or the thread that began the transaction.
+        saved: Whether the savepoint exists.
+        wrote: Whether the transaction has sent anything but SELECT.
+        keeps: Whether a transaction that began inside of this one has been committed.
+        aborted: Whether the transaction can only be rolled back.
+    """
+
+    caller: object = None
+    saved: bool = False
+    wrote: bool = False
+    keeps: bool = False
+    aborted: bool = False
+
+    def __init__(self, number: int, test: object) -> None:
+        self.name: str = f"asgi_dbsession_{number}"
+        self.unit: UnitOfWork | None = current_unit.get()
+        self._test = test
+
+    def __str__(self) -> str:
+        if self.unit is None:
+            return "a transaction that was opened on the engine itself"
+        if self.unit.scope is None:
+            return "a transaction outside of any request"
+        scope = self.unit.scope
+        path = repr(scope.get("path", ""))[1:-1]  # a client may send line breaks
+        return f"the transaction of {scope.get('method', scope['type'])} {path}"
+
+    @property
+    def is_of_request(self) -> bool:
+        """Whether a request was being served when the transaction began."""
+        return self.unit is not None and self.unit.scope is not None
+
+    @property
+    def is_of_engine(self) -> bool:
+        """Whether the transaction was begun on the engine, such as by `Session(engine)`."""
+        return self.unit is None
+
+    @property
+    def is_of_test(self) -> bool:
+        """Whether the test itself began the transaction, outside of any request."""
+        return not self.is_of_request and self.caller == self._test and not _is_done(self._test)
+
+    def may_begin_inside(self, other: "SavepointTransaction") -> bool:
+        """Whether `other` may be waiting for this transaction, which so must not wait for it."""
+        unit = self.unit
+        while unit is not None:
+            if unit is other.unit:
+                return True
+            unit = unit.enclosing
+        if other.is_of_request:
+            return False
+        return self.is_of_request or other.is_of_test or self.caller == other.caller
+
+
+def _is_done(caller: object) -> bool:
+    return isinstance(caller, asyncio.Future) and caller.done()
