@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,19 @@ def test_code_is_at_most_80_columns_wide() -> None:
         if len(line) > 80
     ]
     assert wide == []
+
+
+def test_code_is_formatted() -> None:
+    """As the package is, but for its width."""
+    ruff = [sys.executable, "-m", "ruff", "format", "--isolated", "--check"]
+    paths = [str(ROOT / page.path) for page in pages()]
+    finished = subprocess.run(
+        [*ruff, "--line-length", "80", "--no-cache", *paths],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
 # Idioms that a reader with English as a second language has to guess.
