@@ -47,6 +47,7 @@ class Count:
     def __init__(self) -> None:
         self.lines: dict[str, set[int]] = {}
         self.frames: list[str] = []
+        self.events = 0
         self._sending: list[str] = []
 
     def trace(self, frame: Any, kind: str, _: Any) -> Any:
@@ -57,6 +58,7 @@ class Count:
         if not code.co_filename.startswith(HOME):
             return self.trace if kind == "call" else None
         if kind == "line":
+            self.events += 1
             self.lines.setdefault(code.co_filename, set()).add(frame.f_lineno)
         if kind == "call" and code.co_name == "run_to_completion":
             self._sending = self._ours_around(frame)
@@ -101,5 +103,6 @@ if __name__ == "__main__":
     count = asyncio.run(main())
     for file, lines in sorted(count.lines.items()):
         print(f"{len(lines):4} lines  {Path(file).relative_to(HOME)}")
+    print(f"{count.events} line events")
     print(f"{sum(map(len, count.lines.values()))} lines in {len(count.lines)} modules")
     print(f"{len(count.frames)} frames between send and COMMIT: {' > '.join(count.frames)}")

@@ -15,7 +15,7 @@ from asgi_dbsession.unit.ending import close, close_returned, end_work, end_work
 from asgi_dbsession.unit.report import UnitReport
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
-from .answer import add_note, answer_or_raise, checked
+from .answer import add_note, answer_or_raise, refuse
 from .arguments import AnyDatabase, application_first, no_application, usable_databases
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .optional import with_optional_rooms
@@ -227,7 +227,8 @@ class _Exchange:
     def _decide(self, message: Message) -> bool:
         if self._unit.rollback is not None:
             return not self._unit.rollback
-        return checked(self._commit_when(message["status"]), "commit_when")
+        decision = self._commit_when(message["status"])
+        return decision if decision is True or decision is False else refuse(decision)
 
     async def _send_last(self, message: Message) -> None:
         unit, task = self._unit, current_task()

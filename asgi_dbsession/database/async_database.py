@@ -12,7 +12,12 @@ from sqlalchemy.util import greenlet_spawn
 from typing_extensions import override
 
 from asgi_dbsession.errors import ConfigurationError, DatabaseNotRunning
-from asgi_dbsession.session.guard import Companion, guarded_async_class, guarded_class
+from asgi_dbsession.session.guard import (
+    Companion,
+    guarded_async_class,
+    guarded_class,
+    telling_class,
+)
 from asgi_dbsession.session.lock import TaskLock
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.types import Scope
@@ -119,6 +124,10 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         orm.info["scope"] = scope
         companion = Companion(TaskLock(self), self._watch_engine)
         return ManagedSession(session, orm, companion, greenlet_spawn)
+
+    @override
+    def _tell_binds(self) -> None:
+        self._sync_class = telling_class(self._sync_class)
 
     def _refuse_other_loop(self) -> None:
         try:

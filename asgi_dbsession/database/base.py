@@ -305,9 +305,14 @@ class Database(ABC, Generic[E, S]):
         Args:
             hook: Called again for the same engine if several databases or sessions share it.
         """
+        if not self._engine_hooks:
+            self._tell_binds()
         self._engine_hooks.append(hook)
         if self._engine is not None:
             hook(self._sync_engine(self._engine))
+
+    @abstractmethod
+    def _tell_binds(self) -> None: ...
 
     def _watch_engine(self, engine: Engine) -> None:
         """Watch an engine that a session uses besides that of its database (`binds`)."""

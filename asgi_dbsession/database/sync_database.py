@@ -9,7 +9,7 @@ from sqlalchemy import URL, Engine, create_engine, select
 from sqlalchemy.orm import Session
 from typing_extensions import override
 
-from asgi_dbsession.session.guard import Companion, guarded_class
+from asgi_dbsession.session.guard import Companion, guarded_class, telling_class
 from asgi_dbsession.session.lock import current_task
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.thread_lock import ThreadLock
@@ -93,6 +93,10 @@ class SyncDatabase(Database[Engine, AnySession]):
         session.info["scope"] = scope
         companion = Companion(ThreadLock(self, current_task()), self._watch_engine)
         return ManagedSession(session, session, companion, _run_in_thread)
+
+    @override
+    def _tell_binds(self) -> None:
+        self._class = telling_class(self._class)
 
     @override
     def _create_engine(self) -> Engine:

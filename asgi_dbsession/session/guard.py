@@ -73,13 +73,14 @@ class Companion:
         wait_failed: Called when no connection became free in time.
     """
 
+    connections: tuple[Connection, ...] = ()
+    bind_asked: Callable[[Any], None] | None = None
+    wait_failed: Callable[[PoolTimeout], None] | None = None
+
     def __init__(self, lock: SessionLock, watch_engine: Callable[[Engine], None]) -> None:
         self.lock: SessionLock = lock
         self.watch_engine: Callable[[Engine], None] = watch_engine
-        self.connections: tuple[Connection, ...] = ()
         self.followers: list[Follower] = []
-        self.bind_asked: Callable[[Any], None] | None = None
-        self.wait_failed: Callable[[PoolTimeout], None] | None = None
 
     @property
     def open_connections(self) -> tuple[Connection, ...]:
@@ -94,7 +95,12 @@ def guarded_class(session_class: type[S]) -> type[S]:
     `run_sync` and the methods that a class of the application adds.
     """
     bases = (GuardedSession,) if session_class is Session else (session_class, GuardedSession)
-    return _derive(session_class, bases, {"get_bind": _telling(session_class.get_bind)})
+    return _derive(session_class, bases, {})
+
+
+def telling_class(guarded: type[S]) -> type[S]:
+    """Derive a class whose companion is told of each engine that SQLAlchemy asks for."""
+    return _derive(guarded, (guarded,), {"get_bind": _telling(guarded.get_bind)})
 
 
 def guarded_async_class(session_class: type[A]) -> type[A]:
@@ -153,14 +159,12 @@ def _telling(get_bind: Callable[..., Any]) -> Callable[..., Any]:
 def _on_event_loop(method: Callable[..., R]) -> Callable[..., R]:
     @functools.wraps(method)
     def call_on_event_loop(self: Any, *args: Any, **kwargs: Any) -> R:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
+        if asyncio._get_running_loop() is None:
             raise ConfigurationError(
                 f"`session.{method.__name__}()` of an AsyncSession was called in a `def` function, "
                 "where nothing awaits it, and so would do nothing. Write the function with "
                 "`async def` and `await` the call, or use a SyncDatabase in it."
-            ) from None
+            )
         return method(self, *args, **kwargs)
 
     return call_on_event_loop

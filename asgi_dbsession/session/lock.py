@@ -93,19 +93,19 @@ class SessionLock(ABC):
         has_failed_work: Whether a task used it since that has ended with an exception.
     """
 
-    users: set[Any]
-    has_finished_work: bool
-    has_failed_work: bool
+    # Set on the class, because every session pays for each attribute of its own.
+    is_closed: bool = False
+    has_finished_work: bool = False
+    has_failed_work: bool = False
+    _holder: object = None
+    _is_held_by_end = False
+    _ends = 0  # how many run or wait
+    _waiters: "tuple[Future[None], ...]" = ()
 
     def __init__(self, database: object) -> None:
         self.database: object = database
-        self.is_closed: bool = False
-        self.forget_users()
-        self._mutex = RLock()
-        self._holder: object = None
-        self._is_held_by_end = False
-        self._ends = 0  # how many run or wait
-        self._waiters: list[Future[None]] = []
+        self.users: set[Any] = set()
+        self.mutex: RLock = RLock()
 
     @property
     def is_busy(self) -> bool:
@@ -130,17 +130,17 @@ class SessionLock(ABC):
             ConfigurationError: A thread uses the session of an event loop.
         """
         caller = self._caller()
+        if self._holder == caller:  # only the caller itself can change that
+            return False
         while True:
-            with self._mutex:
-                if self._holder == caller:
-                    return False
+            with self.mutex:
                 if self.is_closed:
                     raise SessionClosed(self.database)
                 if not self._ends:
                     if self._holder is not None:
                         raise ConcurrentUse(self.database)
                     self._holder = caller
-                    self._add_user(self._user(caller))
+                    self._add_user(caller)
                     return True
                 released = self._new_waiter()
             self._wait(released)
@@ -151,11 +151,11 @@ class SessionLock(ABC):
         Raises:
             SessionClosed: The unit of work has ended.
         """
-        with self._mutex:
+        with self.mutex:
             self._ends += 1
         try:
             while True:
-                with self._mutex:
+                with self.mutex:
                     if self.is_closed:
                         raise SessionClosed(self.database)
                     if self._holder is None or self._holder in end.requested_by:
@@ -165,52 +165,41 @@ class SessionLock(ABC):
                     released = self._new_waiter()
                 self._wait(released)
         except BaseException:  # cancelled together with its event loop
-            with self._mutex:
+            with self.mutex:
                 self._ends -= 1
                 self._wake_all()
             raise
 
-    def acquire_for_end_if_free(self) -> bool:
-        """The same unless somebody uses the session; never waits."""
-        try:
-            caller = self._caller()
-        except ConfigurationError:  # a thread, which ends no session of an event loop
-            return False
-        with self._mutex:
-            if self.is_busy or self.is_closed:
-                return False
-            self._ends += 1
-            self._holder, self._is_held_by_end = caller, True
-            return True
-
     def release(self, *, closed: bool = False) -> None:
         """Finish an operation or an end; with `closed`, no operation begins any more."""
-        with self._mutex:
+        with self.mutex:
             if self._is_held_by_end:
-                self._is_held_by_end = False
-                self._ends -= 1
-            self.is_closed = self.is_closed or closed
+                self._is_held_by_end, self._ends = False, self._ends - 1
+            if closed:
+                self.is_closed = True
             self._holder = None
-            self._wake_all()
+            if self._waiters:
+                self._wake_all()
 
     def is_held_by_end_of_caller(self) -> bool:
         """Whether the caller is the end that holds the lock, or was called by it."""
         return self._is_held_by_end and self._holder == self._caller()
 
     def record_user(self) -> None:
-        """Record that the caller uses the session, for what only changes it in memory.
+        """Record that the caller uses the session, for what only changes its memory.
 
         Raises:
             As `acquire`, but for `ConcurrentUse`.
         """
-        with self._mutex:
+        caller = self._caller()
+        with self.mutex:
             if self.is_closed:
                 raise SessionClosed(self.database)
-            self._add_user(self._user(self._caller()))
+            self._add_user(caller)
 
     def sort_out_users(self) -> None:
         """Move the tasks that have ended from `users` to the two flags."""
-        with self._mutex:
+        with self.mutex:
             for task in [each for each in self.users if has_ended(each)]:
                 self.users.discard(task)
                 if has_failed(task):
@@ -223,9 +212,7 @@ class SessionLock(ABC):
         self.users, self.has_finished_work, self.has_failed_work = set(), False, False
 
     def _add_user(self, task: object) -> None:
-        if task is None:
-            self.has_finished_work = True
-        elif task not in self.users:
+        if task not in self.users:
             if self.users:
                 # Or the helper tasks of a long stream would pile up.
                 self.sort_out_users()
@@ -233,20 +220,17 @@ class SessionLock(ABC):
 
     def _new_waiter(self) -> "Future[None]":
         released: Future[None] = Future()
-        self._waiters.append(released)
+        self._waiters = (*self._waiters, released)
         return released
 
     def _wake_all(self) -> None:
-        waiters, self._waiters = self._waiters, []
+        waiters, self._waiters = self._waiters, ()
         for released in waiters:
             if released.set_running_or_notify_cancel():  # else its waiter was cancelled
                 released.set_result(None)
 
     @abstractmethod
     def _caller(self) -> object: ...
-
-    @abstractmethod
-    def _user(self, caller: object) -> object: ...
 
     @abstractmethod
     def _wait(self, released: "Future[None]") -> None: ...
@@ -265,10 +249,6 @@ class TaskLock(SessionLock):
                 "awaited. Use it in an `async def` function, or give DBSessionMiddleware a "
                 "SyncDatabase for functions written with `def`."
             ) from error
-
-    @override
-    def _user(self, caller: object) -> object:
-        return caller
 
     @override
     def _wait(self, released: "Future[None]") -> None:

@@ -27,6 +27,8 @@ class ManagedSession(Generic[S]):
         is_prepared: Whether `prepare` has been called, and holds the lock for `end`.
     """
 
+    is_prepared: bool = False
+
     def __init__(
         self,
         session: S,
@@ -39,13 +41,16 @@ class ManagedSession(Generic[S]):
         self.companion: Companion = companion
         self.lock: SessionLock = companion.lock
         self.run: Callable[..., Awaitable[None]] = run
-        self.is_prepared: bool = False
         vars(orm)["_companion"] = companion
 
     @property
     def has_work(self) -> bool:
         """Whether there is anything to commit or roll back, or an operation in flight."""
-        return self._is_unfinished or self.lock.is_busy
+        # in_transaction() knows of flushed and Core writes; the others of what another task changed
+        # or added while an earlier COMMIT was under way.
+        session, lock = self.orm, self.lock
+        is_changed = session.in_transaction() or session.identity_map.check_modified()
+        return is_changed or lock.is_busy or (lock.is_used and bool(session.new))
 
     def close_if_idle(self) -> bool:
         """Close the session permanently if it has no work, without talking to the database.
@@ -53,16 +58,13 @@ class ManagedSession(Generic[S]):
         Returns:
             False if it has work: then `end` must be called.
         """
-        if not self.lock.acquire_for_end_if_free():
-            return False
-        is_idle = not self._is_unfinished
-        try:
-            # Without objects, it is enough that no operation can begin.
-            if is_idle and (list(self.orm) or type(self.orm).close is not GuardedSession.close):
-                self.orm.close()
-        finally:
-            self.lock.release(closed=is_idle)
-        return is_idle
+        with self.lock.mutex:
+            if self.has_work or type(self.orm).close is not GuardedSession.close:
+                return False
+            self.lock.is_closed = True
+        if list(self.orm):
+            self.orm.expunge_all()
+        return True
 
     def prepare(self, end: End) -> None:
         """Do what can fail before COMMIT: flush, and PREPARE in two phases. `end` must follow.
@@ -99,13 +101,24 @@ class ManagedSession(Generic[S]):
         """
         if not self.is_prepared:
             self.lock.acquire_for_end(end)
+        # With nobody to agree with, one phase stores sooner and leaves nothing in doubt.
+        is_alone = self.orm.twophase and not self.is_prepared and self._has_one_connection
+        if is_alone:
+            self.orm.twophase = False
         try:
             if commit:
-                self._commit()
+                self.orm.commit()
             else:
                 _roll_back(self.orm)
+        except BaseException:
+            # close() alone would give the pool a connection that is still inside the transaction
+            # (SQLite): the next request would see rows that do not exist.
+            _roll_back(self.orm)
+            raise
         finally:
             self.is_prepared = False
+            if is_alone:
+                self.orm.twophase = True
             try:
                 if end.close:
                     self.orm.close()
@@ -114,32 +127,9 @@ class ManagedSession(Generic[S]):
             finally:
                 self.lock.release(closed=end.close)
 
-    def _commit(self) -> None:
-        # With nobody to agree with, one phase stores sooner and leaves nothing in doubt.
-        is_alone = not self.is_prepared and len(self.companion.open_connections) == 1
-        in_one_phase = self.orm.twophase and is_alone
-        if in_one_phase:
-            self.orm.twophase = False
-        try:
-            self.orm.commit()
-        except BaseException:
-            # close() alone would give the pool a connection that is still inside the transaction
-            # (SQLite): the next request would see rows that do not exist.
-            _roll_back(self.orm)
-            raise
-        finally:
-            if in_one_phase:
-                self.orm.twophase = True
-
     @property
-    def _is_unfinished(self) -> bool:
-        # in_transaction() knows of flushed and Core writes; the others of what another task changed
-        # or added while an earlier COMMIT was under way.
-        return (
-            self.orm.in_transaction()
-            or self.orm.identity_map.check_modified()
-            or (self.lock.is_used and bool(self.orm.new))
-        )
+    def _has_one_connection(self) -> bool:
+        return len(self.companion.open_connections) == 1
 
 
 def _roll_back(session: Session) -> None:

@@ -26,8 +26,12 @@ class ThreadLock(SessionLock):
         return current_end.get() or get_ident()
 
     @override
-    def _user(self, caller: object) -> object:
-        return current_task() or self._opener
+    def _add_user(self, task: object) -> None:
+        user = current_task() or self._opener
+        if user is None:
+            self.has_finished_work = True
+        else:
+            super()._add_user(user)
 
     @override
     def _wait(self, released: "Future[None]") -> None:

@@ -46,11 +46,8 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         ConcurrentUse: Its work cannot be told from that of another task.
         Exception: Whatever flush and COMMIT raised; `unit.failure` keeps it.
     """
-    try:
-        own, failed = sort_work(_with_work(unit), task, living)
-    except ConcurrentUse as error:
-        unit.failure = error
-        raise
+    working = _with_work(unit)
+    own, failed = _sort(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
     if unit.rollback is not None and _is_of(unit.rollback_set_by, task):
         # Also if there is no work: it must not apply to later work.
@@ -83,12 +80,13 @@ async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None =
 
 async def close_returned(unit: UnitOfWork, *, commit: bool) -> None:
     """The same once the application has returned: the work of tasks that failed is rolled back."""
-    working = _with_work(unit) if commit else []
-    if working:
+    if commit and any(
+        each.lock.users or each.lock.has_failed_work for each in unit.sessions.values()
+    ):
         try:
-            _, failed = sort_work(working, current_task(), "include")
-        except ConcurrentUse as error:
-            unit.failure, commit = error, False
+            _, failed = _sort(unit, _with_work(unit), current_task(), "include")
+        except ConcurrentUse:
+            commit = False
         else:
             if failed:
                 await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
@@ -98,6 +96,16 @@ async def close_returned(unit: UnitOfWork, *, commit: bool) -> None:
 def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
     """The same on the calling thread, for a unit that `is_blocking`."""
     complete_here(close(unit, commit=commit, error=error))
+
+
+def _sort(
+    unit: UnitOfWork, working: Sessions, task: object, living: Living
+) -> tuple[Sessions, Sessions]:
+    try:
+        return sort_work(working, task, living)
+    except ConcurrentUse as error:
+        unit.failure = error
+        raise
 
 
 def _with_work(unit: UnitOfWork) -> Sessions:

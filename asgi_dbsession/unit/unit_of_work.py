@@ -117,18 +117,13 @@ class UnitOfWork:
             SessionClosed: The unit of work has ended.
             DatabaseNotRunning: The database has not been started.
         """
-        self.is_used = True
+        if self.closed:
+            raise SessionClosed(database)
         opened: ManagedSession[S] | None = self.sessions.get(database)
-        if opened is None and not self.closed:
-            opened = self._open(database)
-        if opened is None:
-            raise SessionClosed(database)
-        if self.closed:  # another thread ended it while this one opened a session
-            opened.close_if_idle()
-            raise SessionClosed(database)
-        return opened.session
+        return (opened or self._open(database)).session
 
     def _open(self, database: SessionSource[S]) -> ManagedSession[S]:
+        self.is_used = True
         made = database.open_session(self.scope)
         opened = self.sessions.setdefault(database, made)
         if opened is not made:  # another thread was faster
@@ -137,8 +132,12 @@ class UnitOfWork:
             made.orm.twophase = True
         if self.is_blocking:
             made.run = call_here
-        for callback in tuple(self.outermost.callbacks):
-            callback.attach(made)
+        if self.closed:  # another thread ended it meanwhile
+            made.close_if_idle()
+            raise SessionClosed(database)
+        if self.callbacks or self.joins_outer_unit:
+            for callback in tuple(self.outermost.callbacks):
+                callback.attach(made)
         if self.observers:
             made.companion.wait_failed = self._tell_of_failed_wait
             for observer in self.observers:
@@ -204,8 +203,8 @@ def _default_session(*, is_async: bool) -> Any:
     for unit in innermost.chain():
         for database in unit.databases:
             if database.is_async is is_async:
-                joins = unit.joins_outer_unit and not unit.manages(database)
-                return (unit_that_manages(database) if joins else unit).open(database)
+                manages = not unit.joins_outer_unit or unit.manages(database)
+                return (unit if manages else unit_that_manages(database)).open(database)
     kind = "AsyncDatabase" if is_async else "SyncDatabase"
     other = "`get_sync_session()` in a `def`" if is_async else "`get_session()` in an `async def`"
     raise ConfigurationError(
