@@ -7,6 +7,24 @@ from asgi_dbsession.errors import AbortRequest, ConfigurationError
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
 
 
+async def serve_and_answer(
+    serve: ASGIApp,
+    on_commit_error: Callable[[Exception], ASGIApp | None] | None,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+) -> None:
+    """Serve a request, and answer a COMMIT that failed."""
+    try:
+        await serve(scope, receive, send)
+    except AbortRequest as error:
+        abort = error
+    else:
+        return
+    # Outside of the `except`: or the failure would be its own context.
+    await answer_or_raise(abort, on_commit_error, scope, receive, send)
+
+
 async def answer_or_raise(
     abort: AbortRequest,
     on_commit_error: Callable[[Exception], ASGIApp | None] | None,

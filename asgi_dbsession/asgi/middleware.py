@@ -15,7 +15,7 @@ from asgi_dbsession.unit.ending import close, close_returned, end_work, end_work
 from asgi_dbsession.unit.report import UnitReport
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
-from .answer import add_note, answer_or_raise, refuse
+from .answer import add_note, refuse, serve_and_answer
 from .arguments import AnyDatabase, application_first, no_application, usable_databases
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .optional import with_optional_rooms
@@ -118,6 +118,7 @@ class DBSessionMiddleware:
             usable,
             attempts=attempts,
             retry_after=retry_after,
+            on_commit_error=on_commit_error,
             on_report=on_report,
         )
 
@@ -127,14 +128,7 @@ class DBSessionMiddleware:
         if kind == "http":
             # A middleware further out retries, and answers 503, for this one too.
             serve = self._serve_http if scope.get(_KEY) is None else self._serve
-            try:
-                await serve(scope, receive, send)
-            except AbortRequest as error:
-                abort = error
-            else:
-                return
-            # Outside of the `except`: or the failure would be its own context.
-            await answer_or_raise(abort, self.on_commit_error, scope, receive, send)
+            await serve_and_answer(serve, self.on_commit_error, scope, receive, send)
         elif kind == "websocket":
             await self._serve(scope, receive, send)
         elif kind == "lifespan":

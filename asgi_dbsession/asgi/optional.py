@@ -1,11 +1,13 @@
 """Adds the optional rooms that a middleware asks for, and imports no other."""
 
 from collections.abc import Callable
+from functools import partial
 
 from asgi_dbsession.types import ASGIApp
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import UnitReport
 
+from .answer import serve_and_answer
 from .arguments import AnyDatabase
 
 
@@ -15,6 +17,7 @@ def with_optional_rooms(
     *,
     attempts: int,
     retry_after: int | None,
+    on_commit_error: Callable[[Exception], ASGIApp | None] | None,
     on_report: Callable[[UnitReport], object] | None,
 ) -> tuple[ASGIApp, tuple[UnitObserver, ...]]:
     """Wrap `serve` in what was asked for, and have it observe units of work and their engines.
@@ -30,13 +33,17 @@ def with_optional_rooms(
     if retry_after is not None:
         from asgi_dbsession.retry.overload import Overload
 
-        overload = Overload(serve, retry_after)
-        serve, observers = overload, [*observers, overload]
+        if attempts > 1 and on_commit_error is not None:
+            from asgi_dbsession.retry.attempt import unless_retried
+
+            on_commit_error = unless_retried(on_commit_error)
+        answering = partial(serve_and_answer, serve, on_commit_error)
+        serve = overload = Overload(answering, retry_after)
+        observers.append(overload)
     if attempts > 1:
         from asgi_dbsession.retry.retry import Retry
 
-        retry = Retry(serve, attempts)
-        serve, observers = retry, [*observers, retry]
+        serve = Retry(serve, attempts)
     for observer in observers:
         for database in databases:
             database.watch_engines(observer.engine_used)

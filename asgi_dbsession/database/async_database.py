@@ -122,7 +122,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         )
         orm = session.sync_session
         orm.info["scope"] = scope
-        companion = Companion(TaskLock(self), self._watch_engine)
+        companion = Companion(TaskLock(self))
         return ManagedSession(session, orm, companion, greenlet_spawn)
 
     @override

@@ -314,11 +314,6 @@ class Database(ABC, Generic[E, S]):
     @abstractmethod
     def _tell_binds(self) -> None: ...
 
-    def _watch_engine(self, engine: Engine) -> None:
-        """Watch an engine that a session uses besides that of its database (`binds`)."""
-        for hook in (watch, *self._engine_hooks):
-            hook(engine)
-
     def _failure(self, error: Exception) -> Exception:
         return failure_of(self, error, secrets_of(self.url, self._engine_options))
 

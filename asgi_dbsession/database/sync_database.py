@@ -91,7 +91,7 @@ class SyncDatabase(Database[Engine, AnySession]):
     ) -> ManagedSession[AnySession]:
         session = self._class(bind=engine, **self._session_options)
         session.info["scope"] = scope
-        companion = Companion(ThreadLock(self, current_task()), self._watch_engine)
+        companion = Companion(ThreadLock(self, current_task()))
         return ManagedSession(session, session, companion, _run_in_thread)
 
     @override

@@ -1,5 +1,6 @@
 """One run of a request, which the database may refuse because of a conflict."""
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
@@ -80,6 +81,19 @@ class Attempt(Withholding):
 
 
 _current: ContextVar[Attempt | None] = ContextVar("asgi_dbsession.attempt", default=None)
+
+
+def unless_retried(
+    on_commit_error: Callable[[Exception], ASGIApp | None],
+) -> Callable[[Exception], ASGIApp | None]:
+    """Answer a COMMIT that failed only if the request does not run again because of it."""
+
+    def answer_last(failure: Exception) -> ASGIApp | None:
+        attempt = _current.get()
+        will_retry = attempt is not None and attempt.can_retry
+        return None if will_retry else on_commit_error(failure)
+
+    return answer_last
 
 
 def watch_conflicts(engine: Engine) -> None:

@@ -38,7 +38,7 @@ class Overload(UnitObserver):
         finally:
             _current.reset(token)
         if wait.is_withheld:
-            _logger.warning("No connection became free, so 503 was sent: %a", scope["path"])
+            _logger.warning("No connection became free in time; answered 503: %a", scope["path"])
             await _send_unavailable(self._retry_after, send)
 
     @override

@@ -7,12 +7,10 @@ from functools import partial
 from random import SystemRandom
 
 import anyio
-from sqlalchemy import Engine
-from typing_extensions import override
 
 from asgi_dbsession.errors import ABORTED
+from asgi_dbsession.session.failures import watch_all
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
-from asgi_dbsession.unit.observer import UnitObserver
 
 from .attempt import Attempt, watch_conflicts
 from .replay import Replay
@@ -21,7 +19,7 @@ from .replay import Replay
 _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
 
 
-class Retry(UnitObserver):
+class Retry:
     """Serves a request several times if need be, each time from the start.
 
     Args:
@@ -32,10 +30,7 @@ class Retry(UnitObserver):
     def __init__(self, app: ASGIApp, attempts: int) -> None:
         self._app = app
         self._attempts = attempts
-
-    @override
-    def engine_used(self, engine: Engine) -> None:
-        watch_conflicts(engine)
+        watch_all(watch_conflicts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""

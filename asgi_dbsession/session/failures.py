@@ -1,11 +1,12 @@
 """Remembers statements that failed, so that COMMIT never loses work in silence."""
 
 from asyncio import CancelledError
+from collections.abc import Callable
 from contextlib import suppress
-from weakref import ref
+from weakref import WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event, select
-from sqlalchemy.engine import ExceptionContext, Transaction, TwoPhaseTransaction
+from sqlalchemy.engine import Dialect, ExceptionContext, Transaction, TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError
 from sqlalchemy.util import await_only, greenlet_spawn
 
@@ -27,16 +28,37 @@ failed_transactions: dict[ref[Transaction], tuple[str, bool]] = {}
 _ROLLING_BACK = (1213, 1020, 1206)
 
 
+# The engines of this package's databases, and whoever else watches all of them. An engine and its
+# copies with other options share a dialect.
+_watched: WeakSet[Engine] = WeakSet()
+_dialects: WeakSet[Dialect] = WeakSet()
+_watchers: list[Callable[[Engine], None]] = []
+
+
 def watch(engine: Engine) -> None:
     """Have `engine` record statements that fail; twice is the same as once."""
-    if not event.contains(engine, "handle_error", _record_failure):
+    if engine.dialect not in _dialects:
         event.listen(engine, "handle_error", _record_failure)
+        _dialects.add(engine.dialect)
+        _watched.add(engine)
+        for watcher in _watchers:
+            watcher(engine)
+
+
+def watch_all(watcher: Callable[[Engine], None]) -> None:
+    """Call `watcher` once with each engine of this package's databases, now and later."""
+    if watcher not in _watchers:
+        _watchers.append(watcher)
+        for engine in tuple(_watched):
+            watcher(engine)
 
 
 def unwatch(engine: Engine) -> None:
     """Undo `watch`."""
-    if event.contains(engine, "handle_error", _record_failure):
+    if engine in _watched:
         event.remove(engine, "handle_error", _record_failure)
+        _dialects.discard(engine.dialect)
+        _watched.discard(engine)
 
 
 def refuse_if_aborted(connections: tuple[Connection, ...]) -> None:

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
@@ -64,7 +64,6 @@ class Companion:
 
     Args:
         lock: The lock of the session.
-        watch_engine: Called with each other engine that the session uses (`binds`).
 
     Attributes:
         connections: Those that the session has used last; some may be closed by now.
@@ -77,9 +76,8 @@ class Companion:
     bind_asked: Callable[[Any], None] | None = None
     wait_failed: Callable[[PoolTimeout], None] | None = None
 
-    def __init__(self, lock: SessionLock, watch_engine: Callable[[Engine], None]) -> None:
+    def __init__(self, lock: SessionLock) -> None:
         self.lock: SessionLock = lock
-        self.watch_engine: Callable[[Engine], None] = watch_engine
         self.followers: list[Follower] = []
 
     @property

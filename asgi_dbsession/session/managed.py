@@ -7,7 +7,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ._sqlalchemy import flush_and_prepare, forget
-from .failures import failed_transactions, refuse_if_aborted
+from .failures import failed_transactions, refuse_if_aborted, watch
 from .guard import Companion, GuardedSession
 from .lock import End, SessionLock
 
@@ -144,7 +144,7 @@ def _roll_back(session: Session) -> None:
 def _remember_connection(session: Any, _transaction: object, connection: Connection) -> None:
     companion: Companion = session._companion
     if connection.engine is not session.bind:  # one of `binds`, or of `bind_arguments`
-        companion.watch_engine(connection.engine)
+        watch(connection.engine)
     companion.connections = (*companion.open_connections, connection)
 
 
