@@ -79,15 +79,16 @@ class DatabaseNotRunning(DBSessionError, RuntimeError):
                 f"{database} was started in another event loop, and its connections belong there. "
                 "Start it in the loop that uses it: leave it to the lifespan of the server, write "
                 "`async with database:` inside the function given to `asyncio.run`, and in an "
-                "async test use httpx's `ASGITransport`, for TestClient brings a loop of its own."
+                "async test use httpx's `ASGITransport`, for TestClient brings a loop of its own. An "
+                "engine of yours that several loops use needs `poolclass=NullPool`."
             )
         else:
             super().__init__(
                 f"{database} is not running: no lifespan startup reached a DBSessionMiddleware "
                 "that has it. Let one be sent (`uvicorn --lifespan on`, `with TestClient(app):`, "
                 "asgi-lifespan's `LifespanManager` around httpx's `ASGITransport`), write "
-                "`async with database:`, give it to the outermost DBSessionMiddleware too (below "
-                "a mount or on a single route), or, where the server sends none (daphne), use "
+                f"{_ways_to_start(database)}, give it to the outermost DBSessionMiddleware too "
+                "(below a mount or on a single route), or, where the server sends none (daphne), use "
                 f"`{type(database).__name__}.from_engine(engine)`."
             )
 
@@ -138,6 +139,12 @@ def _restore_error(
     error = error_class.__new__(error_class)
     error.args = arguments
     return error
+
+
+def _ways_to_start(database: object) -> str:
+    if hasattr(database, "__enter__"):
+        return "`with database:` (in a coroutine `async with database:`)"
+    return "`async with database:`"
 
 
 def _in_a_bare_thread() -> bool:

@@ -136,6 +136,23 @@ def test_a_script_needs_no_server_and_no_middleware(real: Real) -> None:
         asyncio.run(becomes_true(lambda: real.connections() == 0))
 
 
+def test_a_script_without_an_event_loop_writes_with(tmp_path: Path) -> None:
+    """Plain `with database:` starts and stops a blocking one; it counts, as all starts do."""
+    database = SyncDatabase(f"sqlite:///{tmp_path / 'shop.db'}")
+    with pytest.raises(DatabaseNotRunning, match="write `with database:`"), database.begin():
+        pass
+    with database:
+        engine = database.engine
+        with database, database.begin() as session:
+            session.execute(select(1))
+        assert database.engine is engine
+    assert not database.is_running
+    broken = SyncDatabase(f"sqlite:///{tmp_path / 'missing' / 'shop.db'}")
+    with pytest.raises(DatabaseUnavailable, match="Is it running"), broken:
+        pass
+    assert not broken.is_running
+
+
 async def test_starting_is_counted_not_repeated(real: Real) -> None:
     """Whoever starts it stops it, and the last one ends it."""
     database = real.describe()
@@ -436,7 +453,7 @@ async def test_a_login_that_is_refused_names_what_may_be_missing(real: Real) -> 
     """The credentials may come later: then the ping does, or a listener sets them."""
     wrong = real.url.set(username="nobody", password="wrong-password")
     database_class: Any = type(real.describe())
-    with pytest.raises(DatabaseUnavailable, match="`ping_on_startup=False`.*`do_connect`"):
+    with pytest.raises(DatabaseUnavailable, match=r"`ping_on_startup=False`.*`do_connect`"):
         await database_class(wrong).startup()
 
 
@@ -460,10 +477,11 @@ async def test_a_pool_that_is_used_up_is_told_as_that(kind: Any, tmp_path: Path)
     """Nothing is wrong with host, port or credentials."""
     options: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
     async with kind(f"sqlite:///{tmp_path / 'shop.db'}", **options) as database:
-        async with beginning(database) as session:
-            await result_of(session.execute(select(1)))
-            with pytest.raises(DatabaseUnavailable, match="All connections of its pool are in use"):
-                await database.ping()
+        held: Any = database.engine.connect()
+        connection = held if kind is SyncDatabase else await held
+        with pytest.raises(DatabaseUnavailable, match="All connections of its pool are in use"):
+            await database.ping()
+        await result_of(connection.close())
 
 
 @pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])

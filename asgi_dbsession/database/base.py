@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from threading import Lock
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -158,11 +158,7 @@ class Database(ABC, Generic[E, S]):
             ConfigurationError: SQLAlchemy or the driver refused the options.
             DatabaseNotRunning: It was shut down meanwhile.
         """
-        with self._starting:
-            if self._engine is None:
-                self._engine = self._build_engine()
-            engine = self._engine
-            self._starts += 1
+        engine = self._begin_start()
         try:
             if self._ping_on_startup:
                 await self.ping()
@@ -175,13 +171,27 @@ class Database(ABC, Generic[E, S]):
 
     async def shutdown(self) -> None:
         """Close every connection once the last start is undone, cancelled or not."""
+        engine = self._end_start()
+        if engine is not None:
+            await run_to_completion(self._dispose(engine))
+
+    def _begin_start(self) -> E:
+        """Count a start; the engine, built by the first one."""
+        with self._starting:
+            if self._engine is None:
+                self._engine = self._build_engine()
+            self._starts += 1
+            return self._engine
+
+    def _end_start(self) -> E | None:
+        """Undo a start; the engine to dispose, after the last one."""
         with self._starting:
             self._starts = max(0, self._starts - 1)
             if self._starts > 0 or not self._owns_engine or self._engine is None:
-                return
+                return None
             engine = self._engine
             self._forget_engine()
-        await run_to_completion(self._dispose(engine))
+            return engine
 
     def _forget_engine(self) -> None:
         self._engine, self._starts = None, 0
@@ -211,10 +221,7 @@ class Database(ABC, Generic[E, S]):
         try:
             await self._select_one(engine)
         except Exception as error:
-            failure = self._failure(error)
-            if failure is error:
-                raise
-            raise failure from error
+            self._raise_failure(error)
         finally:
             if self._engine is not engine:  # shut down meanwhile: close what was opened since
                 await run_to_completion(self._dispose(engine))
@@ -304,6 +311,12 @@ class Database(ABC, Generic[E, S]):
         self._is_measured = True
         if self._engine is not None:
             watch_usage(self._sync_engine(self._engine))
+
+    def _raise_failure(self, error: Exception) -> NoReturn:
+        failure = self._failure(error)
+        if failure is error:
+            raise error
+        raise failure from error
 
     def _failure(self, error: Exception) -> Exception:
         return failure_of(self, error, secrets_of(self.url, self._engine_options))
