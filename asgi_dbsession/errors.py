@@ -79,8 +79,8 @@ class DatabaseNotRunning(DBSessionError, RuntimeError):
                 f"{database} was started in another event loop, and its connections belong there. "
                 "Start it in the loop that uses it: leave it to the lifespan of the server, write "
                 "`async with database:` inside the function given to `asyncio.run`, and in an "
-                "async test use httpx's `ASGITransport`, for TestClient brings a loop of its own. An "
-                "engine of yours that several loops use needs `poolclass=NullPool`."
+                "async test use httpx's `ASGITransport`, for TestClient brings a loop of its own. "
+                "An engine of yours that several loops use needs `poolclass=NullPool`."
             )
         else:
             super().__init__(
@@ -88,8 +88,8 @@ class DatabaseNotRunning(DBSessionError, RuntimeError):
                 "that has it. Let one be sent (`uvicorn --lifespan on`, `with TestClient(app):`, "
                 "asgi-lifespan's `LifespanManager` around httpx's `ASGITransport`), write "
                 f"{_ways_to_start(database)}, give it to the outermost DBSessionMiddleware too "
-                "(below a mount or on a single route), or, where the server sends none (daphne), use "
-                f"`{type(database).__name__}.from_engine(engine)`."
+                "(below a mount or on a single route), or, where the server sends none (daphne), "
+                f"use `{type(database).__name__}.from_engine(engine)`."
             )
 
 

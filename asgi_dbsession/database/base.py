@@ -26,6 +26,7 @@ from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.current import unit_that_manages
 from asgi_dbsession.unit.managed_session import OpenSession
 
+from .borrowed import borrow, own
 from .failures import failure_of, reason_of
 from .health import Health
 from .options_in_url import translate_options
@@ -112,6 +113,10 @@ class Database(ABC, Generic[E, S]):
     ) -> Self:
         """Use an engine of yours. It stays yours: it is running at once, and never disposed.
 
+        Its listeners of this package go when the last database goes that was made from it. An
+        async engine belongs to the event loop that uses it first. When that loop has been closed,
+        the next one gets new connections; several loops at once need `poolclass=NullPool`.
+
         Args:
             engine: An `AsyncEngine` for `AsyncDatabase`, an `Engine` for `SyncDatabase`.
             session_options: As for the class itself.
@@ -129,7 +134,7 @@ class Database(ABC, Generic[E, S]):
         database = cls(engine.url, **options)
         database._engine = engine
         database._owns_engine = False
-        watch(database._sync_engine(engine))
+        borrow(database._sync_engine(engine), database)
         return database
 
     @property
@@ -301,6 +306,7 @@ class Database(ABC, Generic[E, S]):
             raise ConfigurationError(
                 f"{self} cannot be built with these engine options: {reason}"
             ) from None
+        own(self._sync_engine(engine))
         self._prepare(self._sync_engine(engine))
         if self._is_measured:
             watch_usage(self._sync_engine(engine))

@@ -128,6 +128,13 @@ def watch(engine: Engine) -> None:
     watched.add(engine.dialect)
 
 
+def unwatch(engine: Engine) -> None:
+    """Undo `watch`, on an engine that goes on without this package."""
+    if event.contains(engine, "handle_error", _note_failure):
+        event.remove(engine, "handle_error", _note_failure)
+    watched.discard(engine.dialect)
+
+
 def _is_unfinished(session: Session, turn: Turn) -> bool:
     # in_transaction() knows of flushed and Core writes; the others of what another task changed
     # or added while an earlier COMMIT was under way.
