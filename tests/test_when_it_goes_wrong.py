@@ -26,8 +26,8 @@ from asgi_dbsession import (
     TransactionAborted,
     get_session,
     get_sync_session,
-    url,
 )
+from asgi_dbsession.database import url
 
 DOCS = Path(__file__).parents[1] / "docs"
 ERRORS = (DOCS / "when-it-goes-wrong.md").read_text()
@@ -204,7 +204,7 @@ async def driver_for_asyncio() -> None:
 
 async def engine_for_a_database() -> None:
     engine: Any = create_async_engine("sqlite+aiosqlite:///shop.db")
-    DBSessionMiddleware(nothing, engine)
+    await asyncio.to_thread(DBSessionMiddleware, nothing, engine)  # where no loop is running
 
 
 async def session_of_the_other_kind() -> None:
