@@ -54,7 +54,8 @@ class Database(ABC, Generic[E, S]):
         engine_options: dict[str, Any],
     ) -> None:
         named = url_with_driver(url, asynchronous=self._asynchronous)
-        self.url, engine_options = translate_options(named, engine_options)
+        translated, engine_options = translate_options(named, engine_options)
+        self.url: URL = translated
         self._engine_options = options_for_memory(self.url, engine_options)
         if not isinstance(session_options or {}, Mapping):
             raise ConfigurationError(
