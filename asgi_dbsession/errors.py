@@ -99,14 +99,15 @@ class DatabaseNotRunning(DBSessionError, RuntimeError):
                 f"{database} was started in another event loop, and its connections belong to that "
                 "loop. Start it in the loop that uses it: by the lifespan of the server, or with "
                 "`async with database:` inside the function given to `asyncio.run`. In an async "
-                "test use httpx's `ASGITransport`, because TestClient has a loop of its own."
+                "test use httpx's `ASGITransport`, because TestClient has a loop of its own. "
+                "An engine of yours that several loops use needs `poolclass=NullPool`."
             )
         else:
             super().__init__(
                 f"{database} is not running: no lifespan startup reached a DBSessionMiddleware "
                 "that serves it. Have one sent (`uvicorn --lifespan on`, `with TestClient(app):`, "
                 "asgi-lifespan's `LifespanManager` around httpx's `ASGITransport`), or write "
-                "`async with database:`. Below a mount or on a single route, give it to the "
+                f"{_ways_to_start(database)}. Below a mount or on a single route, give it to the "
                 "outermost DBSessionMiddleware too. Where the server sends no lifespan (daphne), "
                 f"use `{type(database).__name__}.from_engine(engine)`."
             )
@@ -186,6 +187,12 @@ def _restore_error(
     error = error_class.__new__(error_class)
     error.args = arguments
     return error
+
+
+def _ways_to_start(database: object) -> str:
+    if hasattr(database, "__enter__"):
+        return "`with database:` (in a coroutine `async with database:`)"
+    return "`async with database:`"
 
 
 def _is_in_bare_thread() -> bool:

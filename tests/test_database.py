@@ -9,6 +9,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, object_session
 from sqlalchemy.pool import NullPool, StaticPool
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelAsyncSession
+from starlette.testclient import TestClient
 
 import asgi_dbsession
 from asgi_dbsession import (
@@ -142,6 +144,23 @@ def test_a_script_needs_no_server_and_no_middleware(real: Real) -> None:
     assert not database.is_running
     if real.is_postgresql:
         asyncio.run(becomes_true(lambda: real.connections() == 0))
+
+
+def test_a_script_without_an_event_loop_writes_with(tmp_path: Path) -> None:
+    """Plain `with database:` starts and stops a blocking one; it counts, as all starts do."""
+    database = SyncDatabase(f"sqlite:///{tmp_path / 'shop.db'}")
+    with pytest.raises(DatabaseNotRunning, match="write `with database:`"), database.begin():
+        pass
+    with database:
+        engine = database.engine
+        with database, database.begin() as session:
+            session.execute(select(1))
+        assert database.engine is engine
+    assert not database.is_running
+    broken = SyncDatabase(f"sqlite:///{tmp_path / 'missing' / 'shop.db'}")
+    with pytest.raises(DatabaseUnavailable, match="Is it running"), broken:
+        pass
+    assert not broken.is_running
 
 
 async def test_starting_is_counted_not_repeated(real: Real) -> None:
@@ -375,6 +394,91 @@ async def test_an_engine_of_ones_own_is_watched_for_silent_rollbacks(real: Real)
     assert real.stored() == ["once"]
 
 
+def listeners_on(engine: Any) -> dict[str, int]:
+    """How many listeners an engine and its pool have, by the name of the event."""
+    engine = getattr(engine, "sync_engine", engine)
+    return {
+        name: len(list(getattr(target.dispatch, name)))
+        for target in (engine, engine.pool)
+        for name in dir(target.dispatch)
+        if not name.startswith("_") and hasattr(getattr(target.dispatch, name), "__iter__")
+    }
+
+
+def test_an_engine_of_ones_own_keeps_nothing_of_a_database_that_is_gone(real: Real) -> None:
+    """Neither listeners nor references; but while another database uses it, all stays."""
+    kind: Any = SyncDatabase if real.is_sync else AsyncDatabase
+    url = real.describe().url
+    engine: Any = create_engine(url) if real.is_sync else create_async_engine(url)
+    before = listeners_on(engine)
+    first, second = kind.from_engine(engine), kind.from_engine(engine)
+    app: Any = respond
+    DBSessionMiddleware(app, first, on_report=print)
+    watched = listeners_on(engine)
+    assert watched != before
+    gone = weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None
+    assert listeners_on(engine) == watched
+    del second
+    gc.collect()
+    assert listeners_on(engine) == before
+
+
+async def test_what_an_owner_adds_to_its_engine_stays(real: Real) -> None:
+    """Also when a database that borrowed the engine is gone."""
+    async with real.describe() as owner:
+        watched = listeners_on(owner.engine)
+        database = borrowing(owner)
+        del database
+        gc.collect()
+        assert listeners_on(owner.engine) == watched
+
+
+# Whose loop is closed without a dispose() hears of it from the driver, and rightly so.
+@pytest.mark.filterwarnings("ignore:.*(deleted while still open|unclosed):ResourceWarning")
+@pytest.mark.parametrize("real", ["asyncpg", "psycopg"], indirect=True)
+def test_an_engine_of_ones_own_serves_one_client_after_the_other(real: Real) -> None:
+    """As tests make one for each of them, in a loop that is closed afterwards."""
+    serve_three_clients(real)
+    gc.collect()  # here, where what the loops have left may be complained of
+    assert real.stored() == ["/one", "/two", "/three"]
+
+
+def serve_three_clients(real: Real) -> None:
+    """One after the other, on one engine."""
+    engine = create_async_engine(real.url)
+    database = AsyncDatabase.from_engine(engine)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await database.get_session().execute(ENTRY.insert().values(note=scope["path"]))
+            await respond(send)
+
+    for path in ("/one", "/two", "/three"):
+        with TestClient(DBSessionMiddleware(app, database)) as client:
+            assert client.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("real", ["asyncpg", "psycopg"], indirect=True)
+def test_an_engine_of_ones_own_in_two_loops_at_once_is_told_what_to_do(real: Real) -> None:
+    """It works without a pool, and is refused with one, whose connections belong to one loop."""
+    for options in ({}, {"poolclass": NullPool}):
+        engine = create_async_engine(real.url, **options)
+        database = AsyncDatabase.from_engine(engine)
+        with asyncio.Runner() as first, asyncio.Runner() as second:
+            first.run(store(database, f"first {options}"))
+            if options:
+                second.run(store(database, "second"))
+            else:
+                for way in (database.startup, partial(store, database, "lost")):
+                    with pytest.raises(DatabaseNotRunning, match="needs `poolclass=NullPool`"):
+                        second.run(way())
+            first.run(engine.dispose())
+    assert len(real.stored()) == 3
+
+
 def test_an_engine_of_the_other_kind_is_refused() -> None:
     """When it is configured; the error names the kind that is needed."""
     wrong: Any = create_engine("sqlite://")
@@ -455,7 +559,7 @@ async def test_a_login_that_is_refused_names_what_may_be_missing(real: Real) -> 
     """The credentials may come later: then the ping does, or a listener sets them."""
     wrong = real.url.set(username="nobody", password="wrong-password")
     database_class: Any = type(real.describe())
-    with pytest.raises(DatabaseUnavailable, match="`ping_on_startup=False`.*`do_connect`"):
+    with pytest.raises(DatabaseUnavailable, match=r"`ping_on_startup=False`.*`do_connect`"):
         await database_class(wrong).startup()
 
 
@@ -479,10 +583,11 @@ async def test_a_pool_that_is_used_up_is_told_as_that(kind: Any, tmp_path: Path)
     """Nothing is wrong with host, port or credentials."""
     options: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
     async with kind(f"sqlite:///{tmp_path / 'shop.db'}", **options) as database:
-        async with beginning(database) as session:
-            await result_of(session.execute(select(1)))
-            with pytest.raises(DatabaseUnavailable, match="All connections of its pool are in use"):
-                await database.ping()
+        held: Any = database.engine.connect()
+        connection = held if kind is SyncDatabase else await held
+        with pytest.raises(DatabaseUnavailable, match="All connections of its pool are in use"):
+            await database.ping()
+        await result_of(connection.close())
 
 
 @pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])

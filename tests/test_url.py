@@ -165,7 +165,7 @@ def test_a_url_of_a_provider_is_translated_for_psycopg(
     assert (dict(database.url.query), arguments_of(database)) == (stays, arguments)
 
 
-@pytest.mark.parametrize("driver", ["asyncmy", "aiomysql", "pymysql"])
+@pytest.mark.parametrize("driver", ["asyncmy", "pymysql"])
 @pytest.mark.parametrize(
     ("query", "mode"),
     [
@@ -191,7 +191,16 @@ def test_a_url_of_a_provider_is_translated_for_mysql(driver: str, query: str, mo
         assert context.check_hostname == ("VERIFY_CA" not in query)
 
 
-@pytest.mark.parametrize("driver", ["asyncmy", "aiomysql", "pymysql"])
+@pytest.mark.parametrize("mode", ["REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY"])
+def test_tls_that_a_driver_cannot_insist_on_is_refused(mode: str) -> None:
+    """Aiomysql goes on unencrypted where the server, or a man in the middle, offers no TLS."""
+    said = refused(AsyncDatabase, f"mysql+aiomysql://app:pw@h/d?ssl-mode={mode}")
+    assert "use asyncmy" in said
+    url = "mysql+aiomysql://app:pw@h/d?ssl-mode=DISABLED"
+    assert dict(AsyncDatabase(url).url.query) == {}
+
+
+@pytest.mark.parametrize("driver", ["asyncmy", "pymysql"])
 def test_what_is_given_wins_over_the_url(driver: str) -> None:
     """`connect_args` are the last word."""
     database_class: Any = SyncDatabase if driver == "pymysql" else AsyncDatabase
@@ -256,7 +265,7 @@ async def test_a_translated_url_works_on_a_real_postgresql(kind: str, tmp_path: 
     real.reader.dispose()
 
 
-@pytest.mark.parametrize("kind", ["asyncmy", "aiomysql", "pymysql-sync"])
+@pytest.mark.parametrize("kind", ["asyncmy", "pymysql-sync"])
 async def test_a_server_without_tls_does_not_get_what_must_be_encrypted(
     kind: str, tmp_path: Path
 ) -> None:

@@ -204,7 +204,7 @@ async def driver_for_asyncio() -> None:
 
 async def engine_for_a_database() -> None:
     engine: Any = create_async_engine("sqlite+aiosqlite:///shop.db")
-    DBSessionMiddleware(nothing, engine)
+    await asyncio.to_thread(DBSessionMiddleware, nothing, engine)  # where no loop is running
 
 
 async def session_of_the_other_kind() -> None:

@@ -46,5 +46,5 @@ def with_optional_rooms(
         serve = Retry(serve, attempts)
     for observer in observers:
         for database in databases:
-            database.watch_engines(observer.engine_used)
+            database.observe(observer)
     return serve, tuple(observers)

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import URL, Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 from sqlalchemy.util import greenlet_spawn
 from typing_extensions import override
 
@@ -95,7 +96,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     @property
     @override
     def engine(self) -> AsyncEngine:
-        if self._loop is not None:
+        if self._loop is not None or not self._owns_engine:
             self._refuse_other_loop()
         if self._engine is None:
             raise DatabaseNotRunning(self)
@@ -103,7 +104,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     @override
     async def startup(self) -> None:
-        if self._loop is not None and self._loop.is_closed():
+        if self._owns_engine and self._loop is not None and self._loop.is_closed():
             # Its connections went with it; what is left of the engine could only fail.
             self._forget_engine()
         self._refuse_other_loop()
@@ -134,8 +135,21 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             loop = asyncio.get_running_loop()
         except RuntimeError:  # a worker thread of the loop that serves the request
             return
-        if self._loop is not None and self._loop is not loop:
+        if self._loop is loop:
+            return
+        if not self._owns_engine and self._engine is not None:
+            self._take_to_loop(self._engine, loop)
+        elif self._loop is not None:
             raise DatabaseNotRunning(self, other_loop=True)
+
+    def _take_to_loop(self, engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
+        """Use an engine of the application's own in a loop that did not use it before."""
+        if self._loop is not None and not isinstance(engine.pool, NullPool):
+            if not self._loop.is_closed():
+                raise DatabaseNotRunning(self, other_loop=True)
+            # Its connections went with the loop, and can only be left to the garbage collector.
+            engine.sync_engine.dispose(close=False)
+        self._loop = loop
 
     @override
     def _create_engine(self) -> AsyncEngine:

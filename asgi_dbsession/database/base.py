@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from threading import Lock
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -24,8 +24,10 @@ from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.failures import watch
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.types import Scope
+from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
+from .borrowed import borrow, own
 from .failures import failure_of, reason_of
 from .health import Health
 from .options_in_url import translate_options
@@ -52,7 +54,8 @@ class Database(ABC, Generic[E, S]):
         engine_options: dict[str, Any],
     ) -> None:
         named = url_with_driver(url, asynchronous=self.is_async)
-        self.url, engine_options = translate_options(named, engine_options)
+        translated, engine_options = translate_options(named, engine_options)
+        self.url: URL = translated
         self._engine_options = options_for_memory(self.url, engine_options)
         if not isinstance(session_options or {}, Mapping):
             raise ConfigurationError(
@@ -71,7 +74,7 @@ class Database(ABC, Generic[E, S]):
         self._starts = 0
         self._starting = Lock()
         self._prepare: Callable[[Engine], None] = watch
-        self._engine_hooks: list[Callable[[Engine], None]] = []
+        self._observers: list[UnitObserver] = []
 
     def __repr__(self) -> str:
         url = getattr(self, "url", None)  # none yet, where a traceback shows a half-made one
@@ -112,6 +115,10 @@ class Database(ABC, Generic[E, S]):
     ) -> Self:
         """Use an engine of yours. It stays yours: it is running at once, and never disposed.
 
+        Its listeners of this package go when the last database goes that was made from it. An
+        async engine belongs to the event loop that uses it first. When that loop has been closed,
+        the next one gets new connections; several loops at once need `poolclass=NullPool`.
+
         Args:
             engine: An `AsyncEngine` for `AsyncDatabase`, an `Engine` for `SyncDatabase`.
             session_options: As for the class itself.
@@ -129,7 +136,7 @@ class Database(ABC, Generic[E, S]):
         database = cls(engine.url, **options)
         database._engine = engine
         database._owns_engine = False
-        watch(database._sync_engine(engine))
+        borrow(database._sync_engine(engine), database, database._observers)
         return database
 
     @property
@@ -158,11 +165,7 @@ class Database(ABC, Generic[E, S]):
             ConfigurationError: SQLAlchemy or the driver refused the options.
             DatabaseNotRunning: It was shut down meanwhile.
         """
-        with self._starting:
-            if self._engine is None:
-                self._engine = self._build_engine()
-            engine = self._engine
-            self._starts += 1
+        engine = self._begin_start()
         try:
             if self._ping_on_startup:
                 await self.ping()
@@ -175,13 +178,27 @@ class Database(ABC, Generic[E, S]):
 
     async def shutdown(self) -> None:
         """Close every connection once the last start is undone, cancelled or not."""
+        engine = self._end_start()
+        if engine is not None:
+            await run_to_completion(self._dispose(engine))
+
+    def _begin_start(self) -> E:
+        """Count a start; the engine, built by the first one."""
+        with self._starting:
+            if self._engine is None:
+                self._engine = self._build_engine()
+            self._starts += 1
+            return self._engine
+
+    def _end_start(self) -> E | None:
+        """Undo a start; the engine to dispose, after the last one."""
         with self._starting:
             self._starts = max(0, self._starts - 1)
             if self._starts > 0 or not self._owns_engine or self._engine is None:
-                return
+                return None
             engine = self._engine
             self._forget_engine()
-        await run_to_completion(self._dispose(engine))
+            return engine
 
     def _forget_engine(self) -> None:
         self._engine, self._starts = None, 0
@@ -211,10 +228,7 @@ class Database(ABC, Generic[E, S]):
         try:
             await self._select_one(engine)
         except Exception as error:
-            failure = self._failure(error)
-            if failure is error:
-                raise
-            raise failure from error
+            self._raise_failure(error)
         finally:
             if self._engine is not engine:  # shut down meanwhile: close what was opened since
                 await run_to_completion(self._dispose(engine))
@@ -294,25 +308,28 @@ class Database(ABC, Generic[E, S]):
             raise ConfigurationError(
                 f"{self} cannot be built with these engine options: {reason}"
             ) from None
+        own(self._sync_engine(engine))
         self._prepare(self._sync_engine(engine))
-        for hook in self._engine_hooks:
-            hook(self._sync_engine(engine))
+        for observer in self._observers:
+            observer.engine_used(self._sync_engine(engine))
         return engine
 
-    def watch_engines(self, hook: Callable[[Engine], None]) -> None:
-        """Call `hook` with each engine that sessions of this database use, now and later.
-
-        Args:
-            hook: Called again for the same engine if several databases or sessions share it.
-        """
-        if not self._engine_hooks:
+    def observe(self, observer: UnitObserver) -> None:
+        """Tell an observer of each engine that sessions of this database use, now and later."""
+        if not self._observers:
             self._tell_binds()
-        self._engine_hooks.append(hook)
+        self._observers.append(observer)
         if self._engine is not None:
-            hook(self._sync_engine(self._engine))
+            observer.engine_used(self._sync_engine(self._engine))
 
     @abstractmethod
     def _tell_binds(self) -> None: ...
+
+    def _raise_failure(self, error: Exception) -> NoReturn:
+        failure = self._failure(error)
+        if failure is error:
+            raise error
+        raise failure from error
 
     def _failure(self, error: Exception) -> Exception:
         return failure_of(self, error, secrets_of(self.url, self._engine_options))

@@ -20,7 +20,10 @@ _MODES = {
 
 
 def for_mysql(options: UrlOptions) -> None:
-    """Write the options as asyncmy, aiomysql and PyMySQL take them."""
+    """Write the options as asyncmy, aiomysql and PyMySQL take them.
+
+    aiomysql cannot insist on TLS, so there a mode that does is refused.
+    """
     if (charset := options.take("encoding")) is not None:
         options.query["charset"] = charset
     mode = take_ssl_mode(options, _MODES)
@@ -30,6 +33,12 @@ def for_mysql(options: UrlOptions) -> None:
     if mode == "disabled" and options.driver == "pymysql":
         options.arguments["ssl_disabled"] = True
     elif mode not in (None, "disabled"):
+        if options.driver == "aiomysql":
+            options.refuse(
+                "ssl-mode",
+                "aiomysql goes on unencrypted where the server offers no TLS: use asyncmy "
+                '(`mysql+asyncmy://`), or write `connect_args={"ssl": context}` if that is enough.',
+            )
         files = {name: options.take(f"ssl_{name}") for name in ("ca", "capath", "cert", "key")}
         options.arguments["ssl"] = _context(mode, files)
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy import URL, Engine, create_engine, select
 from sqlalchemy.orm import Session
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from asgi_dbsession.session.guard import Companion, guarded_class, telling_class
 from asgi_dbsession.session.lock import current_task
@@ -55,6 +56,29 @@ class SyncDatabase(Database[Engine, AnySession]):
         self._class: type[AnySession] = guarded_class(self._session_class(Session))
         self._questions = ThreadQuestions(_select_one)
         self._check_session_options()
+
+    def __enter__(self) -> Self:
+        """Start as `async with` does, in a script or worker without an event loop."""
+        engine = self._begin_start()
+        try:
+            if self._ping_on_startup:
+                _select_one(engine)
+        except BaseException as error:
+            self.__exit__(None, None, None)
+            if isinstance(error, Exception):
+                self._raise_failure(error)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        engine = self._end_start()
+        if engine is not None:
+            engine.dispose()
 
     @contextmanager
     def begin(self) -> Iterator[AnySession]:

@@ -16,7 +16,7 @@ from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import DatabaseReport, Outcome, UnitReport
 
 from .call_site import as_text
-from .stats import SessionStats, watch_usage
+from .stats import SessionStats, unwatch_usage, watch_usage
 
 _logger = logging.getLogger("asgi_dbsession")
 
@@ -48,6 +48,10 @@ class Recorder(UnitObserver):
     @override
     def engine_used(self, engine: Engine) -> None:
         watch_usage(engine)
+
+    @override
+    def engine_left(self, engine: Engine) -> None:
+        unwatch_usage(engine)
 
     @override
     def unit_began(self, unit: Any) -> None:

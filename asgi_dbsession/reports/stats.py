@@ -1,5 +1,6 @@
 """What one session asks of its database, and how long that takes."""
 
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from time import perf_counter
 from typing import Any
@@ -115,15 +116,27 @@ _asking: ContextVar[SessionStats | None] = ContextVar("asgi_dbsession.asking", d
 
 def watch_usage(engine: Engine) -> None:
     """Have `engine` tell what is asked of it; watching twice is watching once."""
-    event.listen(engine, "checkout", _check_out)
-    event.listen(engine, "checkin", _check_in)
-    event.listen(engine, "before_cursor_execute", _begin_statement)
-    event.listen(engine, "after_cursor_execute", _done)
-    event.listen(engine, "handle_error", _fail)
+    for name, listener in _listeners():
+        event.listen(engine, name, listener)
+
+
+def unwatch_usage(engine: Engine) -> None:
+    """Undo `watch_usage`, on an engine that goes on without this package."""
+    for name, listener in _listeners():
+        if event.contains(engine, name, listener):
+            event.remove(engine, name, listener)
+
+
+def _listeners() -> Iterator[tuple[str, Callable[..., None]]]:
+    yield "checkout", _check_out
+    yield "checkin", _check_in
+    yield "before_cursor_execute", _begin_statement
+    yield "after_cursor_execute", _done
+    yield "handle_error", _fail
     for name in ("commit", "commit_twophase"):
-        event.listen(engine, name, _begin_commit)
+        yield name, _begin_commit
     for name in ("rollback", "prepare_twophase", "rollback_twophase"):
-        event.listen(engine, name, _begin)
+        yield name, _begin
 
 
 def _check_out(_connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:

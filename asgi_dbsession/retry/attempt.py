@@ -103,6 +103,13 @@ def watch_conflicts(engine: Engine) -> None:
             event.listen(engine, name, listener)
 
 
+def unwatch_conflicts(engine: Engine) -> None:
+    """Undo `watch_conflicts`."""
+    for name, listener in _LISTENERS.items():
+        if event.contains(engine, name, listener):
+            event.remove(engine, name, listener)
+
+
 def _record_conflict(context: ExceptionContext) -> None:
     attempt = _under_way()
     if attempt is None or not _is_conflict(context.original_exception):

@@ -12,7 +12,7 @@ from asgi_dbsession.errors import ABORTED
 from asgi_dbsession.session.failures import watch_all
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
 
-from .attempt import Attempt, watch_conflicts
+from .attempt import Attempt, unwatch_conflicts, watch_conflicts
 from .replay import Replay
 
 # The longest pause before the second run, in seconds; it doubles from run to run, up to the other.
@@ -30,7 +30,7 @@ class Retry:
     def __init__(self, app: ASGIApp, attempts: int) -> None:
         self._app = app
         self._attempts = attempts
-        watch_all(watch_conflicts)
+        watch_all(watch_conflicts, unwatch_conflicts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""

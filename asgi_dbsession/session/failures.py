@@ -32,7 +32,7 @@ _ROLLING_BACK = (1213, 1020, 1206)
 # copies with other options share a dialect.
 _watched: WeakSet[Engine] = WeakSet()
 _dialects: WeakSet[Dialect] = WeakSet()
-_watchers: list[Callable[[Engine], None]] = []
+_watchers: dict[Callable[[Engine], None], Callable[[Engine], None]] = {}
 
 
 def watch(engine: Engine) -> None:
@@ -45,10 +45,15 @@ def watch(engine: Engine) -> None:
             watcher(engine)
 
 
-def watch_all(watcher: Callable[[Engine], None]) -> None:
-    """Call `watcher` once with each engine of this package's databases, now and later."""
+def watch_all(watcher: Callable[[Engine], None], undo: Callable[[Engine], None]) -> None:
+    """Call `watcher` once with each engine of this package's databases, now and later.
+
+    Args:
+        watcher: Adds listeners to an engine.
+        undo: Takes them away, when nobody uses the engine through this package any more.
+    """
     if watcher not in _watchers:
-        _watchers.append(watcher)
+        _watchers[watcher] = undo
         for engine in tuple(_watched):
             watcher(engine)
 
@@ -57,6 +62,8 @@ def unwatch(engine: Engine) -> None:
     """Undo `watch`."""
     if engine in _watched:
         event.remove(engine, "handle_error", _record_failure)
+        for undo in _watchers.values():
+            undo(engine)
         _dialects.discard(engine.dialect)
         _watched.discard(engine)
 

@@ -17,6 +17,9 @@ class UnitObserver:
     def engine_used(self, engine: Engine) -> None:
         """Sessions use an engine for the first time; more than once if several share it."""
 
+    def engine_left(self, engine: Engine) -> None:
+        """Nobody uses that engine through this package any more; it goes on without listeners."""
+
     def unit_began(self, unit: Any) -> None:
         """A unit of work began."""
 
