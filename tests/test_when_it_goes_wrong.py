@@ -27,7 +27,6 @@ from asgi_dbsession import (
     get_session,
     get_sync_session,
 )
-from asgi_dbsession.database import url
 
 DOCS = Path(__file__).parents[1] / "docs"
 ERRORS = (DOCS / "troubleshooting.md").read_text()

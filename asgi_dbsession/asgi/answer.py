@@ -17,25 +17,26 @@ async def serve_and_answer(
     """Serve a request, and answer a COMMIT that failed."""
     try:
         await serve(scope, receive, send)
-    except AbortRequest as error:
-        abort = error
+    except AbortRequest as abort:
+        failure = abort.failure
     else:
         return
-    # Outside of the `except`: or the failure would be its own context.
-    await answer_or_raise(abort, on_commit_error, scope, receive, send)
+    await answer_or_raise(failure, on_commit_error, scope, receive, send)
 
 
 async def answer_or_raise(
-    abort: AbortRequest,
+    failure: Exception | None,
     on_commit_error: Callable[[Exception], ASGIApp | None] | None,
     scope: Scope,
     receive: Receive,
     send: Send,
 ) -> None:
-    """Send the response that `on_commit_error` makes, or raise the error of the COMMIT."""
-    failure = abort.failure
-    if failure is None:  # of a middleware further out
-        raise abort
+    """Send the response that `on_commit_error` makes, or raise the error of the COMMIT.
+
+    Not to be called in an `except` block: the error would become its own context.
+    """
+    if failure is None:  # a middleware further out has stopped the request
+        raise AbortRequest
     answer: ASGIApp | None = None
     if on_commit_error is not None and not isinstance(failure, ConfigurationError):
         try:

@@ -15,7 +15,7 @@ from asgi_dbsession.unit.ending import close, close_returned, end_work, end_work
 from asgi_dbsession.unit.report import UnitReport
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
-from .answer import add_note, refuse, serve_and_answer
+from .answer import add_note, answer_or_raise, refuse
 from .arguments import AnyDatabase, application_first, no_application, usable_databases
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .optional import with_optional_rooms
@@ -128,7 +128,13 @@ class DBSessionMiddleware:
         if kind == "http":
             # A middleware further out retries, and answers 503, for this one too.
             serve = self._serve_http if scope.get(_KEY) is None else self._serve
-            await serve_and_answer(serve, self.on_commit_error, scope, receive, send)
+            try:
+                await serve(scope, receive, send)
+            except AbortRequest as abort:
+                failure = abort.failure
+            else:
+                return
+            await answer_or_raise(failure, self.on_commit_error, scope, receive, send)
         elif kind == "websocket":
             await self._serve(scope, receive, send)
         elif kind == "lifespan":

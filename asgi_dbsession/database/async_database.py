@@ -13,14 +13,10 @@ from sqlalchemy.util import greenlet_spawn
 from typing_extensions import override
 
 from asgi_dbsession.errors import ConfigurationError, DatabaseNotRunning
-from asgi_dbsession.session.guard import (
-    Companion,
-    guarded_async_class,
-    guarded_class,
-    telling_class,
-)
+from asgi_dbsession.session.guard import Companion, guarded_async_class, guarded_class
 from asgi_dbsession.session.lock import TaskLock
 from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.telling import telling_class
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.begin import unit_of_its_own
 from asgi_dbsession.unit.ending import close

@@ -2,12 +2,10 @@
 
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from threading import Lock
+from abc import abstractmethod
+from collections.abc import Mapping
 from time import perf_counter
-from types import TracebackType
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -16,33 +14,24 @@ from typing_extensions import Self
 
 from asgi_dbsession.errors import (
     ConfigurationError,
-    DatabaseNotRunning,
     DBSessionError,
-    without_secrets,
 )
-from asgi_dbsession.session.completion import run_to_completion
-from asgi_dbsession.session.failures import watch
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.types import Scope
-from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
-from .borrowed import borrow, own
-from .failures import failure_of, reason_of
+from .borrowed import borrow
+from .engine_life import EngineLife
 from .health import Health
-from .options_in_url import translate_options
 from .questions import Questions
-from .secrets import secrets_of
-from .url import options_for_memory, url_with_driver
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 S = TypeVar("S")
 
 
-class Database(ABC, Generic[E, S]):
+class Database(EngineLife[E], Generic[E, S]):
     """What an async and a sync database share: all but how to talk to the engine."""
 
-    is_async: bool
     _engine_class: type[E]
     _questions: Questions
 
@@ -53,10 +42,7 @@ class Database(ABC, Generic[E, S]):
         ping_on_startup: bool,
         engine_options: dict[str, Any],
     ) -> None:
-        named = url_with_driver(url, asynchronous=self.is_async)
-        translated, engine_options = translate_options(named, engine_options)
-        self.url: URL = translated
-        self._engine_options = options_for_memory(self.url, engine_options)
+        super().__init__(url, ping_on_startup, engine_options)
         if not isinstance(session_options or {}, Mapping):
             raise ConfigurationError(
                 f"session_options takes a dictionary, not something of type "
@@ -68,18 +54,6 @@ class Database(ABC, Generic[E, S]):
             # A closed session would silently open again, and leak.
             "close_resets_only": False,
         }
-        self._ping_on_startup = ping_on_startup
-        self._engine: E | None = None
-        self._owns_engine = True
-        self._starts = 0
-        self._starting = Lock()
-        self._prepare: Callable[[Engine], None] = watch
-        self._observers: list[UnitObserver] = []
-
-    def __repr__(self) -> str:
-        url = getattr(self, "url", None)  # none yet, where a traceback shows a half-made one
-        shown = repr(without_secrets(url)) if url is not None else "…"
-        return f"{type(self).__name__}({shown})"
 
     @classmethod
     def from_env(cls, variable: str = "DATABASE_URL", **options: Any) -> Self:
@@ -139,100 +113,6 @@ class Database(ABC, Generic[E, S]):
         borrow(database._sync_engine(engine), database, database._observers)
         return database
 
-    @property
-    def engine(self) -> E:
-        """The engine, for whatever needs more than a session (`create_all`, pool metrics).
-
-        Raises:
-            DatabaseNotRunning: Before startup and after shutdown.
-        """
-        if self._engine is None:
-            raise DatabaseNotRunning(self)
-        return self._engine
-
-    @property
-    def is_running(self) -> bool:
-        """Whether there is an engine: from startup until shutdown; always, for `from_engine`."""
-        return self._engine is not None
-
-    async def startup(self) -> None:
-        """Build the engine in the running event loop and make sure that the database answers.
-
-        Starting is counted, not repeated: as many calls of `shutdown` end it.
-
-        Raises:
-            DatabaseUnavailable: The ping failed; nothing is left behind.
-            ConfigurationError: SQLAlchemy or the driver refused the options.
-            DatabaseNotRunning: It was shut down meanwhile.
-        """
-        engine = self._begin_start()
-        try:
-            if self._ping_on_startup:
-                await self.ping()
-        except BaseException:
-            if self._engine is engine:  # else another caller has ended this start
-                await self.shutdown()
-            raise
-        if self._engine is not engine:
-            raise DatabaseNotRunning(self)
-
-    async def shutdown(self) -> None:
-        """Close every connection once the last start is undone, cancelled or not."""
-        engine = self._end_start()
-        if engine is not None:
-            await run_to_completion(self._dispose(engine))
-
-    def _begin_start(self) -> E:
-        """Count a start; the engine, built by the first one."""
-        with self._starting:
-            if self._engine is None:
-                self._engine = self._build_engine()
-            self._starts += 1
-            return self._engine
-
-    def _end_start(self) -> E | None:
-        """Undo a start; the engine to dispose, after the last one."""
-        with self._starting:
-            self._starts = max(0, self._starts - 1)
-            if self._starts > 0 or not self._owns_engine or self._engine is None:
-                return None
-            engine = self._engine
-            self._forget_engine()
-            return engine
-
-    def _forget_engine(self) -> None:
-        self._engine, self._starts = None, 0
-
-    async def __aenter__(self) -> Self:
-        await self.startup()
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.shutdown()
-
-    async def ping(self) -> None:
-        """Run a statement, and so prove that the database answers.
-
-        How long it may take is the driver's business: set its connect timeout in `connect_args`.
-
-        Raises:
-            DatabaseUnavailable: It does not answer; the driver's error is the cause.
-            DatabaseNotRunning: Before startup.
-        """
-        engine = self.engine
-        try:
-            await self._select_one(engine)
-        except Exception as error:
-            self._raise_failure(error)
-        finally:
-            if self._engine is not engine:  # shut down meanwhile: close what was opened since
-                await run_to_completion(self._dispose(engine))
-
     async def health(self, *, within: float = 1) -> Health:
         """Say whether the database answers, soon and without raising, for a route like `/health`.
 
@@ -262,11 +142,11 @@ class Database(ABC, Generic[E, S]):
         """The session of this database in the current unit of work.
 
         Opened on first use; its connection is checked out by the first statement. It is valid
-        until the request (or the `begin()`) ends, and then closed for good.
+        until the request (or the `begin()`) ends, and then closed permanently.
 
         Raises:
             NoSession: Not inside a request that serves this database, nor inside `begin()`.
-            SessionClosed: The request that this task belongs to is over.
+            SessionClosed: The request that this task belongs to has ended.
             DatabaseNotRunning: The database has not been started.
         """
         return unit_that_manages(self).open(self)
@@ -285,54 +165,6 @@ class Database(ABC, Generic[E, S]):
 
     @abstractmethod
     def _make_session(self, engine: E | None, scope: Scope | None) -> ManagedSession[S]: ...
-
-    @abstractmethod
-    def _create_engine(self) -> E: ...
-
-    @abstractmethod
-    async def _select_one(self, engine: E) -> None: ...
-
-    @abstractmethod
-    async def _dispose(self, engine: E) -> None: ...
-
-    @abstractmethod
-    def _sync_engine(self, engine: E) -> Engine: ...
-
-    def _build_engine(self) -> E:
-        try:
-            engine = self._create_engine()
-        except DBSessionError:
-            raise
-        except Exception as error:  # ArgumentError, if all is well; KeyError, AttributeError, …
-            reason = reason_of(error, secrets_of(self.url, self._engine_options))
-            raise ConfigurationError(
-                f"{self} cannot be built with these engine options: {reason}"
-            ) from None
-        own(self._sync_engine(engine))
-        self._prepare(self._sync_engine(engine))
-        for observer in self._observers:
-            observer.engine_used(self._sync_engine(engine))
-        return engine
-
-    def observe(self, observer: UnitObserver) -> None:
-        """Tell an observer of each engine that sessions of this database use, now and later."""
-        if not self._observers:
-            self._tell_binds()
-        self._observers.append(observer)
-        if self._engine is not None:
-            observer.engine_used(self._sync_engine(self._engine))
-
-    @abstractmethod
-    def _tell_binds(self) -> None: ...
-
-    def _raise_failure(self, error: Exception) -> NoReturn:
-        failure = self._failure(error)
-        if failure is error:
-            raise error
-        raise failure from error
-
-    def _failure(self, error: Exception) -> Exception:
-        return failure_of(self, error, secrets_of(self.url, self._engine_options))
 
     def _check_session_options(self) -> None:
         try:

@@ -10,9 +10,10 @@ from sqlalchemy import URL, Engine, create_engine, select
 from sqlalchemy.orm import Session
 from typing_extensions import Self, override
 
-from asgi_dbsession.session.guard import Companion, guarded_class, telling_class
+from asgi_dbsession.session.guard import Companion, guarded_class
 from asgi_dbsession.session.lock import current_task
 from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.telling import telling_class
 from asgi_dbsession.session.thread_lock import ThreadLock
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.begin import unit_of_its_own

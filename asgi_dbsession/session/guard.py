@@ -93,12 +93,7 @@ def guarded_class(session_class: type[S]) -> type[S]:
     `run_sync` and the methods that a class of the application adds.
     """
     bases = (GuardedSession,) if session_class is Session else (session_class, GuardedSession)
-    return _derive(session_class, bases, {})
-
-
-def telling_class(guarded: type[S]) -> type[S]:
-    """Derive a class whose companion is told of each engine that SQLAlchemy asks for."""
-    return _derive(guarded, (guarded,), {"get_bind": _telling(guarded.get_bind)})
+    return derive(session_class, bases, {})
 
 
 def guarded_async_class(session_class: type[A]) -> type[A]:
@@ -113,11 +108,11 @@ def guarded_async_class(session_class: type[A]) -> type[A]:
     }
     bases = (_ClosingAsyncSession, session_class)
     methods.pop("close")
-    return _derive(session_class, bases, methods)
+    return derive(session_class, bases, methods)
 
 
-def _derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, Any]) -> type[T]:
-    # An application sees a class of the name that it knows.
+def derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, Any]) -> type[T]:
+    """A class of the same name, because an application knows that name."""
     named = {"__module__": session_class.__module__, **methods}
     derived: type[T] = types.new_class(
         session_class.__name__, bases, exec_body=lambda body: body.update(named)
@@ -125,7 +120,9 @@ def _derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, 
     return derived
 
 
-def _locked(operation: Callable[..., R]) -> Callable[..., R]:
+def locked(operation: Callable[..., R]) -> Callable[..., R]:
+    """Have a method of a session, or of its transaction, hold the lock of the session."""
+
     @functools.wraps(operation)
     def operate_locked(self: Any, *args: Any, **kwargs: Any) -> R:
         lock: SessionLock = self._companion.lock
@@ -141,17 +138,6 @@ def _locked(operation: Callable[..., R]) -> Callable[..., R]:
                 lock.release()
 
     return operate_locked
-
-
-def _telling(get_bind: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(get_bind)
-    def get_bind_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bind = get_bind(self, *args, **kwargs)
-        if self._companion.bind_asked is not None:
-            self._companion.bind_asked(bind)
-        return bind
-
-    return get_bind_and_tell
 
 
 def _on_event_loop(method: Callable[..., R]) -> Callable[..., R]:
@@ -197,6 +183,7 @@ class GuardedSession(Session):
     """What `guarded_class` derives from. Its companion is set once it is made."""
 
     _companion: Companion
+    transaction_class: type[SessionTransaction] = SessionTransaction  # see `managed.py`
 
     @override
     def add(self, instance: object, *args: Any, **kwargs: Any) -> None:
@@ -204,13 +191,13 @@ class GuardedSession(Session):
         super().add(instance, *args, **kwargs)
 
     @override
-    @_locked
+    @locked
     def begin(self, nested: bool = False) -> SessionTransaction:
         # RELEASE SAVEPOINT must not overlap an end either.
-        return begin(self, LockedTransaction, nested=nested)
+        return begin(self, self.transaction_class, nested=nested)
 
     @override
-    @_locked
+    @locked
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         connection = super().connection(*args, **kwargs)
         _begin_on_server(connection)
@@ -229,7 +216,7 @@ class GuardedSession(Session):
             self.discard()
 
     @override
-    @_locked
+    @locked
     def reset(self) -> None:
         if self.in_transaction():
             # As at the end of `async with get_session()`: the work would be lost, and a success
@@ -237,20 +224,10 @@ class GuardedSession(Session):
             raise PrematureClose(self._companion.lock.database)
         super().reset()
 
-    @_locked
+    @locked
     def discard(self) -> None:
         """Roll back what an error interrupted, and forget the objects."""
         super().reset()
-
-
-class LockedTransaction(SessionTransaction):
-    """What `session.begin()` and `session.begin_nested()` return."""
-
-    @property
-    def _companion(self) -> Companion:
-        session: Any = self.session
-        companion: Companion = session._companion
-        return companion
 
 
 def _begin_on_server(connection: Connection) -> None:
@@ -268,6 +245,4 @@ def _begin_on_server(connection: Connection) -> None:
 
 for _name in _OPERATIONS:
     if hasattr(Session, _name):
-        setattr(GuardedSession, _name, _locked(getattr(Session, _name)))
-for _name in ("close", "commit", "prepare", "rollback"):
-    setattr(LockedTransaction, _name, _locked(getattr(SessionTransaction, _name)))
+        setattr(GuardedSession, _name, locked(getattr(Session, _name)))

@@ -77,13 +77,11 @@ current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=N
 class SessionLock(ABC):
     """A monitor: each method decides at once, or waits until the lock is released.
 
-    An operation acquires the lock, and is refused while another caller is in an operation. An end
-    waits for the operation in flight. An operation that begins while an end waits or runs waits
-    for that end.
+    An operation is refused while another caller is in an operation. An end waits for the operation
+    in flight, and an operation that begins meanwhile waits for the end.
 
-    The mutex is an `RLock`: a signal handler or a finalizer may use the session while its own
-    thread holds the mutex. No exception can leave it locked, because `with` acquires and releases
-    it without running Python code.
+    The mutex is an `RLock`, because a signal handler or a finalizer may use the session while its
+    own thread holds it. No exception leaves it locked: `with` runs no Python code of its own.
 
     Attributes:
         is_closed: Whether no operation may begin any more.
@@ -186,11 +184,7 @@ class SessionLock(ABC):
         return self._is_held_by_end and self._holder == self._caller()
 
     def record_user(self) -> None:
-        """Record that the caller uses the session, for what only changes its memory.
-
-        Raises:
-            As `acquire`, but for `ConcurrentUse`.
-        """
+        """Record that the caller uses the session, for what only changes its memory."""
         caller = self._caller()
         with self.mutex:
             if self.is_closed:

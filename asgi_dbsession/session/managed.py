@@ -10,6 +10,7 @@ from ._sqlalchemy import flush_and_prepare, forget
 from .failures import failed_transactions, refuse_if_aborted, watch
 from .guard import Companion, GuardedSession
 from .lock import End, SessionLock
+from .transaction import LockedTransaction
 
 S = TypeVar("S")
 
@@ -164,6 +165,7 @@ def _record_rollback(session: Any, transaction: SessionTransaction) -> None:
         follower.record_rollback(transaction)
 
 
+GuardedSession.transaction_class = LockedTransaction
 event.listen(GuardedSession, "after_begin", _remember_connection)
 event.listen(GuardedSession, "before_commit", _refuse_if_aborted)
 event.listen(GuardedSession, "after_commit", _record_commit)

@@ -1,0 +1,21 @@
+"""Transactions that a session hands out, whose operations hold its lock too."""
+
+from typing import Any
+
+from sqlalchemy.orm import SessionTransaction
+
+from .guard import Companion, locked
+
+
+class LockedTransaction(SessionTransaction):
+    """What `session.begin()` and `session.begin_nested()` return."""
+
+    @property
+    def _companion(self) -> Companion:
+        session: Any = self.session
+        companion: Companion = session._companion
+        return companion
+
+
+for _name in ("close", "commit", "prepare", "rollback"):
+    setattr(LockedTransaction, _name, locked(getattr(SessionTransaction, _name)))
