@@ -35,6 +35,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         session_options: For the session class, itself included: `{"class_": MySession}`.
             `expire_on_commit` is False unless given.
         ping_on_startup: Whether startup fails when the database does not answer.
+        autocommit_reads: Whether a unit of work that only reads does without a transaction. None:
+            where no application can tell, on PostgreSQL at READ COMMITTED. False: never.
         **engine_options: For `sqlalchemy.ext.asyncio.create_async_engine`.
 
     Raises:
@@ -50,9 +52,10 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         *,
         session_options: AsyncSessionOptions[AnyAsyncSession] | None = None,
         ping_on_startup: bool = True,
+        autocommit_reads: bool | None = None,
         **engine_options: Any,
     ) -> None:
-        super().__init__(url, session_options, ping_on_startup, engine_options)
+        super().__init__(url, session_options, ping_on_startup, autocommit_reads, engine_options)
         session_class: type[AnyAsyncSession] = self._session_class(AsyncSession)
         self._guarded_class = guarded_async_class(session_class)
         default = session_class.sync_session_class
@@ -119,7 +122,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         )
         orm = session.sync_session
         orm.info["scope"] = scope
-        companion = Companion(TaskLock(self))
+        companion = Companion(TaskLock(self), self._reads)
         return ManagedSession(session, orm, companion, greenlet_spawn)
 
     @override

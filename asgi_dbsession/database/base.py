@@ -17,6 +17,7 @@ from asgi_dbsession.errors import (
     DBSessionError,
 )
 from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.reads import Reads, check_autocommit_reads, watch_reads
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
@@ -40,9 +41,12 @@ class Database(EngineLife[E], Generic[E, S]):
         url: str | URL,
         session_options: Mapping[str, Any] | None,
         ping_on_startup: bool,
+        autocommit_reads: bool | None,
         engine_options: dict[str, Any],
     ) -> None:
         super().__init__(url, ping_on_startup, engine_options)
+        check_autocommit_reads(self, autocommit_reads, self.url.get_dialect().driver)
+        self._reads = Reads(autocommit_reads)
         if not isinstance(session_options or {}, Mapping):
             raise ConfigurationError(
                 f"session_options takes a dictionary, not something of type "
@@ -111,6 +115,7 @@ class Database(EngineLife[E], Generic[E, S]):
         database._engine = engine
         database._owns_engine = False
         borrow(database._sync_engine(engine), database, database._observers)
+        watch_reads(database._sync_engine(engine))
         return database
 
     async def health(self, *, within: float = 1) -> Health:

@@ -18,6 +18,7 @@ from asgi_dbsession.errors import (
 )
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.failures import watch
+from asgi_dbsession.session.reads import watch_reads
 from asgi_dbsession.unit.observer import UnitObserver
 
 from .borrowed import own
@@ -160,6 +161,7 @@ class EngineLife(ABC, Generic[E]):
             ) from None
         own(self._sync_engine(engine))
         self._prepare(self._sync_engine(engine))
+        watch_reads(self._sync_engine(engine))
         for observer in self._observers:
             observer.engine_used(self._sync_engine(engine))
         return engine

@@ -36,6 +36,7 @@ class SyncDatabase(Database[Engine, AnySession]):
         session_options: For the session class, itself included: `{"class_": MySession}`.
             `expire_on_commit` is False unless given.
         ping_on_startup: Whether startup fails when the database does not answer.
+        autocommit_reads: As for `AsyncDatabase`.
         **engine_options: For `sqlalchemy.create_engine`.
 
     Raises:
@@ -51,9 +52,10 @@ class SyncDatabase(Database[Engine, AnySession]):
         *,
         session_options: SessionOptions[AnySession] | None = None,
         ping_on_startup: bool = True,
+        autocommit_reads: bool | None = None,
         **engine_options: Any,
     ) -> None:
-        super().__init__(url, session_options, ping_on_startup, engine_options)
+        super().__init__(url, session_options, ping_on_startup, autocommit_reads, engine_options)
         self._class: type[AnySession] = guarded_class(self._session_class(Session))
         self._questions = ThreadQuestions(_select_one)
         self._check_session_options()
@@ -116,7 +118,7 @@ class SyncDatabase(Database[Engine, AnySession]):
     ) -> ManagedSession[AnySession]:
         session = self._class(bind=engine, **self._session_options)
         session.info["scope"] = scope
-        companion = Companion(ThreadLock(self, current_task()))
+        companion = Companion(ThreadLock(self, current_task()), self._reads)
         return ManagedSession(session, session, companion, _run_in_thread)
 
     @override

@@ -56,6 +56,23 @@ def is_prepared(transaction: Transaction | None) -> bool:
     return isinstance(transaction, TwoPhaseTransaction) and transaction._is_prepared
 
 
+def is_server_side(context: Any) -> bool:
+    """Whether a statement is read through a cursor on the server."""
+    found: bool = context._is_server_side
+    return found
+
+
+def has_additions(element: Any) -> bool:
+    """Whether hints, prefixes or suffixes were added to a SELECT or a table, as text."""
+    names = ("_prefixes", "_suffixes", "_hints", "_statement_hints")
+    return any(getattr(element, name, None) for name in names)
+
+
+def renders_expressions(type_: Any) -> bool:
+    """Whether a type writes SQL of its own around a column or a value."""
+    return type_ is not None and (type_._has_column_expression or type_._has_bind_expression)
+
+
 def isolation_level_on_connect(connection: Connection) -> str | None:
     """The isolation level that the engine sets on each new connection; None for the server's."""
     level: str | None = connection.dialect._on_connect_isolation_level

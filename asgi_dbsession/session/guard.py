@@ -20,6 +20,7 @@ from asgi_dbsession.errors import ConfigurationError, PrematureClose
 from ._sqlalchemy import begin
 from .completion import run_to_completion
 from .lock import SessionLock
+from .reads import Reads, begin_now
 
 R = TypeVar("R")
 A = TypeVar("A", bound=AsyncSession)
@@ -64,6 +65,7 @@ class Companion:
 
     Args:
         lock: The lock of the session.
+        reads: Whether the session may read without a transaction.
 
     Attributes:
         connections: Those that the session has used last; some may be closed by now.
@@ -76,8 +78,9 @@ class Companion:
     bind_asked: Callable[[Any], None] | None = None
     wait_failed: Callable[[PoolTimeout], None] | None = None
 
-    def __init__(self, lock: SessionLock) -> None:
+    def __init__(self, lock: SessionLock, reads: Reads) -> None:
         self.lock: SessionLock = lock
+        self.reads: Reads = reads
         self.followers: list[Follower] = []
 
     @property
@@ -200,6 +203,7 @@ class GuardedSession(Session):
     @locked
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         connection = super().connection(*args, **kwargs)
+        begin_now(connection)
         _begin_on_server(connection)
         return connection
 

@@ -10,6 +10,7 @@ from ._sqlalchemy import flush_and_prepare, forget
 from .failures import failed_transactions, refuse_if_aborted, watch
 from .guard import Companion, GuardedSession
 from .lock import End, SessionLock
+from .reads import only_reads
 from .transaction import LockedTransaction
 
 S = TypeVar("S")
@@ -52,6 +53,18 @@ class ManagedSession(Generic[S]):
         session, lock = self.orm, self.lock
         is_changed = session.in_transaction() or session.identity_map.check_modified()
         return is_changed or lock.is_busy or (lock.is_used and bool(session.new))
+
+    @property
+    def is_blocking(self) -> bool:
+        """Whether the session belongs to threads."""
+        return self.session is self.orm
+
+    @property
+    def only_reads(self) -> bool:
+        """Whether the session has begun no transaction on the server, and has nothing to flush."""
+        session = self.orm
+        is_clean = not (session.identity_map.check_modified() or session.new or session.deleted)
+        return is_clean and only_reads(self.companion.open_connections) and not self.lock.is_busy
 
     def close_if_idle(self) -> bool:
         """Close the session permanently if it has no work, without talking to the database.
@@ -147,6 +160,7 @@ def _remember_connection(session: Any, _transaction: object, connection: Connect
     if connection.engine is not session.bind:  # one of `binds`, or of `bind_arguments`
         watch(connection.engine)
     companion.connections = (*companion.open_connections, connection)
+    companion.reads.put_off_begin(session, connection)
 
 
 def _refuse_if_aborted(session: Any) -> None:

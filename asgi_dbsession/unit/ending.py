@@ -5,7 +5,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeAlias
 
 from asgi_dbsession.errors import ConcurrentUse
-from asgi_dbsession.session.completion import complete_here, run_to_completion
+from asgi_dbsession.session.completion import call_here, complete_here, run_to_completion
 from asgi_dbsession.session.lock import End, Reason, current_end, current_task
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.tasks import has_ended
@@ -31,6 +31,11 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
     end = End(commit, "status" if unit.rollback is None else "set_rollback")
     unit.rollback = None
     return _end(unit, end, _with_work(unit))
+
+
+def only_reads(unit: UnitOfWork) -> bool:
+    """Whether the end of all work so far has nothing to commit, and so nothing to wait for."""
+    return not unit.callbacks and all(each.only_reads for each in unit.sessions.values())
 
 
 async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: Living) -> None:
@@ -124,7 +129,10 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     token = current_end.set(end)
     try:
         if len(working) == 1:
-            await working[0].run(working[0].end, end, end.commit)
+            (opened,) = working
+            # What only reads talks to nobody at its end, so it needs no other thread.
+            run = call_here if opened.only_reads and opened.is_blocking else opened.run
+            await run(opened.end, end, end.commit)
         elif working:
             end.failure = await end_together(_in_order(unit, working), end)
     except BaseException as error:

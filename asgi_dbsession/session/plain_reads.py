@@ -1,0 +1,92 @@
+"""Which statements only read, decided by what they are made of and never by their text."""
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Column, CompoundSelect, Join, Select, Table
+from sqlalchemy.engine.interfaces import Compiled, ExecutionContext
+from sqlalchemy.sql import elements, functions, selectable
+from sqlalchemy.sql.annotation import Annotated
+from sqlalchemy.sql.operators import custom_op
+from sqlalchemy.sql.visitors import iterate
+
+from ._sqlalchemy import has_additions, is_server_side, renders_expressions
+
+# Whatever is not on this list may have an effect: functions, FOR UPDATE, text, literal columns,
+# common table expressions, and constructs that SQLAlchemy does not have yet.
+_PLAIN = frozenset(
+    {
+        Column,
+        CompoundSelect,
+        Join,
+        Select,
+        Table,
+        elements.BinaryExpression,
+        elements.BindParameter,
+        elements.BooleanClauseList,
+        elements.Case,
+        elements.Cast,
+        elements.ClauseList,
+        elements.ExpressionClauseList,
+        elements.False_,
+        elements.Grouping,
+        elements.Label,
+        elements.Null,
+        elements.True_,
+        elements.Tuple,
+        elements.TypeClause,
+        elements.TypeCoerce,
+        elements.UnaryExpression,
+        functions.count,
+        functions.max,
+        functions.min,
+        functions.sum,
+        selectable.Alias,
+        selectable.Exists,
+        selectable.FromGrouping,
+        selectable.ScalarSelect,
+        selectable.SelectStatementGrouping,
+        selectable.Subquery,
+        selectable.TableClause,
+    }
+)
+_known: WeakKeyDictionary[Compiled, bool] = WeakKeyDictionary()
+
+
+def is_plain_read(context: ExecutionContext) -> bool:
+    """Whether a statement reads with nothing but what SQLAlchemy itself defines."""
+    compiled: Compiled | None = context.compiled
+    if compiled is None or is_server_side(context):
+        return False
+    found = _known.get(compiled)
+    if found is None:
+        found = _known[compiled] = all(map(_is_plain_element, _elements_of(compiled)))
+    return found
+
+
+def _elements_of(compiled: Compiled) -> Iterator[Any]:
+    yield from iterate(compiled.statement)
+    # What the ORM made of the statement: eager loading adds joins.
+    state: Any = getattr(compiled, "compile_state", None)
+    made = getattr(state, "statement", None)
+    if made is not None and made is not compiled.statement:
+        yield from iterate(made)
+
+
+def _is_plain_element(element: Any) -> bool:
+    kind = next(each for each in type(element).__mro__ if not issubclass(each, Annotated))
+    if kind is elements.ColumnClause:
+        # A literal column is text; the star of COUNT(*) and EXISTS (SELECT *) is one too.
+        return not element.is_literal or element.name == "*"
+    # LIMIT and OFFSET are bound by a class of their own, and the ORM has its own JOIN.
+    is_variant = issubclass(kind, elements.BindParameter | Join) and _is_of_sqlalchemy(kind)
+    if kind not in _PLAIN and not is_variant:
+        return False
+    if isinstance(getattr(element, "operator", None), custom_op) or has_additions(element):
+        return False
+    return not renders_expressions(getattr(element, "type", None))
+
+
+def _is_of_sqlalchemy(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "sqlalchemy"

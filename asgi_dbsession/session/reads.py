@@ -1,0 +1,117 @@
+"""Puts off BEGIN until a session does more than plain reads."""
+
+from typing import Any
+from weakref import WeakSet
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExecutionContext, TwoPhaseTransaction
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from asgi_dbsession.errors import ConfigurationError
+
+from ._sqlalchemy import isolation_level_on_connect
+from .plain_reads import is_plain_read
+
+# The connections on which BEGIN was put off, and how the pool knows them when they come back.
+_put_off: WeakSet[Connection] = WeakSet()
+_KEY = "asgi_dbsession.put_off"
+
+# The drivers that can leave and enter autocommit without asking the server.
+_DRIVERS = ("asyncpg", "psycopg")
+
+
+class Reads:
+    """Whether the sessions of a database read without a transaction.
+
+    At READ COMMITTED each statement sees its own snapshot anyway, so BEGIN and COMMIT around a read
+    are two round trips for nothing.
+    Source: https://www.postgresql.org/docs/current/transaction-iso.html
+
+    Args:
+        wanted: True also at other isolation levels; False never; None where nobody can tell.
+    """
+
+    def __init__(self, wanted: bool | None) -> None:
+        self._wanted = wanted
+        self.is_shared: bool = False  # inside of `rolled_back`, all share one transaction
+
+    def put_off_begin(self, session: Session, connection: Connection) -> None:
+        """Read in autocommit until another statement comes, if this connection allows it."""
+        if self._wanted is False or self.is_shared or not self._can_put_off(session, connection):
+            return
+        _put_off.add(connection)
+        connection.info[_KEY] = True
+        _set_autocommit(connection, True)
+
+    def _can_put_off(self, session: Session, connection: Connection) -> bool:
+        dialect = connection.dialect
+        if dialect.driver not in _DRIVERS or connection.engine is not session.bind:
+            return False
+        if isinstance(connection.get_transaction(), TwoPhaseTransaction):
+            return False
+        if len(list(session.dispatch.after_begin)) > 1:
+            # A listener of the application's (`SET LOCAL`) may use the driver's own connection.
+            return False
+        level = connection.get_execution_options().get("isolation_level")
+        level = level or isolation_level_on_connect(connection) or dialect.default_isolation_level
+        return level != "AUTOCOMMIT" and (self._wanted is True or level == "READ COMMITTED")
+
+
+def check_autocommit_reads(database: object, wanted: object, driver: str) -> None:
+    """Refuse `autocommit_reads=True` where it cannot work.
+
+    Raises:
+        ConfigurationError: The driver asks the server for each change of autocommit, or has none.
+    """
+    if wanted is not None and not isinstance(wanted, bool):
+        raise ConfigurationError("autocommit_reads takes True, False or None.")
+    if wanted and driver not in _DRIVERS:
+        raise ConfigurationError(
+            f"{database} cannot read in autocommit: only {' and '.join(_DRIVERS)} (PostgreSQL) "
+            "change it without a round trip. Leave out `autocommit_reads=True`."
+        )
+
+
+def watch_reads(engine: Engine) -> None:
+    """Have `engine` begin a transaction before a statement that does more than read."""
+    if engine.dialect.driver in _DRIVERS and not event.contains(engine, "checkin", _restore):
+        event.listen(engine, "do_execute", _begin_unless_plain)
+        event.listen(engine, "do_executemany", _begin_always)
+        event.listen(engine, "do_execute_no_params", _begin_always)
+        event.listen(engine, "checkin", _restore)
+
+
+def begin_now(connection: Connection) -> None:
+    """Begin what was put off: the application may work on the driver's own connection."""
+    if connection in _put_off:
+        _put_off.discard(connection)
+        del connection.info[_KEY]
+        _set_autocommit(connection, False)
+
+
+def only_reads(connections: tuple[Connection, ...]) -> bool:
+    """Whether none of the connections has begun a transaction, so there is nothing to commit."""
+    return bool(connections) and all(each in _put_off for each in connections)
+
+
+def _begin_unless_plain(
+    _cursor: object, _statement: str, _parameters: object, context: ExecutionContext
+) -> None:
+    connection = context.root_connection
+    if connection in _put_off and not is_plain_read(context):
+        begin_now(connection)
+
+
+def _begin_always(*arguments: Any) -> None:
+    begin_now(arguments[-1].root_connection)
+
+
+def _restore(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+    if record.info.pop(_KEY, False) and dbapi_connection is not None:
+        dbapi_connection.autocommit = False
+
+
+def _set_autocommit(connection: Connection, value: bool) -> None:
+    driver: Any = connection.connection.dbapi_connection
+    driver.autocommit = value
