@@ -68,7 +68,7 @@ class Companion:
         reads: Whether the session may read without a transaction.
 
     Attributes:
-        connections: Those that the session has used last; some may be closed by now.
+        connections: Those used last; some may be closed by now.
         followers: Told of each commit and rollback of the session.
         bind_asked: Called with each engine that SQLAlchemy asked the session for.
         wait_failed: Called when no connection became free in time.
@@ -102,7 +102,7 @@ def guarded_class(session_class: type[S]) -> type[S]:
 def guarded_async_class(session_class: type[A]) -> type[A]:
     """Derive a class from `session_class` that cannot be used in a `def` function by mistake.
 
-    There, `session.execute(…)` would return a coroutine that nobody awaits: no error, no row.
+    There, `session.execute(…)` would return a coroutine that nobody awaits.
     """
     methods = {
         name: _on_event_loop(method)

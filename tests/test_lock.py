@@ -1,0 +1,201 @@
+"""The lock of a session: operations refuse each other, ends wait, and nobody waits for ever."""
+
+import asyncio
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from asgi_dbsession import ConcurrentUse, ConfigurationError, SessionClosed
+from asgi_dbsession.session.lock import End, SessionLock, TaskLock, current_end
+from asgi_dbsession.session.thread_lock import ThreadLock
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Have threads change places as often as they can."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+def an_end() -> End:
+    return End(commit=True, reason="status")
+
+
+def in_other_thread(function: Callable[[], Any]) -> Any:
+    """Call it in a thread of its own; what it returned or raised."""
+    done: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result(10)
+
+
+@pytest.mark.usefixtures("restless")
+def test_operations_and_ends_of_many_threads_follow_each_other() -> None:
+    """An end and an operation wait for each other; two operations refuse each other."""
+    lock = ThreadLock("the database", None)
+    inside: list[str] = []
+    overlaps: list[list[str]] = []
+    rounds = 2000
+
+    def check(who: str) -> None:
+        inside.append(who)
+        if len(inside) > 1:
+            overlaps.append(list(inside))
+        inside.remove(who)
+
+    def operate(who: str) -> None:
+        for _ in range(rounds):
+            try:
+                lock.acquire()
+            except ConcurrentUse:
+                continue
+            check(who)
+            lock.release()
+
+    def end(who: str) -> None:
+        for _ in range(rounds):
+            this = an_end()
+            token = current_end.set(this)
+            lock.acquire_for_end(this)
+            check(who)
+            lock.release()
+            current_end.reset(token)
+
+    threads = [
+        threading.Thread(target=what, args=(f"{what.__name__} {number}",), daemon=True)
+        for what in (operate, end)
+        for number in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert overlaps == []
+    assert not lock.is_busy
+
+
+def test_an_operation_inside_of_an_operation_goes_on() -> None:
+    """Autoflush and lazy loading; only the outermost operation releases the lock."""
+    lock = ThreadLock("the database", None)
+    assert lock.acquire()
+    assert not lock.acquire()
+    assert lock.is_busy
+    lock.release()
+    assert not lock.is_busy
+
+
+def test_an_end_takes_over_what_its_own_thread_has_abandoned() -> None:
+    """An exception out of a signal handler may come between the operation and its release."""
+    lock = ThreadLock("the database", None)
+    lock.acquire()
+    end = an_end()
+    token = current_end.set(end)
+    lock.acquire_for_end(end)
+    assert lock.is_held_by_end_of_caller()
+    lock.release()
+    current_end.reset(token)
+    assert not lock.is_busy
+
+
+def test_an_end_does_not_take_over_what_another_thread_is_at() -> None:
+    """It waits until that operation is done."""
+    lock = ThreadLock("the database", None)
+    acquired, go_on = threading.Event(), threading.Event()
+
+    def operate() -> None:
+        lock.acquire()
+        acquired.set()
+        go_on.wait(10)
+        lock.release()
+
+    threading.Thread(target=operate, daemon=True).start()
+    assert acquired.wait(10)
+    waits = threading.Thread(target=lambda: lock.acquire_for_end(an_end()), daemon=True)
+    waits.start()
+    waits.join(0.2)
+    assert waits.is_alive()
+    go_on.set()
+    waits.join(10)
+    assert not waits.is_alive()
+
+
+def test_listeners_of_one_end_may_use_its_other_sessions_in_any_thread() -> None:
+    """The end of several sessions runs in several threads, and must not wait for itself."""
+    lock = ThreadLock("the database", None)
+    end = an_end()
+
+    def prepare() -> None:
+        current_end.set(end)
+        lock.acquire_for_end(end)
+
+    in_other_thread(prepare)
+    token = current_end.set(end)
+    assert not lock.acquire()
+    lock.release(closed=True)
+    current_end.reset(token)
+    with pytest.raises(SessionClosed):
+        lock.acquire()
+
+
+@pytest.mark.parametrize("kind", [ThreadLock, TaskLock])
+def test_whoever_waits_for_an_end_is_told_when_it_closed_the_session(kind: Any) -> None:
+    """An operation and another end alike."""
+
+    async def main() -> None:
+        lock: SessionLock = kind("the database", *([None] if kind is ThreadLock else []))
+        lock.acquire_for_end(an_end())
+        lock.release(closed=True)
+        for late in (lock.acquire, lock.record_user, lambda: lock.acquire_for_end(an_end())):
+            with pytest.raises(SessionClosed):
+                late()
+        assert not lock.is_busy
+
+    asyncio.run(main())
+
+
+def test_a_thread_has_no_part_in_a_session_of_tasks() -> None:
+    """It gets an error that names SyncDatabase, and changes nothing."""
+
+    async def main() -> None:
+        lock = TaskLock("the database")
+        for use in (lock.acquire, lock.record_user):
+            with pytest.raises(ConfigurationError, match="SyncDatabase"):
+                await asyncio.to_thread(use)
+        assert not lock.is_busy
+        assert not lock.is_used
+
+    asyncio.run(main())
+
+
+def test_helper_tasks_do_not_pile_up() -> None:
+    """A stream may use its session in a thousand tasks, one after the other."""
+
+    async def main() -> None:
+        lock = TaskLock("the database")
+
+        async def use(*, fails: bool) -> None:
+            lock.acquire()
+            lock.release()
+            if fails:
+                raise LookupError
+
+        for number in range(1000):
+            await asyncio.gather(use(fails=number == 500), return_exceptions=True)
+        assert len(lock.users) <= 1
+        lock.sort_out_users()
+        assert (lock.users, lock.has_finished_work, lock.has_failed_work) == (set(), True, True)
+
+    asyncio.run(main())

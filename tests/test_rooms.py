@@ -1,0 +1,146 @@
+"""The rooms of the package: imports go in one direction, and the core needs no optional room."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Integer, create_engine, select
+from sqlalchemy.engine import TwoPhaseTransaction
+from sqlalchemy.orm import Session, session as orm_session
+
+import asgi_dbsession
+
+HOME = Path(asgi_dbsession.__file__).parent
+# Each imports only from those before it; the optional rooms import no other optional room, but for
+# what shows reports.
+CORE = ("types", "errors", "session", "unit", "database", "asgi")
+OPTIONAL = ("retry", "reports", "testing")
+
+
+def room_of(module: str) -> str:
+    """`asgi_dbsession.unit.ending` is in the room `unit`."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms that a module imports, those imported in functions left out."""
+    package = ".".join(path.relative_to(HOME.parent).with_suffix("").parts[:-1])
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        for each in ast.walk(node) if isinstance(node, ast.If) else [node]:
+            if isinstance(each, ast.ImportFrom):
+                base = "" if each.level == 0 else package
+                name = f"{base}.{each.module}".strip(".") if each.module else base
+                found.add(name)
+    return {room_of(each) for each in found if each.startswith("asgi_dbsession.")}
+
+
+def modules(room: str) -> list[Path]:
+    """The files of a room."""
+    return (
+        [HOME / f"{room}.py"]
+        if (HOME / f"{room}.py").exists()
+        else list((HOME / room).rglob("*.py"))
+    )
+
+
+@pytest.mark.parametrize("room", CORE)
+def test_a_room_of_the_core_imports_only_from_those_before_it(room: str) -> None:
+    """So there is no circle, and no optional room in the core."""
+    allowed = set(CORE[: CORE.index(room) + 1])
+    for path in modules(room):
+        assert imports(path) <= allowed, path
+
+
+@pytest.mark.parametrize("room", OPTIONAL)
+def test_an_optional_room_imports_no_other_optional_room(room: str) -> None:
+    """Each can be left out by itself."""
+    for path in modules(room):
+        assert imports(path) <= {*CORE, room}, path
+
+
+def test_the_modules_of_a_room_import_each_other_without_a_circle() -> None:
+    """Importing any module first works."""
+    for path in HOME.rglob("*.py"):
+        name = ".".join(path.relative_to(HOME.parent).with_suffix("").parts)
+        assert importlib.import_module(name.removesuffix(".__init__"))
+
+
+def test_the_core_alone_imports_no_optional_room() -> None:
+    """A middleware without reports, retries and 503 loads none of the code for them."""
+    code = (
+        "import sys\n"
+        "from asgi_dbsession import DBSessionMiddleware\n"
+        "async def app(scope, receive, send): ...\n"
+        "DBSessionMiddleware(app, 'sqlite+aiosqlite:///x.db')\n"
+        "print(*(name for name in sys.modules if name.startswith('asgi_dbsession.')))"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert {room_of(name) for name in printed.split()} <= {*CORE, ""}
+
+
+def test_no_file_is_too_long_to_read_at_once() -> None:
+    """At most 250 lines each."""
+    lengths = {path: len(path.read_text().splitlines()) for path in HOME.rglob("*.py")}
+    assert {path: length for path, length in lengths.items() if length > 250} == {}
+
+
+NAMES = {
+    "session": ("_transaction", "_nested_transaction"),
+    "transaction": ("_prepare_impl", "_state"),
+    "two_phases": ("_is_prepared",),
+    "dialect": ("_on_connect_isolation_level",),
+    "context": ("_is_server_side",),
+    "select": ("_prefixes", "_suffixes", "_hints", "_statement_hints"),
+    "type": ("_has_column_expression", "_has_bind_expression"),
+    "registry": ("_sessions",),
+}
+
+
+@pytest.mark.parametrize(("owner", "name"), [(each, n) for each in NAMES for n in NAMES[each]])
+def test_sqlalchemy_still_has_the_private_names_that_are_used(owner: str, name: str) -> None:
+    """If one is missing, `asgi_dbsession/session/_sqlalchemy.py` is the file to change."""
+    engine = create_engine("sqlite://")
+    with Session(engine) as session, engine.connect() as connection:
+        owners = {
+            "session": session,
+            "transaction": session.begin(),
+            "two_phases": TwoPhaseTransaction(connection, "x"),
+            "dialect": engine.dialect,
+            "context": session.execute(select(1)).context,
+            "select": select(1),
+            "type": Integer(),
+            "registry": orm_session,
+        }
+        assert hasattr(owners[owner], name), f"SQLAlchemy has no {name} any more"
+
+
+def test_private_names_of_sqlalchemy_are_in_one_file() -> None:
+    """Everywhere else in the core, SQLAlchemy's public names are enough."""
+    strange = []
+    for room in CORE:
+        for path in modules(room):
+            if path.name == "_sqlalchemy.py":
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                if (
+                    isinstance(node, ast.Attribute)
+                    and node.attr.startswith("_")
+                    and not node.attr.startswith("__")
+                ):
+                    value = node.value
+                    name = value.id if isinstance(value, ast.Name) else getattr(value, "attr", "")
+                    if name in {
+                        "session",
+                        "orm",
+                        "transaction",
+                        "connection",
+                        "dialect",
+                        "engine",
+                        "pool",
+                    }:
+                        strange.append(f"{path.name}: {name}.{node.attr}")
+    assert [each for each in strange if not each.endswith("._companion")] == []
