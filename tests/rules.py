@@ -232,7 +232,7 @@ class Expected:
         if self.failure is not None:
             raise Unwinds
         is_ending = message.do == "pathsend" or (message.do == "body" and not message.value)
-        if message.do == "start":
+        if message.do == "start" and not self.is_answered:  # else the server refuses it
             self.end(success=message.value < 400 if self.rollback is None else not self.rollback)
             self.is_answered = self.is_answered or not self.is_held_back
         elif is_ending and self.is_answered and not self.is_success:

@@ -203,7 +203,7 @@ def test_an_option_with_a_typing_error_is_refused(name: str, cure: str) -> None:
 def test_what_is_no_application_is_refused(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The database in its place, most likely, where the environment names another one."""
     monkeypatch.setenv("DATABASE_URL", "sqlite://")
-    assert "give it the application first" in refused(app)
+    assert "Give it the application first" in refused(app)
 
 
 @pytest.mark.parametrize("options", [{}, {"app": None}, {"attempts": 2}], ids=str)
@@ -212,7 +212,7 @@ def test_no_application_at_all_is_refused(
 ) -> None:
     """Without the words of Python for a missing argument."""
     monkeypatch.setenv("DATABASE_URL", "sqlite://")
-    assert "give it the application first" in refused(**options)
+    assert "Give it the application first" in refused(**options)
 
 
 @pytest.mark.parametrize("given", [(), ("sqlite:///a.db",), ("sqlite:///a.db", "sqlite:///b.db")])

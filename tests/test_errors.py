@@ -31,7 +31,7 @@ ERRORS = [
     PrematureClose(DATABASE),
     SessionClosed(DATABASE),
     TransactionAborted(DATABASE, "lost"),
-    TransactionAborted(DATABASE, "lost", undone=True),
+    TransactionAborted(DATABASE, "lost", rolled_back=True),
 ]
 
 

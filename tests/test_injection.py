@@ -267,8 +267,8 @@ async def test_a_def_handler_that_wants_a_sync_session_of_an_async_database_is_t
 
 @ASYNC
 @pytest.mark.filterwarnings("ignore:.*was never awaited:RuntimeWarning")
-async def test_a_def_handler_cannot_await_and_so_stores_nothing(running: Running) -> None:
-    """Python warns of the forgotten `await`; no connection was taken and none is held."""
+async def test_a_def_handler_cannot_await_and_is_told_so(running: Running) -> None:
+    """Otherwise it would answer 200 and store nothing."""
     app = fastapi_on(running.database)
 
     @app.get("/")
@@ -276,7 +276,9 @@ async def test_a_def_handler_cannot_await_and_so_stores_nothing(running: Running
         get_session().execute(note("never"))  # type: ignore[unused-coroutine]
         return "ok"
 
-    assert (await get(app)).status == 200
+    exchange = await get(app)
+    assert isinstance(exchange.error, ConfigurationError)
+    assert "use a SyncDatabase" in str(exchange.error)
     assert running.stored() == []
 
 

@@ -248,7 +248,7 @@ async def test_a_task_that_outlives_its_request_is_told(running: Running, framew
 
     await serve(framework, running, work)
     over.set()
-    with pytest.raises(SessionClosed, match=r"of its own with `database\.begin\(\)`"):
+    with pytest.raises(SessionClosed, match=r"open `database\.begin\(\)`"):
         await tasks[0]
     await running.assert_clean()
 
@@ -275,7 +275,7 @@ async def test_a_session_that_escaped_is_told(running: Running, framework: str) 
     await serve(framework, running, work)
     over.set()
     for use in (escaped[0].execute(select(ENTRY)), accessors[0]):
-        with pytest.raises(SessionClosed, match=r"of its own with `database\.begin\(\)`"):
+        with pytest.raises(SessionClosed, match=r"open `database\.begin\(\)`"):
             await use
     await running.assert_clean()
 
@@ -367,7 +367,9 @@ async def test_httpx_without_a_lifespan_is_told(real: Any) -> None:
     database = real.describe()
     transport = httpx2.ASGITransport(app=cast("Any", application(database)))
     async with httpx2.AsyncClient(transport=transport) as client:
-        cures = r"`LifespanManager` around httpx's `ASGITransport`\), write `async with database:`"
+        cures = (
+            r"`LifespanManager` around httpx's `ASGITransport`\), or write `async with database:`"
+        )
         with pytest.raises(DatabaseNotRunning, match=cures):
             await client.get("http://test/")
         async with database:
@@ -378,7 +380,7 @@ async def test_httpx_without_a_lifespan_is_told(real: Any) -> None:
 async def test_a_test_client_in_an_async_test_is_told(running: Running) -> None:
     """It brings an event loop of its own, with or without `with`."""
     app = application(running.database)
-    cure = r"in an async test use httpx's `ASGITransport`"
+    cure = r"In an async test use httpx's `ASGITransport`"
     with pytest.raises(DatabaseNotRunning, match=cure):
         TestClient(app).get("/")
     with pytest.raises(DatabaseNotRunning, match=cure), TestClient(app):
@@ -392,7 +394,7 @@ async def test_a_test_client_in_an_async_test_is_told(running: Running) -> None:
 def test_a_session_is_not_to_be_had_at_import(real: Any) -> None:
     """There is no request yet: what is wanted is a call inside of a function."""
     for accessor in (get_session, get_sync_session, real.describe().get_session):
-        with pytest.raises(NoSession, match=r"Outside of a request use `database\.begin\(\)`"):
+        with pytest.raises(NoSession, match=r"Outside of a request, use `database\.begin\(\)`"):
             accessor()
 
 
@@ -403,7 +405,7 @@ async def test_another_database_than_that_of_the_middleware_is_told(running: Run
     errors = []
 
     async def work() -> None:
-        with pytest.raises(NoSession, match="with this very database") as caught:
+        with pytest.raises(NoSession, match="this same database") as caught:
             twin.get_session()
         errors.append(caught.value)
 
@@ -475,7 +477,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "the application and the URL interchanged": (
         lambda any_: DBSessionMiddleware(any_(URL), any_(nothing)),
-        r"give it the application first",
+        r"Give it the application first",
     ),
     "a variable that is not set": (
         lambda any_: AsyncDatabase(any_(None)),

@@ -231,7 +231,8 @@ class Application:
         if self.sends >= self.case.client_leaves_at:
             raise OSError
         kind = message["type"].removeprefix(self.prefix)
-        if kind in ("start", "accept", "send", "close"):
+        is_refused = kind == "start" and any(step.do == "start" for step, _ in self.story)
+        if kind in ("start", "accept", "send", "close") and not is_refused:
             self.held.append(checked_out(self.bench.database))
         step = Step(kind, message.get(KEYS.get(kind)))
         self.story.append((step, self.bench.stored()))

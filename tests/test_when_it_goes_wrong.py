@@ -157,7 +157,7 @@ async def swallowed() -> None:
 async def deadlocked() -> None:
     # What brings it about is in test_drivers.
     reason = "Deadlock found when trying to get lock"
-    raise TransactionAborted("mysql+asyncmy://app@db/shop", reason, undone=True)
+    raise TransactionAborted("mysql+asyncmy://app@db/shop", reason, rolled_back=True)
 
 
 async def nothing(scope: Any, receive: Any, send: Any) -> None:

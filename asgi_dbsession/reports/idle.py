@@ -35,7 +35,8 @@ def warn_when_idle(seconds: float = 1) -> Callable[[UnitReport], None]:
 
 def _describe(report: UnitReport) -> str:
     kind, path = report.scope["type"], report.scope.get("path", "")
-    return ascii(f"{report.scope.get('method', kind)} {path}")  # a client chose them
+    text = f"{report.scope.get('method', kind)} {path}"
+    return text.encode("unicode_escape").decode()  # a client chose it
 
 
 def _places(report: DatabaseReport) -> tuple[str, str]:

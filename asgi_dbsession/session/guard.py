@@ -27,7 +27,7 @@ A = TypeVar("A", bound=AsyncSession)
 S = TypeVar("S", bound=Session)
 T = TypeVar("T")
 
-# Whatever may talk to the database. Some names are younger than the oldest supported SQLAlchemy.
+# Whatever may talk to the database. Some names are missing in old versions of SQLAlchemy.
 _OPERATIONS = (
     "bulk_insert_mappings",
     "bulk_save_objects",
@@ -85,7 +85,7 @@ class Companion:
 
     @property
     def open_connections(self) -> tuple[Connection, ...]:
-        """The connections that the session has now."""
+        """Those that the session has now."""
         return tuple(each for each in self.connections if not each.closed)
 
 
@@ -107,11 +107,9 @@ def guarded_async_class(session_class: type[A]) -> type[A]:
     methods = {
         name: _on_event_loop(method)
         for name, method in inspect.getmembers(session_class, inspect.iscoroutinefunction)
-        if not name.startswith("_")
+        if not name.startswith("_") and name != "close"
     }
-    bases = (_ClosingAsyncSession, session_class)
-    methods.pop("close")
-    return derive(session_class, bases, methods)
+    return derive(session_class, (_ClosingAsyncSession, session_class), methods)
 
 
 def derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, Any]) -> type[T]:

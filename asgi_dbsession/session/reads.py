@@ -48,6 +48,8 @@ class Reads:
         dialect = connection.dialect
         if dialect.driver not in _DRIVERS or connection.engine is not session.bind:
             return False
+        if connection.in_nested_transaction():  # SQLAlchemy tells of savepoints too
+            return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
         if len(list(session.dispatch.after_begin)) > 1:
