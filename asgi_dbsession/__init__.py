@@ -1,7 +1,7 @@
 """One SQLAlchemy session per request, committed before the response is sent."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
 from .asgi.middleware import DBSessionMiddleware
 from .database.async_database import AsyncDatabase
@@ -22,7 +22,7 @@ from .unit.decisions import on_commit, set_rollback
 from .unit.report import DatabaseReport, UnitReport
 from .unit.unit_of_work import get_session, get_sync_session, session_dependency
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from .reports.idle import warn_when_idle
     from .reports.server_timing import ServerTimingMiddleware
 
@@ -55,7 +55,7 @@ __all__ = [
 _OPTIONAL = {"ServerTimingMiddleware": "server_timing", "warn_when_idle": "idle"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
     if name not in _OPTIONAL:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.reports.{_OPTIONAL[name]}"), name)
+    return getattr(_importlib.import_module(f"{__name__}.reports.{_OPTIONAL[name]}"), name)

@@ -166,7 +166,6 @@ class AbortRequest(BaseException):
     def __init__(self, failure: Exception | None = None) -> None:
         super().__init__(failure)
         self.failure: Exception | None = failure
-        self.__cause__ = failure
 
 
 # What frameworks and task groups may have made of it.

@@ -203,7 +203,7 @@ async def test_tasks_at_once_on_one_session_are_told(running: Running, framework
     await serve(framework, running, work)
     errors = [each for each in results if isinstance(each, BaseException)]
     assert [type(each) for each in errors] == [ConcurrentUse] * 2
-    assert "open `database.begin()` in each task" in str(errors[0])
+    assert "Open `database.begin()` in each task" in str(errors[0])
 
 
 @BOTH
@@ -325,7 +325,7 @@ async def test_resolvers_at_once_are_told_and_begin_is_their_cure(running: Runni
 
         answer = await ask("{ one: shared two: shared }")
         assert answer["data"] == {"one": 42, "two": None}
-        assert "open `database.begin()` in each task" in answer["errors"][0]["message"]
+        assert "Open `database.begin()` in each task" in answer["errors"][0]["message"]
         answer = await ask("{ one: own two: own }")
         assert answer["data"] == {"one": 42, "two": 42}
         # GraphQL cancels a statement that nobody waits for any more, and with it the transaction.

@@ -231,7 +231,9 @@ class Application:
         if self.sends >= self.case.client_leaves_at:
             raise OSError
         kind = message["type"].removeprefix(self.prefix)
-        is_refused = kind == "start" and any(step.do == "start" for step, _ in self.story)
+        is_refused = kind == "start" and any(
+            isinstance(each[0], Step) and each[0].do == "start" for each in self.story
+        )
         if kind in ("start", "accept", "send", "close") and not is_refused:
             self.held.append(checked_out(self.bench.database))
         step = Step(kind, message.get(KEYS.get(kind)))

@@ -173,7 +173,7 @@ class DBSessionMiddleware:
         if unit.failure is not None:
             if exchange.is_answered:
                 raise unit.failure
-            raise AbortRequest(unit.failure)
+            raise AbortRequest(unit.failure) from unit.failure
 
 
 class _Progress(Enum):

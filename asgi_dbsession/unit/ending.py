@@ -125,6 +125,7 @@ def _with_work(unit: UnitOfWork) -> Sessions:
 
 async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     given = tuple(unit.callbacks)
+    stored = [each for each in given if each.committed]  # by the application itself
     end.had_work = bool(working)
     token = current_end.set(end)
     try:
@@ -143,7 +144,8 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
         unit.failure = unit.failure or end.failure
     if unit.callbacks:
         for callback in _settle(unit, end, given, working):
-            await _call(unit, callback)
+            if callback in stored or end.succeeded:
+                await _call(unit, callback)
     for observer in unit.observers:
         observer.work_ended(unit, end)
     if end.failure is not None:
