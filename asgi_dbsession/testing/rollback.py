@@ -144,11 +144,13 @@ def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
         _share_once(engine, isolation)
 
     database._prepare = prepare
+    database._reads.is_shared = True
     try:
         yield
     finally:
         isolation.has_ended = True  # also where a database could not be started
         database._prepare = watch
+        database._reads.is_shared = False
 
 
 def _share_once(engine: Engine, isolation: Isolation) -> None:

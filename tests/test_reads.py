@@ -1,0 +1,347 @@
+"""A unit of work that only reads holds no transaction, and no application can tell."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from asgi import get, respond
+from conftest import ENTRY, Real, Running
+from sqlalchemy import (
+    CTE,
+    Column,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    case,
+    cast,
+    event,
+    exists,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+    text,
+    union,
+)
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, joinedload, mapped_column, relationship
+from sqlalchemy.schema import ForeignKey
+
+from asgi_dbsession import AsyncDatabase, ConfigurationError, DBSessionMiddleware, SyncDatabase
+
+pytestmark = pytest.mark.anyio
+KINDS = ("asyncpg", "psycopg", "psycopg-sync")
+
+OTHER = Table("entry", MetaData(), Column("id", Integer), Column("note", String))
+IS_OPEN = text("SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'")
+
+PLAIN: dict[str, Any] = {
+    "columns": select(ENTRY.c.id, ENTRY.c.note),
+    "operators": select(ENTRY.c.id).where(
+        ENTRY.c.id > 3, or_(ENTRY.c.note == "a", ENTRY.c.id.in_([1, 2]))
+    ),
+    "order and limit": select(ENTRY).order_by(ENTRY.c.id.desc()).limit(3).offset(1),
+    "aggregates": select(func.count(), func.max(ENTRY.c.id), func.sum(ENTRY.c.id)),
+    "groups": select(ENTRY.c.note, func.count(ENTRY.c.id)).group_by(ENTRY.c.note),
+    "a join": select(ENTRY.c.id).join(OTHER.alias("o"), literal(True)),
+    "exists": select(ENTRY.c.id).where(exists().where(ENTRY.c.id == 1)),
+    "a union": union(select(ENTRY.c.id), select(ENTRY.c.id)),
+    "a subquery": select(select(ENTRY.c.id).subquery().c.id),
+    "case and cast": select(case((ENTRY.c.id > 1, cast(ENTRY.c.id, String)), else_="x")),
+    "like": select(ENTRY.c.id).where(ENTRY.c.note.like("a%"), ENTRY.c.note.is_not(None)),
+    "distinct": select(ENTRY.c.note).distinct(),
+}
+OTHERS: dict[str, Any] = {
+    "now()": select(func.now()),
+    "a function": select(func.lower(ENTRY.c.note)),
+    "a generic function": select(func.coalesce(ENTRY.c.id, 1)),
+    "an advisory lock": select(func.pg_advisory_xact_lock(1)),
+    "a setting": select(func.set_config("app.tenant", "1", True)),
+    "FOR UPDATE": select(ENTRY.c.id).with_for_update(),
+    "text": text("SELECT 1"),
+    "a literal column": select(literal_column("1")),
+    "a part of text": select(ENTRY.c.id).where(text("true")),
+    "a common table expression": select(select(ENTRY.c.id).cte().c.id),
+    "an operator of one's own": select(ENTRY.c.id.op("+")(1)),
+    "a prefix": select(ENTRY.c.id).prefix_with("ALL"),
+    "a window": select(func.count().over()),
+    "INSERT": ENTRY.insert().values(note="x"),
+    "a write in a CTE": select(ENTRY.insert().values(note="y").returning(ENTRY.c.id).cte().c.id),
+}
+
+
+def is_in_transaction(connection: Any) -> bool:
+    """What the driver knows of its connection, without asking the server."""
+    driver = connection.connection.driver_connection
+    if hasattr(driver, "is_in_transaction"):
+        return bool(driver.is_in_transaction())
+    return driver.info.transaction_status.name != "IDLE"
+
+
+class Watched:
+    """Runs statements, and knows after each whether the server is in a transaction."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+
+    async def execute(self, statement: Any) -> bool:
+        """Execute it; whether a transaction is open afterwards."""
+        await self.running.execute(statement)
+        session: Any = self.running.database.get_session()
+        orm = getattr(session, "sync_session", session)
+        return is_in_transaction(orm._companion.connections[-1])
+
+
+async def in_request(running: Running, work: Any, status: int = 200) -> Any:
+    """Do something in a request; the exchange."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await work(Watched(running))
+        await respond(send, status)
+
+    return await get(DBSessionMiddleware(app, running.database))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+async def test_a_plain_read_begins_no_transaction(running: Running, name: str) -> None:
+    """It is decided by what the statement is made of."""
+    found = []
+
+    async def work(watched: Watched) -> None:
+        found.append(await watched.execute(PLAIN[name]))
+
+    exchange = await in_request(running, work)
+    assert (exchange.status, exchange.error, found) == (200, None, [False])
+    await running.assert_clean()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+async def test_anything_else_begins_one_and_all_that_follows_is_in_it(
+    running: Running, name: str
+) -> None:
+    """Whatever may have an effect, and whatever is not known."""
+    found = []
+
+    async def work(watched: Watched) -> None:
+        found.append(await watched.execute(PLAIN["columns"]))
+        found.append(await watched.execute(OTHERS[name]))
+        found.append(await watched.execute(PLAIN["columns"]))
+
+    exchange = await in_request(running, work, 409)
+    assert (exchange.error, found) == (None, [False, True, True])
+    assert running.stored() == []
+    await running.assert_clean()
+
+
+@pytest.mark.parametrize("status", [201, 409])
+async def test_a_write_after_reads_is_committed_or_rolled_back_as_ever(
+    running: Running, status: int
+) -> None:
+    """The transaction begins with the write."""
+
+    async def work(watched: Watched) -> None:
+        await watched.execute(PLAIN["columns"])
+        await running.write("kept")
+
+    exchange = await in_request(running, work, status)
+    assert exchange.error is None
+    assert running.stored() == (["kept"] if status == 201 else [])
+    await running.assert_clean()
+
+
+async def test_a_connection_goes_back_to_its_pool_as_it_came(running: Running) -> None:
+    """Whoever has it next, without this package, is in a transaction again."""
+
+    async def work(watched: Watched) -> None:
+        assert not await watched.execute(PLAIN["columns"])
+
+    await in_request(running, work)
+    engine: Any = running.database.engine
+    if isinstance(running.database, SyncDatabase):
+        with engine.connect() as connection:
+            connection.execute(select(ENTRY))
+            assert is_in_transaction(connection)
+    else:
+        async with engine.connect() as connection:
+            await connection.execute(select(ENTRY))
+            raw = await connection.get_raw_connection()
+            assert await connection.run_sync(is_in_transaction), raw
+
+
+async def test_a_failed_read_aborts_nothing(running: Running) -> None:
+    """There is no transaction that it could abort."""
+
+    async def work(watched: Watched) -> None:
+        with pytest.raises(DBAPIError):
+            await watched.execute(
+                select(ENTRY.c.id / literal(0)).where(literal(1) / literal(0) > 0)
+            )
+        await running.write("kept")
+
+    exchange = await in_request(running, work, 201)
+    assert (exchange.status, exchange.error) == (201, None)
+    assert running.stored() == ["kept"]
+
+
+async def test_a_savepoint_begins_the_transaction(running: Running) -> None:
+    """What is rolled back in it is gone, and what was before stays."""
+
+    async def work(watched: Watched) -> None:
+        await watched.execute(PLAIN["columns"])
+        session: Any = running.database.get_session()
+        if isinstance(session, Session):
+            with session.begin_nested() as savepoint:
+                session.execute(ENTRY.insert().values(note="gone"))
+                savepoint.rollback()
+        else:
+            async with session.begin_nested() as savepoint:
+                await session.execute(ENTRY.insert().values(note="gone"))
+                await savepoint.rollback()
+        await running.write("kept")
+
+    exchange = await in_request(running, work, 201)
+    assert exchange.error is None
+    assert running.stored() == ["kept"]
+
+
+async def test_the_connection_itself_begins_the_transaction(running: Running) -> None:
+    """What is done below SQLAlchemy (COPY) is rolled back too."""
+
+    async def work(watched: Watched) -> None:
+        await watched.execute(PLAIN["columns"])
+        session: Any = running.database.get_session()
+        if isinstance(session, Session):
+            cursor = session.connection().connection.cursor()
+            cursor.execute("INSERT INTO entry (note) VALUES ('raw')")
+        else:
+            connection = await session.connection()
+            raw: Any = (await connection.get_raw_connection()).driver_connection
+            await raw.execute("INSERT INTO entry (note) VALUES ('raw')")
+
+    exchange = await in_request(running, work, 409)
+    assert exchange.error is None
+    assert running.stored() == []
+
+
+async def test_a_listener_of_the_application_begins_the_transaction(running: Running) -> None:
+    """`SET LOCAL` in `after_begin` may be sent below SQLAlchemy, so nothing is put off."""
+    found = []
+
+    def set_tenant(_session: Any, _transaction: Any, connection: Any) -> None:
+        connection.exec_driver_sql("SET LOCAL app.tenant = '7'")
+
+    event.listen(Session, "after_begin", set_tenant)
+    try:
+
+        async def work(watched: Watched) -> None:
+            found.append(await watched.execute(PLAIN["columns"]))
+            tenant = await running.execute(text("SELECT current_setting('app.tenant')"))
+            found.append(tenant.scalar())
+
+        await in_request(running, work)
+    finally:
+        event.remove(Session, "after_begin", set_tenant)
+    assert found == [True, "7"]
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+async def test_other_isolation_levels_keep_their_transaction(real: Real, level: str) -> None:
+    """There, a second read must see what the first one saw."""
+    found = []
+    async with real.describe(isolation_level=level) as database:
+        running = Running(real, database)
+
+        async def work(watched: Watched) -> None:
+            found.append(await watched.execute(PLAIN["columns"]))
+
+        await in_request(running, work)
+    assert found == [True]
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(True, False), (False, True), (None, False)])
+async def test_autocommit_reads_decides(real: Real, *, wanted: bool | None, expected: bool) -> None:
+    """True at any isolation level, False never, None where nobody can tell."""
+    found = []
+    async with real.describe(autocommit_reads=wanted) as database:
+        running = Running(real, database)
+
+        async def work(watched: Watched) -> None:
+            found.append(await watched.execute(PLAIN["columns"]))
+
+        await in_request(running, work)
+    assert found == [expected]
+
+
+@pytest.mark.parametrize("url", ["sqlite:///x.db", "mysql+asyncmy://u@h/d"])
+def test_autocommit_reads_is_refused_where_it_cannot_work(url: str) -> None:
+    """The error says what to leave out."""
+    with pytest.raises(ConfigurationError, match="Leave out `autocommit_reads=True`"):
+        AsyncDatabase(url, autocommit_reads=True)
+
+
+async def test_a_request_that_reads_and_waits_is_not_idle_in_transaction(running: Running) -> None:
+    """Another connection looks at the server meanwhile."""
+    seen = []
+
+    async def work(watched: Watched) -> None:
+        await watched.execute(PLAIN["columns"])
+        await asyncio.sleep(0.05)
+        with running.real.reader.connect() as reader:
+            seen.append(reader.execute(IS_OPEN).scalar())
+        await watched.execute(PLAIN["columns"])
+
+    await in_request(running, work)
+    assert seen == [0]
+
+
+class Base(DeclarativeBase):
+    """Classes of two tables, for what the ORM makes of a SELECT."""
+
+
+class Parent(Base):
+    """Has children."""
+
+    __tablename__ = "reads_parent"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    children: Mapped[list["Child"]] = relationship()
+
+
+class Child(Base):
+    """Has a parent."""
+
+    __tablename__ = "reads_child"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    parent_id: Mapped[int] = mapped_column(ForeignKey("reads_parent.id"))
+
+
+@pytest.fixture
+async def family(running: Running) -> AsyncIterator[None]:
+    """The two tables."""
+    with running.real.reader.begin() as connection:
+        Base.metadata.create_all(connection)
+    yield
+    with running.real.reader.begin() as connection:
+        Base.metadata.drop_all(connection)
+
+
+@pytest.mark.usefixtures("family")
+async def test_what_the_orm_loads_is_a_plain_read_too(running: Running) -> None:
+    """Entities, with eager loading by JOIN."""
+    found = []
+
+    async def work(watched: Watched) -> None:
+        found.append(await watched.execute(select(Parent)))
+        found.append(await watched.execute(select(Parent).options(joinedload(Parent.children))))
+
+    exchange = await in_request(running, work)
+    assert (exchange.error, found) == (None, [False, False])
+
+
+def test_a_cte_is_on_no_list() -> None:
+    """A construct that is not known is no plain read: the list says what is, not what is not."""
+    from asgi_dbsession.session import plain_reads  # noqa: PLC0415
+
+    assert CTE not in plain_reads._PLAIN
