@@ -78,7 +78,7 @@ def is_in_transaction(connection: Any) -> bool:
     driver = connection.connection.driver_connection
     if hasattr(driver, "is_in_transaction"):
         return bool(driver.is_in_transaction())
-    return driver.info.transaction_status.name != "IDLE"
+    return bool(driver.info.transaction_status.name != "IDLE")
 
 
 class Watched:

@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import Integer, create_engine, select
@@ -108,7 +109,7 @@ def test_sqlalchemy_still_has_the_private_names_that_are_used(owner: str, name: 
             "session": session,
             "transaction": session.begin(),
             "dialect": engine.dialect,
-            "context": session.execute(select(1)).context,
+            "context": cast("Any", session.execute(select(1))).context,
             "select": select(1),
             "type": Integer(),
             "registry": orm_session,

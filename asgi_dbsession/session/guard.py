@@ -63,11 +63,9 @@ class Follower(Protocol):
 class Companion:
     """What a guarded session carries with it. It does not refer to the session.
 
-    Args:
+    Attributes:
         lock: The lock of the session.
         reads: Whether the session may read without a transaction.
-
-    Attributes:
         connections: Those used last; some may be closed by now.
         followers: Told of each commit and rollback of the session.
         bind_asked: Called with each engine that SQLAlchemy asked the session for.
@@ -158,14 +156,12 @@ def _on_event_loop(method: Callable[..., R]) -> Callable[..., R]:
 class _ClosingAsyncSession(AsyncSession):
     """Lets the error of the application pass where it closes the session because of it."""
 
-    sync_session: "GuardedSession"
-
     @override
     async def close(self) -> None:
         if sys.exception() is None:
             await super().close()
         else:
-            await run_to_completion(greenlet_spawn(self.sync_session.discard))
+            await self._discard()
 
     @override
     async def __aexit__(
@@ -177,7 +173,11 @@ class _ClosingAsyncSession(AsyncSession):
         if type_ is None:
             await super().__aexit__(type_, value, traceback)
         else:
-            await run_to_completion(greenlet_spawn(self.sync_session.discard))
+            await self._discard()
+
+    async def _discard(self) -> None:
+        session: Any = self.sync_session
+        await run_to_completion(greenlet_spawn(session.discard))
 
 
 class GuardedSession(Session):

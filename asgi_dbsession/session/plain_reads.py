@@ -5,9 +5,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Column, CompoundSelect, Join, Select, Table
-from sqlalchemy.engine.interfaces import Compiled, ExecutionContext
+from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.sql import elements, functions, selectable
 from sqlalchemy.sql.annotation import Annotated
+from sqlalchemy.sql.compiler import Compiled
 from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.sql.visitors import iterate
 
