@@ -403,7 +403,7 @@ async def test_nothing_listens_unless_a_report_is_wanted(running: Running) -> No
                 DBSessionMiddleware(silence, database)
             for name in ("before_cursor_execute", "after_cursor_execute", "rollback"):
                 assert len(getattr(dispatch, name)) == count
-            assert len(engine.pool.dispatch.checkin) == count
+            assert len(engine.pool.dispatch.checkout) == count
 
 
 async def test_one_of_two_middlewares_that_share_a_database_may_report(running: Running) -> None:

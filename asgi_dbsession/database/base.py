@@ -17,7 +17,7 @@ from asgi_dbsession.errors import (
     DBSessionError,
 )
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.session.reads import Reads, check_autocommit_reads, watch_reads
+from asgi_dbsession.session.reads import Reads, check_autocommit_reads
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
@@ -115,7 +115,6 @@ class Database(EngineLife[E], Generic[E, S]):
         database._engine = engine
         database._owns_engine = False
         borrow(database._sync_engine(engine), database, database._observers)
-        watch_reads(database._sync_engine(engine))
         return database
 
     async def health(self, *, within: float = 1) -> Health:

@@ -7,11 +7,14 @@ from weakref import WeakKeyDictionary, finalize
 from sqlalchemy import Engine
 
 from asgi_dbsession.session.failures import unwatch, watch
+from asgi_dbsession.session.reads import unwatch_reads, watch_reads
 from asgi_dbsession.unit.observer import UnitObserver
 
 _mutex = RLock()  # the garbage collector may run `_release` while `borrow` holds it
 # How many databases use an engine, by the text that says whether they own it.
 _users: WeakKeyDictionary[Engine, Counter[str]] = WeakKeyDictionary()
+# Whoever observed a database that used the engine, and is gone.
+_observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
 
 
 def own(engine: Engine) -> None:
@@ -31,6 +34,7 @@ def borrow(engine: Engine, database: object, observers: list[UnitObserver]) -> N
     with _mutex:
         _users.setdefault(engine, Counter())["borrowers"] += 1
         watch(engine)
+        watch_reads(engine)
     finalize(database, _release, engine, observers).atexit = False
 
 
@@ -38,7 +42,10 @@ def _release(engine: Engine, observers: list[UnitObserver]) -> None:
     with _mutex:
         users = _users[engine]
         users["borrowers"] -= 1
+        observers = _observers.setdefault(engine, []) + observers
+        _observers[engine] = observers
         if not users.total():
             unwatch(engine)
-            for observer in observers:
+            unwatch_reads(engine)
+            for observer in _observers.pop(engine):
                 observer.engine_left(engine)

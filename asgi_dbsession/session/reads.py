@@ -84,6 +84,15 @@ def watch_reads(engine: Engine) -> None:
         event.listen(engine, "checkin", _restore)
 
 
+def unwatch_reads(engine: Engine) -> None:
+    """Undo `watch_reads`."""
+    if event.contains(engine, "checkin", _restore):
+        event.remove(engine, "do_execute", _begin_unless_plain)
+        event.remove(engine, "do_executemany", _begin_always)
+        event.remove(engine, "do_execute_no_params", _begin_always)
+        event.remove(engine, "checkin", _restore)
+
+
 def begin_now(connection: Connection) -> None:
     """Begin what was put off: the application may work on the driver's own connection."""
     if connection in _put_off:

@@ -590,7 +590,7 @@ async def test_blacksheep_test_client_passes_the_middleware_by(
         response = await BlackSheepClient(application.module.app).get("/notes/1")
     assert response is not None
     assert response.status == 500
-    assert "DBSessionMiddleware with this very database" in caplog.text
+    assert "give this same database object" in caplog.text
 
 
 async def test_django_async_client_passes_the_middleware_by(pages: Pages) -> None:
