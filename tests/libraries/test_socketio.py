@@ -84,6 +84,9 @@ async def test_a_handler_that_fails_stores_and_acknowledges_nothing(
 ) -> None:
     """Neither an answer nor a broadcast; what other events of that client did is stored."""
     module = board(page)
+    if page.reader.dialect.name == "postgresql":  # only COMMIT refuses it there
+        page.execute("ALTER TABLE line DROP CONSTRAINT line_text_key")
+        page.execute("ALTER TABLE line ADD UNIQUE (text) DEFERRABLE INITIALLY DEFERRED")
     # python-socketio leaves the error of a handler to the event loop.
     errors: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
