@@ -110,7 +110,7 @@ async def test_without_begin_a_result_may_promise_what_commit_refuses(tmp_path: 
         page.execute("ALTER TABLE line ADD UNIQUE (text) DEFERRABLE INITIALLY DEFERRED")
         page.execute("INSERT INTO line (text) VALUES ('one')")
 
-        @module.server.tool()
+        @module.server.tool()  # type: ignore[untyped-decorator]
         async def careless(text: str) -> str:
             get_session().add(module.Line(text=text))
             await get_session().flush()
@@ -127,7 +127,7 @@ async def test_over_sse_a_session_without_begin_is_closed(page: Library) -> None
     module = page.load("tools")
     errors: list[BaseException] = []
 
-    @module.server.tool()
+    @module.server.tool()  # type: ignore[untyped-decorator]
     async def careless(text: str) -> str:
         await asyncio.sleep(0.05)
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import socketio
+import socketio  # type: ignore[import-untyped]
 from conftest import becomes_true
 from library import STORES, Library, library, served
 from pages import Page
