@@ -32,8 +32,8 @@ class Library:
     def __init__(self, page: Page, store: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.reader: Engine
         if store == "sqlite":
-            url = f"sqlite:///{folder / 'library.db'}"
-            self.reader = create_engine(url, poolclass=NullPool)
+            url = f"sqlite+aiosqlite:///{folder / 'library.db'}"
+            self.reader = create_engine(url.replace("+aiosqlite", ""), poolclass=NullPool)
         else:
             address, self.reader = postgresql("libraries")
             address = address.set(drivername=f"postgresql+{store}")
