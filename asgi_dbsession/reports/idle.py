@@ -34,6 +34,8 @@ def warn_when_idle(seconds: float = 1) -> Callable[[UnitReport], None]:
 
 
 def _describe(report: UnitReport) -> str:
+    if report.scope is None:
+        return "A task that outlived its request"
     kind, path = report.scope["type"], report.scope.get("path", "")
     return ascii(f"{report.scope.get('method', kind)} {path}")  # a client chose them
 
