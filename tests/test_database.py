@@ -729,6 +729,28 @@ async def test_an_audit_row_survives_the_rollback_of_its_request(running: Runnin
     assert running.stored() == ["audit"]
 
 
+async def test_a_task_that_outlives_its_request_acts_for_nobody(running: Running) -> None:
+    """Its `begin()` has no scope, also if the task was started inside a `begin()` of the request."""
+    ended = asyncio.Event()
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def work() -> Any:
+        await ended.wait()
+        async with beginning(running.database) as session:
+            return session.info["scope"]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        running.database.get_session()
+        tasks.append(asyncio.create_task(work()))
+        async with beginning(running.database), beginning(running.database):
+            tasks.append(asyncio.create_task(work()))
+        await respond(send)
+
+    await get(DBSessionMiddleware(app, running.database))
+    ended.set()
+    assert await asyncio.gather(*tasks) == [None, None]
+
+
 async def test_set_rollback_in_begin_does_not_decide_for_its_request(running: Running) -> None:
     """And the other way round: each decides for itself."""
 

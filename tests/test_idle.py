@@ -79,3 +79,29 @@ async def test_below_the_threshold_nothing_is_said(
             DBSessionMiddleware(app, running.database, on_report=warn_when_idle(0.1)), "/quick"
         )
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("real", ["sqlite", "asyncpg"], indirect=True)
+async def test_a_task_that_outlived_its_request_is_warned_of_too(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has no path of its own, and the warning says what it is."""
+    database: Any = running.database
+    ended = asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def outlive() -> None:
+        await ended.wait()
+        async with database.begin():
+            await work(running, [])
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        tasks.append(asyncio.create_task(outlive()))
+        await respond(send)
+
+    with caplog.at_level(logging.WARNING, "asgi_dbsession"):
+        await get(DBSessionMiddleware(app, running.database, on_report=warn_when_idle(0.1)))
+        ended.set()
+        await asyncio.gather(*tasks)
+    (message,) = caplog.messages
+    assert message.startswith("A task that outlived its request held a connection of")

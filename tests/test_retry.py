@@ -152,6 +152,37 @@ async def test_only_a_lost_race_is_run_again(
     assert len(seen) == runs
 
 
+@pytest.mark.parametrize("real", ["asyncpg", "psycopg", "psycopg-sync"], indirect=True)
+@pytest.mark.parametrize("attempts", [1, 3])
+async def test_a_migration_under_running_code_is_run_again(running: Running, attempts: int) -> None:
+    """A column that a prepared statement returns has changed; the work is done once."""
+    reader, runs = running.real.reader, []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        runs.append(scope["path"])
+        await running.write(scope["path"])
+        amount = await running.call("scalar", text("SELECT amount FROM migrated"))
+        await respond(send, body=str(amount).encode())
+
+    served = ours(app, running, attempts)
+    with reader.begin() as connection:
+        connection.execute(text("DROP TABLE IF EXISTS migrated"))
+        connection.execute(text("CREATE TABLE migrated AS SELECT 1::integer AS amount"))
+    for number in range(10):  # psycopg prepares what it has executed often
+        assert (await get(served, f"/{number}")).status == 200
+    with reader.begin() as connection:
+        connection.execute(text("ALTER TABLE migrated ALTER amount TYPE text"))
+    exchange = await get(served, "/after")
+    with reader.begin() as connection:
+        connection.execute(text("DROP TABLE migrated"))
+    if attempts == 1:
+        assert "plan" in str(exchange.error)  # each driver has a text of its own
+        assert (runs.count("/after"), running.stored().count("/after")) == (1, 0)
+    else:
+        assert (exchange.status, exchange.body) == (200, b"1")
+        assert (runs.count("/after"), running.stored().count("/after")) == (2, 1)
+
+
 async def lose_at_commit(running: Running) -> None:
     """Read what another transaction writes, and write what it has read."""
     count = select(func.count()).select_from(ENTRY)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from asgi import Exchange, Message, Socket, get, respond
-from conftest import ENTRY, Real, Running, checked_out, real_database
+from conftest import ENTRY, Real, Running, becomes_true, checked_out, real_database
 from several import Entry
 from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
@@ -437,6 +437,35 @@ async def test_a_reader_and_a_writer_task_have_a_unit_of_work_each(real: Real) -
         await real.assert_clean(database)
     assert peer.error is None
     assert sorted(real.stored()) == ["read 0", "read 1", "written 0", "written 1", "written 2"]
+
+
+async def test_a_peer_is_not_left_waiting_for_what_another_task_could_not_send(
+    running: Running,
+) -> None:
+    """The socket is closed although its main task waits for the peer, and nothing is stored."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def answer() -> None:
+            await running.write("twice")
+            await running.doom()
+            await send(text("stored"))
+
+        await receive()
+        await send(ACCEPT)
+        await receive()
+        answering = asyncio.create_task(answer())
+        await receive()
+        await asyncio.gather(answering, return_exceptions=True)
+
+    peer = socket(running, app)
+    serving = asyncio.create_task(peer.run())
+    peer.say("store this")
+    await becomes_true(lambda: len(peer.messages) > 1)
+    peer.hang_up()
+    await serving
+    assert peer.messages == [ACCEPT, close(1011)]
+    assert isinstance(peer.error, running.real.refusal)
+    assert running.stored() == []
 
 
 async def test_idle_sockets_do_not_delay_a_request(tmp_path: Any) -> None:

@@ -62,10 +62,11 @@ class DBSessionMiddleware:
             application, such as a Starlette `Response`. If it returns None, and if there is none,
             the original exception is raised to the server.
         attempts: How often a request may run if the database reports a conflict: a serialization
-            failure, a deadlock, a busy SQLite. It runs again from the start, with the same body,
-            after a random pause of at most a second. It never runs again once anything was sent,
-            or committed on a database of this package, or under AUTOCOMMIT, or with a body of
-            more than 1 MiB, or when cancelled. What its handler does elsewhere is done again.
+            failure, a deadlock, a busy SQLite; or a statement that a migration has made stale. It
+            runs again from the start, with the same body, after a random pause of at most a second.
+            It never runs again once anything was sent, or committed on a database of this package,
+            or under AUTOCOMMIT, or with a body of more than 1 MiB, or when cancelled. What its
+            handler does elsewhere is done again.
         retry_after: Seconds. If no connection becomes free for a request within the engine's
             `pool_timeout`, and the request ends with that error or a status of 500, it is answered
             503 with this `Retry-After`. None: the error of the pool is left to the application.

@@ -15,6 +15,7 @@ _OBSERVED = (
 )
 # Normal closure, and going away: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
 _REGULAR_CLOSE = (1000, 1001)
+_INTERNAL_ERROR = 1011
 
 
 class SocketExchange:
@@ -34,11 +35,16 @@ class SocketExchange:
         self._unit = unit
         self._receive = receive
         self._send = send
+        self._waiting = 0  # how many tasks wait for the peer
 
     async def receive(self) -> Message:
         """End the work of the task that waits, so that it holds no connection meanwhile."""
         await self._end_work(commit=True)
-        return await self._receive()
+        self._waiting += 1
+        try:
+            return await self._receive()
+        finally:
+            self._waiting -= 1
 
     async def send(self, message: Message) -> None:
         """End the work of the task that sends, so that what it says is true."""
@@ -64,6 +70,14 @@ class SocketExchange:
             try:
                 await end_work_of(current_task(), unit, commit=commit, living="refuse")
             except ConcurrentUse:
+                await self._wake_waiting()
                 raise
             except Exception as error:
+                await self._wake_waiting()
                 raise AbortRequest from error
+
+    async def _wake_waiting(self) -> None:
+        """Close the socket if another task waits for the peer, who waits for what was not sent."""
+        if self._waiting and self.may_commit:
+            self.may_commit = False
+            await self._send({"type": "websocket.close", "code": _INTERNAL_ERROR})

@@ -34,6 +34,8 @@ def warn_when_idle(seconds: float = 1) -> Callable[[UnitReport], None]:
 
 
 def _describe(report: UnitReport) -> str:
+    if report.scope is None:
+        return "A task that outlived its request"
     kind, path = report.scope["type"], report.scope.get("path", "")
     text = f"{report.scope.get('method', kind)} {path}"
     return text.encode("unicode_escape").decode()  # a client chose it

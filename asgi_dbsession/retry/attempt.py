@@ -18,6 +18,10 @@ from .withholding import Withholding
 # Transaction rollback (40), but for 40003, which leaves open whether COMMIT arrived.
 # Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _ROLLBACK, _UNKNOWN = "40", "40003"
+# A migration changed the type of a column that a prepared statement returns. The statement is
+# prepared again after ROLLBACK. asyncpg has a class for it, which is free of the server's language.
+_NOT_SUPPORTED, _STALE_PLAN = "0A000", "cached plan must not change result type"
+_STALE_PLAN_CLASS = "InvalidCachedStatementError"
 # Deadlock, lock wait timeout, and a record that changed since it was read.
 # Source: https://mariadb.com/kb/en/mariadb-error-code-reference/
 _MYSQL = (1213, 1205, 1020)
@@ -147,6 +151,8 @@ def _is_conflict(error: Any) -> bool:
         return True
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg2's name
     if isinstance(state, str):
+        if state == _NOT_SUPPORTED:
+            return type(error).__name__ == _STALE_PLAN_CLASS or _STALE_PLAN in str(error)
         return state.startswith(_ROLLBACK) and state != _UNKNOWN
     sqlite_code = getattr(error, "sqlite_errorcode", None)
     return isinstance(sqlite_code, int) and sqlite_code & 0xFF == _SQLITE_BUSY

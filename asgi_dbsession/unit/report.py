@@ -44,7 +44,7 @@ class UnitReport:
     """How a unit of work ended, and what it took.
 
     Attributes:
-        scope: The ASGI scope of the request that it belongs to.
+        scope: The ASGI scope of the request that it belongs to. None: it began after its end.
         outcome: `"nothing_to_do"`: a session was asked for, and nothing begun on it.
         reason: Why what was left at its end was not committed: the `status` of the response (or the
             code of a WebSocket's close), `set_rollback`, an `exception`, being `cancelled` (a

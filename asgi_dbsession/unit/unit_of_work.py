@@ -42,6 +42,7 @@ class UnitOfWork:
         observers: Told of what happens to it.
 
     Attributes:
+        is_inner: Whether it was made by `within`, and so serves the request of a unit around it.
         joins_outer_unit: Whether `enclosing` is of the same request, and keeps its databases.
         rollback: What `set_rollback` said about the work since the last end.
         rollback_set_by: The task that said so.
@@ -58,6 +59,7 @@ class UnitOfWork:
     two_phase: bool = False
     is_blocking: bool = False
     joins_outer_unit: bool = False
+    is_inner: bool = False
 
     def __init__(
         self,
@@ -107,8 +109,12 @@ class UnitOfWork:
         )
 
     def within(self, databases: tuple[SessionSource[Any], ...]) -> "UnitOfWork":
-        """A unit of its own, inside of this one."""
-        return UnitOfWork(databases, self.scope, self, self.observers)
+        """A unit of its own, inside of this one. It has no scope once the request has ended."""
+        serving = next((each for each in self.chain() if not each.is_inner), None)
+        scope = serving.scope if serving is not None else None
+        unit = UnitOfWork(databases, scope, self, self.observers)
+        unit.is_inner = True
+        return unit
 
     def open(self, database: SessionSource[S]) -> S:
         """The session of a database that this unit manages, made on first use.

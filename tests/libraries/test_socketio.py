@@ -1,0 +1,159 @@
+"""python-socketio: each event is a unit of work, over WebSocket and over polling."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import socketio  # type: ignore[import-untyped]
+from conftest import becomes_true
+from library import STORES, Library, library, served
+from pages import Page
+
+from asgi_dbsession import SessionClosed, get_session
+
+pytestmark = [
+    pytest.mark.anyio,
+    # aiohttp, of which python-socketio's client is made, leaves these to the garbage collector
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
+
+PAGE = Page("docs/how-to/socketio.md")
+LINES = "SELECT text FROM line WHERE text NOT LIKE '% has %'"
+GUESTS = "SELECT text FROM line WHERE text LIKE '% has joined'"
+TRANSPORTS = [["websocket"], ["polling"], ["polling", "websocket"]]
+
+
+@pytest.fixture(params=STORES)
+def page(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Library]:
+    """The files of the page."""
+    with library(PAGE, request.param, tmp_path) as found:
+        yield found
+
+
+def board(page: Library) -> Any:
+    """The application, which soon notices that a polling client has gone."""
+    module = page.load("board")
+    module.sio.eio.ping_interval, module.sio.eio.ping_timeout = 0.5, 1
+    return module
+
+
+transports = pytest.mark.parametrize("transports", TRANSPORTS, ids="+".join)
+
+
+@asynccontextmanager
+async def connected(host: str, transports: list[str], name: str = "me") -> AsyncIterator[Any]:
+    """A client, which disconnects at the end."""
+    client = socketio.AsyncClient(reconnection=False)
+    await client.connect(f"http://{host}", auth={"name": name}, transports=transports)
+    try:
+        yield client
+    finally:
+        await client.disconnect()
+
+
+@transports
+async def test_what_is_acknowledged_is_stored(page: Library, transports: list[str]) -> None:
+    """Also with many events of one client at once."""
+    module = board(page)
+    texts = [f"line {number}" for number in range(10)]
+    missing: list[str] = []
+
+    async with served(module.app, module.database) as host:
+        async with connected(host, transports) as client:
+
+            async def write(line: str) -> None:
+                await client.call("write", line, timeout=10)
+                if line not in page.stored(LINES):
+                    missing.append(line)
+
+            await asyncio.gather(*map(write, texts))
+            assert page.stored(GUESTS) == ["me has joined"]
+        assert missing == []
+        assert page.stored(LINES) == sorted(texts)
+        await becomes_true(lambda: len(page.stored("SELECT text FROM line")) == len(texts) + 2)
+
+
+@transports
+async def test_a_handler_that_fails_stores_and_acknowledges_nothing(
+    page: Library, transports: list[str]
+) -> None:
+    """Neither an answer nor a broadcast; what other events of that client did is stored."""
+    module = board(page)
+    if page.reader.dialect.name == "postgresql":  # only COMMIT refuses it there
+        page.execute("ALTER TABLE line DROP CONSTRAINT line_text_key")
+        page.execute("ALTER TABLE line ADD UNIQUE (text) DEFERRABLE INITIALLY DEFERRED")
+    # python-socketio leaves the error of a handler to the event loop.
+    asyncio.get_running_loop().set_exception_handler(lambda _, __: None)
+    heard: list[str] = []
+    async with served(module.app, module.database) as host:
+        async with connected(host, transports) as client:
+            client.on("written", heard.append)
+            await client.call("write", "one", timeout=10)
+            failing = asyncio.create_task(client.call("write", "one", timeout=1))
+            await client.call("write", "two", timeout=10)
+            with pytest.raises(socketio.exceptions.TimeoutError):
+                await failing
+        assert page.stored(LINES) == ["one", "two"]
+        assert sorted(heard) == ["one", "two"]
+
+
+@transports
+async def test_a_refused_connection_stores_nothing(page: Library, transports: list[str]) -> None:
+    """What `connect` did before it refused is rolled back."""
+    module = board(page)
+    async with served(module.app, module.database) as host:
+        with pytest.raises(socketio.exceptions.ConnectionError):
+            async with connected(host, transports, "nobody"):
+                pytest.fail("it was connected")
+        assert page.stored("SELECT text FROM line") == []
+
+
+async def test_a_broadcast_is_stored_when_it_arrives(page: Library) -> None:
+    """Whoever hears of a line finds it in the database."""
+    module = board(page)
+    missing: list[str] = []
+    heard: list[str] = []
+
+    def look(line: str) -> None:
+        heard.append(line)
+        if line not in page.stored(LINES):
+            missing.append(line)
+
+    async with (
+        served(module.app, module.database) as host,
+        connected(host, ["websocket"], "writer") as writer,
+        connected(host, ["polling"], "reader") as reader,
+    ):
+        reader.on("written", look)
+        for number in range(10):
+            await writer.emit("write", f"line {number}")
+        await becomes_true(lambda: len(heard) == 10)
+    assert missing == []
+
+
+async def test_over_polling_the_session_of_the_request_is_closed(
+    page: Library,
+) -> None:
+    """A handler without `begin()` runs when the request that brought its event has ended."""
+    module = board(page)
+    errors: list[BaseException] = []
+
+    async def late(sid: str) -> None:
+        await asyncio.sleep(0.1)
+        try:
+            get_session().add(module.Line(text="late"))
+        except SessionClosed as error:
+            errors.append(error)
+
+    module.sio.on("late", late)
+    async with (
+        served(module.app, module.database) as host,
+        connected(host, ["polling"]) as client,
+    ):
+        await client.emit("late")
+        await becomes_true(lambda: bool(errors))
+    assert "database.begin()" in str(errors[0])
+    assert page.stored(LINES) == []
