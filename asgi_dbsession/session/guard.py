@@ -71,7 +71,10 @@ class Companion:
         followers: Told of each commit and rollback of the session.
         bind_asked: Called with each engine that SQLAlchemy asked the session for.
         wait_failed: Called when no connection became free in time.
+        stats: What an optional room measures of the session; shared by all that measure.
     """
+
+    stats: Any = None
 
     def __init__(self, lock: SessionLock, watch_engine: Callable[[Engine], None]) -> None:
         self.lock: SessionLock = lock
