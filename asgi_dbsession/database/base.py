@@ -24,6 +24,7 @@ from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.failures import watch
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.types import Scope
+from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
 from .failures import failure_of, reason_of
@@ -72,6 +73,7 @@ class Database(ABC, Generic[E, S]):
         self._starting = Lock()
         self._prepare: Callable[[Engine], None] = watch
         self._engine_hooks: list[Callable[[Engine], None]] = []
+        self.observers: tuple[UnitObserver, ...] = ()
 
     def __repr__(self) -> str:
         url = getattr(self, "url", None)  # none yet, where a traceback shows a half-made one
@@ -308,6 +310,15 @@ class Database(ABC, Generic[E, S]):
         self._engine_hooks.append(hook)
         if self._engine is not None:
             hook(self._sync_engine(self._engine))
+
+    def add_observer(self, observer: UnitObserver) -> None:
+        """Have `observer` told of each unit of work that opens a session of this database.
+
+        Args:
+            observer: Told of the unit from then on; and at once of the engines.
+        """
+        self.observers = (*self.observers, observer)
+        self.watch_engines(observer.engine_used)
 
     def _watch_engine(self, engine: Engine) -> None:
         """Watch an engine that a session uses besides that of its database (`binds`)."""

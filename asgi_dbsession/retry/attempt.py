@@ -91,7 +91,7 @@ def watch_conflicts(engine: Engine) -> None:
 
 def _record_conflict(context: ExceptionContext) -> None:
     attempt = _under_way()
-    if attempt is None or not _is_conflict(context.original_exception):
+    if attempt is None or not is_conflict(context.original_exception):
         return
     attempt.conflict = context.sqlalchemy_exception or context.original_exception
     connection = context.connection
@@ -121,7 +121,8 @@ _LISTENERS: dict[str, Any] = {
 }
 
 
-def _is_conflict(error: Any) -> bool:
+def is_conflict(error: Any) -> bool:
+    """Whether an error of a driver is a serialization failure, a deadlock or a busy SQLite."""
     if error.args and error.args[0] in _MYSQL:  # before its SQLSTATE, which says nothing of 1205
         return True
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg2's name
