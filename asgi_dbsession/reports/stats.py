@@ -4,7 +4,6 @@ from contextvars import ContextVar
 from time import perf_counter
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from sqlalchemy import Connection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_dbsession.session.lock import End, SessionLock
@@ -153,16 +152,15 @@ class Checkout:
         idle_since: When the last operation ended.
         call_site: The line that sent the operation under way, or the last one.
         statement: What it sent.
-        connection: What SQLAlchemy works with; None before the first operation.
+        in_transaction: Whether anything was sent since the last COMMIT or ROLLBACK.
     """
 
     __slots__ = (
         "busy_since",
         "call_site",
-        "connection",
         "entry",
         "idle_since",
-        "is_committing",
+        "in_transaction",
         "kind",
         "since",
         "statement",
@@ -172,41 +170,42 @@ class Checkout:
     def __init__(self, stats: SessionStats, now: float, entry: ConnectionPoolEntry) -> None:
         self.stats: SessionStats = stats
         self.entry: ConnectionPoolEntry = entry
-        self.is_committing: bool = False
         self.since: float = now
         self.idle_since: float = now
         self.busy_since: float | None = None
         self.call_site: CallSite = None
         self.kind: Kind = "statement"
         self.statement: str = ""
-        self.connection: Connection | None = None
+        self.in_transaction: bool = False
 
-    def begin(self, connection: Connection, kind: Kind, statement: str = "") -> None:
+    def begin_statement(self, context: Any, statement: str) -> None:
+        """A statement begins."""
+        # As compiled: with values in it, a list (`IN`) is another statement for each length.
+        compiled = context.compiled
+        self.stats.tally.statements += 1
+        self.in_transaction = True
+        self.begin("statement", statement if compiled is None else compiled.string)
+
+    def begin(self, kind: Kind, statement: str = "") -> None:
         """An operation begins."""
         now, stats = perf_counter(), self.stats
         stats.asked = None
-        if self.busy_since is not None:
-            self._finish(self.busy_since, now)
-        tally = stats.tally
-        call_site = find_call_site()
+        tally, call_site = stats.tally, find_call_site()
         if now - self.idle_since > tally.idle_time:
             tally.idle_time = now - self.idle_since
             tally.idle_after, tally.idle_before = self.call_site, call_site
         self.call_site, self.kind, self.statement = call_site, kind, statement
-        self.connection, self.busy_since = connection, now
+        self.busy_since = now
 
     def done(self) -> None:
         """The operation, if any, is over."""
-        if self.busy_since is not None:
-            self._finish(self.busy_since, perf_counter())
-            self.busy_since = None
-
-    def _finish(self, began: float, now: float) -> None:
-        self.idle_since = now
-        tally = self.stats.tally
-        tally.operation_duration += now - began
-        if self.stats.keeps_stretches:
-            tally.keep(Stretch(self.kind, began, now, self.call_site, self.statement))
+        began = self.busy_since
+        if began is not None:
+            now, tally = perf_counter(), self.stats.tally
+            self.busy_since, self.idle_since = None, now
+            tally.operation_duration += now - began
+            if self.stats.keeps_stretches:
+                tally.keep(Stretch(self.kind, began, now, self.call_site, self.statement))
 
     def give_back(self) -> None:
         """The connection goes back into its pool."""

@@ -14,6 +14,7 @@ from sqlalchemy.orm.session import (
     SessionTransactionState,
     _sessions,
 )
+from sqlalchemy.pool import QueuePool
 
 
 def begin(session: Any, made_by: type[SessionTransaction], *, nested: bool) -> SessionTransaction:
@@ -60,3 +61,9 @@ def isolation_level_on_connect(connection: Connection) -> str | None:
     """The isolation level that the engine sets on each new connection; None for the server's."""
     level: str | None = connection.dialect._on_connect_isolation_level
     return level
+
+
+def most_overflow(pool: QueuePool) -> int:
+    """How many connections a pool may open beyond its size; below 0 for no limit."""
+    most: int = pool._max_overflow
+    return most

@@ -73,10 +73,11 @@ async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None =
     opened = tuple(unit.sessions.values())  # a thread may be about to open another one
     working = [each for each in opened if not each.close_if_idle()]
     try:
-        if working or unit.callbacks or unit.observers:
-            end = End(commit, _reason_to_roll_back(error, unit.rollback), close=True, error=error)
-            ending = _end(unit, end, working)
+        if working or unit.callbacks:
+            ending = _end(unit, _last_end(unit, commit, error), working)
             await (ending if unit.is_blocking else run_to_completion(ending))
+        elif unit.observers:
+            _tell(unit, _last_end(unit, commit, error))
     finally:
         unit.sessions.clear()
 
@@ -128,10 +129,18 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     if unit.callbacks:
         for callback in _settle(unit, end, given, working):
             await _call(unit, callback)
-    for observer in unit.observers:
-        observer.work_ended(unit, end)
+    _tell(unit, end)
     if end.failure is not None:
         raise end.failure
+
+
+def _tell(unit: UnitOfWork, end: End) -> None:
+    for observer in unit.observers:
+        observer.work_ended(unit, end)
+
+
+def _last_end(unit: UnitOfWork, commit: bool, error: BaseException | None) -> End:
+    return End(commit, _reason_to_roll_back(error, unit.rollback), close=True, error=error)
 
 
 def _in_order(unit: UnitOfWork, working: Sessions) -> Sessions:
