@@ -8,9 +8,9 @@ from asgi_dbsession.reports.stats import Kind, Stretch
 from .observer import EndedUnit
 
 _WIDTH = 1200
-_ROWS = 60
-_ROW = 5
-_HEIGHT = _ROWS * _ROW
+_HEIGHT = 300
+# How many rows there may be, from few to the most.
+_ROWS = (12, 30, 75)
 # Older units are not drawn: they would be too small to see.
 _SECONDS = 30.0
 # The smallest that can be seen.
@@ -22,21 +22,28 @@ _ORDER: tuple[Kind, ...] = ("wait", "hold", "statement", "rollback", "commit")
 def draw(ended: Sequence[EndedUnit], now: float) -> str:
     """An SVG of the units of the last seconds, each a bar in the first row that is free."""
     begin = now - _SECONDS
-    rows = [begin] * _ROWS
-    bars: dict[Kind, list[str]] = {kind: [] for kind in _ORDER}
+    rows: list[float] = []
+    placed: list[tuple[EndedUnit, int]] = []
     left_out = 0
     for unit in sorted(ended, key=lambda each: each.began):
-        if unit.ended <= begin:
+        row = next((number for number, free in enumerate(rows) if free <= unit.began), len(rows))
+        if unit.ended <= begin or row == _ROWS[-1]:
+            left_out += unit.ended > begin
             continue
-        row = next((number for number, free in enumerate(rows) if free <= unit.began), None)
-        if row is None:
-            left_out += 1
-            continue
+        rows[row:row] = [begin] if row == len(rows) else []
         rows[row] = max(unit.ended, unit.began + _SECONDS * (_LEAST + 1) / _WIDTH)
-        _draw_unit(unit, begin, row * _ROW, bars)
+        placed.append((unit, row))
+    # The picture keeps its height, and its rows get thinner.
+    height = _HEIGHT / next(number for number in _ROWS if number >= len(rows))
+    bars: dict[Kind, list[str]] = {kind: [] for kind in _ORDER}
+    for unit, row in placed:
+        _draw_unit(unit, begin, row * height, height - 1, bars)
     drawn = "".join(bar for kind in _ORDER for bar in bars[kind])
-    note = f"<p class=note>{left_out} more units do not fit.</p>" if left_out else ""
-    return f"{_frame(drawn)}{note}"
+    return f"{_frame(drawn)}<p class=note>{_note(left_out)}</p>"
+
+
+def _note(left_out: int) -> str:
+    return f"{left_out} more units do not fit." if left_out else "Seconds ago. Each bar is a unit."
 
 
 def _frame(drawn: str) -> str:
@@ -52,14 +59,16 @@ def _frame(drawn: str) -> str:
     )
 
 
-def _draw_unit(unit: EndedUnit, begin: float, y: int, bars: dict[Kind, list[str]]) -> None:
+def _draw_unit(
+    unit: EndedUnit, begin: float, y: float, height: float, bars: dict[Kind, list[str]]
+) -> None:
     title = f"<title>{escape(_title(unit))}</title>"
     for stretch in _stretches(unit):
         left = max(0.0, (stretch.start - begin) / _SECONDS * _WIDTH)
         width = max(_LEAST, (stretch.stop - begin) / _SECONDS * _WIDTH - left)
         bars[stretch.kind].append(
-            f'<rect class={stretch.kind} x="{left:.1f}" y="{y}" width="{width:.1f}" '
-            f'height="{_ROW - 1}">{title}</rect>'
+            f'<rect class={stretch.kind} x="{left:.1f}" y="{y:.1f}" width="{width:.1f}" '
+            f'height="{height:.1f}">{title}</rect>'
         )
 
 
