@@ -1,6 +1,7 @@
 """The page as a whole, with its style and its script in it."""
 
 from functools import cache
+from html import escape
 from importlib.resources import files
 
 _PAGE = """\
@@ -17,7 +18,8 @@ _PAGE = """\
 <body>
 <header>
 <h1>Database connections</h1>
-<p id="summary" aria-live="polite">{summary}</p>
+<p id="summary" aria-hidden="true">{summary}</p>
+<p id="status" class="unseen" aria-live="polite">{summary}</p>
 <nav aria-label="Other forms">
 <button id="pause" type="button" aria-pressed="false" hidden>Pause</button>
 <a href="?json">JSON</a> <a href="?metrics">Metrics</a>
@@ -46,11 +48,11 @@ def render(nonce: str, summary: str, parts: dict[str, str]) -> str:
 
     Args:
         nonce: For this response alone; it lets the style and the script of the page run.
-        summary: In a sentence for each database.
+        summary: In a sentence for each database, as text.
         parts: HTML, by the names of the places in the page.
     """
     own = {"style": _asset("page.css"), "script": _asset("page.js")}
-    return _PAGE.format(nonce=nonce, summary=summary, **own, **parts)
+    return _PAGE.format(nonce=nonce, summary=escape(summary), **own, **parts)
 
 
 @cache

@@ -27,7 +27,11 @@ def find(databases: list[DatabaseNow], recent: Recent) -> list[Finding]:
     """The lines to look at first; what goes on now before what has ended."""
     found = [*_now(databases, "idle"), *_now(databases, "working")]
     lines = {each["line"] for each in found}
-    idle = [each for each in recent["idle"] if each["after"] not in lines and ":" in each["after"]]
+    idle = [
+        each
+        for each in recent["idle"]
+        if each["after"] not in lines and ":" in each["after"] and each["longest"] >= _LONG / 2
+    ]
     for each in idle[:_MOST_OF_A_KIND]:
         what = (
             f"kept a connection idle, for {each['longest']:.2f} s at most and "

@@ -5,9 +5,10 @@ let spoken = 0;
 
 // What is said aloud changes at most every ten seconds.
 function say(text) {
-  const summary = document.getElementById("summary");
-  if (summary.textContent !== text && Date.now() - spoken > 10000) {
-    summary.textContent = text;
+  document.getElementById("summary").textContent = text;
+  const status = document.getElementById("status");
+  if (status.textContent !== text && Date.now() - spoken > 10000) {
+    status.textContent = text;
     spoken = Date.now();
   }
 }

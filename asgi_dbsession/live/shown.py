@@ -8,9 +8,9 @@ from typing import Any
 from asgi_dbsession.reports.call_site import CallSite
 
 _LONGEST = 400
-_COMMENT = re.compile(r"/\*.*?(?:\*/|\Z)|--[^\n]*", re.DOTALL)
-# From the first quote to the last: where a text ends depends on the dialect and its settings.
-_TEXT = re.compile(r"'.*'|'.*|\$(?:[A-Za-z_]\w*)?\$.*", re.DOTALL)
+# What begins a text or a comment: quotes of PostgreSQL, `--`, `/*`, and `#` of MySQL.
+_MARK = re.compile(r"'|--|/\*|\$(?:[A-Za-z_]\w*)?\$")
+_MARK_OR_HASH = re.compile(_MARK.pattern + "|#")
 # Not the number of a parameter (`$1`, `:id_1`), nor of a name.
 _NUMBER = re.compile(r"(?<![\w$:.%])\d[\w.]*")
 # Where they may be a text; elsewhere they are a name.
@@ -45,14 +45,28 @@ def without_values(statement: str, dialect: str) -> str:
         statement: As it was compiled.
         dialect: The name of its dialect, because quotes differ.
     """
-    shown = _TEXT.sub("'…'", statement)
-    shown = _COMMENT.sub(" ", shown)
+    is_mysql = dialect in _TEXT_IN_DOUBLE_QUOTES[1:]
+    marks = list((_MARK_OR_HASH if is_mysql else _MARK).finditer(statement))
+    shown = _cut(statement, marks, may_quote_twice=dialect in _TEXT_IN_DOUBLE_QUOTES)
     if dialect in _TEXT_IN_DOUBLE_QUOTES:
         shown = _DOUBLE_QUOTED.sub(_name_or_nothing, shown)
-    if dialect in _TEXT_IN_DOUBLE_QUOTES[1:]:
-        shown = re.sub(r"#[^\n]*", " ", shown)
     shown = " ".join(_NUMBER.sub("?", shown).split())
     return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]} …"
+
+
+def _cut(statement: str, marks: list[re.Match[str]], *, may_quote_twice: bool) -> str:
+    """Replace all from the first quote to the last.
+
+    Where a text ends depends on the dialect and its settings, so nothing between two quotes is
+    shown. If there are comments, or other quotes, nothing behind the first of them is.
+    """
+    if not marks:
+        return statement
+    first, last = marks[0].start(), marks[-1].end()
+    has_quotes_only = all(each.group() == "'" for each in marks)
+    if has_quotes_only and len(marks) % 2 == 0 and not (may_quote_twice and '"' in statement):
+        return f"{statement[:first]}'…'{statement[last:]}"
+    return f"{statement[:first]}…"
 
 
 def _name_or_nothing(found: re.Match[str]) -> str:
