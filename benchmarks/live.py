@@ -75,7 +75,7 @@ async def measure(rounds: int, seconds: float) -> dict[str, Rounds]:
 if __name__ == "__main__":
     parser = ArgumentParser(prog="python -m benchmarks.live")
     parser.add_argument("--rounds", type=int, default=3000)
-    parser.add_argument("--seconds", type=float, default=0, help="how long one turn takes: 0 is one request")
+    parser.add_argument("--seconds", type=float, default=0, help="of one turn; 0: one request")
     arguments = parser.parse_args()
     for name, found in asyncio.run(measure(arguments.rounds, arguments.seconds)).items():
         print(name)

@@ -18,7 +18,7 @@ from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import Outcome
 
-from .route import RouteName, name_of
+from .route import RouteName, name_of, route_by_quart
 from .totals import Totals
 
 # How many units that have ended are remembered.
@@ -32,10 +32,11 @@ class OpenUnit:
         began: When it opened its first session, or ended its last work; as of `perf_counter`.
     """
 
-    __slots__ = ("began", "sessions")
+    __slots__ = ("began", "route_by_quart", "sessions")
 
     def __init__(self) -> None:
         self.began: float = perf_counter()
+        self.route_by_quart: str = route_by_quart()
         self.sessions: tuple[tuple[Any, SessionStats], ...] = ()
 
 
@@ -79,7 +80,7 @@ class LiveObserver(UnitObserver):
     def open_units(self) -> Iterator[tuple[str, OpenUnit]]:
         """The name of each unit that is open, and what is known of it."""
         for unit, found in tuple(self._open.items()):  # threads open units meanwhile
-            yield name_of(unit, self._route), found
+            yield name_of(unit, self._route, found.route_by_quart), found
 
     @override
     def engine_used(self, engine: Engine) -> None:
@@ -111,12 +112,13 @@ class LiveObserver(UnitObserver):
         now = perf_counter()
         tallies = tuple((each, stats.settle(end, now)) for each, stats in found.sessions)
         if any(each.stretches for _, each in tallies):
-            self._keep(unit, end, (found.began, now), tallies)
+            route = name_of(unit, self._route, found.route_by_quart)
+            self._keep(route, end, (found.began, now), tallies)
         found.began = now
 
     def _keep(
         self,
-        unit: Any,
+        route: str,
         end: End,
         times: tuple[float, float],
         tallies: tuple[tuple[Any, Tally], ...],
@@ -124,7 +126,7 @@ class LiveObserver(UnitObserver):
         error = end.failure or end.error
         outcome = outcome_of(end, [each for _, each in tallies])
         ended = EndedUnit(
-            route=name_of(unit, self._route),
+            route=route,
             began=times[0],
             ended=times[1],
             outcome=outcome,
