@@ -68,7 +68,7 @@ def _lane(lane: Connection) -> str:
         f"<tr class={state}>{first}"
         f"<td><span class=chip>{_STATES[state]} {lane['since']:.1f} s</span> <small>{where}</small>"
         f"<td>{escape(lane['request'])}<td class=number>{lane['held']:.1f} s"
-        f"<td>{verb} <code>{_line(lane['line'] or 'its checkout')}</code> "
+        f"<td><span dir=ltr>{verb} <code>{_line(lane['line'] or 'its checkout')}</code></span> "
         f"<small>{escape(lane['statement'])}</small></tr>"
     )
 
