@@ -17,6 +17,7 @@ from conftest import becomes_true, checked_out
 from fastapi import FastAPI
 from litestar import Litestar, asgi, get as litestar_get
 from litestar.middleware import DefineMiddleware
+from pages import Page
 from quart import Quart
 from sqlalchemy import Column, Integer, MetaData, String, Table, select, text
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -550,6 +551,53 @@ async def test_everything_is_escaped() -> None:
         assert "&lt;script&gt;alert" in each
         assert "<script>" not in each
         assert each.count("<script nonce=") == 1
+
+
+# The guide
+
+GUIDE = Page("docs/how-to/live-page.md")
+
+
+async def test_the_guide_names_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its own handler that calls the bank while it holds a connection."""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'shop.db'}")
+    (number,) = (
+        n
+        for n, each in enumerate(GUIDE.blocks()[0].splitlines(), 1)
+        if each.endswith("of the bank")
+    )
+    app = GUIDE.run(0)["app"]
+    life = await Life(app).startup()
+    paying = asyncio.create_task(asked(app, "/pay").run())
+    await asyncio.sleep(1)
+    facts = json.loads((await asked(app, "/db/json").run()).body)
+    await paying
+    await life.shutdown()
+    assert facts["findings"][0]["line"].endswith(f"live-page.md:{number - 1}")
+
+
+async def test_the_guide_lets_in_by_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody else, from wherever."""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'shop.db'}")
+    monkeypatch.setenv("LIVE_TOKEN", "42")
+    page = GUIDE.run(1)["page"]
+    for given, status in ((b"Bearer 42", 200), (b"Bearer 43", 403), (b"Bearer \xe4", 403)):
+        far = {"client": ("10.0.0.1", 1), "headers": [(b"authorization", given)]}
+        assert (await asked(page, "/", **far).run()).status == status
+    assert (await asked(page, "/").run()).status == 403
+
+
+async def test_the_guide_names_requests_and_needs_no_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it says."""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'shop.db'}")
+    assert GUIDE.run(2)["route"]({"path": "/reset/42"}) == "/reset"
+    app = GUIDE.run(3)["app"]
+    assert (await asked(app, "/db").run()).status == 200
+    assert (await asked(app, "/").run()).status == 204
 
 
 # How it is served
