@@ -18,6 +18,8 @@ three cards: only the approved card changes something. Or use another terminal:
   curl {address}/api/sales
   curl {address}/orders.csv
 
+Who holds which database connection: {address}/db/
+
 The network panel of the browser shows, under "Timing", the database time of each page.
 """
 

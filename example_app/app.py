@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_dbsession import DBSessionMiddleware, ServerTimingMiddleware
+from asgi_dbsession.live import LivePage
 
 from .databases import reports, shop
 from .models import Product, ReportBase, ShopBase
@@ -52,6 +53,7 @@ def answer_conflict(error: Exception) -> ASGIApp | None:
 
 handlers: dict[Any, Any] = dict.fromkeys((Refusal, HTTPException, Exception), show_failure)
 app = Starlette(routes=routes, lifespan=prepare, exception_handlers=handlers)
+app.mount("/db", LivePage(shop, reports))  # for browsers on this machine only
 app.add_middleware(
     DBSessionMiddleware,
     # All databases are flushed before the first COMMIT, so a refused flush stores nothing anywhere.

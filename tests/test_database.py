@@ -730,7 +730,7 @@ async def test_an_audit_row_survives_the_rollback_of_its_request(running: Runnin
 
 
 async def test_a_task_that_outlives_its_request_acts_for_nobody(running: Running) -> None:
-    """Its `begin()` has no scope, also if the task was started inside a `begin()` of the request."""
+    """Its `begin()` has no scope, also if a `begin()` of the request started the task."""
     ended = asyncio.Event()
     tasks: list[asyncio.Task[Any]] = []
 

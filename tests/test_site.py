@@ -15,6 +15,7 @@ import pytest
 from pages import ROOT, Page
 
 import asgi_dbsession
+import asgi_dbsession.live
 import asgi_dbsession.testing
 
 SITE = ROOT / "site"
@@ -188,6 +189,7 @@ def test_every_page_describes_itself() -> None:
 def test_the_reference_has_every_public_name() -> None:
     """And no other."""
     public = {f"asgi_dbsession.{name}" for name in asgi_dbsession.__all__}
+    public |= {f"asgi_dbsession.live.{name}" for name in asgi_dbsession.live.__all__}
     public |= {f"asgi_dbsession.testing.{name}" for name in asgi_dbsession.testing.__all__}
     shown = re.findall(r"^::: (\S+)$", Page("docs/reference.md").text, re.MULTILINE)
     assert set(shown) == public

@@ -11,7 +11,7 @@ from asgi_dbsession.errors import ABORTED, AbortRequest
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.lock import current_task
 from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
-from asgi_dbsession.unit.ending import close, close_returned, end_work, end_work_of, only_reads
+from asgi_dbsession.unit.ending import close, close_returned, end_work, end_work_of
 from asgi_dbsession.unit.report import UnitReport
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
@@ -214,11 +214,12 @@ class _Exchange:
         if kind == "http.response.start" and self._progress is _Progress.WAITING:
             if unit.sessions or unit.callbacks:
                 try:
-                    ending = end_work(unit, commit=self._decide(message))
-                    await (ending if only_reads(unit) else run_to_completion(ending))
+                    await run_to_completion(end_work(unit, commit=self._decide(message)))
                 except Exception as error:
                     unit.failure = unit.failure or error
                     raise AbortRequest from error
+                if unit.failure is not None:  # of another start, sent at the same time
+                    raise AbortRequest
             unit.rollback = None
             self._progress = _Progress.STARTED
         elif kind in _LAST and not message.get("more_body", False) and self.is_answered:

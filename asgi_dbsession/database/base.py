@@ -19,6 +19,7 @@ from asgi_dbsession.errors import (
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.reads import Reads, check_autocommit_reads
 from asgi_dbsession.types import Scope
+from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
 from .borrowed import borrow
@@ -58,6 +59,7 @@ class Database(EngineLife[E], Generic[E, S]):
             # A closed session would silently open again, and leak.
             "close_resets_only": False,
         }
+        self.observers: tuple[UnitObserver, ...] = ()
 
     @classmethod
     def from_env(cls, variable: str = "DATABASE_URL", **options: Any) -> Self:
@@ -169,6 +171,15 @@ class Database(EngineLife[E], Generic[E, S]):
 
     @abstractmethod
     def _make_session(self, engine: E | None, scope: Scope | None) -> ManagedSession[S]: ...
+
+    def add_observer(self, observer: UnitObserver) -> None:
+        """Have `observer` told of each unit of work that opens a session of this database.
+
+        Args:
+            observer: Told of the unit from then on; and at once of the engines.
+        """
+        self.observers = (*self.observers, observer)
+        self.observe(observer)
 
     def _check_session_options(self) -> None:
         try:

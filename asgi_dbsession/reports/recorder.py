@@ -1,7 +1,7 @@
 """Reports how each unit of work ended, and what it took."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from time import perf_counter, time
 from typing import Any
@@ -16,7 +16,8 @@ from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import DatabaseReport, Outcome, UnitReport
 
 from .call_site import as_text
-from .stats import SessionStats, unwatch_usage, watch_usage
+from .stats import SessionStats, Tally, stats_of
+from .watching import unwatch_usage, watch_usage
 
 _logger = logging.getLogger("asgi_dbsession")
 
@@ -28,10 +29,6 @@ class _Record:
     start_time: float = field(default_factory=time)
     start: float = field(default_factory=perf_counter)
     stats: dict[Any, SessionStats] = field(default_factory=dict)
-
-    @property
-    def has_stats(self) -> bool:
-        return any(each.statements or each.wait_time for each in self.stats.values())
 
 
 class Recorder(UnitObserver):
@@ -59,32 +56,29 @@ class Recorder(UnitObserver):
 
     @override
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
-        stats = self._records[unit].stats[database] = SessionStats()
-        stats.attach(opened)
+        self._records[unit].stats[database] = stats_of(opened)
 
     @override
     def work_ended(self, unit: Any, end: End) -> None:
-        record = self._records[unit]
-        if end.had_work or not end.close or record.has_stats:
-            self._report(unit, end, record)
+        record, now = self._records[unit], perf_counter()
+        tallies = {each: stats.settle(end, now) for each, stats in record.stats.items()}
+        has_tallies = any(each.statements or each.wait_time for each in tallies.values())
+        if end.had_work or not end.close or has_tallies:
+            self._report(unit, end, record, tallies, now)
 
-    def _report(self, unit: Any, end: End, record: _Record) -> None:
-        now = perf_counter()
-        reason: Reason | None = None if end.commit else end.reason
-        error = end.error
-        if end.commit and end.failure is not None:
-            reason, error = "commit_failed", end.failure
+    def _report(
+        self, unit: Any, end: End, record: _Record, tallies: dict[Any, Tally], now: float
+    ) -> None:
+        reason = reason_of(end)
         report = UnitReport(
             scope=unit.scope,
-            outcome=_outcome(end, record),
+            outcome=outcome_of(end, tallies.values()),
             reason=reason,
-            error=error,
+            error=end.failure if reason == "commit_failed" else end.error,
             start_time=record.start_time,
             duration=now - record.start,
             databases=tuple(
-                _describe(each, record.stats[each], now)
-                for each in unit.databases
-                if each in record.stats
+                _describe(each, tallies[each]) for each in unit.databases if each in tallies
             ),
         )
         record.start_time, record.start = time(), now
@@ -94,25 +88,29 @@ class Recorder(UnitObserver):
             _logger.exception("%r failed; the unit of work ended as reported.", self._on_report)
 
 
-def _outcome(end: End, record: _Record) -> Outcome:
+def outcome_of(end: End, tallies: Iterable[Tally]) -> Outcome:
+    """What became of the work that this end ended."""
     if end.failure is not None or (end.had_work and not end.commit):
         return "rolled_back"
-    has_committed = any(each.commits for each in record.stats.values())
-    return "committed" if has_committed else "nothing_to_do"
+    return "committed" if any(each.commits for each in tallies) else "nothing_to_do"
 
 
-def _describe(database: Any, stats: SessionStats, now: float) -> DatabaseReport:
-    stats.stop_waiting(now)  # in vain: the pool was exhausted, or the database is gone
-    report = DatabaseReport(
+def reason_of(end: End) -> Reason | None:
+    """Why the work was not committed; None if nothing spoke against it."""
+    if not end.commit:
+        return end.reason
+    return None if end.failure is None else "commit_failed"
+
+
+def _describe(database: Any, tally: Tally) -> DatabaseReport:
+    return DatabaseReport(
         database=database,
-        committed=stats.commits > 0,
-        statements=stats.statements,
-        operation_duration=stats.operation_duration,
-        wait_time=stats.wait_time,
-        use_time=stats.use_time,
-        idle_time=stats.idle_time,
-        idle_after=as_text(stats.idle_after),
-        idle_before=as_text(stats.idle_before),
+        committed=tally.commits > 0,
+        statements=tally.statements,
+        operation_duration=tally.operation_duration,
+        wait_time=tally.wait_time,
+        use_time=tally.use_time,
+        idle_time=tally.idle_time,
+        idle_after=as_text(tally.idle_after),
+        idle_before=as_text(tally.idle_before),
     )
-    stats.reset()
-    return report

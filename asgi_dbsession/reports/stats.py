@@ -1,69 +1,141 @@
 """What one session asks of its database, and how long that takes."""
 
-from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from sqlalchemy import Connection, Engine, event
-from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from asgi_dbsession.session.lock import End, SessionLock
 from asgi_dbsession.session.managed import ManagedSession
 
 from .call_site import CallSite, find_call_site
 
-# Where a connection keeps who has it.
-_KEY = "asgi_dbsession.checkout"
+# What a stretch of time was spent with; `hold` is from checkout to checkin, and contains the others
+# but `wait`.
+Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
+
+# More stretches of one unit of work are not kept, whatever it does.
+_MOST_STRETCHES = 200
+
+
+class Stretch(NamedTuple):
+    """A stretch of time, of one kind; times as of `perf_counter`.
+
+    Attributes:
+        call_site: The line of the application that sent it.
+        statement: As it was compiled, without the values of its parameters.
+    """
+
+    kind: Kind
+    start: float
+    stop: float
+    call_site: CallSite = None
+    statement: str = ""
+
+
+class Tally:
+    """What was asked in one piece of work, between two ends; times in seconds.
+
+    Attributes:
+        stretches: In the order in which they ended; empty unless somebody wants them.
+    """
+
+    # On the class, because every session pays for each attribute of its own.
+    commits: int = 0
+    statements: int = 0
+    operation_duration: float = 0
+    wait_time: float = 0
+    use_time: float = 0
+    idle_time: float = 0
+    idle_after: CallSite = None
+    idle_before: CallSite = None
+    stretches: list[Stretch] | tuple[()] = ()
+
+    def keep(self, stretch: Stretch) -> None:
+        """Keep a stretch, unless there are too many."""
+        if not self.stretches:
+            self.stretches = [stretch]
+        elif len(self.stretches) < _MOST_STRETCHES:
+            self.stretches.append(stretch)
 
 
 class SessionStats:
-    """What was asked since it was last told; times in seconds.
+    """What a session asked since the last end of its work.
+
+    All that observe a session share its statistics: see `stats_of`.
+
+    Args:
+        lock: The lock of the session.
 
     Attributes:
+        tally: The work since the last end.
         checkout: The connection that the session has now.
-        asked: Since when it waits for one.
+        asked: Since when it waits for a connection.
+        keeps_stretches: Whether somebody wants to know when each operation began and ended.
     """
 
-    def __init__(self) -> None:
-        self.checkout: Checkout | None = None
-        self.asked: float | None = None
-        self.reset()
+    keeps_stretches: bool = False
+    checkout: "Checkout | None" = None
+    asked: float | None = None
+    _settled: tuple[End | None, Tally] = (None, Tally())
 
-    def reset(self) -> None:
-        """Count from nothing again."""
-        self.commits: int = 0
-        self.statements: int = 0
-        self.operation_duration: float = 0
-        self.wait_time: float = 0
-        self.use_time: float = 0
-        self.idle_time: float = 0
-        self.idle_after: CallSite = None
-        self.idle_before: CallSite = None
+    def __init__(self, lock: SessionLock) -> None:
+        self.lock: SessionLock = lock
+        self.tally: Tally = Tally()
 
-    def attach(self, opened: ManagedSession[Any]) -> None:
-        """Count what is done on a session that was just made.
+    @property
+    def waits_since(self) -> float | None:
+        """Since when it waits for a connection; None if it does not."""
+        return self.asked if self.checkout is None and self.lock.is_busy else None
 
-        SQLAlchemy asks a session for its bind right before it checks out a connection, and tells
-        of the checkout only when it is done.
-        """
-        own: Any = opened.orm.bind
-        lock = opened.lock
-
-        def record_bind(bind: Any) -> None:
-            # Outside of an operation, it is the application that asks.
-            is_asked = self.checkout is None and lock.is_busy
-            if is_asked and bind.engine.pool is own.engine.pool:
-                self.asked = perf_counter()
-                _asking.set(self)
-
-        opened.companion.bind_asked = record_bind
+    def settle(self, end: End, now: float) -> Tally:
+        """What was asked until this end. Each observer gets the same, and counting starts anew."""
+        settled_by, tally = self._settled
+        if settled_by is not end:
+            self.stop_waiting(now)  # in vain: the pool was exhausted, or the database is gone
+            tally = self.tally
+            self._settled = end, tally
+            self.tally = Tally()
+        return tally
 
     def stop_waiting(self, now: float) -> None:
         """Count what it waited so far, in vain or not."""
-        if self.asked is not None:
-            self.wait_time += now - self.asked
+        asked = self.asked
+        if asked is not None:
+            self.tally.wait_time += now - asked
             self.asked = None
+            if self.keeps_stretches:
+                self.tally.keep(Stretch("wait", asked, now))
+
+
+# Which session of this context waits: the pool tells of a checkout, but not for whom.
+asking: ContextVar[SessionStats | None] = ContextVar("asgi_dbsession.asking", default=None)
+
+
+def stats_of(opened: ManagedSession[Any]) -> SessionStats:
+    """The statistics of a session; the first caller makes them.
+
+    SQLAlchemy asks a session for its bind right before it checks out a connection, and tells of the
+    checkout only when it is done.
+    """
+    companion = opened.companion
+    if companion.stats is not None:
+        found: SessionStats = companion.stats
+        return found
+    own: Any = opened.orm.bind
+    lock = opened.lock
+    stats = companion.stats = SessionStats(lock)
+
+    def record_bind(bind: Any) -> None:
+        # Outside of an operation, it is the application that asks.
+        is_asked = stats.checkout is None and lock.is_busy
+        if is_asked and bind.engine.pool is own.engine.pool:
+            stats.asked = perf_counter()
+            asking.set(stats)
+
+    companion.bind_asked = record_bind
+    return stats
 
 
 class Checkout:
@@ -72,126 +144,75 @@ class Checkout:
     Args:
         stats: Of that session.
         now: When it was checked out.
+        entry: Its place in the pool.
+
+    Attributes:
+        since: When it was checked out.
+        busy_since: When the operation under way began; None while it is idle.
+        idle_since: When the last operation ended.
+        call_site: The line that sent the operation under way, or the last one.
+        statement: What it sent.
+        in_transaction: Whether anything was sent since the last COMMIT or ROLLBACK.
     """
 
-    __slots__ = ("_busy", "_call_site", "_free", "_since", "is_committing", "stats")
+    __slots__ = (
+        "busy_since",
+        "call_site",
+        "entry",
+        "idle_since",
+        "in_transaction",
+        "kind",
+        "since",
+        "statement",
+        "stats",
+    )
 
-    def __init__(self, stats: SessionStats, now: float) -> None:
+    def __init__(self, stats: SessionStats, now: float, entry: ConnectionPoolEntry) -> None:
         self.stats: SessionStats = stats
-        self.is_committing: bool = False
-        self._since = self._free = now
-        self._busy: float | None = None
-        self._call_site: CallSite = None
+        self.entry: ConnectionPoolEntry = entry
+        self.since: float = now
+        self.idle_since: float = now
+        self.busy_since: float | None = None
+        self.call_site: CallSite = None
+        self.kind: Kind = "statement"
+        self.statement: str = ""
+        self.in_transaction: bool = False
 
-    def begin(self) -> None:
+    def begin_statement(self, context: Any, statement: str) -> None:
+        """A statement begins."""
+        # As compiled: with values in it, a list (`IN`) is another statement for each length.
+        compiled = context.compiled
+        self.stats.tally.statements += 1
+        self.in_transaction = True
+        self.begin("statement", statement if compiled is None else compiled.string)
+
+    def begin(self, kind: Kind, statement: str = "") -> None:
         """An operation begins."""
         now, stats = perf_counter(), self.stats
         stats.asked = None
-        if self._busy is not None:
-            stats.operation_duration += now - self._busy
-            self._free = now
-        call_site = find_call_site()
-        if now - self._free > stats.idle_time:
-            stats.idle_time = now - self._free
-            stats.idle_after, stats.idle_before = self._call_site, call_site
-        self._call_site, self._busy = call_site, now
+        tally, call_site = stats.tally, find_call_site()
+        if now - self.idle_since > tally.idle_time:
+            tally.idle_time = now - self.idle_since
+            tally.idle_after, tally.idle_before = self.call_site, call_site
+        self.call_site, self.kind, self.statement = call_site, kind, statement
+        self.busy_since = now
 
     def done(self) -> None:
         """The operation, if any, is over."""
-        if self._busy is not None:
-            self._free = perf_counter()
-            self.stats.operation_duration += self._free - self._busy
-            self._busy = None
+        began = self.busy_since
+        if began is not None:
+            now, tally = perf_counter(), self.stats.tally
+            self.busy_since, self.idle_since = None, now
+            tally.operation_duration += now - began
+            if self.stats.keeps_stretches:
+                tally.keep(Stretch(self.kind, began, now, self.call_site, self.statement))
 
     def give_back(self) -> None:
         """The connection goes back into its pool."""
         self.done()
-        self.stats.use_time += perf_counter() - self._since
-        if self.stats.checkout is self:
-            self.stats.checkout = None
-
-
-_asking: ContextVar[SessionStats | None] = ContextVar("asgi_dbsession.asking", default=None)
-
-
-def watch_usage(engine: Engine) -> None:
-    """Have `engine` tell what is asked of it; watching twice is watching once."""
-    for name, listener in _listeners():
-        event.listen(engine, name, listener)
-
-
-def unwatch_usage(engine: Engine) -> None:
-    """Undo `watch_usage`, on an engine that goes on without this package."""
-    for name, listener in _listeners():
-        if event.contains(engine, name, listener):
-            event.remove(engine, name, listener)
-
-
-def _listeners() -> Iterator[tuple[str, Callable[..., None]]]:
-    yield "checkout", _check_out
-    yield "checkin", _check_in
-    yield "before_cursor_execute", _begin_statement
-    yield "after_cursor_execute", _done
-    yield "handle_error", _fail
-    for name in ("commit", "commit_twophase"):
-        yield name, _begin_commit
-    for name in ("rollback", "prepare_twophase", "rollback_twophase"):
-        yield name, _begin
-
-
-def _check_out(_connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
-    stats = _asking.get()
-    if stats is not None and stats.asked is not None:
-        now = perf_counter()
-        stats.stop_waiting(now)
-        stats.asked = now  # a pool may take from another pool, and tell of both
-        stats.checkout = record.info[_KEY] = Checkout(stats, now)
-
-
-def _check_in(_connection: object, record: ConnectionPoolEntry) -> None:
-    checkout: Checkout | None = record.info.pop(_KEY, None)
-    if checkout is not None:
-        checkout.give_back()
-
-
-def _checkout_of(connection: Connection | None) -> Checkout | None:
-    # One that was thrown away would be replaced by the mere question.
-    if connection is None or connection.closed or connection.invalidated:
-        return None
-    checkout: Checkout | None = connection.info.get(_KEY)
-    return checkout
-
-
-def _begin_statement(connection: Connection, *_: object) -> None:
-    checkout = _checkout_of(connection)
-    if checkout is not None:
-        checkout.stats.statements += 1
-        checkout.begin()
-
-
-def _begin_commit(connection: Connection, *_: object) -> None:
-    checkout = _checkout_of(connection)
-    if checkout is not None:
-        checkout.stats.commits += 1
-        checkout.is_committing = True
-        checkout.begin()
-
-
-def _begin(connection: Connection, *_: object) -> None:
-    checkout = _checkout_of(connection)
-    if checkout is not None:
-        checkout.begin()
-
-
-def _done(connection: Connection, *_: object) -> None:
-    checkout = _checkout_of(connection)
-    if checkout is not None:
-        checkout.done()
-
-
-def _fail(context: ExceptionContext) -> None:
-    checkout = _checkout_of(context.connection)
-    if checkout is not None:
-        checkout.done()
-        checkout.stats.commits -= checkout.is_committing
-        checkout.is_committing = False
+        now, stats = perf_counter(), self.stats
+        stats.tally.use_time += now - self.since
+        if stats.keeps_stretches:
+            stats.tally.keep(Stretch("hold", self.since, now))
+        if stats.checkout is self:
+            stats.checkout = None

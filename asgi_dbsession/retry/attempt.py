@@ -103,8 +103,7 @@ def unless_retried(
 def watch_conflicts(engine: Engine) -> None:
     """Have attempts learn of the conflicts and COMMITs on an engine; twice is the same as once."""
     for name, listener in _LISTENERS.items():
-        if not event.contains(engine, name, listener):
-            event.listen(engine, name, listener)
+        event.listen(engine, name, listener)
 
 
 def unwatch_conflicts(engine: Engine) -> None:
@@ -116,7 +115,7 @@ def unwatch_conflicts(engine: Engine) -> None:
 
 def _record_conflict(context: ExceptionContext) -> None:
     attempt = _under_way()
-    if attempt is None or not _is_conflict(context.original_exception):
+    if attempt is None or not is_conflict(context.original_exception):
         return
     attempt.conflict = context.sqlalchemy_exception or context.original_exception
     connection = context.connection
@@ -146,13 +145,16 @@ _LISTENERS: dict[str, Any] = {
 }
 
 
-def _is_conflict(error: Any) -> bool:
+def is_conflict(error: Any) -> bool:
+    """Whether an error of a driver is a serialization failure, a deadlock or a busy SQLite."""
     if error.args and error.args[0] in _MYSQL:  # before its SQLSTATE, which says nothing of 1205
+        return True
+    if type(error).__name__ == _STALE_PLAN_CLASS:  # some versions give it no SQLSTATE
         return True
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg2's name
     if isinstance(state, str):
         if state == _NOT_SUPPORTED:
-            return type(error).__name__ == _STALE_PLAN_CLASS or _STALE_PLAN in str(error)
+            return _STALE_PLAN in str(error)
         return state.startswith(_ROLLBACK) and state != _UNKNOWN
     sqlite_code = getattr(error, "sqlite_errorcode", None)
     return isinstance(sqlite_code, int) and sqlite_code & 0xFF == _SQLITE_BUSY

@@ -14,6 +14,7 @@ from sqlalchemy.orm.session import (
     SessionTransactionState,
     _sessions,
 )
+from sqlalchemy.pool import QueuePool
 
 
 def begin(session: Any, made_by: type[SessionTransaction], *, nested: bool) -> SessionTransaction:
@@ -56,6 +57,17 @@ def is_prepared(transaction: Transaction | None) -> bool:
     return isinstance(transaction, TwoPhaseTransaction) and transaction._is_prepared
 
 
+def is_flushing(session: Any) -> bool:
+    """Whether a flush is under way."""
+    found: bool = session._flushing
+    return found
+
+
+def is_orm_enabled(select: Any) -> bool:
+    """Whether the ORM replaces this SELECT by another one when it is compiled."""
+    return bool(select._propagate_attrs.get("compile_state_plugin") == "orm")
+
+
 def is_server_side(context: Any) -> bool:
     """Whether a statement is read through a cursor on the server."""
     found: bool = context._is_server_side
@@ -68,12 +80,21 @@ def has_additions(element: Any) -> bool:
     return any(getattr(element, name, None) for name in names)
 
 
-def renders_expressions(type_: Any) -> bool:
+def renders_expressions(type_: Any, dialect: Any) -> bool:
     """Whether a type writes SQL of its own around a column or a value."""
-    return type_ is not None and (type_._has_column_expression or type_._has_bind_expression)
+    return type_ is not None and any(
+        each._has_column_expression or each._has_bind_expression
+        for each in (type_, type_.dialect_impl(dialect))
+    )
 
 
 def isolation_level_on_connect(connection: Connection) -> str | None:
     """The isolation level that the engine sets on each new connection; None for the server's."""
     level: str | None = connection.dialect._on_connect_isolation_level
     return level
+
+
+def most_overflow(pool: QueuePool) -> int:
+    """How many connections a pool may open beyond its size; below 0 for no limit."""
+    most: int = pool._max_overflow
+    return most

@@ -27,7 +27,7 @@ A = TypeVar("A", bound=AsyncSession)
 S = TypeVar("S", bound=Session)
 T = TypeVar("T")
 
-# Whatever may talk to the database. Some names are missing in old versions of SQLAlchemy.
+# Whatever may talk to the database. Old versions of SQLAlchemy lack some.
 _OPERATIONS = (
     "bulk_insert_mappings",
     "bulk_save_objects",
@@ -61,20 +61,22 @@ class Follower(Protocol):
 
 
 class Companion:
-    """What a guarded session carries with it. It does not refer to the session.
+    """What a guarded session carries with it; it does not refer to the session.
 
     Attributes:
         lock: The lock of the session.
         reads: Whether the session may read without a transaction.
-        connections: Those used last; some may be closed by now.
-        followers: Told of each commit and rollback of the session.
+        connections: Those used last; some are closed.
+        followers: Told of each commit and rollback.
         bind_asked: Called with each engine that SQLAlchemy asked the session for.
         wait_failed: Called when no connection became free in time.
+        stats: What an optional room measures of the session; shared by all that measure.
     """
 
     connections: tuple[Connection, ...] = ()
     bind_asked: Callable[[Any], None] | None = None
     wait_failed: Callable[[PoolTimeout], None] | None = None
+    stats: Any = None
 
     def __init__(self, lock: SessionLock, reads: Reads) -> None:
         self.lock: SessionLock = lock
@@ -88,11 +90,7 @@ class Companion:
 
 
 def guarded_class(session_class: type[S]) -> type[S]:
-    """Derive a class from `session_class` whose operations hold the lock.
-
-    The guard is on the plain `Session`, below an `AsyncSession`. So it covers lazy loading,
-    `run_sync` and the methods that a class of the application adds.
-    """
+    """Derive a class whose operations hold the lock; lazy loading and `run_sync` included."""
     bases = (GuardedSession,) if session_class is Session else (session_class, GuardedSession)
     return derive(session_class, bases, {})
 

@@ -10,7 +10,7 @@ from ._sqlalchemy import flush_and_prepare, forget
 from .failures import failed_transactions, refuse_if_aborted, watch
 from .guard import Companion, GuardedSession
 from .lock import End, SessionLock
-from .reads import only_reads
+from .reads import begin_now
 from .transaction import LockedTransaction
 
 S = TypeVar("S")
@@ -53,18 +53,6 @@ class ManagedSession(Generic[S]):
         session, lock = self.orm, self.lock
         is_changed = session.in_transaction() or session.identity_map.check_modified()
         return is_changed or lock.is_busy or (lock.is_used and bool(session.new))
-
-    @property
-    def is_blocking(self) -> bool:
-        """Whether the session belongs to threads."""
-        return self.session is self.orm
-
-    @property
-    def only_reads(self) -> bool:
-        """Whether the session has begun no transaction on the server, and has nothing to flush."""
-        session = self.orm
-        is_clean = not (session.identity_map.check_modified() or session.new or session.deleted)
-        return is_clean and only_reads(self.companion.open_connections) and not self.lock.is_busy
 
     def close_if_idle(self) -> bool:
         """Close the session permanently if it has no work, without talking to the database.
@@ -163,6 +151,12 @@ def _remember_connection(session: Any, _transaction: object, connection: Connect
     companion.reads.put_off_begin(session, connection)
 
 
+def _begin_now(session: Any, *_: object) -> None:
+    # A listener of the mapper may write below SQLAlchemy.
+    for connection in session._companion.open_connections:
+        begin_now(connection)
+
+
 def _refuse_if_aborted(session: Any) -> None:
     if failed_transactions:
         refuse_if_aborted(session._companion.connections)
@@ -181,6 +175,7 @@ def _record_rollback(session: Any, transaction: SessionTransaction) -> None:
 
 GuardedSession.transaction_class = LockedTransaction
 event.listen(GuardedSession, "after_begin", _remember_connection)
+event.listen(GuardedSession, "before_flush", _begin_now)
 event.listen(GuardedSession, "before_commit", _refuse_if_aborted)
 event.listen(GuardedSession, "after_commit", _record_commit)
 event.listen(GuardedSession, "after_soft_rollback", _record_rollback)

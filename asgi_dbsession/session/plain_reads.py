@@ -9,10 +9,11 @@ from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.sql import elements, functions, selectable
 from sqlalchemy.sql.annotation import Annotated
 from sqlalchemy.sql.compiler import Compiled
+from sqlalchemy.sql.elements import quoted_name
 from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.sql.visitors import iterate
 
-from ._sqlalchemy import has_additions, is_server_side, renders_expressions
+from ._sqlalchemy import has_additions, is_orm_enabled, is_server_side, renders_expressions
 
 # Whatever is not on this list may have an effect: functions, FOR UPDATE, text, literal columns,
 # common table expressions, and constructs that SQLAlchemy does not have yet.
@@ -29,6 +30,7 @@ _PLAIN = frozenset(
         elements.Case,
         elements.Cast,
         elements.ClauseList,
+        elements.ColumnClause,
         elements.ExpressionClauseList,
         elements.False_,
         elements.Grouping,
@@ -62,7 +64,9 @@ def is_plain_read(context: ExecutionContext) -> bool:
         return False
     found = _known.get(compiled)
     if found is None:
-        found = _known[compiled] = all(map(_is_plain_element, _elements_of(compiled)))
+        found = _known[compiled] = all(
+            _is_plain_element(element, compiled) for element in _elements_of(compiled)
+        )
     return found
 
 
@@ -75,18 +79,26 @@ def _elements_of(compiled: Compiled) -> Iterator[Any]:
         yield from iterate(made)
 
 
-def _is_plain_element(element: Any) -> bool:
+def _is_plain_element(element: Any, compiled: Compiled) -> bool:
     kind = next(each for each in type(element).__mro__ if not issubclass(each, Annotated))
-    if kind is elements.ColumnClause:
-        # A literal column is text; the star of COUNT(*) and EXISTS (SELECT *) is one too.
-        return not element.is_literal or element.name == "*"
+    if kind is elements.ColumnClause and element.is_literal:
+        return bool(element.name == "*")  # of COUNT(*) and EXISTS (SELECT *)
     # LIMIT and OFFSET are bound by a class of their own, and the ORM has its own JOIN.
     is_variant = issubclass(kind, elements.BindParameter | Join) and _is_of_sqlalchemy(kind)
     if kind not in _PLAIN and not is_variant:
         return False
     if isinstance(getattr(element, "operator", None), custom_op) or has_additions(element):
         return False
-    return not renders_expressions(getattr(element, "type", None))
+    if kind is Select and element is not compiled.statement and is_orm_enabled(element):
+        return False  # inside of another one, it is replaced only when it is compiled
+    if any(_is_unquoted(getattr(element, name, None)) for name in ("name", "schema")):
+        return False
+    return not renders_expressions(getattr(element, "type", None), compiled.dialect)
+
+
+def _is_unquoted(name: object) -> bool:
+    """Whether a name is written as it is, and so may be any text."""
+    return isinstance(name, quoted_name) and name.quote is False
 
 
 def _is_of_sqlalchemy(kind: type) -> bool:

@@ -4,18 +4,22 @@ from typing import Any
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.engine import ExecutionContext, TwoPhaseTransaction
+from sqlalchemy.engine import Dialect, ExecutionContext, TwoPhaseTransaction
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_dbsession.errors import ConfigurationError
 
-from ._sqlalchemy import isolation_level_on_connect
+from ._sqlalchemy import is_flushing, isolation_level_on_connect
 from .plain_reads import is_plain_read
 
 # The connections on which BEGIN was put off, and how the pool knows them when they come back.
 _put_off: WeakSet[Connection] = WeakSet()
 _KEY = "asgi_dbsession.put_off"
+
+# The dialects of the engines that are watched. An engine and its copies with other options share a
+# dialect and a pool.
+_watched: WeakSet[Dialect] = WeakSet()
 
 # The drivers that can leave and enter autocommit without asking the server.
 _DRIVERS = ("asyncpg", "psycopg")
@@ -40,20 +44,23 @@ class Reads:
         """Read in autocommit until another statement comes, if this connection allows it."""
         if self._wanted is False or self.is_shared or not self._can_put_off(session, connection):
             return
-        _put_off.add(connection)
+        # In this order, a signal handler that raises in between does no harm.
         connection.info[_KEY] = True
+        _put_off.add(connection)
         _set_autocommit(connection, True)
 
     def _can_put_off(self, session: Session, connection: Connection) -> bool:
         dialect = connection.dialect
-        if dialect.driver not in _DRIVERS or connection.engine is not session.bind:
+        if dialect not in _watched or connection.engine is not session.bind:
+            return False
+        if is_flushing(session) or _is_in_transaction(connection):
             return False
         if connection.in_nested_transaction():  # SQLAlchemy tells of savepoints too
             return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
-        if len(list(session.dispatch.after_begin)) > 1:
-            # A listener of the application's (`SET LOCAL`) may use the driver's own connection.
+        if len(list(session.dispatch.after_begin)) > 1 or list(connection.dispatch.begin):
+            # A listener of the application (`SET LOCAL`) may use the driver's own connection.
             return False
         level = connection.get_execution_options().get("isolation_level")
         level = level or isolation_level_on_connect(connection) or dialect.default_isolation_level
@@ -77,33 +84,27 @@ def check_autocommit_reads(database: object, wanted: object, driver: str) -> Non
 
 def watch_reads(engine: Engine) -> None:
     """Have `engine` begin a transaction before a statement that does more than read."""
-    if engine.dialect.driver in _DRIVERS and not event.contains(engine, "checkin", _restore):
-        event.listen(engine, "do_execute", _begin_unless_plain)
-        event.listen(engine, "do_executemany", _begin_always)
-        event.listen(engine, "do_execute_no_params", _begin_always)
-        event.listen(engine, "checkin", _restore)
+    if engine.dialect.driver in _DRIVERS and engine.dialect not in _watched:
+        _watched.add(engine.dialect)
+        for name, listener in _LISTENERS.items():
+            event.listen(engine, name, listener)
 
 
 def unwatch_reads(engine: Engine) -> None:
     """Undo `watch_reads`."""
-    if event.contains(engine, "checkin", _restore):
-        event.remove(engine, "do_execute", _begin_unless_plain)
-        event.remove(engine, "do_executemany", _begin_always)
-        event.remove(engine, "do_execute_no_params", _begin_always)
-        event.remove(engine, "checkin", _restore)
+    if engine.dialect in _watched:
+        _watched.discard(engine.dialect)
+        for name, listener in _LISTENERS.items():
+            if event.contains(engine, name, listener):
+                event.remove(engine, name, listener)
 
 
 def begin_now(connection: Connection) -> None:
     """Begin what was put off: the application may work on the driver's own connection."""
     if connection in _put_off:
-        _put_off.discard(connection)
-        del connection.info[_KEY]
         _set_autocommit(connection, False)
-
-
-def only_reads(connections: tuple[Connection, ...]) -> bool:
-    """Whether none of the connections has begun a transaction, so there is nothing to commit."""
-    return bool(connections) and all(each in _put_off for each in connections)
+        connection.info.pop(_KEY, None)
+        _put_off.discard(connection)
 
 
 def _begin_unless_plain(
@@ -121,6 +122,22 @@ def _begin_always(*arguments: Any) -> None:
 def _restore(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
     if record.info.pop(_KEY, False) and dbapi_connection is not None:
         dbapi_connection.autocommit = False
+
+
+_LISTENERS: dict[str, Any] = {
+    "do_execute": _begin_unless_plain,
+    "do_executemany": _begin_always,
+    "do_execute_no_params": _begin_always,
+    "checkin": _restore,
+}
+
+
+def _is_in_transaction(connection: Connection) -> bool:
+    """Whether the driver has begun one already, for a listener of the pool, say."""
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.driver == "asyncpg":
+        return bool(driver.is_in_transaction())
+    return bool(driver.info.transaction_status != 0)  # libpq's PQTRANS_IDLE
 
 
 def _set_autocommit(connection: Connection, value: bool) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeAlias
 
 from asgi_dbsession.errors import ConcurrentUse
-from asgi_dbsession.session.completion import call_here, complete_here, run_to_completion
+from asgi_dbsession.session.completion import complete_here, run_to_completion
 from asgi_dbsession.session.lock import End, Reason, current_end, current_task
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.tasks import has_ended
@@ -31,11 +31,6 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
     end = End(commit, "status" if unit.rollback is None else "set_rollback")
     unit.rollback = None
     return _end(unit, end, _with_work(unit))
-
-
-def only_reads(unit: UnitOfWork) -> bool:
-    """Whether the end of all work so far has nothing to commit, and so nothing to wait for."""
-    return not unit.callbacks and all(each.only_reads for each in unit.sessions.values())
 
 
 async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: Living) -> None:
@@ -75,10 +70,11 @@ async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None =
     opened = tuple(unit.sessions.values())  # a thread may be about to open another one
     working = [each for each in opened if not each.close_if_idle()]
     try:
-        if working or unit.callbacks or unit.observers:
-            end = End(commit, _reason_to_roll_back(error, unit.rollback), close=True, error=error)
-            ending = _end(unit, end, working)
+        if working or unit.callbacks:
+            ending = _end(unit, _last_end(unit, commit, error), working)
             await (ending if unit.is_blocking else run_to_completion(ending))
+        elif unit.observers:
+            _tell(unit, _last_end(unit, commit, error))
     finally:
         unit.sessions.clear()
 
@@ -130,10 +126,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     token = current_end.set(end)
     try:
         if len(working) == 1:
-            (opened,) = working
-            # What only reads talks to nobody at its end, so it needs no other thread.
-            run = call_here if opened.only_reads and opened.is_blocking else opened.run
-            await run(opened.end, end, end.commit)
+            await working[0].run(working[0].end, end, end.commit)
         elif working:
             end.failure = await end_together(_in_order(unit, working), end)
     except BaseException as error:
@@ -146,10 +139,18 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
         for callback in _settle(unit, end, given, working):
             if callback in stored or end.succeeded:
                 await _call(unit, callback)
-    for observer in unit.observers:
-        observer.work_ended(unit, end)
+    _tell(unit, end)
     if end.failure is not None:
         raise end.failure
+
+
+def _tell(unit: UnitOfWork, end: End) -> None:
+    for observer in unit.observers:
+        observer.work_ended(unit, end)
+
+
+def _last_end(unit: UnitOfWork, commit: bool, error: BaseException | None) -> End:
+    return End(commit, _reason_to_roll_back(error, unit.rollback), close=True, error=error)
 
 
 def _in_order(unit: UnitOfWork, working: Sessions) -> Sessions:

@@ -23,6 +23,7 @@ class SessionSource(Protocol[S]):
     """What a unit of work needs of a database."""
 
     is_async: bool
+    observers: tuple[UnitObserver, ...]
 
     def open_session(self, scope: Scope | None) -> ManagedSession[S]:
         """Make a session; its first statement checks a connection out."""
@@ -39,7 +40,8 @@ class UnitOfWork:
         databases: Those whose sessions it opens; the first of each kind is the default.
         scope: The ASGI scope that it serves, for `session.info["scope"]`. None once it has ended.
         enclosing: The unit around it, where other databases are looked for.
-        observers: Told of what happens to it.
+        observers: Told of what happens to it; and so are those of each database, from when its
+            session is opened.
 
     Attributes:
         is_inner: Whether it was made by `within`, and so serves the request of a unit around it.
@@ -144,11 +146,18 @@ class UnitOfWork:
         if self.callbacks or self.joins_outer_unit:
             for callback in tuple(self.outermost.callbacks):
                 callback.attach(made)
+        for observer in database.observers:
+            self._add_observer(observer)
         if self.observers:
             made.companion.wait_failed = self._tell_of_failed_wait
             for observer in self.observers:
                 observer.session_opened(self, database, made)
         return opened
+
+    def _add_observer(self, observer: UnitObserver) -> None:
+        if observer not in self.observers:  # else a unit around this one had it
+            self.observers = (*self.observers, observer)
+            observer.unit_began(self)
 
     def _tell_of_failed_wait(self, error: Exception) -> None:
         for observer in self.observers:

@@ -1,0 +1,46 @@
+"""Whom the page lets in."""
+
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Any, TypeAlias
+
+from asgi_dbsession.types import Scope
+
+# Whether a request may see the page.
+Allow: TypeAlias = Callable[[Scope], bool]
+
+# What a proxy adds. Whoever sends one of these is behind a proxy, or pretends to be.
+_OF_PROXIES = ("forwarded", "via", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip")
+_OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+def is_local(scope: Scope) -> bool:
+    """Whether a request comes from the same machine, and from no proxy on it.
+
+    The client must be this machine, and so must be the host that it asks for: a page of another
+    site whose name leads to 127.0.0.1 is refused. A header of a proxy refuses the request, whatever
+    it says: the server may have taken its client from there.
+    """
+    headers = [(_text(key).lower(), _text(value)) for key, value in scope.get("headers", ())]
+    if any(key in _OF_PROXIES or key.startswith("x-forwarded") for key, _ in headers):
+        return False
+    hosts = [value for key, value in headers if key == "host"]
+    return _is_loopback(scope.get("client")) and len(hosts) == 1 and _is_own_name(hosts[0])
+
+
+def _is_loopback(client: Any) -> bool:
+    try:
+        address = ip_address(client[0])
+    except (TypeError, ValueError, LookupError):  # no client, or one without an address
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
+
+
+def _is_own_name(host: str) -> bool:
+    name, _, port = host.rpartition(":")
+    return host.lower() in _OWN_NAMES or (name.lower() in _OWN_NAMES and port.isdecimal())
+
+
+def _text(value: bytes) -> str:
+    return bytes(value).decode("latin-1")

@@ -1,0 +1,60 @@
+"""The page as a whole, with its style and its script in it."""
+
+from functools import cache
+from html import escape
+from importlib.resources import files
+
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Database connections</title>
+<noscript><meta http-equiv="refresh" content="2"></noscript>
+<style nonce="{nonce}">{style}</style>
+</head>
+<body>
+<header>
+<h1>Database connections</h1>
+<p id="summary" aria-hidden="true">{summary}</p>
+<p id="status" class="unseen" aria-live="polite">{summary}</p>
+<nav aria-label="Other forms">
+<button id="pause" type="button" aria-pressed="false" hidden>Pause</button>
+<a href="?json">JSON</a> <a href="?metrics">Metrics</a>
+</nav>
+</header>
+<main>
+<section aria-labelledby="first"><h2 id="first">Look here first</h2>
+<div id="findings">{findings}</div></section>
+<section aria-labelledby="present"><h2 id="present">Now</h2>
+<div id="now">{now}</div></section>
+<section aria-labelledby="past"><h2 id="past">Just now</h2>
+<p class="legend"><span class="wait">waits for a connection</span><span class="statement">at \
+work</span><span class="hold">holds it idle</span><span class="commit">COMMIT</span><span \
+class="rollback">ROLLBACK</span></p>
+<div id="timeline">{timeline}</div>
+<div id="recent">{recent}</div></section>
+</main>
+<script nonce="{nonce}">{script}</script>
+</body>
+</html>
+"""
+
+
+def render(nonce: str, summary: str, parts: dict[str, str]) -> str:
+    """The page.
+
+    Args:
+        nonce: For this response alone; it lets the style and the script of the page run.
+        summary: In a sentence for each database, as text.
+        parts: HTML, by the names of the places in the page.
+    """
+    own = {"style": _asset("page.css"), "script": _asset("page.js")}
+    return _PAGE.format(nonce=nonce, summary=escape(summary), **own, **parts)
+
+
+@cache
+def _asset(name: str) -> str:
+    return (files(__package__) / name).read_text("utf-8")

@@ -1,0 +1,158 @@
+"""Who holds which connection now, and who waits for one."""
+
+from time import perf_counter
+from typing import Any, TypedDict
+from weakref import WeakKeyDictionary
+
+from sqlalchemy.pool import QueuePool
+
+from asgi_dbsession.reports.stats import Checkout
+from asgi_dbsession.session._sqlalchemy import most_overflow
+
+from .observer import LiveObserver
+from .shown import line, name, without_values
+
+
+class Connection(TypedDict):
+    """One connection of a pool; times in seconds.
+
+    `state` is `free`, `working`, `idle` (held, but not used) or `other` (used without a session).
+    """
+
+    lane: int
+    state: str
+    request: str
+    held: float
+    since: float
+    line: str
+    statement: str
+    in_transaction: bool
+
+
+class Waiting(TypedDict):
+    """A unit of work that waits for a connection."""
+
+    request: str
+    seconds: float
+
+
+class DatabaseNow(TypedDict):
+    """One database. `most` is None where the pool has no limit."""
+
+    name: str
+    is_running: bool
+    in_use: int
+    most: int | None
+    connections: list[Connection]
+    waiting: list[Waiting]
+
+
+class Lanes:
+    """Gives each connection of a pool a number that it keeps."""
+
+    def __init__(self) -> None:
+        self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+    def of(self, entry: Any) -> int:
+        """The number of a connection, from 1 on."""
+        if entry not in self._numbers:
+            taken = set(self._numbers.values())
+            self._numbers[entry] = next(n for n in range(1, len(taken) + 2) if n not in taken)
+        return self._numbers[entry]
+
+
+class Now:
+    """Looks at the pools of databases, without taking a connection.
+
+    Args:
+        databases: The databases to look at.
+        observer: What knows their units of work.
+    """
+
+    def __init__(self, databases: tuple[Any, ...], observer: LiveObserver) -> None:
+        self._databases: tuple[Any, ...] = databases
+        self._observer: LiveObserver = observer
+        self._lanes: dict[Any, Lanes] = {each: Lanes() for each in databases}
+        self._shown: dict[Any, int] = dict.fromkeys(databases, 0)
+
+    def look(self) -> list[DatabaseNow]:
+        """All databases, in the order in which the page was given them."""
+        now = perf_counter()
+        used: dict[Any, list[Connection]] = {each: [] for each in self._databases}
+        waiting: dict[Any, list[Waiting]] = {each: [] for each in self._databases}
+        for request, unit in self._observer.open_units():
+            for database, stats in unit.sessions:
+                checkout, since = stats.checkout, stats.waits_since
+                if checkout is not None:
+                    lane = self._lanes[database].of(checkout.entry)
+                    dialect = database.url.get_backend_name()
+                    used[database].append(_connection(lane, request, checkout, dialect, now))
+                elif since is not None:
+                    waiting[database].append({"request": request, "seconds": now - since})
+        return [self._database(each, used[each], waiting[each]) for each in self._databases]
+
+    def _database(
+        self, database: Any, used: list[Connection], waiting: list[Waiting]
+    ) -> DatabaseNow:
+        pool = pool_of(database)
+        size, most, checked_out = 0, None, len(used)
+        if isinstance(pool, QueuePool):
+            size, checked_out = pool.size(), pool.checkedout()
+            overflow = most_overflow(pool)
+            most = None if overflow < 0 else size + overflow
+        lanes = {each["lane"]: each for each in used}
+        shown = max(size, checked_out, self._shown[database], *lanes, 0)
+        if most is not None:
+            shown = max(min(shown, most), *lanes, 0)
+        self._shown[database] = shown  # a lane that was shown stays, so that nothing jumps
+        others = max(0, checked_out - len(used))
+        connections = []
+        for number in range(1, shown + 1):
+            found = lanes.get(number)
+            if found is None:
+                found = _empty(number, "other" if others > 0 else "free")
+                others -= 1
+            connections.append(found)
+        return {
+            "name": name(database),
+            "is_running": bool(database.is_running),
+            "in_use": checked_out,
+            "most": most,
+            "connections": connections,
+            "waiting": sorted(waiting, key=lambda each: -each["seconds"]),
+        }
+
+
+def pool_of(database: Any) -> Any:
+    """The pool of a database; None before its startup, and after its shutdown."""
+    return database.engine.pool if database.is_running else None
+
+
+def _connection(
+    lane: int, request: str, checkout: Checkout, dialect: str, now: float
+) -> Connection:
+    busy_since = checkout.busy_since
+    is_busy = busy_since is not None
+    return {
+        "lane": lane,
+        "state": "working" if is_busy else "idle",
+        "request": request,
+        "held": now - checkout.since,
+        "since": now - (checkout.idle_since if busy_since is None else busy_since),
+        "line": line(checkout.call_site),
+        "statement": without_values(checkout.statement, dialect) or checkout.kind.upper(),
+        "in_transaction": checkout.in_transaction,
+    }
+
+
+def _empty(lane: int, state: str) -> Connection:
+    return {
+        "lane": lane,
+        "state": state,
+        "request": "",
+        "held": 0,
+        "since": 0,
+        "line": "",
+        "statement": "",
+        "in_transaction": False,
+    }

@@ -1,0 +1,144 @@
+"""Remembers which units of work are open, and the last few hundred that have ended."""
+
+from collections import deque
+from collections.abc import Iterator
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from sqlalchemy import Engine
+from typing_extensions import override
+
+from asgi_dbsession.reports.recorder import outcome_of, reason_of
+from asgi_dbsession.reports.stats import SessionStats, Tally, stats_of
+from asgi_dbsession.reports.watching import watch_usage
+from asgi_dbsession.retry.attempt import is_conflict
+from asgi_dbsession.retry.causes import causes
+from asgi_dbsession.session.lock import End
+from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.unit.observer import UnitObserver
+from asgi_dbsession.unit.report import Outcome
+
+from .route import RouteName, name_of, route_by_quart
+from .totals import Totals
+
+# How many units that have ended are remembered.
+_MOST_UNITS = 400
+
+
+class OpenUnit:
+    """A unit of work that has a session and has not ended.
+
+    Attributes:
+        began: When it opened its first session, or ended its last work; as of `perf_counter`.
+    """
+
+    __slots__ = ("began", "route_by_quart", "sessions")
+
+    def __init__(self) -> None:
+        self.began: float = perf_counter()
+        self.route_by_quart: str = route_by_quart()
+        self.sessions: tuple[tuple[Any, SessionStats], ...] = ()
+
+
+class EndedUnit(NamedTuple):
+    """A unit of work that has ended. It refers to no request, and to no value of a statement.
+
+    Attributes:
+        began: When it opened its first session; as of `perf_counter`.
+        ended: When its work was committed or rolled back.
+        error: The class of what the application or COMMIT raised; empty if nothing was.
+        is_conflict: Whether it lost against another transaction.
+        tallies: What it asked of each database.
+    """
+
+    route: str
+    began: float
+    ended: float
+    outcome: Outcome
+    reason: str
+    error: str
+    is_conflict: bool
+    tallies: tuple[tuple[Any, Tally], ...]
+
+
+class LiveObserver(UnitObserver):
+    """Observes databases for a page; costs nothing until one of them opens a session.
+
+    Args:
+        databases: The databases to observe.
+        route: Names a request; None for the route of its framework.
+    """
+
+    def __init__(self, databases: tuple[Any, ...], route: RouteName | None) -> None:
+        self.ended: deque[EndedUnit] = deque(maxlen=_MOST_UNITS)
+        self.totals: dict[Any, Totals] = {each: Totals() for each in databases}
+        self._route: RouteName | None = route
+        self._open: dict[Any, OpenUnit] = {}
+        for each in databases:
+            each.add_observer(self)
+
+    def open_units(self) -> Iterator[tuple[str, OpenUnit]]:
+        """The name of each unit that is open, and what is known of it."""
+        for unit, found in tuple(self._open.items()):  # threads open units meanwhile
+            yield name_of(unit, self._route, found.route_by_quart), found
+
+    @override
+    def engine_used(self, engine: Engine) -> None:
+        watch_usage(engine)
+
+    @override
+    def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
+        if database in self.totals:  # else a unit inside of an observed unit
+            stats = stats_of(opened)
+            stats.keeps_stretches = True
+            found = self._open.get(unit)
+            if found is None:
+                found = self._open[unit] = OpenUnit()
+            found.sessions = (*found.sessions, (database, stats))
+
+    @override
+    def wait_failed(self, unit: Any, error: Exception) -> None:
+        now, found = perf_counter(), self._open.get(unit)
+        for database, stats in found.sessions if found is not None else ():
+            if stats.asked is not None and stats.checkout is None:
+                stats.stop_waiting(now)
+                self.totals[database].timeouts += 1
+
+    @override
+    def work_ended(self, unit: Any, end: End) -> None:
+        found = self._open.pop(unit, None) if end.close else self._open.get(unit)
+        if found is None:
+            return
+        now = perf_counter()
+        tallies = tuple((each, stats.settle(end, now)) for each, stats in found.sessions)
+        if any(each.stretches for _, each in tallies):
+            route = name_of(unit, self._route, found.route_by_quart)
+            self._keep(route, end, (found.began, now), tallies)
+        found.began = now
+
+    def _keep(
+        self,
+        route: str,
+        end: End,
+        times: tuple[float, float],
+        tallies: tuple[tuple[Any, Tally], ...],
+    ) -> None:
+        error = end.failure or end.error
+        outcome = outcome_of(end, [each for _, each in tallies])
+        ended = EndedUnit(
+            route=route,
+            began=times[0],
+            ended=times[1],
+            outcome=outcome,
+            reason=(reason_of(end) or "") if outcome == "rolled_back" else "",
+            error="" if error is None else type(error).__name__,
+            is_conflict=error is not None and _has_conflict(error),
+            tallies=tallies,
+        )
+        self.ended.append(ended)
+        for database, tally in tallies:
+            self.totals[database].add(tally)
+
+
+def _has_conflict(error: BaseException) -> bool:
+    return any(is_conflict(getattr(each, "orig", each)) for each in causes(error))

@@ -1,0 +1,165 @@
+"""The page: an ASGI application that shows what databases do."""
+
+import json
+from functools import partial
+from inspect import iscoroutinefunction
+from secrets import token_urlsafe
+from time import perf_counter
+from typing import Any
+
+import anyio
+
+from asgi_dbsession.database.async_database import AsyncDatabase
+from asgi_dbsession.database.sync_database import SyncDatabase
+from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.types import Receive, Scope, Send
+
+from . import tables
+from .access import Allow, is_local
+from .answer import CSS_AND_SCRIPT, answer, begin_events
+from .document import render
+from .findings import Finding, find
+from .metrics import render_metrics
+from .now import DatabaseNow, Now
+from .observer import LiveObserver
+from .recent import Recent, summarize
+from .route import RouteName
+from .timeline import draw
+
+# How often the page moves, in seconds.
+_PERIOD = 1.0
+# After so many seconds the browser asks again, so that no server waits long to shut down.
+_STREAM = 10.0
+
+_REFUSAL = "This page is for clients on the same machine. LivePage(allow=...) lets others in.\n"
+_NO_METRICS = "Install prometheus-client for metrics: pip install prometheus-client\n"
+
+
+class LivePage:
+    """Show who holds which connection, who waits for one, and what the last units of work did.
+
+    Mount it anywhere: `app.mount("/db", LivePage(database))`. It observes its databases from when
+    it is made, and holds no connection. Below its own path, `/json` is the same for scripts, and
+    `/metrics` is for Prometheus, where `prometheus-client` is installed.
+
+    It shows methods, routes, lines of code and statements, but no values: no path that a client
+    sent, no parameter of a statement, no header and no body.
+
+    Args:
+        *databases: Each `AsyncDatabase` or `SyncDatabase` to show.
+        allow: A plain function that is given the ASGI scope of a request for the page, and returns
+            True to let it in. None lets in clients on the same machine that ask for it by the name
+            `localhost` or by the address, and not through a proxy.
+        route: A plain function that names a request by its scope. None asks the framework for the
+            route as it was declared.
+
+    Raises:
+        ConfigurationError: An argument is not what it should be.
+    """
+
+    def __init__(
+        self,
+        *databases: AsyncDatabase[Any] | SyncDatabase[Any],
+        allow: Allow | None = None,
+        route: RouteName | None = None,
+    ) -> None:
+        _check(databases, allow=allow, route=route)
+        self._databases: tuple[Any, ...] = databases
+        self._allow: Allow = is_local if allow is None else allow
+        self._observer = LiveObserver(databases, route)
+        self._now = Now(databases, self._observer)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request for the page."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        if scope["type"] != "http":
+            raise ConfigurationError("LivePage serves HTTP alone. Mount it in an application.")
+        reply = partial(answer, send, has_body=scope["method"] != "HEAD")
+        if self._allow(scope) is not True:  # a coroutine is no permission
+            await reply(403, _REFUSAL)
+        elif scope["method"] not in ("GET", "HEAD"):
+            await reply(405, "The page can only be read.\n", allow="GET, HEAD")
+        else:
+            await self._show(_wanted(scope), scope, receive, send)
+
+    async def _show(self, wanted: str, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = partial(answer, send, has_body=scope["method"] != "HEAD")
+        if wanted == "json":
+            await reply(200, json.dumps(self._facts(), indent=1), "application/json")
+        elif wanted == "metrics":
+            totals = [self._observer.totals[each] for each in self._databases]
+            text = render_metrics(self._now.look(), totals)
+            if text is None:
+                await reply(501, _NO_METRICS)
+            else:
+                await reply(200, text, "text/plain; version=0.0.4")
+        elif wanted == "events" and scope["method"] == "GET":
+            await self._stream(receive, send)
+        else:
+            nonce = token_urlsafe(16)
+            summary, parts = self._parts()
+            policy = CSS_AND_SCRIPT.format(nonce=nonce)
+            await reply(200, render(nonce, summary, parts), "text/html", policy=policy)
+
+    async def _stream(self, receive: Receive, send: Send) -> None:
+        """Send the moving parts of the page until the client leaves."""
+        await begin_events(send)
+
+        async def leave() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(leave)
+            with anyio.move_on_after(_STREAM):
+                while True:
+                    summary, parts = self._parts()
+                    data = json.dumps({"summary": summary, "html": parts})
+                    body = f"retry: 300\ndata: {data}\n\n".encode()
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                    await anyio.sleep(_PERIOD)
+            await send({"type": "http.response.body", "body": b""})
+            group.cancel_scope.cancel()
+
+    def _parts(self) -> tuple[str, dict[str, str]]:
+        databases, recent, found = self._look()
+        parts = {
+            "findings": tables.findings(found),
+            "now": tables.now(databases),
+            "timeline": draw(tuple(self._observer.ended), perf_counter()),
+            "recent": tables.recent(recent),
+        }
+        return tables.summary(databases), parts
+
+    def _facts(self) -> dict[str, Any]:
+        databases, recent, found = self._look()
+        return {"findings": found, "now": databases, "recent": recent}
+
+    def _look(self) -> tuple[list[DatabaseNow], Recent, list[Finding]]:
+        databases = self._now.look()
+        recent = summarize(tuple(self._observer.ended), perf_counter())
+        return databases, recent, find(databases, recent)
+
+
+def _wanted(scope: Scope) -> str:
+    """The last part of the path, or the query: relative links work with and without a slash."""
+    last = scope["path"].rstrip("/").rpartition("/")[2]
+    query: str = scope.get("query_string", b"").decode("latin-1")
+    return last if last in ("events", "json", "metrics") else query
+
+
+def _check(databases: tuple[object, ...], **functions: object) -> None:
+    if not databases:
+        raise ConfigurationError("LivePage needs at least one database to show.")
+    for each in databases:
+        if not isinstance(each, AsyncDatabase | SyncDatabase):
+            raise ConfigurationError(
+                f"LivePage takes an AsyncDatabase or a SyncDatabase, not something of type "
+                f"{type(each).__name__}. Give it the object that DBSessionMiddleware has."
+            )
+    for name, function in functions.items():
+        if function is not None and (not callable(function) or iscoroutinefunction(function)):
+            raise ConfigurationError(f"{name} takes a plain function, written with `def`.")

@@ -1,0 +1,100 @@
+"""Draws units of work on a time axis."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from asgi_dbsession.reports.stats import Kind, Stretch
+
+from .observer import EndedUnit
+
+_WIDTH = 1200
+_HEIGHT = 300
+# How many rows there may be, from few to the most.
+_ROWS = (12, 30, 75)
+# Older units are not drawn: they would be too small to see.
+_SECONDS = 30.0
+# The smallest that can be seen.
+_LEAST = 1.5
+# What is drawn above what.
+_ORDER: tuple[Kind, ...] = ("wait", "hold", "statement", "rollback", "commit")
+
+
+def draw(ended: Sequence[EndedUnit], now: float) -> str:
+    """An SVG of the units of the last seconds, each a bar in the first row that is free."""
+    begin = now - _SECONDS
+    rows: list[float] = []
+    placed: list[tuple[EndedUnit, int]] = []
+    left_out = 0
+    for unit in sorted(ended, key=lambda each: each.began):
+        row = next((number for number, free in enumerate(rows) if free <= unit.began), len(rows))
+        if unit.ended <= begin or row == _ROWS[-1]:
+            left_out += unit.ended > begin
+            continue
+        rows[row:row] = [begin] if row == len(rows) else []
+        rows[row] = max(unit.ended, unit.began + _SECONDS * (_LEAST + 1) / _WIDTH)
+        placed.append((unit, row))
+    # The picture keeps its height, and its rows get thinner.
+    height = _HEIGHT / next(number for number in _ROWS if number >= len(rows))
+    bars: dict[Kind, list[str]] = {kind: [] for kind in _ORDER}
+    for unit, row in placed:
+        _draw_unit(unit, begin, row * height, height - 1, bars)
+    drawn = "".join(bar for kind in _ORDER for bar in bars[kind])
+    return f"{_frame(drawn)}<p class=note>{_note(left_out)}</p>"
+
+
+def _note(left_out: int) -> str:
+    return f"{left_out} more units do not fit." if left_out else "Seconds ago. Each bar is a unit."
+
+
+def _frame(drawn: str) -> str:
+    lines = "".join(
+        f'<path class=grid d="M{x} 0V{_HEIGHT}"/>' for x in range(0, _WIDTH + 1, _WIDTH // 6)
+    )
+    step = int(_SECONDS) // 6
+    labels = "".join(f"<span>{number * step or 'now'}</span>" for number in range(6, -1, -1))
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio=none role=img '
+        'aria-label="Units of work of the last 30 seconds; the table below says the same.">'
+        f"{lines}{drawn}</svg><p class=axis aria-hidden=true>{labels}</p>"
+    )
+
+
+def _draw_unit(
+    unit: EndedUnit, begin: float, y: float, height: float, bars: dict[Kind, list[str]]
+) -> None:
+    title = f"<title>{escape(_title(unit))}</title>"
+    for stretch in _stretches(unit):
+        left = max(0.0, (stretch.start - begin) / _SECONDS * _WIDTH)
+        width = max(_LEAST, (stretch.stop - begin) / _SECONDS * _WIDTH - left)
+        bars[stretch.kind].append(
+            f'<rect class={stretch.kind} x="{left:.1f}" y="{y:.1f}" width="{width:.1f}" '
+            f'height="{height:.1f}">{title}</rect>'
+        )
+
+
+def _stretches(unit: EndedUnit) -> Iterable[Stretch]:
+    """All stretches, neighbours of one kind as one: a thousand statements are one bar."""
+    for _, tally in unit.tallies:
+        last: Stretch | None = None
+        for each in tally.stretches:
+            gap = each.start - last.stop if last is not None else 0
+            if last is not None and last.kind == each.kind and gap < _SECONDS / _WIDTH:
+                last = last._replace(stop=each.stop)
+                continue
+            if last is not None:
+                yield last
+            last = each
+        if last is not None:
+            yield last
+
+
+def _title(unit: EndedUnit) -> str:
+    waited = sum(tally.wait_time for _, tally in unit.tallies)
+    held = sum(tally.use_time for _, tally in unit.tallies)
+    worked = sum(tally.operation_duration for _, tally in unit.tallies)
+    count = sum(tally.statements for _, tally in unit.tallies)
+    outcome = unit.outcome.replace("_", " ")
+    return (
+        f"{unit.route}: {outcome} {unit.reason}; waited {waited:.3f} s, held {held:.3f} s, "
+        f"of which idle {max(0.0, held - worked):.3f} s; statements: {count}"
+    )

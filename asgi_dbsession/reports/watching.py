@@ -1,0 +1,110 @@
+"""Has an engine tell what is asked of it."""
+
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+from typing import Any
+from weakref import WeakSet
+
+from sqlalchemy import Engine, event
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from .stats import Checkout, asking
+
+# Where a connection keeps who has it.
+_KEY = "asgi_dbsession.checkout"
+_watched: WeakSet[Dialect] = WeakSet()
+
+
+def watch_usage(engine: Engine) -> None:
+    """Have `engine` tell what is asked of it; watching twice is watching once.
+
+    The methods of its dialect are wrapped, because SQLAlchemy's events for connections cost each
+    request three times as much, whoever listens.
+    """
+    event.listen(engine, "checkout", _check_out)
+    event.listen(engine, "checkin", _check_in)
+    dialect: Any = engine.dialect
+    if dialect in _watched:
+        return
+    _watched.add(dialect)
+    for name, wrap in _WRAPPERS.items():
+        setattr(dialect, name, partial(wrap, dialect, name))
+
+
+def unwatch_usage(engine: Engine) -> None:
+    """Undo `watch_usage`, on an engine that goes on without this package."""
+    if event.contains(engine, "checkout", _check_out):
+        event.remove(engine, "checkout", _check_out)
+        event.remove(engine, "checkin", _check_in)
+    if engine.dialect in _watched:
+        _watched.discard(engine.dialect)
+        for name in _WRAPPERS:
+            delattr(engine.dialect, name)
+
+
+def _check_out(_connection: object, entry: ConnectionPoolEntry, _proxy: object) -> None:
+    stats = asking.get()
+    if stats is not None and stats.asked is not None:
+        now = perf_counter()
+        stats.stop_waiting(now)
+        stats.asked = now  # a pool may take from another pool, and tell of both
+        stats.checkout = entry.info[_KEY] = Checkout(stats, now, entry)
+
+
+def _check_in(_connection: object, entry: ConnectionPoolEntry) -> None:
+    checkout: Checkout | None = entry.info.pop(_KEY, None)
+    if checkout is not None:
+        checkout.give_back()
+
+
+def _execute(dialect: Any, name: str, cursor: Any, statement: str, *values: Any) -> None:
+    method = getattr(type(dialect), name)  # asked now, for the class may be another one in tests
+    context: Any = values[-1]
+    checkout = _checkout_of(context.root_connection) if context is not None else None
+    if checkout is None:
+        method(dialect, cursor, statement, *values)
+        return
+    checkout.begin_statement(context, statement)
+    try:
+        method(dialect, cursor, statement, *values)
+    finally:
+        checkout.done()
+
+
+def _end(dialect: Any, name: str, connection: Any, *args: Any, **options: Any) -> None:
+    method = getattr(type(dialect), name)
+    checkout = _checkout_of(connection)
+    # The pool rolls back what comes back to it, whether there is anything or not.
+    if checkout is None or not checkout.in_transaction:
+        method(dialect, connection, *args, **options)
+        return
+    checkout.begin("rollback" if "rollback" in name else "commit")
+    try:
+        method(dialect, connection, *args, **options)
+    finally:
+        checkout.done()
+    if name != "do_prepare_twophase":
+        checkout.in_transaction = False
+        checkout.stats.tally.commits += "commit" in name
+
+
+def _checkout_of(connection: Any) -> Checkout | None:
+    try:
+        checkout: Checkout | None = connection.info.get(_KEY)
+    except NotImplementedError:  # the first connection of an engine, which no session has
+        return None
+    return checkout
+
+
+_WRAPPERS: dict[str, Callable[..., None]] = {
+    "do_execute": _execute,
+    "do_executemany": _execute,
+    "do_execute_no_params": _execute,
+    "do_commit": _end,
+    "do_rollback": _end,
+    "do_prepare_twophase": _end,
+    "do_commit_twophase": _end,
+    "do_rollback_twophase": _end,
+}

@@ -1,0 +1,727 @@
+"""The live page names the guilty line, lets in nobody from outside, and shows no value."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+import postgres
+import pytest
+from anyio import to_thread
+from asgi import Exchange, Life
+from conftest import becomes_true, checked_out
+from fastapi import FastAPI
+from litestar import Litestar, asgi, get as litestar_get
+from litestar.middleware import DefineMiddleware
+from pages import Page
+from quart import Quart
+from sqlalchemy import Column, Integer, MetaData, String, Table, select, text
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from asgi_dbsession import (
+    AsyncDatabase,
+    ConfigurationError,
+    DBSessionMiddleware,
+    SyncDatabase,
+    get_session,
+)
+from asgi_dbsession.live import LivePage
+from asgi_dbsession.live.shown import without_values
+
+pytestmark = pytest.mark.anyio
+
+ITEM = Table(
+    "item", MetaData(), Column("id", Integer, primary_key=True), Column("note", String(80))
+)
+SECRET = "hunter2secret"
+IDLE_LINE, LOOP_LINE = "# the connection idles after this line", "# a statement for each item"
+EVENTS = b"events"
+
+
+async def fast(_request: Request) -> Response:
+    await get_session().execute(select(ITEM))
+    return PlainTextResponse("fast")
+
+
+async def sleepy(_request: Request) -> Response:
+    await get_session().execute(select(ITEM).limit(1))  # the connection idles after this line
+    await asyncio.sleep(0.8)
+    await get_session().execute(select(ITEM).limit(1))
+    return PlainTextResponse("slept")
+
+
+async def many(_request: Request) -> Response:
+    for number in (await get_session().scalars(select(ITEM.c.id))).all():
+        one = select(ITEM).where(ITEM.c.id == number)
+        await get_session().execute(one)  # a statement for each item
+    return PlainTextResponse("many")
+
+
+async def secretive(request: Request) -> Response:
+    """Puts the secret wherever an application might."""
+    session = get_session()
+    await session.execute(select(ITEM).where(ITEM.c.note == request.path_params["token"]))
+    await session.execute(select(ITEM).where(ITEM.c.note.in_([SECRET, f"{SECRET}2"])))
+    await session.execute(text(f"SELECT 1 -- {SECRET}"))
+    await session.execute(text(f"SELECT '{SECRET}', 'it''s', '{SECRET}'"))
+    await session.execute(text(f"SELECT $${SECRET}$$, $a${SECRET}$a$ /* {SECRET} */"))
+    await session.execute(ITEM.insert().values(note=SECRET))
+    raise RuntimeError(SECRET)
+
+
+async def refused(_request: Request) -> Response:
+    await get_session().execute(ITEM.insert().values(note="x"))
+    return PlainTextResponse("no", status_code=409)
+
+
+ROUTES = [
+    Route("/fast", fast),
+    Route("/sleepy", sleepy),
+    Route("/many", many),
+    Route("/secret/{token}", secretive, methods=["GET", "POST"]),
+    Route("/refused", refused),
+]
+
+
+class Served:
+    """An application with a page at `/db`."""
+
+    def __init__(self, url: Any, **options: Any) -> None:
+        self.database = AsyncDatabase(url, pool_size=5, max_overflow=0, pool_timeout=10)
+        self.page = LivePage(self.database, **options)
+        self.app: Any = Starlette(routes=ROUTES)
+        self.app.mount("/db", self.page)
+        self.app = DBSessionMiddleware(self.app, self.database)
+
+    async def ask(self, path: str, **changes: Any) -> Exchange:
+        """One request from this machine, unless told otherwise."""
+        return await asked(self.app, path, **changes).run()
+
+    async def facts(self) -> Any:
+        """What the page tells scripts."""
+        return json.loads((await self.ask("/db/json")).body)
+
+
+def asked(app: Any, path: str, **changes: Any) -> Exchange:
+    """A request whose scope is changed."""
+    headers = changes.pop("headers", ())
+    exchange = Exchange(app, path, method=changes.pop("method", "GET"))
+    exchange.scope["headers"] = [(b"host", changes.pop("host", b"localhost:8000")), *headers]
+    exchange.scope.update(changes)
+    return exchange
+
+
+def header(exchange: Exchange, name: bytes) -> bytes:
+    """A header of a response."""
+    found: bytes = dict(exchange.messages[0]["headers"])[name]
+    return found
+
+
+@asynccontextmanager
+async def serving(**options: Any) -> AsyncIterator[Served]:
+    """The application, on PostgreSQL, with thirty items."""
+    url = postgres.new_database("live").set(drivername="postgresql+asyncpg")
+    served = Served(url, **options)
+    async with served.database:
+        async with served.database.engine.begin() as connection:
+            await connection.run_sync(ITEM.metadata.create_all)
+            await connection.execute(ITEM.insert(), [{"note": "x"}] * 30)
+        yield served
+        assert checked_out(served.database) == 0
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    """The same."""
+    async with serving() as found:
+        yield found
+
+
+def line_of(mark: str) -> str:
+    """Where this file has a line that ends so, as the page names lines."""
+    with Path(__file__).open() as file:
+        (number,) = [n for n, each in enumerate(file, 1) if each.rstrip().endswith(f"  {mark}")]
+    return f"test_live.py:{number}"
+
+
+# What it shows
+
+
+async def test_under_load_it_names_the_guilty_line(served: Served) -> None:
+    """Five connections idle after one line, and a crowd that waits: the first finding says so."""
+    sleeping = [asyncio.create_task(served.ask("/sleepy")) for _ in range(5)]
+    await becomes_true(lambda: checked_out(served.database) == 5)
+    waiting = [asyncio.create_task(served.ask("/fast")) for _ in range(20)]
+    await asyncio.sleep(0.6)
+    facts = await served.facts()
+    (database,) = facts["now"]
+    assert (database["in_use"], database["most"], len(database["waiting"])) == (5, 5, 20)
+    assert database["waiting"][0]["request"] == "GET /fast"
+    assert database["waiting"][0]["seconds"] > 0.5
+    assert [each["lane"] for each in database["connections"]] == [1, 2, 3, 4, 5]
+    for each in database["connections"]:
+        assert (each["state"], each["request"]) == ("idle", "GET /sleepy")
+        assert each["line"].endswith(line_of(IDLE_LINE))
+        assert each["in_transaction"]
+    first = facts["findings"][0]
+    assert first["line"].endswith(line_of(IDLE_LINE))
+    assert re.match(r"keeps 5 connections idle now, .* while 20 requests wait", first["what"])
+    page = (await served.ask("/db/")).body.decode()
+    assert "<b>20 wait for a connection</b>" in page
+    await asyncio.gather(*sleeping, *waiting)
+
+
+async def test_afterwards_it_still_does(served: Served) -> None:
+    """The stretch between two lines, and the statement that came thirty times from one line."""
+    await served.ask("/sleepy")
+    await served.ask("/many")
+    facts = await served.facts()
+    assert facts["now"][0]["in_use"] == 0
+    idle, repeated = facts["recent"]["idle"][0], facts["recent"]["repeated"][0]
+    assert idle["after"].endswith(line_of(IDLE_LINE))
+    assert idle["before"] != idle["after"]
+    assert 0.7 < idle["longest"] < 2
+    assert repeated["line"].endswith(line_of(LOOP_LINE))
+    assert (repeated["times"], repeated["units"]) == (30, 1)
+    assert [each["kind"] for each in facts["findings"]] == ["idle", "repeated"]
+
+
+async def test_routes_add_up(served: Served) -> None:
+    """Count, statements, held time, and why something was rolled back."""
+    for _ in range(3):
+        await served.ask("/fast")
+    await served.ask("/refused")
+    await served.ask(f"/secret/{SECRET}")
+    routes = {each["route"]: each for each in (await served.facts())["recent"]["routes"]}
+    fast, refusal = routes["GET /fast"], routes["GET /refused"]
+    assert (fast["units"], fast["statements"], fast["rolled_back"]) == (3, 1, {})
+    assert 0 < fast["held_p50"] <= fast["held_p95"]
+    assert refusal["rolled_back"] == {"status": 1}
+    assert routes["GET /secret/{token}"]["rolled_back"] == {
+        "status": 1
+    }  # of 500, sent by Starlette
+
+
+async def test_begin_is_shown_too(served: Served) -> None:
+    """Outside of a request, and without a middleware; also of a database that blocks."""
+    async with served.database.begin() as session:
+        await session.execute(select(ITEM))
+        (shown,) = [
+            each for each in (await served.facts())["now"][0]["connections"] if each["line"]
+        ]
+    assert (shown["request"], shown["state"]) == ("begin()", "idle")
+
+
+async def test_a_database_that_blocks_is_shown(tmp_path: Any) -> None:
+    """Its connections are used in threads."""
+    database = SyncDatabase(f"sqlite:///{tmp_path / 'live.db'}")
+    page = LivePage(database)
+
+    def work() -> None:
+        with database.begin() as session:
+            session.execute(text("SELECT 1"))
+
+    async with database:
+        await to_thread.run_sync(work)
+        facts = json.loads((await asked(page, "/json").run()).body)
+    assert [each["route"] for each in facts["recent"]["routes"]] == ["begin()"]
+
+
+async def test_a_wait_in_vain_is_counted() -> None:
+    """It ends with the time-out, whatever the unit does afterwards."""
+    pytest.importorskip("prometheus_client")
+    url = postgres.new_database("live").set(drivername="postgresql+asyncpg")
+    database = AsyncDatabase(url, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    page = LivePage(database)
+    async with database, database.begin() as holder:
+        await holder.execute(text("SELECT 1"))
+        with pytest.raises(PoolTimeout):
+            async with database.begin() as waiter:
+                await waiter.execute(text("SELECT 1"))
+        metrics = (await asked(page, "/metrics").run()).body.decode()
+    assert re.search(r"^db_client_connection_timeouts_total\{.*\} 1.0$", metrics, re.MULTILINE)
+    assert re.search(r'^db_client_connection_count\{.*"used"\} 1.0$', metrics, re.MULTILINE)
+
+
+async def test_two_pages_and_a_report_agree(served: Served) -> None:
+    """They measure each session once, and each is told the same."""
+    other = LivePage(served.database)
+    reports: list[Any] = []
+    served.app = DBSessionMiddleware(served.app.app, served.database, on_report=reports.append)
+    await served.ask("/many")
+    (report,) = reports
+    assert report.databases[0].statements == 31
+    for page in (served.page, other):
+        facts = json.loads((await asked(page, "/json").run()).body)
+        assert facts["recent"]["routes"][0]["statements"] == 31
+
+
+async def test_memory_is_bounded(served: Served) -> None:
+    """Units beyond a few hundred are forgotten, and so are statements beyond a few hundred."""
+    for _ in range(450):
+        await served.ask("/fast")
+    async with served.database.begin() as session:
+        for _ in range(300):
+            await session.execute(select(1))
+    facts = await served.facts()
+    assert facts["recent"]["units"] == 400
+    observer = served.page._observer
+    assert not observer._open
+    assert max(len(tally.stretches) for unit in observer.ended for _, tally in unit.tallies) == 200
+    assert (
+        next(each for each in facts["recent"]["routes"] if each["route"] == "begin()")["statements"]
+        == 300
+    )
+
+
+async def test_without_a_page_nothing_is_watched() -> None:
+    """Neither units nor engines."""
+    database = AsyncDatabase("sqlite+aiosqlite://")
+    async with database:
+        assert database.observers == ()
+        assert [name for name in vars(database.engine.dialect) if name.startswith("do_")] == []
+
+
+# Whom it lets in
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"client": ("10.0.0.1", 1)},
+        {"client": ("127.0.0.1.evil.example", 1)},
+        {"client": ("localhost", 1)},
+        {"client": ("0.0.0.0", 1)},
+        {"client": ("::ffff:10.0.0.1", 1)},
+        {"client": ("", 0)},
+        {"client": ()},
+        {"client": None},
+        {"host": b"shop.example"},
+        {"host": b"127.0.0.1.evil.example"},
+        {"host": b"localhost.evil.example:8000"},
+        {"host": b"localhost:8000@evil.example"},
+        {"host": b"evil.example\nlocalhost"},
+        {"host": b""},
+        {"headers": [(b"host", b"shop.example")]},
+        {"headers": [(b"x-forwarded-for", b"127.0.0.1")]},
+        {"headers": [(b"X-Forwarded-For", b"")]},
+        {"headers": [(b"x-forwarded-host", b"localhost")]},
+        {"headers": [(b"x-forwarded-proto", b"https")]},
+        {"headers": [(b"forwarded", b"for=127.0.0.1")]},
+        {"headers": [(b"x-real-ip", b"127.0.0.1")]},
+        {"headers": [(b"via", b"1.1 proxy")]},
+        {"headers": [(b"cf-connecting-ip", b"127.0.0.1")]},
+        {"client": ("10.0.0.1", 1), "headers": [(b"x-forwarded-for", b"127.0.0.1")]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("path", ["/", "/json", "/metrics", "/events", "/x/json"])
+async def test_nobody_from_outside_gets_in(path: str, changes: dict[str, Any]) -> None:
+    """Neither by address, nor by name, nor by what a header says; and learns nothing."""
+    page = LivePage(AsyncDatabase("sqlite+aiosqlite:///private.db"))
+    exchange = await asked(page, path, **changes).run()
+    assert exchange.status == 403
+    assert b"private" not in exchange.body
+
+
+@pytest.mark.parametrize("client", ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
+@pytest.mark.parametrize("host", [b"localhost", b"127.0.0.1:8000", b"[::1]:80", b"LocalHost"])
+async def test_this_machine_gets_in(client: str, host: bytes) -> None:
+    """By any of its addresses and names."""
+    page = LivePage(AsyncDatabase("sqlite+aiosqlite:///private.db"))
+    exchange = await asked(page, "/", client=(client, 1), host=host).run()
+    assert exchange.status == 200
+
+
+async def test_allow_decides_instead() -> None:
+    """With the scope; only True lets in, so that a coroutine does not."""
+    database = AsyncDatabase("sqlite+aiosqlite://")
+    far = {"client": ("10.0.0.1", 1), "headers": [(b"x-forwarded-for", b"10.0.0.2")]}
+
+    async def hidden() -> bool:
+        return False
+
+    coroutine = hidden()
+    rules: list[tuple[Any, int]] = [
+        (lambda scope: scope["client"][0] == "10.0.0.1", 200),
+        (lambda _: False, 403),
+        (lambda _: 1, 403),
+        (lambda _: coroutine, 403),
+    ]
+    for allow, status in rules:
+        page = LivePage(database, allow=allow)
+        assert (await asked(page, "/json", **far).run()).status == status
+    coroutine.close()
+
+
+async def test_an_allow_that_fails_shows_nothing() -> None:
+    """Its error goes to the server."""
+
+    def broken(_scope: Any) -> bool:
+        raise LookupError
+
+    page = LivePage(AsyncDatabase("sqlite+aiosqlite:///private.db"), allow=broken)
+    exchange = await asked(page, "/json").run()
+    assert isinstance(exchange.error, LookupError)
+    assert exchange.messages == []
+
+
+@pytest.mark.parametrize(
+    ("databases", "options", "cure"),
+    [
+        ((), {}, "at least one database"),
+        (("sqlite://",), {}, "AsyncDatabase or a SyncDatabase"),
+        ((AsyncDatabase("sqlite://"),), {"allow": True}, "plain function"),
+        ((AsyncDatabase("sqlite://"),), {"allow": fast}, "plain function"),
+        ((AsyncDatabase("sqlite://"),), {"route": "/x"}, "plain function"),
+    ],
+)
+def test_what_it_cannot_be_made_with(databases: Any, options: Any, cure: str) -> None:
+    """Says so at once; an `async def` would let everybody in."""
+    with pytest.raises(ConfigurationError, match=cure):
+        LivePage(*databases, **options)
+
+
+@pytest.mark.parametrize("path", ["/db/", "/db/json", "/db/metrics", "/nothing"])
+async def test_every_answer_forbids_to_keep_or_frame_it(served: Served, path: str) -> None:
+    """Refusals too; and only this answer's own style and script may run."""
+    for changes in ({}, {"client": ("10.0.0.1", 1)}, {"method": "POST"}):
+        exchange = await asked(served.page, path, **changes).run()
+        assert header(exchange, b"cache-control") == b"no-store"
+        assert header(exchange, b"x-frame-options") == b"DENY"
+        assert header(exchange, b"x-content-type-options") == b"nosniff"
+        policy = header(exchange, b"content-security-policy")
+        assert policy.startswith(b"default-src 'none'; ")
+        assert b"unsafe" not in policy
+        assert b"frame-ancestors 'none'" in policy
+    page = await served.ask("/db/")
+    again = await served.ask("/db/")
+    nonces = [
+        re.findall(rb"nonce-([^']+)'", header(e, b"content-security-policy")) for e in (page, again)
+    ]
+    assert len(set(nonces[0])) == 1
+    assert nonces[0] != nonces[1]
+    assert page.body.count(b'nonce="' + nonces[0][0]) == 2
+    assert not re.search(rb"style=|onclick|https?://", page.body)
+
+
+async def test_it_can_only_be_read(served: Served) -> None:
+    """HEAD has no body; any other method is refused."""
+    assert (await served.ask("/db/", method="HEAD")).body == b""
+    assert (await served.ask("/db/events", method="HEAD")).body == b""
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+        exchange = await served.ask("/db/", method=method)
+        assert (exchange.status, header(exchange, b"allow")) == (405, b"GET, HEAD")
+
+
+# What it does not show
+
+
+async def everything(served: Served) -> str:
+    """All that the page says."""
+    stream = asked(served.app, "/db/events")
+    task = asyncio.create_task(stream.run())
+    await becomes_true(lambda: b"data:" in stream.body)
+    stream.hang_up.set()
+    await task
+    found = [(await served.ask(f"/db/{path}")).body for path in ("", "json", "metrics")]
+    return b"".join([*found, stream.body]).decode()
+
+
+async def test_no_value_gets_out(served: Served) -> None:
+    """Of paths, queries, headers, bodies, methods, parameters, texts in SQL, and errors."""
+    headers = [(b"cookie", SECRET.encode()), (b"authorization", SECRET.encode())]
+    for method in ("GET", SECRET.upper()):
+        exchange = asked(served.app, f"/secret/{SECRET}", method=method, headers=headers)
+        exchange.scope["query_string"] = SECRET.encode()
+        await exchange.run()
+    outside = await everything(served)
+    async with served.database.begin() as session:
+        await session.execute(select(ITEM).where(ITEM.c.note == SECRET))
+        outside += await everything(served)
+    assert "GET /secret/{token}" in outside
+    assert "item.note = $" in outside
+    assert SECRET not in outside
+    assert SECRET.upper() not in outside
+
+
+async def test_no_password_gets_out() -> None:
+    """Of the database; its user and its options neither."""
+    url = f"postgresql+asyncpg://{SECRET}user:{SECRET}@db/shop?application_name={SECRET}"
+    database = AsyncDatabase(url)
+    page = LivePage(database)
+    for path in ("/", "/json", "/metrics"):
+        body = (await asked(page, path).run()).body.decode()
+        assert "postgresql db/shop" in body
+        assert SECRET not in body
+
+
+@pytest.mark.parametrize("dialect", ["postgresql", "sqlite", "mysql", "oracle"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT 'hunter2'",
+        "SELECT 'it''s hunter2'",
+        r"SELECT 'a\', 'hunter2'",
+        r"SELECT 'a\'hunter2'",
+        r"SELECT E'a\'hunter2'",
+        "SELECT 'unfinished hunter2",
+        "SELECT 'a' -- don't hunter2",
+        "SELECT 1 -- hunter2",
+        "SELECT /* hunter2 */ 1",
+        "SELECT /* hunter2",
+        "SELECT /* ' */ x, 'hunter2' /* ' */",
+        "SELECT $$hunter2$$",
+        "SELECT $x$hunter2$x$",
+        "SELECT $x$ ' $x$, 'hunter2'",
+        "SELECT 421337 + 42.1337 - 421337e3 * 0x421337",
+        "SELECT N'hunter2', x'421337'",
+        "SELECT 'a', $$b'hunter2$$, $$c$$",
+        "SELECT 1 /* ' */, 'hunter2', 2 -- '",
+    ],
+)
+def test_a_text_in_a_statement_is_replaced(statement: str, dialect: str) -> None:
+    """However it is quoted, and whatever the settings of the database are."""
+    shown = without_values(statement, dialect)
+    assert "hunter2" not in shown
+    assert "1337" not in shown
+    assert shown.startswith("SELECT")
+
+
+@pytest.mark.parametrize("dialect", ["sqlite", "mysql"])
+def test_texts_in_both_quotes_are_replaced(dialect: str) -> None:
+    """Whichever is inside of which."""
+    for statement in (
+        """SELECT 'a"', "hunter2", '"b'""",
+        """SELECT "a'", 'hunter2', "'hunter2" """,
+    ):
+        assert "hunter2" not in without_values(statement, dialect)
+
+
+@pytest.mark.parametrize("dialect", ["sqlite", "mysql"])
+def test_double_quotes_hold_texts_there(dialect: str) -> None:
+    """But for the words of SQL that SQLAlchemy quotes."""
+    shown = without_values('SELECT "hunter2" FROM "order" WHERE x = "a"', dialect)
+    assert shown == 'SELECT "…" FROM "order" WHERE x = "…"'
+    assert without_values('SELECT "Name"', "postgresql") == 'SELECT "Name"'
+
+
+async def test_a_route_function_that_fails_fails_no_request(caplog: Any) -> None:
+    """The page is no part of the request that it shows; the error is logged."""
+
+    def broken(_scope: Any) -> str:
+        raise LookupError
+
+    async with serving(route=broken) as served:
+        assert (await served.ask("/fast")).status == 200
+        facts = await served.facts()
+    assert facts["recent"]["routes"][0]["route"] == "GET (route failed)"
+    assert "is shown without a route" in caplog.messages[0]
+
+
+async def test_everything_is_escaped() -> None:
+    """Whatever a route, a file or a database is called."""
+    evil = "<script>alert(1)</script>\"'&"
+    database = AsyncDatabase(f"sqlite+aiosqlite:///file:{evil}?mode=memory&uri=true")
+    page = LivePage(database, route=lambda _: evil)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        code = compile("work = lambda session: session.execute(statement)", f"/{evil}.py", "exec")
+        names: dict[str, Any] = {"statement": text(f'SELECT 1 AS "{evil.replace(chr(34), "")}"')}
+        exec(code, names)
+        for _ in range(6):
+            await names["work"](get_session())
+        html.append((await asked(page, "/").run()).body.decode())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    html: list[str] = []
+    async with database:
+        await Exchange(DBSessionMiddleware(app, database)).run()
+        html.append((await asked(page, "/").run()).body.decode())
+    for each in html:
+        assert "&lt;script&gt;alert" in each
+        assert "<script>" not in each
+        assert each.count("<script nonce=") == 1
+
+
+# The guide
+
+GUIDE = Page("docs/how-to/live-page.md")
+
+
+async def test_the_guide_names_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its own handler that calls the bank while it holds a connection."""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'shop.db'}")
+    (number,) = (
+        n
+        for n, each in enumerate(GUIDE.blocks()[0].splitlines(), 1)
+        if each.endswith("of the bank")
+    )
+    app = GUIDE.run(0)["app"]
+    life = await Life(app).startup()
+    paying = asyncio.create_task(asked(app, "/pay").run())
+    await asyncio.sleep(1)
+    facts = json.loads((await asked(app, "/db/json").run()).body)
+    await paying
+    await life.shutdown()
+    assert facts["findings"][0]["line"].endswith(f"live-page.md:{number - 1}")
+
+
+async def test_the_guide_lets_in_by_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody else, from wherever."""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'shop.db'}")
+    monkeypatch.setenv("LIVE_TOKEN", "42")
+    page = GUIDE.run(1)["page"]
+    for given, status in ((b"Bearer 42", 200), (b"Bearer 43", 403), (b"Bearer \xe4", 403)):
+        far = {"client": ("10.0.0.1", 1), "headers": [(b"authorization", given)]}
+        assert (await asked(page, "/", **far).run()).status == status
+    assert (await asked(page, "/").run()).status == 403
+
+
+async def test_the_guide_names_requests_and_needs_no_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it says."""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'shop.db'}")
+    assert GUIDE.run(2)["route"]({"path": "/reset/42"}) == "/reset"
+    app = GUIDE.run(3)["app"]
+    assert (await asked(app, "/db").run()).status == 200
+    assert (await asked(app, "/").run()).status == 204
+
+
+# How it is served
+
+
+async def test_it_moves_by_itself_and_holds_nothing(served: Served) -> None:
+    """Server-sent events, until the client leaves; the pool stays full meanwhile."""
+    stream = asked(served.app, "/db/events")
+    task = asyncio.create_task(stream.run())
+    await becomes_true(lambda: stream.body.count(b"data:") == 1)
+    assert checked_out(served.database) == 0
+    await served.ask("/fast")
+    await becomes_true(lambda: stream.body.count(b"data:") == 2)
+    assert header(stream, b"content-type") == b"text/event-stream"
+    first, second = (
+        json.loads(each) for each in re.findall(r"^data: (.*)$", stream.body.decode(), re.MULTILINE)
+    )
+    assert set(first["html"]) == {"findings", "now", "timeline", "recent"}
+    assert "GET /fast" not in first["html"]["recent"]
+    assert "GET /fast" in second["html"]["recent"]
+    stream.hang_up.set()
+    await asyncio.wait_for(task, 5)
+    assert stream.error is None
+
+
+async def test_a_stream_ends_so_that_servers_can_shut_down(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the browser asks again at once."""
+    monkeypatch.setattr("asgi_dbsession.live.page._STREAM", 0.1)
+    stream = await served.ask("/db/events")
+    assert stream.complete
+    assert b"retry: 300\n" in stream.body
+
+
+async def test_it_is_served_without_its_database() -> None:
+    """Before the startup, and after the shutdown."""
+    page = LivePage(AsyncDatabase("sqlite+aiosqlite://"))
+    assert "It is not running" in (await asked(page, "/").run()).body.decode()
+
+
+def in_starlette(page: LivePage, database: AsyncDatabase) -> Any:
+    app = Starlette(routes=[Route("/things/{thing}", fast)])
+    app.mount("/db", page)
+    return DBSessionMiddleware(app, database)
+
+
+def in_fastapi(page: LivePage, database: AsyncDatabase) -> Any:
+    app = FastAPI()
+    app.add_api_route("/things/{thing}", things)
+    app.mount("/db", page)
+    app.add_middleware(DBSessionMiddleware, database)
+    return app
+
+
+def in_litestar(page: LivePage, database: AsyncDatabase) -> Any:
+    @litestar_get("/things/{thing:str}")
+    async def handler() -> str:
+        return await things()
+
+    mounted = asgi("/db", is_mount=True, copy_scope=True)(page.__call__)
+    middleware: Any = DefineMiddleware(DBSessionMiddleware, database)
+    return Litestar([handler, mounted], middleware=[middleware])
+
+
+def in_quart(page: LivePage, database: AsyncDatabase) -> Any:
+    app = Quart("things")
+    app.route("/things/<thing>")(things)
+    return in_front_of(page, DBSessionMiddleware(app, database))
+
+
+def in_a_function(page: LivePage, database: AsyncDatabase) -> Any:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await fast(Request(scope))
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    return in_front_of(page, DBSessionMiddleware(app, database))
+
+
+async def things(thing: str = "") -> str:
+    await get_session().execute(select(ITEM))
+    return "ok"
+
+
+def in_front_of(page: LivePage, app: Any) -> Any:
+    """How one mounts without a framework that can."""
+
+    async def dispatch(scope: Any, receive: Any, send: Any) -> None:
+        is_page = scope["type"] == "http" and scope["path"].startswith("/db")
+        await (page if is_page else app)(scope, receive, send)
+
+    return dispatch
+
+
+@pytest.mark.parametrize(
+    ("mount", "route"),
+    [
+        (in_starlette, "GET /things/{thing}"),
+        (in_fastapi, "GET /things/{thing}"),
+        (in_litestar, "GET /things/{thing"),
+        (in_quart, "GET /things/<thing>"),
+        (in_a_function, "GET (no route)"),
+    ],
+)
+async def test_it_works_in_every_framework(mount: Any, route: str, tmp_path: Any) -> None:
+    """With and without a slash at its end; its links lead to what they say; routes have names."""
+    database = AsyncDatabase(f"sqlite+aiosqlite:///{tmp_path / 'live.db'}")
+    app = mount(LivePage(database), database)
+    life = await Life(app).startup()
+    async with database:
+        async with database.engine.begin() as connection:
+            await connection.run_sync(ITEM.metadata.create_all)
+        assert (await asked(app, f"/things/{SECRET}").run()).status == 200
+        for path in ("/db", "/db/"):
+            page = await asked(app, path).run()
+            if page.status == 307:  # Starlette adds the slash
+                continue
+            assert page.status == 200
+            for link in re.findall(r'<a href="([^"]+)"', page.body.decode()):
+                target, _, query = urljoin(path, link).partition("?")
+                linked = await asked(app, target, query_string=query.encode()).run()
+                assert linked.status == 200
+                assert b"<html" not in linked.body
+        facts = json.loads((await asked(app, "/db/json").run()).body)
+        await life.shutdown()
+    assert [each["route"][: len(route)] for each in facts["recent"]["routes"]] == [route]
+    assert SECRET not in json.dumps(facts)
