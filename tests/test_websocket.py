@@ -439,10 +439,18 @@ async def test_a_reader_and_a_writer_task_have_a_unit_of_work_each(real: Real) -
     assert sorted(real.stored()) == ["read 0", "read 1", "written 0", "written 1", "written 2"]
 
 
+@pytest.mark.parametrize(("refused", "sent"), [((), [1011]), ((1011,), [4500]), ((1011, 4500), [])])
 async def test_a_peer_is_not_left_waiting_for_what_another_task_could_not_send(
-    running: Running,
+    running: Running, refused: tuple[int, ...], sent: list[int]
 ) -> None:
-    """The socket is closed although its main task waits for the peer, and nothing is stored."""
+    """The socket is closed although its main task waits for the peer, and nothing is stored.
+
+    Also by daphne, which refuses 1011; and if no close can be sent, the error is the first one.
+    """
+
+    def refuse(message: Message) -> None:
+        if message.get("code") in refused:
+            raise OSError
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         async def answer() -> None:
@@ -457,13 +465,14 @@ async def test_a_peer_is_not_left_waiting_for_what_another_task_could_not_send(
         await receive()
         await asyncio.gather(answering, return_exceptions=True)
 
-    peer = socket(running, app)
+    peer = socket(running, app, on_message=refuse)
     serving = asyncio.create_task(peer.run())
     peer.say("store this")
-    await becomes_true(lambda: len(peer.messages) > 1)
+    if sent:
+        await becomes_true(lambda: len(peer.messages) > 1)
     peer.hang_up()
     await serving
-    assert peer.messages == [ACCEPT, close(1011)]
+    assert peer.messages == [ACCEPT, *map(close, sent)]
     assert isinstance(peer.error, running.real.refusal)
     assert running.stored() == []
 

@@ -1,5 +1,7 @@
 """What ends the work of a WebSocket: whatever its peer can observe, and waiting for the peer."""
 
+from contextlib import suppress
+
 from asgi_dbsession.errors import AbortRequest, ConcurrentUse
 from asgi_dbsession.session.lock import current_task
 from asgi_dbsession.types import Message, Receive, Send
@@ -15,7 +17,8 @@ _OBSERVED = (
 )
 # Normal closure, and going away: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
 _REGULAR_CLOSE = (1000, 1001)
-_INTERNAL_ERROR = 1011
+# An internal error. daphne lets an application send no code below 3000 but 1000.
+_INTERNAL_ERROR = (1011, 4500)
 
 
 class SocketExchange:
@@ -80,4 +83,7 @@ class SocketExchange:
         """Close the socket if another task waits for the peer, who waits for what was not sent."""
         if self._waiting and self.may_commit:
             self.may_commit = False
-            await self._send({"type": "websocket.close", "code": _INTERNAL_ERROR})
+            for code in _INTERNAL_ERROR:
+                with suppress(Exception):  # the peer may have gone, and the failure is what matters
+                    await self._send({"type": "websocket.close", "code": code})
+                    return

@@ -34,6 +34,9 @@ class Library:
         if store == "sqlite":
             url = f"sqlite+aiosqlite:///{folder / 'library.db'}"
             self.reader = create_engine(url.replace("+aiosqlite", ""), poolclass=NullPool)
+            with self.reader.connect() as connection:
+                # The reader blocks the loop that serves: a COMMIT must not make it wait.
+                connection.exec_driver_sql("PRAGMA journal_mode = WAL")
         else:
             address, self.reader = postgresql("libraries")
             address = address.set(drivername=f"postgresql+{store}")
