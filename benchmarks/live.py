@@ -97,7 +97,9 @@ def serve(name: str, url: str, port: int) -> None:
 def measure_over_http(rounds: int) -> dict[str, Rounds]:
     """Microseconds per request, as a client sees it that stays connected."""
     url = new_database().render_as_string(hide_password=False)
-    clients, servers, times = {}, [], {}
+    clients: dict[str, HTTPConnection] = {}
+    servers: list[Any] = []
+    times: Rounds = {}
     for name in ("without", "with LivePage"):
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
