@@ -81,7 +81,13 @@ _SLOW = (
         "test_comparison.py",
     ),
     *("test_drivers.py", "test_example.py", "test_faults.py", "test_galera.py", "test_guides.py"),
-    *("test_matrix.py", "test_migrations.py", "test_observability_guide.py", "test_package.py"),
+    *(
+        "test_live_in_a_browser.py",
+        "test_matrix.py",
+        "test_migrations.py",
+        "test_observability_guide.py",
+        "test_package.py",
+    ),
     *("test_readme.py", "test_shop.py", "test_site.py", "test_tenants.py", "test_testing_guide.py"),
     *("test_tutorial.py", "test_when_it_goes_wrong.py"),
 )

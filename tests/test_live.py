@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -725,3 +727,15 @@ async def test_it_works_in_every_framework(mount: Any, route: str, tmp_path: Any
         await life.shutdown()
     assert [each["route"][: len(route)] for each in facts["recent"]["routes"]] == [route]
     assert SECRET not in json.dumps(facts)
+
+
+def test_the_core_does_not_import_the_page() -> None:
+    """Nor do reports; who mounts no page does not load it."""
+    code = (
+        "import sys, asgi_dbsession, asgi_dbsession.reports.recorder\n"
+        "print([each for each in sys.modules if each.startswith('asgi_dbsession.live')])"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert finished.stdout.strip() == "[]"

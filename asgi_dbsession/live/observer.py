@@ -58,7 +58,7 @@ class EndedUnit(NamedTuple):
     reason: str
     error: str
     is_conflict: bool
-    tallies: tuple[tuple[Any, Tally], ...]
+    tallies: list[tuple[Any, Tally]]
 
 
 class LiveObserver(UnitObserver):
@@ -109,36 +109,31 @@ class LiveObserver(UnitObserver):
         found = self._open.pop(unit, None) if end.close else self._open.get(unit)
         if found is None:
             return
-        now = perf_counter()
-        tallies = tuple((each, stats.settle(end, now)) for each, stats in found.sessions)
-        if any(each.stretches for _, each in tallies):
-            route = name_of(unit, self._route, found.route_by_quart)
-            self._keep(route, end, (found.began, now), tallies)
+        now, began = perf_counter(), found.began
         found.began = now
-
-    def _keep(
-        self,
-        route: str,
-        end: End,
-        times: tuple[float, float],
-        tallies: tuple[tuple[Any, Tally], ...],
-    ) -> None:
-        error = end.failure or end.error
-        outcome = outcome_of(end, [each for _, each in tallies])
-        ended = EndedUnit(
-            route=route,
-            began=times[0],
-            ended=times[1],
-            outcome=outcome,
-            reason=(reason_of(end) or "") if outcome == "rolled_back" else "",
-            error="" if error is None else type(error).__name__,
-            is_conflict=error is not None and _has_conflict(error),
-            tallies=tallies,
-        )
-        self.ended.append(ended)
-        for database, tally in tallies:
-            self.totals[database].add(tally)
+        tallies, is_used = [], False
+        for database, stats in found.sessions:
+            tally = stats.settle(end, now)
+            tallies.append((database, tally))
+            if tally.stretches:
+                is_used = True
+                self.totals[database].add(tally)
+        if is_used:
+            route = name_of(unit, self._route, found.route_by_quart)
+            self.ended.append(_ended(route, began, now, end, tallies))
 
 
-def _has_conflict(error: BaseException) -> bool:
+def _ended(
+    route: str, began: float, now: float, end: End, tallies: list[tuple[Any, Tally]]
+) -> EndedUnit:
+    error = end.failure or end.error
+    outcome = outcome_of(end, [tally for _, tally in tallies])
+    if error is None and outcome != "rolled_back":
+        return EndedUnit(route, began, now, outcome, "", "", False, tallies)
+    reason = (reason_of(end) or "") if outcome == "rolled_back" else ""
+    name = "" if error is None else type(error).__name__
+    return EndedUnit(route, began, now, outcome, reason, name, _has_conflict(error), tallies)
+
+
+def _has_conflict(error: BaseException | None) -> bool:
     return any(is_conflict(getattr(each, "orig", each)) for each in causes(error))

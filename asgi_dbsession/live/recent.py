@@ -122,7 +122,7 @@ def _repeated(ended: Iterable[EndedUnit]) -> list[Repeated]:
         sent = Counter(
             (stretch.call_site, stretch.statement, database.url.get_backend_name())
             for database, tally in unit.tallies
-            for stretch in tally.stretches
+            for stretch in tally.all_stretches()
             if stretch.kind == "statement" and stretch.call_site is not None
         )
         for key, number in sent.items():

@@ -76,7 +76,7 @@ def _stretches(unit: EndedUnit) -> Iterable[Stretch]:
     """All stretches, neighbours of one kind as one: a thousand statements are one bar."""
     for _, tally in unit.tallies:
         last: Stretch | None = None
-        for each in tally.stretches:
+        for each in tally.all_stretches():
             gap = each.start - last.stop if last is not None else 0
             if last is not None and last.kind == each.kind and gap < _SECONDS / _WIDTH:
                 last = last._replace(stop=each.stop)

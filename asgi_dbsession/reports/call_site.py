@@ -20,6 +20,8 @@ _BETWEEN = frozenset(
 # Whether code is of the application, by code object: to ask for its module each time is slow.
 _is_application: dict[CodeType, bool] = {}
 _MOST_CODE = 10_000
+# From here to SQLAlchemy's `exec_driver_sql`. To skip frames is faster than to look at them.
+_NEVER_APPLICATION = 6
 
 
 def find_call_site() -> CallSite:
@@ -29,7 +31,7 @@ def find_call_site() -> CallSite:
     """
     if current_end.get() is not None:
         return None
-    frame: Any = sys._getframe(1)
+    frame: Any = sys._getframe(_NEVER_APPLICATION)
     greenlet = _greenlet.getcurrent()
     while True:
         while frame is not None:

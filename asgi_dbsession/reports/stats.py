@@ -30,15 +30,18 @@ class Stretch(NamedTuple):
     kind: Kind
     start: float
     stop: float
-    call_site: CallSite = None
-    statement: str = ""
+    call_site: CallSite
+    statement: str
+
+
+_Stretch: TypeAlias = tuple[Kind, float, float, CallSite, str]
 
 
 class Tally:
     """What was asked in one piece of work, between two ends; times in seconds.
 
     Attributes:
-        stretches: In the order in which they ended; empty unless somebody wants them.
+        stretches: See `all_stretches`; in the order in which they ended, and empty unless wanted.
     """
 
     # On the class, because every session pays for each attribute of its own.
@@ -50,14 +53,19 @@ class Tally:
     idle_time: float = 0
     idle_after: CallSite = None
     idle_before: CallSite = None
-    stretches: list[Stretch] | tuple[()] = ()
+    stretches: list[_Stretch] | tuple[()] = ()
 
-    def keep(self, stretch: Stretch) -> None:
+    def keep(self, stretch: _Stretch) -> None:
         """Keep a stretch, unless there are too many."""
-        if not self.stretches:
+        stretches = self.stretches
+        if not stretches:
             self.stretches = [stretch]
-        elif len(self.stretches) < _MOST_STRETCHES:
-            self.stretches.append(stretch)
+        elif len(stretches) < _MOST_STRETCHES:
+            stretches.append(stretch)
+
+    def all_stretches(self) -> list[Stretch]:
+        """The stretches; they are kept as plain tuples, which are made sooner."""
+        return [Stretch(*each) for each in self.stretches]
 
 
 class SessionStats:
@@ -106,7 +114,7 @@ class SessionStats:
             self.tally.wait_time += now - asked
             self.asked = None
             if self.keeps_stretches:
-                self.tally.keep(Stretch("wait", asked, now))
+                self.tally.keep(("wait", asked, now, None, ""))
 
 
 # Which session of this context waits: the pool tells of a checkout, but not for whom.
@@ -205,7 +213,7 @@ class Checkout:
             self.busy_since, self.idle_since = None, now
             tally.operation_duration += now - began
             if self.stats.keeps_stretches:
-                tally.keep(Stretch(self.kind, began, now, self.call_site, self.statement))
+                tally.keep((self.kind, began, now, self.call_site, self.statement))
 
     def give_back(self) -> None:
         """The connection goes back into its pool."""
@@ -213,6 +221,6 @@ class Checkout:
         now, stats = perf_counter(), self.stats
         stats.tally.use_time += now - self.since
         if stats.keeps_stretches:
-            stats.tally.keep(Stretch("hold", self.since, now))
+            stats.tally.keep(("hold", self.since, now, None, ""))
         if stats.checkout is self:
             stats.checkout = None
