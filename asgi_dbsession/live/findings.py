@@ -39,7 +39,7 @@ def find(databases: list[DatabaseNow], recent: Recent) -> list[Finding]:
         )
         found.append(_finding("idle", each["after"], what, each["route"]))
     for repeated in recent["repeated"][:_MOST_OF_A_KIND]:
-        what = f"sent the same statement {repeated['times']} times in one request (N+1)"
+        what = f"sent the same statement at least {repeated['times']} times in one request (N+1)"
         found.append(_finding("repeated", repeated["line"], what, repeated["route"]))
     return found
 

@@ -34,7 +34,10 @@ class Route(TypedDict):
 
 
 class Repeated(TypedDict):
-    """One statement that one line sent many times in one unit (N+1)."""
+    """One statement that one line sent many times in one unit (N+1).
+
+    `times` is the most in one unit, or less: of each unit, so many statements are kept.
+    """
 
     route: str
     line: str

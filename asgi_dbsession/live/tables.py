@@ -120,7 +120,8 @@ def _repeated(found: Recent) -> str:
         for each in found["repeated"]
     ]
     heads = (
-        "<th scope=col>Line<th scope=col class=number>Times<th scope=col class=number>Units"
+        "<th scope=col>Line<th scope=col class=number>Times, at least"
+        "<th scope=col class=number>Units"
         "<th scope=col>Request<th scope=col>Statement"
     )
     return _table("The same statement many times in one request (N+1)", heads, rows, "None.")
