@@ -205,6 +205,9 @@ class GuardedSession(Session):
     @_locked
     def begin(self, nested: bool = False) -> SessionTransaction:
         # RELEASE SAVEPOINT must not overlap an end either.
+        if nested:
+            for connection in self._companion.open_connections:
+                begin_before_savepoint(connection)
         return begin(self, LockedTransaction, nested=nested)
 
     @override
@@ -262,6 +265,18 @@ def _begin_on_server(connection: Connection) -> None:
             cursor = connection.connection.cursor()
             cursor.execute("")
             cursor.close()
+
+
+def begin_before_savepoint(connection: Connection) -> None:
+    """Send BEGIN to SQLite before the first savepoint of a transaction.
+
+    Python's driver sends it only before the first write, and not after a savepoint. RELEASE of that
+    savepoint would then be a COMMIT, and a later ROLLBACK would find nothing to roll back.
+    """
+    if connection.dialect.name == "sqlite":
+        driver: Any = connection.connection.driver_connection
+        if driver.isolation_level is not None and not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN")
 
 
 for _name in _OPERATIONS:

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from ._sqlalchemy import flush_and_prepare, forget
 from .failures import failed_transactions, refuse_if_aborted
-from .guard import Companion, GuardedSession
+from .guard import Companion, GuardedSession, begin_before_savepoint
 from .lock import End, SessionLock
 
 S = TypeVar("S")
@@ -151,8 +151,12 @@ def _roll_back(session: Session) -> None:
             session.invalidate()
 
 
-def _remember_connection(session: Any, _transaction: object, connection: Connection) -> None:
+def _remember_connection(
+    session: Any, transaction: SessionTransaction, connection: Connection
+) -> None:
     companion: Companion = session._companion
+    if not transaction.nested and session.in_nested_transaction():
+        begin_before_savepoint(connection)
     if connection.engine is not session.bind:  # one of `binds`, or of `bind_arguments`
         companion.watch_engine(connection.engine)
     companion.connections = (*companion.open_connections, connection)
