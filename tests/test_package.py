@@ -111,6 +111,23 @@ async def units_of_work() -> None:
             assert_type(sync_model_session, sqlmodel.Session)
 
 
+@shop.begin(join=True)
+async def place(number: int, *, note: str = "") -> str:
+    return note * number
+
+
+@reports.begin(join=True)
+def sell(number: int) -> bytes:
+    return bytes(number)
+
+
+async def decorated() -> None:
+    assert_type(await place(2, note="x"), str)
+    assert_type(sell(1), bytes)
+    await place("2")  # type: ignore
+    sell()  # type: ignore
+
+
 async def life() -> None:
     assert_type(await shop.startup(), None)
     assert_type(shop.engine, AsyncEngine)

@@ -18,6 +18,7 @@ from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.begin import unit_of_its_own
 from asgi_dbsession.unit.ending import close
+from asgi_dbsession.unit.join import joined, unit_to_join
 
 from .base import Database
 from .options import AnyAsyncSession, AsyncSessionOptions
@@ -62,22 +63,37 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         self._check_session_options()
 
     @asynccontextmanager
-    async def begin(self) -> AsyncIterator[AnyAsyncSession]:
+    async def begin(self, *, join: bool = False) -> AsyncIterator[AnyAsyncSession]:
         """Open a unit of work of its own: COMMIT on success, ROLLBACK on any error or cancellation.
 
         For workers, scripts, child tasks, and rows that must survive the rollback of a request.
         Ending it runs to completion although it is cancelled. Inside a request it is a transaction
         of its own, and so waits for rows that the request has locked.
 
+        It is a decorator too: `@database.begin()` above an `async def` function.
+
+        Args:
+            join: Whether to join the unit of work that is open here, if it has this database: a
+                savepoint of the session that `database.get_session()` returns. An error rolls back
+                to the savepoint, and rises; a success leaves COMMIT to the outer unit, to which
+                `on_commit` and `set_rollback` apply. While the block is open, only code inside of
+                it may use the session. Where no unit is open, it opens one of its own.
+
         Yields:
-            A new session, closed for good at the end of the block. Inside the block it is what
+            A new session, closed permanently at the end of the block. Inside the block it is what
             `get_session()` returns too.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
             TransactionAborted: An error was swallowed that had aborted the transaction.
+            ConcurrentUse: Another task is inside of `begin(join=True)` on the same session.
             Exception: Whatever COMMIT raised; nothing was stored.
         """
+        outer = unit_to_join(self) if join else None
+        if outer is not None:
+            async with joined(outer, self) as session:
+                yield session
+            return
         with unit_of_its_own(self) as unit:
             try:
                 yield unit.open(self)

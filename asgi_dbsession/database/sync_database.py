@@ -16,6 +16,7 @@ from asgi_dbsession.session.thread_lock import ThreadLock
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.begin import unit_of_its_own
 from asgi_dbsession.unit.ending import close_blocking
+from asgi_dbsession.unit.join import joined_blocking, unit_to_join
 
 from .base import Database
 from .options import AnySession, SessionOptions
@@ -57,20 +58,30 @@ class SyncDatabase(Database[Engine, AnySession]):
         self._check_session_options()
 
     @contextmanager
-    def begin(self) -> Iterator[AnySession]:
+    def begin(self, *, join: bool = False) -> Iterator[AnySession]:
         """Open a unit of work of its own: COMMIT on success, ROLLBACK on any error.
 
         It blocks the calling thread, and is otherwise as `AsyncDatabase.begin`.
 
+        Args:
+            join: Whether to join the unit of work that is open here, if it has this database.
+
         Yields:
-            A new session, closed for good at the end of the block. Inside the block it is what
+            A new session, closed permanently at the end of the block. Inside the block it is what
             `get_sync_session()` returns too.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
             TransactionAborted: An error was swallowed that had aborted the transaction.
+            ConcurrentUse: Another task or thread is inside of `begin(join=True)` on the same
+                session.
             Exception: Whatever COMMIT raised; nothing was stored.
         """
+        outer = unit_to_join(self) if join else None
+        if outer is not None:
+            with joined_blocking(outer, self) as session:
+                yield session
+            return
         with unit_of_its_own(self) as unit:
             unit.is_blocking = True
             try:

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -91,7 +92,11 @@ class SessionLock(ABC):
             to the two flags below sooner or later.
         has_finished_work: Whether a task that has ended well used it since, or an unknown caller.
         has_failed_work: Whether a task used it since that has ended with an exception.
+        admit: Raises unless the caller may use the session now. Set by the first
+            `begin(join=True)`: while its block is open, the session is for that block alone.
     """
+
+    admit: Callable[[], None] | None = None
 
     users: set[Any]
     has_finished_work: bool
@@ -139,14 +144,20 @@ class SessionLock(ABC):
                 if not self._ends:
                     if self._holder is not None:
                         raise ConcurrentUse(self.database)
+                    if self.admit is not None:
+                        self.admit()
                     self._holder = caller
                     self._add_user(self._user(caller))
                     return True
                 released = self._new_waiter()
             self._wait(released)
 
-    def acquire_for_end(self, end: End) -> None:
+    def acquire_for_end(self, end: End, *, of_block: bool = False) -> None:
         """Begin a commit or rollback of all work so far, once the operation in flight is done.
+
+        Args:
+            end: The commit or rollback.
+            of_block: Whether it only ends a savepoint, and the work before it goes on.
 
         Raises:
             SessionClosed: The unit of work has ended.
@@ -160,7 +171,8 @@ class SessionLock(ABC):
                         raise SessionClosed(self.database)
                     if self._holder is None or self._holder in end.requested_by:
                         self._holder, self._is_held_by_end = self._caller(), True
-                        self.forget_users()
+                        if not of_block:
+                            self.forget_users()
                         return
                     released = self._new_waiter()
                 self._wait(released)
@@ -201,11 +213,13 @@ class SessionLock(ABC):
         """Record that the caller uses the session, for what only changes it in memory.
 
         Raises:
-            As `acquire`, but for `ConcurrentUse`.
+            As `acquire`; an operation in flight is no reason for `ConcurrentUse`.
         """
         with self._mutex:
             if self.is_closed:
                 raise SessionClosed(self.database)
+            if self.admit is not None and self._holder != self._caller():
+                self.admit()
             self._add_user(self._user(self._caller()))
 
     def sort_out_users(self) -> None:
