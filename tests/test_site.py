@@ -105,6 +105,8 @@ SEARCHES = {
     "sqlmodel": "faq",
     "503": "how-to/overload",
     "queuepool limit": "how-to/overload",
+    "repository": "how-to/services",
+    "join a transaction": "how-to/services",
     "retry": "how-to/retry",
     "deadlock": "how-to/retry",
     "serialization failure": "how-to/retry",
