@@ -18,6 +18,7 @@ ROOT = Path(asgi_dbsession.__file__).parents[1]
 
 PUBLIC = {
     "AsyncDatabase",
+    "Attempt",
     "ConcurrentUse",
     "ConfigurationError",
     "DBSessionError",
@@ -33,6 +34,7 @@ PUBLIC = {
     "SyncDatabase",
     "TransactionAborted",
     "UnitReport",
+    "current_attempt",
     "get_session",
     "get_sync_session",
     "on_commit",

@@ -524,11 +524,11 @@ async def test_pauses_are_short_and_random(
     """They double, up to a second, with no connection held meanwhile."""
     longest = []
 
-    def draw(_: float, most: float) -> float:
+    def draw(_: Any, least: float, most: float) -> float:
         longest.append((most, checked_out(postgresql.database)))
         return 0
 
-    monkeypatch.setattr("random.uniform", draw)
+    monkeypatch.setattr("random.SystemRandom.uniform", draw)
     await get(ours(Race(postgresql, losses=99), postgresql, attempts=8))
     assert longest == [(each, 0) for each in (0.04, 0.08, 0.16, 0.32, 0.64, 1.0, 1.0)]
 

@@ -13,10 +13,16 @@ from asgi_dbsession.session.lock import current_task
 from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_dbsession.unit.ending import close, close_returned, end_work, end_work_of
 from asgi_dbsession.unit.report import UnitReport
+from asgi_dbsession.unit.retry_on import RetryOn
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 from .answer import add_note, answer_or_raise, checked
-from .arguments import AnyDatabase, application_first, no_application, usable_databases
+from .arguments import (
+    AnyDatabase,
+    application_first,
+    no_application,
+    usable_databases,
+)
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .optional import with_optional_rooms
 from .websocket import SocketExchange
@@ -66,6 +72,10 @@ class DBSessionMiddleware:
             after a random pause of at most a second. It never runs again once anything was sent,
             or committed on a database of this package, or under AUTOCOMMIT, or with a body of
             more than 1 MiB, or when cancelled. What its handler does elsewhere is done again.
+        retry_on: What else counts as a conflict: an exception class, a tuple of them, or a plain
+            function that is given an exception and returns True or False. It is asked about each
+            error of the database, about what the application raises, and about what it handles
+            while it sends a status of 400 and above.
         retry_after: Seconds. If no connection becomes free for a request within the engine's
             `pool_timeout`, and the request ends with that error or a status of 500, it is answered
             503 with this `Retry-After`. None: the error of the pool is left to the application.
@@ -91,6 +101,7 @@ class DBSessionMiddleware:
         commit_when: Callable[[int], bool] = below_400,
         on_commit_error: Callable[[Exception], ASGIApp | None] | None = None,
         attempts: int = 1,
+        retry_on: RetryOn = None,
         retry_after: int | None = None,
         two_phase: bool = False,
         on_report: Callable[[UnitReport], object] | None = None,
@@ -102,6 +113,7 @@ class DBSessionMiddleware:
         self.commit_when: Callable[[int], bool] = commit_when
         self.on_commit_error: Callable[[Exception], ASGIApp | None] | None = on_commit_error
         self.attempts: int = attempts
+        self.retry_on: RetryOn = retry_on
         self.retry_after: int | None = retry_after
         self.two_phase: bool = two_phase
         self.on_report: Callable[[UnitReport], object] | None = on_report
@@ -117,6 +129,7 @@ class DBSessionMiddleware:
             self._serve_one,
             usable,
             attempts=attempts,
+            retry_on=retry_on,
             retry_after=retry_after,
             on_report=on_report,
         )

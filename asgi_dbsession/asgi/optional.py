@@ -1,6 +1,7 @@
 """Adds the optional rooms that a middleware asks for, and imports no other."""
 
 from collections.abc import Callable
+from typing import Any
 
 from asgi_dbsession.types import ASGIApp
 from asgi_dbsession.unit.observer import UnitObserver
@@ -14,6 +15,7 @@ def with_optional_rooms(
     databases: tuple[AnyDatabase, ...],
     *,
     attempts: int,
+    retry_on: Any,
     retry_after: int | None,
     on_report: Callable[[UnitReport], object] | None,
 ) -> tuple[ASGIApp, tuple[UnitObserver, ...]]:
@@ -35,7 +37,7 @@ def with_optional_rooms(
     if attempts > 1:
         from asgi_dbsession.retry.retry import Retry
 
-        retry = Retry(serve, attempts)
+        retry = Retry(serve, attempts, retry_on)
         serve, observers = retry, [*observers, retry]
     for observer in observers:
         for database in databases:

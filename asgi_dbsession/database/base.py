@@ -305,6 +305,8 @@ class Database(ABC, Generic[E, S]):
         Args:
             hook: Called again for the same engine if several databases or sessions share it.
         """
+        if hook in self._engine_hooks:
+            return
         self._engine_hooks.append(hook)
         if self._engine is not None:
             hook(self._sync_engine(self._engine))

@@ -50,6 +50,7 @@ class End:
         error: What the application raised.
 
     Attributes:
+        handled: The exception that the application was handling when it asked for the end.
         requested_by: The task and the thread that asked for the end, and wait for it. A lock that
             they still hold was abandoned, by an exception out of a signal handler.
         had_work: Whether there was anything to commit or roll back.
@@ -62,6 +63,7 @@ class End:
     task: object = None
     error: BaseException | None = None
     requested_by: tuple[object, int] = field(default_factory=lambda: (current_task(), get_ident()))
+    handled: BaseException | None = field(default_factory=sys.exception)
     had_work: bool = False
     failure: BaseException | None = None
 

@@ -12,7 +12,12 @@ class UnitObserver:
     """Told what happens to units of work and to their engines. Must be quick, and must not raise.
 
     `unit` is a `UnitOfWork`, which this module cannot import.
+
+    Attributes:
+        observes_inner: Whether it is told of the units of middlewares further in, too.
     """
+
+    observes_inner: bool = False
 
     def engine_used(self, engine: Engine) -> None:
         """Sessions use an engine for the first time; more than once if several share it."""

@@ -71,6 +71,8 @@ class UnitOfWork:
         self.databases: tuple[SessionSource[Any], ...] = databases
         self.scope: Scope | None = scope
         self.enclosing: UnitOfWork | None = enclosing
+        if enclosing is not None and enclosing.observers is not observers:
+            observers += tuple(each for each in enclosing.observers if each.observes_inner)
         self.observers: tuple[UnitObserver, ...] = observers
         self.sessions: dict[SessionSource[Any], ManagedSession[Any]] = {}
         self.is_used: bool = False
