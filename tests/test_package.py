@@ -126,6 +126,9 @@ def sell(number: int) -> bytes:
 async def decorated() -> None:
     assert_type(await place(2, note="x"), str)
     assert_type(sell(1), bytes)
+    assert_type(await shop.run_transaction(place, 2, attempts=5), str)
+    assert_type(reports.run_transaction(sell, 1, retry_on=ValueError), bytes)
+    await shop.run_transaction(place, "2")  # type: ignore
     await place("2")  # type: ignore
     sell()  # type: ignore
 

@@ -1,15 +1,15 @@
 """A database behind an async engine."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import URL, Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
-from typing_extensions import override
+from typing_extensions import TypeVarTuple, Unpack, override
 
 from asgi_dbsession.errors import ConfigurationError, DatabaseNotRunning
 from asgi_dbsession.session.guard import Companion, guarded_async_class, guarded_class
@@ -19,10 +19,14 @@ from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.begin import unit_of_its_own
 from asgi_dbsession.unit.ending import close
 from asgi_dbsession.unit.join import joined, unit_to_join
+from asgi_dbsession.unit.retry_on import RetryOn
 
 from .base import Database
 from .options import AnyAsyncSession, AsyncSessionOptions
 from .questions import TaskQuestions
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 
 class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
@@ -102,6 +106,39 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
                 raise
             else:
                 await close(unit, commit=not unit.rollback)
+
+    async def run_transaction(
+        self,
+        function: Callable[[Unpack[Args]], Awaitable[T]],
+        *args: *Args,
+        attempts: int = 3,
+        retry_on: RetryOn = None,
+    ) -> T:
+        """Call a function in a unit of work of its own, and again after a conflict.
+
+        For workers and scripts, where no request can be run again. The function runs from the start
+        each time, so what it does elsewhere is done again. It never runs again once something else
+        was committed inside: `session.commit()`, or a `begin()` of any database. Each retry waits
+        a random time of at most a second, and is logged.
+
+        Args:
+            function: A coroutine function. `get_session()` in it is the session of the unit.
+            *args: For the function.
+            attempts: How often it may run.
+            retry_on: What else counts as a conflict: an exception class, a tuple of them, or a
+                plain function that is given an exception and returns True or False.
+
+        Returns:
+            What the function returned, after COMMIT.
+
+        Raises:
+            DatabaseNotRunning: The database has not been started.
+            ConfigurationError: An argument is not what it should be.
+            Exception: Whatever the function, or COMMIT, raised in the last attempt.
+        """
+        from asgi_dbsession.retry.transaction import run_transaction
+
+        return await run_transaction(self, function, args, attempts, retry_on)
 
     @property
     @override
