@@ -58,6 +58,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession as ModelSession
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import Scope
 
 from asgi_dbsession import (
     AsyncDatabase,
@@ -157,6 +158,10 @@ def is_success(status: int) -> bool:
     return status < 500
 
 
+def by_path(status: int, scope: Scope) -> bool:
+    return status < 400 and scope["path"] != "/preview"
+
+
 def busy(error: Exception) -> Response | None:
     return PlainTextResponse("try again", 503) if error.args else None
 
@@ -164,6 +169,7 @@ def busy(error: Exception) -> Response | None:
 app = Starlette(middleware=[Middleware(DBSessionMiddleware, shop, reports)])
 app.add_middleware(DBSessionMiddleware)
 app.add_middleware(DBSessionMiddleware, "sqlite://", make_url("sqlite://"), shop, sync_models)
+app.add_middleware(DBSessionMiddleware, mine, commit_when=by_path, attempts=2, retry_on=KeyError)
 app.add_middleware(DBSessionMiddleware, mine, commit_when=is_success, on_commit_error=busy)
 wrapped = DBSessionMiddleware(DBSessionMiddleware(app, shop), models)
 transport = httpx2.ASGITransport(app=wrapped)

@@ -15,6 +15,7 @@ from asgi_dbsession.session.two_phases import refuse_one_phase
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
 from asgi_dbsession.unit.retry_on import check_retry_on
 
+from .commit_rule import commit_rule
 from .lifespan import Unstartable
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
@@ -62,6 +63,7 @@ def usable_databases(
         for name in ("commit_when", "on_commit_error", "on_report"):
             if name == "commit_when" or options[name] is not None:
                 _check_function(name, options[name])
+        commit_rule(options["commit_when"])
         for name in ("attempts", "retry_after"):
             if name == "attempts" or options[name] is not None:
                 _check_number(name, options[name])

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from enum import Enum, auto
-from http import HTTPStatus
 
 from sqlalchemy import URL
 from typing_extensions import Never
@@ -16,29 +15,23 @@ from asgi_dbsession.unit.report import UnitReport
 from asgi_dbsession.unit.retry_on import RetryOn
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
-from .answer import add_note, answer_or_raise, checked
+from .answer import add_note, answer_or_raise
 from .arguments import (
     AnyDatabase,
     application_first,
     no_application,
     usable_databases,
 )
+from .commit_rule import CommitRule, CommitWhen, below_400, commit_rule
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .optional import with_optional_rooms
 from .websocket import SocketExchange
-
-_BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)  # an enumeration is slow to ask
 
 # Where the unit of work of a request is in its scope: a middleware further in joins it.
 _KEY = "asgi_dbsession"
 
 # The messages that end a response, unless they say `more_body`.
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
-
-
-def below_400(status: int) -> bool:
-    """Whether a status is no error: the rule of `DBSessionMiddleware` unless told otherwise."""
-    return status < _BAD_REQUEST
 
 
 class DBSessionMiddleware:
@@ -62,8 +55,9 @@ class DBSessionMiddleware:
         app: The ASGI application.
         *databases: An `AsyncDatabase`, a `SyncDatabase`, or a URL (for an `AsyncDatabase`) each;
             the first is the default. None at all: `AsyncDatabase.from_env()`.
-        commit_when: A plain function that replaces `status < 400` in rules 2 and 3. It must return
-            True or False; anything else is an error, and rolls back.
+        commit_when: A plain function that replaces `status < 400` in rules 2 and 3. It takes the
+            status, or the status and the ASGI scope of the request: `def rule(status, scope)`. It
+            must return True or False; anything else is an error, and rolls back.
         on_commit_error: A plain function that makes the response to a COMMIT that failed: an ASGI
             application, such as a Starlette `Response`. If it returns None, and if there is none,
             the original exception is raised to the server.
@@ -98,7 +92,7 @@ class DBSessionMiddleware:
         app: ASGIApp = no_application,
         /,
         *databases: AnyDatabase | str | URL,
-        commit_when: Callable[[int], bool] = below_400,
+        commit_when: CommitWhen = below_400,
         on_commit_error: Callable[[Exception], ASGIApp | None] | None = None,
         attempts: int = 1,
         retry_on: RetryOn = None,
@@ -110,7 +104,7 @@ class DBSessionMiddleware:
         app, databases = application_first(app, databases, unknown)
         self.app: ASGIApp = app
         self.databases: tuple[AnyDatabase, ...] = ()
-        self.commit_when: Callable[[int], bool] = commit_when
+        self.commit_when: CommitWhen = commit_when
         self.on_commit_error: Callable[[Exception], ASGIApp | None] | None = on_commit_error
         self.attempts: int = attempts
         self.retry_on: RetryOn = retry_on
@@ -124,6 +118,7 @@ class DBSessionMiddleware:
             self._serve_http: ASGIApp = usable.refuse
             return
         self._startable = self.databases = usable
+        self._commit_rule = commit_rule(commit_when)
         self._serve = self._serve_one
         self._serve_http, self._observers = with_optional_rooms(
             self._serve_one,
@@ -162,7 +157,7 @@ class DBSessionMiddleware:
         unit.joins_outer_unit, unit.two_phase = outer is not None, self.two_phase
         exchange: _Exchange | SocketExchange
         if scope["type"] == "http":
-            exchange = _Exchange(unit, receive, send, self.commit_when)
+            exchange = _Exchange(unit, receive, send, self._commit_rule)
         else:
             exchange = SocketExchange(unit, receive, send)
         token = current_unit.set(unit)
@@ -198,13 +193,13 @@ class _Progress(Enum):
 class _Exchange:
     """The messages of one response, and what they mean for its unit of work."""
 
-    __slots__ = ("_commit_when", "_progress", "_send", "_unit", "receive")
+    __slots__ = ("_commit_rule", "_progress", "_send", "_unit", "receive")
 
     def __init__(
-        self, unit: UnitOfWork, receive: Receive, send: Send, commit_when: Callable[[int], bool]
+        self, unit: UnitOfWork, receive: Receive, send: Send, commit_rule: CommitRule
     ) -> None:
         self.receive: Receive = receive
-        self._unit, self._send, self._commit_when = unit, send, commit_when
+        self._unit, self._send, self._commit_rule = unit, send, commit_rule
         self._progress = _Progress.WAITING
 
     @property
@@ -240,7 +235,7 @@ class _Exchange:
     def _decide(self, message: Message) -> bool:
         if self._unit.rollback is not None:
             return not self._unit.rollback
-        return checked(self._commit_when(message["status"]), "commit_when")
+        return self._commit_rule(message["status"], self._unit.scope)
 
     async def _send_last(self, message: Message) -> None:
         unit, task = self._unit, current_task()
