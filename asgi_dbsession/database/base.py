@@ -27,11 +27,12 @@ from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
 from .failures import failure_of, reason_of
+from .forks import inherited_pools, notice_forks
 from .health import Health
 from .options_in_url import translate_options
 from .questions import Questions
 from .secrets import secrets_of
-from .url import options_for_memory, url_with_driver
+from .url import is_in_memory, options_for_memory, url_with_driver
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 S = TypeVar("S")
@@ -72,6 +73,7 @@ class Database(ABC, Generic[E, S]):
         self._starting = Lock()
         self._prepare: Callable[[Engine], None] = watch
         self._engine_hooks: list[Callable[[Engine], None]] = []
+        notice_forks(self)
 
     def __repr__(self) -> str:
         url = getattr(self, "url", None)  # none yet, where a traceback shows a half-made one
@@ -182,6 +184,22 @@ class Database(ABC, Generic[E, S]):
             engine = self._engine
             self._forget_engine()
         await run_to_completion(self._dispose(engine))
+
+    def after_fork(self) -> None:
+        """Leave the connections of the parent process alone, in a child process.
+
+        An engine that blocks gets a new pool. An async engine of this package must be started again
+        in the event loop of the child process.
+        """
+        self._starting = Lock()  # a thread of the parent process may have held it
+        if self._engine is None:
+            return
+        engine = self._sync_engine(self._engine)
+        if not is_in_memory(engine.url):  # where nothing is shared
+            inherited_pools.append(engine.pool)
+            engine.dispose(close=False)
+        if self.is_async and self._owns_engine:
+            self._forget_engine()
 
     def _forget_engine(self) -> None:
         self._engine, self._starts = None, 0
