@@ -1,26 +1,41 @@
 """The pages for growing applications do what they say: services, scripts, workers, migration."""
 
 import asyncio
+import gc
 import json
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from asgi import get
+from asgi import Exchange, Life, get
 from conftest import ENTRY, Running, postgresql
 from fastapi import Depends, FastAPI
 from pages import Page
+from sqlalchemy import Engine, event
 from sqlalchemy.orm import Session
 from test_guides import Guide
 
-from asgi_dbsession import Attempt, ConcurrentUse, DBSessionMiddleware
+from asgi_dbsession import (
+    AsyncDatabase,
+    Attempt,
+    ConcurrentUse,
+    DBSessionMiddleware,
+    NoSession,
+    get_session,
+    session_dependency,
+    set_rollback,
+)
 from asgi_dbsession.retry.conflicts import WatchedAttempt
 from asgi_dbsession.retry.retry import log_retry
 
 SERVICES = Page("docs/how-to/services.md")
 RETRY = Page("docs/how-to/retry.md")
+ROUTING = Page("docs/how-to/routing-sessions.md")
+GET_DB = Page("docs/migrate/get-db.md")
 
 pytestmark = pytest.mark.anyio
 
@@ -112,3 +127,100 @@ async def test_a_block_in_a_dependency_with_def_and_yield_is_refused(running: Ru
     exchange = await get(DBSessionMiddleware(app, database))
     assert isinstance(exchange.error, ConcurrentUse)
     assert running.stored() == []
+
+
+@pytest.mark.parametrize("name", ["two", "routing"])
+async def test_reads_go_to_the_reader_and_writes_to_the_writer(
+    guide: Guide, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """And a request reads on the writer what it has written itself."""
+    url = os.environ["DATABASE_URL"]
+    monkeypatch.setenv("WRITER_URL", url)
+    monkeypatch.setenv("READER_URL", url)
+    guide.execute("CREATE TABLE routed (text TEXT PRIMARY KEY)")
+    try:
+        module = guide.load(ROUTING, name)
+        database: Any = module.database if name == "routing" else module.writer
+        life = await Life(module.app).startup()
+        engines = {"writer": database.engine.sync_engine, "reader": _reader_of(module)}
+        seen: list[str] = []
+        for role, engine in engines.items():
+            _note_statements(engine, role, seen)
+        exchange = Exchange(module.app, "/notes", method="POST")
+        exchange.scope["query_string"] = b"note=hello"
+        assert (await exchange.run()).status == 200
+        assert seen == ["writer INSERT", "writer SELECT"]
+        seen.clear()
+        assert (await get(module.app, "/notes")).body == b'["hello"]'
+        assert seen == ["reader SELECT"]
+        await life.shutdown()
+        assert life.error is None
+    finally:
+        guide.execute("DROP TABLE routed")
+
+
+def _reader_of(module: Any) -> Any:
+    reader = module.reader
+    return (reader.engine if isinstance(reader, AsyncDatabase) else reader).sync_engine
+
+
+def _note_statements(engine: Engine, role: str, seen: list[str]) -> None:
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        seen.append(f"{role} {statement.split(maxsplit=1)[0]}")
+
+    event.listen(engine, "before_cursor_execute", note)
+
+
+async def with_next(dependency: Any) -> None:
+    next(dependency())
+
+
+async def with_async_for(dependency: Any) -> None:
+    async for _ in dependency():
+        pass
+
+
+async def with_contextmanager(dependency: Any) -> None:
+    with contextmanager(dependency)():
+        pass
+
+
+async def with_asynccontextmanager(dependency: Any) -> None:
+    async with asynccontextmanager(dependency)():
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "use", [with_next, with_async_for, with_contextmanager, with_asynccontextmanager]
+)
+async def test_session_dependency_used_as_get_db_raises_what_the_page_says(use: Any) -> None:
+    """Whoever searches for the error finds the page with the cure."""
+    (errors,) = [each for each in GET_DB.blocks("text") if "TypeError" in each]
+    with pytest.raises(TypeError) as raised:
+        await use(session_dependency)
+    gc.collect()
+    assert f"TypeError: {raised.value}" in errors.splitlines()
+
+
+async def test_a_get_db_that_yields_the_session_names_begin_in_a_script() -> None:
+    """Outside of a request there is none to yield."""
+
+    async def get_db() -> AsyncIterator[Any]:
+        yield get_session()
+
+    with pytest.raises(NoSession, match=r"use `database.begin\(\)`"):
+        await with_async_for(get_db)
+
+
+@pytest.mark.parametrize("real", ["sqlite", "psycopg"], indirect=True)
+async def test_a_script_may_keep_calling_commit_itself(running: Running) -> None:
+    """With `set_rollback(True)`, what is not committed is rolled back."""
+    database: Any = running.database
+    async with database.begin() as session:
+        set_rollback(True)
+        await session.execute(ENTRY.insert().values(note="committed"))
+        await session.commit()
+        await session.execute(ENTRY.insert().values(note="forgotten"))
+    assert running.stored() == ["committed"]

@@ -111,6 +111,8 @@ SEARCHES = {
     "arq": "how-to/workers",
     "notebook": "how-to/workers",
     "fork": "how-to/workers",
+    "get_bind": "how-to/routing-sessions",
+    "replica": "how-to/routing-sessions",
     "retry": "how-to/retry",
     "deadlock": "how-to/retry",
     "serialization failure": "how-to/retry",
