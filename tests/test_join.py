@@ -1,7 +1,7 @@
 """`begin(join=True)` joins the unit of work around it, or opens one of its own."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from asgi_dbsession import (
     AsyncDatabase,
     ConcurrentUse,
+    ConfigurationError,
     DBSessionMiddleware,
     SessionClosed,
     SyncDatabase,
@@ -699,3 +700,24 @@ def test_it_decorates_plain_functions(real: Any) -> None:
         assert real.stored() == []
     assert place("own") == "own"
     assert real.stored() == ["joined", "own"]
+
+
+async def coroutine_function() -> None: ...
+
+
+def generator_function() -> Iterator[int]:
+    yield 1
+
+
+async def asynchronous_generator() -> AsyncIterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    "function", [coroutine_function, generator_function, asynchronous_generator]
+)
+def test_it_refuses_to_decorate_what_runs_later(function: Any) -> None:
+    """The block would end before the function has run, and nothing would say so."""
+    database = SyncDatabase("sqlite://")
+    with pytest.raises(ConfigurationError, match=f"{function.__name__}.*inside of the function"):
+        database.begin()(function)

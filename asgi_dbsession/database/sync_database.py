@@ -20,6 +20,7 @@ from asgi_dbsession.unit.join import joined_blocking, unit_to_join
 from asgi_dbsession.unit.retry_on import RetryOn
 
 from .base import Database
+from .decorator import DecoratingBlock
 from .options import AnySession, SessionOptions
 from .questions import ThreadQuestions
 
@@ -61,8 +62,7 @@ class SyncDatabase(Database[Engine, AnySession]):
         self._questions = ThreadQuestions(_select_one)
         self._check_session_options()
 
-    @contextmanager
-    def begin(self, *, join: bool = False) -> Iterator[AnySession]:
+    def begin(self, *, join: bool = False) -> DecoratingBlock[AnySession]:
         """Open a unit of work of its own: COMMIT on success, ROLLBACK on any error.
 
         It blocks the calling thread, and is otherwise as `AsyncDatabase.begin`.
@@ -70,9 +70,10 @@ class SyncDatabase(Database[Engine, AnySession]):
         Args:
             join: Whether to join the unit of work that is open here, if it has this database.
 
-        Yields:
-            A new session, closed permanently at the end of the block. Inside the block it is what
-            `get_sync_session()` returns too.
+        Returns:
+            A block for `with`, which gives a new session, closed permanently at the end of the
+            block. Inside the block it is what `get_sync_session()` returns too. It is also a
+            decorator of functions with `def`.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
@@ -81,6 +82,10 @@ class SyncDatabase(Database[Engine, AnySession]):
                 session.
             Exception: Whatever COMMIT raised; nothing was stored.
         """
+        return DecoratingBlock(lambda: self._begin(join=join))
+
+    @contextmanager
+    def _begin(self, *, join: bool) -> Iterator[AnySession]:
         outer = unit_to_join(self) if join else None
         if outer is not None:
             with joined_blocking(outer, self) as session:
