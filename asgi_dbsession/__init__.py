@@ -18,6 +18,7 @@ from .errors import (
     SessionClosed,
     TransactionAborted,
 )
+from .unit.attempt import Attempt, current_attempt
 from .unit.decisions import on_commit, set_rollback
 from .unit.report import DatabaseReport, UnitReport
 from .unit.unit_of_work import get_session, get_sync_session, session_dependency
@@ -28,6 +29,7 @@ if _typing.TYPE_CHECKING:
 
 __all__ = [
     "AsyncDatabase",
+    "Attempt",
     "ConcurrentUse",
     "ConfigurationError",
     "DBSessionError",
@@ -43,6 +45,7 @@ __all__ = [
     "SyncDatabase",
     "TransactionAborted",
     "UnitReport",
+    "current_attempt",
     "get_session",
     "get_sync_session",
     "on_commit",

@@ -41,7 +41,14 @@ class NoSession(DBSessionError, LookupError):
 class SessionClosed(DBSessionError, RuntimeError):
     """A session was used after its unit of work had ended."""
 
-    def __init__(self, database: object) -> None:
+    def __init__(self, database: object, *, of_block: bool = False) -> None:
+        if of_block:
+            super().__init__(
+                f"The `begin(join=True)` on {database} that this code was started in has ended, "
+                "and a task still works in it. Wait for the task inside of the block, or open "
+                "`database.begin()` in the task."
+            )
+            return
         super().__init__(
             f"The request that this session of {database} belongs to has ended; a task or a stored "
             "reference still uses the session. For work that takes longer than its request, open "
@@ -67,7 +74,8 @@ class ConcurrentUse(DBSessionError, RuntimeError):
     Args:
         database: The database of the session.
         mixed_with: Whose work is in the same transaction: that of a task that is "living", or of
-            one that has "failed". None if the operations themselves overlapped.
+            one that has "failed", or that of a "block" of `begin(join=True)`. None if the
+            operations themselves overlapped.
     """
 
     def __init__(self, database: object, *, mixed_with: str | None = None) -> None:
@@ -81,6 +89,11 @@ class ConcurrentUse(DBSessionError, RuntimeError):
                 f"Another task has uncommitted work on this session of {database}, in the same "
                 "transaction as the work of the task that sends. Nothing was sent, and nothing of "
                 "it is stored."
+            )
+        elif mixed_with == "block":
+            text = (
+                f"Another task is inside of `begin(join=True)` on this session of {database}. "
+                "Work of this task would be kept or rolled back together with that block."
             )
         else:
             text = (

@@ -18,6 +18,7 @@ ROOT = Path(asgi_dbsession.__file__).parents[1]
 
 PUBLIC = {
     "AsyncDatabase",
+    "Attempt",
     "ConcurrentUse",
     "ConfigurationError",
     "DBSessionError",
@@ -33,6 +34,7 @@ PUBLIC = {
     "SyncDatabase",
     "TransactionAborted",
     "UnitReport",
+    "current_attempt",
     "get_session",
     "get_sync_session",
     "on_commit",
@@ -56,6 +58,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession as ModelSession
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import Scope
 
 from asgi_dbsession import (
     AsyncDatabase,
@@ -111,6 +114,26 @@ async def units_of_work() -> None:
             assert_type(sync_model_session, sqlmodel.Session)
 
 
+@shop.begin(join=True)
+async def place(number: int, *, note: str = "") -> str:
+    return note * number
+
+
+@reports.begin(join=True)
+def sell(number: int) -> bytes:
+    return bytes(number)
+
+
+async def decorated() -> None:
+    assert_type(await place(2, note="x"), str)
+    assert_type(sell(1), bytes)
+    assert_type(await shop.run_transaction(place, 2, attempts=5), str)
+    assert_type(reports.run_transaction(sell, 1, retry_on=ValueError), bytes)
+    await shop.run_transaction(place, "2")  # type: ignore
+    await place("2")  # type: ignore
+    sell()  # type: ignore
+
+
 async def life() -> None:
     assert_type(await shop.startup(), None)
     assert_type(shop.engine, AsyncEngine)
@@ -135,6 +158,10 @@ def is_success(status: int) -> bool:
     return status < 500
 
 
+def by_path(status: int, scope: Scope) -> bool:
+    return status < 400 and scope["path"] != "/preview"
+
+
 def busy(error: Exception) -> Response | None:
     return PlainTextResponse("try again", 503) if error.args else None
 
@@ -142,6 +169,7 @@ def busy(error: Exception) -> Response | None:
 app = Starlette(middleware=[Middleware(DBSessionMiddleware, shop, reports)])
 app.add_middleware(DBSessionMiddleware)
 app.add_middleware(DBSessionMiddleware, "sqlite://", make_url("sqlite://"), shop, sync_models)
+app.add_middleware(DBSessionMiddleware, mine, commit_when=by_path, attempts=2, retry_on=KeyError)
 app.add_middleware(DBSessionMiddleware, mine, commit_when=is_success, on_commit_error=busy)
 wrapped = DBSessionMiddleware(DBSessionMiddleware(app, shop), models)
 transport = httpx2.ASGITransport(app=wrapped)

@@ -270,7 +270,7 @@ async def test_the_engine_of_the_page_begins_its_transactions(
 ) -> None:
     """What was read and then changed by another one cannot be written over."""
     monkeypatch.chdir(tmp_path)
-    shop = PAGE.run(1)["shop"]
+    shop = PAGE.run(3)["shop"]
     async with shop.begin() as session:
         await session.execute(text("CREATE TABLE item (count INT)"))
         await session.execute(text("INSERT INTO item VALUES (1)"))

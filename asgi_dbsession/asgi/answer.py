@@ -1,7 +1,6 @@
 """What becomes of a COMMIT that failed: a response, or the original exception."""
 
 from collections.abc import Callable, Coroutine
-from typing import NoReturn
 
 from asgi_dbsession.errors import AbortRequest, ConfigurationError
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
@@ -61,15 +60,17 @@ def add_note(failure: Exception, error: BaseException) -> None:
     )
 
 
-def refuse(decision: object) -> NoReturn:
-    """Refuse what `commit_when` returned, because it is neither True nor False.
+def checked(decision: object, rule: str) -> bool:
+    """What a rule decided.
 
     Raises:
-        ConfigurationError: Always.
+        ConfigurationError: It is neither True nor False.
     """
+    if decision is True or decision is False:
+        return decision
     if isinstance(decision, Coroutine):
         decision.close()  # or Python would warn that nobody awaited it
     raise ConfigurationError(
-        "commit_when must return True or False, and returned something of type "
+        f"{rule} must return True or False, and returned something of type "
         f"{type(decision).__name__}. Write a plain function, which is not awaited."
     )

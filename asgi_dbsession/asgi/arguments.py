@@ -13,7 +13,9 @@ from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.session.two_phases import refuse_one_phase
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
+from asgi_dbsession.unit.retry_on import check_retry_on
 
+from .commit_rule import commit_rule
 from .lifespan import Unstartable
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
@@ -61,9 +63,11 @@ def usable_databases(
         for name in ("commit_when", "on_commit_error", "on_report"):
             if name == "commit_when" or options[name] is not None:
                 _check_function(name, options[name])
+        commit_rule(options["commit_when"])
         for name in ("attempts", "retry_after"):
             if name == "attempts" or options[name] is not None:
                 _check_number(name, options[name])
+        _check_retry_on(options["retry_on"], options["attempts"])
     except ConfigurationError as error:
         if not _is_in_event_loop():
             raise
@@ -125,6 +129,14 @@ def _check_function(name: str, given: object) -> None:
     if not callable(given):
         raise ConfigurationError(
             f"{name} takes a plain function, not something of type {type(given).__name__}."
+        )
+
+
+def _check_retry_on(given: object, attempts: int) -> None:
+    check_retry_on(given)
+    if given is not None and attempts == 1:
+        raise ConfigurationError(
+            "retry_on has no effect, because a request runs only once. Set `attempts` to 2 or more."
         )
 
 

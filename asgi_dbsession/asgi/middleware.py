@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from enum import Enum, auto
-from http import HTTPStatus
 
 from sqlalchemy import URL
 from typing_extensions import Never
@@ -13,26 +12,21 @@ from asgi_dbsession.session.lock import current_task
 from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_dbsession.unit.ending import close, close_returned, end_work, end_work_of
 from asgi_dbsession.unit.report import UnitReport
+from asgi_dbsession.unit.retry_on import RetryOn
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
-from .answer import add_note, answer_or_raise, refuse
+from .answer import add_note, answer_or_raise
 from .arguments import AnyDatabase, application_first, no_application, usable_databases
+from .commit_rule import CommitRule, CommitWhen, below_400, commit_rule
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .optional import with_optional_rooms
 from .websocket import SocketExchange
-
-_BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)  # an enumeration is slow to ask
 
 # Where the unit of work of a request is in its scope: a middleware further in joins it.
 _KEY = "asgi_dbsession"
 
 # The messages that end a response, unless they say `more_body`.
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
-
-
-def below_400(status: int) -> bool:
-    """Whether a status is no error: the rule of `DBSessionMiddleware` unless told otherwise."""
-    return status < _BAD_REQUEST
 
 
 class DBSessionMiddleware:
@@ -46,18 +40,19 @@ class DBSessionMiddleware:
        their own: committed when they end, rolled back when they fail.
     6. When the application returns, its sessions are closed permanently.
 
-    On a WebSocket, the work of a task is committed before it sends, and before it waits to receive.
-    A denial, an exception or a close code other than 1000 and 1001 rolls back.
+    On a WebSocket, the work of a task is committed before it sends or waits to receive. A denial,
+    an exception or a close code other than 1000 and 1001 rolls back.
 
     Databases are started before the application's own startup and stopped after its shutdown.
-    Other scopes, and messages that are none of the above, pass untouched.
+    Other scopes and messages pass untouched.
 
     Args:
         app: The ASGI application.
         *databases: An `AsyncDatabase`, a `SyncDatabase`, or a URL (for an `AsyncDatabase`) each;
             the first is the default. None at all: `AsyncDatabase.from_env()`.
-        commit_when: A plain function that replaces `status < 400` in rules 2 and 3. It must return
-            True or False; anything else is an error, and rolls back.
+        commit_when: A plain function that replaces `status < 400` in rules 2 and 3. It takes the
+            status, or the status and the ASGI scope of the request: `def rule(status, scope)`. It
+            must return True or False; anything else is an error, and rolls back.
         on_commit_error: A plain function that makes the response to a COMMIT that failed: an ASGI
             application, such as a Starlette `Response`. If it returns None, and if there is none,
             the original exception is raised to the server.
@@ -67,6 +62,9 @@ class DBSessionMiddleware:
             It never runs again once anything was sent, or committed on a database of this package,
             or under AUTOCOMMIT, or with a body of more than 1 MiB, or when cancelled. What its
             handler does elsewhere is done again.
+        retry_on: What else counts as a conflict: an exception class, a tuple of them, or a plain
+            function of an exception that returns True or False. It is asked about each error of
+            the database, and about what the application raises, or answers with 400 and above.
         retry_after: Seconds. If no connection becomes free for a request within the engine's
             `pool_timeout`, and the request ends with that error or a status of 500, it is answered
             503 with this `Retry-After`. None: the error of the pool is left to the application.
@@ -89,9 +87,10 @@ class DBSessionMiddleware:
         app: ASGIApp = no_application,
         /,
         *databases: AnyDatabase | str | URL,
-        commit_when: Callable[[int], bool] = below_400,
+        commit_when: CommitWhen = below_400,
         on_commit_error: Callable[[Exception], ASGIApp | None] | None = None,
         attempts: int = 1,
+        retry_on: RetryOn = None,
         retry_after: int | None = None,
         two_phase: bool = False,
         on_report: Callable[[UnitReport], object] | None = None,
@@ -100,9 +99,10 @@ class DBSessionMiddleware:
         app, databases = application_first(app, databases, unknown)
         self.app: ASGIApp = app
         self.databases: tuple[AnyDatabase, ...] = ()
-        self.commit_when: Callable[[int], bool] = commit_when
+        self.commit_when: CommitWhen = commit_when
         self.on_commit_error: Callable[[Exception], ASGIApp | None] | None = on_commit_error
         self.attempts: int = attempts
+        self.retry_on: RetryOn = retry_on
         self.retry_after: int | None = retry_after
         self.two_phase: bool = two_phase
         self.on_report: Callable[[UnitReport], object] | None = on_report
@@ -113,11 +113,13 @@ class DBSessionMiddleware:
             self._serve_http: ASGIApp = usable.refuse
             return
         self._startable = self.databases = usable
+        self._commit_rule = commit_rule(commit_when)
         self._serve = self._serve_one
         self._serve_http, self._observers = with_optional_rooms(
             self._serve_one,
             usable,
             attempts=attempts,
+            retry_on=retry_on,
             retry_after=retry_after,
             on_commit_error=on_commit_error,
             on_report=on_report,
@@ -150,7 +152,7 @@ class DBSessionMiddleware:
         unit.joins_outer_unit, unit.two_phase = outer is not None, self.two_phase
         exchange: _Exchange | SocketExchange
         if scope["type"] == "http":
-            exchange = _Exchange(unit, receive, send, self.commit_when)
+            exchange = _Exchange(unit, receive, send, self._commit_rule)
         else:
             exchange = SocketExchange(unit, receive, send)
         token = current_unit.set(unit)
@@ -186,13 +188,13 @@ class _Progress(Enum):
 class _Exchange:
     """The messages of one response, and what they mean for its unit of work."""
 
-    __slots__ = ("_commit_when", "_progress", "_send", "_unit", "receive")
+    __slots__ = ("_commit_rule", "_progress", "_send", "_unit", "receive")
 
     def __init__(
-        self, unit: UnitOfWork, receive: Receive, send: Send, commit_when: Callable[[int], bool]
+        self, unit: UnitOfWork, receive: Receive, send: Send, commit_rule: CommitRule
     ) -> None:
         self.receive: Receive = receive
-        self._unit, self._send, self._commit_when = unit, send, commit_when
+        self._unit, self._send, self._commit_rule = unit, send, commit_rule
         self._progress = _Progress.WAITING
 
     @property
@@ -230,8 +232,7 @@ class _Exchange:
     def _decide(self, message: Message) -> bool:
         if self._unit.rollback is not None:
             return not self._unit.rollback
-        decision = self._commit_when(message["status"])
-        return decision if decision is True or decision is False else refuse(decision)
+        return self._commit_rule(message["status"], self._unit.scope)
 
     async def _send_last(self, message: Message) -> None:
         unit, task = self._unit, current_task()
@@ -241,8 +242,7 @@ class _Exchange:
             except Exception as error:
                 raise AbortRequest from error
         self._progress = _Progress.COMPLETE
-        # uvicorn starts a request that waits on the same connection in the context of this call: it
-        # must not find the unit of work of this request.
+        # uvicorn starts the next request of a connection in this context: it must not find the unit.
         token = current_unit.set(None)
         try:
             await self._send(message)

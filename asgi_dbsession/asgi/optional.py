@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from asgi_dbsession.types import ASGIApp
 from asgi_dbsession.unit.observer import UnitObserver
@@ -16,6 +17,7 @@ def with_optional_rooms(
     databases: tuple[AnyDatabase, ...],
     *,
     attempts: int,
+    retry_on: Any,
     retry_after: int | None,
     on_commit_error: Callable[[Exception], ASGIApp | None] | None,
     on_report: Callable[[UnitReport], object] | None,
@@ -43,7 +45,7 @@ def with_optional_rooms(
     if attempts > 1:
         from asgi_dbsession.retry.retry import Retry
 
-        serve = Retry(serve, attempts)
+        serve = Retry(serve, attempts, retry_on)
     for observer in observers:
         for database in databases:
             database.observe(observer)

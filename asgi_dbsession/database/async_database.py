@@ -1,16 +1,16 @@
 """A database behind an async engine."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import URL, Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import greenlet_spawn
-from typing_extensions import override
+from typing_extensions import TypeVarTuple, Unpack, override
 
 from asgi_dbsession.errors import ConfigurationError, DatabaseNotRunning
 from asgi_dbsession.session.guard import Companion, guarded_async_class, guarded_class
@@ -20,10 +20,15 @@ from asgi_dbsession.session.telling import telling_class
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.begin import unit_of_its_own
 from asgi_dbsession.unit.ending import close
+from asgi_dbsession.unit.join import joined, unit_to_join
+from asgi_dbsession.unit.retry_on import RetryOn
 
 from .base import Database
 from .options import AnyAsyncSession, AsyncSessionOptions
 from .questions import TaskQuestions
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 
 class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
@@ -67,22 +72,37 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         self._check_session_options()
 
     @asynccontextmanager
-    async def begin(self) -> AsyncIterator[AnyAsyncSession]:
+    async def begin(self, *, join: bool = False) -> AsyncIterator[AnyAsyncSession]:
         """Open a unit of work of its own: COMMIT on success, ROLLBACK on any error or cancellation.
 
         For workers, scripts, child tasks, and rows that must survive the rollback of a request.
         Ending it runs to completion although it is cancelled. Inside a request it is a transaction
         of its own, and so waits for rows that the request has locked.
 
+        It is a decorator too: `@database.begin()` above an `async def` function.
+
+        Args:
+            join: Whether to join the unit of work that is open here, if it has this database: a
+                savepoint of the session that `database.get_session()` returns. An error rolls back
+                to the savepoint, and rises; a success leaves COMMIT to the outer unit, to which
+                `on_commit` and `set_rollback` apply. While the block is open, only code inside of
+                it may use the session. Where no unit is open, it opens one of its own.
+
         Yields:
-            A new session, closed for good at the end of the block. Inside the block it is what
+            A new session, closed permanently at the end of the block. Inside the block it is what
             `get_session()` returns too.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
             TransactionAborted: An error was swallowed that had aborted the transaction.
+            ConcurrentUse: Another task is inside of `begin(join=True)` on the same session.
             Exception: Whatever COMMIT raised; nothing was stored.
         """
+        outer = unit_to_join(self) if join else None
+        if outer is not None:
+            async with joined(outer, self) as session:
+                yield session
+            return
         with unit_of_its_own(self) as unit:
             try:
                 yield unit.open(self)
@@ -91,6 +111,39 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
                 raise
             else:
                 await close(unit, commit=not unit.rollback)
+
+    async def run_transaction(
+        self,
+        function: Callable[[Unpack[Args]], Awaitable[T]],
+        *args: *Args,
+        attempts: int = 3,
+        retry_on: RetryOn = None,
+    ) -> T:
+        """Call a function in a unit of work of its own, and again after a conflict.
+
+        For workers and scripts, where no request can be run again. The function runs from the start
+        each time, so what it does elsewhere is done again. It never runs again once something else
+        was committed inside: `session.commit()`, or a `begin()` of any database. Each retry waits
+        a random time of at most a second, and is logged.
+
+        Args:
+            function: A coroutine function. `get_session()` in it is the session of the unit.
+            *args: For the function.
+            attempts: How often it may run.
+            retry_on: What else counts as a conflict: an exception class, a tuple of them, or a
+                plain function that is given an exception and returns True or False.
+
+        Returns:
+            What the function returned, after COMMIT.
+
+        Raises:
+            DatabaseNotRunning: The database has not been started.
+            ConfigurationError: An argument is not what it should be.
+            Exception: Whatever the function, or COMMIT, raised in the last attempt.
+        """
+        from asgi_dbsession.retry.transaction import run_transaction
+
+        return await run_transaction(self, function, args, attempts, retry_on)
 
     @property
     @override

@@ -23,9 +23,10 @@ from asgi_dbsession.unit.observer import UnitObserver
 
 from .borrowed import own
 from .failures import failure_of, reason_of
+from .forks import inherited_pools, notice_forks
 from .options_in_url import translate_options
 from .secrets import secrets_of
-from .url import options_for_memory, url_with_driver
+from .url import is_in_memory, options_for_memory, url_with_driver
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 
@@ -49,6 +50,7 @@ class EngineLife(ABC, Generic[E]):
         self._starting = Lock()
         self._prepare: Callable[[Engine], None] = watch
         self._observers: list[UnitObserver] = []
+        notice_forks(self)
 
     def __repr__(self) -> str:
         url = getattr(self, "url", None)  # none yet, where a traceback shows a half-made one
@@ -115,6 +117,22 @@ class EngineLife(ABC, Generic[E]):
             engine = self._engine
             self._forget_engine()
             return engine
+
+    def after_fork(self) -> None:
+        """Leave the connections of the parent process alone, in a child process.
+
+        An engine that blocks gets a new pool. An async engine of this package must be started again
+        in the event loop of the child process.
+        """
+        self._starting = Lock()  # a thread of the parent process may have held it
+        if self._engine is None:
+            return
+        engine = self._sync_engine(self._engine)
+        if not is_in_memory(engine.url):  # where nothing is shared
+            inherited_pools.append(engine.pool)
+            engine.dispose(close=False)
+        if self.is_async and self._owns_engine:
+            self._forget_engine()
 
     def _forget_engine(self) -> None:
         self._engine, self._starts = None, 0

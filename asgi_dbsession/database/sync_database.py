@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy import URL, Engine, create_engine, select
 from sqlalchemy.orm import Session
-from typing_extensions import Self, override
+from typing_extensions import Self, TypeVarTuple, Unpack, override
 
 from asgi_dbsession.session.guard import Companion, guarded_class
 from asgi_dbsession.session.lock import current_task
@@ -18,10 +18,16 @@ from asgi_dbsession.session.thread_lock import ThreadLock
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.begin import unit_of_its_own
 from asgi_dbsession.unit.ending import close_blocking
+from asgi_dbsession.unit.join import joined_blocking, unit_to_join
+from asgi_dbsession.unit.retry_on import RetryOn
 
 from .base import Database
+from .decorator import DecoratingBlock
 from .options import AnySession, SessionOptions
 from .questions import ThreadQuestions
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 
 class SyncDatabase(Database[Engine, AnySession]):
@@ -83,21 +89,35 @@ class SyncDatabase(Database[Engine, AnySession]):
         if engine is not None:
             engine.dispose()
 
-    @contextmanager
-    def begin(self) -> Iterator[AnySession]:
+    def begin(self, *, join: bool = False) -> DecoratingBlock[AnySession]:
         """Open a unit of work of its own: COMMIT on success, ROLLBACK on any error.
 
         It blocks the calling thread, and is otherwise as `AsyncDatabase.begin`.
 
-        Yields:
-            A new session, closed for good at the end of the block. Inside the block it is what
-            `get_sync_session()` returns too.
+        Args:
+            join: Whether to join the unit of work that is open here, if it has this database.
+
+        Returns:
+            A block for `with`, which gives a new session, closed permanently at the end of the
+            block. Inside the block it is what `get_sync_session()` returns too. It is also a
+            decorator of functions with `def`.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
             TransactionAborted: An error was swallowed that had aborted the transaction.
+            ConcurrentUse: Another task or thread is inside of `begin(join=True)` on the same
+                session.
             Exception: Whatever COMMIT raised; nothing was stored.
         """
+        return DecoratingBlock(lambda: self._begin(join=join))
+
+    @contextmanager
+    def _begin(self, *, join: bool) -> Iterator[AnySession]:
+        outer = unit_to_join(self) if join else None
+        if outer is not None:
+            with joined_blocking(outer, self) as session:
+                yield session
+            return
         with unit_of_its_own(self) as unit:
             unit.is_blocking = True
             try:
@@ -107,6 +127,39 @@ class SyncDatabase(Database[Engine, AnySession]):
                 raise
             else:
                 close_blocking(unit, commit=not unit.rollback)
+
+    def run_transaction(
+        self,
+        function: Callable[[Unpack[Args]], T],
+        *args: *Args,
+        attempts: int = 3,
+        retry_on: RetryOn = None,
+    ) -> T:
+        """Call a function in a unit of work of its own, and again after a conflict.
+
+        For workers and scripts, where no request can be run again. The function runs from the start
+        each time, so what it does elsewhere is done again. It never runs again once something else
+        was committed inside: `session.commit()`, or a `begin()` of any database. Each retry waits
+        a random time of at most a second, and is logged.
+
+        Args:
+            function: A plain function. `get_sync_session()` in it is the session of the unit.
+            *args: For the function.
+            attempts: How often it may run.
+            retry_on: What else counts as a conflict: an exception class, a tuple of them, or a
+                plain function that is given an exception and returns True or False.
+
+        Returns:
+            What the function returned, after COMMIT.
+
+        Raises:
+            DatabaseNotRunning: The database has not been started.
+            ConfigurationError: An argument is not what it should be.
+            Exception: Whatever the function, or COMMIT, raised in the last attempt.
+        """
+        from asgi_dbsession.retry.transaction import run_transaction_blocking
+
+        return run_transaction_blocking(self, function, args, attempts, retry_on)
 
     @override
     def open_session(self, scope: Scope | None) -> ManagedSession[AnySession]:

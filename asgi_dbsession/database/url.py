@@ -62,7 +62,7 @@ def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
     back would undo what others were told is stored. Here they have it one after the other.
     Source: https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pooling-behavior
     """
-    if not _is_in_memory(url):
+    if not is_in_memory(url):
         return given
     asynchronous = url.get_dialect().is_async
     options = dict(given)
@@ -76,7 +76,8 @@ def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _is_in_memory(url: URL) -> bool:
+def is_in_memory(url: URL) -> bool:
+    """Whether it is an SQLite database that is gone with its process."""
     if url.get_backend_name() != "sqlite":
         return False
     name = url.database or ":memory:"

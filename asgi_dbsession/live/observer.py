@@ -11,8 +11,8 @@ from typing_extensions import override
 from asgi_dbsession.reports.recorder import outcome_of, reason_of
 from asgi_dbsession.reports.stats import SessionStats, Tally, stats_of
 from asgi_dbsession.reports.watching import watch_usage
-from asgi_dbsession.retry.attempt import is_conflict
 from asgi_dbsession.retry.causes import causes
+from asgi_dbsession.retry.conflicts import is_conflict
 from asgi_dbsession.session.lock import End
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.unit.observer import UnitObserver

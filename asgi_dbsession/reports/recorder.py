@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from asgi_dbsession.session.lock import End, Reason
 from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.unit.attempt import RunningAttempt, running_attempt
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import DatabaseReport, Outcome, UnitReport
 
@@ -28,6 +29,7 @@ class _Record:
 
     start_time: float = field(default_factory=time)
     start: float = field(default_factory=perf_counter)
+    running: RunningAttempt | None = field(default_factory=running_attempt.get)
     stats: dict[Any, SessionStats] = field(default_factory=dict)
 
 
@@ -80,12 +82,19 @@ class Recorder(UnitObserver):
             databases=tuple(
                 _describe(each, tallies[each]) for each in unit.databases if each in tallies
             ),
+            attempt=record.running.attempt.number if record.running is not None else 1,
+            will_retry=_will_retry(unit, end, record),
         )
         record.start_time, record.start = time(), now
         try:
             self._on_report(report)
         except Exception:
             _logger.exception("%r failed; the unit of work ended as reported.", self._on_report)
+
+
+def _will_retry(unit: Any, end: End, record: _Record) -> bool:
+    is_of_request = unit.enclosing is None or unit.joins_outer_unit
+    return is_of_request and record.running is not None and record.running.will_retry(end)
 
 
 def outcome_of(end: End, tallies: Iterable[Tally]) -> Outcome:

@@ -1,6 +1,7 @@
 """Runs a request again after a conflict with another one in the database."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 from functools import partial
@@ -11,9 +12,15 @@ import anyio
 from asgi_dbsession.errors import ABORTED
 from asgi_dbsession.session.failures import watch_all
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
+from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
+from asgi_dbsession.unit.retry_on import RetryOn
 
-from .attempt import Attempt, unwatch_conflicts, watch_conflicts
+from .attempt import RequestAttempt
+from .conflicts import WatchedAttempt, unwatch_conflicts, watch_conflicts
 from .replay import Replay
+from .rule import rule_of
+
+_logger = logging.getLogger("asgi_dbsession")
 
 # The longest pause before the second run, in seconds; it doubles from run to run, up to the other.
 _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
@@ -25,32 +32,59 @@ class Retry:
     Args:
         app: What serves the request.
         attempts: How often it may run.
+        retry_on: What else counts as a conflict.
     """
 
-    def __init__(self, app: ASGIApp, attempts: int) -> None:
+    def __init__(self, app: ASGIApp, attempts: int, retry_on: RetryOn) -> None:
         self._app = app
         self._attempts = attempts
+        self._counts = rule_of(retry_on)
         watch_all(watch_conflicts, unwatch_conflicts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         context, restore, body = copy_context(), _keep_contents(scope), Replay(receive)
         for number in range(1, self._attempts):
-            attempt = Attempt(body)
+            watched = WatchedAttempt(Attempt(number, self._attempts - number), self._counts)
+            attempt = RequestAttempt(body, watched)
             serve = partial(attempt.serve, self._app, scope, receive, send)
             await (serve() if number == 1 else _run_in(context, serve))
             if not attempt.can_retry:
                 # Withheld, and then something was committed, or the body became too long to keep.
-                if attempt.conflict is not None and attempt.owes_answer:
-                    raise attempt.conflict
+                if watched.conflict is not None and attempt.owes_answer:
+                    raise watched.conflict
                 return
             if _is_cancelled():  # and its application took that for an error
                 raise asyncio.CancelledError
-            # Others that had the same conflict try again too: not all at once.
-            longest = min(_PAUSE * 2 ** (number - 1), _LONGEST_PAUSE)
-            await anyio.sleep(SystemRandom().uniform(0, longest))
+            pause = pause_after(number)
+            await anyio.sleep(pause)
             restore()
+            what = f"{scope.get('method')} {scope.get('path')}"
+            log_retry(what, watched, pause)
+        last = RunningAttempt(Attempt(self._attempts))
+        context.run(running_attempt.set, last)
         await _run_in(context, partial(self._app, scope, body.from_start(last=True), send))
+
+
+def pause_after(number: int) -> float:
+    """Seconds to wait after the attempt of that number.
+
+    Others that had the same conflict try again too: not all at once.
+    """
+    return SystemRandom().uniform(0, min(_PAUSE * 2 ** (number - 1), _LONGEST_PAUSE))
+
+
+def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
+    """Write down that an attempt follows, and why."""
+    number, remaining = failed.attempt.number, failed.attempt.remaining
+    _logger.info(
+        "Attempt %d of %d of %a begins after a pause of %.0f ms, because of a conflict: %a",
+        number + 1,
+        number + remaining,  # escaped: a client chose the path
+        what,
+        pause * 1000,
+        failed.reason,
+    )
 
 
 def _is_cancelled() -> bool:

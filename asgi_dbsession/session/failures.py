@@ -126,6 +126,20 @@ def _remember(connection: Connection, transaction: Transaction, error: BaseExcep
     else:
         savepoint = connection.get_nested_transaction() or transaction
         failed_transactions.setdefault(_key(savepoint), (message, False))
+    _listen_for_commit(connection)
+
+
+def forbid_commit(connections: tuple[Connection, ...], error: Exception) -> None:
+    """Refuse to commit these transactions, because a part of them could not be rolled back."""
+    for connection in connections:
+        transaction = connection.get_transaction()
+        if transaction is not None:
+            message = " ".join(str(getattr(error, "orig", error)).split())
+            failed_transactions.setdefault(_key(transaction), (message, True))
+            _listen_for_commit(connection)
+
+
+def _listen_for_commit(connection: Connection) -> None:
     for name in ("commit", "prepare_twophase"):
         # On this connection alone: on an engine, such a listener slows down each statement.
         if not event.contains(connection, name, _refuse_at_the_last_moment):

@@ -20,7 +20,7 @@ from asgi_dbsession.errors import ConfigurationError, PrematureClose
 from ._sqlalchemy import begin
 from .completion import run_to_completion
 from .lock import SessionLock
-from .reads import Reads, begin_now
+from .reads import Reads, begin_before_savepoint, begin_now, begin_on_server
 
 R = TypeVar("R")
 A = TypeVar("A", bound=AsyncSession)
@@ -193,6 +193,9 @@ class GuardedSession(Session):
     @locked
     def begin(self, nested: bool = False) -> SessionTransaction:
         # RELEASE SAVEPOINT must not overlap an end either.
+        if nested:
+            for connection in self._companion.open_connections:
+                begin_before_savepoint(connection)
         return begin(self, self.transaction_class, nested=nested)
 
     @override
@@ -200,7 +203,7 @@ class GuardedSession(Session):
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         connection = super().connection(*args, **kwargs)
         begin_now(connection)
-        _begin_on_server(connection)
+        begin_on_server(connection)
         return connection
 
     @override
@@ -228,19 +231,6 @@ class GuardedSession(Session):
     def discard(self) -> None:
         """Roll back what an error interrupted, and forget the objects."""
         super().reset()
-
-
-def _begin_on_server(connection: Connection) -> None:
-    """Send BEGIN before the application works on the driver's own connection (COPY).
-
-    For asyncpg, SQLAlchemy sends BEGIN together with the first statement that it knows of.
-    """
-    if connection.dialect.driver == "asyncpg":
-        driver: Any = connection.connection.driver_connection
-        if not driver.is_in_transaction():
-            cursor = connection.connection.cursor()
-            cursor.execute("")
-            cursor.close()
 
 
 for _name in _OPERATIONS:

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -49,8 +50,9 @@ class End:
         error: What the application raised.
 
     Attributes:
-        requested_by: The task and the thread that asked for the end, and wait for it. A lock that
-            they still hold was abandoned, by an exception out of a signal handler.
+        handled: The exception that the application was handling when it asked for the end.
+        requested_by: The task and the thread that wait for the end. A lock that they still hold
+            was abandoned, by an exception out of a signal handler.
         had_work: Whether there was anything to commit or roll back.
         failure: What the end itself raised.
     """
@@ -61,6 +63,7 @@ class End:
     task: object = None
     error: BaseException | None = None
     requested_by: tuple[object, int] = field(default_factory=lambda: (current_task(), get_ident()))
+    handled: BaseException | None = field(default_factory=sys.exception)
     had_work: bool = False
     failure: BaseException | None = None
 
@@ -70,7 +73,7 @@ class End:
         return self.commit and self.failure is None
 
 
-# Set while sessions end. A listener that SQLAlchemy calls meanwhile is part of that end.
+# Set while sessions end. Listeners that SQLAlchemy calls meanwhile are part of that end.
 current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=None)
 
 
@@ -80,18 +83,19 @@ class SessionLock(ABC):
     An operation is refused while another caller is in an operation. An end waits for the operation
     in flight, and an operation that begins meanwhile waits for the end.
 
-    The mutex is an `RLock`, because a signal handler or a finalizer may use the session while its
-    own thread holds it. No exception leaves it locked: `with` runs no Python code of its own.
+    The mutex is an `RLock`, because a signal handler may use the session while its own thread holds
+    it. No exception leaves it locked, because `with` runs no Python code of its own.
 
     Attributes:
         is_closed: Whether no operation may begin any more.
-        users: The tasks that used the session since the last end. Those that have ended are moved
-            to the two flags below sooner or later.
-        has_finished_work: Whether a task that has ended well used it since, or an unknown caller.
-        has_failed_work: Whether a task used it since that has ended with an exception.
+        users: The tasks that used the session since the last end; those that have ended move on.
+        has_finished_work: Whether a task used it that has ended well, or an unknown caller.
+        has_failed_work: Whether a task used it that has ended with an exception.
+        admit: Raises unless the caller may use the session now; set by `begin(join=True)`.
     """
 
     # Set on the class, because every session pays for each attribute of its own.
+    admit: Callable[[], None] | None = None
     is_closed: bool = False
     has_finished_work: bool = False
     has_failed_work: bool = False
@@ -119,13 +123,11 @@ class SessionLock(ABC):
         """Begin an operation.
 
         Returns:
-            False inside an operation of the same caller (autoflush, lazy loading). The outermost
-            operation releases the lock.
+            False inside an operation of the same caller, which releases the lock.
 
         Raises:
             ConcurrentUse: Another task or thread is in the middle of an operation.
             SessionClosed: The unit of work has ended.
-            ConfigurationError: A thread uses the session of an event loop.
         """
         caller = self._caller()
         if self._holder == caller:  # only the caller itself can change that
@@ -137,18 +139,16 @@ class SessionLock(ABC):
                 if not self._ends:
                     if self._holder is not None:
                         raise ConcurrentUse(self.database)
+                    if self.admit is not None:
+                        self.admit()
                     self._holder = caller
                     self._add_user(caller)
                     return True
                 released = self._new_waiter()
             self._wait(released)
 
-    def acquire_for_end(self, end: End) -> None:
-        """Begin a commit or rollback of all work so far, once the operation in flight is done.
-
-        Raises:
-            SessionClosed: The unit of work has ended.
-        """
+    def acquire_for_end(self, end: End, *, of_block: bool = False) -> None:
+        """Begin an end (with `of_block`, that of a savepoint) after the operation in flight."""
         with self.mutex:
             self._ends += 1
         try:
@@ -158,7 +158,8 @@ class SessionLock(ABC):
                         raise SessionClosed(self.database)
                     if self._holder is None or self._holder in end.requested_by:
                         self._holder, self._is_held_by_end = self._caller(), True
-                        self.forget_users()
+                        if not of_block:
+                            self.forget_users()
                         return
                     released = self._new_waiter()
                 self._wait(released)
@@ -189,6 +190,8 @@ class SessionLock(ABC):
         with self.mutex:
             if self.is_closed:
                 raise SessionClosed(self.database)
+            if self.admit is not None and self._holder != caller:
+                self.admit()
             self._add_user(caller)
 
     def sort_out_users(self) -> None:

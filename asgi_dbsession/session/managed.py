@@ -10,7 +10,7 @@ from ._sqlalchemy import flush_and_prepare, forget
 from .failures import failed_transactions, refuse_if_aborted, watch
 from .guard import Companion, GuardedSession
 from .lock import End, SessionLock
-from .reads import begin_now
+from .reads import begin_before_savepoint, begin_now
 from .transaction import LockedTransaction
 
 S = TypeVar("S")
@@ -143,8 +143,12 @@ def _roll_back(session: Session) -> None:
             session.invalidate()
 
 
-def _remember_connection(session: Any, _transaction: object, connection: Connection) -> None:
+def _remember_connection(
+    session: Any, transaction: SessionTransaction, connection: Connection
+) -> None:
     companion: Companion = session._companion
+    if not transaction.nested and session.in_nested_transaction():
+        begin_before_savepoint(connection)
     if connection.engine is not session.bind:  # one of `binds`, or of `bind_arguments`
         watch(connection.engine)
     companion.connections = (*companion.open_connections, connection)

@@ -107,6 +107,31 @@ def begin_now(connection: Connection) -> None:
         _put_off.discard(connection)
 
 
+def begin_on_server(connection: Connection) -> None:
+    """Send BEGIN before the application works on the driver's own connection (COPY).
+
+    For asyncpg, SQLAlchemy sends BEGIN together with the first statement that it knows of.
+    """
+    if connection.dialect.driver == "asyncpg":
+        driver: Any = connection.connection.driver_connection
+        if not driver.is_in_transaction():
+            cursor = connection.connection.cursor()
+            cursor.execute("")
+            cursor.close()
+
+
+def begin_before_savepoint(connection: Connection) -> None:
+    """Send BEGIN to SQLite before the first savepoint of a transaction.
+
+    Python's driver sends it only before the first write, and not after a savepoint. RELEASE of that
+    savepoint would then be a COMMIT, and a later ROLLBACK would find nothing to roll back.
+    """
+    if connection.dialect.name == "sqlite":
+        driver: Any = connection.connection.driver_connection
+        if driver.isolation_level is not None and not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN")
+
+
 def _begin_unless_plain(
     _cursor: object, _statement: str, _parameters: object, context: ExecutionContext
 ) -> None:

@@ -13,13 +13,21 @@ from .unit_of_work import SessionSource, UnitOfWork, current_unit
 def unit_of_its_own(database: SessionSource[Any]) -> Iterator[UnitOfWork]:
     """A unit for one database, current inside of the block. The block must close it."""
     around = current_unit.get()
-    was_closed = around is not None and around.closed
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
     if not current_end.get():  # a listener of a last flush is in a unit that is closed
         _forget_hidden(unit)
+    with made_current(unit):
+        yield unit
+
+
+@contextmanager
+def made_current(unit: UnitOfWork) -> Iterator[None]:
+    """Make a unit the current one inside of the block."""
+    around = current_unit.get()
+    was_closed = around is not None and around.closed
     current_unit.set(unit)
     try:
-        yield unit
+        yield
     finally:
         if current_unit.get() is unit:  # else one that began later is still open
             current_unit.set(around if was_closed else _nearest_open(around))

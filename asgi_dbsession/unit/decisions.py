@@ -94,7 +94,8 @@ def _unit(*, also_at_end: bool = False) -> UnitOfWork:
     if unit is None:
         raise NoSession("any database")
     # A listener of its last flush may; a task that such a listener has started may not.
-    if unit.closed and not (also_at_end and current_end.get() and unit.sessions):
+    is_closed = unit.closed or (unit.joined is not None and unit.outermost.closed)
+    if is_closed and not (also_at_end and current_end.get() and unit.outermost.sessions):
         raise SessionClosed("any database")
     return unit
 

@@ -56,6 +56,9 @@ class UnitReport:
             before it ended.
         duration: Seconds until its end, `on_commit` functions included.
         databases: Those that it opened sessions of, in declared order.
+        attempt: Which run of the request this was; 1 is the first.
+        will_retry: Whether the request runs again because of a conflict, as far as was known when
+            the unit ended. False for a `begin()` inside of a request.
     """
 
     scope: Scope
@@ -65,3 +68,5 @@ class UnitReport:
     start_time: float
     duration: float
     databases: tuple[DatabaseReport, ...]
+    attempt: int = 1
+    will_retry: bool = False

@@ -46,6 +46,7 @@ class UnitOfWork:
     Attributes:
         is_inner: Whether it was made by `within`, and so serves the request of a unit around it.
         joins_outer_unit: Whether `enclosing` is of the same request, and keeps its databases.
+        joined: The unit whose session `begin(join=True)` uses; None for any other unit.
         rollback: What `set_rollback` said about the work since the last end.
         rollback_set_by: The task that said so.
         is_used: Whether anything was asked of it: a session, `on_commit`, `set_rollback`.
@@ -62,6 +63,7 @@ class UnitOfWork:
     is_blocking: bool = False
     joins_outer_unit: bool = False
     is_inner: bool = False
+    joined: "UnitOfWork | None" = None
 
     def __init__(
         self,
@@ -92,10 +94,10 @@ class UnitOfWork:
 
     def of_same_request(self) -> Iterator["UnitOfWork"]:
         """This unit and those around it that end with the same request, the nearest first."""
-        for unit in self.chain():
+        unit: UnitOfWork | None = self
+        while unit is not None:
             yield unit
-            if not unit.joins_outer_unit:
-                return
+            unit = unit.joined or (unit.enclosing if unit.joins_outer_unit else None)
 
     @property
     def outermost(self) -> "UnitOfWork":
@@ -172,9 +174,12 @@ def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
 
     Raises:
         NoSession: There is none here.
+        SessionClosed: A task has outlived the `begin(join=True)` that it was started in.
     """
     innermost = current_unit.get()
     for unit in innermost.chain() if innermost is not None else ():
+        if unit.joined is not None and unit.closed and database in unit.databases:
+            raise SessionClosed(database, of_block=True)
         if unit.manages(database):
             return unit
     raise NoSession(database)

@@ -1,0 +1,60 @@
+"""Which responses commit: the rule of an application, in the one form that the middleware calls."""
+
+from collections.abc import Callable
+from http import HTTPStatus
+from inspect import Parameter, signature
+from typing import Any, TypeAlias
+
+from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.types import Scope
+
+from .answer import checked
+
+CommitWhen: TypeAlias = Callable[[int], bool] | Callable[[int, Scope], bool]
+CommitRule: TypeAlias = Callable[[int, Scope], bool]
+
+_BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)  # an enumeration is slow to ask
+_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def below_400(status: int) -> bool:
+    """Whether a status is no error: the rule of `DBSessionMiddleware` unless told otherwise."""
+    return status < _BAD_REQUEST
+
+
+def commit_rule(commit_when: CommitWhen) -> CommitRule:
+    """Call `commit_when` with the status, or with the status and the scope, as its signature says.
+
+    A parameter with a default is the function's own business, unless it is named `scope`.
+
+    Raises:
+        ConfigurationError: It takes neither.
+    """
+    if commit_when is below_400:
+        return lambda status, _scope: status < _BAD_REQUEST
+    rule: Any = commit_when
+    if _takes_scope(rule):
+        return lambda status, scope: checked(rule(status, scope), "commit_when")
+    return lambda status, _scope: checked(rule(status), "commit_when")
+
+
+def _takes_scope(rule: Callable[..., object]) -> bool:
+    try:
+        parameters = signature(rule).parameters.values()
+    except (TypeError, ValueError):  # a builtin, which hides its signature
+        return False
+    positional = [each for each in parameters if each.kind in _POSITIONAL]
+    needed = [each for each in positional if each.default is Parameter.empty]
+    keywords = [
+        each
+        for each in parameters
+        if each.kind is Parameter.KEYWORD_ONLY and each.default is Parameter.empty
+    ]
+    takes_any = any(each.kind is Parameter.VAR_POSITIONAL for each in parameters)
+    if len(needed) > len(("status", "scope")) or keywords or not (positional or takes_any):
+        raise ConfigurationError(
+            "commit_when takes a function of the status, or of the status and the scope. Write "
+            "`def commit_when(status)` or `def commit_when(status, scope)`."
+        )
+    second = positional[1] if len(positional) > 1 else None
+    return second is not None and (second in needed or second.name == "scope")

@@ -1,0 +1,42 @@
+"""Keeps a child process from using the connections of its parent process."""
+
+import os
+from typing import Protocol
+from weakref import WeakSet
+
+from sqlalchemy import Pool
+
+from asgi_dbsession.unit.unit_of_work import current_unit
+
+
+class Forked(Protocol):
+    """What has connections that a fork would share."""
+
+    def after_fork(self) -> None:
+        """Leave the connections of the parent process alone."""
+        ...
+
+
+# The pools of the parent process, in a child process. If they were garbage collected here, drivers
+# would close connections that the parent process uses.
+inherited_pools: list[Pool] = []
+
+_databases: WeakSet[Forked] = WeakSet()
+
+
+def notice_forks(database: Forked) -> None:
+    """Call `database.after_fork` in each child process, before any other code runs there.
+
+    Source: https://docs.sqlalchemy.org/en/20/core/pooling.html#pooling-multiprocessing
+    """
+    _databases.add(database)
+
+
+def _after_fork() -> None:
+    current_unit.set(None)  # its sessions have connections of the parent process
+    for database in tuple(_databases):
+        database.after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)

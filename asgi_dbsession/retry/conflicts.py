@@ -1,0 +1,174 @@
+"""What one attempt learns of conflicts, and of what it has committed."""
+
+import sys
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
+from typing_extensions import override
+
+from asgi_dbsession.session._sqlalchemy import isolation_level_on_connect
+from asgi_dbsession.session.lock import End
+from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
+
+from .causes import causes
+from .rule import Rule
+
+# Transaction rollback (40), but for 40003, which leaves open whether COMMIT arrived.
+# Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
+_ROLLBACK, _UNKNOWN = "40", "40003"
+# A migration changed the type of a column that a prepared statement returns. The statement is
+# prepared again after ROLLBACK. asyncpg has a class for it, which is free of the server's language.
+_NOT_SUPPORTED, _STALE_PLAN = "0A000", "cached plan must not change result type"
+_STALE_PLAN_CLASS = "InvalidCachedStatementError"
+# Deadlock, lock wait timeout, and a record that changed since it was read.
+# Source: https://mariadb.com/kb/en/mariadb-error-code-reference/
+_MYSQL = (1213, 1205, 1020)
+# Its extensions are in the higher bits: https://www.sqlite.org/rescode.html
+_SQLITE_BUSY = 5
+
+
+class WatchedAttempt(RunningAttempt):
+    """An attempt that another one may follow.
+
+    Args:
+        attempt: What the application is told.
+        counts: Whether another error counts as a conflict too.
+
+    Attributes:
+        conflict: The last conflict.
+        reason: What is logged about it.
+        committing: The connection with the last COMMIT, which may have arrived or not.
+        has_committed: Whether an earlier COMMIT arrived, as far as known. A statement under
+            AUTOCOMMIT is one too.
+        is_final: Whether nothing can follow any more. A task may outlive its attempt.
+    """
+
+    def __init__(self, attempt: Attempt, counts: Rule) -> None:
+        super().__init__(attempt)
+        self._counts = counts
+        self._outer = running_attempt.get()
+        self.conflict: BaseException | None = None
+        self.reason: str = ""
+        self.committing: Connection | None = None
+        self.has_committed: bool = False
+        self.is_final: bool = False
+
+    @property
+    def can_retry(self) -> bool:
+        """Whether it can run again as if this run had never been."""
+        is_stored = self.has_committed or self.committing is not None
+        return self.conflict is not None and not is_stored and not self.is_final
+
+    @override
+    def will_retry(self, end: End) -> bool:
+        for error in (end.failure, end.handled):
+            self.record_error(error)
+        return self.can_retry and not end.succeeded
+
+    def make_final(self) -> None:
+        """Forget everything, because nothing can follow."""
+        self.conflict = self.committing = None
+        self.is_final = True
+
+    def record_error(self, error: BaseException | None) -> None:
+        """Record what the application raised, or answers, if that counts as a conflict."""
+        if error is not None and self.conflict is None:
+            found = next(filter(self._counts, causes(error)), None)
+            if found is not None:
+                self.record_conflict(found, _text(found))
+
+    def record_handled_error(self) -> None:
+        """Record what the application handles while it answers."""
+        self.record_error(sys.exception())
+
+    def record_conflict(self, error: BaseException, reason: str) -> None:
+        """Record what speaks for another attempt."""
+        if not self.is_final:
+            self.conflict, self.reason = error, reason
+
+    def is_conflict(self, context: ExceptionContext) -> bool:
+        """Whether an error of the driver counts."""
+        found = context.sqlalchemy_exception or context.original_exception
+        return is_conflict(context.original_exception) or self._counts(found)
+
+    def enclosing(self) -> "list[WatchedAttempt]":
+        """This attempt and those around it: a transaction inside of a request, say."""
+        outer = self._outer
+        rest = outer.enclosing() if isinstance(outer, WatchedAttempt) else []
+        return [each for each in (self, *rest) if not each.is_final]
+
+
+def watch_conflicts(engine: Engine) -> None:
+    """Have attempts learn of the conflicts and COMMITs on an engine."""
+    for name, listener in _LISTENERS.items():
+        event.listen(engine, name, listener)
+
+
+def unwatch_conflicts(engine: Engine) -> None:
+    """Undo `watch_conflicts`."""
+    for name, listener in _LISTENERS.items():
+        if event.contains(engine, name, listener):
+            event.remove(engine, name, listener)
+
+
+def _record_conflict(context: ExceptionContext) -> None:
+    for attempt in _under_way():
+        if attempt.is_conflict(context):
+            _record_for(attempt, context)
+
+
+def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
+    hidden = context.engine is not None and context.engine.hide_parameters
+    error = context.original_exception
+    reason = type(error).__name__ if hidden else _text(error)
+    attempt.record_conflict(context.sqlalchemy_exception or error, reason)
+    connection = context.connection
+    if connection is not None and _is_autocommit(connection):
+        attempt.has_committed = True
+    elif context.statement is None and attempt.committing is connection:
+        attempt.committing = None  # this COMMIT has failed
+
+
+def _record_commit(connection: Connection, *_: object) -> None:
+    for attempt in _under_way():  # SQLAlchemy tells of it just before
+        attempt.has_committed = attempt.has_committed or attempt.committing is not None
+        attempt.committing = connection
+
+
+def _under_way() -> list[WatchedAttempt]:
+    """The attempts that what happens here counts for."""
+    attempt = running_attempt.get()
+    return attempt.enclosing() if isinstance(attempt, WatchedAttempt) else []
+
+
+_LISTENERS: dict[str, Any] = {
+    "handle_error": _record_conflict,
+    "commit": _record_commit,
+    "commit_twophase": _record_commit,
+}
+
+
+def is_conflict(error: Any) -> bool:
+    """Whether an error of a driver is a serialization failure, a deadlock or a busy SQLite."""
+    if error.args and error.args[0] in _MYSQL:  # before its SQLSTATE, which says nothing of 1205
+        return True
+    if type(error).__name__ == _STALE_PLAN_CLASS:  # some versions give it no SQLSTATE
+        return True
+    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg2's name
+    if isinstance(state, str):
+        if state == _NOT_SUPPORTED:
+            return _STALE_PLAN in str(error)
+        return state.startswith(_ROLLBACK) and state != _UNKNOWN
+    sqlite_code = getattr(error, "sqlite_errorcode", None)
+    return isinstance(sqlite_code, int) and sqlite_code & 0xFF == _SQLITE_BUSY
+
+
+def _is_autocommit(connection: Connection) -> bool:
+    level = connection.get_execution_options().get("isolation_level")
+    return (level or isolation_level_on_connect(connection)) == "AUTOCOMMIT"
+
+
+def _text(error: BaseException) -> str:
+    original = getattr(error, "orig", None) or error
+    return f"{type(original).__name__}: {' '.join(str(original).split())}"

@@ -1,0 +1,32 @@
+"""Whether an error counts as a conflict, by the rule of the application."""
+
+from collections.abc import Callable
+from inspect import isawaitable
+from typing import TypeAlias
+
+from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.unit.retry_on import RetryOn
+
+Rule: TypeAlias = Callable[[BaseException], bool]
+
+
+def rule_of(retry_on: RetryOn) -> Rule:
+    """A function that says whether an error counts as a conflict."""
+    if retry_on is None:
+        return lambda _: False
+    if isinstance(retry_on, type | tuple):
+        classes = retry_on
+        return lambda error: isinstance(error, classes)
+    predicate = retry_on
+    return lambda error: isinstance(error, Exception) and _checked(predicate(error))
+
+
+def _checked(decision: object) -> bool:
+    if decision is True or decision is False:
+        return decision
+    if isawaitable(decision) and hasattr(decision, "close"):
+        decision.close()  # or Python would warn that nobody awaited it
+    raise ConfigurationError(
+        "retry_on must return True or False, and returned something of type "
+        f"{type(decision).__name__}. Write a plain function, which is not awaited."
+    )

@@ -1,0 +1,100 @@
+"""Runs a function in a unit of work of its own, and again after a conflict."""
+
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from inspect import isawaitable
+from typing import Any, TypeVar
+
+import anyio
+from typing_extensions import TypeVarTuple, Unpack
+
+from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.session.failures import watch_all
+from asgi_dbsession.unit.after_commit import name_of
+from asgi_dbsession.unit.attempt import Attempt, running_attempt
+from asgi_dbsession.unit.retry_on import RetryOn, check_retry_on
+
+from .conflicts import WatchedAttempt, unwatch_conflicts, watch_conflicts
+from .retry import log_retry, pause_after
+from .rule import rule_of
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+
+async def run_transaction(
+    database: Any,
+    function: Callable[[Unpack[Args]], Awaitable[T]],
+    args: tuple[*Args],
+    attempts: int,
+    retry_on: RetryOn,
+) -> T:
+    """Await `function(*args)` in `database.begin()`, up to `attempts` times."""
+    for attempt in _attempts(attempts, retry_on):
+        with _retrying(attempt):
+            async with database.begin():
+                result = function(*args)
+                if not isawaitable(result):
+                    raise _refusal(function, "a coroutine function. Write it with `async def`")
+                return await result
+        await anyio.sleep(_pause_and_log(function, attempt))
+    raise AssertionError  # never: the last attempt returns or raises
+
+
+def run_transaction_blocking(
+    database: Any,
+    function: Callable[[Unpack[Args]], T],
+    args: tuple[*Args],
+    attempts: int,
+    retry_on: RetryOn,
+) -> T:
+    """The same on the calling thread."""
+    for attempt in _attempts(attempts, retry_on):
+        with _retrying(attempt):
+            with database.begin():
+                result = function(*args)
+                if isawaitable(result):
+                    if hasattr(result, "close"):
+                        result.close()  # or Python would warn that nobody awaited it
+                    raise _refusal(function, "a plain function. Write it with `def`")
+            return result
+        time.sleep(_pause_and_log(function, attempt))
+    raise AssertionError  # never: the last attempt returns or raises
+
+
+def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:
+    if type(attempts) is not int or attempts < 1:
+        raise ConfigurationError("attempts takes a whole number from 1 on.")
+    check_retry_on(retry_on)
+    counts = rule_of(retry_on)
+    watch_all(watch_conflicts, unwatch_conflicts)
+    for number in range(1, attempts + 1):
+        yield WatchedAttempt(Attempt(number, attempts - number), counts)
+
+
+@contextmanager
+def _retrying(attempt: WatchedAttempt) -> Iterator[None]:
+    """Swallow what the block raises, if another attempt follows."""
+    token = running_attempt.set(attempt)
+    try:
+        yield
+    except Exception as error:
+        attempt.record_error(error)
+        if attempt.attempt.remaining == 0 or not attempt.can_retry:
+            raise
+    finally:
+        running_attempt.reset(token)
+        attempt.is_final = True
+
+
+def _pause_and_log(function: object, attempt: WatchedAttempt) -> float:
+    pause = pause_after(attempt.attempt.number)
+    log_retry(name_of(function), attempt, pause)
+    return pause
+
+
+def _refusal(function: object, cure: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"run_transaction of this database takes {cure}, and was given {name_of(function)}."
+    )

@@ -1,0 +1,196 @@
+"""A block of code that joins the unit of work around it: for `database.begin(join=True)`."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypeVar
+
+from sqlalchemy.orm import SessionTransaction
+from sqlalchemy.util import greenlet_spawn
+
+from asgi_dbsession.errors import ConcurrentUse, SessionClosed
+from asgi_dbsession.session.completion import run_to_completion
+from asgi_dbsession.session.failures import forbid_commit
+from asgi_dbsession.session.lock import End
+
+from .begin import made_current
+from .unit_of_work import SessionSource, UnitOfWork, current_unit
+
+S = TypeVar("S")
+
+
+def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
+    """The unit whose session `get_session()` of the database returns here; None if it is closed."""
+    innermost = current_unit.get()
+    for unit in innermost.chain() if innermost is not None else ():
+        if unit.joined is not None and unit.closed and database in unit.databases:
+            return None
+        if unit.manages(database):
+            return None if unit.closed else unit
+    return None
+
+
+@asynccontextmanager
+async def joined(unit: UnitOfWork, database: SessionSource[S]) -> AsyncIterator[S]:
+    """Run a block in a savepoint of the unit's session. Its end is never cut short."""
+    session = unit.open(database)
+    block = _Block(unit, database)
+    await greenlet_spawn(block.begin)
+    with made_current(block.unit):
+        try:
+            yield session
+        except BaseException as error:
+            ending = greenlet_spawn(block.end, End(commit=False, reason="exception"), error)
+            await run_to_completion(ending)
+            raise
+        else:
+            ending = greenlet_spawn(block.end, End(commit=True, reason="exception"), None)
+            await run_to_completion(ending)
+
+
+@contextmanager
+def joined_blocking(unit: UnitOfWork, database: SessionSource[S]) -> Iterator[S]:
+    """The same on the calling thread."""
+    session = unit.open(database)
+    block = _Block(unit, database)
+    block.begin()
+    with made_current(block.unit):
+        try:
+            yield session
+        except BaseException as error:
+            block.end(End(commit=False, reason="exception"), error)
+            raise
+        else:
+            block.end(End(commit=True, reason="exception"), None)
+
+
+class _Blocks:
+    """The blocks that are open on one session, the innermost last.
+
+    The session is for the innermost block alone: what another task did meanwhile would be kept or
+    rolled back with that block.
+    """
+
+    def __init__(self, unit: UnitOfWork, database: SessionSource[Any]) -> None:
+        self.open: list[UnitOfWork] = []
+        self._unit = unit
+        self._database = database
+
+    def __call__(self) -> None:
+        """Refuse a caller that is not inside of the innermost block.
+
+        Raises:
+            ConcurrentUse: It is outside of the block.
+            SessionClosed: It was started inside of a block that has ended.
+        """
+        innermost = current_unit.get()
+        units = innermost.chain() if innermost is not None else ()
+        mine = next(filter(self._is_block, units), None)
+        if mine is not None and mine.closed:
+            raise SessionClosed(self._database, of_block=True)
+        if mine is not (self.open[-1] if self.open else None):
+            raise ConcurrentUse(self._database, mixed_with="block")
+
+    def _is_block(self, unit: UnitOfWork) -> bool:
+        return unit.joined is self._unit and self._database in unit.databases
+
+    def close(self, unit: UnitOfWork) -> bool:
+        """Close a block, and those that tasks have left open inside of it.
+
+        Returns:
+            Whether there were none.
+        """
+        number = self.open.index(unit)
+        for each in self.open[number:]:
+            each.closed = True
+        is_innermost = number == len(self.open) - 1
+        del self.open[number:]
+        return is_innermost
+
+
+class _Block:
+    """One block that joins a unit.
+
+    Args:
+        joined: The unit.
+        database: One that the unit manages, and has opened.
+
+    Attributes:
+        unit: What is current inside of the block. It has no sessions: it hands everything on.
+    """
+
+    _savepoint: SessionTransaction
+
+    def __init__(self, joined: UnitOfWork, database: SessionSource[Any]) -> None:
+        self.unit = UnitOfWork((database,), joined.scope, current_unit.get())
+        self.unit.joins_outer_unit, self.unit.joined = True, joined
+        self.unit.is_blocking = joined.is_blocking
+        self._database = database
+        self._opened = joined.sessions[database]
+        admit = self._opened.lock.admit
+        self._blocks = admit if isinstance(admit, _Blocks) else _Blocks(joined, database)
+
+    def begin(self) -> None:
+        """Begin the savepoint, which is sent with the first statement."""
+        lock = self._opened.lock
+        is_outermost = lock.acquire()
+        try:
+            self._savepoint = self._opened.orm.begin_nested()
+            self._blocks.open.append(self.unit)
+            lock.admit = self._blocks
+        finally:
+            if is_outermost:
+                lock.release()
+
+    def end(self, end: End, error: BaseException | None) -> None:
+        """Release the savepoint, or roll back to it, after the operation in flight.
+
+        Raises:
+            ConcurrentUse: A task is still inside of a block that it opened inside of this one.
+            SessionClosed: The unit, or a block around this one, ended before this one.
+            Exception: Whatever the flush raised. The work of the block was rolled back.
+        """
+        lock = self._opened.lock
+        try:
+            lock.acquire_for_end(end, of_block=True)
+        except SessionClosed:
+            if error is None:
+                raise
+            return  # all of it was ended together with the unit
+        try:
+            if self.unit.closed:
+                if error is None:
+                    raise SessionClosed(self._database, of_block=True)
+            elif not self._blocks.close(self.unit) and error is None:
+                self._roll_back()
+                raise ConcurrentUse(self._database, mixed_with="block")
+            elif error is None:
+                self._release()
+            else:
+                self._roll_back()
+        finally:
+            lock.release()
+
+    def _release(self) -> None:
+        try:
+            if self._is_open:
+                self._savepoint.commit()
+        except BaseException:
+            self._roll_back()
+            raise
+
+    def _roll_back(self) -> None:
+        try:
+            if self._is_open:
+                self._savepoint.rollback()
+            else:  # the application has committed inside: what came after it is all of this block
+                self._opened.orm.rollback()
+        except Exception as failure:
+            # MariaDB drops the savepoints at a deadlock. The outer COMMIT must not store the rest.
+            forbid_commit(self._opened.companion.open_connections, failure)
+
+    @property
+    def _is_open(self) -> bool:
+        transaction = self._opened.orm.get_nested_transaction()
+        while transaction is not None and transaction is not self._savepoint:
+            transaction = transaction.parent
+        return transaction is not None

@@ -1,0 +1,37 @@
+"""What else than a conflict in the database makes a request or a transaction run again."""
+
+from collections.abc import Callable
+from inspect import iscoroutinefunction
+from typing import TypeAlias
+
+from asgi_dbsession.errors import ConfigurationError
+
+RetryOn: TypeAlias = (
+    type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool] | None
+)
+
+
+def check_retry_on(given: object) -> None:
+    """Check what an application counts as a conflict.
+
+    Raises:
+        ConfigurationError: It is no class of exceptions, no tuple of them, and no plain function.
+    """
+    classes = given if isinstance(given, tuple) else (given,)
+    if all(isinstance(each, type) and issubclass(each, Exception) for each in classes):
+        return
+    is_function = callable(given) and not isinstance(given, type)
+    if given is None or (is_function and not iscoroutinefunction(given)):
+        return
+    if is_function:
+        raise ConfigurationError(
+            "retry_on takes a plain function, not a coroutine function. Write it with `def`, not "
+            "`async def`."
+        )
+    shown = (
+        given.__name__ if isinstance(given, type) else f"something of type {type(given).__name__}"
+    )
+    raise ConfigurationError(
+        "retry_on takes a class of exceptions, a tuple of such classes, or a plain function, not "
+        f"{shown}."
+    )

@@ -1,0 +1,182 @@
+"""Each recipe for workers and shells does its work with the real tool."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import redis_server
+from conftest import postgresql
+from pages import Page
+from sqlalchemy import text
+
+PAGE = Page("docs/how-to/workers.md")
+pytestmark = [
+    pytest.mark.skipif(not redis_server.is_installed, reason="there is no redis-server here"),
+    pytest.mark.timeout(180),
+]
+
+
+def needs(module: str) -> pytest.MarkDecorator:
+    """Skip a test where the tool is not installed."""
+    return pytest.mark.skipif(not find_spec(module), reason=f"{module} is not installed")
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a broker."""
+    with redis_server.redis_server(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str) -> Iterator[Path]:
+    """The files of the page, and the table with one new order."""
+    url, reader = postgresql("guides")
+    monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name, code in PAGE.files().items():
+        (tmp_path / name).write_text(code)
+    with reader.begin() as connection:
+        connection.execute(text("DROP TABLE IF EXISTS orders"))
+        connection.execute(text("CREATE TABLE orders (id SERIAL PRIMARY KEY, state TEXT)"))
+        connection.execute(text("INSERT INTO orders (state) VALUES ('new')"))
+    yield tmp_path
+    with reader.begin() as connection:
+        connection.execute(text("DROP TABLE orders"))
+
+
+def states() -> list[str]:
+    """What is really stored."""
+    with postgresql("guides")[1].connect() as connection:
+        return list(connection.scalars(text("SELECT state FROM orders ORDER BY id")))
+
+
+def command(name: str) -> list[str]:
+    """The command of the page that begins with this name, with the tool of this interpreter."""
+    (line,) = [each for each in PAGE.commands() if each.startswith(f"{name} ")]
+    words = os.path.expandvars(line).replace('"', "").split()
+    return [str(Path(sys.executable).with_name(name)), *words[1:]]
+
+
+@contextmanager
+def worker(name: str, folder: Path) -> Iterator[None]:
+    """Run a worker that goes on, and end it as a process manager does."""
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command(name), cwd=folder, stdout=log, stderr=log)
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def python(folder: Path, code: str) -> str:
+    """What a program prints that sends a task."""
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr + (folder / "log").read_text()
+    return finished.stdout.strip()
+
+
+@needs("celery")
+def test_celery_prefork_ships_orders(folder: Path) -> None:
+    """Also where the parent process has used its engine before it forked; an error rolls back."""
+    tasks = folder / "celery_tasks.py"
+    in_parent = "\nwith sync_database.begin() as session:\n    session.get(Order, 1)\n"
+    failing = (
+        "\n@app.task\n@sync_database.begin()\ndef fail(number: int) -> None:\n"
+        "    get_sync_session().get_one(Order, number).state = 'lost'\n    raise KeyError\n"
+    )
+    tasks.write_text(tasks.read_text() + in_parent + failing)
+    with worker("celery", folder):
+        code = (
+            "import celery_tasks as tasks\n"
+            "results = [tasks.ship.delay(1) for _ in range(8)]\n"
+            "print({each.get(timeout=50) for each in results})\n"
+            "print(type(tasks.fail.delay(1).get(timeout=50, propagate=False)).__name__)"
+        )
+        assert python(folder, code) == "{'shipped'}\nKeyError"
+    assert states() == ["shipped"]
+
+
+@needs("rq")
+def test_rq_packs_orders(folder: Path) -> None:
+    """In a process that is forked for each job."""
+    code = (
+        "import os, redis, rq, rq_tasks\n"
+        "queue = rq.Queue(connection=redis.from_url(os.environ['REDIS_URL']))\n"
+        "queue.enqueue(rq_tasks.pack, 1)"
+    )
+    python(folder, code)
+    finished = subprocess.run(
+        command("rq"), cwd=folder, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert states() == ["packed"], finished.stderr
+
+
+@needs("arq")
+def test_arq_invoices_orders(folder: Path) -> None:
+    """In the event loop of the worker, which starts and stops the database."""
+    code = (
+        "import asyncio, arq, arq_tasks\n"
+        "async def main():\n"
+        "    pool = await arq.create_pool(arq_tasks.WorkerSettings.redis_settings)\n"
+        "    await pool.enqueue_job('invoice', 1)\n"
+        "    await pool.aclose()\n"
+        "asyncio.run(main())"
+    )
+    python(folder, code)
+    finished = subprocess.run(
+        command("arq"), cwd=folder, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert states() == ["invoiced"], finished.stdout + finished.stderr
+
+
+@needs("taskiq_redis")
+def test_taskiq_delivers_orders(folder: Path) -> None:
+    """And returns its result after COMMIT."""
+    with worker("taskiq", folder):
+        code = (
+            "import asyncio, taskiq_tasks as tasks\n"
+            "async def main():\n"
+            "    await tasks.broker.startup()\n"
+            "    task = await tasks.deliver.kiq(1)\n"
+            "    print((await task.wait_result(timeout=50)).return_value)\n"
+            "    await tasks.broker.shutdown()\n"
+            "asyncio.run(main())"
+        )
+        assert python(folder, code) == "delivered"
+    assert states() == ["delivered"]
+
+
+def test_a_shell_commits_each_block(folder: Path) -> None:
+    """As it is pasted into `python -m asyncio`, and so into a notebook."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "asyncio"],
+        cwd=folder,
+        input=PAGE.files()["shell.py"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert re.search(r"2 new in the shell", finished.stdout), finished.stdout + finished.stderr
+    assert states() == ["new", "new in the shell"]
