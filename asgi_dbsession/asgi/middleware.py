@@ -242,7 +242,7 @@ class _Exchange:
             except Exception as error:
                 raise AbortRequest from error
         self._progress = _Progress.COMPLETE
-        # uvicorn starts the next request of a connection in this context: it must not find the unit.
+        # uvicorn starts the next request of a connection in this context, without this unit.
         token = current_unit.set(None)
         try:
             await self._send(message)

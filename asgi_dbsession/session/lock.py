@@ -23,8 +23,8 @@ def current_task() -> object:
     try:
         return asyncio.current_task()
     except RuntimeError:
-        trio: Any = sys.modules.get("trio")  # without trio loaded, this is a worker thread
-        if trio is None:
+        trio: Any = sys.modules.get("trio")
+        if trio is None:  # not loaded, so this is a worker thread
             return None
     try:
         task: object = trio.lowlevel.current_task()
@@ -53,7 +53,7 @@ class End:
         handled: The exception that the application was handling when it asked for the end.
         requested_by: The task and the thread that wait for the end. A lock that they still hold
             was abandoned, by an exception out of a signal handler.
-        had_work: Whether there was anything to commit or roll back.
+        had_work: Whether there was any work to end.
         failure: What the end itself raised.
     """
 
@@ -80,9 +80,8 @@ current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=N
 class SessionLock(ABC):
     """A monitor: each method decides at once, or waits until the lock is released.
 
-    An operation is refused while another caller is in an operation. An end waits for the operation
-    in flight, and an operation that begins meanwhile waits for the end.
-
+    An operation is refused while another one is in flight. An end waits for it, and an operation
+    that begins meanwhile waits for the end.
     The mutex is an `RLock`, because a signal handler may use the session while its own thread holds
     it. No exception leaves it locked, because `with` runs no Python code of its own.
 
@@ -181,7 +180,7 @@ class SessionLock(ABC):
                 self._wake_all()
 
     def is_held_by_end_of_caller(self) -> bool:
-        """Whether the caller is the end that holds the lock, or was called by it."""
+        """Whether the caller is, or was called by, the end that holds the lock."""
         return self._is_held_by_end and self._holder == self._caller()
 
     def record_user(self) -> None:
