@@ -40,13 +40,13 @@ Reason: TypeAlias = Literal[
 
 @dataclass(slots=True, eq=False)
 class End:
-    """One commit or rollback of all work of a unit, in one or in several threads.
+    """One commit or rollback of a unit, in one or in several threads.
 
     Args:
         commit: False rolls back.
         reason: Why the work is not committed.
         close: Whether the sessions are closed permanently.
-        task: The task whose work it is; None for the work of all tasks.
+        task: The task whose work it is; None for all.
         error: What the application raised.
 
     Attributes:
@@ -73,7 +73,7 @@ class End:
         return self.commit and self.failure is None
 
 
-# Set while sessions end. Listeners that SQLAlchemy calls meanwhile are part of that end.
+# Set while sessions end, for listeners that SQLAlchemy calls meanwhile.
 current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=None)
 
 
@@ -93,14 +93,13 @@ class SessionLock(ABC):
         admit: Raises unless the caller may use the session now; set by `begin(join=True)`.
     """
 
-    # Set on the class, because every session pays for each attribute of its own.
     admit: Callable[[], None] | None = None
     is_closed: bool = False
     has_finished_work: bool = False
     has_failed_work: bool = False
-    _holder: object = None
     _is_held_by_end = False
-    _ends = 0  # how many run or wait
+    _holder: object = None
+    _ends = 0  # that run or wait
     _waiters: "tuple[Future[None], ...]" = ()
 
     def __init__(self, database: object) -> None:
