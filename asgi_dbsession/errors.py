@@ -181,7 +181,7 @@ class AbortRequest(BaseException):
         self.failure: Exception | None = failure
 
 
-# What frameworks and task groups may have made of it.
+# The exceptions into which frameworks and task groups may turn an AbortRequest.
 ABORTED = (AbortRequest, Exception, BaseExceptionGroup)
 
 

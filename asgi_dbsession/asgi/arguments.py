@@ -48,7 +48,7 @@ def usable_databases(
     options: Mapping[str, Any],
     made_by: type,
 ) -> tuple[AnyDatabase, ...] | Unstartable:
-    """The databases that are meant; or else what makes the startup fail, and each request.
+    """The databases to use; or an `Unstartable`, which makes the startup and each request fail.
 
     Frameworks make their middleware in the event loop of the server, within the lifespan. Servers
     take an error there for an application without a lifespan, and answer each request with 500.

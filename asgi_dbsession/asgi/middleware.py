@@ -220,7 +220,7 @@ class _Exchange:
                 except Exception as error:
                     unit.failure = unit.failure or error
                     raise AbortRequest from error
-                if unit.failure is not None:  # of another start, sent at the same time
+                if unit.failure is not None:  # another start was sent at the same time, and failed
                     raise AbortRequest
             unit.rollback = None
             self._progress = _Progress.STARTED
@@ -242,7 +242,7 @@ class _Exchange:
             except Exception as error:
                 raise AbortRequest from error
         self._progress = _Progress.COMPLETE
-        # uvicorn starts the next request of a connection in this context, without this unit.
+        # uvicorn starts the next request of a client in this context: remove the unit from it.
         token = current_unit.set(None)
         try:
             await self._send(message)

@@ -62,7 +62,7 @@ def failure_of(database: object, error: Exception, secrets: set[str]) -> Excepti
         )
     if any(map(_keeps_from_connecting, chain)):
         return DatabaseUnavailable(database, reason, _advice_for(chain))
-    return error  # of the application's own: of a listener, say
+    return error  # an error of the application, in a listener for example
 
 
 def _refuses_options(chain: list[BaseException]) -> bool:
@@ -89,7 +89,7 @@ def reason_of(error: Exception, secrets: set[str]) -> str:
     original = getattr(error, "orig", None) or error
     text = " ".join(str(original).split()) or type(original).__name__
     if tells_a_secret(text, secrets):
-        # Not masked: what stands around a mask tells what it hides.
+        # The whole text is left out: text around a masked secret could tell the secret.
         return f"{type(original).__name__} (the text of the driver may hold a secret)"
     return text.rstrip(".")
 

@@ -57,4 +57,4 @@ def render(nonce: str, summary: str, parts: dict[str, str]) -> str:
 
 @cache
 def _asset(name: str) -> str:
-    return (files(__package__) / name).read_text("utf-8")
+    return (files("asgi_dbsession.live") / name).read_text("utf-8")

@@ -20,7 +20,8 @@ _BETWEEN = frozenset(
 # Whether code is of the application, by code object: to ask for its module each time is slow.
 _is_application: dict[CodeType, bool] = {}
 _MOST_CODE = 10_000
-# From here to SQLAlchemy's `exec_driver_sql`. To skip frames is faster than to look at them.
+# The number of frames from here to SQLAlchemy's `exec_driver_sql`. Skipping them is faster than
+# looking at each.
 _NEVER_APPLICATION = 6
 
 

@@ -56,7 +56,7 @@ class Tally:
     stretches: list[_Stretch] | tuple[()] = ()
 
     def keep(self, stretch: _Stretch) -> None:
-        """Keep a stretch, unless there are too many."""
+        """Keep a stretch of time, or drop it if there are too many."""
         stretches = self.stretches
         if not stretches:
             self.stretches = [stretch]
@@ -206,7 +206,7 @@ class Checkout:
         self.busy_since = now
 
     def done(self) -> None:
-        """The operation, if any, is over."""
+        """The operation, if any, has ended."""
         began = self.busy_since
         if began is not None:
             now, tally = perf_counter(), self.stats.tally

@@ -33,7 +33,7 @@ class RequestAttempt(Withholding):
 
     @property
     def owes_answer(self) -> bool:
-        """Whether a client still waits for the response, or the error, that was withheld."""
+        """Whether the client still waits for an answer, because a response was withheld."""
         return self.is_withheld and not self._body.is_client_gone
 
     @override

@@ -72,7 +72,7 @@ class WatchedAttempt(RunningAttempt):
         self.is_final = True
 
     def record_error(self, error: BaseException | None) -> None:
-        """Record what the application raised, or answers, if that counts as a conflict."""
+        """Record an error of the application if it counts as a conflict."""
         if error is not None and self.conflict is None:
             found = next(filter(self._counts, causes(error)), None)
             if found is not None:
@@ -137,7 +137,7 @@ def _record_commit(connection: Connection, *_: object) -> None:
 
 
 def _under_way() -> list[WatchedAttempt]:
-    """The attempts that what happens here counts for."""
+    """The attempts of which the running code is a part."""
     attempt = running_attempt.get()
     return attempt.enclosing() if isinstance(attempt, WatchedAttempt) else []
 

@@ -1,7 +1,6 @@
 """Whether an error counts as a conflict, by the rule of the application."""
 
-from collections.abc import Callable
-from inspect import isawaitable
+from collections.abc import Callable, Coroutine
 from typing import TypeAlias
 
 from asgi_dbsession.errors import ConfigurationError
@@ -24,7 +23,7 @@ def rule_of(retry_on: RetryOn) -> Rule:
 def _checked(decision: object) -> bool:
     if decision is True or decision is False:
         return decision
-    if isawaitable(decision) and hasattr(decision, "close"):
+    if isinstance(decision, Coroutine):
         decision.close()  # or Python would warn that nobody awaited it
     raise ConfigurationError(
         "retry_on must return True or False, and returned something of type "

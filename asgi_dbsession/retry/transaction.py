@@ -1,7 +1,7 @@
 """Runs a function in a unit of work of its own, and again after a conflict."""
 
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from inspect import isawaitable
 from typing import Any, TypeVar
@@ -55,7 +55,7 @@ def run_transaction_blocking(
             with database.begin():
                 result = function(*args)
                 if isawaitable(result):
-                    if hasattr(result, "close"):
+                    if isinstance(result, Coroutine):
                         result.close()  # or Python would warn that nobody awaited it
                     raise _refusal(function, "a plain function. Write it with `def`")
             return result

@@ -105,9 +105,8 @@ def _is_unusable_after(context: ExceptionContext, transaction: Transaction | Non
         return True
     if not isinstance(transaction, TwoPhaseTransaction):
         return False
-    # A prepared transaction can be ended without its connection. MariaDB lets go of one that it
-    # refused to end only together with the connection. psycopg takes a failed PREPARE for done,
-    # and tells of no statement.
+    # A prepared transaction can be ended on another connection. If MariaDB refuses to end one, it
+    # releases it only when the connection is closed. psycopg treats a failed PREPARE as successful.
     statement = context.statement
     return is_prepared(transaction) or statement is None or statement.startswith("XA ")
 

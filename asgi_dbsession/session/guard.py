@@ -85,7 +85,7 @@ class Companion:
 
     @property
     def open_connections(self) -> tuple[Connection, ...]:
-        """Those that the session has now."""
+        """The connections that the session has now."""
         return tuple(each for each in self.connections if not each.closed)
 
 
@@ -192,7 +192,7 @@ class GuardedSession(Session):
     @override
     @locked
     def begin(self, nested: bool = False) -> SessionTransaction:
-        # RELEASE SAVEPOINT must not overlap an end either.
+        # RELEASE SAVEPOINT must not run during a commit or rollback of the session either.
         if nested:
             for connection in self._companion.open_connections:
                 begin_before_savepoint(connection)

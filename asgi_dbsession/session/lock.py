@@ -193,7 +193,7 @@ class SessionLock(ABC):
             self._add_user(caller)
 
     def sort_out_users(self) -> None:
-        """Move the tasks that have ended from `users` to the two flags."""
+        """Remove tasks that have ended from `users`, and note in the two flags how they ended."""
         with self.mutex:
             for task in [each for each in self.users if has_ended(each)]:
                 self.users.discard(task)
@@ -232,7 +232,7 @@ class SessionLock(ABC):
 
 
 class TaskLock(SessionLock):
-    """For the session of an event loop: its callers are tasks."""
+    """The lock of an async session: a caller is a task."""
 
     @override
     def _caller(self) -> object:

@@ -9,7 +9,7 @@ from .lock import SessionLock, current_end, current_task
 
 
 class ThreadLock(SessionLock):
-    """For a session that blocks: its callers are threads, or the end that runs in several of them.
+    """The lock of a sync session: a caller is a thread, or an `End`, which may use several threads.
 
     Args:
         database: The database of the session, for errors.

@@ -27,7 +27,7 @@ $$
 
 
 def send(connection: PoolProxiedConnection, statement: str) -> list[Any]:
-    """The rows of a statement of ours, which no event or log of SQLAlchemy's shows."""
+    """Execute a statement without SQLAlchemy's events and log; returns its rows."""
     cursor = connection.cursor()
     try:
         cursor.execute(statement)

@@ -69,7 +69,7 @@ def on_commit(function: Function) -> None:
     outermost.is_used = True
     outermost.callbacks.append(callback)
     if outermost.closed and not current_end.get():
-        # The unit ended in another thread meanwhile. If it has not taken the function, nobody will.
+        # Another thread has ended the unit. If it has not called the function, nobody will.
         with suppress(ValueError):
             outermost.callbacks.remove(callback)
             raise SessionClosed("any database")

@@ -121,7 +121,7 @@ def _with_work(unit: UnitOfWork) -> Sessions:
 
 async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     given = tuple(unit.callbacks)
-    stored = [each for each in given if each.committed]  # by the application itself
+    stored = [each for each in given if each.committed]  # before this end, by the application
     end.had_work = bool(working)
     token = current_end.set(end)
     try:

@@ -15,11 +15,11 @@ class DatabaseReport:
 
     Attributes:
         database: The `AsyncDatabase` or `SyncDatabase`.
-        committed: Whether anything was committed on it, be it by the application itself.
+        committed: Whether anything was committed on it, also by the application itself.
         statements: How many were sent: savepoints and a database's own SELECTs for new keys too,
             BEGIN, COMMIT and ROLLBACK not.
         operation_duration: Spent with statements, COMMIT and ROLLBACK.
-        wait_time: Spent waiting for a connection, be it for a free one or for a new one.
+        wait_time: Spent waiting for a connection, for a free one or for a new one.
         use_time: From when a connection was checked out until it was back in the pool.
         idle_time: The longest time of `use_time` without an operation: of the application's own
             doing, while others may wait for the connection.

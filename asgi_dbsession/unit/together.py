@@ -32,7 +32,7 @@ async def _prepare_all(sessions: Sessions, end: End) -> BaseException | None:
             await each.run(each.prepare, end)
         except BaseException as error:
             if not isinstance(error, Exception):
-                # Its own thread may still be at work, or else it has rolled back.
+                # Leave it alone: its thread is still at work, or has rolled back already.
                 sessions.remove(each)
             return error
     return None
