@@ -322,7 +322,8 @@ async def test_what_was_added_is_seen_by_the_next_statement(running: Running) ->
     async def app(scope: Any, receive: Any, send: Any) -> None:
         session: Any = running.database.get_session()
         session.add(Note("added"))
-        seen.extend((await running.execute(select(Note.note))).scalars())
+        found = (await running.execute(select(Note))).scalars()
+        seen.extend(each.note for each in found)
         await respond(send)
 
     exchange = await get(DBSessionMiddleware(app, running.database))
