@@ -118,6 +118,8 @@ async def test_a_question_that_is_cancelled_leaves_nothing(running: Running) -> 
     await becomes_true(lambda: checked_out(running.database) == 0)
 
 
+# aiosqlite leaves a connection behind whose opening was cancelled; Python 3.13 complains of it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("steps", [1, 2, 3])
 async def test_questions_of_callers_that_are_cancelled_do_no_harm(
     running: Running, steps: int

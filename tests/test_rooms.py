@@ -115,6 +115,7 @@ def test_sqlalchemy_still_has_the_private_names_that_are_used(owner: str, name: 
             "registry": orm_session,
         }
         assert hasattr(owners[owner], name), f"SQLAlchemy has no {name} any more"
+    engine.dispose()
 
 
 def test_sqlalchemy_still_marks_what_is_prepared() -> None:
