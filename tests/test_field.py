@@ -399,6 +399,20 @@ async def test_a_report_counts_only_what_its_session_asked_for(running: Running)
     assert [each.statements for report in reports for each in report.databases] == [1]
 
 
+async def test_a_report_that_is_printed_shows_no_header(running: Running) -> None:
+    """A log of reports must not have the tokens of clients."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope["headers"].append((b"authorization", b"Bearer s3cr3t"))
+        await running.execute(select(ENTRY))
+        await respond(send)
+
+    await get(DBSessionMiddleware(app, running.database, on_report=reports.append))
+    assert reports
+    assert "s3cr3t" not in repr(reports)
+
+
 async def test_a_client_writes_no_line_of_its_own_into_the_log(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:

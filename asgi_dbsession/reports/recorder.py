@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from asgi_dbsession.session.lock import End, Reason
 from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.unit.after_commit import name_of
 from asgi_dbsession.unit.attempt import RunningAttempt, running_attempt
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import DatabaseReport, Outcome, UnitReport
@@ -89,7 +90,8 @@ class Recorder(UnitObserver):
         try:
             self._on_report(report)
         except Exception:
-            _logger.exception("%r failed; the unit of work ended as reported.", self._on_report)
+            name = name_of(self._on_report)
+            _logger.exception("%s failed; the unit of work ended as reported.", name)
 
 
 def _will_retry(unit: Any, end: End, record: _Record) -> bool:

@@ -1,6 +1,6 @@
 """What a finished unit of work has to tell."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from asgi_dbsession.session.lock import Reason
@@ -61,10 +61,10 @@ class UnitReport:
             the unit ended. False for a `begin()` inside of a request.
     """
 
-    scope: Scope
+    scope: Scope = field(repr=False)  # it has the headers of the client
     outcome: Outcome
     reason: Reason | None
-    error: BaseException | None
+    error: BaseException | None = field(repr=False)  # its text may have values
     start_time: float
     duration: float
     databases: tuple[DatabaseReport, ...]
