@@ -1,4 +1,4 @@
-"""What can go wrong. Each error says who, what happened, and what to write."""
+"""The errors of this package; each error text says where, what happened, and what to write."""
 
 import asyncio
 import threading
@@ -9,18 +9,18 @@ from sqlalchemy.exc import PendingRollbackError
 
 
 class DBSessionError(Exception):
-    """Base of every error that this package raises itself.
+    """The base class of every error that this package raises itself.
 
-    Errors of SQLAlchemy and of the driver are not wrapped: they reach you unchanged.
+    Errors of SQLAlchemy and of the driver are not wrapped: they reach your code unchanged.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the finished text: `__init__` of a subclass takes what the text is made from."""
+        """Pickle the finished error text; `__init__` of a subclass takes other arguments."""
         return _restore_error, (type(self), self.args), vars(self)
 
 
 class NoSession(DBSessionError, LookupError):
-    """A session was asked for where no unit of work is open."""
+    """A session was requested in code that no unit of work is open for."""
 
     def __init__(self, database: object) -> None:
         if _is_in_bare_thread():
@@ -57,7 +57,7 @@ class SessionClosed(DBSessionError, RuntimeError):
 
 
 class PrematureClose(DBSessionError, RuntimeError):
-    """The application closed a session that had work to commit."""
+    """The application closed a session that still had work to commit."""
 
     def __init__(self, database: object) -> None:
         super().__init__(
@@ -69,13 +69,13 @@ class PrematureClose(DBSessionError, RuntimeError):
 
 
 class ConcurrentUse(DBSessionError, RuntimeError):
-    """Two tasks (or threads) used one session at the same time, or mixed their work on it.
+    """Two tasks (or threads) used one session at the same time, or mixed their work in it.
 
     Args:
         database: The database of the session.
-        mixed_with: Whose work is in the same transaction: that of a task that is "living", or of
-            one that has "failed", or that of a "block" of `begin(join=True)`. None if the
-            operations themselves overlapped.
+        mixed_with: The origin of the other work in the same transaction: a task that is still
+            running ("living"), a task that raised an exception ("failed"), or a "block" of
+            `begin(join=True)`. None if two operations ran at the same time.
     """
 
     def __init__(self, database: object, *, mixed_with: str | None = None) -> None:
@@ -104,7 +104,7 @@ class ConcurrentUse(DBSessionError, RuntimeError):
 
 
 class DatabaseNotRunning(DBSessionError, RuntimeError):
-    """A database was used before it was started, after it was stopped, or in another event loop."""
+    """A database was used before its start, after its shutdown, or in another event loop."""
 
     def __init__(self, database: object, *, other_loop: bool = False) -> None:
         if other_loop:
@@ -139,12 +139,12 @@ class DatabaseUnavailable(DBSessionError, ConnectionError):
 
 
 class TransactionAborted(DBSessionError, PendingRollbackError):
-    """COMMIT was refused because all or half of the work would have been lost in silence.
+    """COMMIT was refused because all or half of the work would have been lost silently.
 
-    PostgreSQL aborts a transaction at the first statement that fails, and then answers COMMIT
-    with a ROLLBACK that drivers report as success. MySQL and MariaDB roll back at a deadlock, and
-    what follows is another transaction: COMMIT would store the second half of the work alone.
-    Source: https://www.postgresql.org/docs/current/sql-commit.html
+    PostgreSQL aborts a transaction at the first statement that fails. It then answers COMMIT with a
+    ROLLBACK that drivers report as success. MySQL and MariaDB roll back the transaction at a
+    deadlock, and the next statement begins a new transaction: COMMIT would store only the second
+    half of the work. Source: https://www.postgresql.org/docs/current/sql-commit.html
     """
 
     def __init__(self, database: object, reason: str, *, rolled_back: bool = False) -> None:
@@ -167,13 +167,13 @@ class ConfigurationError(DBSessionError, ValueError):
 
 
 class AbortRequest(BaseException):
-    """Stops an application whose response must not be sent, because its COMMIT failed, say.
+    """Stops an application whose response must not be sent, for example after a failed COMMIT.
 
-    Not an `Exception`: no handler of the application may take it for an error of its own, and
-    answer it. The middleware turns it back into the error that it stands for.
+    This class is not an `Exception`, so that no exception handler of the application catches it and
+    sends an answer. The middleware raises the original error instead of it.
 
     Args:
-        failure: The error of the COMMIT, for the middleware that must answer it.
+        failure: The error of the COMMIT, which the middleware must answer.
     """
 
     def __init__(self, failure: Exception | None = None) -> None:
@@ -181,13 +181,16 @@ class AbortRequest(BaseException):
         self.failure: Exception | None = failure
 
 
-# The exceptions into which frameworks and task groups may turn an AbortRequest.
+# The exceptions to catch, because frameworks and task groups may convert an AbortRequest into
+# another exception.
 ABORTED = (AbortRequest, Exception, BaseExceptionGroup)
 
 
 def without_secrets(url: URL) -> str:
-    """The URL as it may be shown: password hidden, options left out (they can hold one too)."""
-    if url.username and ":" in url.username:  # a colon that was percent-encoded by mistake
+    """Return the URL for logs: password hidden, options removed (they may be secret too)."""
+    # The user wrote the colon before the password as `%3A`, so SQLAlchemy found no password to
+    # hide.
+    if url.username and ":" in url.username:
         user, _, password = url.username.partition(":")
         url = url.set(username=user, password=password)
     return url.set(query={}).render_as_string(hide_password=True)

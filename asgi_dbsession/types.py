@@ -1,10 +1,10 @@
-"""The ASGI vocabulary."""
+"""Type aliases for ASGI applications: scope, message, receive, send and the application itself."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
-# `Any`, because Starlette, httpx and uvicorn describe the same dictionaries in ways that
-# exclude each other: this is the one form that all of them accept.
+# These two types are `Any`, because Starlette, httpx and uvicorn describe the same dictionaries
+# with types that exclude each other. All three libraries accept `Any`.
 Scope: TypeAlias = Any
 Message: TypeAlias = Any
 

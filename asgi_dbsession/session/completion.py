@@ -1,4 +1,4 @@
-"""Runs something to its end although its caller is cancelled."""
+"""Runs a coroutine to completion although the caller is cancelled."""
 
 import asyncio
 import sys
@@ -11,26 +11,27 @@ T = TypeVar("T")
 
 
 async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`, and never return before it is done.
+    """Await `work`, and return only after it has ended, even if the caller is cancelled.
 
-    On asyncio it gets a task of its own. On trio, which cancels through scopes alone, a shielded
-    scope is enough; a cancellation that came meanwhile is raised where the caller next waits.
+    On asyncio, `work` runs in a task of its own. On trio, a shielded cancel scope is enough,
+    because trio cancels only through scopes; the caller is cancelled at its next await.
 
     Returns:
-        What `work` returned.
+        The result of `work`.
 
     Raises:
-        asyncio.CancelledError: The caller was cancelled meanwhile, once or several times. It is
-            raised after `work` has ended, with the error of `work`, if any, as its cause.
-        Exception: Whatever `work` raised.
+        asyncio.CancelledError: The caller was cancelled meanwhile, once or several times. The error
+            is raised after `work` has ended. Its cause is the exception of `work`, if any.
+        Exception: The exception that `work` raised.
     """
     try:
         loop = asyncio.get_running_loop()
-    except RuntimeError:  # trio, where nothing but a scope can cancel
+    except RuntimeError:  # trio, where only a cancel scope can cancel
         with anyio.CancelScope(shield=True):
             return await work
-        raise  # never: a shielded scope swallows nothing
-    finished = loop.create_future()  # what a cancellation of the caller hits instead of the work
+        raise  # never runs: a shielded scope suppresses no exception
+    # A cancellation of the caller cancels this future instead of the work.
+    finished = loop.create_future()
 
     async def work_to_the_end() -> T:
         try:
@@ -43,8 +44,8 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     try:
         await finished
     except asyncio.CancelledError as cancelled:
-        # The future stops task.cancel(); only a scope stops anyio, which would otherwise cancel
-        # this wait again at every turn of the loop.
+        # The future protects the work from task.cancel(). The shielded scope protects this loop
+        # from anyio, which would otherwise cancel the wait again and again.
         with anyio.CancelScope(shield=True):
             while not task.done():
                 try:
@@ -58,30 +59,32 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def call_here(function: Callable[..., T], *args: Any) -> T:
-    """Call a function that may block on the thread that asks."""
+    """Call a function, which may block, on the current thread."""
     return function(*args)
 
 
 def complete_here(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that calls its functions with `call_here`, and so never waits.
+    """Run a coroutine that never waits, without an event loop.
+
+    The coroutine must call its blocking functions with `call_here`.
 
     Returns:
-        What it returned.
+        The result of the coroutine.
 
     Raises:
-        Exception: Whatever it raised.
+        Exception: The exception that the coroutine raised.
     """
     try:
         work.send(None)
     except StopIteration as finished:
         result: T = finished.value
         return result
-    raise RuntimeError(f"{work!r} waits")  # never: there is no event loop to wait for
+    raise RuntimeError(f"{work!r} waits")  # a bug: there is no event loop to wait for
 
 
 def _start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-    # Begun at once where Python can: that saves a turn of the loop, and 2 % of a request that
-    # writes a row. A loop whose tasks are made by a factory keeps to it.
+    # An eager task starts at once, which makes a request that writes one row 2 % faster. A task
+    # factory of the event loop must be respected, so do not start eagerly then.
     if sys.version_info >= (3, 12) and loop.get_task_factory() is None:
         return asyncio.Task(work, loop=loop, eager_start=True)
     return loop.create_task(work)

@@ -1,4 +1,4 @@
-"""Remembers statements that failed, so that COMMIT never loses work in silence."""
+"""Records failed statements, so that COMMIT never loses work silently."""
 
 from asyncio import CancelledError
 from collections.abc import Callable
@@ -15,28 +15,29 @@ from asgi_dbsession.errors import TransactionAborted, without_secrets
 from ._sqlalchemy import is_prepared
 from .completion import run_to_completion
 
-# Transactions in which a statement failed: the driver's message, and whether the database then
-# rolled back the whole transaction by itself. The database would not know any more: to it, the
-# next statement began another transaction. A savepoint is a transaction of its own, so a rollback
-# to it leaves its entry behind.
-# Not a WeakKeyDictionary: each COMMIT asks whether there is any entry, which that answers slowly.
+# Transactions in which a statement failed. The value is the driver's message, and True if the
+# database rolled back the whole transaction at this error. This package must record it: the
+# database takes the next statement as a new transaction. After a rollback to a savepoint, the entry
+# of the savepoint no longer matters, because a savepoint is a transaction object of its own.
+# This is not a WeakKeyDictionary, because each COMMIT tests if the dictionary is empty, and a
+# WeakKeyDictionary is slow at that.
 failed_transactions: dict[ref[Transaction], tuple[str, bool]] = {}
 
-# The errors at which InnoDB rolls back everything, savepoints included: a deadlock, a snapshot that
-# is out of date (MariaDB), a lock table that is full.
-# Source: https://dev.mysql.com/doc/refman/8.4/en/innodb-error-handling.html
+# At these errors InnoDB rolls back the whole transaction, savepoints included: a deadlock, an old
+# snapshot (MariaDB), a full lock table. Source:
+# https://dev.mysql.com/doc/refman/8.4/en/innodb-error-handling.html
 _ROLLING_BACK = (1213, 1020, 1206)
 
 
-# The engines of this package's databases, and whoever else watches all of them. An engine and its
-# copies with other options share a dialect.
+# The engines that have the listeners of this module, and the functions that add and remove the
+# listeners of other modules. An engine and its copies with other options share one dialect.
 _watched: WeakSet[Engine] = WeakSet()
 _dialects: WeakSet[Dialect] = WeakSet()
 _watchers: dict[Callable[[Engine], None], Callable[[Engine], None]] = {}
 
 
 def watch(engine: Engine) -> None:
-    """Have `engine` record statements that fail; twice is the same as once."""
+    """Record the statements that fail on `engine`; a second call does nothing."""
     if engine.dialect not in _dialects:
         event.listen(engine, "handle_error", _record_failure)
         _dialects.add(engine.dialect)
@@ -46,11 +47,11 @@ def watch(engine: Engine) -> None:
 
 
 def watch_all(watcher: Callable[[Engine], None], undo: Callable[[Engine], None]) -> None:
-    """Call `watcher` once with each engine of this package's databases, now and later.
+    """Call `watcher` once with each engine of this package, existing and future.
 
     Args:
-        watcher: Adds listeners to an engine.
-        undo: Takes them away, when nobody uses the engine through this package any more.
+        watcher: A function that adds listeners to an engine.
+        undo: A function that removes these listeners when this package stops using the engine.
     """
     if watcher not in _watchers:
         _watchers[watcher] = undo
@@ -59,7 +60,7 @@ def watch_all(watcher: Callable[[Engine], None], undo: Callable[[Engine], None])
 
 
 def unwatch(engine: Engine) -> None:
-    """Undo `watch`."""
+    """Remove the listeners that `watch` added to `engine`."""
     if engine in _watched:
         event.remove(engine, "handle_error", _record_failure)
         for undo in _watchers.values():
@@ -69,10 +70,10 @@ def unwatch(engine: Engine) -> None:
 
 
 def refuse_if_aborted(connections: tuple[Connection, ...]) -> None:
-    """Ask the database whether a transaction with a failed statement can still be committed.
+    """Refuse a COMMIT if a failed statement has aborted the transaction.
 
     Raises:
-        TransactionAborted: It cannot.
+        TransactionAborted: The transaction cannot be committed.
     """
     if failed_transactions:
         for connection in connections:
@@ -97,22 +98,25 @@ def _record_failure(context: ExceptionContext) -> None:
 
 
 def _is_unusable_after(context: ExceptionContext, transaction: Transaction | None) -> bool:
-    """Whether nobody can know the state of the connection after this error."""
+    """Return True if the state of the connection is unknown after this error."""
     ends_or_begins = context.statement is None and context.execution_context is None
     if ends_or_begins and not _was_answered(context.sqlalchemy_exception):
-        # BEGIN, COMMIT or ROLLBACK never arrived. asyncpg, for one, then takes the transaction for
-        # ended, and the pool would pass it on to the next request.
+        # The driver could not send BEGIN, COMMIT or ROLLBACK. asyncpg, for example, then reports
+        # that the transaction has ended, and the pool would give this connection to the next
+        # request.
         return True
     if not isinstance(transaction, TwoPhaseTransaction):
         return False
-    # A prepared transaction can be ended on another connection. If MariaDB refuses to end one, it
-    # releases it only when the connection is closed. psycopg treats a failed PREPARE as successful.
+    # Another connection can end a prepared transaction. If MariaDB refuses to end it, MariaDB
+    # releases it only after the connection is closed. After a failed PREPARE, psycopg reports the
+    # transaction as prepared.
     statement = context.statement
     return is_prepared(transaction) or statement is None or statement.startswith("XA ")
 
 
 def _was_answered(error: Exception | None) -> bool:
-    # The other two are the driver's own: it was busy, or does not know what the server did.
+    # Drivers raise these two errors themselves: if the connection is busy, or if they do not know
+    # what the server did.
     return isinstance(error, DBAPIError) and not isinstance(error, InterfaceError | InternalError)
 
 
@@ -140,7 +144,8 @@ def forbid_commit(connections: tuple[Connection, ...], error: Exception) -> None
 
 def _listen_for_commit(connection: Connection) -> None:
     for name in ("commit", "prepare_twophase"):
-        # On this connection alone: on an engine, such a listener slows down each statement.
+        # Add the listener to this connection only. On the engine, it would slow down each
+        # statement.
         if not event.contains(connection, name, _refuse_at_the_last_moment):
             event.listen(connection, name, _refuse_at_the_last_moment)
 
@@ -159,32 +164,30 @@ def _refuse_if_aborted(connection: Connection) -> None:
     if is_rolled_back:
         raise TransactionAborted(database, message, rolled_back=True)
     try:
-        # Only the database knows whether the error was fatal to the transaction.
+        # Only the database knows if the error aborted the transaction.
         connection.execute(select(1))
     except DBAPIError as error:
         raise TransactionAborted(database, message) from error
 
 
 def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
-    # What failed after `before_commit`: in a listener of the last flush, say, that swallowed it.
+    # A statement may fail after `before_commit`, in a listener of the last flush that catches the
+    # error. So test again just before COMMIT.
     try:
         _refuse_if_aborted(connection)
     except TransactionAborted:
-        # To SQLAlchemy it is COMMIT that has failed, so SQLAlchemy would not roll back any more.
+        # SQLAlchemy believes that COMMIT has failed, and so would not roll back. Roll back here.
         if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
             try:
                 connection.dialect.do_rollback(connection.connection)
-            except BaseException:  # cancelled: nobody knows whether ROLLBACK arrived
+            except BaseException:  # cancelled: ROLLBACK may not have reached the server
                 _discard(connection)
                 raise
         raise
 
 
 def _discard(connection: Connection) -> None:
-    """Throw away the connection of a cancelled operation.
-
-    That takes awaits too, which a second cancellation would interrupt.
-    """
+    """Close the connection of a cancelled operation, even if the task is cancelled again."""
     if connection.dialect.is_async:
         await_only(run_to_completion(greenlet_spawn(_throw_away, connection)))
     else:
@@ -193,8 +196,8 @@ def _discard(connection: Connection) -> None:
 
 def _throw_away(connection: Connection) -> None:
     if connection.dialect.name == "sqlite":
-        # Closing is not enough: while a cursor waits for the garbage collector, a closed connection
-        # still holds its locks. An error here must not take the place of the cancellation.
+        # Without ROLLBACK, a closed SQLite connection keeps its locks until the garbage collector
+        # frees its cursors. An error here must not replace the cancellation.
         with suppress(Exception):
             connection.dialect.do_rollback(connection.connection)
     connection.invalidate()

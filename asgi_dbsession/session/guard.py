@@ -1,4 +1,4 @@
-"""Session classes whose every operation holds the lock of the session."""
+"""Session classes that hold the lock of the session during each operation."""
 
 import asyncio
 import functools
@@ -27,7 +27,7 @@ A = TypeVar("A", bound=AsyncSession)
 S = TypeVar("S", bound=Session)
 T = TypeVar("T")
 
-# Whatever may talk to the database. Old versions of SQLAlchemy lack some.
+# The session methods that may talk to the database. Old versions of SQLAlchemy lack some of them.
 _OPERATIONS = (
     "bulk_insert_mappings",
     "bulk_save_objects",
@@ -51,26 +51,26 @@ _OPERATIONS = (
 
 
 class Follower(Protocol):
-    """What wants to know what becomes of the work of a session."""
+    """An object to call after each commit and rollback of a session."""
 
     def record_commit(self, session: Session) -> None:
-        """What the session has done is stored."""
+        """Record that the work of the session was committed."""
 
     def record_rollback(self, transaction: SessionTransaction) -> None:
-        """What was done in that transaction, or savepoint, is gone."""
+        """Record that the work of this transaction or savepoint was rolled back."""
 
 
 class Companion:
-    """What a guarded session carries with it; it does not refer to the session.
+    """The data that this package adds to a session; it has no reference to the session.
 
     Attributes:
         lock: The lock of the session.
-        reads: Whether the session may read without a transaction.
-        connections: Those used last; some are closed.
-        followers: Told of each commit and rollback.
-        bind_asked: Called with each engine that SQLAlchemy asked the session for.
-        wait_failed: Called when no connection became free in time.
-        stats: What an optional room measures of the session; shared by all that measure.
+        reads: Decides if the session may read without a transaction.
+        connections: The connections that the session used last; some of them are closed.
+        followers: The objects to call after each commit and rollback.
+        bind_asked: A function to call with each engine that SQLAlchemy requests from the session.
+        wait_failed: A function to call if no connection became free in time.
+        stats: The measurements of the session by an optional room, shared by all observers.
     """
 
     connections: tuple[Connection, ...] = ()
@@ -85,20 +85,20 @@ class Companion:
 
     @property
     def open_connections(self) -> tuple[Connection, ...]:
-        """The connections that the session has now."""
+        """The open connections of the session."""
         return tuple(each for each in self.connections if not each.closed)
 
 
 def guarded_class(session_class: type[S]) -> type[S]:
-    """Derive a class whose operations hold the lock; lazy loading and `run_sync` included."""
+    """Derive a session class that holds the lock during each operation, lazy loading included."""
     bases = (GuardedSession,) if session_class is Session else (session_class, GuardedSession)
     return derive(session_class, bases, {})
 
 
 def guarded_async_class(session_class: type[A]) -> type[A]:
-    """Derive a class from `session_class` that cannot be used in a `def` function by mistake.
+    """Derive an async session class whose methods raise an error in a `def` function.
 
-    There, `session.execute(…)` would return a coroutine that nobody awaits.
+    Without the error, `session.execute(…)` there would return a coroutine that nobody awaits.
     """
     methods = {
         name: _on_event_loop(method)
@@ -109,7 +109,7 @@ def guarded_async_class(session_class: type[A]) -> type[A]:
 
 
 def derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, Any]) -> type[T]:
-    """A class of the same name, because an application knows that name."""
+    """Derive a class with the name of `session_class`, so that reprs and logs show this name."""
     named = {"__module__": session_class.__module__, **methods}
     derived: type[T] = types.new_class(
         session_class.__name__, bases, exec_body=lambda body: body.update(named)
@@ -118,7 +118,7 @@ def derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, A
 
 
 def locked(operation: Callable[..., R]) -> Callable[..., R]:
-    """Have a method of a session, or of its transaction, hold the lock of the session."""
+    """Wrap a method of a session or transaction: the method then holds the lock of the session."""
 
     @functools.wraps(operation)
     def operate_locked(self: Any, *args: Any, **kwargs: Any) -> R:
@@ -152,7 +152,7 @@ def _on_event_loop(method: Callable[..., R]) -> Callable[..., R]:
 
 
 class _ClosingAsyncSession(AsyncSession):
-    """Lets the error of the application pass where it closes the session because of it."""
+    """An async session that lets an error of the application pass through `async with session:`."""
 
     @override
     async def close(self) -> None:
@@ -179,10 +179,10 @@ class _ClosingAsyncSession(AsyncSession):
 
 
 class GuardedSession(Session):
-    """What `guarded_class` derives from. Its companion is set once it is made."""
+    """The base class of all guarded sessions; `_companion` is set after `__init__`."""
 
     _companion: Companion
-    transaction_class: type[SessionTransaction] = SessionTransaction  # see `managed.py`
+    transaction_class: type[SessionTransaction] = SessionTransaction  # `managed.py` replaces it
 
     @override
     def add(self, instance: object, *args: Any, **kwargs: Any) -> None:
@@ -192,7 +192,7 @@ class GuardedSession(Session):
     @override
     @locked
     def begin(self, nested: bool = False) -> SessionTransaction:
-        # RELEASE SAVEPOINT must not run during a commit or rollback of the session either.
+        # Hold the lock, because RELEASE SAVEPOINT must not run during a commit or rollback.
         if nested:
             for connection in self._companion.open_connections:
                 begin_before_savepoint(connection)
@@ -222,14 +222,14 @@ class GuardedSession(Session):
     @locked
     def reset(self) -> None:
         if self.in_transaction():
-            # As at the end of `async with get_session()`: the work would be lost, and a success
-            # sent all the same.
+            # The application called `close()` or left `async with session:`. The work would be
+            # lost, but the client would get a success status.
             raise PrematureClose(self._companion.lock.database)
         super().reset()
 
     @locked
     def discard(self) -> None:
-        """Roll back what an error interrupted, and forget the objects."""
+        """Roll back the work that an error interrupted, and remove all objects from the session."""
         super().reset()
 
 

@@ -1,4 +1,4 @@
-"""Lets one caller at a time use a session, and nobody after it was closed."""
+"""The lock that lets one task or thread at a time use a session, and none after its close."""
 
 import asyncio
 import sys
@@ -19,12 +19,12 @@ from .tasks import has_ended, has_failed
 
 
 def current_task() -> object:
-    """The running task of asyncio or trio; None in a worker thread."""
+    """Return the running task of asyncio or trio; None in a worker thread."""
     try:
         return asyncio.current_task()
     except RuntimeError:
         trio: Any = sys.modules.get("trio")
-        if trio is None:  # not loaded, so this is a worker thread
+        if trio is None:  # trio is not imported, so this is a worker thread
             return None
     try:
         task: object = trio.lowlevel.current_task()
@@ -40,21 +40,21 @@ Reason: TypeAlias = Literal[
 
 @dataclass(slots=True, eq=False)
 class End:
-    """One commit or rollback of a unit, in one or in several threads.
+    """One commit or rollback of the work of a unit; it may run in several threads.
 
     Args:
-        commit: False rolls back.
-        reason: Why the work is not committed.
-        close: Whether the sessions are closed permanently.
-        task: The task whose work it is; None for all.
-        error: What the application raised.
+        commit: True to commit, False to roll back.
+        reason: The reason why the work is not committed.
+        close: True to close the sessions permanently afterwards.
+        task: The task whose work is committed or rolled back; None for the work of all tasks.
+        error: The exception that the application raised.
 
     Attributes:
-        handled: The exception that the application was handling when it asked for the end.
-        requested_by: The task and the thread that wait for the end. A lock that they still hold
-            was abandoned, by an exception out of a signal handler.
-        had_work: Whether there was any work to end.
-        failure: What the end itself raised.
+        handled: The exception that the application was handling when this object was made.
+        requested_by: The task and the thread that wait for this commit or rollback. If they still
+            hold the lock, an exception from a signal handler interrupted their operation.
+        had_work: True if there was work to commit or roll back.
+        failure: The exception that the commit or rollback raised.
     """
 
     commit: bool
@@ -69,28 +69,28 @@ class End:
 
     @property
     def succeeded(self) -> bool:
-        """Whether the work was committed."""
+        """True if the work was committed."""
         return self.commit and self.failure is None
 
 
-# Set while sessions end, for listeners that SQLAlchemy calls meanwhile.
+# The commit or rollback that runs now. Listeners that SQLAlchemy calls meanwhile read it.
 current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=None)
 
 
 class SessionLock(ABC):
-    """A monitor: each method decides at once, or waits until the lock is released.
+    """A lock around each operation, commit and rollback of a session.
 
-    An operation is refused while another one is in flight. An end waits for it, and an operation
-    that begins meanwhile waits for the end.
-    The mutex is an `RLock`, because a signal handler may use the session while its own thread holds
-    it. No exception leaves it locked, because `with` runs no Python code of its own.
+    If an operation begins while another operation runs, the lock raises ConcurrentUse. A commit or
+    rollback waits for the running operation. New operations wait for a commit or rollback. The
+    mutex is an `RLock`, because a signal handler may use the session while its own thread holds the
+    mutex. An exception always releases the mutex, because `with` runs no Python code of its own.
 
     Attributes:
-        is_closed: Whether no operation may begin any more.
-        users: The tasks that used the session since the last end; those that have ended move on.
-        has_finished_work: Whether a task used it that has ended well, or an unknown caller.
-        has_failed_work: Whether a task used it that has ended with an exception.
-        admit: Raises unless the caller may use the session now; set by `begin(join=True)`.
+        is_closed: True if no operation may begin any more.
+        users: Running tasks that used the session since the last commit or rollback.
+        has_finished_work: True if a task with work here has returned, or its task is unknown.
+        has_failed_work: True if a task with work here has raised an exception.
+        admit: A function that raises if the caller may not use the session; for `begin(join=True)`.
     """
 
     admit: Callable[[], None] | None = None
@@ -99,7 +99,7 @@ class SessionLock(ABC):
     has_failed_work: bool = False
     _is_held_by_end = False
     _holder: object = None
-    _ends = 0  # that run or wait
+    _ends = 0  # commits and rollbacks that run or wait
     _waiters: "tuple[Future[None], ...]" = ()
 
     def __init__(self, database: object) -> None:
@@ -109,26 +109,26 @@ class SessionLock(ABC):
 
     @property
     def is_busy(self) -> bool:
-        """Whether an operation or an end runs or waits."""
+        """True if an operation, a commit or a rollback runs or waits."""
         return self._holder is not None or self._ends > 0
 
     @property
     def is_used(self) -> bool:
-        """Whether anyone used the session since the last end."""
+        """True if a task or thread used the session since the last commit or rollback."""
         return bool(self.users) or self.has_finished_work or self.has_failed_work
 
     def acquire(self) -> bool:
-        """Begin an operation.
+        """Acquire the lock for an operation.
 
         Returns:
-            False inside an operation of the same caller, which releases the lock.
+            True if the caller must release the lock. False if the caller holds the lock already.
 
         Raises:
             ConcurrentUse: Another task or thread is in the middle of an operation.
             SessionClosed: The unit of work has ended.
         """
         caller = self._caller()
-        if self._holder == caller:  # only the caller itself can change that
+        if self._holder == caller:  # needs no mutex: only the caller sets this
             return False
         while True:
             with self.mutex:
@@ -146,7 +146,7 @@ class SessionLock(ABC):
             self._wait(released)
 
     def acquire_for_end(self, end: End, *, of_block: bool = False) -> None:
-        """Begin an end (with `of_block`, that of a savepoint) after the operation in flight."""
+        """Acquire the lock for a commit or rollback (`of_block`: of a savepoint); may wait."""
         with self.mutex:
             self._ends += 1
         try:
@@ -161,14 +161,14 @@ class SessionLock(ABC):
                         return
                     released = self._new_waiter()
                 self._wait(released)
-        except BaseException:  # cancelled together with its event loop
+        except BaseException:  # the event loop was cancelled
             with self.mutex:
                 self._ends -= 1
                 self._wake_all()
             raise
 
     def release(self, *, closed: bool = False) -> None:
-        """Finish an operation or an end; with `closed`, no operation begins any more."""
+        """Release the lock; with `closed`, refuse all later operations."""
         with self.mutex:
             if self._is_held_by_end:
                 self._is_held_by_end, self._ends = False, self._ends - 1
@@ -179,11 +179,11 @@ class SessionLock(ABC):
                 self._wake_all()
 
     def is_held_by_end_of_caller(self) -> bool:
-        """Whether the caller is, or was called by, the end that holds the lock."""
+        """Return True if the caller is the running commit or rollback, or was called by it."""
         return self._is_held_by_end and self._holder == self._caller()
 
     def record_user(self) -> None:
-        """Record that the caller uses the session, for what only changes its memory."""
+        """Record the caller as a user of the session; for changes in memory that need no lock."""
         caller = self._caller()
         with self.mutex:
             if self.is_closed:
@@ -193,7 +193,7 @@ class SessionLock(ABC):
             self._add_user(caller)
 
     def sort_out_users(self) -> None:
-        """Remove tasks that have ended from `users`, and note in the two flags how they ended."""
+        """Remove ended tasks from `users`, and record in the two flags how these tasks ended."""
         with self.mutex:
             for task in [each for each in self.users if has_ended(each)]:
                 self.users.discard(task)
@@ -203,13 +203,13 @@ class SessionLock(ABC):
                     self.has_finished_work = True
 
     def forget_users(self) -> None:
-        """Forget who used the session, because all work was committed or rolled back."""
+        """Clear the users of the session, because all work was committed or rolled back."""
         self.users, self.has_finished_work, self.has_failed_work = set(), False, False
 
     def _add_user(self, task: object) -> None:
         if task not in self.users:
             if self.users:
-                # Or the helper tasks of a long stream would pile up.
+                # Without this, the helper tasks of a long stream would fill the memory.
                 self.sort_out_users()
             self.users.add(task)
 
@@ -221,7 +221,7 @@ class SessionLock(ABC):
     def _wake_all(self) -> None:
         waiters, self._waiters = self._waiters, ()
         for released in waiters:
-            if released.set_running_or_notify_cancel():  # else its waiter was cancelled
+            if released.set_running_or_notify_cancel():  # False: the waiting task was cancelled
                 released.set_result(None)
 
     @abstractmethod
@@ -232,7 +232,7 @@ class SessionLock(ABC):
 
 
 class TaskLock(SessionLock):
-    """The lock of an async session: a caller is a task."""
+    """The lock of an async session; the caller is the running task."""
 
     @override
     def _caller(self) -> object:

@@ -1,4 +1,4 @@
-"""One session that a unit of work opened, and how its work ends: whole, or not at all."""
+"""A session that a unit of work opened; all of its work is committed or rolled back together."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
@@ -17,16 +17,16 @@ S = TypeVar("S")
 
 
 class ManagedSession(Generic[S]):
-    """What a unit of work knows of a session that it opened.
+    """A session together with the data that its unit of work needs to commit or roll back.
 
     Args:
-        session: What the application works with, made by a class from `guarded_class`.
-        orm: The `sqlalchemy.orm.Session` behind it; `session` itself where that is one.
-        companion: Given to the session.
-        run: Calls a function where it may block. The one difference of async and sync.
+        session: The session that the application uses, made by a class from `guarded_class`.
+        orm: The `sqlalchemy.orm.Session` inside of an `AsyncSession`; otherwise `session` itself.
+        companion: The companion to attach to the session.
+        run: Calls a function in a place where it may block; differs for async and sync sessions.
 
     Attributes:
-        is_prepared: Whether `prepare` has been called, and holds the lock for `end`.
+        is_prepared: True if `prepare` was called. The session then holds the lock until `end`.
     """
 
     is_prepared: bool = False
@@ -47,18 +47,19 @@ class ManagedSession(Generic[S]):
 
     @property
     def has_work(self) -> bool:
-        """Whether there is anything to commit or roll back, or an operation in flight."""
-        # in_transaction() knows of flushed and Core writes; the others of what another task changed
-        # or added while an earlier COMMIT was under way.
+        """True if the session has work to commit or roll back, or if an operation runs."""
+        # in_transaction() finds flushed work and Core statements. The other checks find objects
+        # that another task changed or added during an earlier COMMIT.
         session, lock = self.orm, self.lock
         is_changed = session.in_transaction() or session.identity_map.check_modified()
         return is_changed or lock.is_busy or (lock.is_used and bool(session.new))
 
     def close_if_idle(self) -> bool:
-        """Close the session permanently if it has no work, without talking to the database.
+        """Close the session permanently if it has no work; send nothing to the database.
 
         Returns:
-            False if it has work: then `end` must be called.
+            True if the session was closed. False if the session has work, so that the caller must
+            call `end`.
         """
         with self.lock.mutex:
             if self.has_work or type(self.orm).close is not GuardedSession.close:
@@ -69,16 +70,18 @@ class ManagedSession(Generic[S]):
         return True
 
     def prepare(self, end: End) -> None:
-        """Do what can fail before COMMIT: flush, and PREPARE in two phases. `end` must follow.
+        """Do all steps before COMMIT that can fail: flush, and PREPARE with two-phase commit.
+
+        The caller must call `end` afterwards.
 
         Raises:
-            TransactionAborted: The application swallowed an error that aborted the transaction.
-            Exception: Whatever flush and PREPARE raised. Everything was rolled back.
+            TransactionAborted: The application caught an error that aborted the transaction.
+            Exception: The exception of the flush or of PREPARE. Everything was rolled back.
         """
         self.lock.acquire_for_end(end)
         try:
             flush_and_prepare(self.orm)
-            if not self.orm.twophase:  # else the database was asked right before PREPARE
+            if not self.orm.twophase:  # before PREPARE, a listener has tested this already
                 refuse_if_aborted(self.companion.connections)
         except BaseException:
             try:
@@ -89,21 +92,23 @@ class ManagedSession(Generic[S]):
         self.is_prepared = True
 
     def end(self, end: End, commit: bool) -> None:
-        """Commit or roll back what was done so far, after the operation in flight.
+        """Commit or roll back the work of the session, after the running operation.
 
-        Whatever happens, the connection is back in its pool afterwards, or was thrown away.
+        In every case the connection is then back in its pool, or closed.
 
         Args:
-            end: The end of the unit of work that this is part of.
-            commit: False rolls back; another database may have failed to commit.
+            end: The commit or rollback of the unit of work.
+            commit: True to commit, False to roll back (because another database failed, for
+                example).
 
         Raises:
-            TransactionAborted: The application swallowed an error that aborted the transaction.
-            Exception: Whatever flush and COMMIT raised. Everything was rolled back.
+            TransactionAborted: The application caught an error that aborted the transaction.
+            Exception: The exception of the flush or of COMMIT. Everything was rolled back.
         """
         if not self.is_prepared:
             self.lock.acquire_for_end(end)
-        # With nobody to agree with, one phase stores sooner and leaves nothing in doubt.
+        # A single connection needs no second phase, which would be slower and could leave the
+        # transaction in doubt.
         is_alone = self.orm.twophase and not self.is_prepared and self._has_one_connection
         if is_alone:
             self.orm.twophase = False
@@ -113,8 +118,8 @@ class ManagedSession(Generic[S]):
             else:
                 _roll_back(self.orm)
         except BaseException:
-            # close() alone would give the pool a connection that is still inside the transaction
-            # (SQLite): the next request would see rows that do not exist.
+            # Roll back first. With SQLite, close() alone would give the pool a connection that is
+            # still inside the transaction, and the next request would see rows that do not exist.
             _roll_back(self.orm)
             raise
         finally:
@@ -138,7 +143,7 @@ def _roll_back(session: Session) -> None:
     try:
         session.rollback()
     except Exception:
-        # SQLAlchemy has thrown a dead connection away, so the server rolls back by itself.
+        # SQLAlchemy has closed the dead connection, so the server rolls back by itself.
         if session.in_transaction():
             session.invalidate()
 
@@ -149,14 +154,14 @@ def _remember_connection(
     companion: Companion = session._companion
     if not transaction.nested and session.in_nested_transaction():
         begin_before_savepoint(connection)
-    if connection.engine is not session.bind:  # one of `binds`, or of `bind_arguments`
+    if connection.engine is not session.bind:  # an engine from `binds` or `bind_arguments`
         watch(connection.engine)
     companion.connections = (*companion.open_connections, connection)
-    companion.reads.put_off_begin(session, connection)
+    companion.reads.delay_begin(session, connection)
 
 
 def _begin_now(session: Any, *_: object) -> None:
-    # A listener of the mapper may write below SQLAlchemy.
+    # A mapper listener may send statements with the driver's own connection.
     for connection in session._companion.open_connections:
         begin_now(connection)
 
@@ -168,7 +173,7 @@ def _refuse_if_aborted(session: Any) -> None:
 
 def _record_commit(session: Any) -> None:
     for follower in tuple(session._companion.followers):
-        if not session.in_nested_transaction():  # SQLAlchemy tells of savepoints too
+        if not session.in_nested_transaction():  # SQLAlchemy calls the listener for savepoints too
             follower.record_commit(session)
 
 

@@ -1,4 +1,4 @@
-"""Which statements only read, decided by what they are made of and never by their text."""
+"""Decides from the parts of a statement, never from its SQL text, if it only reads."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +15,8 @@ from sqlalchemy.sql.visitors import iterate
 
 from ._sqlalchemy import has_additions, is_orm_enabled, is_server_side, renders_expressions
 
-# Whatever is not on this list may have an effect: functions, FOR UPDATE, text, literal columns,
-# common table expressions, and constructs that SQLAlchemy does not have yet.
+# Only these parts are known to have no side effect. Functions, FOR UPDATE, text, literal columns
+# and common table expressions may have one, and so may parts of later SQLAlchemy versions.
 _PLAIN = frozenset(
     {
         Column,
@@ -58,7 +58,7 @@ _known: WeakKeyDictionary[Compiled, bool] = WeakKeyDictionary()
 
 
 def is_plain_read(context: ExecutionContext) -> bool:
-    """Whether a statement reads with nothing but what SQLAlchemy itself defines."""
+    """Return True if the statement is a SELECT made only of parts that cannot write."""
     compiled: Compiled | None = context.compiled
     if compiled is None or is_server_side(context):
         return False
@@ -72,7 +72,7 @@ def is_plain_read(context: ExecutionContext) -> bool:
 
 def _elements_of(compiled: Compiled) -> Iterator[Any]:
     yield from iterate(compiled.statement)
-    # What the ORM made of the statement: eager loading adds joins.
+    # The ORM compiles another statement than the given one: eager loading adds joins.
     state: Any = getattr(compiled, "compile_state", None)
     made = getattr(state, "statement", None)
     if made is not None and made is not compiled.statement:
@@ -82,22 +82,23 @@ def _elements_of(compiled: Compiled) -> Iterator[Any]:
 def _is_plain_element(element: Any, compiled: Compiled) -> bool:
     kind = next(each for each in type(element).__mro__ if not issubclass(each, Annotated))
     if kind is elements.ColumnClause and element.is_literal:
-        return bool(element.name == "*")  # of COUNT(*) and EXISTS (SELECT *)
-    # LIMIT and OFFSET are bound by a class of their own, and the ORM has its own JOIN.
+        return bool(element.name == "*")  # in COUNT(*) and EXISTS (SELECT *)
+    # SQLAlchemy has subclasses of these two: LIMIT and OFFSET have their own BindParameter, and the
+    # ORM has its own Join.
     is_variant = issubclass(kind, elements.BindParameter | Join) and _is_of_sqlalchemy(kind)
     if kind not in _PLAIN and not is_variant:
         return False
     if isinstance(getattr(element, "operator", None), custom_op) or has_additions(element):
         return False
     if kind is Select and element is not compiled.statement and is_orm_enabled(element):
-        return False  # inside of another one, it is replaced only when it is compiled
+        return False  # the ORM replaces an inner SELECT later, when it compiles it
     if any(_is_unquoted(getattr(element, name, None)) for name in ("name", "schema")):
         return False
     return not renders_expressions(getattr(element, "type", None), compiled.dialect)
 
 
 def _is_unquoted(name: object) -> bool:
-    """Whether a name is written as it is, and so may be any text."""
+    """Return True if SQLAlchemy writes the name without quotes, so it may be any SQL text."""
     return isinstance(name, quoted_name) and name.quote is False
 
 

@@ -1,4 +1,4 @@
-"""Puts off BEGIN until a session does more than plain reads."""
+"""Delays BEGIN until a session does more than plain reads."""
 
 from typing import Any
 from weakref import WeakSet
@@ -13,54 +13,55 @@ from asgi_dbsession.errors import ConfigurationError
 from ._sqlalchemy import is_flushing, isolation_level_on_connect
 from .plain_reads import is_plain_read
 
-# The connections on which BEGIN was put off, and how the pool knows them when they come back.
-_put_off: WeakSet[Connection] = WeakSet()
-_KEY = "asgi_dbsession.put_off"
+# The connections whose BEGIN is delayed, and the key that marks them for the pool.
+_delayed: WeakSet[Connection] = WeakSet()
+_KEY = "asgi_dbsession.delayed_begin"
 
-# The dialects of the engines that are watched. An engine and its copies with other options share a
-# dialect and a pool.
+# The dialects of the engines that have the listeners of this module. An engine and its copies with
+# other options share one dialect and one pool.
 _watched: WeakSet[Dialect] = WeakSet()
 
-# The drivers that can leave and enter autocommit without asking the server.
+# The drivers that can switch autocommit on and off without a round trip to the server.
 _DRIVERS = ("asyncpg", "psycopg")
 
 
 class Reads:
-    """Whether the sessions of a database read without a transaction.
+    """Decides if the sessions of a database read without a transaction.
 
-    At READ COMMITTED each statement sees its own snapshot anyway, so BEGIN and COMMIT around a read
-    are two round trips for nothing.
-    Source: https://www.postgresql.org/docs/current/transaction-iso.html
+    At READ COMMITTED each statement has its own snapshot, so BEGIN and COMMIT around a read are two
+    useless round trips. Source: https://www.postgresql.org/docs/current/transaction-iso.html
 
     Args:
-        wanted: True also at other isolation levels; False never; None where nobody can tell.
+        wanted: True: at all isolation levels. False: never. None: only at READ COMMITTED.
     """
 
     def __init__(self, wanted: bool | None) -> None:
         self._wanted = wanted
-        self.is_shared: bool = False  # inside of `rolled_back`, all share one transaction
+        # True inside `rolled_back()`, where all sessions share one transaction.
+        self.is_shared: bool = False
 
-    def put_off_begin(self, session: Session, connection: Connection) -> None:
-        """Read in autocommit until another statement comes, if this connection allows it."""
-        if self._wanted is False or self.is_shared or not self._can_put_off(session, connection):
+    def delay_begin(self, session: Session, connection: Connection) -> None:
+        """Switch the connection to autocommit until a statement needs a transaction."""
+        if self._wanted is False or self.is_shared or not self._can_delay(session, connection):
             return
-        # In this order, a signal handler that raises in between does no harm.
+        # Keep this order: a signal handler may raise between two lines, and then nothing is wrong.
         connection.info[_KEY] = True
-        _put_off.add(connection)
+        _delayed.add(connection)
         _set_autocommit(connection, True)
 
-    def _can_put_off(self, session: Session, connection: Connection) -> bool:
+    def _can_delay(self, session: Session, connection: Connection) -> bool:
         dialect = connection.dialect
         if dialect not in _watched or connection.engine is not session.bind:
             return False
         if is_flushing(session) or _is_in_transaction(connection):
             return False
-        if connection.in_nested_transaction():  # SQLAlchemy tells of savepoints too
+        if connection.in_nested_transaction():  # SQLAlchemy calls the listener for savepoints too
             return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
         if len(list(session.dispatch.after_begin)) > 1 or list(connection.dispatch.begin):
-            # A listener of the application (`SET LOCAL`) may use the driver's own connection.
+            # A listener of the application (for `SET LOCAL`, say) may use the driver's own
+            # connection, which this package cannot watch.
             return False
         level = connection.get_execution_options().get("isolation_level")
         level = level or isolation_level_on_connect(connection) or dialect.default_isolation_level
@@ -68,10 +69,11 @@ class Reads:
 
 
 def check_autocommit_reads(database: object, wanted: object, driver: str) -> None:
-    """Refuse `autocommit_reads=True` where it cannot work.
+    """Refuse `autocommit_reads=True` for a driver that does not support it.
 
     Raises:
-        ConfigurationError: The driver asks the server for each change of autocommit, or has none.
+        ConfigurationError: The driver needs a round trip for each change of autocommit, or has no
+            autocommit.
     """
     if wanted is not None and not isinstance(wanted, bool):
         raise ConfigurationError("autocommit_reads takes True, False or None.")
@@ -83,7 +85,7 @@ def check_autocommit_reads(database: object, wanted: object, driver: str) -> Non
 
 
 def watch_reads(engine: Engine) -> None:
-    """Have `engine` begin a transaction before a statement that does more than read."""
+    """Add listeners to `engine` that begin the transaction before a statement that may write."""
     if engine.dialect.driver in _DRIVERS and engine.dialect not in _watched:
         _watched.add(engine.dialect)
         for name, listener in _LISTENERS.items():
@@ -91,7 +93,7 @@ def watch_reads(engine: Engine) -> None:
 
 
 def unwatch_reads(engine: Engine) -> None:
-    """Undo `watch_reads`."""
+    """Remove the listeners that `watch_reads` added to `engine`."""
     if engine.dialect in _watched:
         _watched.discard(engine.dialect)
         for name, listener in _LISTENERS.items():
@@ -100,17 +102,17 @@ def unwatch_reads(engine: Engine) -> None:
 
 
 def begin_now(connection: Connection) -> None:
-    """Begin what was put off: the application may work on the driver's own connection."""
-    if connection in _put_off:
+    """Begin a delayed transaction, because the application may use the driver's connection."""
+    if connection in _delayed:
         _set_autocommit(connection, False)
         connection.info.pop(_KEY, None)
-        _put_off.discard(connection)
+        _delayed.discard(connection)
 
 
 def begin_on_server(connection: Connection) -> None:
-    """Send BEGIN before the application works on the driver's own connection (COPY).
+    """Send BEGIN before the application uses the driver's own connection (for COPY, say).
 
-    For asyncpg, SQLAlchemy sends BEGIN together with the first statement that it knows of.
+    With asyncpg, SQLAlchemy sends BEGIN only together with its own next statement.
     """
     if connection.dialect.driver == "asyncpg":
         driver: Any = connection.connection.driver_connection
@@ -123,8 +125,8 @@ def begin_on_server(connection: Connection) -> None:
 def begin_before_savepoint(connection: Connection) -> None:
     """Send BEGIN to SQLite before the first savepoint of a transaction.
 
-    Python's driver sends it only before the first write, and not after a savepoint. RELEASE of that
-    savepoint would then be a COMMIT, and a later ROLLBACK would find nothing to roll back.
+    Python's driver sends BEGIN only before the first write, and never after a savepoint. Without
+    BEGIN, RELEASE of that savepoint is a COMMIT, and a later ROLLBACK has nothing to roll back.
     """
     if connection.dialect.name == "sqlite":
         driver: Any = connection.connection.driver_connection
@@ -136,7 +138,7 @@ def _begin_unless_plain(
     _cursor: object, _statement: str, _parameters: object, context: ExecutionContext
 ) -> None:
     connection = context.root_connection
-    if connection in _put_off and not is_plain_read(context):
+    if connection in _delayed and not is_plain_read(context):
         begin_now(connection)
 
 
@@ -158,11 +160,11 @@ _LISTENERS: dict[str, Any] = {
 
 
 def _is_in_transaction(connection: Connection) -> bool:
-    """Whether the driver has begun one already, for a listener of the pool, say."""
+    """Return True if the driver is in a transaction already (a pool listener may have begun it)."""
     driver: Any = connection.connection.driver_connection
     if connection.dialect.driver == "asyncpg":
         return bool(driver.is_in_transaction())
-    return bool(driver.info.transaction_status != 0)  # libpq's PQTRANS_IDLE
+    return bool(driver.info.transaction_status != 0)  # 0 is PQTRANS_IDLE of libpq
 
 
 def _set_autocommit(connection: Connection, value: bool) -> None:

@@ -1,4 +1,4 @@
-"""How other tasks ended, and what they wait for."""
+"""Functions that tell how another task ended, and which task it waits for."""
 
 import asyncio
 import inspect
@@ -6,17 +6,17 @@ from typing import Any
 
 
 def has_ended(task: Any) -> bool:
-    """Whether a task of asyncio or trio has returned or raised."""
+    """Return True if the task of asyncio or trio has returned, raised, or was cancelled."""
     if isinstance(task, asyncio.Future):
         return task.done()
     return inspect.getcoroutinestate(task.coro) == inspect.CORO_CLOSED
 
 
 def has_failed(task: Any) -> bool:
-    """Whether a task that has ended was cancelled or raised an exception.
+    """Return True if an ended task was cancelled or raised an exception.
 
-    False on trio, where a task cannot be asked: its exception is raised in the task that opened the
-    nursery, and whoever catches it there answers for it.
+    On trio the result is always False, because trio does not store how a task ended. There, the
+    exception is raised in the task that opened the nursery, and that task must handle it.
     """
     if not isinstance(task, asyncio.Future):
         return False
@@ -24,9 +24,9 @@ def has_failed(task: Any) -> bool:
 
 
 def is_waiting_for(parent: object, child: object) -> bool:
-    """Whether `parent` does nothing but wait until the asyncio task `child` has ended.
+    """Return True if the task `parent` only waits until the asyncio task `child` has ended.
 
-    Before Python 3.12, `asyncio.wait_for` runs what it is given in a child task. Then the parent
+    Before Python 3.12, `asyncio.wait_for` runs the given coroutine in a child task. Then the parent
     waits for a future that a callback of the child sets.
     """
     waiter: object = getattr(parent, "_fut_waiter", None)

@@ -1,4 +1,4 @@
-"""Session classes that tell which engine SQLAlchemy asks for, right before a checkout."""
+"""Session classes that report the engine of each statement before the connection is checked out."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ S = TypeVar("S", bound=Session)
 
 
 def telling_class(guarded: type[S]) -> type[S]:
-    """Derive a class whose companion is told of each engine that SQLAlchemy asks for."""
+    """Derive a session class that calls `bind_asked` with each engine that SQLAlchemy requests."""
     return derive(guarded, (guarded,), {"get_bind": _telling(guarded.get_bind)})
 
 

@@ -1,4 +1,4 @@
-"""The lock of a session that blocks."""
+"""The lock of a sync session, which blocks the waiting thread."""
 
 from concurrent.futures import Future
 from threading import get_ident
@@ -9,12 +9,14 @@ from .lock import SessionLock, current_end, current_task
 
 
 class ThreadLock(SessionLock):
-    """The lock of a sync session: a caller is a thread, or an `End`, which may use several threads.
+    """The lock of a sync session; the caller is a thread, or the `End` object that it works for.
+
+    One commit or rollback may run in several threads, so the `End` object is the caller then.
 
     Args:
-        database: The database of the session, for errors.
-        opener: The task that opened the session. What worker threads do counts as its work,
-            because a thread cannot tell which task started it.
+        database: The database of the session, for error texts.
+        opener: The task that opened the session. Work of worker threads counts as the work of this
+            task, because a thread cannot tell which task started it.
     """
 
     def __init__(self, database: object, opener: object) -> None:

@@ -1,4 +1,4 @@
-"""Transactions that a session hands out, whose operations hold its lock too."""
+"""The transaction class of guarded sessions; its methods hold the lock of the session."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from .guard import Companion, locked
 
 
 class LockedTransaction(SessionTransaction):
-    """What `session.begin()` and `session.begin_nested()` return."""
+    """The transaction that `session.begin()` and `session.begin_nested()` return."""
 
     @property
     def _companion(self) -> Companion:

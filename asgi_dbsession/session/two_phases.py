@@ -1,4 +1,4 @@
-"""What is prepared on several databases, and who may still decide about it."""
+"""Two-phase commit: checks the databases, and logs the prepared transactions."""
 
 import logging
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 def refuse_one_phase(database: object, url: URL) -> None:
-    """Refuse a database that cannot commit in two phases.
+    """Refuse a database that does not support two-phase commit.
 
     Raises:
-        ConfigurationError: The dialect has no two-phase commit.
+        ConfigurationError: The SQLAlchemy dialect of the database has no two-phase commit.
     """
     if url.get_dialect().do_begin_twophase is Dialect.do_begin_twophase:
         raise ConfigurationError(
@@ -28,7 +28,7 @@ def refuse_one_phase(database: object, url: URL) -> None:
 
 
 def prepared(connections: Sequence[Connection]) -> str:
-    """What is prepared on these connections, as `XID on DATABASE`; empty if nothing is."""
+    """Return the prepared transactions of the connections, as `XID on DATABASE`; empty if none."""
     transactions = ((each.get_transaction(), each.engine.url) for each in connections)
     return ", ".join(
         f"{transaction.xid} on {without_secrets(url)}"
@@ -38,10 +38,10 @@ def prepared(connections: Sequence[Connection]) -> str:
 
 
 def log_decision(transactions: Sequence[str]) -> None:
-    """Write down that all of these are to be committed, before the first one is."""
+    """Log all prepared transactions before the first one is committed."""
     _logger.info("Prepared, and to be committed: %s", ", ".join(filter(None, transactions)))
 
 
 def log_doubt(transaction: str, error: BaseException) -> None:
-    """Write down which one was not committed, as far as this process knows."""
+    """Log a prepared transaction whose COMMIT failed or whose result is unknown."""
     _logger.error("In doubt, and to be committed: %s", transaction, exc_info=error)
