@@ -1,1 +1,1 @@
-"""Which ASGI message ends what."""
+"""Decides which ASGI message commits, rolls back or closes a unit of work."""

@@ -1,1 +1,1 @@
-"""An engine's life."""
+"""Databases: their URLs, options, engines, startup and shutdown."""

@@ -1,4 +1,4 @@
-"""A page that shows who holds which connection, now (optional)."""
+"""A web page that shows which code holds which connection now (optional)."""
 
 from .page import LivePage
 

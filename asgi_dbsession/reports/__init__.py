@@ -1,1 +1,1 @@
-"""What a unit of work cost (optional)."""
+"""Reports of the statements, connections and time that a unit of work used (optional)."""

@@ -1,1 +1,1 @@
-"""Runs a request again, or answers 503 (optional)."""
+"""Runs a request again after a conflict, and answers 503 if the pool is exhausted (optional)."""

@@ -1,1 +1,1 @@
-"""How one session is used by one caller at a time, and how its work ends."""
+"""Sessions that one task or thread uses at a time, and that commit all of their work or nothing."""

@@ -24,7 +24,7 @@ def current_task() -> object:
         return asyncio.current_task()
     except RuntimeError:
         trio: Any = sys.modules.get("trio")
-        if trio is None:  # trio is not imported, so this is a worker thread
+        if trio is None:  # without trio, this must be a worker thread
             return None
     try:
         task: object = trio.lowlevel.current_task()
@@ -128,7 +128,7 @@ class SessionLock(ABC):
             SessionClosed: The unit of work has ended.
         """
         caller = self._caller()
-        if self._holder == caller:  # needs no mutex: only the caller sets this
+        if self._holder == caller:  # only the caller can change this, so no mutex is needed
             return False
         while True:
             with self.mutex:
@@ -161,7 +161,7 @@ class SessionLock(ABC):
                         return
                     released = self._new_waiter()
                 self._wait(released)
-        except BaseException:  # the event loop was cancelled
+        except BaseException:  # for example: the event loop cancelled all tasks
             with self.mutex:
                 self._ends -= 1
                 self._wake_all()
@@ -221,7 +221,7 @@ class SessionLock(ABC):
     def _wake_all(self) -> None:
         waiters, self._waiters = self._waiters, ()
         for released in waiters:
-            if released.set_running_or_notify_cancel():  # False: the waiting task was cancelled
+            if released.set_running_or_notify_cancel():  # skip tasks that were cancelled
                 released.set_result(None)
 
     @abstractmethod

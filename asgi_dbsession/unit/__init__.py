@@ -1,1 +1,1 @@
-"""Which sessions one unit of work opened, and how they end together."""
+"""Units of work: the sessions of one request, committed or rolled back together."""

@@ -1,4 +1,4 @@
-"""What an application wants done once its work is stored."""
+"""Functions that `on_commit` calls after COMMIT."""
 
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -19,17 +19,18 @@ _logger = logging.getLogger("asgi_dbsession")
 
 @dataclass(slots=True, eq=False)
 class AfterCommit:
-    """A function to be called after COMMIT, and what became of the work that it belongs to.
+    """A function to call after COMMIT, with the state of the work that it waits for.
 
     Args:
-        function: Takes no arguments; may return something to await.
-        databases: Those whose sessions were available where the function was given.
-        in_thread: Whether it was given in a worker thread, and so is called in one.
-        given_by: The task that gave it; None in a worker thread.
+        function: A function without arguments; its result may be awaitable.
+        databases: The databases whose sessions the caller of `on_commit` could use.
+        in_thread: True if `on_commit` was called in a worker thread; then the function is called in
+            one too.
+        given_by: The task that called `on_commit`; None in a worker thread.
 
     Attributes:
-        committed: Whether all of the work was committed, also if the application did it itself.
-        rolled_back: Whether any of the work was rolled back, also if only to a savepoint.
+        committed: True if all of the work was committed, also if the application did it itself.
+        rolled_back: True if a part of the work was rolled back, also if only to a savepoint.
     """
 
     function: Function
@@ -43,7 +44,7 @@ class AfterCommit:
     _transactions: set[SessionTransaction] = field(default_factory=set)
 
     def attach(self, opened: ManagedSession[Any]) -> None:
-        """Follow the transaction, and the savepoints, that the session is in."""
+        """Follow the current transaction of the session and its savepoints."""
         session = opened.orm
         if session.in_transaction():
             self._pending.add(session)
@@ -55,7 +56,7 @@ class AfterCommit:
         opened.companion.followers.append(self)
 
     def detach(self) -> None:
-        """Let go of the sessions; otherwise they would wait for the garbage collector."""
+        """Remove the references to the sessions; otherwise they wait for the garbage collector."""
         for opened in self._attached:
             opened.companion.followers.remove(self)
         self._attached.clear()
@@ -63,49 +64,53 @@ class AfterCommit:
         self._transactions.clear()
 
     def waits_for_others(self, sessions: Iterable[ManagedSession[Any]]) -> bool:
-        """Whether its work is also in open transactions of other sessions than these."""
+        """Return True if part of the work is in open transactions of other sessions."""
         others = self._pending.difference(each.orm for each in sessions)
         return any(each.in_transaction() for each in others)
 
     def should_run(self, *, success: bool) -> bool:
-        """Whether to call it: its work is stored, or it waits for none and all went well."""
+        """Return True if the function must be called now.
+
+        Either its work was committed, or the function waits for no work and the unit has succeeded.
+        """
         return self.committed or (success and not self.rolled_back and not self._pending)
 
     def record_commit(self, session: Session) -> None:
-        """What that session has done is stored."""
+        """Record that the work of the session was committed."""
         if session in self._pending and session.get_transaction() not in self._transactions:
-            # That transaction was closed without a commit, which SQLAlchemy does not report.
+            # The recorded transaction was closed without a COMMIT, which SQLAlchemy does not
+            # report.
             self.rolled_back = True
         self._pending.discard(session)
         self.committed = self.committed or not (self._pending or self.rolled_back)
 
     def record_rollback(self, transaction: SessionTransaction) -> None:
-        """What was done in that transaction, or savepoint, is gone."""
+        """Record that the work of this transaction or savepoint was rolled back."""
         if transaction in self._transactions or transaction.parent is None:
             self.rolled_back = not self.committed
 
     async def call(self) -> None:
-        """Call it where it was given: on the event loop or in a worker thread."""
+        """Call the function on the event loop or, if it was given there, in a worker thread."""
         result = await to_thread.run_sync(self.function) if self.in_thread else self.function()
         if isawaitable(result):
             await result
 
     def call_blocking(self) -> None:
-        """Call it on this thread, where nothing can be awaited."""
+        """Call the function on the current thread, where nothing can be awaited."""
         result = self.function()
         if isawaitable(result):
             if isinstance(result, Coroutine):
-                result.close()  # or Python would warn that nobody awaited it
+                result.close()  # otherwise Python warns that nobody awaited it
             raise refusal_to_await(self.function)
 
     def log(self, error: BaseException) -> None:
-        """Log what the function raised, because nothing can undo the COMMIT."""
+        """Log the error of the function; the request goes on, because COMMIT has succeeded."""
         name = name_of(self.function)
         _logger.error("%s failed after COMMIT; what was committed stays.", name, exc_info=error)
 
 
 def refusal_to_await(function: Function) -> ConfigurationError:
-    """The error for a function that would have to be awaited."""
+    """Return the error for a coroutine function that was given where nothing can be awaited."""
     return ConfigurationError(
         "on_commit takes a plain function inside SyncDatabase.begin(), where nothing can be "
         f"awaited, and {name_of(function)} is a coroutine function. Write it with `def`."
@@ -113,6 +118,6 @@ def refusal_to_await(function: Function) -> ConfigurationError:
 
 
 def name_of(function: object) -> str:
-    """The name of a function, without its arguments: those of a `partial` may be secret."""
+    """Return the name of a function, without arguments: those of a `partial` may be secret."""
     inner = getattr(function, "func", function)
     return getattr(inner, "__qualname__", type(inner).__name__)

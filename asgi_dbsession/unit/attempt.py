@@ -1,4 +1,4 @@
-"""Which run of a request, or of a transaction, this is."""
+"""The number of the current attempt of a request or transaction."""
 
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -8,11 +8,12 @@ from asgi_dbsession.session.lock import End
 
 @dataclass(frozen=True)
 class Attempt:
-    """One run of a request, or of a function in `run_transaction`.
+    """One attempt to run a request, or to run a function in `run_transaction`.
 
     Attributes:
-        number: 1 for the first run.
-        remaining: How many may follow if this run meets a conflict; 0 for the last one.
+        number: 1 for the first attempt.
+        remaining: How many attempts may follow if this attempt meets a conflict; 0 for the last
+            one.
     """
 
     number: int = 1
@@ -20,17 +21,17 @@ class Attempt:
 
 
 class RunningAttempt:
-    """An attempt that is under way. The optional room `retry` knows whether another one follows.
+    """An attempt that is running. The optional room `retry` overrides `will_retry`.
 
     Args:
-        attempt: What the application is told.
+        attempt: The attempt that `current_attempt()` returns to the application.
     """
 
     def __init__(self, attempt: Attempt) -> None:
         self.attempt: Attempt = attempt
 
     def will_retry(self, _end: End) -> bool:
-        """Whether another attempt follows, as far as can be known when the work ends like this."""
+        """Return True if another attempt follows this commit or rollback, as far as known now."""
         return False
 
 
@@ -40,10 +41,10 @@ running_attempt: ContextVar[RunningAttempt | None] = ContextVar(
 
 
 def current_attempt() -> Attempt:
-    """Which attempt this code runs in: of its request, or of `run_transaction`.
+    """Return the attempt of the request or of `run_transaction` that this code runs in.
 
     Returns:
-        The first and last one where nothing is retried.
+        `Attempt(number=1, remaining=0)` where nothing is retried.
     """
     running = running_attempt.get()
     return running.attempt if running is not None else Attempt()

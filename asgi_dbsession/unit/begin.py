@@ -1,4 +1,4 @@
-"""A unit of work of its own: for `database.begin()`."""
+"""Opens a new unit of work for `database.begin()`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,11 @@ from .unit_of_work import SessionSource, UnitOfWork, current_unit
 
 @contextmanager
 def unit_of_its_own(database: SessionSource[Any]) -> Iterator[UnitOfWork]:
-    """A unit for one database, current inside of the block. The block must close it."""
+    """Open a unit of work for one database, current inside the block; the block must close it."""
     around = current_unit.get()
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
-    if not current_end.get():  # a listener of a last flush is in a unit that is closed
+    # A listener of the last flush still needs the closed unit around it.
+    if not current_end.get():
         _forget_hidden(unit)
     with made_current(unit):
         yield unit
@@ -22,21 +23,23 @@ def unit_of_its_own(database: SessionSource[Any]) -> Iterator[UnitOfWork]:
 
 @contextmanager
 def made_current(unit: UnitOfWork) -> Iterator[None]:
-    """Make a unit the current one inside of the block."""
+    """Make `unit` the current unit of work inside the block."""
     around = current_unit.get()
     was_closed = around is not None and around.closed
     current_unit.set(unit)
     try:
         yield
     finally:
-        if current_unit.get() is unit:  # else one that began later is still open
+        # A unit that began later may still be open; then that unit stays the current one.
+        if current_unit.get() is unit:
             current_unit.set(around if was_closed else _nearest_open(around))
 
 
 def _forget_hidden(unit: UnitOfWork) -> None:
-    """Let go of closed units around this one that no lookup can reach.
+    """Remove closed units around this unit that no lookup can reach.
 
-    If each job starts the next one inside its `begin()`, there would be ever more of them.
+    Without this, a chain of jobs that each start the next job inside `begin()` would fill the
+    memory.
     """
     hidden = set(unit.databases)
     while (enclosing := unit.enclosing) is not None:
@@ -48,7 +51,7 @@ def _forget_hidden(unit: UnitOfWork) -> None:
 
 
 def _nearest_open(unit: UnitOfWork | None) -> UnitOfWork | None:
-    """The nearest unit that is open; or else the outermost, whose error says that it is closed."""
+    """Return the nearest open unit; if all are closed, the outermost, for its error."""
     while unit is not None and unit.closed and unit.enclosing is not None:
         unit = unit.enclosing
     return unit

@@ -1,4 +1,4 @@
-"""What an application tells its unit of work: how to end, and what to do afterwards."""
+"""The functions `set_rollback` and `on_commit`, which control the current unit of work."""
 
 from contextlib import suppress
 from inspect import isawaitable, iscoroutinefunction
@@ -13,12 +13,12 @@ from .unit_of_work import UnitOfWork, current_unit
 
 
 def set_rollback(rollback: bool) -> None:
-    """Decide how the current unit of work ends, whatever the status of the response says.
+    """Decide how the current unit of work ends; the status of the response is then ignored.
 
     Args:
-        rollback: True rolls back also on success. False commits also on a status of 400 and above
-            (to count a failed login, say). An exception that nobody turns into a response rolls
-            back in any case.
+        rollback: True rolls back even after a success status. False commits even after a status of
+            400 and above (to count a failed login, for example). If an exception leaves the
+            application, the unit is always rolled back.
 
     Raises:
         NoSession: No unit of work is open here.
@@ -33,25 +33,26 @@ def set_rollback(rollback: bool) -> None:
 
 
 def on_commit(function: Function) -> None:
-    """Call a function once the work of the current unit is stored, before the response is sent.
+    """Call a function after the current work is committed, and before the response is sent.
 
-    It is dropped if that work is rolled back: by the application too, and also if only to a
-    savepoint that was open when the function was given. So give it after the work it belongs to.
-    If the application commits by itself, it is called when the unit of work ends.
+    The function is dropped if this work is rolled back: by this package, by the application, or to
+    a savepoint that was open at the call of `on_commit`. So call `on_commit` after the work. If the
+    application commits itself, the function is called when the unit of work ends.
 
-    Functions are called in order, and run to completion also if the request is cancelled. What one
-    raises is logged by the logger `asgi_dbsession`: the COMMIT stays, and the other functions are
-    called. Each has a unit of work of its own: `get_session()` is another session there, committed
-    when the function returns, and followed by the functions that it gives to `on_commit` itself.
+    Functions are called in order, and run to completion even if the request is cancelled. The
+    logger `asgi_dbsession` logs an exception of a function: the COMMIT stays, and the next
+    functions are called. Each function has a new unit of work. There `get_session()` returns
+    another session, which is committed when the function returns. The function may call `on_commit`
+    too.
 
     Args:
-        function: Takes no arguments. A coroutine function is awaited. A plain function is called
-            where it was given: on the event loop or, by a `def` handler, in a worker thread.
+        function: A function without arguments. A coroutine function is awaited. A plain function is
+            called on the event loop, or in a worker thread if a `def` handler gave it.
 
     Raises:
         NoSession: No unit of work is open here.
         SessionClosed: The request that this task belongs to has ended.
-        ConfigurationError: It cannot be called; or it is a coroutine function, and the unit is
+        ConfigurationError: `function` is not a function, or is a coroutine function inside of
             `SyncDatabase.begin()`.
     """
     _check(function)
@@ -63,13 +64,14 @@ def on_commit(function: Function) -> None:
     in_thread = not unit.is_blocking and _is_in_thread()
     callback = AfterCommit(function, databases, in_thread, current_task())
     for each in units:
-        for opened in tuple(each.sessions.values()):  # a thread may open another one meanwhile
+        for opened in tuple(each.sessions.values()):  # a thread may open a session meanwhile
             callback.attach(opened)
     outermost = units[-1]
     outermost.is_used = True
     outermost.callbacks.append(callback)
     if outermost.closed and not current_end.get():
-        # Another thread has ended the unit. If it has not called the function, nobody will.
+        # Another thread has ended the unit. If the function is still in the list, nobody will call
+        # it.
         with suppress(ValueError):
             outermost.callbacks.remove(callback)
             raise SessionClosed("any database")
@@ -93,7 +95,8 @@ def _unit(*, also_at_end: bool = False) -> UnitOfWork:
     unit = current_unit.get()
     if unit is None:
         raise NoSession("any database")
-    # A listener of its last flush may; a task that such a listener has started may not.
+    # A listener of the last flush may still use the closed unit. A task that the listener started
+    # may not.
     is_closed = unit.closed or (unit.joined is not None and unit.outermost.closed)
     if is_closed and not (also_at_end and current_end.get() and unit.outermost.sessions):
         raise SessionClosed("any database")
@@ -101,7 +104,7 @@ def _unit(*, also_at_end: bool = False) -> UnitOfWork:
 
 
 def _is_in_thread() -> bool:
-    """Whether the caller runs in a worker thread of the event loop."""
+    """Return True if the caller runs in a worker thread of the event loop."""
     try:
         get_current_task()
     except RuntimeError:

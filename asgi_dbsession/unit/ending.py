@@ -1,4 +1,4 @@
-"""How the work of a unit ends: all of it, or that of one task."""
+"""Commits or rolls back the work of a unit: all of it, or the work of one task."""
 
 from asyncio import CancelledError
 from collections.abc import Coroutine
@@ -21,12 +21,12 @@ Sessions: TypeAlias = list[ManagedSession[Any]]
 def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
     """Commit or roll back all work so far, in declared order. The sessions stay usable.
 
-    Several sessions are all flushed before the first one is committed. If a COMMIT fails, the
-    others are rolled back. Then the functions given to `on_commit` are called. The caller must run
-    the coroutine to completion.
+    All sessions are flushed before the first COMMIT. If a COMMIT fails, the remaining sessions are
+    rolled back. Then the functions given to `on_commit` are called. The caller must run the
+    coroutine to completion.
 
     Raises:
-        Exception: Whatever flush and COMMIT raised; `unit.failure` keeps it.
+        Exception: The exception of the flush or of COMMIT, also kept in `unit.failure`.
     """
     end = End(commit, "status" if unit.rollback is None else "set_rollback")
     unit.rollback = None
@@ -34,23 +34,25 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
 
 
 async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: Living) -> None:
-    """End the work that `task` may speak for, to completion; `set_rollback` has the last word.
+    """Commit or roll back the work that a message of `task` may end; run to completion.
+
+    If the application called `set_rollback`, its value replaces `commit`.
 
     Args:
-        task: The task that is about to send a message, or to wait for one.
-        unit: The unit of work of the exchange.
-        commit: False rolls back.
-        living: What to do with the work of other tasks that have not ended.
+        task: The task that is about to send a message or to wait for a message.
+        unit: The unit of work of the request or WebSocket.
+        commit: True to commit, False to roll back.
+        living: What to do with the work of other tasks that are still running.
 
     Raises:
-        ConcurrentUse: Its work cannot be told from that of another task.
-        Exception: Whatever flush and COMMIT raised; `unit.failure` keeps it.
+        ConcurrentUse: The work of `task` is in one transaction with the work of another task.
+        Exception: The exception of the flush or of COMMIT, also kept in `unit.failure`.
     """
     working = _with_work(unit)
     own, failed = _sort(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
     if unit.rollback is not None and _is_of(unit.rollback_set_by, task):
-        # Also if there is no work: it must not apply to later work.
+        # Reset `rollback` even if there is no work, so that it does not apply to later work.
         commit, unit.rollback, reason = not unit.rollback, None, "set_rollback"
     if failed:
         await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
@@ -59,15 +61,15 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
 
 
 async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
-    """End all work, and close the sessions permanently.
+    """Commit or roll back all work, and close the sessions permanently.
 
     Args:
-        unit: On its way to be closed.
-        commit: False rolls back.
-        error: What the application raised.
+        unit: The unit of work to close.
+        commit: True to commit, False to roll back.
+        error: The exception that the application raised.
     """
     unit.closed = True
-    opened = tuple(unit.sessions.values())  # a thread may be about to open another one
+    opened = tuple(unit.sessions.values())  # a thread may open a session meanwhile
     working = [each for each in opened if not each.close_if_idle()]
     try:
         if working or unit.callbacks:
@@ -80,7 +82,7 @@ async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None =
 
 
 async def close_returned(unit: UnitOfWork, *, commit: bool) -> None:
-    """The same once the application has returned: the work of tasks that failed is rolled back."""
+    """Close the unit after the application has returned; roll back the work of failed tasks."""
     if commit and any(
         each.lock.users or each.lock.has_failed_work for each in unit.sessions.values()
     ):
@@ -95,7 +97,7 @@ async def close_returned(unit: UnitOfWork, *, commit: bool) -> None:
 
 
 def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
-    """The same on the calling thread, for a unit that `is_blocking`."""
+    """Close a unit with `is_blocking` on the current thread, without an event loop."""
     complete_here(close(unit, commit=commit, error=error))
 
 
@@ -111,17 +113,19 @@ def _sort(
 
 def _with_work(unit: UnitOfWork) -> Sessions:
     working = []
-    for each in tuple(unit.sessions.values()):  # a copy: a thread may open another one
+    # Use a copy, because a thread may open a session meanwhile.
+    for each in tuple(unit.sessions.values()):
         if each.has_work:
             working.append(each)
-        else:  # the application ended it by itself, and what follows may be another task's
+        # The application committed or rolled back itself. Later work may be of another task.
+        else:
             each.lock.forget_users()
     return working
 
 
 async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     given = tuple(unit.callbacks)
-    stored = [each for each in given if each.committed]  # before this end, by the application
+    stored = [each for each in given if each.committed]  # committed by the application itself
     end.had_work = bool(working)
     token = current_end.set(end)
     try:
@@ -161,10 +165,10 @@ def _in_order(unit: UnitOfWork, working: Sessions) -> Sessions:
 def _settle(
     unit: UnitOfWork, end: End, given: tuple[AfterCommit, ...], working: Sessions
 ) -> list[AfterCommit]:
-    """Drop the functions whose work was rolled back, and return those to be called now."""
+    """Drop the functions whose work was rolled back, and return the functions to call now."""
     due: list[AfterCommit] = []
     for each in tuple(unit.callbacks):
-        # Those given meanwhile, or by another task, may belong to later work.
+        # Functions that were given meanwhile, or by another task, may belong to later work.
         is_concerned = each in given and _is_of(each.given_by, end.task)
         ends = unit.closed or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):
@@ -177,7 +181,7 @@ def _settle(
 
 
 async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
-    """Call a function in a unit of work of its own, and log what goes wrong."""
+    """Call a function in a new unit of work, and log its error."""
     inner = unit.within(callback.databases)
     inner.is_blocking, inner.two_phase = unit.is_blocking, unit.two_phase
     token = current_unit.set(inner)
@@ -191,14 +195,14 @@ async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
             await close(inner, commit=False, error=error)
             raise
         await close(inner, commit=not inner.rollback)
-    except (Exception, CancelledError) as error:  # of a task of its own: this one completes
+    except (Exception, CancelledError) as error:  # its own task was cancelled, not this one
         callback.log(error)
     finally:
         current_unit.reset(token)
 
 
 def _is_of(task: object, asking: object) -> bool:
-    """Whether what `task` decided is for the asking task to carry out; for None, always."""
+    """Return True if a commit for the task `asking` covers the work of `task` (None: all tasks)."""
     return asking is None or task is None or task is asking or has_ended(task)
 
 

@@ -1,4 +1,4 @@
-"""A block of code that joins the unit of work around it: for `database.begin(join=True)`."""
+"""Blocks of code that join the unit of work around them, for `database.begin(join=True)`."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -19,7 +19,7 @@ S = TypeVar("S")
 
 
 def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
-    """The unit whose session `get_session()` of the database returns here; None if it is closed."""
+    """Return the unit of work whose session `get_session()` would return; None if it is closed."""
     innermost = current_unit.get()
     for unit in innermost.chain() if innermost is not None else ():
         if unit.joined is not None and unit.closed and database in unit.databases:
@@ -31,7 +31,7 @@ def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
 
 @asynccontextmanager
 async def joined(unit: UnitOfWork, database: SessionSource[S]) -> AsyncIterator[S]:
-    """Run a block in a savepoint of the unit's session. Its end is never cut short."""
+    """Run a block in a savepoint of the unit's session; the savepoint always ends completely."""
     session = unit.open(database)
     block = _Block(unit, database)
     await greenlet_spawn(block.begin)
@@ -49,7 +49,7 @@ async def joined(unit: UnitOfWork, database: SessionSource[S]) -> AsyncIterator[
 
 @contextmanager
 def joined_blocking(unit: UnitOfWork, database: SessionSource[S]) -> Iterator[S]:
-    """The same on the calling thread."""
+    """Run a block in a savepoint of the unit's session, on the current thread."""
     session = unit.open(database)
     block = _Block(unit, database)
     block.begin()
@@ -64,10 +64,10 @@ def joined_blocking(unit: UnitOfWork, database: SessionSource[S]) -> Iterator[S]
 
 
 class _Blocks:
-    """The blocks that are open on one session, the innermost last.
+    """The open `begin(join=True)` blocks of one session, the innermost last.
 
-    The session is for the innermost block alone: what another task did meanwhile would be kept or
-    rolled back with that block.
+    Only the innermost block may use the session. Work of another task would be kept or rolled back
+    together with the block.
     """
 
     def __init__(self, unit: UnitOfWork, database: SessionSource[Any]) -> None:
@@ -76,11 +76,11 @@ class _Blocks:
         self._database = database
 
     def __call__(self) -> None:
-        """Refuse a caller that is not inside of the innermost block.
+        """Refuse a caller that is not inside the innermost block.
 
         Raises:
-            ConcurrentUse: It is outside of the block.
-            SessionClosed: It was started inside of a block that has ended.
+            ConcurrentUse: The caller is outside of the innermost block.
+            SessionClosed: The caller was started inside a block that has ended.
         """
         innermost = current_unit.get()
         units = innermost.chain() if innermost is not None else ()
@@ -94,10 +94,10 @@ class _Blocks:
         return unit.joined is self._unit and self._database in unit.databases
 
     def close(self, unit: UnitOfWork) -> bool:
-        """Close a block, and those that tasks have left open inside of it.
+        """Close a block, and all blocks that tasks have left open inside of it.
 
         Returns:
-            Whether there were none.
+            True if no blocks were open inside of it.
         """
         number = self.open.index(unit)
         for each in self.open[number:]:
@@ -108,14 +108,15 @@ class _Blocks:
 
 
 class _Block:
-    """One block that joins a unit.
+    """One `begin(join=True)` block.
 
     Args:
-        joined: The unit.
-        database: One that the unit manages, and has opened.
+        joined: The unit of work that the block joins.
+        database: The database of the block; `joined` manages its session.
 
     Attributes:
-        unit: What is current inside of the block. It has no sessions: it hands everything on.
+        unit: The unit of work that is current inside the block. It has no sessions, and passes all
+            calls to `joined`.
     """
 
     _savepoint: SessionTransaction
@@ -130,7 +131,7 @@ class _Block:
         self._blocks = admit if isinstance(admit, _Blocks) else _Blocks(joined, database)
 
     def begin(self) -> None:
-        """Begin the savepoint, which is sent with the first statement."""
+        """Begin the savepoint, which is sent together with the first statement."""
         lock = self._opened.lock
         is_outermost = lock.acquire()
         try:
@@ -142,12 +143,12 @@ class _Block:
                 lock.release()
 
     def end(self, end: End, error: BaseException | None) -> None:
-        """Release the savepoint, or roll back to it, after the operation in flight.
+        """Release the savepoint or roll back to it, after the running operation.
 
         Raises:
-            ConcurrentUse: A task is still inside of a block that it opened inside of this one.
-            SessionClosed: The unit, or a block around this one, ended before this one.
-            Exception: Whatever the flush raised. The work of the block was rolled back.
+            ConcurrentUse: A task is still inside a block that it opened inside this block.
+            SessionClosed: The unit, or a block around this block, ended before this block.
+            Exception: The exception of the flush. The work of the block was rolled back.
         """
         lock = self._opened.lock
         try:
@@ -155,7 +156,7 @@ class _Block:
         except SessionClosed:
             if error is None:
                 raise
-            return  # all of it was ended together with the unit
+            return  # this work was committed or rolled back together with the unit
         try:
             if self.unit.closed:
                 if error is None:
@@ -182,10 +183,12 @@ class _Block:
         try:
             if self._is_open:
                 self._savepoint.rollback()
-            else:  # the application has committed inside: what came after it is all of this block
+            # The application committed inside the block, so all later work belongs to the block.
+            else:
                 self._opened.orm.rollback()
         except Exception as failure:
-            # MariaDB drops the savepoints at a deadlock. The outer COMMIT must not store the rest.
+            # At a deadlock, MariaDB drops the savepoints. So refuse the outer COMMIT, which would
+            # store only a part of the work.
             forbid_commit(self._opened.companion.open_connections, failure)
 
     @property

@@ -1,4 +1,4 @@
-"""What others can learn of units of work without changing them."""
+"""The interface for code that observes units of work without changing them."""
 
 from typing import Any
 
@@ -9,25 +9,26 @@ from asgi_dbsession.session.managed import ManagedSession
 
 
 class UnitObserver:
-    """Told what happens to units of work and to their engines. Must be quick, and must not raise.
+    """The base class of objects that are called at each event of a unit of work.
 
-    `unit` is a `UnitOfWork`, which this module cannot import.
+    The methods must be fast and must not raise. `unit` is a `UnitOfWork`, a class that this module
+    cannot import.
     """
 
     def engine_used(self, engine: Engine) -> None:
-        """Sessions use an engine for the first time; more than once if several share it."""
+        """Sessions use `engine` for the first time; called again if several databases share it."""
 
     def engine_left(self, engine: Engine) -> None:
-        """Nobody uses that engine through this package any more; it goes on without listeners."""
+        """This package stops using `engine`: remove your listeners from it."""
 
     def unit_began(self, unit: Any) -> None:
-        """A unit of work began."""
+        """The unit of work began."""
 
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
-        """The unit opened its session of a database."""
+        """The unit of work opened its session of `database`."""
 
     def wait_failed(self, unit: Any, error: Exception) -> None:
-        """No connection became free in time."""
+        """No connection became free within the time limit of the pool."""
 
     def work_ended(self, unit: Any, end: End) -> None:
-        """All work so far was committed or rolled back, and `on_commit` functions were called."""
+        """The work of the unit was committed or rolled back, and `on_commit` functions have run."""

@@ -1,4 +1,4 @@
-"""What a finished unit of work has to tell."""
+"""The report of a finished unit of work."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -11,21 +11,21 @@ Outcome: TypeAlias = Literal["committed", "rolled_back", "nothing_to_do"]
 
 @dataclass(frozen=True)
 class DatabaseReport:
-    """What a unit of work asked of one database. All times are in seconds.
+    """What a unit of work did with one database. All times are in seconds.
 
     Attributes:
         database: The `AsyncDatabase` or `SyncDatabase`.
-        committed: Whether anything was committed on it, also by the application itself.
-        statements: How many were sent: savepoints and a database's own SELECTs for new keys too,
-            BEGIN, COMMIT and ROLLBACK not.
-        operation_duration: Spent with statements, COMMIT and ROLLBACK.
-        wait_time: Spent waiting for a connection, for a free one or for a new one.
-        use_time: From when a connection was checked out until it was back in the pool.
-        idle_time: The longest time of `use_time` without an operation: of the application's own
-            doing, while others may wait for the connection.
-        idle_after: The place in the application (`file:line`) that used the session before that;
-            None where it was the first thing, or nothing of the application's.
-        idle_before: The place that used it next; None where that was the end of the unit.
+        committed: True if work was committed on the database, also by the application itself.
+        statements: The number of statements sent. Savepoints and SELECTs for new keys count; BEGIN,
+            COMMIT and ROLLBACK do not.
+        operation_duration: The time for statements, COMMIT and ROLLBACK.
+        wait_time: The time spent waiting for a connection from the pool, or for a new connection.
+        use_time: The time from the checkout of the connection to its return to the pool.
+        idle_time: The longest part of `use_time` in which no operation ran. The application did
+            something else, while other requests may have waited for the connection.
+        idle_after: The place in the application (`file:line`) that used the session before the idle
+            time. None if nothing in the application did.
+        idle_before: The place that used the session after the idle time. None if the unit ended.
     """
 
     database: Any
@@ -41,30 +41,31 @@ class DatabaseReport:
 
 @dataclass(frozen=True)
 class UnitReport:
-    """How a unit of work ended, and what it took.
+    """The result and the cost of one unit of work.
 
     Attributes:
-        scope: The ASGI scope of the request that it belongs to. None: it began after its end.
-        outcome: `"nothing_to_do"`: a session was asked for, and nothing begun on it.
-        reason: Why what was left at its end was not committed: the `status` of the response (or the
-            code of a WebSocket's close), `set_rollback`, an `exception`, being `cancelled` (a
-            client that hung up, a time-out, another run of the request), a response that is
-            `unfinished`, or a COMMIT that failed (`commit_failed`; databases before it may be
-            `committed`). None: nothing spoke against it. There may be more reasons one day.
-        error: What the application raised, or COMMIT.
-        start_time: When it began, in seconds since the epoch: with the request, or where the unit
-            before it ended.
-        duration: Seconds until its end, `on_commit` functions included.
-        databases: Those that it opened sessions of, in declared order.
-        attempt: Which run of the request this was; 1 is the first.
-        will_retry: Whether the request runs again because of a conflict, as far as was known when
-            the unit ended. False for a `begin()` inside of a request.
+        scope: The ASGI scope of the request. None if the unit began after the end of the request.
+        outcome: `"committed"`, `"rolled_back"`, or `"nothing_to_do"` if no transaction was begun.
+        reason: Why the remaining work was not committed; None if there was no reason. `status`: the
+            status of the response, or the close code of the WebSocket. `set_rollback`: a call of
+            `set_rollback(True)`. `exception`: the application raised an exception. `cancelled`: the
+            client disconnected, a time-out, or a new attempt of the request. `unfinished`: the
+            response was not completed. `commit_failed`: COMMIT failed, but databases before it may
+            be `committed`. Later versions may add reasons.
+        error: The exception of the application or of COMMIT.
+        start_time: The start of the unit, in seconds since the epoch: the start of the request, or
+            the end of the unit before it.
+        duration: Seconds until the end of the unit, `on_commit` functions included.
+        databases: The databases whose sessions the unit opened, in declared order.
+        attempt: The number of the attempt of the request; 1 is the first.
+        will_retry: True if the request runs again because of a conflict, as far as known at the end
+            of the unit. False for a `begin()` inside a request.
     """
 
-    scope: Scope = field(repr=False)  # it has the headers of the client
+    scope: Scope = field(repr=False)  # contains headers of the client
     outcome: Outcome
     reason: Reason | None
-    error: BaseException | None = field(repr=False)  # its text may have values
+    error: BaseException | None = field(repr=False)  # the text may contain values
     start_time: float
     duration: float
     databases: tuple[DatabaseReport, ...]

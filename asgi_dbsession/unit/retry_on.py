@@ -1,4 +1,4 @@
-"""What else than a conflict in the database makes a request or a transaction run again."""
+"""The check of the argument `retry_on`, which names errors that are retried like conflicts."""
 
 from collections.abc import Callable
 from inspect import iscoroutinefunction
@@ -12,10 +12,11 @@ RetryOn: TypeAlias = (
 
 
 def check_retry_on(given: object) -> None:
-    """Check what an application counts as a conflict.
+    """Check the value that the application gave for `retry_on`.
 
     Raises:
-        ConfigurationError: It is no class of exceptions, no tuple of them, and no plain function.
+        ConfigurationError: The value is not an exception class, not a tuple of exception classes,
+            and not a plain function.
     """
     classes = given if isinstance(given, tuple) else (given,)
     if all(isinstance(each, type) and issubclass(each, Exception) for each in classes):

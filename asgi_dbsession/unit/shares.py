@@ -1,4 +1,4 @@
-"""Whose uncommitted work a task may speak for, where several tasks used one session."""
+"""Decides which uncommitted work a task may commit if several tasks used one session."""
 
 from typing import Any, Literal, TypeAlias
 
@@ -9,24 +9,25 @@ from asgi_dbsession.session.tasks import is_waiting_for
 
 Sessions: TypeAlias = list[ManagedSession[Any]]
 
-# What to do where another task, which has not ended, has work on the session of the sender:
-# "refuse" on a WebSocket, "leave" its work alone in the body of a response, and "include" it when
-# the application has returned.
+# What to do if a running task other than the sender has work in the session: "refuse" raises
+# (WebSocket), "leave" commits nothing of this session (body of a response), "include" commits all
+# work (the application has returned).
 Living: TypeAlias = Literal["refuse", "leave", "include"]
 
 
 def sort_work(sessions: Sessions, task: object, living: Living) -> tuple[Sessions, Sessions]:
-    """Sort sessions with uncommitted work by what `task` may say about them.
+    """Sort sessions by what a message of `task` may do with their uncommitted work.
 
-    The work of tasks that have ended well counts as its own: it has waited for them. The work of a
-    task that has ended with an exception is rolled back.
+    Work of tasks that have returned counts as work of `task`, because `task` has waited for them.
+    Work of a task that raised an exception must be rolled back.
 
     Returns:
-        Those that end as `task` says, and those that must be rolled back. The others are left.
+        Two lists: the sessions to commit or roll back as `task` decides, and the sessions to roll
+        back in any case. Sessions in neither list stay as they are.
 
     Raises:
-        ConcurrentUse: Work of `task` and of another one are in the same transaction, and only one
-            of them may be committed.
+        ConcurrentUse: One transaction has work of `task` and work of another task, and only one
+            part may be committed.
     """
     own: Sessions = []
     failed: Sessions = []
@@ -52,5 +53,5 @@ def _speaks_for(task: object, user: object) -> bool:
 
 
 def _is_in_memory(lock: SessionLock) -> bool:
-    """Whether all that is left to commit are changed attributes, which no operation reports."""
+    """Return True if the session has only changed attributes, which no operation reports."""
     return not lock.is_used and not lock.is_busy

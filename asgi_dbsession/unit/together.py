@@ -1,4 +1,4 @@
-"""How the sessions of several databases end together."""
+"""Commits or rolls back the sessions of several databases together."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ Sessions = list[ManagedSession[Any]]
 
 
 async def end_together(sessions: Sessions, end: End) -> BaseException | None:
-    """Commit or roll back several sessions, in order.
+    """Commit or roll back several sessions, in the order of the list.
 
-    Every session is flushed before the first one is committed. If that fails anywhere, all are
-    rolled back.
+    Every session is flushed before the first COMMIT. If one flush fails, all sessions are rolled
+    back.
 
     Returns:
         The first error; None if there was none.
@@ -32,7 +32,7 @@ async def _prepare_all(sessions: Sessions, end: End) -> BaseException | None:
             await each.run(each.prepare, end)
         except BaseException as error:
             if not isinstance(error, Exception):
-                # Leave it alone: its thread is still at work, or has rolled back already.
+                # Do not roll back this session: its thread is still running, or has rolled back.
                 sessions.remove(each)
             return error
     return None
@@ -54,13 +54,13 @@ async def _commit_all(sessions: Sessions, end: End) -> BaseException | None:
         try:
             await each.run(each.end, end, True)
         except BaseException as error:
-            # The databases before this one have stored their part: see `two_phase`.
+            # The databases before this one have committed already; `two_phase` prevents this.
             return await _roll_back_all(sessions[number + 1 :], end, error)
     return None
 
 
 async def _commit_prepared(sessions: Sessions, end: End) -> BaseException | None:
-    """Commit what is decided: each can only be committed, if need be by somebody else."""
+    """Commit prepared sessions. After a failure continue, because the decision to commit stands."""
     failure: BaseException | None = None
     transactions = [prepared(each.companion.connections) for each in sessions]
     log_decision(transactions)

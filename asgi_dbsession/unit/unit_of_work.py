@@ -1,4 +1,4 @@
-"""The sessions of one request, or of one `begin()`, and how to get at them."""
+"""The unit of work: the sessions of one request, or of one `begin()`, and access to them."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -20,44 +20,46 @@ S = TypeVar("S")
 
 
 class SessionSource(Protocol[S]):
-    """What a unit of work needs of a database."""
+    """The methods of a database that a unit of work uses."""
 
     is_async: bool
     observers: tuple[UnitObserver, ...]
 
     def open_session(self, scope: Scope | None) -> ManagedSession[S]:
-        """Make a session; its first statement checks a connection out."""
+        """Return a new session; its first statement checks out a connection."""
         ...
 
 
 class UnitOfWork:
     """The sessions of one request, or of one `begin()`; committed or rolled back together.
 
-    It is put into the context empty, and filled from below. A value that is set further down (by
-    the task of an inner middleware, by a worker thread) would not be visible up here.
+    The context variable gets the empty unit at the start of the request, and inner code opens
+    sessions in it. A value that an inner task or worker thread sets is not visible in the outer
+    code.
 
     Args:
-        databases: Those whose sessions it opens; the first of each kind is the default.
-        scope: The ASGI scope that it serves, for `session.info["scope"]`. None once it has ended.
-        enclosing: The unit around it, where other databases are looked for.
-        observers: Told of what happens to it; and so are those of each database, from when its
-            session is opened.
+        databases: The databases whose sessions the unit opens; the first one of each kind is the
+            default.
+        scope: The ASGI scope for `session.info["scope"]`. None after the end of the request.
+        enclosing: The unit around this unit; other databases are searched there.
+        observers: The objects to call at each event. When a session is opened, the observers of its
+            database are added.
 
     Attributes:
-        is_inner: Whether it was made by `within`, and so serves the request of a unit around it.
-        joins_outer_unit: Whether `enclosing` is of the same request, and keeps its databases.
+        is_inner: True if `within` made the unit, so that the request belongs to an outer unit.
+        joins_outer_unit: True if `enclosing` belongs to the same request and keeps its databases.
         joined: The unit whose session `begin(join=True)` uses; None for any other unit.
-        rollback: What `set_rollback` said about the work since the last end.
-        rollback_set_by: The task that said so.
-        is_used: Whether anything was asked of it: a session, `on_commit`, `set_rollback`.
-        failure: The first error of an end. From then on, nothing may be sent.
-        callbacks: What `on_commit` was given, and waits for a commit.
-        two_phase: Whether its sessions commit in two phases.
-        is_blocking: Whether it ends on the calling thread, without an event loop.
-        closed: Whether it has ended.
+        rollback: The value of `set_rollback` since the last commit or rollback.
+        rollback_set_by: The task that called `set_rollback`.
+        is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
+        failure: The first error of a commit or rollback. After it, nothing may be sent.
+        callbacks: The functions given to `on_commit` that wait for COMMIT.
+        two_phase: True if the sessions use two-phase commit.
+        is_blocking: True if the unit ends on the calling thread, without an event loop.
+        closed: True if the unit has ended.
     """
 
-    # Set on the class, because every request pays for each attribute of its own.
+    # These defaults are class attributes, so that a request does not spend time on setting them.
     rollback_set_by: object = None
     two_phase: bool = False
     is_blocking: bool = False
@@ -86,14 +88,14 @@ class UnitOfWork:
             observer.unit_began(self)
 
     def chain(self) -> Iterator["UnitOfWork"]:
-        """This unit and those around it, the nearest first."""
+        """Iterate over this unit and the units around it, the nearest first."""
         unit: UnitOfWork | None = self
         while unit is not None:
             yield unit
             unit = unit.enclosing
 
     def of_same_request(self) -> Iterator["UnitOfWork"]:
-        """This unit and those around it that end with the same request, the nearest first."""
+        """Iterate over this unit and the units around it that end with the same request."""
         unit: UnitOfWork | None = self
         while unit is not None:
             yield unit
@@ -101,11 +103,11 @@ class UnitOfWork:
 
     @property
     def outermost(self) -> "UnitOfWork":
-        """The unit that ends last, of those of the same request."""
+        """The unit that ends last of all units of the same request."""
         return deque(self.of_same_request(), maxlen=1)[0] if self.joins_outer_unit else self
 
     def manages(self, database: SessionSource[Any]) -> bool:
-        """Whether this unit opens and ends the session of that database."""
+        """Return True if this unit opens and closes the session of the database."""
         if database not in self.databases:
             return False
         return not self.joins_outer_unit or not any(
@@ -113,7 +115,7 @@ class UnitOfWork:
         )
 
     def within(self, databases: tuple[SessionSource[Any], ...]) -> "UnitOfWork":
-        """A unit of its own, inside of this one. It has no scope once the request has ended."""
+        """Make a new unit inside this unit, without a scope if the request has ended."""
         serving = next((each for each in self.chain() if not each.is_inner), None)
         scope = serving.scope if serving is not None else None
         unit = UnitOfWork(databases, scope, self, self.observers)
@@ -121,7 +123,7 @@ class UnitOfWork:
         return unit
 
     def open(self, database: SessionSource[S]) -> S:
-        """The session of a database that this unit manages, made on first use.
+        """Return the session of a database that this unit manages; make the session on first use.
 
         Raises:
             SessionClosed: The unit of work has ended.
@@ -136,13 +138,13 @@ class UnitOfWork:
         self.is_used = True
         made = database.open_session(self.scope)
         opened = self.sessions.setdefault(database, made)
-        if opened is not made:  # another thread was faster
+        if opened is not made:  # another thread has opened the session meanwhile
             return opened
         if self.two_phase:
             made.orm.twophase = True
         if self.is_blocking:
             made.run = call_here
-        if self.closed:  # another thread ended it meanwhile
+        if self.closed:  # another thread has closed the unit meanwhile
             made.close_if_idle()
             raise SessionClosed(database)
         if self.callbacks or self.joins_outer_unit:
@@ -157,7 +159,7 @@ class UnitOfWork:
         return opened
 
     def _add_observer(self, observer: UnitObserver) -> None:
-        if observer not in self.observers:  # else a unit around this one had it
+        if observer not in self.observers:  # an outer unit may have added it before
             self.observers = (*self.observers, observer)
             observer.unit_began(self)
 
@@ -170,11 +172,11 @@ current_unit: ContextVar[UnitOfWork | None] = ContextVar("asgi_dbsession", defau
 
 
 def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
-    """The nearest unit of work that has a session of the database.
+    """Return the nearest unit of work that manages the session of the database.
 
     Raises:
-        NoSession: There is none here.
-        SessionClosed: A task has outlived the `begin(join=True)` that it was started in.
+        NoSession: No unit of work here manages this database.
+        SessionClosed: The `begin(join=True)` block that started this task has ended.
     """
     innermost = current_unit.get()
     for unit in innermost.chain() if innermost is not None else ():
@@ -186,32 +188,36 @@ def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
 
 
 def get_session() -> AsyncSession:
-    """The session of the default database: the first `AsyncDatabase` of the current unit of work.
+    """Return the session of the default database: the first `AsyncDatabase` of the unit of work.
 
-    It is opened on first use, and its first statement checks a connection out. It is valid until
-    the request (or the `begin()`) ends, and is then closed permanently. One task at a time may use
-    it: tasks that run at once open `database.begin()` each.
+    The session is opened on first use, and its first statement checks out a connection. The session
+    is valid until the request (or the `begin()`) ends, and is then closed permanently. Only one
+    task at a time may use the session; parallel tasks open `database.begin()` each.
 
     Raises:
-        NoSession: Not inside a request that `DBSessionMiddleware` serves, nor inside `begin()`.
+        NoSession: This code runs outside of a request that `DBSessionMiddleware` serves, and
+            outside of `begin()`.
         SessionClosed: The request that this task belongs to has ended.
         DatabaseNotRunning: The database has not been started.
-        ConfigurationError: There are only sync databases here.
+        ConfigurationError: The unit of work has only sync databases.
     """
     session: AsyncSession = _default_session(is_async=True)
     return session
 
 
 def get_sync_session() -> Session:
-    """The same for the first `SyncDatabase`: for handlers written with `def`."""
+    """Return the session of the first `SyncDatabase` of the unit of work, for `def` handlers.
+
+    See `get_session` for how long the session is valid, and which errors are raised.
+    """
     session: Session = _default_session(is_async=False)
     return session
 
 
 async def session_dependency() -> AsyncSession:
-    """`get_session` for injectors: `Annotated[AsyncSession, Depends(session_dependency)]`.
+    """Return `get_session()`; for `Annotated[AsyncSession, Depends(session_dependency)]`.
 
-    See `AsyncDatabase.session_dependency` for why it is a coroutine function without parameters.
+    `AsyncDatabase.session_dependency` explains why this is a coroutine function without parameters.
     """
     return get_session()
 
