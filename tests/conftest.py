@@ -401,7 +401,7 @@ def no_leaks(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     gc.collect()
     complaints = [
         record.getMessage()
-        for record in caplog.records
+        for record in (*caplog.get_records("call"), *caplog.records)
         if record.name.startswith(("sqlalchemy.pool", "asyncio"))
         and record.levelno >= logging.ERROR
     ]

@@ -3,9 +3,10 @@
 import asyncio
 from typing import Any
 
+import anyio
 import pytest
 from anyio import to_thread
-from asgi import get, respond
+from asgi import Exchange, Socket, get, respond
 from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running, checked_out
 from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
@@ -19,6 +20,7 @@ from asgi_dbsession import (
     SyncDatabase,
     TransactionAborted,
     get_session,
+    set_rollback,
 )
 
 pytestmark = pytest.mark.anyio
@@ -313,6 +315,62 @@ async def test_what_was_added_and_never_flushed_is_stored(running: Running) -> N
 
     await get(DBSessionMiddleware(app, running.database))
     assert running.stored() == ["orm"]
+
+
+START = {"type": "http.response.start", "status": 200, "headers": []}
+PART = {"type": "http.response.body", "body": b"part", "more_body": True}
+
+
+@pytest.mark.parametrize("ended", ["returned", "cancelled", "WebSocket cancelled"])
+async def test_an_object_added_after_a_response_was_cut_short_is_named_in_the_log(
+    running: Running, caplog: pytest.LogCaptureFixture, ended: str
+) -> None:
+    """As in `finally` of a stream whose client has left; the log names `begin()`."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send(START if scope["type"] == "http" else {"type": "websocket.accept"})
+        if scope["type"] == "http":
+            await send(PART)
+        try:
+            if ended != "returned":
+                await asyncio.sleep(60)
+        finally:
+            running.database.get_session().add(Note("lost"))
+
+    middleware = DBSessionMiddleware(app, running.database)
+    exchange = Socket(middleware) if ended.startswith("WebSocket") else Exchange(middleware)
+    with anyio.move_on_after(None if ended == "returned" else 0.1):
+        await exchange.run()
+    (line,) = (each for each in caplog.messages if "cut short: '/'" in each)
+    assert "async with database.begin() as session" in line
+    assert running.stored() == []
+    await running.assert_clean()
+
+
+@pytest.mark.parametrize("case", ["complete", "set_rollback", "no response", "read", "raised"])
+async def test_a_log_line_about_lost_objects_is_no_false_alarm(
+    running: Running, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    """Nothing is logged where the work was stored, nothing was changed, or an error is raised."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if case != "no response":
+            await send(START)
+            await send(PART)
+        if case == "read":
+            await running.execute(select(Note))
+        else:
+            running.database.get_session().add(Note("added"))
+        if case == "set_rollback":
+            set_rollback()
+        elif case == "raised":
+            raise LookupError
+        elif case == "complete":
+            await send({"type": "http.response.body"})
+
+    await get(DBSessionMiddleware(app, running.database))
+    assert not any("cut short" in each for each in caplog.messages)
+    assert running.stored() == (["added"] if case == "complete" else [])
 
 
 async def test_what_was_added_is_seen_by_the_next_statement(running: Running) -> None:

@@ -174,7 +174,7 @@ class DBSessionMiddleware:
             scope[_KEY] = outer
             unit.scope = None  # a task that outlives the request must not take part in it
         if unit.failure is not None:
-            if exchange.is_answered:
+            if unit.is_answered:
                 raise unit.failure
             raise AbortRequest(unit.failure) from unit.failure
 
@@ -198,11 +198,6 @@ class _Exchange:
         self._progress = _Progress.WAITING
 
     @property
-    def is_answered(self) -> bool:
-        """Whether it is too late for another response."""
-        return self._progress is not _Progress.WAITING
-
-    @property
     def may_commit(self) -> bool:
         """Whether the response is complete, so that work after it belongs to a success."""
         return self._progress is _Progress.COMPLETE
@@ -223,8 +218,8 @@ class _Exchange:
                 if unit.failure is not None:  # another start was sent at the same time, and failed
                     raise AbortRequest
             unit.rollback = None
-            self._progress = _Progress.STARTED
-        elif kind in _LAST and not message.get("more_body", False) and self.is_answered:
+            self._progress, unit.is_answered = _Progress.STARTED, True
+        elif kind in _LAST and not message.get("more_body", False) and unit.is_answered:
             await self._send_last(message)
             return
         await self._send(message)

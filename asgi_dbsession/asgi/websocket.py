@@ -29,12 +29,11 @@ class SocketExchange:
 
     Attributes:
         may_commit: Whether the socket was accepted, and not closed because of an error.
-        is_answered: Whether it is too late for a response.
     """
 
     def __init__(self, unit: UnitOfWork, receive: Receive, send: Send) -> None:
         self.may_commit: bool = False
-        self.is_answered: bool = True  # by the handshake, or by the server
+        unit.is_answered = True  # by the handshake, or by the server
         self._unit = unit
         self._receive = receive
         self._send = send

@@ -1,5 +1,6 @@
 """Commits or rolls back the work of a unit: all of it, or the work of one task."""
 
+import logging
 from asyncio import CancelledError
 from collections.abc import Coroutine
 from typing import Any, TypeAlias
@@ -14,6 +15,12 @@ from .after_commit import AfterCommit
 from .shares import Living, sort_work
 from .together import end_together
 from .unit_of_work import UnitOfWork, current_unit
+
+_logger = logging.getLogger("asgi_dbsession")
+_UNSAVED = (
+    "%d changed objects were not stored, because the response was cut short: %a. To store objects "
+    "in that case, add them in `async with database.begin() as session:`."
+)
 
 Sessions: TypeAlias = list[ManagedSession[Any]]
 
@@ -70,6 +77,8 @@ async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None =
     """
     unit.closed = True
     opened = tuple(unit.sessions.values())  # a thread may open a session meanwhile
+    if unit.is_answered and not commit:
+        _log_unsaved(unit, opened, _last_end(unit, commit, error))
     working = [each for each in opened if not each.close_if_idle()]
     try:
         if working or unit.callbacks:
@@ -155,6 +164,15 @@ def _tell(unit: UnitOfWork, end: End) -> None:
 
 def _last_end(unit: UnitOfWork, commit: bool, error: BaseException | None) -> End:
     return End(commit, _reason_to_roll_back(error, unit.rollback), close=True, error=error)
+
+
+def _log_unsaved(unit: UnitOfWork, opened: tuple[ManagedSession[Any], ...], end: End) -> None:
+    """Log objects that a handler added after the client had disconnected, as in `finally`."""
+    unsaved = sum(
+        len(each.orm.new) + len(each.orm.dirty) + len(each.orm.deleted) for each in opened
+    )
+    if unsaved and end.reason in ("cancelled", "unfinished"):
+        _logger.error(_UNSAVED, unsaved, unit.scope["path"] if unit.scope else "")
 
 
 def _in_order(unit: UnitOfWork, working: Sessions) -> Sessions:

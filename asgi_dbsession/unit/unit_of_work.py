@@ -56,6 +56,7 @@ class UnitOfWork:
         callbacks: The functions given to `on_commit` that wait for COMMIT.
         two_phase: True if the sessions use two-phase commit.
         is_blocking: True if the unit ends on the calling thread, without an event loop.
+        is_answered: True if another response can no longer be sent to the request.
         closed: True if the unit has ended.
     """
 
@@ -65,6 +66,7 @@ class UnitOfWork:
     is_blocking: bool = False
     joins_outer_unit: bool = False
     is_inner: bool = False
+    is_answered: bool = False
     joined: "UnitOfWork | None" = None
 
     def __init__(

@@ -97,7 +97,13 @@ WAYS: list[tuple[Save, bool, list[str]]] = [
 @pytest.mark.parametrize("waits_for", ["the model", "the client"])
 @pytest.mark.parametrize(("save", "in_shield", "stored"), WAYS)
 async def test_the_table_of_the_page_is_so(
-    running: Running, save: Save, *, in_shield: bool, stored: list[str], waits_for: str
+    running: Running,
+    caplog: pytest.LogCaptureFixture,
+    save: Save,
+    *,
+    in_shield: bool,
+    stored: list[str],
+    waits_for: str,
 ) -> None:
     """Wherever the stream is when the client goes; and the pool is whole afterwards."""
     ended = asyncio.Event()
@@ -124,6 +130,8 @@ async def test_the_table_of_the_page_is_so(
         await asyncio.wait_for(ended.wait(), 10)
     gc.collect()
     assert running.stored() == stored
+    cures = [each for each in caplog.messages if "async with database.begin()" in each]
+    assert len(cures) == (1 if save is add else 0)
 
 
 async def test_the_table_has_these_rows() -> None:
