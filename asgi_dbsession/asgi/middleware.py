@@ -1,32 +1,27 @@
 """What happens to the unit of work of a request, on each ASGI message."""
 
 from collections.abc import Callable
-from enum import Enum, auto
 
 from sqlalchemy import URL
 from typing_extensions import Never
 
 from asgi_dbsession.errors import ABORTED, AbortRequest
-from asgi_dbsession.session.completion import run_to_completion
-from asgi_dbsession.session.lock import current_task
-from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
-from asgi_dbsession.unit.ending import close, close_returned, end_work, end_work_of
+from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
+from asgi_dbsession.unit.ending import close, close_returned
 from asgi_dbsession.unit.report import UnitReport
 from asgi_dbsession.unit.retry_on import RetryOn
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 from .answer import add_note, answer_or_raise
 from .arguments import AnyDatabase, application_first, no_application, usable_databases
-from .commit_rule import CommitRule, CommitWhen, below_400, commit_rule
+from .commit_rule import CommitWhen, below_400, commit_rule
+from .exchange import Exchange
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .optional import with_optional_rooms
 from .websocket import SocketExchange
 
 # Where the unit of work of a request is in its scope: a middleware further in joins it.
 _KEY = "asgi_dbsession"
-
-# The messages that end a response, unless they say `more_body`.
-_LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
 
 
 class DBSessionMiddleware:
@@ -150,9 +145,9 @@ class DBSessionMiddleware:
         outer: UnitOfWork | None = scope.get(_KEY)
         unit = scope[_KEY] = UnitOfWork(self.databases, scope, outer, self._observers)
         unit.joins_outer_unit, unit.two_phase = outer is not None, self.two_phase
-        exchange: _Exchange | SocketExchange
+        exchange: Exchange | SocketExchange
         if scope["type"] == "http":
-            exchange = _Exchange(unit, receive, send, self._commit_rule)
+            exchange = Exchange(unit, receive, send, self._commit_rule)
         else:
             exchange = SocketExchange(unit, receive, send)
         token = current_unit.set(unit)
@@ -177,69 +172,3 @@ class DBSessionMiddleware:
             if unit.is_answered:
                 raise unit.failure
             raise AbortRequest(unit.failure) from unit.failure
-
-
-class _Progress(Enum):
-    WAITING = auto()
-    STARTED = auto()
-    COMPLETE = auto()
-
-
-class _Exchange:
-    """The messages of one response, and what they mean for its unit of work."""
-
-    __slots__ = ("_commit_rule", "_progress", "_send", "_unit", "receive")
-
-    def __init__(
-        self, unit: UnitOfWork, receive: Receive, send: Send, commit_rule: CommitRule
-    ) -> None:
-        self.receive: Receive = receive
-        self._unit, self._send, self._commit_rule = unit, send, commit_rule
-        self._progress = _Progress.WAITING
-
-    @property
-    def may_commit(self) -> bool:
-        """Whether the response is complete, so that work after it belongs to a success."""
-        return self._progress is _Progress.COMPLETE
-
-    async def send(self, message: Message) -> None:
-        """Send a message, after COMMIT or ROLLBACK if it acknowledges the work."""
-        unit = self._unit
-        if unit.failure is not None:
-            raise AbortRequest
-        kind = message["type"]
-        if kind == "http.response.start" and self._progress is _Progress.WAITING:
-            if unit.sessions or unit.callbacks:
-                try:
-                    await run_to_completion(end_work(unit, commit=self._decide(message)))
-                except Exception as error:
-                    unit.failure = unit.failure or error
-                    raise AbortRequest from error
-                if unit.failure is not None:  # another start was sent at the same time, and failed
-                    raise AbortRequest
-            unit.rollback = None
-            self._progress, unit.is_answered = _Progress.STARTED, True
-        elif kind in _LAST and not message.get("more_body", False) and unit.is_answered:
-            await self._send_last(message)
-            return
-        await self._send(message)
-
-    def _decide(self, message: Message) -> bool:
-        if self._unit.rollback is not None:
-            return not self._unit.rollback
-        return self._commit_rule(message["status"], self._unit.scope)
-
-    async def _send_last(self, message: Message) -> None:
-        unit, task = self._unit, current_task()
-        if unit.is_used and self._progress is _Progress.STARTED:
-            try:
-                await end_work_of(task, unit, commit=True, living="leave")
-            except Exception as error:
-                raise AbortRequest from error
-        self._progress = _Progress.COMPLETE
-        # uvicorn starts the next request of a client in this context: remove the unit from it.
-        token = current_unit.set(None)
-        try:
-            await self._send(message)
-        finally:
-            current_unit.reset(token)

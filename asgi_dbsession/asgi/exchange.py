@@ -1,0 +1,81 @@
+"""What ends the work of an HTTP request: the start of its response, and the end of its body."""
+
+from enum import Enum, auto
+
+from asgi_dbsession.errors import AbortRequest
+from asgi_dbsession.session.completion import run_to_completion
+from asgi_dbsession.session.lock import current_task
+from asgi_dbsession.types import Message, Receive, Send
+from asgi_dbsession.unit.ending import end_work, end_work_of
+from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
+
+from .commit_rule import CommitRule
+
+# The messages that end a response, unless they say `more_body`.
+_LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
+
+
+class _Progress(Enum):
+    WAITING = auto()
+    STARTED = auto()
+    COMPLETE = auto()
+
+
+class Exchange:
+    """The messages of one response, and what they mean for its unit of work."""
+
+    __slots__ = ("_commit_rule", "_progress", "_send", "_unit", "receive")
+
+    def __init__(
+        self, unit: UnitOfWork, receive: Receive, send: Send, commit_rule: CommitRule
+    ) -> None:
+        self.receive: Receive = receive
+        self._unit, self._send, self._commit_rule = unit, send, commit_rule
+        self._progress = _Progress.WAITING
+
+    @property
+    def may_commit(self) -> bool:
+        """Whether the response is complete, so that work after it belongs to a success."""
+        return self._progress is _Progress.COMPLETE
+
+    async def send(self, message: Message) -> None:
+        """Send a message, after COMMIT or ROLLBACK if it acknowledges the work."""
+        unit = self._unit
+        if unit.failure is not None:
+            raise AbortRequest
+        kind = message["type"]
+        if kind == "http.response.start" and self._progress is _Progress.WAITING:
+            if unit.sessions or unit.callbacks:
+                try:
+                    await run_to_completion(end_work(unit, commit=self._decide(message)))
+                except Exception as error:
+                    unit.failure = unit.failure or error
+                    raise AbortRequest from error
+                if unit.failure is not None:  # another start was sent at the same time, and failed
+                    raise AbortRequest
+            unit.rollback = None
+            self._progress, unit.is_answered = _Progress.STARTED, True
+        elif kind in _LAST and not message.get("more_body", False) and unit.is_answered:
+            await self._send_last(message)
+            return
+        await self._send(message)
+
+    def _decide(self, message: Message) -> bool:
+        if self._unit.rollback is not None:
+            return not self._unit.rollback
+        return self._commit_rule(message["status"], self._unit.scope)
+
+    async def _send_last(self, message: Message) -> None:
+        unit, task = self._unit, current_task()
+        if unit.is_used and self._progress is _Progress.STARTED:
+            try:
+                await end_work_of(task, unit, commit=True, living="leave")
+            except Exception as error:
+                raise AbortRequest from error
+        self._progress = _Progress.COMPLETE
+        # uvicorn starts the next request of a client in this context: remove the unit from it.
+        token = current_unit.set(None)
+        try:
+            await self._send(message)
+        finally:
+            current_unit.reset(token)
