@@ -172,7 +172,7 @@ async def test_under_load_it_names_the_guilty_line(served: Served) -> None:
     for each in database["connections"]:
         assert (each["state"], each["request"]) == ("idle", "GET /sleepy")
         assert each["line"].endswith(line_of(IDLE_LINE))
-        assert each["in_transaction"]
+        assert not each["in_transaction"]  # only plain reads so far
     first = facts["findings"][0]
     assert first["line"].endswith(line_of(IDLE_LINE))
     assert re.match(r"keeps 5 connections idle now, .* while 20 requests wait", first["what"])
@@ -216,10 +216,29 @@ async def test_begin_is_shown_too(served: Served) -> None:
     """Outside of a request, and without a middleware; also of a database that blocks."""
     async with served.database.begin() as session:
         await session.execute(select(ITEM))
-        (shown,) = [
-            each for each in (await served.facts())["now"][0]["connections"] if each["line"]
-        ]
+        shown = (await served.facts())["now"][0]["connections"][0]
     assert (shown["request"], shown["state"]) == ("begin()", "idle")
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_it_says_if_a_connection_is_in_a_transaction(driver: str) -> None:
+    """A plain read begins no transaction, and AUTOCOMMIT never does."""
+    statements = (select(ITEM), text("SELECT 1"), ITEM.insert().values(note="x"))
+    shown: dict[str, list[bool]] = {}
+    url = postgres.new_database("live").set(drivername=f"postgresql+{driver}")
+    for level in ("READ COMMITTED", "AUTOCOMMIT"):
+        database = AsyncDatabase(url, isolation_level=level)
+        page = LivePage(database)
+        async with database:
+            async with database.engine.begin() as connection:
+                await connection.run_sync(ITEM.metadata.create_all)
+            async with database.begin() as session:
+                for statement in statements:
+                    await session.execute(statement)
+                    facts = json.loads((await asked(page, "/json").run()).body)
+                    lane = facts["now"][0]["connections"][0]
+                    shown.setdefault(level, []).append(lane["in_transaction"])
+    assert shown == {"READ COMMITTED": [False, True, True], "AUTOCOMMIT": [False] * 3}
 
 
 async def test_a_database_that_blocks_is_shown(tmp_path: Any) -> None:

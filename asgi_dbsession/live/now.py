@@ -141,8 +141,13 @@ def _connection(
         "since": now - (checkout.idle_since if busy_since is None else busy_since),
         "line": line(checkout.call_site),
         "statement": without_values(checkout.statement, dialect) or checkout.kind.upper(),
-        "in_transaction": checkout.in_transaction,
+        "in_transaction": checkout.in_transaction and not _is_in_autocommit(checkout),
     }
+
+
+def _is_in_autocommit(checkout: Checkout) -> bool:
+    """Return True if the driver is in autocommit, also until a delayed BEGIN."""
+    return getattr(checkout.entry.dbapi_connection, "autocommit", None) is True
 
 
 def _empty(lane: int, state: str) -> Connection:
