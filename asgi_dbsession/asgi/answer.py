@@ -1,4 +1,4 @@
-"""What becomes of a COMMIT that failed: a response, or the original exception."""
+"""Answers a request whose COMMIT failed: sends a response, or raises the original exception."""
 
 from collections.abc import Callable, Coroutine
 
@@ -13,7 +13,7 @@ async def serve_and_answer(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Serve a request, and answer a COMMIT that failed."""
+    """Serve a request, and answer it if its COMMIT failed."""
     try:
         await serve(scope, receive, send)
     except AbortRequest as abort:
@@ -30,11 +30,12 @@ async def answer_or_raise(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Send the response that `on_commit_error` makes, or raise the error of the COMMIT.
+    """Send the response of `on_commit_error`, or raise the error of the COMMIT.
 
-    Not to be called in an `except` block: the error would become its own context.
+    Do not call this function in an `except` block: the error would get itself as its context.
     """
-    if failure is None:  # a middleware further out has stopped the request
+    # Without a failure, an outer middleware has stopped the request, and must answer it.
+    if failure is None:
         raise AbortRequest
     answer: ASGIApp | None = None
     if on_commit_error is not None and not isinstance(failure, ConfigurationError):
@@ -49,7 +50,7 @@ async def answer_or_raise(
 
 
 def add_note(failure: Exception, error: BaseException) -> None:
-    """Keep what the application raised while it was stopped because of `failure`."""
+    """Add a note to `failure` about an exception that the stopped application raised."""
     if isinstance(error, AbortRequest) or error is failure:
         return
     if isinstance(error, BaseExceptionGroup) and error.split(AbortRequest)[1] is None:
@@ -61,15 +62,15 @@ def add_note(failure: Exception, error: BaseException) -> None:
 
 
 def checked(decision: object, rule: str) -> bool:
-    """What a rule decided.
+    """Return the result of a function of the application that must return True or False.
 
     Raises:
-        ConfigurationError: It is neither True nor False.
+        ConfigurationError: `decision` is neither True nor False.
     """
     if decision is True or decision is False:
         return decision
     if isinstance(decision, Coroutine):
-        decision.close()  # or Python would warn that nobody awaited it
+        decision.close()  # otherwise Python warns that nobody awaited it
     raise ConfigurationError(
         f"{rule} must return True or False, and returned something of type "
         f"{type(decision).__name__}. Write a plain function, which is not awaited."

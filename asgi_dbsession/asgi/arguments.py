@@ -1,4 +1,4 @@
-"""What `DBSessionMiddleware` can be made with, and what it says about anything else."""
+"""Checks the arguments of `DBSessionMiddleware`."""
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -23,16 +23,16 @@ D = TypeVar("D")
 
 
 async def no_application(scope: Scope, receive: Receive, send: Send) -> None:
-    """Stand for an application that was not given; it is never called."""
+    """Take the place of a missing application argument; this function is never called."""
 
 
 def application_first(
     app: ASGIApp, databases: tuple[D, ...], unknown: Mapping[str, object]
 ) -> tuple[ASGIApp, tuple[D, ...]]:
-    """The application and the databases, whether the application came by position or by name.
+    """Return the application and the databases, for positional and keyword arguments.
 
-    Litestar's `DefineMiddleware` and Starlette below 0.41.3 give the application by name, so the
-    first database is in its place.
+    Litestar's `DefineMiddleware` and Starlette below 0.41.3 pass the application as a keyword. Then
+    the first positional argument is a database.
     """
     named: Any = unknown.get("app")
     if named is None:
@@ -48,13 +48,14 @@ def usable_databases(
     options: Mapping[str, Any],
     made_by: type,
 ) -> tuple[AnyDatabase, ...] | Unstartable:
-    """The databases to use; or an `Unstartable`, which makes the startup and each request fail.
+    """Return the databases to use, or an `Unstartable` if they cannot be used.
 
-    Frameworks make their middleware in the event loop of the server, within the lifespan. Servers
-    take an error there for an application without a lifespan, and answer each request with 500.
+    An `Unstartable` makes the startup and each request fail. In an event loop an exception would be
+    hidden: frameworks create their middleware during the lifespan. If an exception is raised there,
+    servers assume that the application has no lifespan, and answer each request with 500.
 
     Raises:
-        ConfigurationError: An argument is not what it should be, and no event loop is running.
+        ConfigurationError: An argument is wrong, and no event loop is running.
     """
     try:
         _check_application(app)
@@ -142,7 +143,7 @@ def _check_retry_on(given: object, attempts: int) -> None:
 
 def _check_number(name: str, given: object) -> None:
     if type(given) is not int:  # True is an int too
-        # Not quoted: a value in the wrong place may be a secret.
+        # Do not show the value: it may be a secret that was given in the wrong place.
         raise ConfigurationError(
             f"{name} takes a whole number from 1 on, not something of type {type(given).__name__}."
         )

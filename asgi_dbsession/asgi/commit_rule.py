@@ -1,4 +1,4 @@
-"""Which responses commit: the rule of an application, in the one form that the middleware calls."""
+"""Converts `commit_when` into a function of the status and the scope."""
 
 from collections.abc import Callable
 from http import HTTPStatus
@@ -13,22 +13,22 @@ from .answer import checked
 CommitWhen: TypeAlias = Callable[[int], bool] | Callable[[int, Scope], bool]
 CommitRule: TypeAlias = Callable[[int, Scope], bool]
 
-_BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)  # an enumeration is slow to ask
+_BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)  # an int, because reading an enumeration is slow
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def below_400(status: int) -> bool:
-    """Whether a status is no error: the rule of `DBSessionMiddleware` unless told otherwise."""
+    """Return True if the status is below 400; the default of `commit_when`."""
     return status < _BAD_REQUEST
 
 
 def commit_rule(commit_when: CommitWhen) -> CommitRule:
-    """Call `commit_when` with the status, or with the status and the scope, as its signature says.
+    """Convert `commit_when` into a function of the status and the scope.
 
-    A parameter with a default is the function's own business, unless it is named `scope`.
+    A parameter with a default value gets the scope only if it is named `scope`.
 
     Raises:
-        ConfigurationError: It takes neither.
+        ConfigurationError: `commit_when` takes other arguments than the status and the scope.
     """
     if commit_when is below_400:
         return lambda status, _scope: status < _BAD_REQUEST
@@ -41,7 +41,7 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
 def _takes_scope(rule: Callable[..., object]) -> bool:
     try:
         parameters = signature(rule).parameters.values()
-    except (TypeError, ValueError):  # a builtin, which hides its signature
+    except (TypeError, ValueError):  # a builtin function has no signature
         return False
     positional = [each for each in parameters if each.kind in _POSITIONAL]
     needed = [each for each in positional if each.default is Parameter.empty]

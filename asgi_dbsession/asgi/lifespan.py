@@ -1,4 +1,4 @@
-"""When databases start and stop, also around an application that ignores the lifespan."""
+"""Starts and stops the databases, even if the application ignores the lifespan."""
 
 import logging
 from collections.abc import Sequence
@@ -12,47 +12,48 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 class Startable(Protocol):
-    """What lives as long as the application."""
+    """An object to start and stop together with the application."""
 
     async def startup(self) -> None:
-        """Begin; on an error leave nothing behind."""
+        """Start; if an error is raised, leave nothing open."""
         ...
 
     async def shutdown(self) -> None:
-        """End."""
+        """Stop, and close everything that `startup` has opened."""
         ...
 
 
 class Unstartable:
-    """Stands for databases that cannot be described, and has the startup fail with the reason.
+    """Takes the place of databases that cannot be used, and makes the startup fail with the reason.
 
-    Frameworks make their middleware within the lifespan. An error there is to servers what an
-    application without a lifespan raises: they start, and answer each request with 500.
+    Frameworks create their middleware during the lifespan. If an exception is raised there, servers
+    assume that the application has no lifespan, start, and answer each request with 500.
     """
 
     def __init__(self, reason: Exception) -> None:
         self._reason = reason
 
     async def startup(self) -> None:
-        """Fail."""
+        """Raise the reason why the databases cannot be used."""
         await self.refuse()
 
     async def shutdown(self) -> None:
-        """Nothing was started."""
+        """Do nothing, because nothing was started."""
 
     async def refuse(self, *_: object) -> NoReturn:
-        """Raise the reason, whatever is asked for."""
+        """Raise the reason why the databases cannot be used, for any ASGI scope."""
         raise self._reason.with_traceback(None)
 
 
 async def serve_lifespan(
     app: ASGIApp, databases: Sequence[Startable], scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Run the databases from before the startup of `app` until after its shutdown.
+    """Start the databases before the startup of `app`, and stop them after its shutdown.
 
-    They are stopped before the server is told how the shutdown went, whatever went wrong. An
-    application that raises before it receives the startup has no lifespan, and is served without;
-    one that received the startup and raises has failed, and the server is told so.
+    The databases are stopped before the server gets the result of the shutdown, even after an
+    error. If the application raises before it receives the startup message, it has no lifespan: its
+    requests are served without a lifespan. If the application raises after that, the startup has
+    failed, and the server gets `startup.failed`.
     """
     lifespan = _Lifespan(databases, receive, send)
     try:
@@ -63,7 +64,7 @@ async def serve_lifespan(
 
 
 class _Lifespan:
-    """The messages of one lifespan, and what they mean for the databases."""
+    """One run of the lifespan; starts and stops the databases at the right messages."""
 
     def __init__(self, databases: Sequence[Startable], receive: Receive, send: Send) -> None:
         self._databases = databases
@@ -80,11 +81,12 @@ class _Lifespan:
         failure = await self._start_each()
         if failure is None:
             return
-        # Outside of the `except`: what a server raises here (hypercorn does) would drag it along.
+        # Send outside of the `except` block: an exception of `send` (hypercorn raises) would get
+        # this failure as its context.
         await self.stop()
         await self._send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
-        # Servers have heard enough, but a test client would go on as if all were running, and
-        # wait for ever for the answer to its shutdown.
+        # Servers need no exception after `startup.failed`. A test client does: without the
+        # exception, it would run the test and then wait forever for the end of the shutdown.
         raise failure
 
     async def _start_each(self) -> Exception | None:
@@ -114,13 +116,13 @@ class _Lifespan:
             await self.send({"type": "lifespan.shutdown.complete"})
 
     async def _fail_startup(self, failure: Exception) -> NoReturn:
-        # With the traceback: servers show the message alone.
+        # Log the traceback, because servers show only the message.
         _logger.error("The startup of the application failed", exc_info=failure)
         await self.send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
         raise failure
 
     async def _serve_after_return(self) -> None:
-        """Answer for an application whose requests go on although its lifespan has returned."""
+        """Answer the server for an application that returned early from its lifespan."""
         if not self._answered_startup:
             await self.send({"type": "lifespan.startup.complete"})
         while not (self._finished or self._heard_shutdown):
@@ -149,7 +151,7 @@ class _Lifespan:
         await self._send(message)
 
     async def stop(self) -> list[Exception]:
-        """Stop what is running, cancelled or not, and each although another one fails."""
+        """Stop all running databases, even if the caller is cancelled or one of them fails."""
         return await run_to_completion(self._stop_each()) if self._running else []
 
     async def _stop_each(self) -> list[Exception]:

@@ -1,4 +1,4 @@
-"""What happens to the unit of work of a request, on each ASGI message."""
+"""The middleware: commits, rolls back and closes the unit of work of a request."""
 
 from collections.abc import Callable
 
@@ -20,61 +20,60 @@ from .lifespan import Startable, Unstartable, serve_lifespan
 from .optional import with_optional_rooms
 from .websocket import SocketExchange
 
-# Where the unit of work of a request is in its scope: a middleware further in joins it.
+# The key of the unit of work in the scope. An inner middleware finds the unit there and joins it.
 _KEY = "asgi_dbsession"
 
 
 class DBSessionMiddleware:
-    """Give each request one session per database, and end it before the response is sent.
+    """Give each request one session per database, and commit before the response is sent.
 
-    1. A session is opened when the application first asks for it; none otherwise.
-    2. The start of a response with a status below 400 waits for COMMIT, and is sent only then.
-    3. On any other status, an exception, a cancellation, or no response: ROLLBACK.
+    1. A session is opened when the application first asks for it.
+    2. If the status is below 400, the start of the response waits for COMMIT.
+    3. After any other status, an exception, a cancellation, or no response: ROLLBACK.
     4. If COMMIT fails, nothing of the response is sent, and background tasks do not run.
-    5. Streaming bodies and background tasks go on with the same session, as a unit of work of
-       their own: committed when they end, rolled back when they fail.
+    5. Streaming bodies and background tasks use the same session in a new unit of work, which is
+       committed at their end, and rolled back if they fail.
     6. When the application returns, its sessions are closed permanently.
 
-    On a WebSocket, the work of a task is committed before it sends or waits to receive. A denial,
-    an exception or a close code other than 1000 and 1001 rolls back.
+    On a WebSocket, the work of a task is committed before the task sends a message or waits for
+    one. A denial, an exception or a close code other than 1000 and 1001 rolls back.
 
-    Databases are started before the application's own startup and stopped after its shutdown.
-    Other scopes and messages pass untouched.
+    Databases are started before the application's own startup and stopped after its shutdown. Other
+    scopes and messages pass unchanged.
 
     Args:
         app: The ASGI application.
-        *databases: An `AsyncDatabase`, a `SyncDatabase`, or a URL (for an `AsyncDatabase`) each;
-            the first is the default. None at all: `AsyncDatabase.from_env()`.
+        *databases: Any number of `AsyncDatabase`, `SyncDatabase` or URL (for an `AsyncDatabase`);
+            the first is the default. Without databases: `AsyncDatabase.from_env()`.
         commit_when: A plain function that replaces `status < 400` in rules 2 and 3. It takes the
             status, or the status and the ASGI scope of the request: `def rule(status, scope)`. It
-            must return True or False; anything else is an error, and rolls back.
-        on_commit_error: A plain function that makes the response to a COMMIT that failed: an ASGI
-            application, such as a Starlette `Response`. If it returns None, and if there is none,
-            the original exception is raised to the server.
-        attempts: How often a request may run if the database reports a conflict: a serialization
-            failure, a deadlock, a busy SQLite; or a statement that a migration has made stale. It
-            runs again from the start, with the same body, after a random pause of at most a second.
-            It never runs again once anything was sent, or committed on a database of this package,
-            or under AUTOCOMMIT, or with a body of more than 1 MiB, or when cancelled. What its
-            handler does elsewhere is done again.
-        retry_on: What else counts as a conflict: an exception class, a tuple of them, or a plain
-            function of an exception that returns True or False. It is asked about each error of
-            the database, and about what the application raises, or answers with 400 and above.
-        retry_after: Seconds. If no connection becomes free for a request within the engine's
-            `pool_timeout`, and the request ends with that error or a status of 500, it is answered
-            503 with this `Retry-After`. None: the error of the pool is left to the application.
-        two_phase: Whether the sessions of a request commit in two phases, so that a COMMIT can no
-            longer fail after another one succeeded. The drivers must support it.
-        on_report: A plain function that is called once for each unit of work that has ended: the
-            response's, before its status is sent; the body's or background task's; and each
-            `begin()` and `on_commit` function inside of the request. It is called on the event loop
-            (on its own thread for `SyncDatabase.begin()`), so it must be quick. What it raises is
-            logged.
+            must return True or False; any other value is an error, and rolls back.
+        on_commit_error: A plain function that takes the error of a failed COMMIT and returns the
+            response: an ASGI application, such as a Starlette `Response`. If it returns None, or is
+            None, the error is raised to the server.
+        attempts: How often a request may run. If the database reports a conflict (serialization
+            failure, deadlock, busy SQLite, or a statement outdated by a migration), the request
+            runs again from the start, with the same body, after at most a second. There is no retry
+            after something was sent, or committed on a database of this package; with AUTOCOMMIT;
+            with a body over 1 MiB; or after a cancellation. Other effects of the handler are
+            repeated.
+        retry_on: Other errors to retry like a conflict: an exception class, a tuple of classes, or
+            a plain function that takes an exception and returns True or False. It gets errors of
+            the database, and exceptions that the application raises or answers with 400 or above.
+        retry_after: Seconds. If no connection becomes free within the engine's `pool_timeout`, and
+            the request ends with this error or a status of 500, the response is 503 with this
+            `Retry-After`. None: the application gets the error of the pool.
+        two_phase: True to commit the sessions of a request in two phases, so that a COMMIT cannot
+            fail after another one succeeded. The drivers must support it.
+        on_report: A plain function to call at the end of each unit of work: before the status is
+            sent, after the body or background task, and after each `begin()` and `on_commit`
+            function. It runs on the event loop (for `SyncDatabase.begin()`, on its thread), so it
+            must be fast. Its exceptions are logged.
 
     Raises:
-        ConfigurationError: An argument is not what it should be. In a running event loop, where
-            frameworks make their middleware, and for a URL that cannot work, the startup of the
-            server fails instead; or each request, if the server sends no startup.
+        ConfigurationError: An argument is wrong. In a running event loop, where frameworks create
+            their middleware, and for a wrong URL, the startup of the server fails instead; without
+            a startup message, each request fails.
     """
 
     def __init__(
@@ -124,7 +123,8 @@ class DBSessionMiddleware:
         """Serve one ASGI scope."""
         kind = scope["type"]
         if kind == "http":
-            # A middleware further out retries, and answers 503, for this one too.
+            # If an outer middleware serves this request too, only the outer one retries and answers
+            # 503.
             serve = self._serve_http if scope.get(_KEY) is None else self._serve
             try:
                 await serve(scope, receive, send)
@@ -159,7 +159,8 @@ class DBSessionMiddleware:
                 raise
             add_note(unit.failure, error)
         else:
-            # "Returned" is not "succeeded": a client that hangs up ends a stream like that.
+            # The application may return although it failed: if the client disconnects, a stream
+            # just ends.
             unit.closed = True
             if unit.is_used:
                 commit = exchange.may_commit and not unit.rollback and unit.failure is None
@@ -167,7 +168,7 @@ class DBSessionMiddleware:
         finally:
             current_unit.reset(token)
             scope[_KEY] = outer
-            unit.scope = None  # a task that outlives the request must not take part in it
+            unit.scope = None  # a task that outlives the request must not use its scope
         if unit.failure is not None:
             if unit.is_answered:
                 raise unit.failure

@@ -1,4 +1,4 @@
-"""Adds the optional rooms that a middleware asks for, and imports no other."""
+"""Adds the optional rooms that the options of a middleware need, and imports no other room."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,10 +22,10 @@ def with_optional_rooms(
     on_commit_error: Callable[[Exception], ASGIApp | None] | None,
     on_report: Callable[[UnitReport], object] | None,
 ) -> tuple[ASGIApp, tuple[UnitObserver, ...]]:
-    """Wrap `serve` in what was asked for, and have it observe units of work and their engines.
+    """Wrap `serve` in the optional rooms that the options need, and add their observers.
 
     Returns:
-        What serves a request of HTTP, and who observes its units.
+        The application that serves HTTP requests, and the observers of its units of work.
     """
     observers: list[UnitObserver] = []
     if on_report is not None:

@@ -1,4 +1,4 @@
-"""What ends the work of a WebSocket: whatever its peer can observe, and waiting for the peer."""
+"""Commits or rolls back the work of a WebSocket before each message, and before a wait for one."""
 
 from contextlib import suppress
 
@@ -8,39 +8,40 @@ from asgi_dbsession.types import Message, Receive, Send
 from asgi_dbsession.unit.ending import end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
-# The messages that tell the peer something; the last one is a denial.
+# The messages that tell something to the client; the last type is a denial.
 _OBSERVED = (
     "websocket.accept",
     "websocket.send",
     "websocket.close",
     "websocket.http.response.start",
 )
-# Normal closure, and going away: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
+# Normal closure and going away; source: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
 _REGULAR_CLOSE = (1000, 1001)
-# An internal error. daphne lets an application send no code below 3000 but 1000.
+# The code of an internal error, for two kinds of servers: in daphne, an application may send no
+# code below 3000 except 1000.
 _INTERNAL_ERROR = (1011, 4500)
 
 
 class SocketExchange:
-    """The messages of one WebSocket, and what they mean for its unit of work.
+    """The messages of one WebSocket, and the commits and rollbacks that they cause.
 
-    Before a message, and before waiting for one, the work of the task that sends or receives is
-    committed; or rolled back, with a denial and an irregular close.
+    The work of a task is committed before the task sends a message or waits for one. A denial or a
+    close because of an error rolls back instead.
 
     Attributes:
-        may_commit: Whether the socket was accepted, and not closed because of an error.
+        may_commit: True if the socket was accepted, and not closed because of an error.
     """
 
     def __init__(self, unit: UnitOfWork, receive: Receive, send: Send) -> None:
         self.may_commit: bool = False
-        unit.is_answered = True  # by the handshake, or by the server
+        unit.is_answered = True  # the server or the application answers the handshake
         self._unit = unit
         self._receive = receive
         self._send = send
-        self._waiting = 0  # how many tasks wait for the peer
+        self._waiting = 0  # number of tasks that wait for a message of the client
 
     async def receive(self) -> Message:
-        """End the work of the task that waits, so that it holds no connection meanwhile."""
+        """Commit the work of the task that waits, so that it holds no connection while it waits."""
         await self._end_work(commit=True)
         self._waiting += 1
         try:
@@ -49,7 +50,7 @@ class SocketExchange:
             self._waiting -= 1
 
     async def send(self, message: Message) -> None:
-        """End the work of the task that sends, so that what it says is true."""
+        """Commit or roll back the work of the task that sends, and then send the message."""
         kind = message["type"]
         if kind == "websocket.accept":
             self.may_commit = True
@@ -79,10 +80,14 @@ class SocketExchange:
                 raise AbortRequest from error
 
     async def _wake_waiting(self) -> None:
-        """Close the socket if another task waits for the peer, who waits for what was not sent."""
+        """Close the socket if another task waits for a message of the client.
+
+        The client may wait for the message that was not sent, so both would wait forever.
+        """
         if self._waiting and self.may_commit:
             self.may_commit = False
             for code in _INTERNAL_ERROR:
-                with suppress(Exception):  # the peer may have gone, and the failure is what matters
+                # If the client has disconnected, only the error of the COMMIT matters.
+                with suppress(Exception):
                     await self._send({"type": "websocket.close", "code": code})
                     return
