@@ -1,4 +1,4 @@
-"""A database behind an async engine."""
+"""The database class for async engines."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -32,20 +32,21 @@ Args = TypeVarTuple("Args")
 
 
 class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
-    """A database behind an async engine: described now, built in the event loop at startup.
+    """A database with an async engine; the engine is built in the event loop at startup.
 
     Args:
-        url: A database URL. One that names no driver (`postgresql://`, `mysql://`, `sqlite://`)
-            gets an installed async one.
-        session_options: For the session class, itself included: `{"class_": MySession}`.
-            `expire_on_commit` is False unless given.
-        ping_on_startup: Whether startup fails when the database does not answer.
-        autocommit_reads: Whether a unit of work that only reads does without a transaction. None:
-            where no application can tell, on PostgreSQL at READ COMMITTED. False: never.
-        **engine_options: For `sqlalchemy.ext.asyncio.create_async_engine`.
+        url: A database URL. A URL without a driver (`postgresql://`, `mysql://`, `sqlite://`) gets
+            an installed async driver.
+        session_options: Arguments for the session class, and the class itself: `{"class_":
+            MySession}`. The default of `expire_on_commit` is False.
+        ping_on_startup: True to let the startup fail if the database does not answer.
+        autocommit_reads: True to read without a transaction until the unit of work writes. None:
+            only where the application sees no difference, on PostgreSQL at READ COMMITTED. False:
+            never.
+        **engine_options: Arguments for `sqlalchemy.ext.asyncio.create_async_engine`.
 
     Raises:
-        ConfigurationError: The URL is none, its driver is missing, or it blocks.
+        ConfigurationError: The URL is not a database URL, or its driver is not installed or blocks.
     """
 
     is_async = True
@@ -73,30 +74,31 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     @asynccontextmanager
     async def begin(self, *, join: bool = False) -> AsyncIterator[AnyAsyncSession]:
-        """Open a unit of work of its own: COMMIT on success, ROLLBACK on any error or cancellation.
+        """Open a new unit of work: COMMIT on success, ROLLBACK on any error or cancellation.
 
-        For workers, scripts, child tasks, and rows that must survive the rollback of a request.
-        Ending it runs to completion although it is cancelled. Inside a request it is a transaction
-        of its own, and so waits for rows that the request has locked.
+        For workers, scripts, child tasks, and rows that must survive the rollback of a request. The
+        COMMIT or ROLLBACK runs to completion even if the task is cancelled. Inside a request, the
+        block has its own transaction, so it waits for rows that the request has locked.
 
-        It is a decorator too: `@database.begin()` above an `async def` function.
+        Also usable as a decorator: `@database.begin()` above an `async def` function.
 
         Args:
-            join: Whether to join the unit of work that is open here, if it has this database: a
-                savepoint of the session that `database.get_session()` returns. An error rolls back
-                to the savepoint, and rises; a success leaves COMMIT to the outer unit, to which
-                `on_commit` and `set_rollback` apply. While the block is open, only code inside of
-                it may use the session. Where no unit is open, it opens one of its own.
+            join: True to join the open unit of work, if it has this database: the block then runs
+                in a savepoint of the session that `database.get_session()` returns. An error rolls
+                back to the savepoint and is raised; after a success, the outer unit commits.
+                `on_commit` and `set_rollback` apply to the outer unit. While the block is open,
+                only code inside the block may use the session. If no unit is open, a new unit is
+                opened.
 
         Yields:
-            A new session, closed permanently at the end of the block. Inside the block it is what
-            `get_session()` returns too.
+            A new session, closed permanently at the end of the block. Inside the block,
+            `get_session()` returns this session too.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
-            TransactionAborted: An error was swallowed that had aborted the transaction.
-            ConcurrentUse: Another task is inside of `begin(join=True)` on the same session.
-            Exception: Whatever COMMIT raised; nothing was stored.
+            TransactionAborted: The application caught an error that aborted the transaction.
+            ConcurrentUse: Another task is inside `begin(join=True)` on the same session.
+            Exception: The exception of COMMIT; nothing was stored.
         """
         outer = unit_to_join(self) if join else None
         if outer is not None:
@@ -119,27 +121,28 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         attempts: int = 3,
         retry_on: RetryOn = None,
     ) -> T:
-        """Call a function in a unit of work of its own, and again after a conflict.
+        """Call a function in a new unit of work, and call it again after a conflict.
 
-        For workers and scripts, where no request can be run again. The function runs from the start
-        each time, so what it does elsewhere is done again. It never runs again once something else
-        was committed inside: `session.commit()`, or a `begin()` of any database. Each retry waits
-        a random time of at most a second, and is logged.
+        For workers and scripts, where no request can be retried. Each attempt runs the whole
+        function, so its other side effects happen again. There is no retry after another COMMIT
+        inside the function: `session.commit()`, or a `begin()` of any database. Each retry waits
+        for a random time of at most a second, and is logged.
 
         Args:
-            function: A coroutine function. `get_session()` in it is the session of the unit.
-            *args: For the function.
-            attempts: How often it may run.
-            retry_on: What else counts as a conflict: an exception class, a tuple of them, or a
-                plain function that is given an exception and returns True or False.
+            function: A coroutine function. Inside it, `get_session()` returns the session of the
+                unit.
+            *args: The arguments for the function.
+            attempts: How often the function may run.
+            retry_on: Other errors to retry like a conflict: an exception class, a tuple of classes,
+                or a plain function that takes an exception and returns True or False.
 
         Returns:
-            What the function returned, after COMMIT.
+            The result of the function, after COMMIT.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
-            ConfigurationError: An argument is not what it should be.
-            Exception: Whatever the function, or COMMIT, raised in the last attempt.
+            ConfigurationError: An argument is wrong.
+            Exception: The exception of the function or of COMMIT in the last attempt.
         """
         from asgi_dbsession.retry.transaction import run_transaction
 
@@ -157,7 +160,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     @override
     async def startup(self) -> None:
         if self._owns_engine and self._loop is not None and self._loop.is_closed():
-            # Its connections went with it; what is left of the engine could only fail.
+            # The connections of this engine belong to a closed event loop and cannot be used any
+            # more.
             self._forget_engine()
         self._refuse_other_loop()
         await super().startup()
@@ -185,7 +189,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _refuse_other_loop(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # a worker thread of the loop that serves the request
+        except RuntimeError:  # this is a worker thread
             return
         if self._loop is loop:
             return
@@ -195,11 +199,12 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             raise DatabaseNotRunning(self, other_loop=True)
 
     def _take_to_loop(self, engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
-        """Use an engine of the application's own in a loop that did not use it before."""
+        """Use an engine of the application in an event loop that has not used the engine before."""
         if self._loop is not None and not isinstance(engine.pool, NullPool):
             if not self._loop.is_closed():
                 raise DatabaseNotRunning(self, other_loop=True)
-            # Its connections went with the loop, and can only be left to the garbage collector.
+            # The old connections belong to the closed event loop, so only the garbage collector can
+            # free them.
             engine.sync_engine.dispose(close=False)
         self._loop = loop
 
@@ -225,7 +230,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         pool = engine.pool
         async with engine.connect() as connection:
             await connection.execute(select(1))
-            if engine.pool is not pool:  # disposed meanwhile: nobody would close what it got back
+            # The engine was disposed meanwhile, so nobody would close this connection later.
+            if engine.pool is not pool:
                 await connection.invalidate()
 
     @override

@@ -1,4 +1,4 @@
-"""An engine's life, whatever its kind."""
+"""The base class of `AsyncDatabase` and `SyncDatabase`."""
 
 import os
 import re
@@ -32,7 +32,7 @@ S = TypeVar("S")
 
 
 class Database(EngineLife[E], Generic[E, S]):
-    """What an async and a sync database share: all but how to talk to the engine."""
+    """A database without the code that differs between async and blocking engines."""
 
     _engine_class: type[E]
     _questions: Questions
@@ -56,31 +56,32 @@ class Database(EngineLife[E], Generic[E, S]):
         self._session_options = {
             "expire_on_commit": False,
             **(session_options or {}),
-            # A closed session would silently open again, and leak.
+            # Without this option, a closed session opens again silently and leaks a connection.
             "close_resets_only": False,
         }
         self.observers: tuple[UnitObserver, ...] = ()
 
     @classmethod
     def from_env(cls, variable: str = "DATABASE_URL", **options: Any) -> Self:
-        """Describe the database that an environment variable names.
+        """Make a database from the URL in an environment variable.
 
         Args:
-            variable: The variable that holds the URL.
-            **options: As for the class itself.
+            variable: The name of the environment variable.
+            **options: The same keyword arguments as for the class.
 
         Raises:
-            ConfigurationError: The variable is not set, or what it holds cannot work.
+            ConfigurationError: The variable is not set, or its value is not a usable URL.
         """
         if not isinstance(variable, str) or "://" in variable:
-            # Not quoted: it may hold a password.
+            # Do not show the value: a URL contains a password.
             raise ConfigurationError(
                 f"{cls.__name__}.from_env takes the name of an environment variable; a URL goes "
                 f"into {cls.__name__} itself."
             )
         url = os.environ.get(variable)
         if not url:
-            # Quoted only where it looks like the name of a variable: it may be a secret.
+            # Show the value only if it looks like the name of a variable: otherwise it may be a
+            # secret.
             name = variable if re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) else "The variable"
             raise ConfigurationError(
                 f"{name} is not set. Set it to a database URL, for example "
@@ -93,19 +94,20 @@ class Database(EngineLife[E], Generic[E, S]):
     def from_engine(
         cls, engine: E, *, session_options: Any = None, ping_on_startup: bool = True
     ) -> Self:
-        """Use an engine of yours. It stays yours: it is running at once, and never disposed.
+        """Make a database from an existing engine; the database runs at once, and never disposes it.
 
-        Its listeners of this package go when the last database goes that was made from it. An
-        async engine belongs to the event loop that uses it first. When that loop has been closed,
-        the next one gets new connections; several loops at once need `poolclass=NullPool`.
+        This package adds listeners to the engine, and removes them when the last database that uses
+        the engine is garbage collected. An async engine belongs to the event loop that uses it
+        first. After that loop was closed, the next loop gets new connections. Several loops at once
+        need `poolclass=NullPool`.
 
         Args:
             engine: An `AsyncEngine` for `AsyncDatabase`, an `Engine` for `SyncDatabase`.
-            session_options: As for the class itself.
-            ping_on_startup: As for the class itself.
+            session_options: The same value as for the class.
+            ping_on_startup: The same value as for the class.
 
         Raises:
-            ConfigurationError: It is an engine of the other kind, or none.
+            ConfigurationError: `engine` is not an engine, or an engine of the other kind.
         """
         if not isinstance(engine, cls._engine_class):
             raise ConfigurationError(
@@ -120,11 +122,12 @@ class Database(EngineLife[E], Generic[E, S]):
         return database
 
     async def health(self, *, within: float = 1) -> Health:
-        """Say whether the database answers, soon and without raising, for a route like `/health`.
+        """Check if the database answers within a time limit; for a route like `/health`.
 
-        Where the pool is exhausted or the server gone, it gives up in time. Callers share the
-        question that is under way. A blocking driver cannot be stopped: a question that was given
-        up goes on in its thread, and while three of them do, no other one is asked.
+        An exhausted pool or an unreachable server gives a negative answer in time, never an
+        exception. Parallel callers share one check. A blocking driver cannot be stopped, so a check
+        that takes too long continues in its thread. While three such checks continue, no new check
+        is started.
 
         Args:
             within: Seconds to wait for the answer.
@@ -145,38 +148,39 @@ class Database(EngineLife[E], Generic[E, S]):
         return Health(answers, latency, reason, pool.size(), pool.checkedout(), overflow)
 
     def get_session(self) -> S:
-        """The session of this database in the current unit of work.
+        """Return the session of this database in the current unit of work.
 
-        Opened on first use; its connection is checked out by the first statement. It is valid
-        until the request (or the `begin()`) ends, and then closed permanently.
+        The session is opened on first use, and its first statement checks out a connection. The
+        session is valid until the request (or the `begin()`) ends, and is then closed permanently.
 
         Raises:
-            NoSession: Not inside a request that serves this database, nor inside `begin()`.
+            NoSession: This code runs outside of a request that serves this database, and outside of
+                `begin()`.
             SessionClosed: The request that this task belongs to has ended.
             DatabaseNotRunning: The database has not been started.
         """
         return unit_that_manages(self).open(self)
 
     async def session_dependency(self) -> S:
-        """`get_session` for injectors: FastAPI's `Depends`, Litestar's `Provide`.
+        """Return `get_session()`; for FastAPI's `Depends`, Litestar's `Provide` and other injectors.
 
-        A coroutine function, so that none of them runs it in a thread, and without
-        parameters, so that none of them takes one for a query parameter.
+        This is a coroutine function, so that frameworks do not run it in a thread. It has no
+        parameters, because frameworks would take a parameter for a query parameter.
         """
         return self.get_session()
 
     @abstractmethod
     def open_session(self, scope: Scope | None) -> ManagedSession[S]:
-        """Make a session for a unit of work to end; applications call `get_session` or `begin`."""
+        """Open a session that a unit of work closes; applications call `get_session` or `begin`."""
 
     @abstractmethod
     def _make_session(self, engine: E | None, scope: Scope | None) -> ManagedSession[S]: ...
 
     def add_observer(self, observer: UnitObserver) -> None:
-        """Have `observer` told of each unit of work that opens a session of this database.
+        """Add an observer of the units of work that open a session of this database.
 
         Args:
-            observer: Told of the unit from then on; and at once of the engines.
+            observer: The object to call at each later event, and now with the engines.
         """
         self.observers = (*self.observers, observer)
         self.observe(observer)
@@ -200,7 +204,7 @@ class Database(EngineLife[E], Generic[E, S]):
 
 
 def _kind_of(given: object) -> str:
-    # Not the value: in the wrong place, it may be a secret.
+    # Do not show the value: it may be a secret that was given in the wrong place.
     return (
         given.__name__ if isinstance(given, type) else f"something of type {type(given).__name__}"
     )

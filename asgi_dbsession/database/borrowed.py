@@ -1,4 +1,4 @@
-"""Engines of the application's own: what this package adds to them, and takes away again."""
+"""Adds listeners to engines of the application, and removes them after the last use."""
 
 from collections import Counter
 from threading import RLock
@@ -10,26 +10,27 @@ from asgi_dbsession.session.failures import unwatch, watch
 from asgi_dbsession.session.reads import unwatch_reads, watch_reads
 from asgi_dbsession.unit.observer import UnitObserver
 
-_mutex = RLock()  # the garbage collector may run `_release` while `borrow` holds it
-# How many databases use an engine, by the text that says whether they own it.
+# This lock is an RLock, because the garbage collector may run `_release` during `borrow`.
+_mutex = RLock()
+# For each engine: how many databases own the engine, and how many only borrow it.
 _users: WeakKeyDictionary[Engine, Counter[str]] = WeakKeyDictionary()
-# Whoever observed a database that used the engine, and is gone.
+# For each engine: the observers of garbage-collected databases that used the engine.
 _observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
 
 
 def own(engine: Engine) -> None:
-    """Count a database that has built the engine: the listeners stay for as long as the engine."""
+    """Count a database that has built the engine; the listeners then stay on the engine."""
     with _mutex:
         _users.setdefault(engine, Counter())["owners"] += 1
 
 
 def borrow(engine: Engine, database: object, observers: list[UnitObserver]) -> None:
-    """Watch an engine for as long as a database lives that does not own it.
+    """Add listeners to an engine until the database, which does not own it, is garbage collected.
 
     Args:
         engine: The engine of the application.
-        database: The database that uses it.
-        observers: The observers of the database, now and later.
+        database: The database that uses the engine.
+        observers: The list of the observers of the database, which may grow later.
     """
     with _mutex:
         _users.setdefault(engine, Counter())["borrowers"] += 1

@@ -1,4 +1,4 @@
-"""A block for `with` that is a decorator too, and refuses what it cannot decorate."""
+"""The block that `SyncDatabase.begin()` returns: a context manager and a decorator."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,13 +15,13 @@ R = TypeVar("R")
 
 
 class DecoratingBlock(Generic[S]):
-    """What `SyncDatabase.begin()` returns.
+    """A block for `with` that is also a decorator of plain functions.
 
-    `contextlib.contextmanager` would decorate a coroutine function as well, and end the block
-    before the function has run.
+    `contextlib.contextmanager` would accept a coroutine function too, and end the block before the
+    coroutine runs.
 
     Args:
-        open_block: Makes a context manager for each use.
+        open_block: A function that returns a new context manager for each use.
     """
 
     def __init__(self, open_block: Callable[[], AbstractContextManager[S]]) -> None:
@@ -43,10 +43,11 @@ class DecoratingBlock(Generic[S]):
         return self._blocks.pop().__exit__(exc_type, exc_value, traceback)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Run each call of a function in a block of its own.
+        """Decorate a function, so that each call of the function runs in a new block.
 
         Raises:
-            ConfigurationError: The function would run after the block has ended.
+            ConfigurationError: The function is a coroutine function or generator, which would run
+                after the block has ended.
         """
         runs_later = (iscoroutinefunction, isgeneratorfunction, isasyncgenfunction)
         if any(kind(function) for kind in runs_later):

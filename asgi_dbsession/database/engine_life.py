@@ -1,4 +1,4 @@
-"""When the engine of a database is built, proven to work, and disposed."""
+"""Builds the engine of a database, checks that the database answers, and disposes the engine."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -32,7 +32,7 @@ E = TypeVar("E", bound=Engine | AsyncEngine)
 
 
 class EngineLife(ABC, Generic[E]):
-    """The engine of a database: described now, built at startup, disposed at shutdown."""
+    """The engine of a database: built at startup, disposed at shutdown."""
 
     is_async: bool
 
@@ -53,16 +53,17 @@ class EngineLife(ABC, Generic[E]):
         notice_forks(self)
 
     def __repr__(self) -> str:
-        url = getattr(self, "url", None)  # none yet, where a traceback shows a half-made one
+        # A traceback may show a database whose `__init__` failed before the URL was set.
+        url = getattr(self, "url", None)
         shown = repr(without_secrets(url)) if url is not None else "…"
         return f"{type(self).__name__}({shown})"
 
     @property
     def engine(self) -> E:
-        """The engine, for whatever needs more than a session (`create_all`, pool metrics).
+        """The engine of the database, for `create_all`, pool metrics and other direct uses.
 
         Raises:
-            DatabaseNotRunning: Before startup and after shutdown.
+            DatabaseNotRunning: The database is not started, or was shut down.
         """
         if self._engine is None:
             raise DatabaseNotRunning(self)
@@ -70,38 +71,42 @@ class EngineLife(ABC, Generic[E]):
 
     @property
     def is_running(self) -> bool:
-        """Whether there is an engine: from startup until shutdown; always, for `from_engine`."""
+        """True between startup and shutdown; with `from_engine`, always True."""
         return self._engine is not None
 
     async def startup(self) -> None:
-        """Build the engine in the running event loop and make sure that the database answers.
+        """Build the engine in the running event loop, and check that the database answers.
 
-        Starting is counted, not repeated: as many calls of `shutdown` end it.
+        Further calls are only counted: `shutdown` must be called as often as `startup`.
 
         Raises:
-            DatabaseUnavailable: The ping failed; nothing is left behind.
+            DatabaseUnavailable: The database did not answer; the engine was disposed.
             ConfigurationError: SQLAlchemy or the driver refused the options.
-            DatabaseNotRunning: It was shut down meanwhile.
+            DatabaseNotRunning: The database was shut down meanwhile.
         """
         engine = self._begin_start()
         try:
             if self._ping_on_startup:
                 await self.ping()
         except BaseException:
-            if self._engine is engine:  # else another caller has ended this start
+            # If the engine has changed, another caller has shut the database down already.
+            if self._engine is engine:
                 await self.shutdown()
             raise
         if self._engine is not engine:
             raise DatabaseNotRunning(self)
 
     async def shutdown(self) -> None:
-        """Close every connection once the last start is undone, cancelled or not."""
+        """Close all connections, if no other caller of `startup` still uses the database.
+
+        The connections are closed even if the task is cancelled.
+        """
         engine = self._end_start()
         if engine is not None:
             await run_to_completion(self._dispose(engine))
 
     def _begin_start(self) -> E:
-        """Count a start; the engine, built by the first one."""
+        """Count one more user of the engine, and build the engine for the first user."""
         with self._starting:
             if self._engine is None:
                 self._engine = self._build_engine()
@@ -109,7 +114,7 @@ class EngineLife(ABC, Generic[E]):
             return self._engine
 
     def _end_start(self) -> E | None:
-        """Undo a start; the engine to dispose, after the last one."""
+        """Count one user less, and return the engine for disposal after the last user."""
         with self._starting:
             self._starts = max(0, self._starts - 1)
             if self._starts > 0 or not self._owns_engine or self._engine is None:
@@ -119,16 +124,16 @@ class EngineLife(ABC, Generic[E]):
             return engine
 
     def after_fork(self) -> None:
-        """Leave the connections of the parent process alone, in a child process.
+        """Stop using the connections of the parent process, after a fork.
 
-        An engine that blocks gets a new pool. An async engine of this package must be started again
-        in the event loop of the child process.
+        A blocking engine gets a new pool. An async engine of this package must be started again in
+        the event loop of the child process.
         """
-        self._starting = Lock()  # a thread of the parent process may have held it
+        self._starting = Lock()  # a thread of the parent process may hold the old lock
         if self._engine is None:
             return
         engine = self._sync_engine(self._engine)
-        if not is_in_memory(engine.url):  # where nothing is shared
+        if not is_in_memory(engine.url):  # a database in memory shares no connection
             inherited_pools.append(engine.pool)
             engine.dispose(close=False)
         if self.is_async and self._owns_engine:
@@ -150,13 +155,13 @@ class EngineLife(ABC, Generic[E]):
         await self.shutdown()
 
     async def ping(self) -> None:
-        """Run a statement, and so prove that the database answers.
+        """Run a statement to check that the database answers.
 
-        How long it may take is the driver's business: set its connect timeout in `connect_args`.
+        The driver sets the time limit: set its connect timeout in `connect_args`.
 
         Raises:
-            DatabaseUnavailable: It does not answer; the driver's error is the cause.
-            DatabaseNotRunning: Before startup.
+            DatabaseUnavailable: The database does not answer. The cause is the error of the driver.
+            DatabaseNotRunning: The database is not started.
         """
         engine = self.engine
         try:
@@ -164,7 +169,9 @@ class EngineLife(ABC, Generic[E]):
         except Exception as error:
             self._raise_failure(error)
         finally:
-            if self._engine is not engine:  # shut down meanwhile: close what was opened since
+            # If the database was shut down meanwhile, close the connection that was opened since
+            # then.
+            if self._engine is not engine:
                 await run_to_completion(self._dispose(engine))
 
     def _build_engine(self) -> E:
@@ -172,7 +179,8 @@ class EngineLife(ABC, Generic[E]):
             engine = self._create_engine()
         except DBSessionError:
             raise
-        except Exception as error:  # ArgumentError, if all is well; KeyError, AttributeError, …
+        # Wrong options raise ArgumentError, but sometimes also KeyError, AttributeError or others.
+        except Exception as error:
             reason = reason_of(error, secrets_of(self.url, self._engine_options))
             raise ConfigurationError(
                 f"{self} cannot be built with these engine options: {reason}"
@@ -185,7 +193,7 @@ class EngineLife(ABC, Generic[E]):
         return engine
 
     def observe(self, observer: UnitObserver) -> None:
-        """Tell an observer of each engine that sessions of this database use, now and later."""
+        """Add an observer, and call it with each engine that sessions of this database use."""
         if not self._observers:
             self._tell_binds()
         self._observers.append(observer)

@@ -1,4 +1,4 @@
-"""What it means that a database did not answer, and what to do about it."""
+"""Converts the error of a failed connection attempt into an error that says what to do."""
 
 from collections.abc import Iterator
 from copy import copy
@@ -20,7 +20,7 @@ from asgi_dbsession.errors import (
 
 from .secrets import tells_a_secret
 
-# What drivers raise at arguments that they do not have, or cannot read.
+# The errors that drivers raise for options that they do not know or cannot read.
 _REFUSED = (TypeError, ValueError, AttributeError, ArgumentError, NoSuchModuleError)
 _OTHER_LOOP = ("different loop", "different event loop", "Event loop is closed")
 _LOGIN = (
@@ -44,13 +44,14 @@ _POOL_ADVICE = (
 
 
 def failure_of(database: object, error: Exception, secrets: set[str]) -> Exception:
-    """The error that says what a failed ping means; `error` itself, if it says nothing of this.
+    """Return an error that explains why a ping failed; return `error` itself if no reason is found.
 
-    Only what keeps a driver from connecting or logging in is `DatabaseUnavailable`.
+    `DatabaseUnavailable` is returned only if the driver could not connect or log in.
     """
     chain = list(_chain(error))
     for each in chain:
-        if isinstance(each, DBSessionError):  # such as of `rolled_back`, perhaps wrapped
+        # An error of this package, for example of `rolled_back()`, may be wrapped by SQLAlchemy.
+        if isinstance(each, DBSessionError):
             return each if each is error else copy(each)
     if any(name in str(each) for each in chain for name in _OTHER_LOOP):
         return DatabaseNotRunning(database, other_loop=True)
@@ -62,7 +63,7 @@ def failure_of(database: object, error: Exception, secrets: set[str]) -> Excepti
         )
     if any(map(_keeps_from_connecting, chain)):
         return DatabaseUnavailable(database, reason, _advice_for(chain))
-    return error  # an error of the application, in a listener for example
+    return error  # this may be an error of the application's own listener
 
 
 def _refuses_options(chain: list[BaseException]) -> bool:
@@ -72,7 +73,7 @@ def _refuses_options(chain: list[BaseException]) -> bool:
 
 
 def _keeps_from_connecting(error: BaseException) -> bool:
-    # Some drivers raise errors that SQLAlchemy does not wrap while they connect.
+    # While drivers connect, some of them raise errors that SQLAlchemy does not wrap.
     module = type(error).__module__.partition(".")[0]
     return isinstance(error, DBAPIError | OSError | PoolTimeout) or module in _DRIVERS
 
@@ -85,17 +86,17 @@ def _advice_for(chain: list[BaseException]) -> str:
 
 
 def reason_of(error: Exception, secrets: set[str]) -> str:
-    """What the driver said, in one line; its class alone, if it says a secret."""
+    """Return the message of the driver in one line; only its class if it may contain a secret."""
     original = getattr(error, "orig", None) or error
     text = " ".join(str(original).split()) or type(original).__name__
     if tells_a_secret(text, secrets):
-        # The whole text is left out: text around a masked secret could tell the secret.
+        # Leave out the whole text, because the words around a hidden secret may reveal the secret.
         return f"{type(original).__name__} (the text of the driver may hold a secret)"
     return text.rstrip(".")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, what the driver raised, and its causes; also where they end in a circle."""
+    """Iterate over the error, the driver's error and all causes, which may form a circle."""
     seen: list[BaseException] = []
     left: list[BaseException | None] = [error]
     while left:

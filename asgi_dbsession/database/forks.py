@@ -1,4 +1,4 @@
-"""Keeps a child process from using the connections of its parent process."""
+"""Prevents a child process from using the connections of its parent process."""
 
 import os
 from typing import Protocol
@@ -10,15 +10,15 @@ from asgi_dbsession.unit.unit_of_work import current_unit
 
 
 class Forked(Protocol):
-    """What has connections that a fork would share."""
+    """An object with connections that a fork would share."""
 
     def after_fork(self) -> None:
-        """Leave the connections of the parent process alone."""
+        """Stop using the connections of the parent process."""
         ...
 
 
-# The pools of the parent process, in a child process. If they were garbage collected here, drivers
-# would close connections that the parent process uses.
+# In a child process: the pools of the parent process. This list keeps them alive, because their
+# garbage collection would close connections that the parent process uses.
 inherited_pools: list[Pool] = []
 
 _databases: WeakSet[Forked] = WeakSet()
@@ -33,10 +33,11 @@ def notice_forks(database: Forked) -> None:
 
 
 def _after_fork() -> None:
-    current_unit.set(None)  # its sessions have connections of the parent process
+    # The sessions of this unit use connections of the parent process.
+    current_unit.set(None)
     for database in tuple(_databases):
         database.after_fork()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
+if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_after_fork)

@@ -1,21 +1,22 @@
-"""Whether a database answers, and how much of its pool is in use."""
+"""The result of a health check of a database and its pool."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Health:
-    """What `database.health()` found.
+    """The result of `database.health()`.
 
     Attributes:
-        answers: Whether it ran a statement in the time given.
-        latency: Seconds that this took, waiting for a connection included; None without an answer.
-        reason: Why there was no answer, without password, but with the name of the server: for the
-            log rather than the public.
-        pool_size: How many connections the pool keeps; None, as all below, before startup and for
-            a pool of a kind that does not count.
-        checked_out: How many are in use.
-        overflow: How many there are beyond `pool_size`.
+        answers: True if the database ran a statement within the time limit.
+        latency: Seconds until the answer, including the wait for a connection; None without an
+            answer.
+        reason: Why the database did not answer. The text has no password, but the name of the
+            server, so show it in logs only.
+        pool_size: How many connections the pool keeps. None before startup, and for a pool that
+            does not count its connections.
+        checked_out: How many connections are in use; None like `pool_size`.
+        overflow: How many connections exist beyond `pool_size`; None like `pool_size`.
     """
 
     answers: bool

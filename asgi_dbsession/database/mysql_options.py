@@ -1,4 +1,4 @@
-"""Options in the URL of a MySQL or MariaDB, for its drivers."""
+"""Translates options in the URL of a MySQL or MariaDB database for its drivers."""
 
 from ssl import CERT_NONE, CERT_REQUIRED, SSLContext, create_default_context
 
@@ -20,9 +20,9 @@ _MODES = {
 
 
 def for_mysql(options: UrlOptions) -> None:
-    """Write the options as asyncmy, aiomysql and PyMySQL take them.
+    """Translate URL options for asyncmy, aiomysql and PyMySQL.
 
-    aiomysql cannot insist on TLS, so there a mode that does is refused.
+    aiomysql cannot require TLS, so a mode that requires TLS is refused for it.
     """
     if (charset := options.take("encoding")) is not None:
         options.query["charset"] = charset
@@ -44,7 +44,7 @@ def for_mysql(options: UrlOptions) -> None:
 
 
 def _context(mode: str, files: dict[str, str | None]) -> SSLContext:
-    """As MySQL's own clients read these modes.
+    """Make an SSL context for the mode, as MySQL's own clients do.
 
     Source: https://dev.mysql.com/doc/refman/8.4/en/connection-options.html#option_general_ssl-mode
     """

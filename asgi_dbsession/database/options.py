@@ -1,4 +1,4 @@
-"""What a session may be made with, for type checkers."""
+"""The options of a session, as types for type checkers."""
 
 from typing import Any, Generic
 
@@ -24,7 +24,7 @@ class _Options(TypedDict, total=False):
 
 
 class SessionOptions(_Options, Generic[AnySession], total=False):
-    """Options of `sqlalchemy.orm.Session`; `class_` is the session class to use.
+    """The options of `sqlalchemy.orm.Session`; `class_` is the session class to use.
 
     Source: https://docs.sqlalchemy.org/en/20/orm/session_api.html#sqlalchemy.orm.Session
     """
@@ -33,11 +33,12 @@ class SessionOptions(_Options, Generic[AnySession], total=False):
 
 
 class AsyncSessionOptions(_Options, Generic[AnyAsyncSession], total=False):
-    """Options of `sqlalchemy.ext.asyncio.AsyncSession`; `class_` is the session class to use.
+    """The options of `sqlalchemy.ext.asyncio.AsyncSession`; `class_` is the session class to use.
 
-    A unit of work ends on the `Session` below it: what is to happen at `commit()` belongs into the
-    `sync_session_class`, or into SQLAlchemy's events.
-    Source: https://docs.sqlalchemy.org/en/20/orm/extensions/asyncio.html#sqlalchemy.ext.asyncio.AsyncSession
+    This package commits the inner `Session`, not the `AsyncSession`. To change what happens at
+    `commit()`, use `sync_session_class` or SQLAlchemy's events.
+    Source:
+    https://docs.sqlalchemy.org/en/20/orm/extensions/asyncio.html#sqlalchemy.ext.asyncio.AsyncSession
     """
 
     class_: type[AnyAsyncSession]

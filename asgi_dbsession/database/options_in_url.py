@@ -1,4 +1,4 @@
-"""Options in a URL, as hosting providers write them, for the driver that serves the URL."""
+"""Translates options in a URL, as hosting providers write them, for the driver of the URL."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,20 +42,20 @@ _KNOWN: dict[str, Callable[[], set[str]]] = {
 
 
 def translate_options(url: URL, given: dict[str, Any]) -> tuple[URL, dict[str, Any]]:
-    """Write the options in a URL as its driver takes them.
+    """Translate the options in a URL for its driver.
 
-    An option that means the same under another name is translated. So that URLs of Heroku, Neon,
-    Supabase, Render, Railway, DigitalOcean, Aiven, Azure and Prisma can be used as they are.
+    An option with another name for the same thing is translated. So URLs from Heroku, Neon,
+    Supabase, Render, Railway, DigitalOcean, Aiven, Azure and Prisma work without changes.
 
     Args:
-        url: Names its driver.
-        given: Engine options. What `connect_args` says there wins.
+        url: A URL with a driver.
+        given: The engine options. Their `connect_args` replace options of the URL.
 
     Returns:
         The URL and the engine options to use.
 
     Raises:
-        ConfigurationError: The driver has no such option; the error says what to write.
+        ConfigurationError: The driver has no such option; the error text says what to write.
     """
     if not url.query:
         return url, given

@@ -1,4 +1,4 @@
-"""Options in the URL of a PostgreSQL, for its drivers."""
+"""Translates options in the URL of a PostgreSQL database for its drivers."""
 
 from importlib import import_module
 
@@ -22,7 +22,7 @@ _MODES = {
     "strict": "verify-full",
     "accept_invalid_certs": "require",
 }
-# What asyncpg takes from a DSN alone, where it means what it means to libpq.
+# asyncpg reads these options only from a DSN. They have the same meaning as in libpq.
 _DSN_ONLY = (
     "application_name",
     "options",
@@ -37,20 +37,20 @@ _DSN_ONLY = (
 
 
 def _for_postgresql(options: UrlOptions) -> None:
-    """Leave out an encoding that every driver uses anyway."""
+    """Remove the encoding UTF-8 from the URL, because every driver uses UTF-8 anyway."""
     for name in ("charset", "encoding", "client_encoding"):
         if str(options.query.get(name)).lower().replace("-", "") in ("utf8", "unicode", "utf8mb4"):
             options.take(name)
 
 
 def for_asyncpg(options: UrlOptions) -> None:
-    """Write the options as asyncpg takes them."""
+    """Translate URL options for asyncpg."""
     _for_postgresql(options)
     mode = take_ssl_mode(options, _MODES)
     if mode is not None:
         options.query["ssl"] = mode
     if options.query.get("channel_binding") in ("disable", "prefer"):
-        options.take("channel_binding")  # as asyncpg does anyway
+        options.take("channel_binding")  # asyncpg never uses channel binding
     if is_on(options.take("pgbouncer")):
         options.arguments |= {
             "statement_cache_size": 0,
@@ -68,7 +68,7 @@ def for_asyncpg(options: UrlOptions) -> None:
 
 
 def for_psycopg(options: UrlOptions) -> None:
-    """Write the options as psycopg takes them."""
+    """Translate URL options for psycopg."""
     _for_postgresql(options)
     mode = take_ssl_mode(options, _MODES)
     if mode is not None:
@@ -84,11 +84,11 @@ def for_psycopg(options: UrlOptions) -> None:
 
 
 def _no_name() -> str:
-    return ""  # each prepared statement replaces the last one
+    return ""  # without a name, each prepared statement replaces the one before
 
 
 def known_to_psycopg() -> set[str]:
-    """The options of libpq, and those of psycopg itself."""
+    """Return the names of all options of libpq and psycopg."""
     libpq = import_module("psycopg").pq.Conninfo.get_defaults()
     names = {each.keyword.decode() for each in libpq}
     return names | {"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"}

@@ -1,4 +1,4 @@
-"""The question whether a database answers: asked once for all who want to know."""
+"""Checks if a database answers; parallel callers share one check."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -11,31 +11,32 @@ from anyio import move_on_after, sleep
 from sqlalchemy import Engine
 from typing_extensions import override
 
-# How many threads may wait for an answer that no caller waits for any more.
-_MAX_GIVEN_UP = 3
-# Seconds between two looks at a thread: at first, and at most.
+# The largest number of threads that may still wait for an answer after their callers stopped
+# waiting.
+_MAX_ABANDONED = 3
+# Seconds between two checks if a thread has finished: the first and the longest pause.
 _FIRST_LOOK, _LAST_LOOK = 0.0005, 0.02
 
 
 class Questions(ABC):
-    """The questions to one database. Callers share the one that is under way."""
+    """The checks of one database; parallel callers share the running check."""
 
     @abstractmethod
     async def answers(self, engine: Any, seconds: float) -> bool:
-        """Whether the engine runs a statement in that time.
+        """Return True if the engine runs a statement within the given seconds.
 
-        A caller that waits in vain gives the question up: later callers ask another one.
+        After a time-out, the check is no longer shared: the next caller starts a new check.
 
         Raises:
-            Exception: Whatever the statement raised.
+            Exception: The exception that the statement raised.
         """
 
 
 class TaskQuestions(Questions):
-    """Asked by a task. A question that the last caller gives up is cancelled.
+    """Checks an async database in a task; the task is cancelled when its last caller stops waiting.
 
     Args:
-        ask: Runs a statement.
+        ask: A coroutine function that runs a statement.
     """
 
     def __init__(self, ask: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
@@ -45,21 +46,22 @@ class TaskQuestions(Questions):
 
     @override
     async def answers(self, engine: Any, seconds: float) -> bool:
-        task = self._join(engine)
+        task = self._current_or_new(engine)
         self._callers[task] += 1
         try:
             await asyncio.wait([task], timeout=seconds)
             if not task.done():
-                self._give_up(task)
+                self._abandon(task)
                 return False
             return not task.cancelled() and task.result() is None
         finally:
             self._leave(task)
 
-    def _join(self, engine: object) -> "asyncio.Task[None]":
+    def _current_or_new(self, engine: object) -> "asyncio.Task[None]":
         if self._current is not None and self._current[0] is engine:
             return self._current[1]
-        # Without the context of this request: some drivers keep it for as long as the connection.
+        # Use an empty context: some drivers keep the context of this request as long as the
+        # connection.
         loop = asyncio.get_running_loop()
         task = loop.create_task(self._ask(engine), context=Context())
         task.add_done_callback(self._forget)
@@ -71,39 +73,40 @@ class TaskQuestions(Questions):
             return
         self._callers[task] -= 1
         if self._callers[task] == 0:
-            # Not waited for: a connection to a server that is gone takes a while to give up.
-            self._give_up(task)
+            # Do not await the cancelled task: connecting to an unreachable server takes long to
+            # stop.
+            self._abandon(task)
             task.cancel()
 
-    def _give_up(self, task: "asyncio.Task[None]") -> None:
+    def _abandon(self, task: "asyncio.Task[None]") -> None:
         if self._current is not None and self._current[1] is task:
             self._current = None
 
     def _forget(self, task: "asyncio.Task[None]") -> None:
-        self._give_up(task)
+        self._abandon(task)
         del self._callers[task]
         if not task.cancelled():
-            task.exception()  # or asyncio would complain that nobody asked
+            task.exception()  # otherwise asyncio logs that the exception was never retrieved
 
 
 class ThreadQuestions(Questions):
-    """Asked by a thread, which nothing can stop: so only a few of them are given up.
+    """Checks a blocking database in threads; threads cannot be stopped, so their number is limited.
 
-    Callers may be on several threads and event loops, trio's included.
+    Callers may run on several threads and event loops, also on trio.
 
     Args:
-        ask: Runs a statement.
+        ask: A function that runs a statement.
     """
 
     def __init__(self, ask: Callable[[Engine], None]) -> None:
         self._ask = ask
         self._mutex = Lock()
         self._current: _Question | None = None
-        self._given_up = 0
+        self._abandoned = 0
 
     @override
     async def answers(self, engine: Engine, seconds: float) -> bool:
-        question = self._join(engine)
+        question = self._current_or_new(engine)
         if question is None:
             return False
         look = _FIRST_LOOK
@@ -113,22 +116,23 @@ class ThreadQuestions(Questions):
                 look = min(2 * look, _LAST_LOOK)
         with self._mutex:
             if not question.is_answered:
-                self._give_up(question)
+                self._abandon(question)
                 return False
         if question.error is not None:
             raise question.error
         return True
 
-    def _join(self, engine: Engine) -> "_Question | None":
+    def _current_or_new(self, engine: Engine) -> "_Question | None":
         with self._mutex:
             if self._current is not None and self._current.engine is engine:
                 return self._current
-            if self._current is not None:  # of an engine that has been replaced
-                self._give_up(self._current)
-            if self._given_up >= _MAX_GIVEN_UP:
+            if self._current is not None:  # the engine has been replaced
+                self._abandon(self._current)
+            if self._abandoned >= _MAX_ABANDONED:
                 return None
             question = self._current = _Question(engine)
-        # Without the context of this request; not one of the pool's threads, which may be few.
+        # Use an empty context, because drivers may keep the context of this request. Use a new
+        # thread, because the thread pool may be full.
         Thread(target=Context().run, args=(self._run, question), daemon=True).start()
         return question
 
@@ -143,16 +147,16 @@ class ThreadQuestions(Questions):
                 if self._current is question:
                     self._current = None
                 else:
-                    self._given_up -= 1
+                    self._abandoned -= 1
 
-    def _give_up(self, question: "_Question") -> None:
+    def _abandon(self, question: "_Question") -> None:
         if self._current is question:
             self._current = None
-            self._given_up += 1
+            self._abandoned += 1
 
 
 class _Question:
-    """A question that a thread asks."""
+    """One check that runs in a thread."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

@@ -1,4 +1,4 @@
-"""Keeps passwords out of what is shown."""
+"""Finds passwords and other secrets in texts, so that they are never shown."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -10,12 +10,12 @@ from sqlalchemy import URL
 _SECRET_NAMES = re.compile(
     r"pass(?!file)|pwd|secret|token|credential|api_?key|access_?key", re.IGNORECASE
 )
-# Shorter ones are parts of many words, and a text that lacks those words would tell them.
+# A shorter secret is part of many words. Hiding each of these words would reveal the secret.
 _SHORTEST_PART = 4
 
 
 def secrets_of(url: URL, engine_options: Mapping[str, Any]) -> set[str]:
-    """All that must not be shown: passwords, and options by whose name one can tell."""
+    """Return all values that must not be shown: passwords, and options named like a secret."""
     found = {str(url.password or ""), (url.username or "").partition(":")[2]}
     arguments = engine_options.get("connect_args")
     for options in (url.query, engine_options, arguments if isinstance(arguments, dict) else {}):
@@ -25,13 +25,14 @@ def secrets_of(url: URL, engine_options: Mapping[str, Any]) -> set[str]:
 
 
 def tells_a_secret(text: str, secrets: set[str]) -> bool:
-    """Whether a text contains a secret. A short one must stand by itself to count."""
+    """Return True if the text contains a secret; a short secret counts only as a whole word."""
     for secret in secrets:
         part = re.escape(secret)
         pattern = part if len(secret) >= _SHORTEST_PART else rf"(?<!\w){part}(?!\w)"
         if re.search(pattern, text):
             return True
-    return re.search(r"://[^\s/@]*:(?!\*\*\*@)[^\s@]*@", text) is not None  # a whole URL
+    # Also find passwords of other URLs in the text.
+    return re.search(r"://[^\s/@]*:(?!\*\*\*@)[^\s@]*@", text) is not None
 
 
 def _secrets_in(options: Mapping[Any, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A database behind an engine that blocks."""
+"""The database class for blocking engines."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,22 +31,23 @@ Args = TypeVarTuple("Args")
 
 
 class SyncDatabase(Database[Engine, AnySession]):
-    """The same with `create_engine` and `Session`, for `def` handlers and drivers that block.
+    """A database with a blocking engine, for `def` handlers and drivers without asyncio support.
 
-    Handlers written with `def` run in their framework's thread pool; what they did is committed
-    in a thread of this package's own, so that no COMMIT waits behind handlers that
-    themselves wait for a connection.
+    Frameworks run `def` handlers in a thread pool. This package commits their work in a separate
+    thread, so that no COMMIT waits for a handler that itself waits for a connection.
 
     Args:
-        url: A database URL. One that names no driver gets an installed one.
-        session_options: For the session class, itself included: `{"class_": MySession}`.
-            `expire_on_commit` is False unless given.
-        ping_on_startup: Whether startup fails when the database does not answer.
-        autocommit_reads: As for `AsyncDatabase`.
-        **engine_options: For `sqlalchemy.create_engine`.
+        url: A database URL. A URL without a driver gets an installed driver.
+        session_options: Arguments for the session class, and the class itself: `{"class_":
+            MySession}`. The default of `expire_on_commit` is False.
+        ping_on_startup: True to let the startup fail if the database does not answer.
+        autocommit_reads: True to read without a transaction until the unit of work writes. See
+            `AsyncDatabase` for None and False.
+        **engine_options: Arguments for `sqlalchemy.create_engine`.
 
     Raises:
-        ConfigurationError: The URL is none, its driver is missing, or it is for asyncio.
+        ConfigurationError: The URL is not a database URL, or its driver is not installed or is for
+            asyncio.
     """
 
     is_async = False
@@ -67,7 +68,7 @@ class SyncDatabase(Database[Engine, AnySession]):
         self._check_session_options()
 
     def __enter__(self) -> Self:
-        """Start as `async with` does, in a script or worker without an event loop."""
+        """Start the database in a script or worker without an event loop."""
         engine = self._begin_start()
         try:
             if self._ping_on_startup:
@@ -90,24 +91,23 @@ class SyncDatabase(Database[Engine, AnySession]):
             engine.dispose()
 
     def begin(self, *, join: bool = False) -> DecoratingBlock[AnySession]:
-        """Open a unit of work of its own: COMMIT on success, ROLLBACK on any error.
+        """Open a new unit of work: COMMIT on success, ROLLBACK on any error.
 
-        It blocks the calling thread, and is otherwise as `AsyncDatabase.begin`.
+        The block runs on the calling thread. Otherwise it works like `AsyncDatabase.begin`.
 
         Args:
-            join: Whether to join the unit of work that is open here, if it has this database.
+            join: True to join the open unit of work, if it has this database.
 
         Returns:
-            A block for `with`, which gives a new session, closed permanently at the end of the
-            block. Inside the block it is what `get_sync_session()` returns too. It is also a
-            decorator of functions with `def`.
+            A block for `with`, which gives a new session. The session is closed permanently at the
+            end of the block. Inside the block, `get_sync_session()` returns this session too. The
+            block is also a decorator for `def` functions.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
-            TransactionAborted: An error was swallowed that had aborted the transaction.
-            ConcurrentUse: Another task or thread is inside of `begin(join=True)` on the same
-                session.
-            Exception: Whatever COMMIT raised; nothing was stored.
+            TransactionAborted: The application caught an error that aborted the transaction.
+            ConcurrentUse: Another task or thread is inside `begin(join=True)` on the same session.
+            Exception: The exception of COMMIT; nothing was stored.
         """
         return DecoratingBlock(lambda: self._begin(join=join))
 
@@ -135,27 +135,28 @@ class SyncDatabase(Database[Engine, AnySession]):
         attempts: int = 3,
         retry_on: RetryOn = None,
     ) -> T:
-        """Call a function in a unit of work of its own, and again after a conflict.
+        """Call a function in a new unit of work, and call it again after a conflict.
 
-        For workers and scripts, where no request can be run again. The function runs from the start
-        each time, so what it does elsewhere is done again. It never runs again once something else
-        was committed inside: `session.commit()`, or a `begin()` of any database. Each retry waits
-        a random time of at most a second, and is logged.
+        For workers and scripts, where no request can be retried. Each attempt runs the whole
+        function, so its other side effects happen again. There is no retry after another COMMIT
+        inside the function: `session.commit()`, or a `begin()` of any database. Each retry waits
+        for a random time of at most a second, and is logged.
 
         Args:
-            function: A plain function. `get_sync_session()` in it is the session of the unit.
-            *args: For the function.
-            attempts: How often it may run.
-            retry_on: What else counts as a conflict: an exception class, a tuple of them, or a
-                plain function that is given an exception and returns True or False.
+            function: A plain function. Inside it, `get_sync_session()` returns the session of the
+                unit.
+            *args: The arguments for the function.
+            attempts: How often the function may run.
+            retry_on: Other errors to retry like a conflict: an exception class, a tuple of classes,
+                or a plain function that takes an exception and returns True or False.
 
         Returns:
-            What the function returned, after COMMIT.
+            The result of the function, after COMMIT.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
-            ConfigurationError: An argument is not what it should be.
-            Exception: Whatever the function, or COMMIT, raised in the last attempt.
+            ConfigurationError: An argument is wrong.
+            Exception: The exception of the function or of COMMIT in the last attempt.
         """
         from asgi_dbsession.retry.transaction import run_transaction_blocking
 
@@ -199,11 +200,12 @@ def _select_one(engine: Engine) -> None:
     pool = engine.pool
     with engine.connect() as connection:
         connection.execute(select(1))
-        if engine.pool is not pool:  # disposed meanwhile: nobody would close what it got back
+        # The engine was disposed meanwhile, so nobody would close this connection later.
+        if engine.pool is not pool:
             connection.detach()
 
 
 async def _run_in_thread(function: Callable[..., None], *args: Any) -> None:
-    # A limiter of its own: on the shared one, commits would queue behind handlers that wait for
-    # the very connections those commits would free.
+    # Use a separate limiter. With the shared limiter, a COMMIT would wait for handlers that wait
+    # for the connection of this COMMIT.
     await to_thread.run_sync(function, *args, limiter=CapacityLimiter(1))

@@ -1,4 +1,4 @@
-"""Which driver serves a database URL."""
+"""Reads database URLs and chooses their drivers."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -9,7 +9,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 
 from asgi_dbsession.errors import ConfigurationError, without_secrets
 
-# For a URL that names no driver: the first of these that is installed.
+# For a URL without a driver, the first installed driver of these lists is used.
 _ASYNC_DRIVERS: dict[str, tuple[str, ...]] = {
     "postgresql": ("asyncpg", "psycopg"),
     "mysql": ("asyncmy", "aiomysql"),
@@ -26,7 +26,7 @@ _SYNC_DRIVERS: dict[str, tuple[str, ...]] = {
     "oracle": ("oracledb",),
     "mssql": ("pyodbc", "pymssql"),
 }
-# Where the module, or the name on PyPI, is not the name of the driver.
+# Drivers whose module or PyPI package has another name than the driver.
 _MODULES: dict[str, str] = {
     "mysqldb": "MySQLdb",
     "mariadbconnector": "mariadb",
@@ -36,15 +36,17 @@ _PACKAGES: dict[str, str] = {"mysqldb": "mysqlclient", "mariadbconnector": "mari
 
 
 def url_with_driver(url: str | URL, *, asynchronous: bool) -> URL:
-    """Read a database URL and make sure that its driver is there and of the right kind.
+    """Parse a database URL, and check that its driver is installed and of the right kind.
 
     Args:
-        url: As in https://docs.sqlalchemy.org/en/20/core/engines.html#database-urls; `postgres://`
-            is read as `postgresql://`. Without a driver it gets an installed one.
-        asynchronous: Whether the driver must be for asyncio.
+        url: A URL as in https://docs.sqlalchemy.org/en/20/core/engines.html#database-urls;
+            `postgres://` is read as `postgresql://`. A URL without a driver gets an installed
+            driver.
+        asynchronous: True if the driver must be for asyncio.
 
     Raises:
-        ConfigurationError: Not a URL, an unknown database, or no such driver.
+        ConfigurationError: The text is not a URL, the database is unknown, or the driver is missing
+            or of the wrong kind.
     """
     parsed = _parse(url)
     if parsed.drivername == "postgres":
@@ -56,11 +58,11 @@ def url_with_driver(url: str | URL, *, asynchronous: bool) -> URL:
 
 
 def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
-    """Engine options that make an SQLite database in memory safe; those given, for any other.
+    """Return engine options that make an SQLite database in memory safe; keep all other options.
 
-    SQLAlchemy lets all sessions share its one connection, and so one transaction: whoever rolls
-    back would undo what others were told is stored. Here they have it one after the other.
-    Source: https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pooling-behavior
+    By default, all sessions share the one connection of such a database, and so one transaction: a
+    rollback of one request would remove committed work of others. With these options, sessions wait
+    for each other. Source: https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pooling-behavior
     """
     if not is_in_memory(url):
         return given
@@ -68,7 +70,7 @@ def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
     options = dict(given)
     arguments = given.get("connect_args", {})
     if not asynchronous and isinstance(arguments, dict):
-        # COMMIT comes from another thread than the statements, though never at the same time.
+        # COMMIT runs in another thread than the statements, but never at the same time.
         options["connect_args"] = {"check_same_thread": False} | arguments
     if "poolclass" not in given and "pool" not in given:
         options["poolclass"] = AsyncAdaptedQueuePool if asynchronous else QueuePool
@@ -77,7 +79,7 @@ def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_in_memory(url: URL) -> bool:
-    """Whether it is an SQLite database that is gone with its process."""
+    """Return True if the URL is for an SQLite database in memory."""
     if url.get_backend_name() != "sqlite":
         return False
     name = url.database or ":memory:"
@@ -85,13 +87,14 @@ def is_in_memory(url: URL) -> bool:
 
 
 def _parse(url: str | URL) -> URL:
-    text = url.strip() if isinstance(url, str) else ""  # files of secrets end with a line break
+    # A URL from a file may end with a line break.
+    text = url.strip() if isinstance(url, str) else ""
     try:
         parsed = make_url(text or url)
     except (ArgumentError, ValueError):
         parsed = None
     if parsed is None or not text.isprintable() or _is_misread(parsed, text):
-        # Outside of the `except`: SQLAlchemy's message may quote the text, and so a password.
+        # Raise outside of the `except` block: SQLAlchemy's message may contain the password.
         subject = "None" if url is None else "This"
         raise ConfigurationError(
             f"{subject} is not a database URL. Write `dialect://user:password@host:port/name`, for "
@@ -102,8 +105,8 @@ def _parse(url: str | URL) -> URL:
 
 
 def _is_misread(url: URL, text: str) -> bool:
-    # A second `@` belongs to a password that was not percent-encoded, and whose rest was taken for
-    # a host or a name. One in the user's name does no harm.
+    # A second `@` belongs to a password that is not percent-encoded. SQLAlchemy then reads the rest
+    # of the password as the host or name. An `@` in the name of the user is harmless.
     secret_and_rest = text.partition("://")[2].partition(":")[2]
     return "@" in (url.host or "") or (url.password is not None and secret_and_rest.count("@") > 1)
 
@@ -115,7 +118,7 @@ def _choose_driver(url: URL, *, asynchronous: bool) -> str:
         if find_spec(_MODULES.get(driver, driver)) is not None:
             return f"{url.drivername}+{driver}"
     if not drivers:
-        return url.drivername  # a dialect from elsewhere: it knows its own default
+        return url.drivername  # a third-party dialect has its own default driver
     kind = "asyncio" if asynchronous else "blocking"
     installs = " or ".join(map(_install, drivers))
     raise ConfigurationError(f"No {kind} driver for {url.drivername} is installed: {installs}.")
@@ -125,7 +128,7 @@ def _check_driver(url: URL, *, asynchronous: bool) -> None:
     shown = without_secrets(url)
     try:
         dialect = url.get_dialect()
-    except (NoSuchModuleError, ValueError):  # two `+`
+    except (NoSuchModuleError, ValueError):  # a driver name with two `+` raises ValueError
         raise ConfigurationError(
             f"SQLAlchemy knows no dialect and driver for {shown}. Check the part before `://`; "
             "a database that is not built in needs its dialect's package installed."

@@ -1,4 +1,4 @@
-"""The options in a URL, on their way to the driver."""
+"""The options in a database URL while they are translated for the driver."""
 
 import json
 import re
@@ -11,19 +11,19 @@ from sqlalchemy import URL
 
 from asgi_dbsession.errors import ConfigurationError, without_secrets
 
-# The names of one option: libpq's, those of MySQL's clients, and those of other tools.
+# All names of the TLS option in libpq, in MySQL's clients and in other tools.
 _SSL_MODE = ("sslmode", "ssl-mode", "ssl_mode", "sslMode", "ssl", "sslaccept")
 
 
 class UrlOptions:
-    """The options in a URL, and what becomes of them.
+    """The options in a URL: some stay in the URL, others become `connect_args`.
 
     Args:
-        url: Names its driver.
+        url: A URL with a driver.
 
     Attributes:
-        query: What stays in the URL.
-        arguments: What goes into `connect_args`, because it cannot be written as text.
+        query: The options that stay in the URL.
+        arguments: The options for `connect_args`, because their values are not text.
     """
 
     def __init__(self, url: URL) -> None:
@@ -33,23 +33,23 @@ class UrlOptions:
         self.arguments: dict[str, Any] = {}
 
     def take(self, *names: str) -> str | None:
-        """Take an option out of the URL; None, if there is none of these names."""
+        """Remove an option from the URL and return its value; None if no name is found."""
         found = [self.query.pop(name) for name in names if name in self.query]
         return found[0] if found and isinstance(found[0], str) else None
 
     def number(self, name: str, of: Callable[[str], float], to: str | None = None) -> None:
-        """Have the driver get a number, where the URL has a text."""
+        """Move an option to `connect_args` as a number, because the driver accepts no text."""
         value = self.take(name)
         if value is not None:
             try:
                 self.arguments[to or name] = of(value)
             except ValueError:
-                # Outside of the error: its message quotes the value.
+                # Raise outside of the ValueError, because its message contains the value.
                 self.refuse(name, "It takes a number.")
 
     def refuse(self, name: str, cure: str) -> None:
-        """Raise what says so."""
-        # A name that is none may be a part of a password that was not percent-encoded.
+        """Raise a ConfigurationError that names the option and says what to write."""
+        # Hide an unusual name: it may be a part of a password that is not percent-encoded.
         shown = name if re.fullmatch(r"[A-Za-z][\w.-]{1,30}", name) else "(not shown)"
         raise ConfigurationError(
             f"The option {shown} in the URL of {without_secrets(self.url)} does not suit the "
@@ -58,11 +58,11 @@ class UrlOptions:
 
 
 def take_ssl_mode(options: UrlOptions, modes: Mapping[str, str]) -> str | None:
-    """Take the option that says whether to encrypt, in the words of the driver."""
+    """Remove the TLS option from the URL, and return its value as the driver writes it."""
     value = options.take(*_SSL_MODE)
     if value is None:
         return None
-    if value.startswith("{"):  # as PlanetScale writes it for Node.js
+    if value.startswith("{"):  # PlanetScale writes JSON for Node.js here
         try:
             strict = json.loads(value).get("rejectUnauthorized", True)
         except ValueError:
@@ -76,12 +76,12 @@ def take_ssl_mode(options: UrlOptions, modes: Mapping[str, str]) -> str | None:
 
 
 def is_on(value: str | None) -> bool:
-    """Whether a value says yes."""
+    """Return True if the value means yes."""
     return value is not None and value.lower() in ("true", "1", "yes", "on")
 
 
 def known_to(module: str, function: str, *more: str) -> Callable[[], set[str]]:
-    """The names of the arguments that a driver's function takes, asked for when needed."""
+    """Return a function that lists the argument names of a driver's connect function."""
 
     def names() -> set[str]:
         connect = getattr(import_module(module), function)
