@@ -1,4 +1,4 @@
-"""What ends the work of an HTTP request: the start of its response, and the end of its body."""
+"""The messages of an HTTP response, and the commits and rollbacks that they cause."""
 
 from enum import Enum, auto
 
@@ -11,7 +11,7 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 from .commit_rule import CommitRule
 
-# The messages that end a response, unless they say `more_body`.
+# The types of the last message of a response; `more_body` is False in the last one.
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
 
 
@@ -22,7 +22,7 @@ class _Progress(Enum):
 
 
 class Exchange:
-    """The messages of one response, and what they mean for its unit of work."""
+    """The messages of one response, and the commits and rollbacks that they cause."""
 
     __slots__ = ("_commit_rule", "_progress", "_send", "_unit", "receive")
 
@@ -35,11 +35,11 @@ class Exchange:
 
     @property
     def may_commit(self) -> bool:
-        """Whether the response is complete, so that work after it belongs to a success."""
+        """True if the response is complete, so that work after it may be committed."""
         return self._progress is _Progress.COMPLETE
 
     async def send(self, message: Message) -> None:
-        """Send a message, after COMMIT or ROLLBACK if it acknowledges the work."""
+        """Send a message; commit or roll back before the start and the end of the response."""
         unit = self._unit
         if unit.failure is not None:
             raise AbortRequest
@@ -51,7 +51,8 @@ class Exchange:
                 except Exception as error:
                     unit.failure = unit.failure or error
                     raise AbortRequest from error
-                if unit.failure is not None:  # another start was sent at the same time, and failed
+                # Another task may have sent a start message meanwhile, and its COMMIT has failed.
+                if unit.failure is not None:
                     raise AbortRequest
             unit.rollback = None
             self._progress, unit.is_answered = _Progress.STARTED, True

@@ -168,7 +168,8 @@ class DBSessionMiddleware:
         finally:
             current_unit.reset(token)
             scope[_KEY] = outer
-            unit.scope = None  # a task that outlives the request must not use its scope
+            # A task that outlives the request must not use the scope of the request.
+            unit.scope = None
         if unit.failure is not None:
             if unit.is_answered:
                 raise unit.failure

@@ -94,12 +94,12 @@ class Database(EngineLife[E], Generic[E, S]):
     def from_engine(
         cls, engine: E, *, session_options: Any = None, ping_on_startup: bool = True
     ) -> Self:
-        """Make a database from an existing engine; the database runs at once, and never disposes it.
+        """Make a database from an existing engine; the database never disposes this engine.
 
-        This package adds listeners to the engine, and removes them when the last database that uses
-        the engine is garbage collected. An async engine belongs to the event loop that uses it
-        first. After that loop was closed, the next loop gets new connections. Several loops at once
-        need `poolclass=NullPool`.
+        The database is running at once. This package adds listeners to the engine, and removes them
+        when the last database that uses the engine is garbage collected. An async engine belongs to
+        the event loop that uses it first. After that loop was closed, the next loop gets new
+        connections. Several loops at once need `poolclass=NullPool`.
 
         Args:
             engine: An `AsyncEngine` for `AsyncDatabase`, an `Engine` for `SyncDatabase`.
@@ -162,7 +162,7 @@ class Database(EngineLife[E], Generic[E, S]):
         return unit_that_manages(self).open(self)
 
     async def session_dependency(self) -> S:
-        """Return `get_session()`; for FastAPI's `Depends`, Litestar's `Provide` and other injectors.
+        """Return `get_session()`; for `Depends` (FastAPI), `Provide` (Litestar), other injectors.
 
         This is a coroutine function, so that frameworks do not run it in a thread. It has no
         parameters, because frameworks would take a parameter for a query parameter.
