@@ -31,6 +31,8 @@ from benchmarks.faults.ledger import (
 from benchmarks.faults.plan import CALM, FAULTS, faults_in_order, next_request
 from benchmarks.faults.proxy import AFTER, BEFORE, Proxy
 from benchmarks.faults.run import Result, run_tool
+from benchmarks.faults.soak import soak
+from benchmarks.faults.soak_report import kept_section, replace_section, soaked
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -86,6 +88,33 @@ def test_nothing_is_lost_and_nothing_leaks_although(results: dict[str, Result], 
         assert result.ledger.open
     if fault == CALM.name:
         assert not result.ledger.refused | result.ledger.open
+
+
+def test_a_soak_goes_on_until_enough_was_written_and_looks_at_one_process(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """One worker lives from the first turn to the last, and the document has what was counted."""
+    ran = soak("psycopg", cluster, seed=SEED, seconds=0.2, writes=200, faults=20)
+    soaked_here = asyncio.run(ran)
+    whole = soaked_here.whole
+    assert whole.complaints == []
+    assert len(whole.ledger.acknowledged) >= 200
+    assert whole.faults >= 20
+    assert soaked_here.results[0].fault == CALM.name
+    first, *_, last = soaked_here.usage
+    assert (first.pid, first.tasks) == (last.pid, last.tasks)
+    assert 0 < first.acknowledged < last.acknowledged == len(whole.ledger.acknowledged)
+    assert 0 < last.connections <= 8
+
+    section = soaked("COMMAND", [soaked_here])
+    assert "**0 lost, 0 stored twice, 0 phantom, 0 half, 0 leaked.** Made by `COMMAND`." in section
+    document = tmp_path / "document.md"
+    assert "Not run yet" in kept_section(document)
+    document.write_text("before\n\n## In detail\nafter\n")
+    for _ in range(2):
+        replace_section(document, section)
+        assert document.read_text() == f"before\n\n{section.rstrip()}\n\n## In detail\nafter\n"
+    assert kept_section(document).rstrip() == section.rstrip()
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])

@@ -3,6 +3,9 @@
     python -m benchmarks.faults                                      this package, once
     python -m benchmarks.faults --seconds 600 --seed 7               for ten minutes
     python -m benchmarks.faults --all --write docs/explanation/under-faults.md
+    python -m benchmarks.faults --soak 100000 --each 3 --write docs/explanation/under-faults.md
+
+The last one writes only its own section of the document, and the one before keeps that section.
 
 The other tools are in `benchmarks/requirements.txt`.
 """
@@ -13,6 +16,8 @@ import json
 import sys
 from pathlib import Path
 
+import uvloop
+
 from .check import CASES
 from .cluster import Cluster
 from .failover import Failover, fail_over
@@ -20,7 +25,11 @@ from .ledger import begin_anew
 from .plan import faults_in_order
 from .report import document, in_detail
 from .run import Result, run_tool, running_cluster
+from .soak import Soak, soak
+from .soak_report import kept_section, replace_section, soaked
 from .tools import TOOLS
+
+_DRIVERS = ("asyncpg", "psycopg")
 
 
 async def main(options: argparse.Namespace) -> None:
@@ -43,13 +52,35 @@ async def main(options: argparse.Namespace) -> None:
             print(f"{TOOLS[tool]}\n\n{in_detail(results[tool])}", flush=True)
             checks[tool] = await _check(tool, cluster, options.driver)
     for tool in tools:
-        for driver in ("asyncpg", "psycopg") if tool == "asgi_dbsession" else (options.driver,):
+        for driver in _DRIVERS if tool == "asgi_dbsession" else (options.driver,):
             failover = failovers[tool, driver] = await fail_over(tool, driver, seconds=2)
             print(f"failover, {TOOLS[tool]}, {driver}: {failover.gap} s, {failover.finding}")
     if options.write is not None:
         command = f"python -m benchmarks.faults {' '.join(sys.argv[1:])}"
-        text = document(command, results, checks, failovers)
+        text = document(command, results, checks, failovers, kept_section(options.write))
         await asyncio.to_thread(options.write.write_text, text)
+
+
+async def soak_both(options: argparse.Namespace) -> None:
+    """Soak this package with one driver after the other: half of the writes each."""
+    soaks: list[Soak] = []
+    writes = -(-options.soak // len(_DRIVERS))
+    for driver in _DRIVERS:
+        async with running_cluster() as cluster:
+            soaks.append(
+                await soak(
+                    driver,
+                    cluster,
+                    seed=options.seed,
+                    seconds=options.each,
+                    writes=writes,
+                    faults=-(-writes // 10),
+                )
+            )
+    text = soaked(f"python -m benchmarks.faults {' '.join(sys.argv[1:])}", soaks)
+    print(text)
+    if options.write is not None:
+        replace_section(options.write, text)
 
 
 async def _check(tool: str, cluster: Cluster, driver: str) -> dict[str, str]:
@@ -80,5 +111,14 @@ if __name__ == "__main__":
     )
     parser.add_argument("--each", type=float, default=1.5, help="seconds for each fault")
     parser.add_argument("--driver", default="asyncpg", help="asyncpg or psycopg")
+    parser.add_argument(
+        "--soak",
+        type=int,
+        default=0,
+        metavar="WRITES",
+        help="this package alone, with both drivers, until so many writes are acknowledged",
+    )
     parser.add_argument("--write", type=Path, metavar="FILE", help="where the tables go")
-    asyncio.run(main(parser.parse_args()))
+    given = parser.parse_args()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(soak_both(given) if given.soak else main(given))

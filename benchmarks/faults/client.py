@@ -68,18 +68,23 @@ async def ask(port: int, request: Request) -> int | None:
 
 async def held(port: int) -> int | None:
     """How many connections are out of the pool of the worker there; None where none answers."""
+    answer = await ask_door(port, "/status")
+    return None if answer is None else int(answer["held"])
+
+
+async def ask_door(port: int, path: str) -> Any:
+    """What the `Door` of the worker there says; None where none answers."""
     try:
         async with asyncio.timeout(_PATIENCE):
             reader, writer = await asyncio.open_connection(HOST, port)
             try:
-                writer.write(_encode(Request("/status", "GET")))
+                writer.write(_encode(Request(path, "GET")))
                 body = (await reader.read()).partition(b"\r\n\r\n")[2]
             finally:
                 writer.transport.abort()
     except (OSError, TimeoutError):
         return None
-    answer: Any = json.loads(body or b"null")
-    return None if answer is None else int(answer["held"])
+    return json.loads(body or b"null")
 
 
 def _encode(request: Request) -> bytes:

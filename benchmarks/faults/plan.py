@@ -39,6 +39,7 @@ class Fault:
         leaves_open: Whether an error may answer a write that is stored all the same: a request
             is cancelled, or a connection dies, between COMMIT and its answer.
         clients: How many at once.
+        calm: The share of requests that are plain writes, which this fault leaves alone.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Fault:
     strike: Strike | None = None
     leaves_open: bool = False
     clients: int = 8
+    calm: float = 0.0
 
 
 def faults_in_order(seed: int, seconds: float = 0) -> Iterator[Fault]:
@@ -65,6 +67,9 @@ def faults_in_order(seed: int, seconds: float = 0) -> Iterator[Fault]:
 
 def next_request(fault: Fault, number: int, random: Random) -> tuple[Request, bool]:
     """What a client asks for next, and whether it is a write; that number is its own."""
+    if fault.calm and random.random() < fault.calm:
+        (kind,) = random.choices(("entries", "transfers"), (10, 6))
+        return Request(f"/{kind}/{number}?then="), True
     kind = random.choices(("entries", "transfers", "/read", "/stream"), (10, 6, 1, 3))[0]
     if kind.startswith("/"):
         return fault.change(Request(kind, "GET"), random), False

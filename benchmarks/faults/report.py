@@ -32,8 +32,9 @@ def document(
     results: Mapping[str, Sequence[Result]],
     checks: Mapping[str, Mapping[str, str]],
     failovers: Mapping[tuple[str, str], Failover],
+    soak: str,
 ) -> str:
-    """All of it, in Markdown."""
+    """All of it, in Markdown; the section of the soak is given."""
     ledgers = [result.ledger for of_tool in results.values() for result in of_tool]
     details = [f"### {TOOLS[tool]}\n\n{in_detail(found)}" for tool, found in results.items()]
     return _TEMPLATE.read_text().format(
@@ -45,13 +46,14 @@ def document(
         side_by_side=side_by_side(results),
         checked=_checked(checks),
         failed_over=_failed_over(failovers),
+        soak=soak,
         details="\n".join(details),
     )
 
 
 def in_detail(results: Sequence[Result]) -> str:
     """One tool, all that was counted."""
-    return _table(_COLUMNS, map(_row, results))
+    return table(_COLUMNS, map(_row, results))
 
 
 def side_by_side(results: Mapping[str, Sequence[Result]]) -> str:
@@ -61,12 +63,12 @@ def side_by_side(results: Mapping[str, Sequence[Result]]) -> str:
         for result in found:
             by_fault.setdefault(result.fault, {})[tool] = ", ".join(result.complaints) or "✓"
     rows = [[fault, *(cells[tool] for tool in results)] for fault, cells in by_fault.items()]
-    return _table(["", *(TOOLS[tool] for tool in results)], rows)
+    return table(["", *(TOOLS[tool] for tool in results)], rows)
 
 
 def _checked(checks: Mapping[str, Mapping[str, str]]) -> str:
     rows = [[case, *(words[case] or "✓" for words in checks.values())] for case in CASES]
-    return _table(["", *(TOOLS[tool] for tool in checks)], rows)
+    return table(["", *(TOOLS[tool] for tool in checks)], rows)
 
 
 def _failed_over(failovers: Mapping[tuple[str, str], Failover]) -> str:
@@ -93,7 +95,7 @@ def _failed_over(failovers: Mapping[tuple[str, str], Failover]) -> str:
         ]
         for (tool, driver), each in failovers.items()
     ]
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def _row(result: Result) -> list[str]:
@@ -113,6 +115,7 @@ def _row(result: Result) -> list[str]:
     ]
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -79,10 +79,12 @@ def merge(results: Sequence[Result]) -> Result:
 
 
 @asynccontextmanager
-async def stage_for(tool: str, cluster: Cluster, driver: str) -> AsyncIterator[Stage]:
+async def stage_for(
+    tool: str, cluster: Cluster, driver: str, spared: int = 0
+) -> AsyncIterator[Stage]:
     """The tool's application in its workers, and a proxy between them and the database."""
     proxy = Proxy(cluster.port)
-    workers = Workers(tool, cluster.url(driver, await proxy.start()))
+    workers = Workers(tool, cluster.url(driver, await proxy.start()), spared=spared)
     await workers.start()
     try:
         yield Stage(cluster, proxy, workers)
@@ -113,20 +115,34 @@ async def run_tool(
     driver: str = "asyncpg",
 ) -> list[Result]:
     """Put a tool through each fault in turn, so many seconds each; one result for each."""
-    numbers = count(1)
-    results: dict[str, list[Result]] = {}
     async with stage_for(tool, cluster, driver) as stage:
-        left_over = False
-        for turn, fault in enumerate(faults):
-            if left_over:  # what one fault has left behind must not be charged to the next
-                await stage.workers.stop()
-                await stage.workers.start()
-            await begin_anew(cluster)
-            random = Random(f"{seed} {turn} {fault.name}")
-            result = await _run_fault(stage, fault, numbers, random, seconds)
-            results.setdefault(fault.name, []).append(result)
-            left_over = bool(result.complaints)
-    return [merge(rounds) for rounds in results.values()]
+        turns = take_turns(stage, faults, seed=seed, seconds=seconds)
+        return merge_by_fault([result async for result in turns])
+
+
+async def take_turns(
+    stage: Stage, faults: Iterable[Fault], *, seed: int, seconds: float
+) -> AsyncIterator[Result]:
+    """Have each fault in turn strike the stage, so many seconds each."""
+    numbers = count(1)
+    left_over = False
+    for turn, fault in enumerate(faults):
+        if left_over:  # what one fault has left behind must not be charged to the next
+            await stage.workers.stop()
+            await stage.workers.start()
+        await begin_anew(stage.cluster)
+        random = Random(f"{seed} {turn} {fault.name}")
+        result = await _run_fault(stage, fault, numbers, random, seconds)
+        left_over = bool(result.complaints)
+        yield result
+
+
+def merge_by_fault(results: Iterable[Result]) -> list[Result]:
+    """One result for each fault."""
+    by_fault: dict[str, list[Result]] = {}
+    for result in results:
+        by_fault.setdefault(result.fault, []).append(result)
+    return [merge(rounds) for rounds in by_fault.values()]
 
 
 async def _run_fault(

@@ -1,9 +1,11 @@
 """What a worker process serves: an application of `benchmarks.peers`, behind a door of ours."""
 
 import asyncio
+import gc
 import json
 import os
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
@@ -16,9 +18,9 @@ def application() -> Any:
 class Door:
     """Says how the pool is, and cancels requests that ask for it.
 
-    `GET /status` is answered here. A request with the header `x-cancel-after` is cancelled after
-    so many seconds, as by a middleware that limits the time of every request; whatever had been
-    stored by then, the answer is a 504.
+    `GET /status` and `GET /usage` are answered here. A request with the header `x-cancel-after`
+    is cancelled after so many seconds, as by a middleware that limits the time of every request;
+    whatever had been stored by then, the answer is a 504.
     """
 
     def __init__(self, app: Any, pool: Any) -> None:
@@ -30,6 +32,9 @@ class Door:
         if scope.get("path") == "/status":
             status = {"held": self.pool().checkedout(), "pid": os.getpid()}
             await _answer(send, 200, json.dumps(status).encode())
+            return
+        if scope.get("path") == "/usage":
+            await _answer(send, 200, json.dumps(self._usage()).encode())
             return
         limit = dict(scope.get("headers", ())).get(b"x-cancel-after")
         if limit is None:
@@ -49,6 +54,17 @@ class Door:
             if started:
                 raise  # the server closes the connection
             await _answer(send, 504, b"cancelled")
+
+    def _usage(self) -> dict[str, Any]:
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return {
+            "pid": os.getpid(),
+            "memory": pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
+            "descriptors": sum(1 for _ in Path("/proc/self/fd").iterdir()),
+            "tasks": len(asyncio.all_tasks()),
+            "connections": self.pool().checkedin() + self.pool().checkedout(),
+        }
 
 
 async def _answer(send: Any, status: int, body: bytes) -> None:

@@ -22,11 +22,13 @@ class Workers:
         tool: A module of `benchmarks.peers`.
         url: The `DATABASE_URL` they get.
         count: How many.
+        spared: How many of them `signal_one` leaves alone.
     """
 
-    def __init__(self, tool: str, url: str, count: int = 2) -> None:
+    def __init__(self, tool: str, url: str, count: int = 2, spared: int = 0) -> None:
         self.tool = tool
         self.ports = [free_port() for _ in range(count)]
+        self._mortal = self.ports[spared:]
         self.log = Path(tempfile.mkdtemp(prefix="workers-")) / "log"
         self._url = url
         self._processes: dict[int, asyncio.subprocess.Process] = {}
@@ -64,7 +66,7 @@ class Workers:
 
     def signal_one(self, signal: int, random: Random) -> None:
         """Send a signal to one of them."""
-        process = self._processes[random.choice(self.ports)]
+        process = self._processes[random.choice(self._mortal)]
         if process.returncode is None:
             process.send_signal(signal)
 

@@ -1,0 +1,105 @@
+"""This package alone, through all faults again and again, until enough writes are acknowledged."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+from .client import ask_door
+from .cluster import Cluster
+from .plan import CALM, Fault, Stage, faults_in_order
+from .run import Result, merge, merge_by_fault, stage_for, take_turns
+
+TOOL = "asgi_dbsession"
+# Most writes are plain, so that most are acknowledged; every sixth request is a fault.
+_CALM, _CLIENTS = 0.6, 12
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one worker process uses.
+
+    Attributes:
+        acknowledged: How many writes had been acknowledged by then, by all workers.
+        pid: Which process it is.
+        memory: Resident, in MB.
+        descriptors: Open file descriptors.
+        tasks: asyncio tasks.
+        connections: In the pool.
+    """
+
+    acknowledged: int
+    pid: int
+    memory: float
+    descriptors: int
+    tasks: int
+    connections: int
+
+
+@dataclass(frozen=True)
+class Soak:
+    """What came of it with one driver.
+
+    Attributes:
+        driver: Which.
+        seconds: How long it took.
+        results: One for each fault.
+        usage: Of the worker that is never killed: after the first turn, in between, and after
+            the last.
+    """
+
+    driver: str
+    seconds: float
+    results: list[Result]
+    usage: list[Usage]
+
+    @property
+    def whole(self) -> Result:
+        """All faults added up."""
+        return merge(self.results)
+
+
+async def soak(
+    driver: str, cluster: Cluster, *, seed: int, seconds: float, writes: int, faults: int
+) -> Soak:
+    """Let all faults strike until so many writes are acknowledged and so many faults happened.
+
+    Args:
+        driver: Of the database URL.
+        cluster: The database.
+        seed: What all chance follows from.
+        seconds: For each turn of a fault.
+        writes: How many acknowledged writes are enough.
+        faults: How many faults are enough.
+    """
+    start, results, usage = time.monotonic(), list[Result](), list[Usage]()
+    acknowledged = struck = 0
+
+    def until_enough() -> Iterator[Fault]:
+        for fault in faults_in_order(seed, inf):
+            if acknowledged >= writes and struck >= faults:
+                yield CALM  # so that the last look at the workers is like the first one
+                return
+            yield replace(fault, calm=_CALM, clients=max(_CLIENTS, fault.clients))
+
+    async with stage_for(TOOL, cluster, driver, spared=1) as stage:
+        async for result in take_turns(stage, until_enough(), seed=seed, seconds=seconds):
+            results.append(result)
+            acknowledged += len(result.ledger.acknowledged)
+            struck += result.faults
+            if result.fault == CALM.name or len(results) % 15 == 1:
+                usage.append(await _look(stage, acknowledged))
+            _tell(driver, time.monotonic() - start, result, acknowledged, struck)
+    return Soak(driver, time.monotonic() - start, merge_by_fault(results), usage)
+
+
+async def _look(stage: Stage, acknowledged: int) -> Usage:
+    answer: Any = await ask_door(stage.workers.ports[0], "/usage")
+    return Usage(acknowledged, **answer)
+
+
+def _tell(driver: str, seconds: float, result: Result, acknowledged: int, struck: int) -> None:
+    words = ", ".join(result.complaints) or "fine"
+    counts = f"{acknowledged} acknowledged, {struck} faults"
+    print(f"{driver}, {seconds:.0f} s: {counts}; {result.fault}: {words}", flush=True)

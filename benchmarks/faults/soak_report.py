@@ -1,0 +1,95 @@
+"""The section of the document about the soak, which a run of its own makes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .report import table
+from .run import Result
+from .soak import Soak, Usage
+
+_HEADING, _NEXT = "## A long run", "## In detail"
+_NOTHING = "Not run yet.\n"
+
+
+def soaked(command: str, soaks: Sequence[Soak]) -> str:
+    """What was counted, for each driver, and what the workers used."""
+    wholes = [each.whole for each in soaks]
+    minutes = sum(each.seconds for each in soaks) / 60
+    acknowledged = sum(len(each.ledger.acknowledged) for each in wholes)
+    requests = sum(each.ledger.requests for each in wholes)
+    faults = sum(each.faults for each in wholes)
+    return f"""{_HEADING}
+
+This package alone, half of the writes with each driver, in {minutes:.0f} minutes:
+{acknowledged} writes were acknowledged, in {requests} requests, and {faults} faults happened.
+**{_found(wholes)}.** Made by `{command}`.
+
+Six of ten requests are plain writes that no fault changes, so that most are acknowledged.
+The other requests are those of the tables above.
+
+{_counts(soaks)}
+One of the two workers is never killed. This is what its process used, from after the first turn
+to after the last:
+
+{_usage(soaks)}"""
+
+
+def _found(wholes: Sequence[Result]) -> str:
+    lost, twice, phantom, half = (
+        sum(getattr(each.finding, name) for each in wholes)
+        for name in ("lost", "twice", "phantom", "half")
+    )
+    leaked = sum(each.held + each.open for each in wholes)
+    return f"{lost} lost, {twice} stored twice, {phantom} phantom, {half} half, {leaked} leaked"
+
+
+def kept_section(file: Path) -> str:
+    """The section as it is in the document so far."""
+    text = file.read_text() if file.exists() else ""
+    if _HEADING not in text:
+        return f"{_HEADING}\n\n{_NOTHING}"
+    return f"{_HEADING}{text.partition(_HEADING)[2].partition(_NEXT)[0]}".rstrip() + "\n"
+
+
+def replace_section(file: Path, section: str) -> None:
+    """Put the section into the document, in the place of the one before."""
+    text = file.read_text()
+    before, _, rest = text.partition(_HEADING if _HEADING in text else _NEXT)
+    after = rest.partition(_NEXT)[2] if _HEADING in text else rest
+    file.write_text(f"{before}{section.rstrip()}\n\n{_NEXT}{after}")
+
+
+def _counts(soaks: Sequence[Soak]) -> str:
+    columns = ("driver", "fault", "faults", "acknowledged", "refused", "open", "found")
+    rows = [
+        [
+            soak.driver,
+            result.fault,
+            str(result.faults),
+            str(len(result.ledger.acknowledged)),
+            str(len(result.ledger.refused)),
+            f"{len(result.ledger.open)} ({result.finding.open_stored})",
+            ", ".join(result.complaints) or "✓",
+        ]
+        for soak in soaks
+        for result in soak.results
+    ]
+    return table(columns, rows)
+
+
+def _usage(soaks: Sequence[Soak]) -> str:
+    columns = ("driver", "acknowledged so far", "memory", "descriptors", "tasks", "connections")
+    rows = [_row(soak.driver, usage) for soak in soaks for usage in _few(soak.usage)]
+    return table(columns, rows)
+
+
+def _row(driver: str, usage: Usage) -> list[str]:
+    counts = (usage.descriptors, usage.tasks, usage.connections)
+    memory = f"{usage.memory:.1f} MB"
+    return [driver, str(usage.acknowledged), memory, *map(str, counts)]
+
+
+def _few(usage: Sequence[Usage]) -> list[Usage]:
+    """The first, the second, the one in the middle, and the last."""
+    places = sorted({0, min(1, len(usage) - 1), len(usage) // 2, len(usage) - 1})
+    return [usage[place] for place in places]
