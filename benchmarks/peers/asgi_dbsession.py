@@ -2,66 +2,76 @@
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response, StreamingResponse
 
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, get_session
 
 from . import work
 
-database = AsyncDatabase(work.URL, **work.POOL)
-app = FastAPI()
-app.add_middleware(DBSessionMiddleware, database)
+router = APIRouter()
 
 
-@app.get("/nothing")
+@router.get("/nothing")
 async def nothing() -> Response:
     return work.nothing()
 
 
-@app.get("/read")
+@router.get("/read")
 async def read() -> Response:
     return await work.read(get_session())
 
 
-@app.post("/insert")
+@router.post("/insert")
 async def insert() -> Response:
     return await work.insert(get_session())
 
 
-@app.get("/ten")
+@router.get("/ten")
 async def ten() -> Response:
     return await work.ten(get_session())
 
 
-@app.get("/stream")
+@router.get("/stream")
 async def stream() -> Response:
     return StreamingResponse(work.rows(get_session()))
 
 
-@app.get("/export")
+@router.get("/export")
 async def export() -> Response:
     return StreamingResponse(work.export(get_session()))
 
 
-@app.get("/download")
+@router.get("/download")
 async def download() -> Response:
     return await work.download(get_session())
 
 
-@app.get("/events")
+@router.get("/events")
 async def events() -> Response:
     return await work.events(get_session())
 
 
-@app.post("/entries/{number}")
+@router.post("/entries/{number}")
 async def write(number: int, then: str = "") -> Response:
     return await work.write(get_session(), number, then)
 
 
-@app.post("/transfers/{number}")
+@router.post("/transfers/{number}")
 async def transfer(number: int, then: str = "") -> Response:
     return await work.transfer(get_session(), number, then)
+
+
+def application(database: AsyncDatabase) -> FastAPI:
+    """The application on a database."""
+    made = FastAPI()
+    made.add_middleware(DBSessionMiddleware, database)
+    made.include_router(router)
+    return made
+
+
+database = AsyncDatabase(work.URL, **work.POOL)
+app = application(database)
 
 
 def pool() -> Any:

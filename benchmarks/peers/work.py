@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import HTTPException
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
-from sqlalchemy import text
+from sqlalchemy import Column, Integer, MetaData, Table, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -20,7 +20,8 @@ POOL: dict[str, Any] = {
     "pool_timeout": int(os.environ.get("POOL_TIMEOUT", "1")),
 }
 
-_READ = text("SELECT balance FROM account WHERE id = 1")
+_ACCOUNT = Table("account", MetaData(), Column("id", Integer), Column("balance", Integer))
+_READ = select(_ACCOUNT.c.balance).where(_ACCOUNT.c.id == 1)
 _ENTRY = text("INSERT INTO entry (number) VALUES (:number)")
 _LINE = text("INSERT INTO line (number) VALUES (:number)")
 _EXPORT = text("SELECT number FROM generate_series(1, 1000) AS number")

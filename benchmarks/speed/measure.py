@@ -9,7 +9,7 @@ from benchmarks.faults.run import running_cluster
 from . import each_request, load, once
 from .servers import running_servers
 from .size import Size
-from .tools import DEF, FAMILIES, FASTAPI, OURS
+from .tools import FAMILIES, FASTAPI, OURS, OVER_UVICORN
 
 _POOL = 5
 # What the disk does is no tool's doing.
@@ -31,11 +31,11 @@ async def _measure(size: Size, cluster: Cluster) -> dict[str, Any]:
     found: dict[str, Any] = {"in process": {}, "over uvicorn": {}}
     url, fastapi = cluster.url("asyncpg"), size.chosen(FASTAPI)
     for family, tools in FAMILIES.items():
-        own_url = cluster.url("psycopg" if tools is DEF else "asyncpg")
+        own_url = cluster.url("psycopg" if "psycopg" in family or "def" in family else "asyncpg")
         found["in process"][family] = await each_request.in_process(
             size.chosen(tools), size, own_url
         )
-        if tools[0].endswith("_starlette"):
+        if family not in OVER_UVICORN:
             continue
         async with running_servers(size.chosen(tools), own_url, _POOL) as servers:
             found["over uvicorn"][family] = await each_request.over_http(servers, size)

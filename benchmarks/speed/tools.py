@@ -5,11 +5,12 @@ from importlib.util import find_spec
 from benchmarks.faults.tools import TOOLS
 
 OURS, BY_HAND, DEPENDS = "asgi_dbsession", "by_hand", "depends"
-AUTOCOMMIT = "asgi_dbsession_autocommit"
+TRANSACTION = "asgi_dbsession_transaction"
 
 FASTAPI = (
     BY_HAND,
     OURS,
+    TRANSACTION,
     DEPENDS,
     "depends_function",
     "fastapi_async_sqlalchemy",
@@ -18,11 +19,7 @@ FASTAPI = (
     "fastapi_sqla",
     "advanced_alchemy",
 )
-STARLETTE = (
-    "by_hand_starlette",
-    "asgi_dbsession_starlette",
-    "asgi_dbsession_autocommit_starlette",
-)
+STARLETTE = ("by_hand_starlette", "asgi_dbsession_starlette")
 DEF = (
     "by_hand_def",
     "asgi_dbsession_def",
@@ -31,11 +28,27 @@ DEF = (
     "advanced_alchemy_def",
 )
 # Each is measured in turn within itself, in one process.
-FAMILIES = {"FastAPI": FASTAPI, "Starlette alone": STARLETTE, "FastAPI, handlers with `def`": DEF}
+FAMILIES = {
+    "FastAPI": FASTAPI,
+    "FastAPI with psycopg": FASTAPI,
+    "Starlette alone": STARLETTE,
+    "FastAPI, handlers with `def`": DEF,
+}
+# The families that are measured over a server too.
+OVER_UVICORN = ("FastAPI", "FastAPI, handlers with `def`")
 # What a short run leaves out, besides what is not installed.
-FEW = (BY_HAND, OURS, DEPENDS, *STARLETTE, "by_hand_def", "asgi_dbsession_def", "depends_def")
+FEW = (
+    BY_HAND,
+    OURS,
+    TRANSACTION,
+    DEPENDS,
+    *STARLETTE,
+    "by_hand_def",
+    "asgi_dbsession_def",
+    "depends_def",
+)
 
-_TITLES = {**TOOLS, AUTOCOMMIT: "asgi-dbsession, reads in autocommit"}
+_TITLES = {**TOOLS, TRANSACTION: "asgi-dbsession, `autocommit_reads=False`"}
 _PACKAGES = (
     "fastapi_async_sqlalchemy",
     "context_async_sqlalchemy",

@@ -18,7 +18,7 @@ SCENARIOS = {
     "no database use": ("GET", "/nothing"),
     "one SELECT": ("GET", "/read"),
     "one INSERT": ("POST", "/insert"),
-    "ten statements": ("GET", "/ten"),
+    "ten SELECTs": ("GET", "/ten"),
     "an export of 1 000 rows": ("GET", "/export"),
 }
 
