@@ -54,7 +54,7 @@ __all__ = [
     "warn_when_idle",
 ]
 
-# Names of optional rooms, which are imported when somebody asks for them.
+# Names from optional rooms; their modules are imported at the first access.
 _OPTIONAL = {"ServerTimingMiddleware": "server_timing", "warn_when_idle": "idle"}
 
 

@@ -296,7 +296,7 @@ async def test_memory_is_bounded(served: Served) -> None:
     assert facts["recent"]["units"] == 400
     observer = served.page._observer
     assert not observer._open
-    assert max(len(tally.stretches) for unit in observer.ended for _, tally in unit.tallies) == 200
+    assert max(len(tally.spans) for unit in observer.ended for _, tally in unit.tallies) == 200
     assert (
         next(each for each in facts["recent"]["routes"] if each["route"] == "begin()")["statements"]
         == 300

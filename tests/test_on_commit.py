@@ -248,7 +248,7 @@ async def test_a_failing_function_is_logged_and_nothing_else(
         exchange = await get(DBSessionMiddleware(app, running.database))
     assert (exchange.status, exchange.error, done) == (201, None, ["next"])
     assert running.stored() == ["kept"]
-    assert "what was committed stays" in caplog.text
+    assert "the committed work stays stored" in caplog.text
     assert "no mail server" in caplog.text
 
 
@@ -302,7 +302,7 @@ async def test_each_is_a_unit_of_work_of_its_own(
     assert exchange.error is None
     # The second audit clashes with the first.
     assert seen == [(["kept", "audit"], 0)] * 2
-    assert caplog.text.count("what was committed stays") == 3
+    assert caplog.text.count("the committed work stays stored") == 3
 
 
 @pytest.mark.parametrize("path", ["/", "/background"])

@@ -107,7 +107,7 @@ class _Lifespan:
         if failure is not None and not self._answered_startup:
             if self._startup is None:
                 await self._fail_startup(failure)
-            _logger.info("The application has no lifespan; it is served without: %r", failure)
+            _logger.info("The application has no lifespan, and is served without one: %r", failure)
             failure = None
         await self._serve_after_return()
         if failure is not None:

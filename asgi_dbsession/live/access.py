@@ -1,4 +1,4 @@
-"""Whom the page lets in."""
+"""Decides which clients may see the live page."""
 
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -6,20 +6,21 @@ from typing import Any, TypeAlias
 
 from asgi_dbsession.types import Scope
 
-# Whether a request may see the page.
+# A function that returns True if a request may see the page.
 Allow: TypeAlias = Callable[[Scope], bool]
 
-# What a proxy adds. Whoever sends one of these is behind a proxy, or pretends to be.
+# The headers that a proxy adds. A request with one of these headers came through a proxy, or
+# pretends that it did.
 _OF_PROXIES = ("forwarded", "via", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip")
 _OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 def is_local(scope: Scope) -> bool:
-    """Whether a request comes from the same machine, and from no proxy on it.
+    """Return True if a request comes from the same machine, and not through a proxy.
 
-    The client must be this machine, and so must be the host that it asks for: a page of another
-    site whose name leads to 127.0.0.1 is refused. A header of a proxy refuses the request, whatever
-    it says: the server may have taken its client from there.
+    The client address and the requested host must be this machine. So a page of another site, whose
+    name resolves to 127.0.0.1, is refused. Any header of a proxy refuses the request, because the
+    server may take the client address from such a header.
     """
     headers = [(_text(key).lower(), _text(value)) for key, value in scope.get("headers", ())]
     if any(key in _OF_PROXIES or key.startswith("x-forwarded") for key, _ in headers):
@@ -31,7 +32,7 @@ def is_local(scope: Scope) -> bool:
 def _is_loopback(client: Any) -> bool:
     try:
         address = ip_address(client[0])
-    except (TypeError, ValueError, LookupError):  # no client, or one without an address
+    except (TypeError, ValueError, LookupError):  # the server gives no client address
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)

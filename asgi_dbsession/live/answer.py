@@ -1,9 +1,9 @@
-"""Sends the answers of the page, which nobody may keep, frame or enrich."""
+"""Sends the responses of the live page, with headers that forbid caching and framing."""
 
 from asgi_dbsession.types import Send
 
 _NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-# The page's own style and script, and its stream of events.
+# This policy allows the style, the script and the event stream of the page itself.
 CSS_AND_SCRIPT = (
     _NOTHING + "; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'"
 )
@@ -31,12 +31,12 @@ async def answer(
 
     Args:
         send: The ASGI callable.
-        status: Its status.
-        text: Its body.
-        media_type: Without a charset; it is UTF-8.
+        status: The HTTP status.
+        text: The body.
+        media_type: The media type without a charset; the charset is UTF-8.
         has_body: False for a HEAD request.
-        policy: Its Content-Security-Policy.
-        **headers: Further headers.
+        policy: The Content-Security-Policy.
+        **headers: More headers.
     """
     body = text.encode()
     own = {
@@ -50,7 +50,7 @@ async def answer(
 
 
 async def begin_events(send: Send) -> None:
-    """Begin a stream of events, which no proxy may buffer."""
+    """Start an event stream, with a header that stops proxies from buffering it."""
     own = {
         "content-type": "text/event-stream",
         "content-security-policy": _NOTHING,

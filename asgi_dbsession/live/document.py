@@ -1,4 +1,4 @@
-"""The page as a whole, with its style and its script in it."""
+"""Builds the HTML of the live page, with its style and script inside."""
 
 from functools import cache
 from html import escape
@@ -44,12 +44,13 @@ class="rollback">ROLLBACK</span></p>
 
 
 def render(nonce: str, summary: str, parts: dict[str, str]) -> str:
-    """The page.
+    """Return the HTML of the page.
 
     Args:
-        nonce: For this response alone; it lets the style and the script of the page run.
-        summary: In a sentence for each database, as text.
-        parts: HTML, by the names of the places in the page.
+        nonce: A random text for this response; it allows the style and the script of the page to
+            run.
+        summary: One sentence for each database, as plain text.
+        parts: The HTML of each part of the page, by the name of the part.
     """
     own = {"style": _asset("page.css"), "script": _asset("page.js")}
     return _PAGE.format(nonce=nonce, summary=escape(summary), **own, **parts)

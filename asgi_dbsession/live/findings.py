@@ -1,4 +1,4 @@
-"""Names the lines to look at first."""
+"""Finds the lines of code that the reader of the live page should look at first."""
 
 from collections import defaultdict
 from typing import TypedDict
@@ -6,13 +6,13 @@ from typing import TypedDict
 from .now import Connection, DatabaseNow
 from .recent import Recent
 
-# A connection that is idle, or at work, for so many seconds is worth telling.
+# Seconds: a connection that is idle or works for longer is shown as a finding.
 _LONG = 0.5
 _MOST_OF_A_KIND = 2
 
 
 class Finding(TypedDict):
-    """A line of the application, and what is wrong with it.
+    """A line of the application, and the problem with it.
 
     `kind` is `idle now`, `slow now`, `idle` or `repeated`.
     """
@@ -24,7 +24,7 @@ class Finding(TypedDict):
 
 
 def find(databases: list[DatabaseNow], recent: Recent) -> list[Finding]:
-    """The lines to look at first; what goes on now before what has ended."""
+    """Return the lines to look at first: running problems, then problems of ended units."""
     found = [*_now(databases, "idle"), *_now(databases, "working")]
     lines = {each["line"] for each in found}
     idle = [

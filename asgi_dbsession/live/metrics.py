@@ -1,4 +1,4 @@
-"""Writes the figures in Prometheus' text format, with OpenTelemetry's names for databases."""
+"""Writes metrics in Prometheus' text format, with OpenTelemetry's names for databases."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ _STATE = "db_client_connection_state"
 
 
 def render_metrics(databases: list[DatabaseNow], totals: list[Totals]) -> str | None:
-    """The text; None where `prometheus-client` is not installed.
+    """Return the metrics as text; None if `prometheus-client` is not installed.
 
     Source: https://opentelemetry.io/docs/specs/semconv/database/database-metrics/
     """
@@ -23,7 +23,7 @@ def render_metrics(databases: list[DatabaseNow], totals: list[Totals]) -> str | 
 
 
 class _Collector:
-    """What `generate_latest` asks, in place of a registry."""
+    """The metrics source that `generate_latest` reads instead of a registry."""
 
     def __init__(self, databases: list[DatabaseNow], totals: list[Totals]) -> None:
         self._databases = databases
@@ -40,10 +40,12 @@ class _Collector:
             "db_client_connection_count", "Connections, by state.", labels=(_POOL, _STATE)
         )
         most = GaugeMetricFamily(
-            "db_client_connection_max", "The most connections there may be.", labels=(_POOL,)
+            "db_client_connection_max", "The largest number of connections.", labels=(_POOL,)
         )
         pending = GaugeMetricFamily(
-            "db_client_connection_pending_requests", "Who waits for one.", labels=(_POOL,)
+            "db_client_connection_pending_requests",
+            "Requests that wait for a connection.",
+            labels=(_POOL,),
         )
         for each in self._databases:
             free = sum(lane["state"] == "free" for lane in each["connections"])
@@ -58,13 +60,21 @@ class _Collector:
         from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
         timeouts = CounterMetricFamily(
-            "db_client_connection_timeouts", "No connection came in time.", labels=(_POOL,)
+            "db_client_connection_timeouts",
+            "Timeouts while waiting for a connection.",
+            labels=(_POOL,),
         )
         waited = HistogramMetricFamily(
-            "db_client_connection_wait_time", "Of a unit of work.", labels=(_POOL,), unit="seconds"
+            "db_client_connection_wait_time",
+            "Time to get a connection.",
+            labels=(_POOL,),
+            unit="seconds",
         )
         used = HistogramMetricFamily(
-            "db_client_connection_use_time", "Of a unit of work.", labels=(_POOL,), unit="seconds"
+            "db_client_connection_use_time",
+            "Time that a connection is held.",
+            labels=(_POOL,),
+            unit="seconds",
         )
         for database, totals in zip(self._databases, self._totals, strict=True):
             labels = (database["name"],)

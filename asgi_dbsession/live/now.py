@@ -1,4 +1,4 @@
-"""Who holds which connection now, and who waits for one."""
+"""Finds which unit of work holds which connection now, and which units wait for one."""
 
 from time import perf_counter
 from typing import Any, TypedDict
@@ -37,7 +37,7 @@ class Waiting(TypedDict):
 
 
 class DatabaseNow(TypedDict):
-    """One database. `most` is None where the pool has no limit."""
+    """The present state of one database; `most` is None if the pool has no limit."""
 
     name: str
     is_running: bool
@@ -48,13 +48,13 @@ class DatabaseNow(TypedDict):
 
 
 class Lanes:
-    """Gives each connection of a pool a number that it keeps."""
+    """Gives each connection of a pool a permanent number."""
 
     def __init__(self) -> None:
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def of(self, entry: Any) -> int:
-        """The number of a connection, from 1 on."""
+        """Return the number of a connection; the first number is 1."""
         if entry not in self._numbers:
             taken = set(self._numbers.values())
             self._numbers[entry] = next(n for n in range(1, len(taken) + 2) if n not in taken)
@@ -62,11 +62,11 @@ class Lanes:
 
 
 class Now:
-    """Looks at the pools of databases, without taking a connection.
+    """Reads the state of the pools of databases, without a connection of its own.
 
     Args:
-        databases: The databases to look at.
-        observer: What knows their units of work.
+        databases: The databases to show.
+        observer: The observer that knows the open units of work.
     """
 
     def __init__(self, databases: tuple[Any, ...], observer: LiveObserver) -> None:
@@ -76,7 +76,7 @@ class Now:
         self._shown: dict[Any, int] = dict.fromkeys(databases, 0)
 
     def look(self) -> list[DatabaseNow]:
-        """All databases, in the order in which the page was given them."""
+        """Return the state of all databases, in the order given to the page."""
         now = perf_counter()
         used: dict[Any, list[Connection]] = {each: [] for each in self._databases}
         waiting: dict[Any, list[Waiting]] = {each: [] for each in self._databases}
@@ -104,7 +104,8 @@ class Now:
         shown = max(size, checked_out, self._shown[database], *lanes, 0)
         if most is not None:
             shown = max(min(shown, most), *lanes, 0)
-        self._shown[database] = shown  # a lane that was shown stays, so that nothing jumps
+        # Keep showing a connection once it was shown, so that the rows of the page do not jump.
+        self._shown[database] = shown
         others = max(0, checked_out - len(used))
         connections = []
         for number in range(1, shown + 1):
@@ -124,7 +125,7 @@ class Now:
 
 
 def pool_of(database: Any) -> Any:
-    """The pool of a database; None before its startup, and after its shutdown."""
+    """Return the pool of a database; None before its startup and after its shutdown."""
     return database.engine.pool if database.is_running else None
 
 
@@ -146,7 +147,7 @@ def _connection(
 
 
 def _is_in_autocommit(checkout: Checkout) -> bool:
-    """Return True if the driver is in autocommit, also until a delayed BEGIN."""
+    """Return True if the driver is in autocommit mode, for example until a delayed BEGIN."""
     return getattr(checkout.entry.dbapi_connection, "autocommit", None) is True
 
 

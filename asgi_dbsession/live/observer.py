@@ -1,4 +1,4 @@
-"""Remembers which units of work are open, and the last few hundred that have ended."""
+"""Records the open units of work, and the last few hundred ended units."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from asgi_dbsession.unit.report import Outcome
 from .route import RouteName, name_of, route_by_quart
 from .totals import Totals
 
-# How many units that have ended are remembered.
+# How many ended units are kept.
 _MOST_UNITS = 400
 
 
@@ -29,7 +29,8 @@ class OpenUnit:
     """A unit of work that has a session and has not ended.
 
     Attributes:
-        began: When it opened its first session, or ended its last work; as of `perf_counter`.
+        began: When the unit opened its first session, or when its previous work ended; the time is
+            from `perf_counter`.
     """
 
     __slots__ = ("began", "route_by_quart", "sessions")
@@ -41,14 +42,14 @@ class OpenUnit:
 
 
 class EndedUnit(NamedTuple):
-    """A unit of work that has ended. It refers to no request, and to no value of a statement.
+    """A unit of work that has ended, without a reference to its request or to statement values.
 
     Attributes:
-        began: When it opened its first session; as of `perf_counter`.
-        ended: When its work was committed or rolled back.
-        error: The class of what the application or COMMIT raised; empty if nothing was.
-        is_conflict: Whether it lost against another transaction.
-        tallies: What it asked of each database.
+        began: When the unit opened its first session; the time is from `perf_counter`.
+        ended: When the work of the unit was committed or rolled back.
+        error: The class of the exception of the application or of COMMIT; empty if there was none.
+        is_conflict: True if the exception is a conflict with another transaction.
+        tallies: The statements and times of each database.
     """
 
     route: str
@@ -62,11 +63,11 @@ class EndedUnit(NamedTuple):
 
 
 class LiveObserver(UnitObserver):
-    """Observes databases for a page; costs nothing until one of them opens a session.
+    """Observes databases for the live page; a request without a session costs no time.
 
     Args:
         databases: The databases to observe.
-        route: Names a request; None for the route of its framework.
+        route: A function that names a request; None for the route of the framework.
     """
 
     def __init__(self, databases: tuple[Any, ...], route: RouteName | None) -> None:
@@ -78,8 +79,9 @@ class LiveObserver(UnitObserver):
             each.add_observer(self)
 
     def open_units(self) -> Iterator[tuple[str, OpenUnit]]:
-        """The name of each unit that is open, and what is known of it."""
-        for unit, found in tuple(self._open.items()):  # threads open units meanwhile
+        """Iterate over the open units, each with the name of its request."""
+        # Use a copy, because threads open units meanwhile.
+        for unit, found in tuple(self._open.items()):
             yield name_of(unit, self._route, found.route_by_quart), found
 
     @override
@@ -88,9 +90,9 @@ class LiveObserver(UnitObserver):
 
     @override
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
-        if database in self.totals:  # else a unit inside of an observed unit
+        if database in self.totals:  # the page shows only some databases of a unit
             stats = stats_of(opened)
-            stats.keeps_stretches = True
+            stats.keeps_spans = True
             found = self._open.get(unit)
             if found is None:
                 found = self._open[unit] = OpenUnit()
@@ -115,7 +117,7 @@ class LiveObserver(UnitObserver):
         for database, stats in found.sessions:
             tally = stats.settle(end, now)
             tallies.append((database, tally))
-            if tally.stretches:
+            if tally.spans:
                 is_used = True
                 self.totals[database].add(tally)
         if is_used:

@@ -1,4 +1,4 @@
-"""The page: an ASGI application that shows what databases do."""
+"""The live page: an ASGI application that shows which code holds which connection."""
 
 import json
 from functools import partial
@@ -26,9 +26,9 @@ from .recent import Recent, summarize
 from .route import RouteName
 from .timeline import draw
 
-# How often the page moves, in seconds.
+# Seconds between two updates of the page.
 _PERIOD = 1.0
-# After so many seconds the browser asks again, so that no server waits long to shut down.
+# Seconds until the browser must open a new stream; a server that shuts down waits at most so long.
 _STREAM = 10.0
 
 _REFUSAL = "This page is for clients on the same machine. LivePage(allow=...) lets others in.\n"
@@ -38,23 +38,23 @@ _NO_METRICS = "Install prometheus-client for metrics: pip install prometheus-cli
 class LivePage:
     """Show who holds which connection, who waits for one, and what the last units of work did.
 
-    Mount it anywhere: `app.mount("/db", LivePage(database))`. It observes its databases from when
-    it is made, and holds no connection. Below its own path, `/json` is the same for scripts, and
-    `/metrics` is for Prometheus, where `prometheus-client` is installed.
+    Mount the page anywhere: `app.mount("/db", LivePage(database))`. The page observes its databases
+    from its creation on, and holds no connection. Below its own path, `/json` returns the same data
+    for scripts. `/metrics` returns metrics for Prometheus, if `prometheus-client` is installed.
 
-    It shows methods, routes, lines of code and statements, but no values: no path that a client
-    sent, no parameter of a statement, no header and no body.
+    The page shows methods, routes, lines of code and statements, but no values: no path that a
+    client sent, no parameter of a statement, no header and no body.
 
     Args:
         *databases: Each `AsyncDatabase` or `SyncDatabase` to show.
-        allow: A plain function that is given the ASGI scope of a request for the page, and returns
-            True to let it in. None lets in clients on the same machine that ask for it by the name
-            `localhost` or by the address, and not through a proxy.
-        route: A plain function that names a request by its scope. None asks the framework for the
-            route as it was declared.
+        allow: A plain function that takes the ASGI scope of a request for the page, and returns
+            True to show the page. None allows clients on the same machine that use the name
+            `localhost` or its address, and no proxy.
+        route: A plain function that takes an ASGI scope and returns a name for the request. None
+            uses the route that is declared in the framework.
 
     Raises:
-        ConfigurationError: An argument is not what it should be.
+        ConfigurationError: An argument is wrong.
     """
 
     def __init__(
@@ -77,7 +77,8 @@ class LivePage:
         if scope["type"] != "http":
             raise ConfigurationError("LivePage serves HTTP alone. Mount it in an application.")
         reply = partial(answer, send, has_body=scope["method"] != "HEAD")
-        if self._allow(scope) is not True:  # a coroutine is no permission
+        # An `async def` function returns a coroutine, which must not count as a permission.
+        if self._allow(scope) is not True:
             await reply(403, _REFUSAL)
         elif scope["method"] not in ("GET", "HEAD"):
             await reply(405, "The page can only be read.\n", allow="GET, HEAD")
@@ -104,7 +105,7 @@ class LivePage:
             await reply(200, render(nonce, summary, parts), "text/html", policy=policy)
 
     async def _stream(self, receive: Receive, send: Send) -> None:
-        """Send the moving parts of the page until the client leaves."""
+        """Send updates of the page until the client disconnects."""
         await begin_events(send)
 
         async def leave() -> None:
@@ -145,7 +146,7 @@ class LivePage:
 
 
 def _wanted(scope: Scope) -> str:
-    """The last part of the path, or the query: relative links work with and without a slash."""
+    """Return the last part of the path, or the query, because links need no final slash."""
     last = scope["path"].rstrip("/").rpartition("/")[2]
     query: str = scope.get("query_string", b"").decode("latin-1")
     return last if last in ("events", "json", "metrics") else query

@@ -1,4 +1,4 @@
-"""What the last few hundred units of work did, and which lines are to blame."""
+"""Summarizes the ended units of work, and finds the lines that cause problems."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,17 +10,17 @@ from asgi_dbsession.reports.stats import Tally
 from .observer import EndedUnit
 from .shown import line, name, without_values
 
-# The same statement so many times in one unit is worth telling.
+# If a unit sends the same statement so many times, the page shows the line.
 _REPEATED = 5
-# An idle stretch of so many seconds is worth telling.
+# If a connection is held idle for so many seconds, the page shows the lines.
 _IDLE = 0.05
 _MOST_SHOWN = 8
 
 
 class Route(TypedDict):
-    """What the units of one route have in common; times in seconds.
+    """The statistics of the units of one route; times in seconds.
 
-    `held_p50` and `held_p95` are of the time for which a unit held its connections.
+    `held_p50` and `held_p95` are percentiles of the time that a unit held its connections.
     """
 
     route: str
@@ -34,9 +34,10 @@ class Route(TypedDict):
 
 
 class Repeated(TypedDict):
-    """One statement that one line sent many times in one unit (N+1).
+    """A statement that one line sent many times in one unit (N+1).
 
-    `times` is the most in one unit, or less: of each unit, so many statements are kept.
+    `times` is the largest number in one unit. The real number may be higher, because a unit keeps a
+    limited number of statements.
     """
 
     route: str
@@ -47,7 +48,7 @@ class Repeated(TypedDict):
 
 
 class Idle(TypedDict):
-    """Two lines between which units held a connection without using it; times in seconds."""
+    """Two lines between which units held a connection idle; times in seconds."""
 
     route: str
     database: str
@@ -59,7 +60,7 @@ class Idle(TypedDict):
 
 
 class Recent(TypedDict):
-    """All of these, the worst first."""
+    """The summary of all ended units; each list starts with the worst entry."""
 
     units: int
     seconds: float
@@ -69,7 +70,7 @@ class Recent(TypedDict):
 
 
 def summarize(ended: Sequence[EndedUnit], now: float) -> Recent:
-    """Summarize units of work that have ended."""
+    """Return a summary of the ended units of work."""
     return {
         "units": len(ended),
         "seconds": now - min((each.began for each in ended), default=now),
@@ -123,10 +124,10 @@ def _repeated(ended: Iterable[EndedUnit]) -> list[Repeated]:
     units: Counter[Any] = Counter()
     for unit in ended:
         sent = Counter(
-            (stretch.call_site, stretch.statement, database.url.get_backend_name())
+            (span.call_site, span.statement, database.url.get_backend_name())
             for database, tally in unit.tallies
-            for stretch in tally.all_stretches()
-            if stretch.kind == "statement" and stretch.call_site is not None
+            for span in tally.all_spans()
+            if span.kind == "statement" and span.call_site is not None
         )
         for key, number in sent.items():
             if number >= _REPEATED:

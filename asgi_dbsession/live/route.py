@@ -1,4 +1,4 @@
-"""Names the request that a unit of work belongs to, without anything that its client chose."""
+"""Names the request of a unit of work, without any text that the client chose."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ from asgi_dbsession.types import Scope
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# Names a request by its scope.
+# A function that returns a name for the request of an ASGI scope.
 RouteName: TypeAlias = Callable[[Scope], str]
 
 _METHODS = frozenset(
@@ -18,12 +18,12 @@ _METHODS = frozenset(
 
 
 def name_of(unit: Any, route: RouteName | None, hint: str = "") -> str:
-    """The method and the route of a unit's request, such as `GET /orders/{id}`.
+    """Return the method and the route of the unit's request, such as `GET /orders/{id}`.
 
     Args:
         unit: The unit of work.
-        route: Names the route instead of the framework.
-        hint: The route by Quart, which tells it in its own context only.
+        route: A function that names the request; None for the route of the framework.
+        hint: The route in Quart, which only code inside Quart's request context can find.
     """
     scope = unit.scope
     if scope is None:
@@ -31,21 +31,22 @@ def name_of(unit: Any, route: RouteName | None, hint: str = "") -> str:
     kind = scope.get("method", "WebSocket")
     name = kind if kind in _METHODS or kind == "WebSocket" else "Other"
     found = (route_of(scope) or hint or "(no route)") if route is None else _call(route, scope)
-    # A begin() inside of a request holds a connection of its own.
+    # A `begin()` inside a request holds a separate connection, so the name shows it.
     return f"{name} {found}" if unit.enclosing is None else f"{name} {found} › begin()"
 
 
 def _call(route: RouteName, scope: Scope) -> str:
     try:
         return str(route(scope))
-    except Exception:  # the request has nothing to do with it
+    # An error of this function must not fail the request.
+    except Exception:
         _logger.exception("%r failed; the request is shown without a route.", route)
         return "(route failed)"
 
 
 def route_of(scope: Scope) -> str:
-    """The route as the application wrote it, or its handler. The path may contain a secret."""
-    # FastAPI and Starlette; Litestar.
+    """Return the declared route or the handler, never the path, which may contain a secret."""
+    # FastAPI and Starlette set `route`; Litestar sets `path_template`.
     path = getattr(scope.get("route"), "path", None) or scope.get("path_template")
     if isinstance(path, str):
         return path
@@ -53,7 +54,7 @@ def route_of(scope: Scope) -> str:
 
 
 def route_by_quart() -> str:
-    """The route of the request that is current in Quart; empty if none is."""
+    """Return the route of Quart's current request; an empty string if there is none."""
     quart: Any = sys.modules.get("quart")
     if quart is None or not quart.has_request_context():
         return ""

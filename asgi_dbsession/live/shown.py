@@ -1,4 +1,4 @@
-"""Makes text of lines, statements and databases, without a value in it."""
+"""Converts lines, statements and databases into text without secret values."""
 
 import re
 from functools import lru_cache
@@ -8,18 +8,19 @@ from typing import Any
 from asgi_dbsession.reports.call_site import CallSite
 
 _LONGEST = 400
-# What begins a text or a comment: quotes of PostgreSQL, `--`, `/*`, and `#` of MySQL.
+# The characters that begin a string or a comment: quotes of PostgreSQL, `--`, `/*`, and `#` in
+# MySQL.
 _MARK = re.compile(r"'|--|/\*|\$(?:[A-Za-z_]\w*)?\$")
 _MARK_OR_HASH = re.compile(_MARK.pattern + "|#")
-# Not the number of a parameter (`$1`, `:id_1`), nor of a name.
+# Any number, except the number of a parameter (`$1`, `:id_1`) or a number in a name.
 _NUMBER = re.compile(r"(?<![\w$:.%])\d[\w.]*")
-# Where they may be a text; elsewhere they are a name.
+# In these dialects, double quotes may enclose a string; in all others they enclose a name.
 _DOUBLE_QUOTED = re.compile(r'"[^"]*"|".*\Z', re.DOTALL)
 _TEXT_IN_DOUBLE_QUOTES = ("sqlite", "mysql", "mariadb")
 
 
 def line(call_site: CallSite) -> str:
-    """A file and a line, from the folder that the process was started in; empty for None."""
+    """Return a file and a line, relative to the working directory; an empty string for None."""
     if call_site is None:
         return ""
     file, number = call_site
@@ -36,14 +37,14 @@ def _short(file: str) -> str:
 
 @lru_cache(1024)
 def without_values(statement: str, dialect: str) -> str:
-    """A statement with each text and number in it replaced, and without its comments.
+    """Replace each string and number in a statement, and remove comments.
 
-    SQLAlchemy leaves the values of parameters out. What is replaced here is what an application
-    has written into the statement itself.
+    SQLAlchemy sends the values of parameters separately. This function replaces values that the
+    application wrote into the statement itself.
 
     Args:
-        statement: As it was compiled.
-        dialect: The name of its dialect, because quotes differ.
+        statement: The compiled statement.
+        dialect: The name of the SQLAlchemy dialect, because quotes differ.
     """
     is_mysql = dialect in _TEXT_IN_DOUBLE_QUOTES[1:]
     marks = list((_MARK_OR_HASH if is_mysql else _MARK).finditer(statement))
@@ -55,10 +56,11 @@ def without_values(statement: str, dialect: str) -> str:
 
 
 def _cut(statement: str, marks: list[re.Match[str]], *, may_quote_twice: bool) -> str:
-    """Replace all from the first quote to the last.
+    """Replace everything from the first quote to the last quote.
 
-    Where a text ends depends on the dialect and its settings, so nothing between two quotes is
-    shown. If there are comments, or other quotes, nothing behind the first of them is.
+    Where a string ends depends on the dialect and its settings, so nothing between two quotes is
+    shown. If the statement has comments or other quotes, everything after the first of them is
+    removed.
     """
     if not marks:
         return statement
@@ -70,7 +72,7 @@ def _cut(statement: str, marks: list[re.Match[str]], *, may_quote_twice: bool) -
 
 
 def _name_or_nothing(found: re.Match[str]) -> str:
-    # What SQLAlchemy quotes because it is a word of SQL.
+    # Keep names that SQLAlchemy puts in quotes because they are words of SQL.
     return found.group() if found.group()[1:-1] in _QUOTED_NAMES else '"…"'
 
 
@@ -80,7 +82,7 @@ _QUOTED_NAMES = frozenset(
 
 
 def name(database: Any) -> str:
-    """What kind of database it is, and where; without user, password and options."""
+    """Return the kind of the database and its place, without user, password and options."""
     url = database.url
     place = f"{url.host}/" if url.host else ""
     return f"{url.get_backend_name()} {place}{url.database or ''}".strip()

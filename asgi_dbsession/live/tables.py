@@ -1,4 +1,4 @@
-"""Writes what the page shows as HTML."""
+"""Writes the data of the live page as HTML."""
 
 from collections import Counter
 from html import escape
@@ -14,7 +14,7 @@ _STATES = {"free": "free", "working": "at work", "idle": "idle", "other": "in us
 
 
 def summary(databases: list[DatabaseNow]) -> str:
-    """All databases in a sentence each, as text."""
+    """Return one sentence for each database, as plain text."""
     sentences = []
     for each in databases:
         most = "" if each["most"] is None else f" of at most {each['most']}"
@@ -25,7 +25,7 @@ def summary(databases: list[DatabaseNow]) -> str:
 
 
 def findings(found: list[Finding]) -> str:
-    """The lines to look at first."""
+    """Return the list of lines to look at first."""
     if not found:
         return "<p class=calm>Nothing stands out.</p>"
     items = "".join(
@@ -37,7 +37,7 @@ def findings(found: list[Finding]) -> str:
 
 
 def now(databases: list[DatabaseNow]) -> str:
-    """A table of connections for each database."""
+    """Return a table of connections for each database."""
     return "".join(_database(each) for each in databases)
 
 
@@ -87,7 +87,7 @@ def _waiting(database: DatabaseNow) -> str:
 
 
 def recent(found: Recent) -> str:
-    """The tables of what has ended."""
+    """Return the tables of the ended units of work."""
     return f"{_routes(found)}{_repeated(found)}{_idle(found)}"
 
 
@@ -153,7 +153,7 @@ def _table(caption: str, heads: str, rows: list[str], empty: str) -> str:
 
 
 def _line(text: str) -> str:
-    """A line of code, which may be wrapped at the slashes of its file."""
+    """Return a line of code as HTML that may be wrapped at each slash of the file name."""
     return escape(text).replace("/", "/<wbr>")
 
 

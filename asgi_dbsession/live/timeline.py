@@ -3,24 +3,24 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from asgi_dbsession.reports.stats import Kind, Stretch
+from asgi_dbsession.reports.stats import Kind, Span
 
 from .observer import EndedUnit
 
 _WIDTH = 1200
 _HEIGHT = 300
-# How many rows there may be, from few to the most.
+# The numbers of rows that the picture may have; it uses the smallest that is sufficient.
 _ROWS = (12, 30, 75)
-# Older units are not drawn: they would be too small to see.
+# The length of the time axis; older units would be too small to see.
 _SECONDS = 30.0
-# The smallest that can be seen.
+# The smallest visible width of a bar.
 _LEAST = 1.5
-# What is drawn above what.
+# The drawing order: a later kind covers an earlier kind.
 _ORDER: tuple[Kind, ...] = ("wait", "hold", "statement", "rollback", "commit")
 
 
 def draw(ended: Sequence[EndedUnit], now: float) -> str:
-    """An SVG of the units of the last seconds, each a bar in the first row that is free."""
+    """Return an SVG of the last seconds; each unit is a bar in the first free row."""
     begin = now - _SECONDS
     rows: list[float] = []
     placed: list[tuple[EndedUnit, int]] = []
@@ -33,7 +33,7 @@ def draw(ended: Sequence[EndedUnit], now: float) -> str:
         rows[row:row] = [begin] if row == len(rows) else []
         rows[row] = max(unit.ended, unit.began + _SECONDS * (_LEAST + 1) / _WIDTH)
         placed.append((unit, row))
-    # The picture keeps its height, and its rows get thinner.
+    # The picture keeps its height; more rows become thinner.
     height = _HEIGHT / next(number for number in _ROWS if number >= len(rows))
     bars: dict[Kind, list[str]] = {kind: [] for kind in _ORDER}
     for unit, row in placed:
@@ -63,20 +63,20 @@ def _draw_unit(
     unit: EndedUnit, begin: float, y: float, height: float, bars: dict[Kind, list[str]]
 ) -> None:
     title = f"<title>{escape(_title(unit))}</title>"
-    for stretch in _stretches(unit):
-        left = max(0.0, (stretch.start - begin) / _SECONDS * _WIDTH)
-        width = max(_LEAST, (stretch.stop - begin) / _SECONDS * _WIDTH - left)
-        bars[stretch.kind].append(
-            f'<rect class={stretch.kind} x="{left:.1f}" y="{y:.1f}" width="{width:.1f}" '
+    for span in _spans(unit):
+        left = max(0.0, (span.start - begin) / _SECONDS * _WIDTH)
+        width = max(_LEAST, (span.stop - begin) / _SECONDS * _WIDTH - left)
+        bars[span.kind].append(
+            f'<rect class={span.kind} x="{left:.1f}" y="{y:.1f}" width="{width:.1f}" '
             f'height="{height:.1f}">{title}</rect>'
         )
 
 
-def _stretches(unit: EndedUnit) -> Iterable[Stretch]:
-    """All stretches, neighbours of one kind as one: a thousand statements are one bar."""
+def _spans(unit: EndedUnit) -> Iterable[Span]:
+    """Iterate over the spans; join neighbours of one kind into one span, to draw fewer bars."""
     for _, tally in unit.tallies:
-        last: Stretch | None = None
-        for each in tally.all_stretches():
+        last: Span | None = None
+        for each in tally.all_spans():
             gap = each.start - last.stop if last is not None else 0
             if last is not None and last.kind == each.kind and gap < _SECONDS / _WIDTH:
                 last = last._replace(stop=each.stop)

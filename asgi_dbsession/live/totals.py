@@ -1,4 +1,4 @@
-"""What all units of work of a database took, since the page was made."""
+"""Counts the time and connections of all units of work since the page was created."""
 
 from bisect import bisect_left
 
@@ -9,11 +9,11 @@ BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
 
 
 class Histogram:
-    """How many durations were up to each of the bounds, and their sum.
+    """A histogram of durations: a count for each bound, and the sum.
 
     Attributes:
-        counts: Of the durations up to each bound and above the one before; the last is of those
-            above all bounds.
+        counts: For each bound, the number of durations above the previous bound and up to this
+            bound. The last number counts the durations above all bounds.
     """
 
     def __init__(self) -> None:
@@ -27,12 +27,12 @@ class Histogram:
 
 
 class Totals:
-    """Counts that only grow.
+    """Counts of one database, which only grow.
 
     Attributes:
         timeouts: How often no connection became free in time.
-        waited: How long units waited for connections; those that asked for one.
-        used: How long units held connections; those that had one.
+        waited: How long units waited for connections; only units that waited are counted.
+        used: How long units held connections; only units that held one are counted.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Totals:
         self.used: Histogram = Histogram()
 
     def add(self, tally: Tally) -> None:
-        """Count what one unit took."""
+        """Add the times of one unit."""
         if tally.wait_time:
             self.waited.add(tally.wait_time)
         if tally.use_time:

@@ -1,4 +1,4 @@
-"""Which line of the application uses a session."""
+"""Finds the line of the application that uses a session."""
 
 import sys
 from importlib import import_module
@@ -7,28 +7,30 @@ from typing import Any, TypeAlias
 
 from asgi_dbsession.session.lock import current_end
 
-# Not imported by name: it comes without types.
+# Import greenlet with `import_module`: it has no type annotations, so mypy refuses `import`.
 _greenlet: Any = import_module("greenlet")
 
-# A file and a line; made into text only where somebody reads it.
+# A file and a line number; converted to text only when it is shown.
 CallSite: TypeAlias = tuple[str, int] | None
 
-# Through what an application reaches its database.
+# Packages between the application and the database; their lines are skipped.
 _BETWEEN = frozenset(
     ("sqlalchemy", "asgi_dbsession", "sqlmodel", "greenlet", "contextlib", "functools", "asyncio")
 )
-# Whether code is of the application, by code object: to ask for its module each time is slow.
+# For each code object: True if it belongs to the application. Finding the module of a frame each
+# time is slow.
 _is_application: dict[CodeType, bool] = {}
 _MOST_CODE = 10_000
-# The number of frames from here to SQLAlchemy's `exec_driver_sql`. Skipping them is faster than
-# looking at each.
+# The number of frames between this function and SQLAlchemy's `exec_driver_sql`; skipping them saves
+# time.
 _NEVER_APPLICATION = 6
 
 
 def find_call_site() -> CallSite:
-    """The innermost line of the application that led here; None at the end of a unit of work.
+    """Return the innermost line of the application that led to this call.
 
-    There, the application's code may be further out, but does not use the session.
+    Return None during the commit or rollback at the end of a unit of work: no line of the
+    application uses the session then.
     """
     if current_end.get() is not None:
         return None
@@ -50,12 +52,13 @@ def find_call_site() -> CallSite:
 
 
 def _remember(code: CodeType, module: str) -> bool:
-    if len(_is_application) > _MOST_CODE:  # code that is made at run time, and thrown away
+    # Some applications create code objects at run time, which would fill the memory.
+    if len(_is_application) > _MOST_CODE:
         _is_application.clear()
     found = _is_application[code] = module.partition(".")[0] not in _BETWEEN
     return found
 
 
 def as_text(call_site: CallSite) -> str | None:
-    """As editors and terminals know it: `file:line`."""
+    """Return the line as `file:line`, which editors and terminals make clickable."""
     return None if call_site is None else f"{call_site[0]}:{call_site[1]}"

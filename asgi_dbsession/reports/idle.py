@@ -1,4 +1,4 @@
-"""Warns of connections that a request holds while it does something else."""
+"""Warns if a request holds a connection while it does something else."""
 
 import logging
 from collections.abc import Callable
@@ -9,10 +9,11 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 def warn_when_idle(seconds: float = 1) -> Callable[[UnitReport], None]:
-    """A function for `DBSessionMiddleware(on_report=...)`, or to be called by yours.
+    """Return a function that logs a warning about each connection that was held idle.
 
-    The logger `asgi_dbsession` warns with the place in the code: an HTTP call inside of a
-    transaction keeps a connection from the other requests, and its locks on its rows.
+    Give the function to `DBSessionMiddleware(on_report=...)`, or call it in your own function. The
+    logger `asgi_dbsession` names the lines of code. For example, an HTTP call inside a transaction
+    keeps the connection from other requests, and keeps the locks on its rows.
 
     Args:
         seconds: How long a connection may be held without a statement.
@@ -38,7 +39,7 @@ def _describe(report: UnitReport) -> str:
         return "A task that outlived its request"
     kind, path = report.scope["type"], report.scope.get("path", "")
     text = f"{report.scope.get('method', kind)} {path}"
-    return text.encode("unicode_escape").decode()  # a client chose it
+    return text.encode("unicode_escape").decode()  # escaped, because the client chose the path
 
 
 def _places(report: DatabaseReport) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Reports how each unit of work ended, and what it took."""
+"""Calls a function with a report about each finished unit of work."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ _logger = logging.getLogger("asgi_dbsession")
 
 @dataclass
 class _Record:
-    """What is known of one unit of work since its last report."""
+    """The data about one unit of work since its last report."""
 
     start_time: float = field(default_factory=time)
     start: float = field(default_factory=perf_counter)
@@ -35,10 +35,10 @@ class _Record:
 
 
 class Recorder(UnitObserver):
-    """Calls a function with a report at each end of a unit of work.
+    """Calls a function with a report at each commit or rollback of a unit of work.
 
     Args:
-        on_report: The function; what it raises is logged.
+        on_report: The function to call; its exceptions are logged.
     """
 
     def __init__(self, on_report: Callable[[UnitReport], object]) -> None:
@@ -100,14 +100,14 @@ def _will_retry(unit: Any, end: End, record: _Record) -> bool:
 
 
 def outcome_of(end: End, tallies: Iterable[Tally]) -> Outcome:
-    """What became of the work that this end ended."""
+    """Return the outcome of the work that was committed or rolled back."""
     if end.failure is not None or (end.had_work and not end.commit):
         return "rolled_back"
     return "committed" if any(each.commits for each in tallies) else "nothing_to_do"
 
 
 def reason_of(end: End) -> Reason | None:
-    """Why the work was not committed; None if nothing spoke against it."""
+    """Return why the work was not committed; None if there was no reason."""
     if not end.commit:
         return end.reason
     return None if end.failure is None else "commit_failed"

@@ -1,4 +1,4 @@
-"""Tells the browser what its response cost the database."""
+"""Tells the browser how much time the database needed for a response."""
 
 from contextvars import ContextVar
 
@@ -8,7 +8,8 @@ from asgi_dbsession.unit.report import UnitReport
 
 class _Header:
     def __init__(self) -> None:
-        # None once it has left, for a stream or a task may go on for long.
+        # None after the header was sent: the reports of a long stream or task would fill the
+        # memory.
         self.noted: list[UnitReport] | None = []
 
 
@@ -16,13 +17,13 @@ _current: ContextVar[_Header | None] = ContextVar("asgi_dbsession.server_timing"
 
 
 class ServerTimingMiddleware:
-    """Give each response a `Server-Timing` header, which browsers show beside the request.
+    """Add a `Server-Timing` header to each response; browsers show it in their network view.
 
-    Goes around `DBSessionMiddleware(..., on_report=ServerTimingMiddleware.note)`. The header leaves
-    with the status, so it tells of the units that have ended by then: the response's, and each
-    `begin()` and `on_commit` function before it. `db` is the time that the databases were at work,
-    `db_wait` the time spent waiting for connections. A response without a session has no such
-    header.
+    Wrap it around `DBSessionMiddleware(..., on_report=ServerTimingMiddleware.note)`. The header is
+    sent with the status, so it includes only units that have ended before: the unit of the
+    response, and earlier `begin()` blocks and `on_commit` functions. `db` is the time that the
+    databases worked; `db_wait` is the time spent waiting for connections. A response without a
+    session gets no header.
     Source: https://www.w3.org/TR/server-timing/
 
     Args:
@@ -34,7 +35,7 @@ class ServerTimingMiddleware:
 
     @staticmethod
     def note(report: UnitReport) -> None:
-        """Keep a report for the header of its request; where there is none to come, do nothing."""
+        """Keep a report for the header of its request; do nothing after the header was sent."""
         header = _current.get()
         noted = header.noted if header is not None else None
         if noted is not None:

@@ -1,4 +1,4 @@
-"""What one session asks of its database, and how long that takes."""
+"""Measures the statements and times of one session."""
 
 from contextvars import ContextVar
 from time import perf_counter
@@ -11,20 +11,20 @@ from asgi_dbsession.session.managed import ManagedSession
 
 from .call_site import CallSite, find_call_site
 
-# What a stretch of time was spent with; `hold` is from checkout to checkin, and contains the others
-# but `wait`.
+# The kinds of measured times. `hold` is the time from checkout to checkin; it includes all others
+# except `wait`.
 Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 
-# More stretches of one unit of work are not kept, whatever it does.
-_MOST_STRETCHES = 200
+# The largest number of spans to keep for one unit of work.
+_MOST_SPANS = 200
 
 
-class Stretch(NamedTuple):
-    """A stretch of time, of one kind; times as of `perf_counter`.
+class Span(NamedTuple):
+    """A measured span of time, of one kind; all times are from `perf_counter`.
 
     Attributes:
-        call_site: The line of the application that sent it.
-        statement: As it was compiled, without the values of its parameters.
+        call_site: The line of the application that caused the operation.
+        statement: The compiled statement, without the values of its parameters.
     """
 
     kind: Kind
@@ -34,17 +34,17 @@ class Stretch(NamedTuple):
     statement: str
 
 
-_Stretch: TypeAlias = tuple[Kind, float, float, CallSite, str]
+_Span: TypeAlias = tuple[Kind, float, float, CallSite, str]
 
 
 class Tally:
-    """What was asked in one piece of work, between two ends; times in seconds.
+    """The totals of the work between two commits or rollbacks; times in seconds.
 
     Attributes:
-        stretches: See `all_stretches`; in the order in which they ended, and empty unless wanted.
+        spans: The spans in the order of their ends; empty unless `keeps_spans` is True.
     """
 
-    # On the class, because every session pays for each attribute of its own.
+    # These defaults are class attributes, so that a session does not spend time on setting them.
     commits: int = 0
     statements: int = 0
     operation_duration: float = 0
@@ -53,37 +53,37 @@ class Tally:
     idle_time: float = 0
     idle_after: CallSite = None
     idle_before: CallSite = None
-    stretches: list[_Stretch] | tuple[()] = ()
+    spans: list[_Span] | tuple[()] = ()
 
-    def keep(self, stretch: _Stretch) -> None:
-        """Keep a stretch of time, or drop it if there are too many."""
-        stretches = self.stretches
-        if not stretches:
-            self.stretches = [stretch]
-        elif len(stretches) < _MOST_STRETCHES:
-            stretches.append(stretch)
+    def keep(self, span: _Span) -> None:
+        """Keep a span, or drop it if there are too many."""
+        spans = self.spans
+        if not spans:
+            self.spans = [span]
+        elif len(spans) < _MOST_SPANS:
+            spans.append(span)
 
-    def all_stretches(self) -> list[Stretch]:
-        """The stretches; they are kept as plain tuples, which are made sooner."""
-        return [Stretch(*each) for each in self.stretches]
+    def all_spans(self) -> list[Span]:
+        """Return the spans as named tuples; they are stored as plain tuples, which is faster."""
+        return [Span(*each) for each in self.spans]
 
 
 class SessionStats:
-    """What a session asked since the last end of its work.
+    """The statistics of a session since its last commit or rollback.
 
-    All that observe a session share its statistics: see `stats_of`.
+    All observers of a session share one object: see `stats_of`.
 
     Args:
         lock: The lock of the session.
 
     Attributes:
-        tally: The work since the last end.
-        checkout: The connection that the session has now.
-        asked: Since when it waits for a connection.
-        keeps_stretches: Whether somebody wants to know when each operation began and ended.
+        tally: The work since the last commit or rollback.
+        checkout: The connection that the session holds now.
+        asked: The time at which the session began to wait for a connection.
+        keeps_spans: True if an observer needs the start and end of each operation.
     """
 
-    keeps_stretches: bool = False
+    keeps_spans: bool = False
     checkout: "Checkout | None" = None
     asked: float | None = None
     _settled: tuple[End | None, Tally] = (None, Tally())
@@ -94,38 +94,43 @@ class SessionStats:
 
     @property
     def waits_since(self) -> float | None:
-        """Since when it waits for a connection; None if it does not."""
+        """The time at which the session began to wait for a connection; None if it has one."""
         return self.asked if self.checkout is None and self.lock.is_busy else None
 
     def settle(self, end: End, now: float) -> Tally:
-        """What was asked until this end. Each observer gets the same, and counting starts anew."""
+        """Return the tally until this commit or rollback, and start a new tally.
+
+        Each observer that calls this for the same `end` gets the same tally.
+        """
         settled_by, tally = self._settled
         if settled_by is not end:
-            self.stop_waiting(now)  # in vain: the pool was exhausted, or the database is gone
+            # The session may still wait: the pool is exhausted, or the database is unreachable.
+            self.stop_waiting(now)
             tally = self.tally
             self._settled = end, tally
             self.tally = Tally()
         return tally
 
     def stop_waiting(self, now: float) -> None:
-        """Count what it waited so far, in vain or not."""
+        """Stop the measurement of the wait for a connection, and add the time to the tally."""
         asked = self.asked
         if asked is not None:
             self.tally.wait_time += now - asked
             self.asked = None
-            if self.keeps_stretches:
+            if self.keeps_spans:
                 self.tally.keep(("wait", asked, now, None, ""))
 
 
-# Which session of this context waits: the pool tells of a checkout, but not for whom.
+# The statistics of the session that waits for a connection now. The pool reports a checkout, but
+# not the session.
 asking: ContextVar[SessionStats | None] = ContextVar("asgi_dbsession.asking", default=None)
 
 
 def stats_of(opened: ManagedSession[Any]) -> SessionStats:
-    """The statistics of a session; the first caller makes them.
+    """Return the statistics of a session; the first call creates them.
 
-    SQLAlchemy asks a session for its bind right before it checks out a connection, and tells of the
-    checkout only when it is done.
+    SQLAlchemy calls the session's `get_bind` just before a checkout, but reports the checkout only
+    after it.
     """
     companion = opened.companion
     if companion.stats is not None:
@@ -136,7 +141,8 @@ def stats_of(opened: ManagedSession[Any]) -> SessionStats:
     stats = companion.stats = SessionStats(lock)
 
     def record_bind(bind: Any) -> None:
-        # Outside of an operation, it is the application that asks.
+        # Ignore calls of `get_bind` by the application itself, which happen outside of an
+        # operation.
         is_asked = stats.checkout is None and lock.is_busy
         if is_asked and bind.engine.pool is own.engine.pool:
             stats.asked = perf_counter()
@@ -147,20 +153,20 @@ def stats_of(opened: ManagedSession[Any]) -> SessionStats:
 
 
 class Checkout:
-    """A connection while a session has it.
+    """A connection while a session holds it.
 
     Args:
-        stats: Of that session.
-        now: When it was checked out.
-        entry: Its place in the pool.
+        stats: The statistics of the session.
+        now: The time of the checkout.
+        entry: The pool entry of the connection.
 
     Attributes:
-        since: When it was checked out.
-        busy_since: When the operation under way began; None while it is idle.
-        idle_since: When the last operation ended.
-        call_site: The line that sent the operation under way, or the last one.
-        statement: What it sent.
-        in_transaction: Whether anything was sent since the last COMMIT or ROLLBACK.
+        since: The time of the checkout.
+        busy_since: The start of the running operation; None if no operation runs.
+        idle_since: The end of the last operation.
+        call_site: The line that caused the running operation, or the last operation.
+        statement: The statement of this operation.
+        in_transaction: True if a statement was sent since the last COMMIT or ROLLBACK.
     """
 
     __slots__ = (
@@ -187,15 +193,15 @@ class Checkout:
         self.in_transaction: bool = False
 
     def begin_statement(self, context: Any, statement: str) -> None:
-        """A statement begins."""
-        # As compiled: with values in it, a list (`IN`) is another statement for each length.
+        """Record the start of a statement."""
+        # Use the compiled text. The text with values differs for each length of an `IN` list.
         compiled = context.compiled
         self.stats.tally.statements += 1
         self.in_transaction = True
         self.begin("statement", statement if compiled is None else compiled.string)
 
     def begin(self, kind: Kind, statement: str = "") -> None:
-        """An operation begins."""
+        """Record the start of an operation."""
         now, stats = perf_counter(), self.stats
         stats.asked = None
         tally, call_site = stats.tally, find_call_site()
@@ -206,21 +212,21 @@ class Checkout:
         self.busy_since = now
 
     def done(self) -> None:
-        """The operation, if any, has ended."""
+        """Record the end of the running operation, if there is one."""
         began = self.busy_since
         if began is not None:
             now, tally = perf_counter(), self.stats.tally
             self.busy_since, self.idle_since = None, now
             tally.operation_duration += now - began
-            if self.stats.keeps_stretches:
+            if self.stats.keeps_spans:
                 tally.keep((self.kind, began, now, self.call_site, self.statement))
 
     def give_back(self) -> None:
-        """The connection goes back into its pool."""
+        """Record the return of the connection to its pool."""
         self.done()
         now, stats = perf_counter(), self.stats
         stats.tally.use_time += now - self.since
-        if stats.keeps_stretches:
+        if stats.keeps_spans:
             stats.tally.keep(("hold", self.since, now, None, ""))
         if stats.checkout is self:
             stats.checkout = None

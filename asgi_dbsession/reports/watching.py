@@ -1,4 +1,4 @@
-"""Has an engine tell what is asked of it."""
+"""Adds measurements to an engine."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,16 +12,16 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from .stats import Checkout, asking
 
-# Where a connection keeps who has it.
+# The key of the Checkout in the data of a connection.
 _KEY = "asgi_dbsession.checkout"
 _watched: WeakSet[Dialect] = WeakSet()
 
 
 def watch_usage(engine: Engine) -> None:
-    """Have `engine` tell what is asked of it; watching twice is watching once.
+    """Measure the operations of `engine`; a second call does nothing.
 
-    The methods of its dialect are wrapped, because SQLAlchemy's events for connections cost each
-    request three times as much, whoever listens.
+    This function wraps methods of the dialect, because SQLAlchemy's connection events would take
+    three times as much time in each request.
     """
     event.listen(engine, "checkout", _check_out)
     event.listen(engine, "checkin", _check_in)
@@ -34,7 +34,7 @@ def watch_usage(engine: Engine) -> None:
 
 
 def unwatch_usage(engine: Engine) -> None:
-    """Undo `watch_usage`, on an engine that goes on without this package."""
+    """Remove the measurements that `watch_usage` added to `engine`."""
     if event.contains(engine, "checkout", _check_out):
         event.remove(engine, "checkout", _check_out)
         event.remove(engine, "checkin", _check_in)
@@ -49,7 +49,7 @@ def _check_out(_connection: object, entry: ConnectionPoolEntry, _proxy: object) 
     if stats is not None and stats.asked is not None:
         now = perf_counter()
         stats.stop_waiting(now)
-        stats.asked = now  # a pool may take from another pool, and tell of both
+        stats.asked = now  # if a pool uses another pool, both report a checkout
         stats.checkout = entry.info[_KEY] = Checkout(stats, now, entry)
 
 
@@ -60,7 +60,7 @@ def _check_in(_connection: object, entry: ConnectionPoolEntry) -> None:
 
 
 def _execute(dialect: Any, name: str, cursor: Any, statement: str, *values: Any) -> None:
-    method = getattr(type(dialect), name)  # asked now, for the class may be another one in tests
+    method = getattr(type(dialect), name)  # looked up now, because tests may replace the class
     context: Any = values[-1]
     checkout = _checkout_of(context.root_connection) if context is not None else None
     if checkout is None:
@@ -76,7 +76,7 @@ def _execute(dialect: Any, name: str, cursor: Any, statement: str, *values: Any)
 def _end(dialect: Any, name: str, connection: Any, *args: Any, **options: Any) -> None:
     method = getattr(type(dialect), name)
     checkout = _checkout_of(connection)
-    # The pool rolls back what comes back to it, whether there is anything or not.
+    # The pool sends ROLLBACK at each return of a connection; do not count it without a transaction.
     if checkout is None or not checkout.in_transaction:
         method(dialect, connection, *args, **options)
         return
@@ -93,7 +93,7 @@ def _end(dialect: Any, name: str, connection: Any, *args: Any, **options: Any) -
 def _checkout_of(connection: Any) -> Checkout | None:
     try:
         checkout: Checkout | None = connection.info.get(_KEY)
-    except NotImplementedError:  # the first connection of an engine, which no session has
+    except NotImplementedError:  # the first connection of an engine belongs to no session
         return None
     return checkout
 

@@ -1,4 +1,4 @@
-"""One run of a request, which the database may refuse because of a conflict."""
+"""One attempt to serve a request, whose response is withheld if another attempt may follow."""
 
 from collections.abc import Callable
 from http import HTTPStatus
@@ -14,11 +14,11 @@ from .withholding import Withholding
 
 
 class RequestAttempt(Withholding):
-    """One run of a request that another run may follow.
+    """One attempt to serve a request; another attempt may follow.
 
     Args:
-        body: What the client sends.
-        watched: What it learns of the databases.
+        body: The messages of the client, kept for the next attempt.
+        watched: The conflicts and COMMITs of this attempt.
     """
 
     def __init__(self, body: Replay, watched: WatchedAttempt) -> None:
@@ -28,12 +28,12 @@ class RequestAttempt(Withholding):
 
     @property
     def can_retry(self) -> bool:
-        """Whether the request can run again as if this run had never been."""
+        """True if the request can run again as if this attempt had never happened."""
         return self._body.is_kept and not self.is_answered and self.watched.can_retry
 
     @property
     def owes_answer(self) -> bool:
-        """Whether the client still waits for an answer, because a response was withheld."""
+        """True if the client still waits for an answer, because a response was withheld."""
         return self.is_withheld and not self._body.is_client_gone
 
     @override
@@ -51,7 +51,8 @@ class RequestAttempt(Withholding):
 
     @override
     def withholds_message(self, message: Message) -> bool:
-        # Whatever the framework made of the error; a success says that it was handled.
+        # A success status means that the application has handled the error, so send the response.
+        # Any other response comes from the error.
         if _is_success(message):
             return False
         self.watched.record_handled_error()
@@ -66,7 +67,7 @@ class RequestAttempt(Withholding):
 def unless_retried(
     on_commit_error: Callable[[Exception], ASGIApp | None],
 ) -> Callable[[Exception], ASGIApp | None]:
-    """Answer a COMMIT that failed only if the request does not run again because of it."""
+    """Wrap `on_commit_error`, so that it does not answer if the request runs again."""
 
     def answer_last(failure: Exception) -> ASGIApp | None:
         attempt = running_attempt.get()

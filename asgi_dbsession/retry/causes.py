@@ -1,12 +1,12 @@
-"""What an exception came from."""
+"""Finds all exceptions that led to an exception."""
 
 from collections.abc import Iterator
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, its causes and contexts, and the members of groups among them; each once.
+    """Iterate over an exception, its causes and contexts, and the members of exception groups.
 
-    `raise error from error` makes a circle, so what was seen is remembered.
+    Each exception comes once: `raise error from error` makes a circle.
     """
     seen: set[int] = set()
     waiting = [error]

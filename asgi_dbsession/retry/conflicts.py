@@ -1,4 +1,4 @@
-"""What one attempt learns of conflicts, and of what it has committed."""
+"""Records the conflicts and the COMMITs of one attempt."""
 
 import sys
 from typing import Any
@@ -14,34 +14,35 @@ from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
 from .causes import causes
 from .rule import Rule
 
-# Transaction rollback (40), but for 40003, which leaves open whether COMMIT arrived.
+# SQLSTATE class 40 is a rollback by the database. Only 40003 leaves open if COMMIT succeeded.
 # Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _ROLLBACK, _UNKNOWN = "40", "40003"
-# A migration changed the type of a column that a prepared statement returns. The statement is
-# prepared again after ROLLBACK. asyncpg has a class for it, which is free of the server's language.
+# A migration changed the type of a column that a prepared statement returns. After ROLLBACK the
+# driver prepares the statement again, so a retry succeeds. asyncpg has a class for this error; use
+# the class, because the text depends on the language of the server.
 _NOT_SUPPORTED, _STALE_PLAN = "0A000", "cached plan must not change result type"
 _STALE_PLAN_CLASS = "InvalidCachedStatementError"
-# Deadlock, lock wait timeout, and a record that changed since it was read.
-# Source: https://mariadb.com/kb/en/mariadb-error-code-reference/
+# A deadlock, a lock wait timeout, and a row that changed after it was read. Source:
+# https://mariadb.com/kb/en/mariadb-error-code-reference/
 _MYSQL = (1213, 1205, 1020)
-# Its extensions are in the higher bits: https://www.sqlite.org/rescode.html
+# SQLite's error code in the lower 8 bits; see https://www.sqlite.org/rescode.html
 _SQLITE_BUSY = 5
 
 
 class WatchedAttempt(RunningAttempt):
-    """An attempt that another one may follow.
+    """An attempt that records conflicts and COMMITs; another attempt may follow.
 
     Args:
-        attempt: What the application is told.
-        counts: Whether another error counts as a conflict too.
+        attempt: The attempt that `current_attempt()` returns to the application.
+        counts: Returns True for further errors to retry like a conflict.
 
     Attributes:
         conflict: The last conflict.
-        reason: What is logged about it.
-        committing: The connection with the last COMMIT, which may have arrived or not.
-        has_committed: Whether an earlier COMMIT arrived, as far as known. A statement under
-            AUTOCOMMIT is one too.
-        is_final: Whether nothing can follow any more. A task may outlive its attempt.
+        reason: The text about the conflict for the log.
+        committing: The connection of the last COMMIT, which may have succeeded or not.
+        has_committed: True if an earlier COMMIT succeeded, as far as known. A statement with
+            AUTOCOMMIT counts as a COMMIT.
+        is_final: True if no attempt can follow. The task may run longer than its attempt.
     """
 
     def __init__(self, attempt: Attempt, counts: Rule) -> None:
@@ -56,7 +57,7 @@ class WatchedAttempt(RunningAttempt):
 
     @property
     def can_retry(self) -> bool:
-        """Whether it can run again as if this run had never been."""
+        """True if the work can run again as if this attempt had never happened."""
         is_stored = self.has_committed or self.committing is not None
         return self.conflict is not None and not is_stored and not self.is_final
 
@@ -67,46 +68,49 @@ class WatchedAttempt(RunningAttempt):
         return self.can_retry and not end.succeeded
 
     def make_final(self) -> None:
-        """Forget everything, because nothing can follow."""
+        """Forget the conflict, because no attempt can follow."""
         self.conflict = self.committing = None
         self.is_final = True
 
     def record_error(self, error: BaseException | None) -> None:
-        """Record an error of the application if it counts as a conflict."""
+        """Record an error of the application, if the error counts as a conflict."""
         if error is not None and self.conflict is None:
             found = next(filter(self._counts, causes(error)), None)
             if found is not None:
                 self.record_conflict(found, _text(found))
 
     def record_handled_error(self) -> None:
-        """Record what the application handles while it answers."""
+        """Record the error that the application handles while it sends its answer."""
         self.record_error(sys.exception())
 
     def record_conflict(self, error: BaseException, reason: str) -> None:
-        """Record what speaks for another attempt."""
+        """Record a conflict, which is a reason for another attempt."""
         if not self.is_final:
             self.conflict, self.reason = error, reason
 
     def is_conflict(self, context: ExceptionContext) -> bool:
-        """Whether an error of the driver counts."""
+        """Return True if the error of the driver counts as a conflict."""
         found = context.sqlalchemy_exception or context.original_exception
         return is_conflict(context.original_exception) or self._counts(found)
 
     def enclosing(self) -> "list[WatchedAttempt]":
-        """This attempt and those around it: a transaction inside of a request, say."""
+        """Return this attempt and the attempts around it that can still be retried.
+
+        A `run_transaction` in a request is an attempt inside an attempt.
+        """
         outer = self._outer
         rest = outer.enclosing() if isinstance(outer, WatchedAttempt) else []
         return [each for each in (self, *rest) if not each.is_final]
 
 
 def watch_conflicts(engine: Engine) -> None:
-    """Have attempts learn of the conflicts and COMMITs on an engine."""
+    """Add listeners to `engine` that record conflicts and COMMITs."""
     for name, listener in _LISTENERS.items():
         event.listen(engine, name, listener)
 
 
 def unwatch_conflicts(engine: Engine) -> None:
-    """Undo `watch_conflicts`."""
+    """Remove the listeners that `watch_conflicts` added to `engine`."""
     for name, listener in _LISTENERS.items():
         if event.contains(engine, name, listener):
             event.remove(engine, name, listener)
@@ -131,13 +135,14 @@ def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
 
 
 def _record_commit(connection: Connection, *_: object) -> None:
-    for attempt in _under_way():  # SQLAlchemy tells of it just before
+    # SQLAlchemy calls this listener before COMMIT, so the result of the COMMIT is not known yet.
+    for attempt in _under_way():
         attempt.has_committed = attempt.has_committed or attempt.committing is not None
         attempt.committing = connection
 
 
 def _under_way() -> list[WatchedAttempt]:
-    """The attempts of which the running code is a part."""
+    """Return the attempts that the running code belongs to."""
     attempt = running_attempt.get()
     return attempt.enclosing() if isinstance(attempt, WatchedAttempt) else []
 
@@ -150,12 +155,15 @@ _LISTENERS: dict[str, Any] = {
 
 
 def is_conflict(error: Any) -> bool:
-    """Whether an error of a driver is a serialization failure, a deadlock or a busy SQLite."""
-    if error.args and error.args[0] in _MYSQL:  # before its SQLSTATE, which says nothing of 1205
+    """Return True if the error is a serialization failure, a deadlock, a busy SQLite or similar."""
+    # Test the number first: the SQLSTATE of MySQL's error 1205 does not name a conflict.
+    if error.args and error.args[0] in _MYSQL:
         return True
-    if type(error).__name__ == _STALE_PLAN_CLASS:  # some versions give it no SQLSTATE
+    # Some versions of asyncpg raise this error without an SQLSTATE.
+    if type(error).__name__ == _STALE_PLAN_CLASS:
         return True
-    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg2's name
+    # psycopg2 calls the SQLSTATE `pgcode`.
+    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     if isinstance(state, str):
         if state == _NOT_SUPPORTED:
             return _STALE_PLAN in str(error)

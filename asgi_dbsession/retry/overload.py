@@ -1,4 +1,4 @@
-"""Answers 503 where a request waited in vain for a connection."""
+"""Answers 503 if a request got no connection in time."""
 
 import logging
 from contextvars import ContextVar
@@ -18,10 +18,10 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 class Overload(UnitObserver):
-    """Instead of an error of the pool, or the 500 that the application made of it, send 503.
+    """Sends 503 instead of the pool's error, or instead of the application's response 500 to it.
 
     Args:
-        app: What serves the request.
+        app: The application that serves the request.
         retry_after: Seconds after which the client may try again.
     """
 
@@ -49,7 +49,7 @@ class Overload(UnitObserver):
 
 
 class _Wait(Withholding):
-    """One request. It learns from below, where the context is another one, whether it waited."""
+    """One request that may wait for a connection; inner tasks find it in the context variable."""
 
     has_failed: bool = False
 
@@ -68,7 +68,7 @@ _current: ContextVar[_Wait | None] = ContextVar("asgi_dbsession.wait", default=N
 
 
 async def _send_unavailable(retry_after: int, send: Send) -> None:
-    # https://www.rfc-editor.org/rfc/rfc9110#section-15.6.4
+    # See https://www.rfc-editor.org/rfc/rfc9110#section-15.6.4 for 503 and Retry-After.
     headers = [(b"content-type", b"text/plain"), (b"retry-after", str(retry_after).encode())]
     status = HTTPStatus.SERVICE_UNAVAILABLE
     await send({"type": "http.response.start", "status": int(status), "headers": headers})

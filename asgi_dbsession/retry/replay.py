@@ -1,32 +1,33 @@
-"""The body of a request, kept to be received again."""
+"""Keeps the body of a request, so that each attempt receives the whole body."""
 
 from asgi_dbsession.types import Message, Receive
 
-# How much of a request's body is kept for another run, in bytes. One with more runs only once.
+# The largest body to keep for another attempt, in bytes. A request with a larger body runs once.
 BODY_LIMIT = 1_048_576
 
 
 class Replay:
-    """What the client sends, for each attempt from the start.
+    """The messages of the client, received from the start in each attempt.
 
     Attributes:
-        is_kept: Whether all that was received is still there, and the client too.
-        is_client_gone: Whether it is the client that is not.
+        is_kept: True if the whole body so far is kept, and the client is still connected.
+        is_client_gone: True if the client has disconnected.
     """
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._body = bytearray()  # in one piece, for small ones would take far more than they hold
+        # One buffer for the whole body: a list of many small chunks would need much more memory.
+        self._body = bytearray()
         self._has_begun = False
         self._has_more = True
         self.is_kept: bool = True
         self.is_client_gone: bool = False
 
     def from_start(self, *, last: bool = False) -> Receive:
-        """A `receive` that begins with all of the body that was received so far.
+        """Return a `receive` function that first returns all of the body so far.
 
         Args:
-            last: Whether there will be no other run, so that nothing needs to be kept.
+            last: True if no other attempt follows, so that nothing needs to be kept.
         """
         pending = self._body if self._has_begun else None
         has_more = self._has_more
@@ -45,7 +46,7 @@ class Replay:
         return receive_again
 
     def let_go(self) -> None:
-        """Keep nothing any more, because there will be no other run."""
+        """Free the kept body, because no other attempt follows."""
         self.is_kept = False
         self._body = bytearray()
 

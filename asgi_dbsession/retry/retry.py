@@ -1,4 +1,4 @@
-"""Runs a request again after a conflict with another one in the database."""
+"""Runs a request again after a conflict in the database."""
 
 import asyncio
 import logging
@@ -22,17 +22,18 @@ from .rule import rule_of
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# The longest pause before the second run, in seconds; it doubles from run to run, up to the other.
+# Seconds: the longest pause before the second attempt, which doubles for each later attempt, and
+# the upper limit of all pauses.
 _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
 
 
 class Retry:
-    """Serves a request several times if need be, each time from the start.
+    """Serves a request, and serves it again from the start after a conflict.
 
     Args:
-        app: What serves the request.
-        attempts: How often it may run.
-        retry_on: What else counts as a conflict.
+        app: The application that serves the request.
+        attempts: How often the request may run.
+        retry_on: Other errors to retry like a conflict.
     """
 
     def __init__(self, app: ASGIApp, attempts: int, retry_on: RetryOn) -> None:
@@ -50,11 +51,12 @@ class Retry:
             serve = partial(attempt.serve, self._app, scope, receive, send)
             await (serve() if number == 1 else _run_in(context, serve))
             if not attempt.can_retry:
-                # Withheld, and then something was committed, or the body became too long to keep.
+                # After the response was withheld, a COMMIT or a large body made a retry impossible.
                 if watched.conflict is not None and attempt.owes_answer:
                     raise watched.conflict
                 return
-            if _is_cancelled():  # and its application took that for an error
+            # The application caught the cancellation and answered with an error.
+            if _is_cancelled():
                 raise asyncio.CancelledError
             pause = pause_after(number)
             await anyio.sleep(pause)
@@ -67,20 +69,20 @@ class Retry:
 
 
 def pause_after(number: int) -> float:
-    """Seconds to wait after the attempt of that number.
+    """Return a random pause before the next attempt, in seconds.
 
-    Others that had the same conflict try again too: not all at once.
+    The pause is random, so that requests with the same conflict do not try again at the same time.
     """
     return SystemRandom().uniform(0, min(_PAUSE * 2 ** (number - 1), _LONGEST_PAUSE))
 
 
 def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
-    """Write down that an attempt follows, and why."""
+    """Log that another attempt follows, and its reason."""
     number, remaining = failed.attempt.number, failed.attempt.remaining
     _logger.info(
         "Attempt %d of %d of %a begins after a pause of %.0f ms, because of a conflict: %a",
         number + 1,
-        number + remaining,  # escaped: a client chose the path
+        number + remaining,  # the client chose the path, so `%a` escapes it
         what,
         pause * 1000,
         failed.reason,
@@ -90,13 +92,14 @@ def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
 def _is_cancelled() -> bool:
     try:
         task = asyncio.current_task()
-    except RuntimeError:  # trio, whose cancelled scopes raise again at every wait
+    # On trio, a cancelled scope cancels at the next await anyway.
+    except RuntimeError:
         return False
     return task is not None and task.cancelling() > 0
 
 
 async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> None:
-    """Await it with the context variables as they were, whatever the attempt before set."""
+    """Await the function in a copy of the context, without changes of earlier attempts."""
     failure: BaseException | None = None
 
     async def run() -> None:
@@ -104,8 +107,8 @@ async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> 
         try:
             await function()
         except (*ABORTED, asyncio.CancelledError) as error:
-            # Out of the group it would come as a group; or not at all, if the application itself
-            # raised a cancellation.
+            # The task group would wrap the exception in an ExceptionGroup, and would suppress a
+            # cancellation that the application raised itself.
             failure = error
 
     async with anyio.create_task_group() as group:
@@ -115,9 +118,9 @@ async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> 
 
 
 def _keep_contents(scope: Scope) -> Callable[[], None]:
-    """What puts a scope back as it is now, its lists and dictionaries (`state`) included.
+    """Return a function that restores the scope with its lists and dictionaries (`state`).
 
-    In place: middleware further out holds the same ones.
+    The contents are restored in place, because outer middleware uses the same objects.
     """
     entries = dict(scope)
     kept = [(each, each.copy()) for each in scope.values() if isinstance(each, dict | list)]

@@ -1,4 +1,4 @@
-"""Whether an error counts as a conflict, by the rule of the application."""
+"""Converts `retry_on` into a function that tests an error."""
 
 from collections.abc import Callable, Coroutine
 from typing import TypeAlias
@@ -10,7 +10,7 @@ Rule: TypeAlias = Callable[[BaseException], bool]
 
 
 def rule_of(retry_on: RetryOn) -> Rule:
-    """A function that says whether an error counts as a conflict."""
+    """Return a function that returns True for errors to retry like a conflict."""
     if retry_on is None:
         return lambda _: False
     if isinstance(retry_on, type | tuple):
@@ -24,7 +24,7 @@ def _checked(decision: object) -> bool:
     if decision is True or decision is False:
         return decision
     if isinstance(decision, Coroutine):
-        decision.close()  # or Python would warn that nobody awaited it
+        decision.close()  # otherwise Python warns that nobody awaited it
     raise ConfigurationError(
         "retry_on must return True or False, and returned something of type "
         f"{type(decision).__name__}. Write a plain function, which is not awaited."

@@ -1,4 +1,4 @@
-"""Runs a function in a unit of work of its own, and again after a conflict."""
+"""Runs a function in a new unit of work, and runs it again after a conflict."""
 
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -39,7 +39,7 @@ async def run_transaction(
                     raise _refusal(function, "a coroutine function. Write it with `async def`")
                 return await result
         await anyio.sleep(_pause_and_log(function, attempt))
-    raise AssertionError  # never: the last attempt returns or raises
+    raise AssertionError  # never runs: the last attempt returns or raises
 
 
 def run_transaction_blocking(
@@ -49,18 +49,18 @@ def run_transaction_blocking(
     attempts: int,
     retry_on: RetryOn,
 ) -> T:
-    """The same on the calling thread."""
+    """Call `function(*args)` in `database.begin()` on this thread, up to `attempts` times."""
     for attempt in _attempts(attempts, retry_on):
         with _retrying(attempt):
             with database.begin():
                 result = function(*args)
                 if isawaitable(result):
                     if isinstance(result, Coroutine):
-                        result.close()  # or Python would warn that nobody awaited it
+                        result.close()  # otherwise Python warns that nobody awaited it
                     raise _refusal(function, "a plain function. Write it with `def`")
             return result
         time.sleep(_pause_and_log(function, attempt))
-    raise AssertionError  # never: the last attempt returns or raises
+    raise AssertionError  # never runs: the last attempt returns or raises
 
 
 def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:
@@ -75,7 +75,7 @@ def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:
 
 @contextmanager
 def _retrying(attempt: WatchedAttempt) -> Iterator[None]:
-    """Swallow what the block raises, if another attempt follows."""
+    """Suppress the exception of the block if another attempt follows."""
     token = running_attempt.set(attempt)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Serves a request whose response may be withheld, because another one will be sent instead."""
+"""Serves a request whose response may be withheld, because another response replaces it."""
 
 from abc import ABC, abstractmethod
 
@@ -7,11 +7,11 @@ from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class Withholding(ABC):
-    """One run of a request.
+    """One attempt to serve a request; its response or error may be withheld.
 
     Attributes:
-        is_answered: Whether anything was sent.
-        is_withheld: Whether a response, or an error, was withheld.
+        is_answered: True if a message was sent.
+        is_withheld: True if a response or an error was withheld.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Withholding(ABC):
         self.is_withheld: bool = False
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request; what is withheld is neither sent nor raised."""
+        """Serve the request; do not send a withheld response, and do not raise a withheld error."""
 
         async def withhold_or_send(message: Message) -> None:
             if self.is_withheld or (not self.is_answered and self.withholds_message(message)):
@@ -38,8 +38,8 @@ class Withholding(ABC):
 
     @abstractmethod
     def withholds_message(self, message: Message) -> bool:
-        """Whether to withhold the first message, and so all of the response."""
+        """Return True to withhold the first message, and so the whole response."""
 
     @abstractmethod
     def withholds_error(self, error: BaseException) -> bool:
-        """Whether to withhold what the application raised."""
+        """Return True to withhold the exception that the application raised."""

@@ -1,4 +1,4 @@
-"""One caller at a time, and only when a condition holds; tasks wait as well as threads."""
+"""A lock with a condition, for threads and for tasks."""
 
 import asyncio
 import time
@@ -11,10 +11,10 @@ from sqlalchemy.util import await_only
 
 
 class Condition:
-    """A `threading.Condition` that also serves the tasks of one event loop.
+    """A `threading.Condition` that also works for the tasks of one event loop.
 
     Args:
-        asynchronous: Whether the callers are tasks, inside of SQLAlchemy's greenlets.
+        asynchronous: True if the callers are tasks, inside SQLAlchemy's greenlets.
         timeout: Seconds to wait.
     """
 
@@ -27,15 +27,15 @@ class Condition:
 
     @contextmanager
     def alone(self, when: Callable[[], bool], timeout: float | None = None) -> Iterator[None]:
-        """Wait until no other caller is inside such a block, and `when()` is true.
+        """Wait until no other caller is inside such a block and `when()` returns True.
 
         Args:
-            when: Asked whenever a block has ended, and at each `wake()`.
-            timeout: Seconds to wait, if that is less than the timeout of this object.
+            when: A function that is called again after each block and at each `wake()`.
+            timeout: Seconds to wait, if shorter than the timeout of this object.
 
         Raises:
-            TimeoutError: The condition did not become true.
-            Exception: Whatever `when` raised.
+            TimeoutError: The condition did not become true in time.
+            Exception: The exception that `when` raised.
         """
         deadline = time.monotonic() + min(self.timeout, timeout or self.timeout)
         while (freed := self._take(when)) is not None:
@@ -47,11 +47,11 @@ class Condition:
             self.wake()
 
     def wake(self) -> None:
-        """Have all waiting callers ask again whether they may go on."""
+        """Let all waiting callers check the condition again."""
         with self._mutex:
             waiting, self._waiting = self._waiting, []
         for freed in waiting:
-            if freed.set_running_or_notify_cancel():  # else its waiter was cancelled
+            if freed.set_running_or_notify_cancel():  # skip callers that were cancelled
                 freed.set_result(None)
 
     def _take(self, when: Callable[[], bool]) -> Future[None] | None:

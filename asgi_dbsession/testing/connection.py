@@ -1,4 +1,4 @@
-"""One connection on which every transaction is a savepoint, so that all can be rolled back."""
+"""The connection that all transactions of a test share; each transaction is a savepoint."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,19 +11,19 @@ from .constraints import check_as_commit_would, send, violations
 from .isolation import Isolation, NotIsolated
 from .transaction import SavepointTransaction, current_caller
 
-_NO_SUCH_SAVEPOINT = 1305  # the error number of MariaDB and MySQL
-# Seconds to wait for a transaction that nothing but the test itself is likely to end.
-_PATIENCE_WITH_THE_TEST = 0.8
+_NO_SUCH_SAVEPOINT = 1305  # error number of MariaDB and MySQL
+# Seconds to wait for a transaction that probably only the test itself will end.
+_LIMIT_FOR_THE_TEST = 0.8
 
 
 class SharedConnection:
-    """The one connection, and the open transactions on it, each inside of the one before.
+    """The shared connection and its open transactions, each nested in the one before.
 
     Args:
-        connection: Inside a transaction that is never committed.
+        connection: A connection inside a transaction that is never committed.
         dialect: The dialect of the engine.
-        database: The URL that errors name.
-        isolation: Of the block that the connection is for.
+        database: The URL to show in errors.
+        isolation: The state of the `rolled_back` block.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class SharedConnection:
         self._known = violations(connection, dialect)
 
     def begin(self, transaction: SavepointTransaction) -> None:
-        """Wait until no transaction is open that this one has to wait for, and begin."""
+        """Wait for open transactions that must end before `transaction`, and begin it."""
         transaction.caller = current_caller()
         transaction.aborted = False
 
@@ -56,16 +56,17 @@ class SharedConnection:
             below = self._open[-1] if self._open else None
             try:
                 if below is not None and below.saved and not below.wrote:
-                    # `below` has nothing to roll back yet. Without its savepoint, rolling it back
-                    # later keeps what this transaction commits.
+                    # The outer transaction has sent nothing that can be rolled back. Without its
+                    # savepoint, a later rollback of it keeps the work that this transaction
+                    # commits.
                     self._release(below)
                 self._save(transaction)
             except self._error as error:
                 if below is None or not below.saved:
                     self.lose(error)
                     raise
-                # PostgreSQL has aborted `below`. On a connection of its own, this transaction
-                # would not notice.
+                # PostgreSQL has aborted the outer transaction. On separate connections, this
+                # transaction would not be affected, so roll back the outer one and continue.
                 self._undo(below)
                 below.aborted = True
                 self._save(transaction)
@@ -73,14 +74,14 @@ class SharedConnection:
 
     @contextmanager
     def executing(self, transaction: SavepointTransaction, statement: str) -> Iterator[bool]:
-        """Wait until no transaction is open inside of this one.
+        """Wait until no transaction is open inside this transaction.
 
         Yields:
-            Whether to send the statement at all.
+            True if the statement must be sent.
         """
         self.refuse_if_lost()
         if transaction not in self._open:
-            # SQLAlchemy's recipe for SQLite sends its own BEGIN just before ours.
+            # SQLAlchemy's recipe for SQLite sends its own BEGIN before the BEGIN of this package.
             yield not statement.lstrip().upper().startswith("BEGIN")
             return
         with self._on_top(transaction):
@@ -93,13 +94,13 @@ class SharedConnection:
             yield True
 
     def prepare(self, transaction: SavepointTransaction) -> None:
-        """Check what COMMIT checks."""
+        """Make the checks that the database makes at COMMIT."""
         with self._on_top(transaction):
             if transaction.wrote:
                 check_as_commit_would(self.connection, self._dialect, self._known)
 
     def commit(self, transaction: SavepointTransaction) -> None:
-        """Check what COMMIT checks, and keep the work until the end of the test."""
+        """Make the checks of COMMIT, and keep the work until the end of the test."""
         with self._on_top(transaction):
             try:
                 if transaction.wrote:
@@ -110,13 +111,14 @@ class SharedConnection:
                 self._undo(transaction)
                 raise
             finally:
-                if transaction in self._open:  # else all are gone, with the connection
+                # After a lost connection, no transaction is open any more.
+                if transaction in self._open:
                     self._open.remove(transaction)
             if self._open and (transaction.wrote or transaction.keeps):
                 self._open[-1].keeps = True
 
     def roll_back(self, transaction: SavepointTransaction) -> None:
-        """Roll the transaction back; do nothing if it has ended."""
+        """Roll back the transaction; do nothing if it has ended."""
         if transaction not in self._open:
             return
         with self._on_top(transaction):
@@ -131,7 +133,7 @@ class SharedConnection:
             self._open.remove(transaction)
 
     def abandon(self, transaction: SavepointTransaction) -> None:
-        """Roll back a transaction that nobody has ended, or else give the connection up."""
+        """Roll back a transaction that was never ended; if that fails, call `lose`."""
         try:
             self.roll_back(transaction)
         except BaseException as error:
@@ -140,22 +142,22 @@ class SharedConnection:
                 raise
 
     def lose(self, reason: BaseException) -> None:
-        """Let nobody use the connection any more."""
+        """Mark the connection as lost, so that no caller uses it any more."""
         self.lost = self.lost or reason
         self._open.clear()
         self._free.wake()
 
     def end(self, reason: NotIsolated) -> AbstractContextManager[None]:
-        """Refuse all that is still open from now on, and wait for the statement under way.
+        """Refuse all further use of the connection, and wait for the running statement.
 
         Raises:
-            TimeoutError: The statement goes on for longer than transactions wait for each other.
+            TimeoutError: The statement did not end in time.
         """
         self.lose(reason)
         return self._free.alone(lambda: True)
 
     def refuse_if_lost(self) -> None:
-        """Refuse callers that come too late.
+        """Raise if the connection was lost or the test has ended.
 
         Raises:
             NotIsolated: The connection was lost, or the test has ended.
@@ -214,23 +216,21 @@ class SharedConnection:
         entered = False
         top = self._open[-1] if self._open else None
         waits_for_engine = top is not None and top is not transaction and top.is_of_engine
-        patience = _PATIENCE_WITH_THE_TEST if waits_for_engine else None
+        limit = _LIMIT_FOR_THE_TEST if waits_for_engine else None
         try:
-            with self._free.alone(when, patience):
+            with self._free.alone(when, limit):
                 entered = True
                 yield
         except TimeoutError:
             if entered:
                 raise
-            raise self._waited_in_vain(transaction, patience) from None
+            raise self._timed_out(transaction, limit) from None
 
-    def _waited_in_vain(
-        self, transaction: SavepointTransaction, patience: float | None
-    ) -> NotIsolated:
+    def _timed_out(self, transaction: SavepointTransaction, limit: float | None) -> NotIsolated:
         top = self._open[-1] if self._open else "an operation"
-        seconds = min(patience or self._isolation.timeout, self._isolation.timeout)
+        seconds = min(limit or self._isolation.timeout, self._isolation.timeout)
         what = f"For {seconds:g} seconds {transaction} has waited for {top} to end."
-        if patience is None:
+        if limit is None:
             return self._refusal(what)
         return NotIsolated(
             self._database,

@@ -1,12 +1,12 @@
-"""Finds what COMMIT would refuse, without a COMMIT."""
+"""Finds broken constraints as COMMIT would, without a COMMIT."""
 
 from typing import Any
 
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
-# Checks what COMMIT would check. Afterwards each constraint is again as its table declares it; ALL
-# DEFERRED would also defer the constraints that are INITIALLY IMMEDIATE.
+# This checks all deferred constraints, and then restores the mode that each table declares. SET
+# CONSTRAINTS ALL DEFERRED would also defer constraints that are INITIALLY IMMEDIATE.
 _POSTGRESQL = """
 DO $$
 DECLARE
@@ -27,7 +27,7 @@ $$
 
 
 def send(connection: PoolProxiedConnection, statement: str) -> list[Any]:
-    """Execute a statement without SQLAlchemy's events and log; returns its rows."""
+    """Execute a statement without SQLAlchemy's events and log, and return its rows."""
     cursor = connection.cursor()
     try:
         cursor.execute(statement)
@@ -37,7 +37,7 @@ def send(connection: PoolProxiedConnection, statement: str) -> list[Any]:
 
 
 def violations(connection: PoolProxiedConnection, dialect: Dialect) -> set[Any]:
-    """The rows that break a foreign key, on an SQLite that enforces them; none elsewhere."""
+    """Return the rows that break a foreign key, if this is an SQLite that enforces foreign keys."""
     if dialect.name != "sqlite" or send(connection, "PRAGMA foreign_keys") != [(1,)]:
         return set()
     return set(send(connection, "PRAGMA foreign_key_check"))
@@ -46,19 +46,19 @@ def violations(connection: PoolProxiedConnection, dialect: Dialect) -> set[Any]:
 def check_as_commit_would(
     connection: PoolProxiedConnection, dialect: Dialect, known: set[Any]
 ) -> None:
-    """Raise the driver's error if COMMIT would.
+    """Raise the error of the driver if COMMIT would fail.
 
-    MariaDB defers no constraint. SQLite enforces deferred ones at the end of the outermost
-    transaction only, not of a savepoint.
+    MariaDB has no deferred constraints. SQLite checks deferred constraints only at the end of the
+    outermost transaction, not at the end of a savepoint.
     Source: https://www.sqlite.org/foreignkeys.html#fk_deferred
 
     Args:
-        connection: The connection with the work that is to be committed.
-        dialect: The dialect of its engine.
-        known: The violations from before the test, which COMMIT ignores.
+        connection: The connection with the work to commit.
+        dialect: The dialect of the engine.
+        known: The violations from before the test, which COMMIT would ignore.
 
     Raises:
-        Exception: The driver's `IntegrityError`.
+        Exception: The `IntegrityError` of the driver.
     """
     if dialect.name == "postgresql":
         send(connection, _POSTGRESQL)

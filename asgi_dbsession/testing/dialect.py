@@ -1,4 +1,4 @@
-"""A dialect that sends SAVEPOINT where others send BEGIN."""
+"""A dialect that uses savepoints instead of transactions."""
 
 import types
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from .pool import SharedRecord
 
 
 class SavepointDialect(Dialect):
-    """Begins, commits and rolls back by savepoints on connections from a `SharedPool`."""
+    """A dialect that uses savepoints instead of transactions on connections of a `SharedPool`."""
 
     @override
     def do_begin(self, dbapi_connection: PoolProxiedConnection) -> None:
@@ -80,7 +80,7 @@ class SavepointDialect(Dialect):
     def _set_connection_characteristics(
         self, connection: Connection, characteristics: Mapping[str, Any]
     ) -> None:
-        """Leave out the isolation level and the like: the transaction has begun long ago."""
+        """Ignore the isolation level, because it cannot change during a transaction."""
         dialect: Any = super()
         if record_of(connection.connection):
             known = dialect.connection_characteristics
@@ -93,8 +93,8 @@ class SavepointDialect(Dialect):
 
 
 def with_savepoints(dialect: type[Dialect]) -> type[Dialect]:
-    """Derive a class of dialects that use savepoints on connections from a `SharedPool`."""
-    # SQLAlchemy would think that a dialect of another author may not support its cache.
+    """Derive a dialect class that uses savepoints on connections of a `SharedPool`."""
+    # Without this attribute, SQLAlchemy does not cache statements for a derived dialect.
     known = {"supports_statement_cache": dialect.supports_statement_cache}
     return types.new_class(
         dialect.__name__, (SavepointDialect, dialect), exec_body=lambda body: body.update(known)
@@ -102,7 +102,7 @@ def with_savepoints(dialect: type[Dialect]) -> type[Dialect]:
 
 
 def record_of(connection: PoolProxiedConnection) -> SharedRecord | None:
-    """What the connection is for a `SharedPool`; None, if it comes from another pool."""
+    """Return the record of a connection from a `SharedPool`; None for another pool."""
     record = connection._connection_record
     return record if isinstance(record, SharedRecord) else None
 

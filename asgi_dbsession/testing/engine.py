@@ -1,4 +1,4 @@
-"""How an engine comes to share one connection, and how it gets its own connections back."""
+"""Lets an engine share one connection during a test, and restores its pool afterwards."""
 
 import asyncio
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from .pool import SharedPool
 
 
 def share(engine: Engine, isolation: Isolation) -> None:
-    """Have all transactions of an engine take turns on one connection that is rolled back.
+    """Let all transactions of an engine use one shared connection, one after the other.
 
-    Nothing is connected yet. The connection will come from the engine's own pool, with all that
-    its events make of a connection.
+    The engine does not connect yet. The connection comes from the engine's own pool, so the pool's
+    event listeners are called.
 
     Args:
-        engine: Changed in place, as others hold it too.
-        isolation: Of the `rolled_back` block.
+        engine: The engine to change; it is changed in place, because other code refers to it.
+        isolation: The state of the `rolled_back` block.
 
     Raises:
         ConfigurationError: The engine shares one connection already.
@@ -35,32 +35,34 @@ def share(engine: Engine, isolation: Isolation) -> None:
             f"{name} is inside of `rolled_back` already: use it once for each test."
         )
     dialect = engine.dialect
-    if not isinstance(dialect, SavepointDialect):  # else work has outlived an earlier test
+    # After an earlier test, work that outlived it may still use this class.
+    if not isinstance(dialect, SavepointDialect):
         dialect.__class__ = with_savepoints(type(dialect))
     engine.pool = SharedPool(engine.pool, dialect, name, isolation)
 
 
 def unshare(engine: Engine) -> None:
-    """Roll everything back, and give the engine its own connections back."""
+    """Roll back all work, and restore the engine's own pool."""
     pool, dialect = engine.pool, engine.dialect
     if isinstance(pool, SharedPool):
         try:
             pool.roll_back()
         finally:
             engine.pool = pool.source
-            if pool.checkedout() == 0:  # else what is still out must go on to be refused
+            # Otherwise, connections that are still checked out must go on to raise errors.
+            if pool.checkedout() == 0:
                 dialect.__class__ = type(dialect).__bases__[1]
 
 
 def home_of(engine: Engine) -> asyncio.AbstractEventLoop | None:
-    """The event loop that the shared connection belongs to, if it belongs to one."""
+    """Return the event loop of the shared connection; None if it needs no event loop."""
     return engine.pool.loop if isinstance(engine.pool, SharedPool) else None
 
 
 def engines_of(database: Database[Any, Any]) -> Iterator[Engine]:
-    """The engines that the sessions of a database are known to use: its own, and `binds`.
+    """Iterate over the engines of a database: its own engine, and the engines in `binds`.
 
-    What a session class chooses in `get_bind` is known only when a session has used it.
+    An engine that a session class chooses in `get_bind` is known only after a session has used it.
     """
     if database._engine is not None:
         yield root_of(database._sync_engine(database._engine))
@@ -71,7 +73,7 @@ def engines_of(database: Database[Any, Any]) -> Iterator[Engine]:
 
 
 def root_of(engine: Engine) -> Engine:
-    """The engine that owns the pool; `engine` may be a copy of it with other options."""
+    """Return the engine that owns the pool; `engine` may be a copy with other options."""
     proxied: Any = engine
     while isinstance(proxied, OptionEngine):
         proxied = proxied._proxied

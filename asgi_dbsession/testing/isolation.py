@@ -1,4 +1,4 @@
-"""What one `rolled_back` block knows, and the error for what it cannot show."""
+"""The state of a `rolled_back` block, and the error for tests that need several connections."""
 
 from dataclasses import dataclass, field
 from threading import Thread, enumerate as enumerate_threads
@@ -9,18 +9,18 @@ from asgi_dbsession.errors import DBSessionError
 
 
 class NotIsolated(DBSessionError, RuntimeError):
-    """One shared connection cannot do what several connections would have done.
+    """One shared connection would give another result than several connections.
 
     Args:
-        database: The URL that the error names, without its password.
-        what: What happened, as a sentence.
-        cure: What to write instead, as a sentence.
+        database: The URL to show in the error, without its password.
+        what: A sentence about what happened.
+        cure: A sentence about what to write instead.
     """
 
     def __init__(self, database: str, what: str, cure: str | None = None) -> None:
         cure = cure or (
-            f"Inside `rolled_back`, all transactions on {database} take turns on one connection: "
-            "test what needs several connections on a database of its own, without `rolled_back`."
+            f"Inside `rolled_back`, all transactions on {database} share one connection. Test "
+            "code that needs several connections on a separate database, without `rolled_back`."
         )
         super().__init__(f"{what} {cure}")
 
@@ -32,7 +32,7 @@ _STOP = (
 
 
 def outlived(database: str) -> NotIsolated:
-    """The error for work that goes on after the end of its test."""
+    """Return the error for work that continues after the end of its test."""
     return NotIsolated(
         database,
         f"This work outlived its test: the `rolled_back` block around {database} has ended, and "
@@ -42,7 +42,7 @@ def outlived(database: str) -> NotIsolated:
 
 
 def disposed(database: str) -> NotIsolated:
-    """The error for work that goes on after the end of its engine, inside of the test."""
+    """Return the error for work that continues after the end of its engine, during the test."""
     return NotIsolated(
         database,
         f"This work outlived the engine of {database}, which was disposed inside of the "
@@ -53,17 +53,17 @@ def disposed(database: str) -> NotIsolated:
 
 @dataclass(eq=False)
 class Isolation:
-    """What all engines of one `rolled_back` block share.
+    """The state that all engines of one `rolled_back` block share.
 
     Args:
-        timeout: Seconds that a transaction waits for another one.
+        timeout: Seconds that a transaction waits for another transaction.
         test: The caller that entered the block.
 
     Attributes:
-        violations: What would have ended differently on several connections.
-        has_ended: Whether the block has ended.
-        threads: The threads from before the first block around these databases.
-        tasks: The tasks that used a session inside of such a block.
+        violations: Errors about work that would have ended differently on several connections.
+        has_ended: True if the block has ended.
+        threads: The threads that ran before the first block around these databases.
+        tasks: The tasks that used a session inside such a block.
     """
 
     timeout: float

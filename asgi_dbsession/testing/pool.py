@@ -18,13 +18,13 @@ from .transaction import SavepointTransaction
 
 
 class SharedPool(Pool):
-    """Gives the same connection to every caller.
+    """A pool that gives the same connection to every caller.
 
     Args:
-        source: The pool that the connection comes from.
+        source: The pool that provides the connection.
         dialect: The dialect of the engine.
-        database: The URL that errors name.
-        isolation: Of the `rolled_back` block.
+        database: The URL to show in errors.
+        isolation: The state of the `rolled_back` block.
     """
 
     def __init__(self, source: Pool, dialect: Dialect, database: str, isolation: Isolation) -> None:
@@ -45,7 +45,7 @@ class SharedPool(Pool):
         self._out: WeakSet[SharedRecord] = WeakSet()
 
     def checkedout(self) -> int:
-        """How many connections would be out of the pool, if it had more than one."""
+        """Return how many connections a normal pool would have checked out now."""
         return len(self._out)
 
     @override
@@ -63,9 +63,9 @@ class SharedPool(Pool):
         self.source.dispose()
 
     def roll_back(self) -> None:
-        """Roll back everything, and give the connection back to its pool.
+        """Roll back all work, and return the connection to its own pool.
 
-        Connections that are still out of this pool can do nothing any more.
+        Callers that still hold the connection get errors from then on.
         """
         shared, self._shared = self._shared, None
         if shared is None:
@@ -80,7 +80,7 @@ class SharedPool(Pool):
         finally:
             self._cut_off(reason)
             if shared.connection.is_valid:
-                # Without its connection, the transaction is rolled back by the database.
+                # Close the connection, so that the database rolls back its transaction.
                 shared.connection.invalidate(shared.lost)
 
     def _give_back(self, shared: SharedConnection) -> None:
@@ -113,7 +113,7 @@ class SharedPool(Pool):
 
     @override
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
-        """Leave the connection open for the others: the record that comes back rolls back."""
+        """Keep the shared connection open; the rollback happens when its record is returned."""
 
     def _open(self) -> SharedConnection:
         dialect = self._for_dialect
@@ -125,13 +125,13 @@ class SharedPool(Pool):
             dialect.set_isolation_level(_dbapi(connection), level)
         driver: Any = connection.driver_connection
         if dialect.name == "sqlite" and not driver.in_transaction:
-            # Otherwise the release of a savepoint would be a COMMIT.
+            # Without BEGIN, the release of a savepoint would be a COMMIT.
             send(connection, "BEGIN")
         return SharedConnection(connection, dialect, self._database, self.isolation)
 
 
 class SharedRecord(_ConnectionRecord):
-    """Stands for a connection of the caller's own."""
+    """Takes the place of a separate connection for one caller."""
 
     def __init__(
         self, pool: Pool, shared: SharedConnection, transaction: SavepointTransaction
@@ -142,7 +142,7 @@ class SharedRecord(_ConnectionRecord):
         self.transaction = transaction
 
     def cut_off(self, reason: Exception) -> None:
-        """Let nothing through to the real connection, by whatever way a caller still holds it."""
+        """Disconnect all callers of this record from the real connection."""
         connection: Any = CutOffConnection(reason)
         self.dbapi_connection = connection
         proxy: Any = self.fairy_ref() if self.fairy_ref is not None else None
@@ -151,10 +151,10 @@ class SharedRecord(_ConnectionRecord):
 
 
 class CutOffConnection:
-    """Stands for the driver's connection after the end of the test.
+    """Takes the place of the driver's connection after the end of the test.
 
     Args:
-        reason: Raised at whatever would talk to the database.
+        reason: The error that each access to the database raises.
     """
 
     def __init__(self, reason: Exception) -> None:
@@ -164,18 +164,18 @@ class CutOffConnection:
         raise self._reason.with_traceback(None)
 
     def cursor(self, *_: object, **__: object) -> "CutOffCursor":
-        """A cursor that can only be closed: its statements raise."""
+        """Return a cursor that can only be closed; its statements raise the error."""
         return CutOffCursor(self._reason)
 
     def rollback(self) -> None:
-        """Do nothing: all was rolled back at the end of the test."""
+        """Do nothing, because all work was rolled back at the end of the test."""
 
     def close(self) -> None:
-        """Do nothing: the real connection has gone back to its pool."""
+        """Do nothing, because the real connection was returned to its pool."""
 
 
 class CutOffCursor:
-    """A cursor of such a connection."""
+    """The cursor of a `CutOffConnection`; its statements raise the error."""
 
     def __init__(self, reason: Exception) -> None:
         self._reason = reason
@@ -184,11 +184,11 @@ class CutOffCursor:
         raise self._reason.with_traceback(None)
 
     def close(self) -> None:
-        """Do nothing."""
+        """Do nothing, because there is no real cursor."""
 
 
 def is_autocommit(dialect: Any) -> bool:
-    """Whether the connections of the engine are in AUTOCOMMIT unless told otherwise."""
+    """Return True if the connections of the engine are in AUTOCOMMIT by default."""
     return bool(dialect._on_connect_isolation_level == "AUTOCOMMIT")
 
 

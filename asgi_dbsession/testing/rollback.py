@@ -1,4 +1,4 @@
-"""Rolls back everything that a test did to databases."""
+"""Rolls back all work of a test on its databases."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -33,43 +33,46 @@ AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
 
 def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
-    """Roll back, at the end of a test, all that the test and the application did to databases.
+    """Roll back, at the end of a test, all work of the test and of the application on databases.
 
-    All transactions on a database share one connection, which is never committed: each of them is
-    a savepoint. A COMMIT stores for the rest of the test, and fails where it would fail (deferred
-    constraints included). Later transactions see what was committed, in requests and in the test.
+    All transactions on a database share one connection, which is never committed. Each transaction
+    is a savepoint. A COMMIT keeps the work until the end of the test, and fails where a real COMMIT
+    fails (deferred constraints included). Later transactions see the committed work, in requests
+    and in the test.
 
-    Transactions of different requests take turns. A transaction that begins while the test itself
-    has one open, or inside of another one of its request, is nested in that one.
+    Transactions of different requests run one after the other. A transaction is nested in another
+    one if it begins while the test has a transaction open, or inside another transaction of its
+    request.
 
-    `async with` also starts the databases, for clients that send no lifespan. Plain `with`, for
-    tests written with `def`, leaves that to Starlette's `with TestClient(app):`, inside of the
-    block or around it; a `SyncDatabase` is started by both.
+    `async with` also starts the databases, for clients that send no lifespan. Plain `with` is for
+    tests written with `def`: the databases are started by Starlette's `with TestClient(app):`,
+    inside or around the block. A `SyncDatabase` is started by both.
 
-    Engines in `session_options["binds"]` are covered. A session that uses another engine (by its
-    `get_bind`, say) is refused, unless `from_engine(engine)` is among the databases. What goes
-    on after the block (tasks, threads, schedulers, sessions) is refused, too. Sequences and
-    AUTO_INCREMENT are not reset: no database rolls them back.
+    Engines in `session_options["binds"]` are included. A session that uses another engine (from its
+    `get_bind`, for example) is refused, unless `from_engine(engine)` is among the databases. Tasks,
+    threads, schedulers and sessions that continue after the block are refused too. Sequences and
+    AUTO_INCREMENT are not reset, because no database rolls them back.
 
     Args:
-        *databases: The databases of the application. Nothing else of it needs to change.
-        timeout: Seconds that a transaction waits for its turn.
+        *databases: The databases of the application. The application needs no other change.
+        timeout: Seconds that a transaction waits for another transaction.
 
     Returns:
         A context manager for one use; in a coroutine it must be `async with`.
 
     Raises:
-        NotIsolated: In a request, as well as at the end of the block: several connections would
-            have led to another outcome. Or the connection was lost, or MariaDB has committed by
-            itself.
-        ConfigurationError: A database is inside of such a block already; or `with` in a coroutine.
+        NotIsolated: Several connections would have led to another result, or the connection was
+            lost, or MariaDB has committed by itself. Raised in the request and at the end of the
+            block.
+        ConfigurationError: A database is in such a block already, or plain `with` is used in a
+            coroutine.
         DatabaseUnavailable: A database did not answer.
     """
     return RolledBack(databases, timeout)
 
 
 class RolledBack(AbstractContextManager[None], AbstractAsyncContextManager[None]):
-    """What `rolled_back` returns."""
+    """The context manager that `rolled_back` returns."""
 
     def __init__(self, databases: tuple[AnyDatabase, ...], timeout: float) -> None:
         self._databases = databases
@@ -148,13 +151,13 @@ def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
     try:
         yield
     finally:
-        isolation.has_ended = True  # also where a database could not be started
+        isolation.has_ended = True  # needed here too: a database may have failed to start
         database._prepare = watch
         database._reads.is_shared = False
 
 
 def _share_once(engine: Engine, isolation: Isolation) -> None:
-    """Share an engine; several databases may be made from one."""
+    """Share an engine, unless another database of the block has shared it already."""
     pool = root_of(engine).pool
     if not (isinstance(pool, SharedPool) and pool.isolation is isolation):
         share(root_of(engine), isolation)
@@ -180,7 +183,8 @@ def _unshare(database: AnyDatabase) -> None:
         loop = home_of(engine)
         if loop is None:
             unshare(engine)
-        elif loop.is_running():  # in another thread, which serves the application
+        # Another thread runs the event loop that serves the application.
+        elif loop.is_running():
             asyncio.run_coroutine_threadsafe(greenlet_spawn(unshare, engine), loop).result()
         elif not loop.is_closed():
             loop.run_until_complete(greenlet_spawn(unshare, engine))
@@ -199,6 +203,6 @@ def _shut_down(database: AnyDatabase) -> None:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    # Not `asyncio.run`: it would take away the event loop that a plugin has set for its tests.
+    # Do not use `asyncio.run`: it would remove the event loop that a test plugin has set.
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         runner.run(work)

@@ -1,4 +1,4 @@
-"""Refuses sessions that would write past the shared connections, during a test and after it."""
+"""Refuses sessions that would write outside of the shared connections, during and after a test."""
 
 import asyncio
 import threading
@@ -16,37 +16,37 @@ from asgi_dbsession.errors import without_secrets
 from .dialect import record_of
 from .isolation import Isolation, NotIsolated, outlived
 
-# The block in which the running code was started; None after a block, in the code around it.
+# The block in which the running code was started; None in the code after a block.
 _block: ContextVar[Isolation | None] = ContextVar("asgi_dbsession.testing", default=None)
 
 # The latest block around each database, and the block in which each session was first used.
 _latest: WeakKeyDictionary[Database[Any, Any], Isolation] = WeakKeyDictionary()
 _block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
 
-# Their threads serve one caller after the other, and so outlive none.
+# Threads of these pools serve many callers, so they do not belong to one test.
 _POOLS = ("anyio.", "trio.")
 
 
 def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
-    """Have each session of the database checked whenever it begins a transaction."""
+    """Check each session of the database when it begins a transaction."""
     earlier = _latest.get(database)
     if earlier is None:
-        # For as long as the session class lives: what outlives its test is refused afterwards.
+        # The listener is never removed, so that work that outlives its test is refused later too.
         event.listen(session_class_of(database), "after_begin", _Check(database))
     else:
-        # What has outlived an earlier test is not a part of this one.
+        # Work that outlived an earlier test does not belong to this test.
         isolation.threads.intersection_update(earlier.threads)
         isolation.tasks.update(earlier.tasks)
     _latest[database] = isolation
 
 
 def enter_block(isolation: Isolation) -> None:
-    """Mark all that is started from here on as started inside of the block."""
+    """Mark all tasks and threads that are started from now on as started inside the block."""
     _block.set(isolation)
 
 
 def leave_block(isolation: Isolation) -> None:
-    """Refuse from now on what was started inside of the block and goes on after it."""
+    """Refuse all work that was started inside the block and continues after it."""
     isolation.has_ended = True
     if (task := _current_task()) is not None:
         isolation.tasks.discard(task)
@@ -54,7 +54,7 @@ def leave_block(isolation: Isolation) -> None:
 
 
 def session_class_of(database: Database[Any, Any]) -> type[Session]:
-    """The class of the database's sessions, which no other database has."""
+    """Return the session class of the database, which no other database uses."""
     found: Any = database
     session_class: type[Session] = (
         found._sync_class if isinstance(database, AsyncDatabase) else found._class
@@ -63,7 +63,7 @@ def session_class_of(database: Database[Any, Any]) -> type[Session]:
 
 
 class _Check:
-    """Called when a session of the database has begun a transaction on a connection."""
+    """A listener that checks each transaction that a session of the database begins."""
 
     def __init__(self, database: Database[Any, Any]) -> None:
         self._database = database
@@ -72,7 +72,7 @@ class _Check:
         isolation = _latest[self._database]
         name = without_secrets(self._database.url)
         if isolation.has_ended:
-            if session in _block_of or _goes_on_after(isolation):
+            if session in _block_of or _outlived(isolation):
                 _refuse(connection, outlived(name))
             return
         if _block_of.setdefault(session, isolation).has_ended:
@@ -85,13 +85,14 @@ class _Check:
             _refuse(connection, error)
 
 
-def _goes_on_after(isolation: Isolation) -> bool:
-    """Whether the running code was started inside of the block, which has ended."""
+def _outlived(isolation: Isolation) -> bool:
+    """Return True if the running code was started inside the block, which has ended."""
     task = _current_task()
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
         return True
-    # A bare thread has no context. Pools of threads pass on the context of each caller.
+    # A thread without a context is checked by its identity. Thread pools pass on the context of
+    # each caller.
     thread = threading.current_thread()
     return (
         task is None
@@ -106,7 +107,7 @@ def _refuse(connection: Connection, error: NotIsolated) -> NoReturn:
     def refuse(*_: object) -> NoReturn:
         raise error.with_traceback(None)
 
-    # The application may swallow the error, and go on with the same connection.
+    # The application may catch the error and use the same connection again.
     for name in ("before_cursor_execute", "commit", "prepare_twophase", "commit_twophase"):
         event.listen(connection, name, refuse)
     raise error

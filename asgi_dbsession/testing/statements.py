@@ -1,4 +1,4 @@
-"""Counts the statements of a part of a test."""
+"""Counts the statements that a part of a test sends."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,27 +20,27 @@ def count_statements(
 ) -> Iterator[list[str]]:
     """Record each statement that is sent to the databases, savepoints included.
 
-    A plain `with`, in async tests too. It works with and without `rolled_back`, whose own
-    statements do not count. BEGIN, COMMIT and ROLLBACK do not count either. All engines count
-    that a session of the databases uses, such as those in `binds`.
+    Use plain `with`, in async tests too. It works with and without `rolled_back`; savepoints of
+    `rolled_back` are not counted. BEGIN, COMMIT and ROLLBACK are not counted. All engines that a
+    session of the databases uses are included, such as those in `binds`.
 
     Args:
-        *databases: They must be running.
-        at_most: How many statements there may be; None for any number.
+        *databases: The databases to watch; they must be running.
+        at_most: How many statements are allowed; None for any number.
 
     Yields:
-        The statements so far, with their parameters, in the order in which they were sent. A
-        statement that is sent with many sets of parameters at once counts once.
+        The list of statements so far, with their parameters, in the order of sending. A statement
+        with many sets of parameters (`executemany`) counts once.
 
     Raises:
-        AssertionError: There were more statements; the message shows them.
+        AssertionError: There were more statements than allowed; the message shows them.
         DatabaseNotRunning: A database has not been started.
     """
     statements: list[str] = []
     with ExitStack() as stack:
         recorder = _Recorder(statements, stack)
         for database in databases:
-            _ = database.engine  # or it says that it is not running
+            _ = database.engine  # raises DatabaseNotRunning if the database is not started
             for engine in engines_of(database):
                 recorder.listen(engine)
             sessions = session_class_of(database)
@@ -54,7 +54,7 @@ def count_statements(
 
 
 class _Recorder:
-    """Listens to engines until the end of the block."""
+    """Records the statements of engines until the end of the block."""
 
     def __init__(self, statements: list[str], stack: ExitStack) -> None:
         self._statements = statements

@@ -8,7 +8,7 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 
 def current_caller() -> object:
-    """The running task, or else the thread."""
+    """Return the running task; if there is none, the identifier of the thread."""
     return current_task() or get_ident()
 
 
@@ -16,17 +16,17 @@ class SavepointTransaction:
     """A transaction of the application, as a savepoint on the shared connection.
 
     Args:
-        number: Makes the name of the savepoint.
+        number: The number in the name of the savepoint.
         test: The caller that entered `rolled_back`: the test, or its fixture.
 
     Attributes:
-        unit: The unit of work that the transaction belongs to; None for a connection that the
-            application took from the engine, and for a session that is not this package's.
+        unit: The unit of work that the transaction belongs to. None if the application took the
+            connection from the engine, or uses a session that this package did not open.
         caller: The task or the thread that began the transaction.
-        saved: Whether the savepoint exists.
-        wrote: Whether the transaction has sent anything but SELECT.
-        keeps: Whether a transaction that began inside of this one has been committed.
-        aborted: Whether the transaction can only be rolled back.
+        saved: True if the savepoint exists.
+        wrote: True if the transaction has sent a statement other than SELECT.
+        keeps: True if a transaction inside this transaction was committed.
+        aborted: True if the transaction can only be rolled back.
     """
 
     caller: object = None
@@ -46,26 +46,27 @@ class SavepointTransaction:
         if self.unit.scope is None:
             return "a transaction outside of any request"
         scope = self.unit.scope
-        path = repr(scope.get("path", ""))[1:-1]  # a client may send line breaks
+        # `repr` escapes line breaks, which a client may send in the path.
+        path = repr(scope.get("path", ""))[1:-1]
         return f"the transaction of {scope.get('method', scope['type'])} {path}"
 
     @property
     def is_of_request(self) -> bool:
-        """Whether a request was being served when the transaction began."""
+        """True if the transaction began during a request."""
         return self.unit is not None and self.unit.scope is not None
 
     @property
     def is_of_engine(self) -> bool:
-        """Whether the transaction was begun on the engine, such as by `Session(engine)`."""
+        """True if the transaction began on the engine, for example with `Session(engine)`."""
         return self.unit is None
 
     @property
     def is_of_test(self) -> bool:
-        """Whether the test itself began the transaction, outside of any request."""
+        """True if the test itself began the transaction, outside of any request."""
         return not self.is_of_request and self.caller == self._test and not _is_done(self._test)
 
     def may_begin_inside(self, other: "SavepointTransaction") -> bool:
-        """Whether `other` may be waiting for this transaction, which so must not wait for it."""
+        """Return True if `other` may wait for this transaction; then this one must not wait."""
         unit = self.unit
         while unit is not None:
             if unit is other.unit:

@@ -106,7 +106,9 @@ class AfterCommit:
     def log(self, error: BaseException) -> None:
         """Log the error of the function; the request goes on, because COMMIT has succeeded."""
         name = name_of(self.function)
-        _logger.error("%s failed after COMMIT; what was committed stays.", name, exc_info=error)
+        _logger.error(
+            "%s failed after COMMIT; the committed work stays stored.", name, exc_info=error
+        )
 
 
 def refusal_to_await(function: Function) -> ConfigurationError:
