@@ -362,7 +362,7 @@ async def test_a_log_line_about_lost_objects_is_no_false_alarm(
         else:
             running.database.get_session().add(Note("added"))
         if case == "set_rollback":
-            set_rollback()
+            set_rollback(True)
         elif case == "raised":
             raise LookupError
         elif case == "complete":
