@@ -55,8 +55,8 @@ class DBSessionMiddleware:
             failure, deadlock, busy SQLite, or a statement outdated by a migration), the request
             runs again from the start, with the same body, after at most a second. There is no retry
             after something was sent, or committed on a database of this package; with AUTOCOMMIT;
-            with a body over 1 MiB; or after a cancellation. Other effects of the handler are
-            repeated.
+            with a body over 1 MiB, or while 32 MiB of other bodies are kept; or after a
+            cancellation. Other effects of the handler are repeated.
         retry_on: Other errors to retry like a conflict: an exception class, a tuple of classes, or
             a plain function that takes an exception and returns True or False. It gets errors of
             the database, and exceptions that the application raises or answers with 400 or above.

@@ -25,6 +25,7 @@ class RequestAttempt(Withholding):
         super().__init__()
         self._body = body
         self.watched: WatchedAttempt = watched
+        watched.stored = body.let_go
 
     @property
     def can_retry(self) -> bool:
@@ -45,7 +46,7 @@ class RequestAttempt(Withholding):
 
         token = running_attempt.set(self.watched)
         try:
-            await super().serve(app, scope, self._body.from_start(), send_and_forget)
+            await super().serve(app, scope, receive, send_and_forget)
         finally:
             running_attempt.reset(token)
 

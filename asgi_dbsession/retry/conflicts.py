@@ -1,13 +1,16 @@
 """Records the conflicts and the COMMITs of one attempt."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.orm import Session
 from typing_extensions import override
 
 from asgi_dbsession.session._sqlalchemy import isolation_level_on_connect
+from asgi_dbsession.session.guard import GuardedSession
 from asgi_dbsession.session.lock import End
 from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
 
@@ -42,6 +45,7 @@ class WatchedAttempt(RunningAttempt):
         committing: The connection of the last COMMIT, which may have succeeded or not.
         has_committed: True if an earlier COMMIT succeeded, as far as known. A statement with
             AUTOCOMMIT counts as a COMMIT.
+        stored: A function to call when a COMMIT has succeeded for certain.
         is_final: True if no attempt can follow. The task may run longer than its attempt.
     """
 
@@ -53,6 +57,7 @@ class WatchedAttempt(RunningAttempt):
         self.reason: str = ""
         self.committing: Connection | None = None
         self.has_committed: bool = False
+        self.stored: Callable[[], None] | None = None
         self.is_final: bool = False
 
     @property
@@ -139,6 +144,22 @@ def _record_commit(connection: Connection, *_: object) -> None:
     for attempt in _under_way():
         attempt.has_committed = attempt.has_committed or attempt.committing is not None
         attempt.committing = connection
+
+
+def watch_sessions() -> None:
+    """Tell attempts of each COMMIT of this package's sessions that has succeeded."""
+    if not event.contains(GuardedSession, "after_commit", _record_stored):
+        event.listen(GuardedSession, "after_commit", _record_stored)
+
+
+def _record_stored(session: Session) -> None:
+    if session.in_nested_transaction():  # SQLAlchemy also reports the release of savepoints
+        return
+    for attempt in _under_way():
+        attempt.has_committed = attempt.has_committed or attempt.committing is not None
+        attempt.committing = None
+        if attempt.has_committed and attempt.stored is not None:
+            attempt.stored()
 
 
 def _under_way() -> list[WatchedAttempt]:

@@ -1,25 +1,49 @@
 """Keeps the body of a request, so that each attempt receives the whole body."""
 
+from threading import Lock
+
 from asgi_dbsession.types import Message, Receive
 
 # The largest body to keep for another attempt, in bytes. A request with a larger body runs once.
 BODY_LIMIT = 1_048_576
+# The most bytes of bodies that one middleware keeps at once. A request whose body does not fit runs
+# once.
+ROOM = 32 * BODY_LIMIT
+
+
+class Room:
+    """The memory for the bodies of all requests of one middleware.
+
+    Attributes:
+        free: The number of bytes that are left.
+        mutex: Protects the number: a COMMIT in a thread frees a body.
+    """
+
+    def __init__(self) -> None:
+        self.free: int = ROOM
+        self.mutex: Lock = Lock()
 
 
 class Replay:
     """The messages of the client, received from the start in each attempt.
+
+    Args:
+        receive: The `receive` function of the server.
+        room: The memory that all requests share.
 
     Attributes:
         is_kept: True if the whole body so far is kept, and the client is still connected.
         is_client_gone: True if the client has disconnected.
     """
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, room: Room) -> None:
         self._receive = receive
+        self._room = room
         # One buffer for the whole body: a list of many small chunks would need much more memory.
         self._body = bytearray()
         self._has_begun = False
         self._has_more = True
+        self._pending: object = None  # the attempt that has not received the kept body yet
         self.is_kept: bool = True
         self.is_client_gone: bool = False
 
@@ -29,16 +53,17 @@ class Replay:
         Args:
             last: True if no other attempt follows, so that nothing needs to be kept.
         """
-        pending = self._body if self._has_begun else None
-        has_more = self._has_more
+        attempt = object()
+        self._pending = attempt if self._has_begun else None
         if last:
             self.let_go()
 
         async def receive_again() -> Message:
-            nonlocal pending
-            if pending is not None:
-                body, pending = bytes(pending), None
-                return {"type": "http.request", "body": body, "more_body": has_more}
+            if self._pending is attempt:
+                body, self._pending = bytes(self._body), None
+                if not self.is_kept:
+                    self._release()
+                return {"type": "http.request", "body": body, "more_body": self._has_more}
             message = await self._receive()
             self._keep(message)
             return message
@@ -48,14 +73,29 @@ class Replay:
     def let_go(self) -> None:
         """Free the kept body, because no other attempt follows."""
         self.is_kept = False
-        self._body = bytearray()
+        if self._pending is None:
+            self._release()
+
+    def close(self) -> None:
+        """Free the kept body, because the request has ended."""
+        self._pending = None
+        self.let_go()
 
     def _keep(self, message: Message) -> None:
         body = message.get("body", b"")
         self.is_client_gone = self.is_client_gone or message["type"] != "http.request"
-        if self.is_client_gone or len(self._body) + len(body) > BODY_LIMIT:
-            self.let_go()
-        if self.is_kept:
-            self._has_begun = True
-            self._has_more = message.get("more_body", False)
-            self._body += body
+        with self._room.mutex:
+            is_short = len(self._body) + len(body) <= BODY_LIMIT and len(body) <= self._room.free
+            if is_short and self.is_kept and not self.is_client_gone:
+                self._has_begun = True
+                self._has_more = message.get("more_body", False)
+                self._body += body
+                self._room.free -= len(body)
+                return
+        self.let_go()
+
+    def _release(self) -> None:
+        if self._body:
+            with self._room.mutex:
+                self._room.free += len(self._body)
+                self._body = bytearray()

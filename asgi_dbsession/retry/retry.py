@@ -16,8 +16,8 @@ from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
 from asgi_dbsession.unit.retry_on import RetryOn
 
 from .attempt import RequestAttempt
-from .conflicts import WatchedAttempt, unwatch_conflicts, watch_conflicts
-from .replay import Replay
+from .conflicts import WatchedAttempt, unwatch_conflicts, watch_conflicts, watch_sessions
+from .replay import Replay, Room
 from .rule import rule_of
 
 _logger = logging.getLogger("asgi_dbsession")
@@ -40,21 +40,35 @@ class Retry:
         self._app = app
         self._attempts = attempts
         self._counts = rule_of(retry_on)
+        self._room = Room()
         watch_all(watch_conflicts, unwatch_conflicts)
+        watch_sessions()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        context, restore, body = copy_context(), _keep_contents(scope), Replay(receive)
+        body = Replay(receive, self._room)
+        try:
+            await self._serve(scope, body, send)
+        finally:
+            body.close()
+
+    async def _serve(self, scope: Scope, body: Replay, send: Send) -> None:
+        context, restore = copy_context(), _keep_contents(scope)
         for number in range(1, self._attempts):
             watched = WatchedAttempt(Attempt(number, self._attempts - number), self._counts)
             attempt = RequestAttempt(body, watched)
-            serve = partial(attempt.serve, self._app, scope, receive, send)
-            await (serve() if number == 1 else _run_in(context, serve))
-            if not attempt.can_retry:
-                # After the response was withheld, a COMMIT or a large body made a retry impossible.
-                if watched.conflict is not None and attempt.owes_answer:
-                    raise watched.conflict
-                return
+            serve = partial(attempt.serve, self._app, scope, body.from_start(), send)
+            try:
+                await (serve() if number == 1 else _run_in(context, serve))
+                if not attempt.can_retry:
+                    # After the response was withheld, a COMMIT or a large body made a retry
+                    # impossible.
+                    if watched.conflict is not None and attempt.owes_answer:
+                        raise watched.conflict
+                    return
+            finally:
+                # A task that runs longer than the attempt keeps the attempt in its context.
+                watched.make_final()
             # The application caught the cancellation and answered with an error.
             if _is_cancelled():
                 raise asyncio.CancelledError
