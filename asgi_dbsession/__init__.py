@@ -4,6 +4,7 @@ import importlib as _importlib
 import typing as _typing
 
 from .asgi.middleware import DBSessionMiddleware
+from .asgi.read_rule import safe_methods
 from .database.async_database import AsyncDatabase
 from .database.health import Health
 from .database.sync_database import SyncDatabase
@@ -13,6 +14,7 @@ from .errors import (
     DatabaseNotRunning,
     DatabaseUnavailable,
     DBSessionError,
+    ForbiddenWrite,
     NoSession,
     PrematureClose,
     SessionClosed,
@@ -37,6 +39,7 @@ __all__ = [
     "DatabaseNotRunning",
     "DatabaseReport",
     "DatabaseUnavailable",
+    "ForbiddenWrite",
     "Health",
     "NoSession",
     "PrematureClose",
@@ -49,6 +52,7 @@ __all__ = [
     "get_session",
     "get_sync_session",
     "on_commit",
+    "safe_methods",
     "session_dependency",
     "set_rollback",
     "warn_when_idle",

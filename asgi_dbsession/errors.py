@@ -162,6 +162,21 @@ class TransactionAborted(DBSessionError, PendingRollbackError):
         )
 
 
+class ForbiddenWrite(DBSessionError, RuntimeError):
+    """A unit of work that may only read tried to write, and nothing was stored.
+
+    If the application catches the error, COMMIT raises it again.
+    """
+
+    def __init__(self, database: object, what: str) -> None:
+        super().__init__(
+            f"This unit of work may only read {database}, and tried to write {what}. To write, "
+            "open `database.begin()`, or change `read_only` where the unit of work begins (in "
+            "DBSessionMiddleware, or in `begin`). To change an object in memory only, call "
+            "`session.expunge(object)` first."
+        )
+
+
 class ConfigurationError(DBSessionError, ValueError):
     """The package was configured in a way that cannot work; the message says what to write."""
 

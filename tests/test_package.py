@@ -26,6 +26,7 @@ PUBLIC = {
     "DatabaseNotRunning",
     "DatabaseReport",
     "DatabaseUnavailable",
+    "ForbiddenWrite",
     "Health",
     "NoSession",
     "PrematureClose",
@@ -38,6 +39,7 @@ PUBLIC = {
     "get_session",
     "get_sync_session",
     "on_commit",
+    "safe_methods",
     "session_dependency",
     "set_rollback",
     "warn_when_idle",
@@ -242,6 +244,7 @@ def test_every_error_is_one_of_ours_and_one_that_a_caller_would_expect() -> None
         "ConfigurationError": ValueError,
         "DatabaseNotRunning": RuntimeError,
         "DatabaseUnavailable": ConnectionError,
+        "ForbiddenWrite": RuntimeError,
         "NoSession": LookupError,
         "SessionClosed": RuntimeError,
     }

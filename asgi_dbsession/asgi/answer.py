@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Coroutine
 
-from asgi_dbsession.errors import AbortRequest, ConfigurationError
+from asgi_dbsession.errors import AbortRequest, ConfigurationError, ForbiddenWrite
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
 
 
@@ -38,7 +38,8 @@ async def answer_or_raise(
     if failure is None:
         raise AbortRequest
     answer: ASGIApp | None = None
-    if on_commit_error is not None and not isinstance(failure, ConfigurationError):
+    is_mistake = isinstance(failure, ConfigurationError | ForbiddenWrite)  # of the application
+    if on_commit_error is not None and not is_mistake:
         try:
             answer = on_commit_error(failure)
             if answer is not None:

@@ -61,7 +61,7 @@ def usable_databases(
         _check_application(app)
         _check_names(unknown, made_by)
         _check_databases(given)
-        for name in ("commit_when", "on_commit_error", "on_report"):
+        for name in ("commit_when", "on_commit_error", "on_report", "read_only"):
             if name == "commit_when" or options[name] is not None:
                 _check_function(name, options[name])
         commit_rule(options["commit_when"])

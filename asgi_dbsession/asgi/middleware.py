@@ -18,6 +18,7 @@ from .commit_rule import CommitWhen, below_400, commit_rule
 from .exchange import Exchange
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .optional import with_optional_rooms
+from .read_rule import ReadOnly, apply_read_rule
 from .websocket import SocketExchange
 
 # The key of the unit of work in the scope. An inner middleware finds the unit there and joins it.
@@ -63,6 +64,9 @@ class DBSessionMiddleware:
         retry_after: Seconds. If no connection becomes free within the engine's `pool_timeout`, and
             the request ends with this error or a status of 500, the response is 503 with this
             `Retry-After`. None: the application gets the error of the pool.
+        read_only: A plain function that takes the ASGI scope and returns True if the request may
+            only read, such as `safe_methods`. The session and the database then refuse writes, and
+            `ForbiddenWrite` is raised to the server. None: all requests may write.
         two_phase: True to commit the sessions of a request in two phases, so that a COMMIT cannot
             fail after another one succeeded. The drivers must support it.
         on_report: A plain function to call at the end of each unit of work: before the status is
@@ -86,6 +90,7 @@ class DBSessionMiddleware:
         attempts: int = 1,
         retry_on: RetryOn = None,
         retry_after: int | None = None,
+        read_only: ReadOnly | None = None,
         two_phase: bool = False,
         on_report: Callable[[UnitReport], object] | None = None,
         **unknown: Never,
@@ -99,6 +104,7 @@ class DBSessionMiddleware:
         self.retry_on: RetryOn = retry_on
         self.retry_after: int | None = retry_after
         self.two_phase: bool = two_phase
+        self.read_only: ReadOnly | None = read_only
         self.on_report: Callable[[UnitReport], object] | None = on_report
         usable = usable_databases(app, databases, unknown, vars(self), type(self))
         if isinstance(usable, Unstartable):
@@ -152,6 +158,8 @@ class DBSessionMiddleware:
             exchange = SocketExchange(unit, receive, send)
         token = current_unit.set(unit)
         try:
+            if self.read_only is not None:
+                apply_read_rule(self.read_only, unit, scope)
             await self.app(scope, exchange.receive, exchange.send)
         except BaseException as error:
             await close(unit, commit=False, error=error)

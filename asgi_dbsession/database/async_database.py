@@ -17,10 +17,9 @@ from asgi_dbsession.session.guard import Companion, guarded_async_class, guarded
 from asgi_dbsession.session.lock import TaskLock
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.telling import telling_class
+from asgi_dbsession.session.writes import Writes
 from asgi_dbsession.types import Scope
-from asgi_dbsession.unit.begin import unit_of_its_own
-from asgi_dbsession.unit.ending import close
-from asgi_dbsession.unit.join import joined, unit_to_join
+from asgi_dbsession.unit.blocks import block_of
 from asgi_dbsession.unit.retry_on import RetryOn
 
 from .base import Database
@@ -73,7 +72,9 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         self._check_session_options()
 
     @asynccontextmanager
-    async def begin(self, *, join: bool = False) -> AsyncIterator[AnyAsyncSession]:
+    async def begin(
+        self, *, join: bool = False, read_only: bool = False
+    ) -> AsyncIterator[AnyAsyncSession]:
         """Open a new unit of work: COMMIT on success, ROLLBACK on any error or cancellation.
 
         For workers, scripts, child tasks, and rows that must survive the rollback of a request. The
@@ -89,6 +90,9 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
                 `on_commit` and `set_rollback` apply to the outer unit. While the block is open,
                 only code inside the block may use the session. If no unit is open, a new unit is
                 opened.
+            read_only: True to refuse writes: in the session, and in the database. With `join`, the
+                block may only read, whatever the outer unit may do. Without it, a joined unit that
+                may only read stays so.
 
         Yields:
             A new session, closed permanently at the end of the block. Inside the block,
@@ -98,21 +102,11 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             DatabaseNotRunning: The database has not been started.
             TransactionAborted: The application caught an error that aborted the transaction.
             ConcurrentUse: Another task is inside `begin(join=True)` on the same session.
+            ForbiddenWrite: The block may only read, and tried to write.
             Exception: The exception of COMMIT; nothing was stored.
         """
-        outer = unit_to_join(self) if join else None
-        if outer is not None:
-            async with joined(outer, self) as session:
-                yield session
-            return
-        with unit_of_its_own(self) as unit:
-            try:
-                yield unit.open(self)
-            except BaseException as error:
-                await close(unit, commit=False, error=error)
-                raise
-            else:
-                await close(unit, commit=not unit.rollback)
+        async with block_of(self, join, read_only) as session:
+            yield session
 
     async def run_transaction(
         self,
@@ -167,19 +161,21 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         await super().startup()
 
     @override
-    def open_session(self, scope: Scope | None) -> ManagedSession[AnyAsyncSession]:
-        return self._make_session(self.engine, scope)
+    def open_session(
+        self, scope: Scope | None, *, read_only: bool
+    ) -> ManagedSession[AnyAsyncSession]:
+        return self._make_session(self.engine, scope, read_only)
 
     @override
     def _make_session(
-        self, engine: AsyncEngine | None, scope: Scope | None
+        self, engine: AsyncEngine | None, scope: Scope | None, read_only: bool
     ) -> ManagedSession[AnyAsyncSession]:
         session = self._guarded_class(
             bind=engine, sync_session_class=self._sync_class, **self._session_options
         )
         orm = session.sync_session
         orm.info["scope"] = scope
-        companion = Companion(TaskLock(self), self._reads)
+        companion = Companion(TaskLock(self), self._reads, Writes(self, read_only))
         return ManagedSession(session, orm, companion, greenlet_spawn)
 
     @override

@@ -170,11 +170,13 @@ class Database(EngineLife[E], Generic[E, S]):
         return self.get_session()
 
     @abstractmethod
-    def open_session(self, scope: Scope | None) -> ManagedSession[S]:
+    def open_session(self, scope: Scope | None, *, read_only: bool) -> ManagedSession[S]:
         """Open a session that a unit of work closes; applications call `get_session` or `begin`."""
 
     @abstractmethod
-    def _make_session(self, engine: E | None, scope: Scope | None) -> ManagedSession[S]: ...
+    def _make_session(
+        self, engine: E | None, scope: Scope | None, read_only: bool
+    ) -> ManagedSession[S]: ...
 
     def add_observer(self, observer: UnitObserver) -> None:
         """Add an observer of the units of work that open a session of this database.
@@ -187,7 +189,7 @@ class Database(EngineLife[E], Generic[E, S]):
 
     def _check_session_options(self) -> None:
         try:
-            self._make_session(None, None)
+            self._make_session(None, None, False)
         except TypeError as error:
             raise ConfigurationError(
                 f"{self} cannot make a session with these session options: {error}"

@@ -1,7 +1,6 @@
 """The database class for blocking engines."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -15,10 +14,9 @@ from asgi_dbsession.session.lock import current_task
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.telling import telling_class
 from asgi_dbsession.session.thread_lock import ThreadLock
+from asgi_dbsession.session.writes import Writes
 from asgi_dbsession.types import Scope
-from asgi_dbsession.unit.begin import unit_of_its_own
-from asgi_dbsession.unit.ending import close_blocking
-from asgi_dbsession.unit.join import joined_blocking, unit_to_join
+from asgi_dbsession.unit.blocks import blocking_block_of
 from asgi_dbsession.unit.retry_on import RetryOn
 
 from .base import Database
@@ -90,13 +88,14 @@ class SyncDatabase(Database[Engine, AnySession]):
         if engine is not None:
             engine.dispose()
 
-    def begin(self, *, join: bool = False) -> DecoratingBlock[AnySession]:
+    def begin(self, *, join: bool = False, read_only: bool = False) -> DecoratingBlock[AnySession]:
         """Open a new unit of work: COMMIT on success, ROLLBACK on any error.
 
         The block runs on the calling thread. Otherwise it works like `AsyncDatabase.begin`.
 
         Args:
             join: True to join the open unit of work, if it has this database.
+            read_only: True to refuse writes.
 
         Returns:
             A block for `with`, which gives a new session. The session is closed permanently at the
@@ -107,26 +106,10 @@ class SyncDatabase(Database[Engine, AnySession]):
             DatabaseNotRunning: The database has not been started.
             TransactionAborted: The application caught an error that aborted the transaction.
             ConcurrentUse: Another task or thread is inside `begin(join=True)` on the same session.
+            ForbiddenWrite: The block may only read, and tried to write.
             Exception: The exception of COMMIT; nothing was stored.
         """
-        return DecoratingBlock(lambda: self._begin(join=join))
-
-    @contextmanager
-    def _begin(self, *, join: bool) -> Iterator[AnySession]:
-        outer = unit_to_join(self) if join else None
-        if outer is not None:
-            with joined_blocking(outer, self) as session:
-                yield session
-            return
-        with unit_of_its_own(self) as unit:
-            unit.is_blocking = True
-            try:
-                yield unit.open(self)
-            except BaseException as error:
-                close_blocking(unit, commit=False, error=error)
-                raise
-            else:
-                close_blocking(unit, commit=not unit.rollback)
+        return DecoratingBlock(lambda: blocking_block_of(self, join, read_only))
 
     def run_transaction(
         self,
@@ -163,16 +146,18 @@ class SyncDatabase(Database[Engine, AnySession]):
         return run_transaction_blocking(self, function, args, attempts, retry_on)
 
     @override
-    def open_session(self, scope: Scope | None) -> ManagedSession[AnySession]:
-        return self._make_session(self.engine, scope)
+    def open_session(self, scope: Scope | None, *, read_only: bool) -> ManagedSession[AnySession]:
+        return self._make_session(self.engine, scope, read_only)
 
     @override
     def _make_session(
-        self, engine: Engine | None, scope: Scope | None
+        self, engine: Engine | None, scope: Scope | None, read_only: bool
     ) -> ManagedSession[AnySession]:
         session = self._class(bind=engine, **self._session_options)
         session.info["scope"] = scope
-        companion = Companion(ThreadLock(self, current_task()), self._reads)
+        companion = Companion(
+            ThreadLock(self, current_task()), self._reads, Writes(self, read_only)
+        )
         return ManagedSession(session, session, companion, _run_in_thread)
 
     @override

@@ -4,6 +4,7 @@ Checked with SQLAlchemy 2.0.40 and 2.1.9. If SQLAlchemy changes, `tests/test_sql
 the missing name.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import Connection
@@ -95,6 +96,13 @@ def isolation_level_on_connect(connection: Connection) -> str | None:
     """Return the isolation level that the engine sets on new connections; None if it sets none."""
     level: str | None = connection.dialect._on_connect_isolation_level
     return level
+
+
+def on_checkin(connection: Connection, function: Callable[[Any], object]) -> None:
+    """Call a function with the driver's connection, once, before the pool gets it back."""
+    record = connection.connection._connection_record
+    if record is not None:
+        record.finalize_callback.append(function)
 
 
 def most_overflow(pool: QueuePool) -> int:

@@ -14,6 +14,7 @@ from asgi_dbsession.errors import TransactionAborted, without_secrets
 
 from ._sqlalchemy import is_prepared
 from .completion import run_to_completion
+from .writes import record_refusal
 
 # Transactions in which a statement failed. The value is the driver's message, and True if the
 # database rolled back the whole transaction at this error. This package must record it: the
@@ -95,6 +96,7 @@ def _record_failure(context: ExceptionContext) -> None:
         context.invalidate_pool_on_disconnect = False
     elif transaction is not None:
         _remember(connection, transaction, context.original_exception)
+        record_refusal(context)
 
 
 def _is_unusable_after(context: ExceptionContext, transaction: Transaction | None) -> bool:

@@ -21,6 +21,7 @@ from ._sqlalchemy import begin
 from .completion import run_to_completion
 from .lock import SessionLock
 from .reads import Reads, begin_before_savepoint, begin_now, begin_on_server
+from .writes import Writes, refusing, refusing_all
 
 R = TypeVar("R")
 A = TypeVar("A", bound=AsyncSession)
@@ -66,6 +67,7 @@ class Companion:
     Attributes:
         lock: The lock of the session.
         reads: Decides if the session may read without a transaction.
+        writes: Decides if the session may write.
         connections: The connections that the session used last; some of them are closed.
         followers: The objects to call after each commit and rollback.
         bind_asked: A function to call with each engine that SQLAlchemy requests from the session.
@@ -78,9 +80,10 @@ class Companion:
     wait_failed: Callable[[PoolTimeout], None] | None = None
     stats: Any = None
 
-    def __init__(self, lock: SessionLock, reads: Reads) -> None:
+    def __init__(self, lock: SessionLock, reads: Reads, writes: Writes) -> None:
         self.lock: SessionLock = lock
         self.reads: Reads = reads
+        self.writes: Writes = writes
         self.followers: list[Follower] = []
 
     @property
@@ -235,4 +238,9 @@ class GuardedSession(Session):
 
 for _name in _OPERATIONS:
     if hasattr(Session, _name):
-        setattr(GuardedSession, _name, locked(getattr(Session, _name)))
+        _operation = getattr(Session, _name)
+        if _name.startswith("bulk_"):
+            _operation = refusing_all(_operation)
+        elif _name in {"execute", "scalar", "scalars"}:
+            _operation = refusing(_operation)
+        setattr(GuardedSession, _name, locked(_operation))

@@ -49,10 +49,12 @@ class ManagedSession(Generic[S]):
     def has_work(self) -> bool:
         """True if the session has work to commit or roll back, or if an operation runs."""
         # in_transaction() finds flushed work and Core statements. The other checks find objects
-        # that another task changed or added during an earlier COMMIT.
+        # that another task changed or added during an earlier COMMIT. A write that was refused, and
+        # whose error was caught, must still fail the unit of work.
         session, lock = self.orm, self.lock
         is_changed = session.in_transaction() or session.identity_map.check_modified()
-        return is_changed or lock.is_busy or (lock.is_used and bool(session.new))
+        is_added = lock.is_used and bool(session.new)
+        return is_changed or is_added or lock.is_busy or self.companion.writes.refused is not None
 
     def close_if_idle(self) -> bool:
         """Close the session permanently if it has no work; send nothing to the database.
@@ -157,16 +159,20 @@ def _remember_connection(
     if connection.engine is not session.bind:  # an engine from `binds` or `bind_arguments`
         watch(connection.engine)
     companion.connections = (*companion.open_connections, connection)
+    if not companion.reads.is_shared:
+        companion.writes.begin(connection, in_savepoint=transaction.nested)
     companion.reads.delay_begin(session, connection)
 
 
-def _begin_now(session: Any, *_: object) -> None:
+def _refuse_or_begin(session: Any, *_: object) -> None:
+    session._companion.writes.check_flush(session)
     # A mapper listener may send statements with the driver's own connection.
     for connection in session._companion.open_connections:
         begin_now(connection)
 
 
-def _refuse_if_aborted(session: Any) -> None:
+def _refuse_to_commit(session: Any) -> None:
+    session._companion.writes.check_commit()
     if failed_transactions:
         refuse_if_aborted(session._companion.connections)
 
@@ -184,7 +190,7 @@ def _record_rollback(session: Any, transaction: SessionTransaction) -> None:
 
 GuardedSession.transaction_class = LockedTransaction
 event.listen(GuardedSession, "after_begin", _remember_connection)
-event.listen(GuardedSession, "before_flush", _begin_now)
-event.listen(GuardedSession, "before_commit", _refuse_if_aborted)
+event.listen(GuardedSession, "before_flush", _refuse_or_begin)
+event.listen(GuardedSession, "before_commit", _refuse_to_commit)
 event.listen(GuardedSession, "after_commit", _record_commit)
 event.listen(GuardedSession, "after_soft_rollback", _record_rollback)

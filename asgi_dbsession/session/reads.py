@@ -22,7 +22,7 @@ _KEY = "asgi_dbsession.delayed_begin"
 _watched: WeakSet[Dialect] = WeakSet()
 
 # The drivers that can switch autocommit on and off without a round trip to the server.
-_DRIVERS = ("asyncpg", "psycopg")
+DRIVERS = ("asyncpg", "psycopg")
 
 
 class Reads:
@@ -53,7 +53,7 @@ class Reads:
         dialect = connection.dialect
         if dialect not in _watched or connection.engine is not session.bind:
             return False
-        if is_flushing(session) or _is_in_transaction(connection):
+        if is_flushing(session) or is_in_transaction(connection):
             return False
         if connection.in_nested_transaction():  # SQLAlchemy calls the listener for savepoints too
             return False
@@ -77,16 +77,16 @@ def check_autocommit_reads(database: object, wanted: object, driver: str) -> Non
     """
     if wanted is not None and not isinstance(wanted, bool):
         raise ConfigurationError("autocommit_reads takes True, False or None.")
-    if wanted and driver not in _DRIVERS:
+    if wanted and driver not in DRIVERS:
         raise ConfigurationError(
-            f"{database} cannot read in autocommit: only {' and '.join(_DRIVERS)} (PostgreSQL) "
+            f"{database} cannot read in autocommit: only {' and '.join(DRIVERS)} (PostgreSQL) "
             "change it without a round trip. Leave out `autocommit_reads=True`."
         )
 
 
 def watch_reads(engine: Engine) -> None:
     """Add listeners to `engine` that begin the transaction before a statement that may write."""
-    if engine.dialect.driver in _DRIVERS and engine.dialect not in _watched:
+    if engine.dialect.driver in DRIVERS and engine.dialect not in _watched:
         _watched.add(engine.dialect)
         for name, listener in _LISTENERS.items():
             event.listen(engine, name, listener)
@@ -159,7 +159,7 @@ _LISTENERS: dict[str, Any] = {
 }
 
 
-def _is_in_transaction(connection: Connection) -> bool:
+def is_in_transaction(connection: Connection) -> bool:
     """Return True if the driver is in a transaction already (a pool listener may have begun it)."""
     driver: Any = connection.connection.driver_connection
     if connection.dialect.driver == "asyncpg":

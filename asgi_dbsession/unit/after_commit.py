@@ -27,6 +27,7 @@ class AfterCommit:
         in_thread: True if `on_commit` was called in a worker thread; then the function is called in
             one too.
         given_by: The task that called `on_commit`; None in a worker thread.
+        read_only: True if `on_commit` was called where the unit of work may only read.
 
     Attributes:
         committed: True if all of the work was committed, also if the application did it itself.
@@ -37,6 +38,7 @@ class AfterCommit:
     databases: tuple[Any, ...]
     in_thread: bool
     given_by: object
+    read_only: bool
     committed: bool = False
     rolled_back: bool = False
     _attached: list[ManagedSession[Any]] = field(default_factory=list)

@@ -10,10 +10,11 @@ from .unit_of_work import SessionSource, UnitOfWork, current_unit
 
 
 @contextmanager
-def unit_of_its_own(database: SessionSource[Any]) -> Iterator[UnitOfWork]:
+def unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[UnitOfWork]:
     """Open a unit of work for one database, current inside the block; the block must close it."""
     around = current_unit.get()
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
+    unit.read_only = read_only
     # A listener of the last flush still needs the closed unit around it.
     if not current_end.get():
         _forget_hidden(unit)

@@ -62,7 +62,8 @@ def on_commit(function: Function) -> None:
     units = tuple(unit.of_same_request())
     databases = tuple(dict.fromkeys(each for unit in units for each in unit.databases))
     in_thread = not unit.is_blocking and _is_in_thread()
-    callback = AfterCommit(function, databases, in_thread, current_task())
+    read_only = any(each.read_only for each in units)
+    callback = AfterCommit(function, databases, in_thread, current_task(), read_only)
     for each in units:
         for opened in tuple(each.sessions.values()):  # a thread may open a session meanwhile
             callback.attach(opened)

@@ -201,6 +201,7 @@ def _settle(
 async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
     """Call a function in a new unit of work, and log its error."""
     inner = unit.within(callback.databases)
+    inner.read_only = callback.read_only
     inner.is_blocking, inner.two_phase = unit.is_blocking, unit.two_phase
     token = current_unit.set(inner)
     try:

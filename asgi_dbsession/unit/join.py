@@ -30,10 +30,10 @@ def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
 
 
 @asynccontextmanager
-async def joined(unit: UnitOfWork, database: SessionSource[S]) -> AsyncIterator[S]:
+async def joined(unit: UnitOfWork, database: SessionSource[S], read_only: bool) -> AsyncIterator[S]:
     """Run a block in a savepoint of the unit's session; the savepoint always ends completely."""
     session = unit.open(database)
-    block = _Block(unit, database)
+    block = _Block(unit, database, read_only)
     await greenlet_spawn(block.begin)
     with made_current(block.unit):
         try:
@@ -48,10 +48,10 @@ async def joined(unit: UnitOfWork, database: SessionSource[S]) -> AsyncIterator[
 
 
 @contextmanager
-def joined_blocking(unit: UnitOfWork, database: SessionSource[S]) -> Iterator[S]:
+def joined_blocking(unit: UnitOfWork, database: SessionSource[S], read_only: bool) -> Iterator[S]:
     """Run a block in a savepoint of the unit's session, on the current thread."""
     session = unit.open(database)
-    block = _Block(unit, database)
+    block = _Block(unit, database, read_only)
     block.begin()
     with made_current(block.unit):
         try:
@@ -113,6 +113,7 @@ class _Block:
     Args:
         joined: The unit of work that the block joins.
         database: The database of the block; `joined` manages its session.
+        read_only: True if the block may only read, whatever the unit may do.
 
     Attributes:
         unit: The unit of work that is current inside the block. It has no sessions, and passes all
@@ -121,12 +122,14 @@ class _Block:
 
     _savepoint: SessionTransaction
 
-    def __init__(self, joined: UnitOfWork, database: SessionSource[Any]) -> None:
+    def __init__(self, joined: UnitOfWork, database: SessionSource[Any], read_only: bool) -> None:
         self.unit = UnitOfWork((database,), joined.scope, current_unit.get())
         self.unit.joins_outer_unit, self.unit.joined = True, joined
         self.unit.is_blocking = joined.is_blocking
         self._database = database
         self._opened = joined.sessions[database]
+        self._writes = self._opened.companion.writes
+        self._forbids_writes = read_only
         admit = self._opened.lock.admit
         self._blocks = admit if isinstance(admit, _Blocks) else _Blocks(joined, database)
 
@@ -135,7 +138,11 @@ class _Block:
         lock = self._opened.lock
         is_outermost = lock.acquire()
         try:
-            self._savepoint = self._opened.orm.begin_nested()
+            self._savepoint = self._opened.orm.begin_nested()  # which flushes earlier writes
+            self._forbids_writes = self._forbids_writes and not self._writes.forbidden
+            if self._forbids_writes:
+                self._writes.forbidden = self._writes.in_block = True
+            self.unit.read_only = self._writes.forbidden
             self._blocks.open.append(self.unit)
             lock.admit = self._blocks
         finally:
@@ -157,8 +164,9 @@ class _Block:
             if error is None:
                 raise
             return  # this work was committed or rolled back together with the unit
+        was_closed = self.unit.closed
         try:
-            if self.unit.closed:
+            if was_closed:
                 if error is None:
                     raise SessionClosed(self._database, of_block=True)
             elif not self._blocks.close(self.unit) and error is None:
@@ -169,10 +177,13 @@ class _Block:
             else:
                 self._roll_back()
         finally:
+            if self._forbids_writes and not was_closed:
+                self._writes.allow()
             lock.release()
 
     def _release(self) -> None:
         try:
+            self._writes.check_commit()
             if self._is_open:
                 self._savepoint.commit()
         except BaseException:

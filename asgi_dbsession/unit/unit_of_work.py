@@ -25,7 +25,7 @@ class SessionSource(Protocol[S]):
     is_async: bool
     observers: tuple[UnitObserver, ...]
 
-    def open_session(self, scope: Scope | None) -> ManagedSession[S]:
+    def open_session(self, scope: Scope | None, *, read_only: bool) -> ManagedSession[S]:
         """Return a new session; its first statement checks out a connection."""
         ...
 
@@ -55,6 +55,7 @@ class UnitOfWork:
         failure: The first error of a commit or rollback. After it, nothing may be sent.
         callbacks: The functions given to `on_commit` that wait for COMMIT.
         two_phase: True if the sessions use two-phase commit.
+        read_only: True if the sessions may only read; set before the first session is opened.
         is_blocking: True if the unit ends on the calling thread, without an event loop.
         is_answered: True if another response can no longer be sent to the request.
         closed: True if the unit has ended.
@@ -63,6 +64,7 @@ class UnitOfWork:
     # These defaults are class attributes, so that a request does not spend time on setting them.
     rollback_set_by: object = None
     two_phase: bool = False
+    read_only: bool = False
     is_blocking: bool = False
     joins_outer_unit: bool = False
     is_inner: bool = False
@@ -138,11 +140,11 @@ class UnitOfWork:
 
     def _open(self, database: SessionSource[S]) -> ManagedSession[S]:
         self.is_used = True
-        made = database.open_session(self.scope)
+        made = database.open_session(self.scope, read_only=self.read_only)
         opened = self.sessions.setdefault(database, made)
         if opened is not made:  # another thread has opened the session meanwhile
             return opened
-        if self.two_phase:
+        if self.two_phase and not self.read_only:
             made.orm.twophase = True
         if self.is_blocking:
             made.run = call_here

@@ -1,0 +1,46 @@
+"""Which requests may only read."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.types import Scope
+from asgi_dbsession.unit.unit_of_work import UnitOfWork
+
+from .answer import checked
+
+ReadOnly: TypeAlias = Callable[[Scope], bool]
+
+_SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
+
+
+def safe_methods(scope: Scope) -> bool:
+    """Return True for HTTP requests that promise to change nothing: GET, HEAD, OPTIONS and TRACE.
+
+    For `DBSessionMiddleware(app, database, read_only=safe_methods)`. A WebSocket has no method that
+    promises anything, so it may write.
+    Source: https://www.rfc-editor.org/rfc/rfc9110#section-9.2.1
+
+    Args:
+        scope: The ASGI scope of the request.
+    """
+    return scope["type"] == "http" and scope["method"] in _SAFE_METHODS
+
+
+def apply_read_rule(rule: ReadOnly, unit: UnitOfWork, scope: Scope) -> None:
+    """Ask the rule about a request before its application is called.
+
+    Raises:
+        ConfigurationError: The rule returned neither True nor False. Or the request may only read,
+            and a middleware further out, which opens the sessions, lets it write.
+    """
+    unit.read_only = checked(rule(scope), "read_only")
+    if not unit.read_only or not unit.joins_outer_unit:
+        return
+    for database in unit.databases:
+        outer = next(each for each in unit.of_same_request() if each.manages(database))
+        if not outer.read_only:
+            raise ConfigurationError(
+                f"This request may only read {database}, but a DBSessionMiddleware further out "
+                "opens the session and lets it write. Give `read_only` to that one too."
+            )

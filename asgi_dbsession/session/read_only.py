@@ -1,0 +1,71 @@
+"""Has the database itself refuse writes in a transaction."""
+
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.pool import StaticPool
+
+from ._sqlalchemy import on_checkin
+from .reads import DRIVERS, is_in_transaction
+
+# SQLSTATE read_only_sql_transaction, ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION, SQLITE_READONLY.
+# Sources: https://www.postgresql.org/docs/current/errcodes-appendix.html
+# https://mariadb.com/kb/en/mariadb-error-code-reference/ and https://www.sqlite.org/rescode.html
+_POSTGRESQL, _MARIADB, _SQLITE = "25006", 1792, 8
+
+
+def begin_read_only(connection: Connection) -> None:
+    """Make the transaction that has just begun `READ ONLY`, until the connection is given back.
+
+    On PostgreSQL this is part of BEGIN; on MySQL and MariaDB it costs a round trip. Other databases
+    than these and SQLite refuse nothing.
+    """
+    name = connection.dialect.name
+    if name == "postgresql":
+        _begin_on_postgresql(connection)
+    elif name in {"mysql", "mariadb"}:
+        connection.exec_driver_sql("START TRANSACTION READ ONLY")
+    elif name == "sqlite" and not isinstance(connection.engine.pool, StaticPool):
+        _begin_on_sqlite(connection)
+
+
+def set_savepoint_read_only(connection: Connection) -> None:
+    """Refuse writes until the innermost savepoint ends; only PostgreSQL can do that."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return True if a database refused a statement because of `READ ONLY`."""
+    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    if state == _POSTGRESQL or getattr(error, "sqlite_errorcode", 0) & 0xFF == _SQLITE:
+        return True
+    return bool(error.args) and error.args[0] == _MARIADB
+
+
+def _begin_on_postgresql(connection: Connection) -> None:
+    dialect: Any = connection.dialect
+    if dialect.driver not in DRIVERS or is_in_transaction(connection):
+        connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+        return
+    driver = connection.connection.dbapi_connection
+    earlier = dialect.get_readonly(driver)
+    if not earlier:
+        on_checkin(connection, lambda returned: dialect.set_readonly(returned, earlier))
+        dialect.set_readonly(driver, True)
+
+
+def _begin_on_sqlite(connection: Connection) -> None:
+    driver = connection.connection.dbapi_connection
+    if not _ask(driver, "PRAGMA query_only")[0]:
+        on_checkin(connection, lambda returned: _ask(returned, "PRAGMA query_only = OFF"))
+        _ask(driver, "PRAGMA query_only = ON")
+
+
+def _ask(driver: Any, statement: str) -> Any:
+    cursor = driver.cursor()
+    try:
+        cursor.execute(statement)
+        return cursor.fetchone()
+    finally:
+        cursor.close()

@@ -1,0 +1,145 @@
+"""Refuses what a session would write in a unit of work that may only read."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, inspect
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.orm import Session
+from sqlalchemy.schema import ExecutableDDLElement
+from sqlalchemy.sql.dml import UpdateBase
+
+from asgi_dbsession.errors import ForbiddenWrite
+
+from ._sqlalchemy import on_checkin
+from .read_only import begin_read_only, is_refusal, set_savepoint_read_only
+
+R = TypeVar("R")
+
+# Where a connection has the `Writes` of the session that uses it.
+_KEY = "asgi_dbsession.writes"
+
+
+class Writes:
+    """Decides if a session may write, and remembers the first write that was refused.
+
+    Args:
+        database: The database of the session, for errors.
+        forbidden: True if the session may only read.
+
+    Attributes:
+        forbidden: The same; a `begin(join=True, read_only=True)` block changes it.
+        in_block: True if `forbidden` is for such a block, and not for the whole session.
+        refused: The error of the first write that was refused. COMMIT raises it again, because the
+            application may have caught it.
+    """
+
+    in_block: bool = False
+    refused: ForbiddenWrite | None = None
+
+    def __init__(self, database: object, forbidden: bool) -> None:
+        self._database = database
+        self.forbidden: bool = forbidden
+
+    def check_statement(self, statement: object) -> None:
+        """Refuse a construct that writes; text is for the database to refuse.
+
+        Raises:
+            ForbiddenWrite: The session may only read.
+        """
+        if self.forbidden and isinstance(statement, UpdateBase | ExecutableDDLElement):
+            raise self.refuse(_name_statement(statement))
+
+    def check_flush(self, session: Session) -> None:
+        """Refuse to flush objects that were added, changed or deleted.
+
+        Raises:
+            ForbiddenWrite: The session may only read.
+        """
+        if self.forbidden and (name := next(_names_of_objects(session), None)) is not None:
+            raise self.refuse(name)
+
+    def check_commit(self) -> None:
+        """Refuse to commit after a write was refused.
+
+        Raises:
+            ForbiddenWrite: A write was refused, and the application caught the error.
+        """
+        if self.refused is not None:
+            raise self.refused
+
+    def begin(self, connection: Connection, *, in_savepoint: bool) -> None:
+        """Have the database refuse writes too, in a transaction or savepoint that has begun."""
+        if not self.forbidden or in_savepoint is not self.in_block:
+            return
+        info = connection.info
+        info[_KEY] = self
+        on_checkin(connection, lambda _: info.pop(_KEY, None))
+        if in_savepoint:
+            set_savepoint_read_only(connection)
+        else:
+            begin_read_only(connection)
+
+    def allow(self) -> None:
+        """Allow writes again, at the end of a block."""
+        self.forbidden = self.in_block = False
+        self.refused = None
+
+    def refuse(self, name: str) -> ForbiddenWrite:
+        """Make the error for a write, and remember it."""
+        error = ForbiddenWrite(self._database, name)
+        self.refused = self.refused or error
+        return error
+
+
+def refusing(operation: Callable[..., R]) -> Callable[..., R]:
+    """Have a method of a session refuse statements that write."""
+
+    @functools.wraps(operation)
+    def operate(self: Any, statement: Any, *args: Any, **kwargs: Any) -> R:
+        self._companion.writes.check_statement(statement)
+        return operation(self, statement, *args, **kwargs)
+
+    return operate
+
+
+def refusing_all(operation: Callable[..., R]) -> Callable[..., R]:
+    """Have a method of a session that only writes, past the flush, refuse to."""
+
+    @functools.wraps(operation)
+    def operate(self: Any, *args: Any, **kwargs: Any) -> R:
+        if self._companion.writes.forbidden:
+            raise self._companion.writes.refuse(f"`{operation.__name__}()`")
+        return operation(self, *args, **kwargs)
+
+    return operate
+
+
+def record_refusal(context: ExceptionContext) -> None:
+    """Remember that the database refused a statement because the session may only read."""
+    connection, error = context.connection, context.original_exception
+    writes: Writes | None = connection.info.get(_KEY) if connection is not None else None
+    if writes is not None and writes.forbidden and is_refusal(error):
+        words = (context.statement or "").split(maxsplit=1)
+        refusal = writes.refuse(f"the statement {words[0] if words else ''}…")
+        refusal.__cause__ = context.sqlalchemy_exception or error
+        refusal.__cause__.add_note(str(refusal))
+
+
+def _names_of_objects(session: Session) -> Iterator[str]:
+    for each in session.new:
+        yield f"a new {type(each).__name__}"
+    for each in session.deleted:
+        yield f"a {type(each).__name__} that was deleted"
+    for each in session.dirty:
+        if session.is_modified(each):
+            changed = [one.key for one in inspect(each).attrs if one.history.has_changes()]
+            yield f"a {type(each).__name__} whose {', '.join(changed)} was changed"
+
+
+def _name_statement(statement: Any) -> str:
+    kind = str(statement.__visit_name__).replace("_", " ").upper()
+    table = getattr(statement, "table", None)
+    name = getattr(table, "name", None)
+    return f"{kind} of {name}" if name else kind

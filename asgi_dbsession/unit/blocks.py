@@ -1,0 +1,49 @@
+"""The blocks of `database.begin()`: a unit of work of their own, or a part of the open one."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar
+
+from .begin import unit_of_its_own
+from .ending import close, close_blocking
+from .join import joined, joined_blocking, unit_to_join
+from .unit_of_work import SessionSource
+
+S = TypeVar("S")
+
+
+@asynccontextmanager
+async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> AsyncIterator[S]:
+    """Run a block with a session of the database."""
+    outer = unit_to_join(database) if join else None
+    if outer is not None:
+        async with joined(outer, database, read_only) as session:
+            yield session
+        return
+    with unit_of_its_own(database, read_only) as unit:
+        try:
+            yield unit.open(database)
+        except BaseException as error:
+            await close(unit, commit=False, error=error)
+            raise
+        else:
+            await close(unit, commit=not unit.rollback)
+
+
+@contextmanager
+def blocking_block_of(database: SessionSource[S], join: bool, read_only: bool) -> Iterator[S]:
+    """Run a block with a session of the database, on the current thread."""
+    outer = unit_to_join(database) if join else None
+    if outer is not None:
+        with joined_blocking(outer, database, read_only) as session:
+            yield session
+        return
+    with unit_of_its_own(database, read_only) as unit:
+        unit.is_blocking = True
+        try:
+            yield unit.open(database)
+        except BaseException as error:
+            close_blocking(unit, commit=False, error=error)
+            raise
+        else:
+            close_blocking(unit, commit=not unit.rollback)
