@@ -58,7 +58,7 @@ __all__ = [
     "warn_when_idle",
 ]
 
-# Names from optional rooms; their modules are imported at the first access.
+# Names that are imported from optional rooms when an application first uses them.
 _OPTIONAL = {"ServerTimingMiddleware": "server_timing", "warn_when_idle": "idle"}
 
 

@@ -15,7 +15,7 @@ class DBSessionError(Exception):
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the finished error text; `__init__` of a subclass takes other arguments."""
+        """Pickle the finished error text, because `__init__` takes other arguments."""
         return _restore_error, (type(self), self.args), vars(self)
 
 

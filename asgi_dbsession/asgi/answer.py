@@ -71,7 +71,8 @@ def checked(decision: object, rule: str) -> bool:
     if decision is True or decision is False:
         return decision
     if isinstance(decision, Coroutine):
-        decision.close()  # otherwise Python warns that nobody awaited it
+        # Close the coroutine, because Python warns about a coroutine that nobody awaits.
+        decision.close()
     raise ConfigurationError(
         f"{rule} must return True or False, and returned something of type "
         f"{type(decision).__name__}. Write a plain function, which is not awaited."

@@ -142,7 +142,8 @@ def _check_retry_on(given: object, attempts: int) -> None:
 
 
 def _check_number(name: str, given: object) -> None:
-    if type(given) is not int:  # True is an int too
+    # Compare the type exactly, because `isinstance(True, int)` is True.
+    if type(given) is not int:
         # Do not show the value: it may be a secret that was given in the wrong place.
         raise ConfigurationError(
             f"{name} takes a whole number from 1 on, not something of type {type(given).__name__}."

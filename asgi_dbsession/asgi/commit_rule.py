@@ -13,7 +13,8 @@ from .answer import checked
 CommitWhen: TypeAlias = Callable[[int], bool] | Callable[[int, Scope], bool]
 CommitRule: TypeAlias = Callable[[int, Scope], bool]
 
-_BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)  # an int, because reading an enumeration is slow
+# Convert the enumeration to an int once, because comparing with an enumeration is slow.
+_BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -41,7 +42,8 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
 def _takes_scope(rule: Callable[..., object]) -> bool:
     try:
         parameters = signature(rule).parameters.values()
-    except (TypeError, ValueError):  # a builtin function has no signature
+    # A builtin function may have no signature; call it with the status alone.
+    except (TypeError, ValueError):
         return False
     positional = [each for each in parameters if each.kind in _POSITIONAL]
     needed = [each for each in positional if each.default is Parameter.empty]

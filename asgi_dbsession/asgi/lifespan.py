@@ -81,8 +81,8 @@ class _Lifespan:
         failure = await self._start_each()
         if failure is None:
             return
-        # Send outside of the `except` block: an exception of `send` (hypercorn raises) would get
-        # this failure as its context.
+        # Send the failure outside of an `except` block. If `send` raises (as in hypercorn), Python
+        # would otherwise add this failure to the traceback of the other exception.
         await self.stop()
         await self._send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
         # Servers need no exception after `startup.failed`. A test client does: without the

@@ -167,8 +167,8 @@ class DBSessionMiddleware:
                 raise
             add_note(unit.failure, error)
         else:
-            # The application may return although it failed: if the client disconnects, a stream
-            # just ends.
+            # A handler that returns has not always succeeded: if the client disconnects, a
+            # streaming body just ends. So commit only if the response is complete.
             unit.closed = True
             if unit.is_used:
                 commit = exchange.may_commit and not unit.rollback and unit.failure is None

@@ -1,4 +1,4 @@
-"""Adds the optional rooms that the options of a middleware need, and imports no other room."""
+"""Adds the optional parts of the package that the options of a middleware need, and no others."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ def with_optional_rooms(
     on_commit_error: Callable[[Exception], ASGIApp | None] | None,
     on_report: Callable[[UnitReport], object] | None,
 ) -> tuple[ASGIApp, tuple[UnitObserver, ...]]:
-    """Wrap `serve` in the optional rooms that the options need, and add their observers.
+    """Wrap `serve` in the optional parts that the options need, and add their observers.
 
     Returns:
         The application that serves HTTP requests, and the observers of its units of work.

@@ -15,10 +15,11 @@ _OBSERVED = (
     "websocket.close",
     "websocket.http.response.start",
 )
-# Normal closure and going away; source: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
+# The close codes for "normal closure" and "going away"; all other close codes roll back. Source:
+# https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
 _REGULAR_CLOSE = (1000, 1001)
-# The code of an internal error, for two kinds of servers: in daphne, an application may send no
-# code below 3000 except 1000.
+# The close codes for an internal error, to be tried in order: daphne refuses all codes below 3000
+# except 1000.
 _INTERNAL_ERROR = (1011, 4500)
 
 
@@ -34,11 +35,14 @@ class SocketExchange:
 
     def __init__(self, unit: UnitOfWork, receive: Receive, send: Send) -> None:
         self.may_commit: bool = False
-        unit.is_answered = True  # the server or the application answers the handshake
+        # No HTTP response can be sent on a WebSocket: the server or the application answers the
+        # handshake.
+        unit.is_answered = True
         self._unit = unit
         self._receive = receive
         self._send = send
-        self._waiting = 0  # number of tasks that wait for a message of the client
+        # The number of tasks that wait for a message of the client.
+        self._waiting = 0
 
     async def receive(self) -> Message:
         """Commit the work of the task that waits, so that it holds no connection while it waits."""
@@ -87,7 +91,8 @@ class SocketExchange:
         if self._waiting and self.may_commit:
             self.may_commit = False
             for code in _INTERNAL_ERROR:
-                # If the client has disconnected, only the error of the COMMIT matters.
+                # Ignore errors of this close message: the client may have disconnected, and the
+                # error of the COMMIT is more important.
                 with suppress(Exception):
                     await self._send({"type": "websocket.close", "code": code})
                     return

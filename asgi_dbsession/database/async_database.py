@@ -185,7 +185,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _refuse_other_loop(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # this is a worker thread
+        # A worker thread has no event loop, so there is nothing to check.
+        except RuntimeError:
             return
         if self._loop is loop:
             return

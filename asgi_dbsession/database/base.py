@@ -32,7 +32,7 @@ S = TypeVar("S")
 
 
 class Database(EngineLife[E], Generic[E, S]):
-    """A database without the code that differs between async and blocking engines."""
+    """The methods that `AsyncDatabase` and `SyncDatabase` share."""
 
     _engine_class: type[E]
     _questions: Questions

@@ -89,7 +89,8 @@ class EngineLife(ABC, Generic[E]):
             if self._ping_on_startup:
                 await self.ping()
         except BaseException:
-            # If the engine has changed, another caller has shut the database down already.
+            # If the engine has changed, another caller has shut the database down already; do not
+            # do it twice.
             if self._engine is engine:
                 await self.shutdown()
             raise
@@ -129,11 +130,13 @@ class EngineLife(ABC, Generic[E]):
         A blocking engine gets a new pool. An async engine of this package must be started again in
         the event loop of the child process.
         """
-        self._starting = Lock()  # a thread of the parent process may hold the old lock
+        # Make a new lock, because a thread of the parent process may hold the old lock.
+        self._starting = Lock()
         if self._engine is None:
             return
         engine = self._sync_engine(self._engine)
-        if not is_in_memory(engine.url):  # a database in memory shares no connection
+        # A database in memory has no server, so parent and child share no connection.
+        if not is_in_memory(engine.url):
             inherited_pools.append(engine.pool)
             engine.dispose(close=False)
         if self.is_async and self._owns_engine:

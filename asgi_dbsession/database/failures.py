@@ -63,7 +63,8 @@ def failure_of(database: object, error: Exception, secrets: set[str]) -> Excepti
         )
     if any(map(_keeps_from_connecting, chain)):
         return DatabaseUnavailable(database, reason, _advice_for(chain))
-    return error  # this may be an error of the application's own listener
+    # This error says nothing about the database; a listener of the application may have raised it.
+    return error
 
 
 def _refuses_options(chain: list[BaseException]) -> bool:
@@ -73,7 +74,7 @@ def _refuses_options(chain: list[BaseException]) -> bool:
 
 
 def _keeps_from_connecting(error: BaseException) -> bool:
-    # While drivers connect, some of them raise errors that SQLAlchemy does not wrap.
+    # Some drivers raise errors of their own while they connect, which SQLAlchemy does not wrap.
     module = type(error).__module__.partition(".")[0]
     return isinstance(error, DBAPIError | OSError | PoolTimeout) or module in _DRIVERS
 

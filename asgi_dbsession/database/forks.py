@@ -33,11 +33,12 @@ def notice_forks(database: Forked) -> None:
 
 
 def _after_fork() -> None:
-    # The sessions of this unit use connections of the parent process.
+    # Forget the current unit of work, because its sessions use connections of the parent process.
     current_unit.set(None)
     for database in tuple(_databases):
         database.after_fork()
 
 
-if hasattr(os, "register_at_fork"):  # Windows has no fork
+# Windows has no `fork`, and so no `register_at_fork`.
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

@@ -50,7 +50,8 @@ def for_asyncpg(options: UrlOptions) -> None:
     if mode is not None:
         options.query["ssl"] = mode
     if options.query.get("channel_binding") in ("disable", "prefer"):
-        options.take("channel_binding")  # asyncpg never uses channel binding
+        # asyncpg never uses channel binding, so it needs no option to switch channel binding off.
+        options.take("channel_binding")
     if is_on(options.take("pgbouncer")):
         options.arguments |= {
             "statement_cache_size": 0,
@@ -84,7 +85,8 @@ def for_psycopg(options: UrlOptions) -> None:
 
 
 def _no_name() -> str:
-    return ""  # without a name, each prepared statement replaces the one before
+    # A prepared statement without a name is replaced by the next one, which PgBouncer needs.
+    return ""
 
 
 def known_to_psycopg() -> set[str]:

@@ -11,10 +11,9 @@ from anyio import move_on_after, sleep
 from sqlalchemy import Engine
 from typing_extensions import override
 
-# The largest number of threads that may still wait for an answer after their callers stopped
-# waiting.
+# The largest number of threads that still wait for the database although no caller waits for them.
 _MAX_ABANDONED = 3
-# Seconds between two checks if a thread has finished: the first and the longest pause.
+# The shortest and the longest pause, in seconds, before asking again if a thread has finished.
 _FIRST_LOOK, _LAST_LOOK = 0.0005, 0.02
 
 
@@ -86,7 +85,8 @@ class TaskQuestions(Questions):
         self._abandon(task)
         del self._callers[task]
         if not task.cancelled():
-            task.exception()  # otherwise asyncio logs that the exception was never retrieved
+            # Read the exception, because asyncio logs an exception that nobody reads.
+            task.exception()
 
 
 class ThreadQuestions(Questions):
@@ -126,7 +126,8 @@ class ThreadQuestions(Questions):
         with self._mutex:
             if self._current is not None and self._current.engine is engine:
                 return self._current
-            if self._current is not None:  # the engine has been replaced
+            # The engine was replaced, so its check is of no use any more.
+            if self._current is not None:
                 self._abandon(self._current)
             if self._abandoned >= _MAX_ABANDONED:
                 return None

@@ -31,7 +31,7 @@ def tells_a_secret(text: str, secrets: set[str]) -> bool:
         pattern = part if len(secret) >= _SHORTEST_PART else rf"(?<!\w){part}(?!\w)"
         if re.search(pattern, text):
             return True
-    # Also find passwords of other URLs in the text.
+    # Also find a password in any other URL that the text contains.
     return re.search(r"://[^\s/@]*:(?!\*\*\*@)[^\s@]*@", text) is not None
 
 

@@ -70,7 +70,8 @@ def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
     options = dict(given)
     arguments = given.get("connect_args", {})
     if not asynchronous and isinstance(arguments, dict):
-        # COMMIT runs in another thread than the statements, but never at the same time.
+        # COMMIT runs in another thread than the statements, which SQLite refuses by default. Two
+        # threads never use the connection at the same time, so this is safe.
         options["connect_args"] = {"check_same_thread": False} | arguments
     if "poolclass" not in given and "pool" not in given:
         options["poolclass"] = AsyncAdaptedQueuePool if asynchronous else QueuePool
@@ -87,14 +88,15 @@ def is_in_memory(url: URL) -> bool:
 
 
 def _parse(url: str | URL) -> URL:
-    # A URL from a file may end with a line break.
+    # A URL that was read from a file of secrets may end with a line break.
     text = url.strip() if isinstance(url, str) else ""
     try:
         parsed = make_url(text or url)
     except (ArgumentError, ValueError):
         parsed = None
     if parsed is None or not text.isprintable() or _is_misread(parsed, text):
-        # Raise outside of the `except` block: SQLAlchemy's message may contain the password.
+        # Raise outside of an `except` block: the traceback would show SQLAlchemy's message, which
+        # may contain the password.
         subject = "None" if url is None else "This"
         raise ConfigurationError(
             f"{subject} is not a database URL. Write `dialect://user:password@host:port/name`, for "
@@ -118,7 +120,8 @@ def _choose_driver(url: URL, *, asynchronous: bool) -> str:
         if find_spec(_MODULES.get(driver, driver)) is not None:
             return f"{url.drivername}+{driver}"
     if not drivers:
-        return url.drivername  # a third-party dialect has its own default driver
+        # A dialect of another package knows its own default driver.
+        return url.drivername
     kind = "asyncio" if asynchronous else "blocking"
     installs = " or ".join(map(_install, drivers))
     raise ConfigurationError(f"No {kind} driver for {url.drivername} is installed: {installs}.")
@@ -128,7 +131,8 @@ def _check_driver(url: URL, *, asynchronous: bool) -> None:
     shown = without_secrets(url)
     try:
         dialect = url.get_dialect()
-    except (NoSuchModuleError, ValueError):  # a driver name with two `+` raises ValueError
+    # SQLAlchemy raises ValueError for a URL like `postgresql+a+b://`.
+    except (NoSuchModuleError, ValueError):
         raise ConfigurationError(
             f"SQLAlchemy knows no dialect and driver for {shown}. Check the part before `://`; "
             "a database that is not built in needs its dialect's package installed."

@@ -44,7 +44,8 @@ class UrlOptions:
             try:
                 self.arguments[to or name] = of(value)
             except ValueError:
-                # Raise outside of the ValueError, because its message contains the value.
+                # The error does not show the value, and is raised without the ValueError, whose
+                # message shows it.
                 self.refuse(name, "It takes a number.")
 
     def refuse(self, name: str, cure: str) -> None:
@@ -62,7 +63,8 @@ def take_ssl_mode(options: UrlOptions, modes: Mapping[str, str]) -> str | None:
     value = options.take(*_SSL_MODE)
     if value is None:
         return None
-    if value.startswith("{"):  # PlanetScale writes JSON for Node.js here
+    # PlanetScale writes this option as JSON, for Node.js.
+    if value.startswith("{"):
         try:
             strict = json.loads(value).get("rejectUnauthorized", True)
         except ValueError:

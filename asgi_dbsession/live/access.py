@@ -32,7 +32,8 @@ def is_local(scope: Scope) -> bool:
 def _is_loopback(client: Any) -> bool:
     try:
         address = ip_address(client[0])
-    except (TypeError, ValueError, LookupError):  # the server gives no client address
+    # The server gives no client address, for example on a Unix socket.
+    except (TypeError, ValueError, LookupError):
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)

@@ -90,7 +90,8 @@ class LiveObserver(UnitObserver):
 
     @override
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
-        if database in self.totals:  # the page shows only some databases of a unit
+        # The page shows only its own databases; a unit may use others too.
+        if database in self.totals:
             stats = stats_of(opened)
             stats.keeps_spans = True
             found = self._open.get(unit)

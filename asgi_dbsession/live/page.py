@@ -28,7 +28,8 @@ from .timeline import draw
 
 # Seconds between two updates of the page.
 _PERIOD = 1.0
-# Seconds until the browser must open a new stream; a server that shuts down waits at most so long.
+# Seconds until the browser must open a new stream. A server that shuts down waits for the stream,
+# but not longer than this.
 _STREAM = 10.0
 
 _REFUSAL = "This page is for clients on the same machine. LivePage(allow=...) lets others in.\n"

@@ -10,9 +10,9 @@ from asgi_dbsession.reports.stats import Tally
 from .observer import EndedUnit
 from .shown import line, name, without_values
 
-# If a unit sends the same statement so many times, the page shows the line.
+# The page shows a line that sends the same statement at least so many times in one unit.
 _REPEATED = 5
-# If a connection is held idle for so many seconds, the page shows the lines.
+# The page shows the lines around a connection that was idle for at least so many seconds.
 _IDLE = 0.05
 _MOST_SHOWN = 8
 

@@ -38,7 +38,7 @@ def name_of(unit: Any, route: RouteName | None, hint: str = "") -> str:
 def _call(route: RouteName, scope: Scope) -> str:
     try:
         return str(route(scope))
-    # An error of this function must not fail the request.
+    # Show the request without a route: an error of this function must not fail the request.
     except Exception:
         _logger.exception("%r failed; the request is shown without a route.", route)
         return "(route failed)"
@@ -46,7 +46,7 @@ def _call(route: RouteName, scope: Scope) -> str:
 
 def route_of(scope: Scope) -> str:
     """Return the declared route or the handler, never the path, which may contain a secret."""
-    # FastAPI and Starlette set `route`; Litestar sets `path_template`.
+    # FastAPI and Starlette set `route` in the scope; Litestar sets `path_template`.
     path = getattr(scope.get("route"), "path", None) or scope.get("path_template")
     if isinstance(path, str):
         return path

@@ -12,7 +12,7 @@ _LONGEST = 400
 # MySQL.
 _MARK = re.compile(r"'|--|/\*|\$(?:[A-Za-z_]\w*)?\$")
 _MARK_OR_HASH = re.compile(_MARK.pattern + "|#")
-# Any number, except the number of a parameter (`$1`, `:id_1`) or a number in a name.
+# Numbers, except numbers of parameters (`$1`, `:id_1`) and numbers in names.
 _NUMBER = re.compile(r"(?<![\w$:.%])\d[\w.]*")
 # In these dialects, double quotes may enclose a string; in all others they enclose a name.
 _DOUBLE_QUOTED = re.compile(r'"[^"]*"|".*\Z', re.DOTALL)
@@ -72,7 +72,7 @@ def _cut(statement: str, marks: list[re.Match[str]], *, may_quote_twice: bool) -
 
 
 def _name_or_nothing(found: re.Match[str]) -> str:
-    # Keep names that SQLAlchemy puts in quotes because they are words of SQL.
+    # Keep these names: SQLAlchemy writes them in double quotes, because they are words of SQL.
     return found.group() if found.group()[1:-1] in _QUOTED_NAMES else '"…"'
 
 

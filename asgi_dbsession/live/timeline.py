@@ -9,13 +9,13 @@ from .observer import EndedUnit
 
 _WIDTH = 1200
 _HEIGHT = 300
-# The numbers of rows that the picture may have; it uses the smallest that is sufficient.
+# The allowed numbers of rows; the picture uses the smallest number that is enough.
 _ROWS = (12, 30, 75)
-# The length of the time axis; older units would be too small to see.
+# The length of the time axis in seconds; older units would be too small to see.
 _SECONDS = 30.0
-# The smallest visible width of a bar.
+# The smallest width of a bar that is still visible.
 _LEAST = 1.5
-# The drawing order: a later kind covers an earlier kind.
+# The order of drawing the kinds of time: a later kind covers an earlier kind.
 _ORDER: tuple[Kind, ...] = ("wait", "hold", "statement", "rollback", "commit")
 
 
@@ -33,7 +33,7 @@ def draw(ended: Sequence[EndedUnit], now: float) -> str:
         rows[row:row] = [begin] if row == len(rows) else []
         rows[row] = max(unit.ended, unit.began + _SECONDS * (_LEAST + 1) / _WIDTH)
         placed.append((unit, row))
-    # The picture keeps its height; more rows become thinner.
+    # The height of the picture is fixed, so more rows mean thinner rows.
     height = _HEIGHT / next(number for number in _ROWS if number >= len(rows))
     bars: dict[Kind, list[str]] = {kind: [] for kind in _ORDER}
     for unit, row in placed:

@@ -10,15 +10,15 @@ from asgi_dbsession.session.lock import current_end
 # Import greenlet with `import_module`: it has no type annotations, so mypy refuses `import`.
 _greenlet: Any = import_module("greenlet")
 
-# A file and a line number; converted to text only when it is shown.
+# A file and a line number. The text is made only when the line is shown, which saves time.
 CallSite: TypeAlias = tuple[str, int] | None
 
-# Packages between the application and the database; their lines are skipped.
+# The packages between the application and the database. Their lines are skipped.
 _BETWEEN = frozenset(
     ("sqlalchemy", "asgi_dbsession", "sqlmodel", "greenlet", "contextlib", "functools", "asyncio")
 )
-# For each code object: True if it belongs to the application. Finding the module of a frame each
-# time is slow.
+# True for code objects of the application, False for others. This cache saves finding the module of
+# a frame each time, which is slow.
 _is_application: dict[CodeType, bool] = {}
 _MOST_CODE = 10_000
 # The number of frames between this function and SQLAlchemy's `exec_driver_sql`; skipping them saves
@@ -52,7 +52,7 @@ def find_call_site() -> CallSite:
 
 
 def _remember(code: CodeType, module: str) -> bool:
-    # Some applications create code objects at run time, which would fill the memory.
+    # Empty the cache if it is too large: some applications create code objects at run time.
     if len(_is_application) > _MOST_CODE:
         _is_application.clear()
     found = _is_application[code] = module.partition(".")[0] not in _BETWEEN

@@ -39,7 +39,8 @@ def _describe(report: UnitReport) -> str:
         return "A task that outlived its request"
     kind, path = report.scope["type"], report.scope.get("path", "")
     text = f"{report.scope.get('method', kind)} {path}"
-    return text.encode("unicode_escape").decode()  # escaped, because the client chose the path
+    # Escape the path, because the client chose it and may have put line breaks into it.
+    return text.encode("unicode_escape").decode()
 
 
 def _places(report: DatabaseReport) -> tuple[str, str]:

@@ -8,8 +8,8 @@ from asgi_dbsession.unit.report import UnitReport
 
 class _Header:
     def __init__(self) -> None:
-        # None after the header was sent: the reports of a long stream or task would fill the
-        # memory.
+        # The reports are kept only until the header is sent. Later reports of a long stream or task
+        # would only fill the memory.
         self.noted: list[UnitReport] | None = []
 
 

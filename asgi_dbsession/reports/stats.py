@@ -11,8 +11,8 @@ from asgi_dbsession.session.managed import ManagedSession
 
 from .call_site import CallSite, find_call_site
 
-# The kinds of measured times. `hold` is the time from checkout to checkin; it includes all others
-# except `wait`.
+# What the time was used for. `hold` is the time from checkout to checkin; it includes all other
+# kinds except `wait`.
 Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 
 # The largest number of spans to keep for one unit of work.
@@ -104,7 +104,8 @@ class SessionStats:
         """
         settled_by, tally = self._settled
         if settled_by is not end:
-            # The session may still wait: the pool is exhausted, or the database is unreachable.
+            # The session may have waited without success: the pool is full, or the database
+            # unreachable.
             self.stop_waiting(now)
             tally = self.tally
             self._settled = end, tally
@@ -141,8 +142,7 @@ def stats_of(opened: ManagedSession[Any]) -> SessionStats:
     stats = companion.stats = SessionStats(lock)
 
     def record_bind(bind: Any) -> None:
-        # Ignore calls of `get_bind` by the application itself, which happen outside of an
-        # operation.
+        # Ignore calls of `get_bind` by the application itself: they happen outside of an operation.
         is_asked = stats.checkout is None and lock.is_busy
         if is_asked and bind.engine.pool is own.engine.pool:
             stats.asked = perf_counter()
@@ -194,7 +194,8 @@ class Checkout:
 
     def begin_statement(self, context: Any, statement: str) -> None:
         """Record the start of a statement."""
-        # Use the compiled text. The text with values differs for each length of an `IN` list.
+        # Use the compiled text: with values inside, an `IN` list would give another text for each
+        # length.
         compiled = context.compiled
         self.stats.tally.statements += 1
         self.in_transaction = True

@@ -12,7 +12,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from .stats import Checkout, asking
 
-# The key of the Checkout in the data of a connection.
+# The key under which a connection keeps its `Checkout` object.
 _KEY = "asgi_dbsession.checkout"
 _watched: WeakSet[Dialect] = WeakSet()
 
@@ -49,7 +49,8 @@ def _check_out(_connection: object, entry: ConnectionPoolEntry, _proxy: object) 
     if stats is not None and stats.asked is not None:
         now = perf_counter()
         stats.stop_waiting(now)
-        stats.asked = now  # if a pool uses another pool, both report a checkout
+        # If the pool uses another pool, both pools report the checkout; measure from here again.
+        stats.asked = now
         stats.checkout = entry.info[_KEY] = Checkout(stats, now, entry)
 
 
@@ -60,7 +61,8 @@ def _check_in(_connection: object, entry: ConnectionPoolEntry) -> None:
 
 
 def _execute(dialect: Any, name: str, cursor: Any, statement: str, *values: Any) -> None:
-    method = getattr(type(dialect), name)  # looked up now, because tests may replace the class
+    # Get the method at each call, because tests replace the class of the dialect.
+    method = getattr(type(dialect), name)
     context: Any = values[-1]
     checkout = _checkout_of(context.root_connection) if context is not None else None
     if checkout is None:
@@ -76,7 +78,8 @@ def _execute(dialect: Any, name: str, cursor: Any, statement: str, *values: Any)
 def _end(dialect: Any, name: str, connection: Any, *args: Any, **options: Any) -> None:
     method = getattr(type(dialect), name)
     checkout = _checkout_of(connection)
-    # The pool sends ROLLBACK at each return of a connection; do not count it without a transaction.
+    # The pool sends ROLLBACK each time a connection is returned. Count it only if a transaction was
+    # open.
     if checkout is None or not checkout.in_transaction:
         method(dialect, connection, *args, **options)
         return
@@ -93,7 +96,8 @@ def _end(dialect: Any, name: str, connection: Any, *args: Any, **options: Any) -
 def _checkout_of(connection: Any) -> Checkout | None:
     try:
         checkout: Checkout | None = connection.info.get(_KEY)
-    except NotImplementedError:  # the first connection of an engine belongs to no session
+    # SQLAlchemy opens the first connection of an engine without a session.
+    except NotImplementedError:
         return None
     return checkout
 

@@ -17,18 +17,20 @@ from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
 from .causes import causes
 from .rule import Rule
 
-# SQLSTATE class 40 is a rollback by the database. Only 40003 leaves open if COMMIT succeeded.
-# Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
+# SQLSTATEs that begin with 40 mean that the database rolled back the transaction. 40003 is the
+# exception: COMMIT may have succeeded. Source:
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
 _ROLLBACK, _UNKNOWN = "40", "40003"
 # A migration changed the type of a column that a prepared statement returns. After ROLLBACK the
 # driver prepares the statement again, so a retry succeeds. asyncpg has a class for this error; use
 # the class, because the text depends on the language of the server.
 _NOT_SUPPORTED, _STALE_PLAN = "0A000", "cached plan must not change result type"
 _STALE_PLAN_CLASS = "InvalidCachedStatementError"
-# A deadlock, a lock wait timeout, and a row that changed after it was read. Source:
-# https://mariadb.com/kb/en/mariadb-error-code-reference/
+# MySQL's error numbers of a deadlock, a lock wait timeout, and a row that changed after it was
+# read. Source: https://mariadb.com/kb/en/mariadb-error-code-reference/
 _MYSQL = (1213, 1205, 1020)
-# SQLite's error code in the lower 8 bits; see https://www.sqlite.org/rescode.html
+# The lower 8 bits of SQLite's error code for a locked database; see
+# https://www.sqlite.org/rescode.html
 _SQLITE_BUSY = 5
 
 
@@ -136,7 +138,8 @@ def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
     if connection is not None and _is_autocommit(connection):
         attempt.has_committed = True
     elif context.statement is None and attempt.committing is connection:
-        attempt.committing = None  # this COMMIT has failed
+        # The error came from this COMMIT, so nothing was committed.
+        attempt.committing = None
 
 
 def _record_commit(connection: Connection, *_: object) -> None:

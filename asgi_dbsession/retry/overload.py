@@ -68,7 +68,7 @@ _current: ContextVar[_Wait | None] = ContextVar("asgi_dbsession.wait", default=N
 
 
 async def _send_unavailable(retry_after: int, send: Send) -> None:
-    # See https://www.rfc-editor.org/rfc/rfc9110#section-15.6.4 for 503 and Retry-After.
+    # This is the form of a 503 response: https://www.rfc-editor.org/rfc/rfc9110#section-15.6.4
     headers = [(b"content-type", b"text/plain"), (b"retry-after", str(retry_after).encode())]
     status = HTTPStatus.SERVICE_UNAVAILABLE
     await send({"type": "http.response.start", "status": int(status), "headers": headers})

@@ -22,8 +22,8 @@ from .rule import rule_of
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# Seconds: the longest pause before the second attempt, which doubles for each later attempt, and
-# the upper limit of all pauses.
+# Seconds. The first number is the longest pause before the second attempt; it doubles for each
+# later attempt, up to the second number.
 _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
 
 
@@ -61,15 +61,15 @@ class Retry:
             try:
                 await (serve() if number == 1 else _run_in(context, serve))
                 if not attempt.can_retry:
-                    # After the response was withheld, a COMMIT or a large body made a retry
-                    # impossible.
+                    # The response was withheld, but then a COMMIT or a large body made a retry
+                    # impossible. So raise the error.
                     if watched.conflict is not None and attempt.owes_answer:
                         raise watched.conflict
                     return
             finally:
                 # A task that runs longer than the attempt keeps the attempt in its context.
                 watched.make_final()
-            # The application caught the cancellation and answered with an error.
+            # The task was cancelled, but the application caught this and answered with an error.
             if _is_cancelled():
                 raise asyncio.CancelledError
             pause = pause_after(number)
@@ -96,7 +96,8 @@ def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
     _logger.info(
         "Attempt %d of %d of %a begins after a pause of %.0f ms, because of a conflict: %a",
         number + 1,
-        number + remaining,  # the client chose the path, so `%a` escapes it
+        # `%a` escapes the path, because the client chose it.
+        number + remaining,
         what,
         pause * 1000,
         failed.reason,
@@ -106,7 +107,7 @@ def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
 def _is_cancelled() -> bool:
     try:
         task = asyncio.current_task()
-    # On trio, a cancelled scope cancels at the next await anyway.
+    # This is trio: a cancelled scope raises again at the next await, so there is nothing to do.
     except RuntimeError:
         return False
     return task is not None and task.cancelling() > 0
@@ -121,8 +122,8 @@ async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> 
         try:
             await function()
         except (*ABORTED, asyncio.CancelledError) as error:
-            # The task group would wrap the exception in an ExceptionGroup, and would suppress a
-            # cancellation that the application raised itself.
+            # Catch the exception here: the task group would wrap it in an ExceptionGroup, and would
+            # suppress a cancellation that the application raised itself.
             failure = error
 
     async with anyio.create_task_group() as group:

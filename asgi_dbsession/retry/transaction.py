@@ -39,7 +39,8 @@ async def run_transaction(
                     raise _refusal(function, "a coroutine function. Write it with `async def`")
                 return await result
         await anyio.sleep(_pause_and_log(function, attempt))
-    raise AssertionError  # never runs: the last attempt returns or raises
+    # This line never runs: the last attempt returns or raises.
+    raise AssertionError
 
 
 def run_transaction_blocking(
@@ -56,11 +57,14 @@ def run_transaction_blocking(
                 result = function(*args)
                 if isawaitable(result):
                     if isinstance(result, Coroutine):
-                        result.close()  # otherwise Python warns that nobody awaited it
+                        # Close the coroutine, because Python warns about a coroutine that nobody
+                        # awaits.
+                        result.close()
                     raise _refusal(function, "a plain function. Write it with `def`")
             return result
         time.sleep(_pause_and_log(function, attempt))
-    raise AssertionError  # never runs: the last attempt returns or raises
+    # This line never runs: the last attempt returns or raises.
+    raise AssertionError
 
 
 def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:

@@ -32,7 +32,8 @@ def begin(session: Any, made_by: type[SessionTransaction], *, nested: bool) -> S
             return transaction
     outer: Any = session.get_nested_transaction() or session.get_transaction()
     if not nested or outer._state is not SessionTransactionState.ACTIVE:
-        return Session.begin(session, nested)  # raises the error for this state
+        # No transaction can begin in this state; SQLAlchemy's own method raises the right error.
+        return Session.begin(session, nested)
     inner = made_by(session, SessionTransactionOrigin.BEGIN_NESTED, session._transaction)
     session._nested_transaction = inner
     return inner

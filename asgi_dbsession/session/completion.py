@@ -26,10 +26,12 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     """
     try:
         loop = asyncio.get_running_loop()
-    except RuntimeError:  # trio, where only a cancel scope can cancel
+    # There is no asyncio loop, so this is trio, where only a cancel scope can cancel.
+    except RuntimeError:
         with anyio.CancelScope(shield=True):
             return await work
-        raise  # never runs: a shielded scope suppresses no exception
+        # This line never runs, but type checkers believe that the scope may suppress an exception.
+        raise
     # A cancellation of the caller cancels this future instead of the work.
     finished = loop.create_future()
 
@@ -79,12 +81,13 @@ def complete_here(work: Coroutine[Any, Any, T]) -> T:
     except StopIteration as finished:
         result: T = finished.value
         return result
-    raise RuntimeError(f"{work!r} waits")  # a bug: there is no event loop to wait for
+    # The coroutine has waited although there is no event loop: a bug in this package.
+    raise RuntimeError(f"{work!r} waits")
 
 
 def _start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-    # An eager task starts at once, which makes a request that writes one row 2 % faster. A task
-    # factory of the event loop must be respected, so do not start eagerly then.
+    # An eager task starts at once, which makes a request that writes one row 2 % faster. If the
+    # event loop has a task factory, use the factory instead.
     if sys.version_info >= (3, 12) and loop.get_task_factory() is None:
         return asyncio.Task(work, loop=loop, eager_start=True)
     return loop.create_task(work)

@@ -16,10 +16,10 @@ from ._sqlalchemy import is_prepared
 from .completion import run_to_completion
 from .writes import record_refusal
 
-# Transactions in which a statement failed. The value is the driver's message, and True if the
-# database rolled back the whole transaction at this error. This package must record it: the
-# database takes the next statement as a new transaction. After a rollback to a savepoint, the entry
-# of the savepoint no longer matters, because a savepoint is a transaction object of its own.
+# The transactions in which a statement failed. Each value is the driver's message, and True if the
+# database rolled back the whole transaction at this error. The database cannot tell this later: for
+# the database, the next statement began a new transaction. A savepoint has its own entry, which no
+# longer matters after a rollback to the savepoint.
 # This is not a WeakKeyDictionary, because each COMMIT tests if the dictionary is empty, and a
 # WeakKeyDictionary is slow at that.
 failed_transactions: dict[ref[Transaction], tuple[str, bool]] = {}
@@ -182,7 +182,8 @@ def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
         if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
             try:
                 connection.dialect.do_rollback(connection.connection)
-            except BaseException:  # cancelled: ROLLBACK may not have reached the server
+            # The task was cancelled, so ROLLBACK may not have reached the server.
+            except BaseException:
                 _discard(connection)
                 raise
         raise

@@ -185,7 +185,8 @@ class GuardedSession(Session):
     """The base class of all guarded sessions; `_companion` is set after `__init__`."""
 
     _companion: Companion
-    transaction_class: type[SessionTransaction] = SessionTransaction  # `managed.py` replaces it
+    # `managed.py` replaces this class with `LockedTransaction`; an import here would be circular.
+    transaction_class: type[SessionTransaction] = SessionTransaction
 
     @override
     def add(self, instance: object, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The lock that lets one task or thread at a time use a session, and none after its close."""
+"""The lock of a session: one task or thread at a time uses it, and none after it was closed."""
 
 import asyncio
 import sys
@@ -24,7 +24,7 @@ def current_task() -> object:
         return asyncio.current_task()
     except RuntimeError:
         trio: Any = sys.modules.get("trio")
-        if trio is None:  # without trio, this must be a worker thread
+        if trio is None:  # trio is not imported: a worker thread
             return None
     try:
         task: object = trio.lowlevel.current_task()
@@ -73,7 +73,7 @@ class End:
         return self.commit and self.failure is None
 
 
-# The commit or rollback that runs now. Listeners that SQLAlchemy calls meanwhile read it.
+# The commit or rollback that runs now, for listeners that SQLAlchemy calls during it.
 current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=None)
 
 
@@ -128,7 +128,7 @@ class SessionLock(ABC):
             SessionClosed: The unit of work has ended.
         """
         caller = self._caller()
-        if self._holder == caller:  # only the caller can change this, so no mutex is needed
+        if self._holder == caller:  # safe without mutex: only the caller can set it
             return False
         while True:
             with self.mutex:
@@ -146,7 +146,7 @@ class SessionLock(ABC):
             self._wait(released)
 
     def acquire_for_end(self, end: End, *, of_block: bool = False) -> None:
-        """Acquire the lock for a commit or rollback (`of_block`: of a savepoint); may wait."""
+        """Acquire the lock for a commit or rollback, after the running operation has ended."""
         with self.mutex:
             self._ends += 1
         try:
@@ -161,7 +161,7 @@ class SessionLock(ABC):
                         return
                     released = self._new_waiter()
                 self._wait(released)
-        except BaseException:  # for example: the event loop cancelled all tasks
+        except BaseException:  # the task was cancelled while it waited
             with self.mutex:
                 self._ends -= 1
                 self._wake_all()
@@ -209,7 +209,7 @@ class SessionLock(ABC):
     def _add_user(self, task: object) -> None:
         if task not in self.users:
             if self.users:
-                # Without this, the helper tasks of a long stream would fill the memory.
+                # Drop ended tasks, because the helper tasks of a long stream would fill the memory.
                 self.sort_out_users()
             self.users.add(task)
 
@@ -221,7 +221,7 @@ class SessionLock(ABC):
     def _wake_all(self) -> None:
         waiters, self._waiters = self._waiters, ()
         for released in waiters:
-            if released.set_running_or_notify_cancel():  # skip tasks that were cancelled
+            if released.set_running_or_notify_cancel():  # skip cancelled tasks
                 released.set_result(None)
 
     @abstractmethod

@@ -83,7 +83,8 @@ class ManagedSession(Generic[S]):
         self.lock.acquire_for_end(end)
         try:
             flush_and_prepare(self.orm)
-            if not self.orm.twophase:  # before PREPARE, a listener has tested this already
+            # With two-phase commit, a listener has already done this check, just before PREPARE.
+            if not self.orm.twophase:
                 refuse_if_aborted(self.companion.connections)
         except BaseException:
             try:
@@ -156,7 +157,8 @@ def _remember_connection(
     companion: Companion = session._companion
     if not transaction.nested and session.in_nested_transaction():
         begin_before_savepoint(connection)
-    if connection.engine is not session.bind:  # an engine from `binds` or `bind_arguments`
+    # The engine comes from `binds` or `bind_arguments`, so it may have no listeners yet.
+    if connection.engine is not session.bind:
         watch(connection.engine)
     companion.connections = (*companion.open_connections, connection)
     if not companion.reads.is_shared:
@@ -166,7 +168,7 @@ def _remember_connection(
 
 def _refuse_or_begin(session: Any, *_: object) -> None:
     session._companion.writes.check_flush(session)
-    # A mapper listener may send statements with the driver's own connection.
+    # Begin a delayed transaction: a mapper listener may write with the driver's own connection.
     for connection in session._companion.open_connections:
         begin_now(connection)
 
@@ -179,7 +181,8 @@ def _refuse_to_commit(session: Any) -> None:
 
 def _record_commit(session: Any) -> None:
     for follower in tuple(session._companion.followers):
-        if not session.in_nested_transaction():  # SQLAlchemy calls the listener for savepoints too
+        # SQLAlchemy calls this listener for savepoints too, which are no COMMIT.
+        if not session.in_nested_transaction():
             follower.record_commit(session)
 
 

@@ -1,4 +1,4 @@
-"""Decides from the parts of a statement, never from its SQL text, if it only reads."""
+"""Decides if a statement only reads: from its parts, never from its SQL text."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +15,9 @@ from sqlalchemy.sql.visitors import iterate
 
 from ._sqlalchemy import has_additions, is_orm_enabled, is_server_side, renders_expressions
 
-# Only these parts are known to have no side effect. Functions, FOR UPDATE, text, literal columns
-# and common table expressions may have one, and so may parts of later SQLAlchemy versions.
+# These parts of a statement are known to have no side effect. All others may have one: functions,
+# FOR UPDATE, text, literal columns, common table expressions, and new parts of later SQLAlchemy
+# versions.
 _PLAIN = frozenset(
     {
         Column,
@@ -72,7 +73,7 @@ def is_plain_read(context: ExecutionContext) -> bool:
 
 def _elements_of(compiled: Compiled) -> Iterator[Any]:
     yield from iterate(compiled.statement)
-    # The ORM compiles another statement than the given one: eager loading adds joins.
+    # Check also the statement that the ORM made from the given one: eager loading adds joins.
     state: Any = getattr(compiled, "compile_state", None)
     made = getattr(state, "statement", None)
     if made is not None and made is not compiled.statement:
@@ -82,7 +83,8 @@ def _elements_of(compiled: Compiled) -> Iterator[Any]:
 def _is_plain_element(element: Any, compiled: Compiled) -> bool:
     kind = next(each for each in type(element).__mro__ if not issubclass(each, Annotated))
     if kind is elements.ColumnClause and element.is_literal:
-        return bool(element.name == "*")  # in COUNT(*) and EXISTS (SELECT *)
+        # A star is harmless: COUNT(*) and EXISTS (SELECT *) only read.
+        return bool(element.name == "*")
     # SQLAlchemy has subclasses of these two: LIMIT and OFFSET have their own BindParameter, and the
     # ORM has its own Join.
     is_variant = issubclass(kind, elements.BindParameter | Join) and _is_of_sqlalchemy(kind)
@@ -91,7 +93,8 @@ def _is_plain_element(element: Any, compiled: Compiled) -> bool:
     if isinstance(getattr(element, "operator", None), custom_op) or has_additions(element):
         return False
     if kind is Select and element is not compiled.statement and is_orm_enabled(element):
-        return False  # the ORM replaces an inner SELECT later, when it compiles it
+        # The ORM replaces an inner SELECT only when it compiles it, so its parts are not known yet.
+        return False
     if any(_is_unquoted(getattr(element, name, None)) for name in ("name", "schema")):
         return False
     return not renders_expressions(getattr(element, "type", None), compiled.dialect)

@@ -13,7 +13,7 @@ from asgi_dbsession.errors import ConfigurationError
 from ._sqlalchemy import is_flushing, isolation_level_on_connect
 from .plain_reads import is_plain_read
 
-# The connections whose BEGIN is delayed, and the key that marks them for the pool.
+# The connections whose BEGIN is delayed, and the key that marks such a connection in its pool.
 _delayed: WeakSet[Connection] = WeakSet()
 _KEY = "asgi_dbsession.delayed_begin"
 
@@ -44,7 +44,8 @@ class Reads:
         """Switch the connection to autocommit until a statement needs a transaction."""
         if self._wanted is False or self.is_shared or not self._can_delay(session, connection):
             return
-        # Keep this order: a signal handler may raise between two lines, and then nothing is wrong.
+        # Mark the connection first: if a signal handler raises between two lines, the pool still
+        # resets the connection.
         connection.info[_KEY] = True
         _delayed.add(connection)
         _set_autocommit(connection, True)
@@ -55,13 +56,14 @@ class Reads:
             return False
         if is_flushing(session) or is_in_transaction(connection):
             return False
-        if connection.in_nested_transaction():  # SQLAlchemy calls the listener for savepoints too
+        # A savepoint is inside a transaction that has begun already.
+        if connection.in_nested_transaction():
             return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
         if len(list(session.dispatch.after_begin)) > 1 or list(connection.dispatch.begin):
             # A listener of the application (for `SET LOCAL`, say) may use the driver's own
-            # connection, which this package cannot watch.
+            # connection. This package cannot see such a use, so do not delay BEGIN.
             return False
         level = connection.get_execution_options().get("isolation_level")
         level = level or isolation_level_on_connect(connection) or dialect.default_isolation_level
@@ -164,7 +166,8 @@ def is_in_transaction(connection: Connection) -> bool:
     driver: Any = connection.connection.driver_connection
     if connection.dialect.driver == "asyncpg":
         return bool(driver.is_in_transaction())
-    return bool(driver.info.transaction_status != 0)  # 0 is PQTRANS_IDLE of libpq
+    # 0 is libpq's PQTRANS_IDLE: no transaction.
+    return bool(driver.info.transaction_status != 0)
 
 
 def _set_autocommit(connection: Connection, value: bool) -> None:

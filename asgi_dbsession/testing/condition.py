@@ -51,7 +51,8 @@ class Condition:
         with self._mutex:
             waiting, self._waiting = self._waiting, []
         for freed in waiting:
-            if freed.set_running_or_notify_cancel():  # skip callers that were cancelled
+            # Skip a caller that was cancelled while it waited.
+            if freed.set_running_or_notify_cancel():
                 freed.set_result(None)
 
     def _take(self, when: Callable[[], bool]) -> Future[None] | None:

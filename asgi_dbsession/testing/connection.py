@@ -11,7 +11,8 @@ from .constraints import check_as_commit_would, send, violations
 from .isolation import Isolation, NotIsolated
 from .transaction import SavepointTransaction, current_caller
 
-_NO_SUCH_SAVEPOINT = 1305  # error number of MariaDB and MySQL
+# The error number of MariaDB and MySQL for a savepoint that does not exist.
+_NO_SUCH_SAVEPOINT = 1305
 # Seconds to wait for a transaction that probably only the test itself will end.
 _LIMIT_FOR_THE_TEST = 0.8
 
@@ -111,7 +112,7 @@ class SharedConnection:
                 self._undo(transaction)
                 raise
             finally:
-                # After a lost connection, no transaction is open any more.
+                # If the connection was lost, the list of open transactions is empty already.
                 if transaction in self._open:
                     self._open.remove(transaction)
             if self._open and (transaction.wrote or transaction.keeps):

@@ -35,7 +35,7 @@ def share(engine: Engine, isolation: Isolation) -> None:
             f"{name} is inside of `rolled_back` already: use it once for each test."
         )
     dialect = engine.dialect
-    # After an earlier test, work that outlived it may still use this class.
+    # The dialect has the class already if work of an earlier test still uses a connection.
     if not isinstance(dialect, SavepointDialect):
         dialect.__class__ = with_savepoints(type(dialect))
     engine.pool = SharedPool(engine.pool, dialect, name, isolation)
@@ -49,7 +49,8 @@ def unshare(engine: Engine) -> None:
             pool.roll_back()
         finally:
             engine.pool = pool.source
-            # Otherwise, connections that are still checked out must go on to raise errors.
+            # Keep the class while connections are checked out: their statements must go on to
+            # raise errors.
             if pool.checkedout() == 0:
                 dialect.__class__ = type(dialect).__bases__[1]
 

@@ -151,7 +151,8 @@ def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
     try:
         yield
     finally:
-        isolation.has_ended = True  # needed here too: a database may have failed to start
+        # Set this here too, because a database may have failed to start.
+        isolation.has_ended = True
         database._prepare = watch
         database._reads.is_shared = False
 
@@ -183,7 +184,7 @@ def _unshare(database: AnyDatabase) -> None:
         loop = home_of(engine)
         if loop is None:
             unshare(engine)
-        # Another thread runs the event loop that serves the application.
+        # The event loop runs in another thread, which serves the application.
         elif loop.is_running():
             asyncio.run_coroutine_threadsafe(greenlet_spawn(unshare, engine), loop).result()
         elif not loop.is_closed():

@@ -34,7 +34,8 @@ def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
         # The listener is never removed, so that work that outlives its test is refused later too.
         event.listen(session_class_of(database), "after_begin", _Check(database))
     else:
-        # Work that outlived an earlier test does not belong to this test.
+        # Forget tasks and threads of an earlier test that still run: they do not belong to this
+        # test.
         isolation.threads.intersection_update(earlier.threads)
         isolation.tasks.update(earlier.tasks)
     _latest[database] = isolation
@@ -91,8 +92,8 @@ def _outlived(isolation: Isolation) -> bool:
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
         return True
-    # A thread without a context is checked by its identity. Thread pools pass on the context of
-    # each caller.
+    # A thread without a context does not know its block, so compare the thread itself. Thread pools
+    # pass on the context of each caller.
     thread = threading.current_thread()
     return (
         task is None
@@ -107,7 +108,7 @@ def _refuse(connection: Connection, error: NotIsolated) -> NoReturn:
     def refuse(*_: object) -> NoReturn:
         raise error.with_traceback(None)
 
-    # The application may catch the error and use the same connection again.
+    # Refuse later statements too: the application may catch the error and use the connection again.
     for name in ("before_cursor_execute", "commit", "prepare_twophase", "commit_twophase"):
         event.listen(connection, name, refuse)
     raise error

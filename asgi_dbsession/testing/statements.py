@@ -40,7 +40,8 @@ def count_statements(
     with ExitStack() as stack:
         recorder = _Recorder(statements, stack)
         for database in databases:
-            _ = database.engine  # raises DatabaseNotRunning if the database is not started
+            # This access raises DatabaseNotRunning if the database is not started.
+            _ = database.engine
             for engine in engines_of(database):
                 recorder.listen(engine)
             sessions = session_class_of(database)

@@ -1,4 +1,4 @@
-"""Functions that `on_commit` calls after COMMIT."""
+"""The functions that an application gives to `on_commit`, to be called after COMMIT."""
 
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -46,7 +46,7 @@ class AfterCommit:
     _transactions: set[SessionTransaction] = field(default_factory=set)
 
     def attach(self, opened: ManagedSession[Any]) -> None:
-        """Follow the current transaction of the session and its savepoints."""
+        """Watch if the current transaction of the session, with its savepoints, is committed."""
         session = opened.orm
         if session.in_transaction():
             self._pending.add(session)
@@ -66,7 +66,7 @@ class AfterCommit:
         self._transactions.clear()
 
     def waits_for_others(self, sessions: Iterable[ManagedSession[Any]]) -> bool:
-        """Return True if part of the work is in open transactions of other sessions."""
+        """Return True if the function also waits for uncommitted work in other sessions."""
         others = self._pending.difference(each.orm for each in sessions)
         return any(each.in_transaction() for each in others)
 
@@ -80,7 +80,7 @@ class AfterCommit:
     def record_commit(self, session: Session) -> None:
         """Record that the work of the session was committed."""
         if session in self._pending and session.get_transaction() not in self._transactions:
-            # The recorded transaction was closed without a COMMIT, which SQLAlchemy does not
+            # The session has left its transaction without a COMMIT, which SQLAlchemy does not
             # report.
             self.rolled_back = True
         self._pending.discard(session)
@@ -102,7 +102,8 @@ class AfterCommit:
         result = self.function()
         if isawaitable(result):
             if isinstance(result, Coroutine):
-                result.close()  # otherwise Python warns that nobody awaited it
+                # Close the coroutine, because Python warns about a coroutine that nobody awaits.
+                result.close()
             raise refusal_to_await(self.function)
 
     def log(self, error: BaseException) -> None:

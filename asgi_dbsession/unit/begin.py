@@ -15,7 +15,7 @@ def unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[U
     around = current_unit.get()
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
     unit.read_only = read_only
-    # A listener of the last flush still needs the closed unit around it.
+    # During the last flush of a unit, a listener still needs the closed unit around it.
     if not current_end.get():
         _forget_hidden(unit)
     with made_current(unit):

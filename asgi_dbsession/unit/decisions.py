@@ -65,14 +65,14 @@ def on_commit(function: Function) -> None:
     read_only = any(each.read_only for each in units)
     callback = AfterCommit(function, databases, in_thread, current_task(), read_only)
     for each in units:
-        for opened in tuple(each.sessions.values()):  # a thread may open a session meanwhile
+        # Use a copy, because another thread may open a session at the same time.
+        for opened in tuple(each.sessions.values()):
             callback.attach(opened)
     outermost = units[-1]
     outermost.is_used = True
     outermost.callbacks.append(callback)
     if outermost.closed and not current_end.get():
-        # Another thread has ended the unit. If the function is still in the list, nobody will call
-        # it.
+        # Another thread has ended the unit. If it has not called the function, nobody will call it.
         with suppress(ValueError):
             outermost.callbacks.remove(callback)
             raise SessionClosed("any database")
@@ -97,7 +97,7 @@ def _unit(*, also_at_end: bool = False) -> UnitOfWork:
     if unit is None:
         raise NoSession("any database")
     # A listener of the last flush may still use the closed unit. A task that the listener started
-    # may not.
+    # may not use it.
     is_closed = unit.closed or (unit.joined is not None and unit.outermost.closed)
     if is_closed and not (also_at_end and current_end.get() and unit.outermost.sessions):
         raise SessionClosed("any database")

@@ -76,7 +76,8 @@ async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None =
         error: The exception that the application raised.
     """
     unit.closed = True
-    opened = tuple(unit.sessions.values())  # a thread may open a session meanwhile
+    # Use a copy, because another thread may open a session at the same time.
+    opened = tuple(unit.sessions.values())
     if unit.is_answered and not commit:
         _log_unsaved(unit, opened, _last_end(unit, commit, error))
     working = [each for each in opened if not each.close_if_idle()]
@@ -122,11 +123,12 @@ def _sort(
 
 def _with_work(unit: UnitOfWork) -> Sessions:
     working = []
-    # Use a copy, because a thread may open a session meanwhile.
+    # Use a copy, because another thread may open a session at the same time.
     for each in tuple(unit.sessions.values()):
         if each.has_work:
             working.append(each)
-        # The application committed or rolled back itself. Later work may be of another task.
+        # The application itself has committed or rolled back, so the next work may be of another
+        # task.
         else:
             each.lock.forget_users()
     return working
@@ -134,7 +136,8 @@ def _with_work(unit: UnitOfWork) -> Sessions:
 
 async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     given = tuple(unit.callbacks)
-    stored = [each for each in given if each.committed]  # committed by the application itself
+    # The functions whose work the application itself has committed already.
+    stored = [each for each in given if each.committed]
     end.had_work = bool(working)
     token = current_end.set(end)
     try:
@@ -186,7 +189,8 @@ def _settle(
     """Drop the functions whose work was rolled back, and return the functions to call now."""
     due: list[AfterCommit] = []
     for each in tuple(unit.callbacks):
-        # Functions that were given meanwhile, or by another task, may belong to later work.
+        # Keep functions that were given during the COMMIT or by another task: they may belong to
+        # later work.
         is_concerned = each in given and _is_of(each.given_by, end.task)
         ends = unit.closed or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):
@@ -214,7 +218,8 @@ async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
             await close(inner, commit=False, error=error)
             raise
         await close(inner, commit=not inner.rollback)
-    except (Exception, CancelledError) as error:  # its own task was cancelled, not this one
+    # CancelledError here means that the function's own task was cancelled, not this task.
+    except (Exception, CancelledError) as error:
         callback.log(error)
     finally:
         current_unit.reset(token)

@@ -163,7 +163,8 @@ class _Block:
         except SessionClosed:
             if error is None:
                 raise
-            return  # this work was committed or rolled back together with the unit
+            # The unit has ended, and has committed or rolled back this work already.
+            return
         was_closed = self.unit.closed
         try:
             if was_closed:
@@ -194,7 +195,8 @@ class _Block:
         try:
             if self._is_open:
                 self._savepoint.rollback()
-            # The application committed inside the block, so all later work belongs to the block.
+            # The savepoint is gone, because the application committed inside the block. Roll back
+            # all later work, which belongs to the block.
             else:
                 self._opened.orm.rollback()
         except Exception as failure:

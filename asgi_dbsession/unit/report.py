@@ -62,10 +62,10 @@ class UnitReport:
             of the unit. False for a `begin()` inside a request.
     """
 
-    scope: Scope = field(repr=False)  # contains headers of the client
+    scope: Scope = field(repr=False)  # not in the repr: it contains headers of the client
     outcome: Outcome
     reason: Reason | None
-    error: BaseException | None = field(repr=False)  # the text may contain values
+    error: BaseException | None = field(repr=False)  # not in the repr: its text may contain values
     start_time: float
     duration: float
     databases: tuple[DatabaseReport, ...]

@@ -9,9 +9,9 @@ from asgi_dbsession.session.tasks import is_waiting_for
 
 Sessions: TypeAlias = list[ManagedSession[Any]]
 
-# What to do if a running task other than the sender has work in the session: "refuse" raises
-# (WebSocket), "leave" commits nothing of this session (body of a response), "include" commits all
-# work (the application has returned).
+# What to do if another task, which is still running, has work in the same session. "refuse" raises
+# ConcurrentUse (on a WebSocket). "leave" does not commit this session yet (in a response body).
+# "include" commits the work of all tasks (after the application has returned).
 Living: TypeAlias = Literal["refuse", "leave", "include"]
 
 

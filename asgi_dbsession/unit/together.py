@@ -32,7 +32,8 @@ async def _prepare_all(sessions: Sessions, end: End) -> BaseException | None:
             await each.run(each.prepare, end)
         except BaseException as error:
             if not isinstance(error, Exception):
-                # Do not roll back this session: its thread is still running, or has rolled back.
+                # Do not touch this session again: its thread is still running, or has rolled back
+                # already.
                 sessions.remove(each)
             return error
     return None
@@ -54,7 +55,8 @@ async def _commit_all(sessions: Sessions, end: End) -> BaseException | None:
         try:
             await each.run(each.end, end, True)
         except BaseException as error:
-            # The databases before this one have committed already; `two_phase` prevents this.
+            # The databases before this one have committed already, and keep their work. Only
+            # `two_phase` prevents this.
             return await _roll_back_all(sessions[number + 1 :], end, error)
     return None
 

@@ -142,13 +142,15 @@ class UnitOfWork:
         self.is_used = True
         made = database.open_session(self.scope, read_only=self.read_only)
         opened = self.sessions.setdefault(database, made)
-        if opened is not made:  # another thread has opened the session meanwhile
+        # Another thread has opened the session at the same time; use the session of that thread.
+        if opened is not made:
             return opened
         if self.two_phase and not self.read_only:
             made.orm.twophase = True
         if self.is_blocking:
             made.run = call_here
-        if self.closed:  # another thread has closed the unit meanwhile
+        # Another thread has closed the unit meanwhile, so close the new session too.
+        if self.closed:
             made.close_if_idle()
             raise SessionClosed(database)
         if self.callbacks or self.joins_outer_unit:
@@ -163,7 +165,8 @@ class UnitOfWork:
         return opened
 
     def _add_observer(self, observer: UnitObserver) -> None:
-        if observer not in self.observers:  # an outer unit may have added it before
+        # An outer unit may have added the observer already.
+        if observer not in self.observers:
             self.observers = (*self.observers, observer)
             observer.unit_began(self)
 
