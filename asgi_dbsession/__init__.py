@@ -58,7 +58,7 @@ __all__ = [
     "warn_when_idle",
 ]
 
-# Names that are imported from optional rooms when an application first uses them.
+# Names from optional parts of the package, imported when an application first uses them.
 _OPTIONAL = {"ServerTimingMiddleware": "server_timing", "warn_when_idle": "idle"}
 
 

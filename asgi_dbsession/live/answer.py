@@ -27,7 +27,7 @@ async def answer(
     policy: str = _NOTHING,
     **headers: str,
 ) -> None:
-    """Send a whole response.
+    """Send a complete HTTP response.
 
     Args:
         send: The ASGI callable.

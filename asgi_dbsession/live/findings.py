@@ -24,7 +24,7 @@ class Finding(TypedDict):
 
 
 def find(databases: list[DatabaseNow], recent: Recent) -> list[Finding]:
-    """Return the lines to look at first: running problems, then problems of ended units."""
+    """Return the lines to look at first: present problems, then problems of ended units."""
     found = [*_now(databases, "idle"), *_now(databases, "working")]
     lines = {each["line"] for each in found}
     idle = [

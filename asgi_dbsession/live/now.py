@@ -14,7 +14,7 @@ from .shown import line, name, without_values
 
 
 class Connection(TypedDict):
-    """One connection of a pool; times in seconds.
+    """One connection of a pool, as the live page shows it; times in seconds.
 
     `state` is `free`, `working`, `idle` (held, but not used) or `other` (used without a session).
     """

@@ -73,7 +73,7 @@ def _draw_unit(
 
 
 def _spans(unit: EndedUnit) -> Iterable[Span]:
-    """Iterate over the spans; join neighbours of one kind into one span, to draw fewer bars."""
+    """Iterate over the measured times of a unit; join neighbours of one kind into one bar."""
     for _, tally in unit.tallies:
         last: Span | None = None
         for each in tally.all_spans():

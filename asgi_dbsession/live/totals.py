@@ -41,7 +41,7 @@ class Totals:
         self.used: Histogram = Histogram()
 
     def add(self, tally: Tally) -> None:
-        """Add the times of one unit."""
+        """Add the waiting time and the holding time of one unit of work."""
         if tally.wait_time:
             self.waited.add(tally.wait_time)
         if tally.use_time:

@@ -56,7 +56,7 @@ class Tally:
     spans: list[_Span] | tuple[()] = ()
 
     def keep(self, span: _Span) -> None:
-        """Keep a span, or drop it if there are too many."""
+        """Keep a measured span of time, or drop it if there are too many."""
         spans = self.spans
         if not spans:
             self.spans = [span]
@@ -64,7 +64,7 @@ class Tally:
             spans.append(span)
 
     def all_spans(self) -> list[Span]:
-        """Return the spans as named tuples; they are stored as plain tuples, which is faster."""
+        """Return the measured spans of time as named tuples; storing plain tuples is faster."""
         return [Span(*each) for each in self.spans]
 
 
@@ -98,7 +98,7 @@ class SessionStats:
         return self.asked if self.checkout is None and self.lock.is_busy else None
 
     def settle(self, end: End, now: float) -> Tally:
-        """Return the tally until this commit or rollback, and start a new tally.
+        """Return the totals of the work until this commit or rollback, and start new totals.
 
         Each observer that calls this for the same `end` gets the same tally.
         """
@@ -113,7 +113,7 @@ class SessionStats:
         return tally
 
     def stop_waiting(self, now: float) -> None:
-        """Stop the measurement of the wait for a connection, and add the time to the tally."""
+        """Stop measuring the wait for a connection, and add the waiting time to the totals."""
         asked = self.asked
         if asked is not None:
             self.tally.wait_time += now - asked
@@ -153,7 +153,7 @@ def stats_of(opened: ManagedSession[Any]) -> SessionStats:
 
 
 class Checkout:
-    """A connection while a session holds it.
+    """A connection that a session has checked out of its pool.
 
     Args:
         stats: The statistics of the session.

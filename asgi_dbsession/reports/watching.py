@@ -1,4 +1,4 @@
-"""Adds measurements to an engine."""
+"""Adds measurements of statements and connections to an engine."""
 
 from collections.abc import Callable
 from functools import partial

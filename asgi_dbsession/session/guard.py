@@ -72,7 +72,7 @@ class Companion:
         followers: The objects to call after each commit and rollback.
         bind_asked: A function to call with each engine that SQLAlchemy requests from the session.
         wait_failed: A function to call if no connection became free in time.
-        stats: The measurements of the session by an optional room, shared by all observers.
+        stats: The measurements of the session, shared by all observers; None without observers.
     """
 
     connections: tuple[Connection, ...] = ()

@@ -1,4 +1,4 @@
-"""A lock with a condition, for threads and for tasks."""
+"""A lock that waits for a condition, for threads and for tasks."""
 
 import asyncio
 import time

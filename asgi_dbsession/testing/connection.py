@@ -95,13 +95,13 @@ class SharedConnection:
             yield True
 
     def prepare(self, transaction: SavepointTransaction) -> None:
-        """Make the checks that the database makes at COMMIT."""
+        """Check deferred constraints, as the database does at COMMIT."""
         with self._on_top(transaction):
             if transaction.wrote:
                 check_as_commit_would(self.connection, self._dialect, self._known)
 
     def commit(self, transaction: SavepointTransaction) -> None:
-        """Make the checks of COMMIT, and keep the work until the end of the test."""
+        """Check deferred constraints as COMMIT does, and keep the work during the test."""
         with self._on_top(transaction):
             try:
                 if transaction.wrote:
@@ -134,7 +134,7 @@ class SharedConnection:
             self._open.remove(transaction)
 
     def abandon(self, transaction: SavepointTransaction) -> None:
-        """Roll back a transaction that was never ended; if that fails, call `lose`."""
+        """Roll back an unfinished transaction; if that fails, mark the connection as lost."""
         try:
             self.roll_back(transaction)
         except BaseException as error:
@@ -158,7 +158,7 @@ class SharedConnection:
         return self._free.alone(lambda: True)
 
     def refuse_if_lost(self) -> None:
-        """Raise if the connection was lost or the test has ended.
+        """Raise an error if the connection was lost or the test has ended.
 
         Raises:
             NotIsolated: The connection was lost, or the test has ended.

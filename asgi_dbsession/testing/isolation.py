@@ -9,7 +9,7 @@ from asgi_dbsession.errors import DBSessionError
 
 
 class NotIsolated(DBSessionError, RuntimeError):
-    """One shared connection would give another result than several connections.
+    """The shared connection of a test cannot give the same result as several connections.
 
     Args:
         database: The URL to show in the error, without its password.

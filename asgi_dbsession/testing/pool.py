@@ -142,7 +142,7 @@ class SharedRecord(_ConnectionRecord):
         self.transaction = transaction
 
     def cut_off(self, reason: Exception) -> None:
-        """Disconnect all callers of this record from the real connection."""
+        """Give errors to all callers that still use this record, instead of the real connection."""
         connection: Any = CutOffConnection(reason)
         self.dbapi_connection = connection
         proxy: Any = self.fairy_ref() if self.fairy_ref is not None else None

@@ -55,7 +55,7 @@ def leave_block(isolation: Isolation) -> None:
 
 
 def session_class_of(database: Database[Any, Any]) -> type[Session]:
-    """Return the session class of the database, which no other database uses."""
+    """Return the session class of the database; each database has its own class."""
     found: Any = database
     session_class: type[Session] = (
         found._sync_class if isinstance(database, AsyncDatabase) else found._class

@@ -21,7 +21,7 @@ class Attempt:
 
 
 class RunningAttempt:
-    """An attempt that is running. The optional room `retry` overrides `will_retry`.
+    """An attempt that is running; the optional package `retry` overrides `will_retry`.
 
     Args:
         attempt: The attempt that `current_attempt()` returns to the application.
@@ -31,7 +31,7 @@ class RunningAttempt:
         self.attempt: Attempt = attempt
 
     def will_retry(self, _end: End) -> bool:
-        """Return True if another attempt follows this commit or rollback, as far as known now."""
+        """Return True if a retry follows this commit or rollback, as far as known now."""
         return False
 
 

@@ -37,7 +37,7 @@ def made_current(unit: UnitOfWork) -> Iterator[None]:
 
 
 def _forget_hidden(unit: UnitOfWork) -> None:
-    """Remove closed units around this unit that no lookup can reach.
+    """Remove closed outer units that no search for a database can find.
 
     Without this, a chain of jobs that each start the next job inside `begin()` would fill the
     memory.
@@ -52,7 +52,10 @@ def _forget_hidden(unit: UnitOfWork) -> None:
 
 
 def _nearest_open(unit: UnitOfWork | None) -> UnitOfWork | None:
-    """Return the nearest open unit; if all are closed, the outermost, for its error."""
+    """Return the nearest open unit, or the outermost unit if all units are closed.
+
+    A use of the closed outermost unit raises SessionClosed, which explains the mistake.
+    """
     while unit is not None and unit.closed and unit.enclosing is not None:
         unit = unit.enclosing
     return unit

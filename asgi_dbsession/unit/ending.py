@@ -41,7 +41,7 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
 
 
 async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: Living) -> None:
-    """Commit or roll back the work that a message of `task` may end; run to completion.
+    """Commit or roll back the work of `task`, before it sends a message or waits for one.
 
     If the application called `set_rollback`, its value replaces `commit`.
 

@@ -16,19 +16,19 @@ class UnitObserver:
     """
 
     def engine_used(self, engine: Engine) -> None:
-        """Sessions use `engine` for the first time; called again if several databases share it."""
+        """Called when sessions use `engine` for the first time, maybe once for each database."""
 
     def engine_left(self, engine: Engine) -> None:
-        """This package stops using `engine`: remove your listeners from it."""
+        """Called when this package stops using `engine`: remove your listeners from it."""
 
     def unit_began(self, unit: Any) -> None:
-        """The unit of work began."""
+        """Called when a unit of work begins."""
 
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
-        """The unit of work opened its session of `database`."""
+        """Called when a unit of work has opened its session of `database`."""
 
     def wait_failed(self, unit: Any, error: Exception) -> None:
-        """No connection became free within the time limit of the pool."""
+        """Called when no connection became free within the time limit of the pool."""
 
     def work_ended(self, unit: Any, end: End) -> None:
-        """The work of the unit was committed or rolled back, and `on_commit` functions have run."""
+        """Called after a commit or rollback of the unit, and after its `on_commit` functions."""

@@ -53,5 +53,5 @@ def _speaks_for(task: object, user: object) -> bool:
 
 
 def _is_in_memory(lock: SessionLock) -> bool:
-    """Return True if the session has only changed attributes, which no operation reports."""
+    """Return True if objects have changed attributes, but no operation used the session."""
     return not lock.is_used and not lock.is_busy
