@@ -87,8 +87,8 @@ class ConcurrentUse(DBSessionError, RuntimeError):
         elif mixed_with == "living":
             text = (
                 f"Another task has uncommitted work on this session of {database}, in the same "
-                "transaction as the work of the task that sends. Nothing was sent, and nothing of "
-                "it is stored."
+                "transaction as the work of the task that sends. Nothing was sent, and nothing "
+                "was stored."
             )
         elif mixed_with == "block":
             text = (
@@ -152,20 +152,20 @@ class TransactionAborted(DBSessionError, PendingRollbackError):
             super().__init__(
                 f"The database rolled back the transaction on {database} because of an error that "
                 f"the application caught ({reason}). COMMIT would store only the work after it. "
-                "Let the error rise, or call `rollback()` and do the whole work again."
+                "Do not catch the error, or call `rollback()` and do the whole work again."
             )
             return
         super().__init__(
             f"An error that the application caught ({reason}) aborted the transaction on "
             f"{database}. COMMIT would store nothing. Put the statement that may fail into "
-            "`async with session.begin_nested():`, or let its error rise."
+            "`async with session.begin_nested():`, or do not catch its error."
         )
 
 
 class ForbiddenWrite(DBSessionError, RuntimeError):
-    """A unit of work that may only read tried to write, and nothing was stored.
+    """A unit of work that may only read tried to write; nothing was stored.
 
-    If the application catches the error, COMMIT raises it again.
+    If the application catches this error, COMMIT raises it again.
     """
 
     def __init__(self, database: object, what: str) -> None:

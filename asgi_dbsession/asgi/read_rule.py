@@ -1,4 +1,4 @@
-"""Which requests may only read."""
+"""Decides which requests may only read."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -15,10 +15,10 @@ _SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
 
 
 def safe_methods(scope: Scope) -> bool:
-    """Return True for HTTP requests that promise to change nothing: GET, HEAD, OPTIONS and TRACE.
+    """Return True for the HTTP methods that must not change data: GET, HEAD, OPTIONS and TRACE.
 
-    For `DBSessionMiddleware(app, database, read_only=safe_methods)`. A WebSocket has no method that
-    promises anything, so it may write.
+    Use it as `DBSessionMiddleware(app, database, read_only=safe_methods)`. A WebSocket has no such
+    method, so a WebSocket may write.
     Source: https://www.rfc-editor.org/rfc/rfc9110#section-9.2.1
 
     Args:
@@ -28,11 +28,11 @@ def safe_methods(scope: Scope) -> bool:
 
 
 def apply_read_rule(rule: ReadOnly, unit: UnitOfWork, scope: Scope) -> None:
-    """Ask the rule about a request before its application is called.
+    """Call the rule for a request, and store its result in the unit of work.
 
     Raises:
         ConfigurationError: The rule returned neither True nor False. Or the request may only read,
-            and a middleware further out, which opens the sessions, lets it write.
+            but an outer middleware opens the sessions and allows writes.
     """
     unit.read_only = checked(rule(scope), "read_only")
     if not unit.read_only or not unit.joins_outer_unit:

@@ -150,13 +150,14 @@ def _record_commit(connection: Connection, *_: object) -> None:
 
 
 def watch_sessions() -> None:
-    """Tell attempts of each COMMIT of this package's sessions that has succeeded."""
+    """Record each successful COMMIT of a session in the attempts that the session belongs to."""
     if not event.contains(GuardedSession, "after_commit", _record_stored):
         event.listen(GuardedSession, "after_commit", _record_stored)
 
 
 def _record_stored(session: Session) -> None:
-    if session.in_nested_transaction():  # SQLAlchemy also reports the release of savepoints
+    # SQLAlchemy also calls this listener for the release of a savepoint, which is no COMMIT.
+    if session.in_nested_transaction():
         return
     for attempt in _under_way():
         attempt.has_committed = attempt.has_committed or attempt.committing is not None

@@ -6,17 +6,17 @@ from asgi_dbsession.types import Message, Receive
 
 # The largest body to keep for another attempt, in bytes. A request with a larger body runs once.
 BODY_LIMIT = 1_048_576
-# The most bytes of bodies that one middleware keeps at once. A request whose body does not fit runs
-# once.
+# The largest number of bytes that one middleware keeps for all requests together. A request whose
+# body does not fit runs only once.
 ROOM = 32 * BODY_LIMIT
 
 
 class Room:
-    """The memory for the bodies of all requests of one middleware.
+    """The memory limit for the bodies of all requests of one middleware.
 
     Attributes:
-        free: The number of bytes that are left.
-        mutex: Protects the number: a COMMIT in a thread frees a body.
+        free: The number of bytes that may still be used.
+        mutex: A lock for `free`, because a COMMIT in another thread frees a body.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,8 @@ class Replay:
         self._body = bytearray()
         self._has_begun = False
         self._has_more = True
-        self._pending: object = None  # the attempt that has not received the kept body yet
+        # The attempt that has not received the kept body yet.
+        self._pending: object = None
         self.is_kept: bool = True
         self.is_client_gone: bool = False
 

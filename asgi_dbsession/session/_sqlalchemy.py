@@ -100,7 +100,7 @@ def isolation_level_on_connect(connection: Connection) -> str | None:
 
 
 def on_checkin(connection: Connection, function: Callable[[Any], object]) -> None:
-    """Call a function with the driver's connection, once, before the pool gets it back."""
+    """Call `function` once with the driver's connection, before it returns to its pool."""
     record = connection.connection._connection_record
     if record is not None:
         record.finalize_callback.append(function)

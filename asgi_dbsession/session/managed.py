@@ -49,8 +49,8 @@ class ManagedSession(Generic[S]):
     def has_work(self) -> bool:
         """True if the session has work to commit or roll back, or if an operation runs."""
         # in_transaction() finds flushed work and Core statements. The other checks find objects
-        # that another task changed or added during an earlier COMMIT. A write that was refused, and
-        # whose error was caught, must still fail the unit of work.
+        # that another task changed or added during an earlier COMMIT. A refused write counts as
+        # work too: the unit of work must fail even if the application caught the error.
         session, lock = self.orm, self.lock
         is_changed = session.in_transaction() or session.identity_map.check_modified()
         is_added = lock.is_used and bool(session.new)

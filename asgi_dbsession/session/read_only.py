@@ -1,4 +1,4 @@
-"""Has the database itself refuse writes in a transaction."""
+"""Lets the database refuse writes in a transaction."""
 
 from typing import Any
 
@@ -8,17 +8,17 @@ from sqlalchemy.pool import StaticPool
 from ._sqlalchemy import on_checkin
 from .reads import DRIVERS, is_in_transaction
 
-# SQLSTATE read_only_sql_transaction, ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION, SQLITE_READONLY.
+# The error codes for a write in a read-only transaction, of PostgreSQL, MariaDB and SQLite.
 # Sources: https://www.postgresql.org/docs/current/errcodes-appendix.html
 # https://mariadb.com/kb/en/mariadb-error-code-reference/ and https://www.sqlite.org/rescode.html
 _POSTGRESQL, _MARIADB, _SQLITE = "25006", 1792, 8
 
 
 def begin_read_only(connection: Connection) -> None:
-    """Make the transaction that has just begun `READ ONLY`, until the connection is given back.
+    """Make a transaction that has just begun `READ ONLY`, until the connection is returned.
 
-    On PostgreSQL this is part of BEGIN; on MySQL and MariaDB it costs a round trip. Other databases
-    than these and SQLite refuse nothing.
+    On PostgreSQL this is part of BEGIN. On MySQL and MariaDB it costs a round trip. SQLite refuses
+    writes too; all other databases accept them.
     """
     name = connection.dialect.name
     if name == "postgresql":
@@ -30,13 +30,16 @@ def begin_read_only(connection: Connection) -> None:
 
 
 def set_savepoint_read_only(connection: Connection) -> None:
-    """Refuse writes until the innermost savepoint ends; only PostgreSQL can do that."""
+    """Let PostgreSQL refuse writes until the innermost savepoint ends.
+
+    Other databases cannot make a savepoint read-only.
+    """
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Return True if a database refused a statement because of `READ ONLY`."""
+    """Return True if the database refused the statement because of `READ ONLY`."""
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     if state == _POSTGRESQL or getattr(error, "sqlite_errorcode", 0) & 0xFF == _SQLITE:
         return True

@@ -1,4 +1,4 @@
-"""Refuses what a session would write in a unit of work that may only read."""
+"""Refuses the writes of a session in a unit of work that may only read."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -17,21 +17,22 @@ from .read_only import begin_read_only, is_refusal, set_savepoint_read_only
 
 R = TypeVar("R")
 
-# Where a connection has the `Writes` of the session that uses it.
+# The key under which a connection keeps the `Writes` object of its session.
 _KEY = "asgi_dbsession.writes"
 
 
 class Writes:
-    """Decides if a session may write, and remembers the first write that was refused.
+    """Decides if a session may write, and remembers the first refused write.
 
     Args:
-        database: The database of the session, for errors.
+        database: The database of the session, for error texts.
         forbidden: True if the session may only read.
 
     Attributes:
-        forbidden: The same; a `begin(join=True, read_only=True)` block changes it.
-        in_block: True if `forbidden` is for such a block, and not for the whole session.
-        refused: The error of the first write that was refused. COMMIT raises it again, because the
+        forbidden: True if the session may only read now; a block of `begin(join=True,
+            read_only=True)` changes this value.
+        in_block: True if only such a block may not write, and the rest of the session may.
+        refused: The error of the first refused write. COMMIT raises it again, because the
             application may have caught it.
     """
 
@@ -43,7 +44,7 @@ class Writes:
         self.forbidden: bool = forbidden
 
     def check_statement(self, statement: object) -> None:
-        """Refuse a construct that writes; text is for the database to refuse.
+        """Refuse a SQLAlchemy construct that writes; the database refuses SQL text that writes.
 
         Raises:
             ForbiddenWrite: The session may only read.
@@ -52,7 +53,7 @@ class Writes:
             raise self.refuse(_name_statement(statement))
 
     def check_flush(self, session: Session) -> None:
-        """Refuse to flush objects that were added, changed or deleted.
+        """Refuse to flush added, changed or deleted objects.
 
         Raises:
             ForbiddenWrite: The session may only read.
@@ -61,7 +62,7 @@ class Writes:
             raise self.refuse(name)
 
     def check_commit(self) -> None:
-        """Refuse to commit after a write was refused.
+        """Refuse to commit after a refused write.
 
         Raises:
             ForbiddenWrite: A write was refused, and the application caught the error.
@@ -70,7 +71,7 @@ class Writes:
             raise self.refused
 
     def begin(self, connection: Connection, *, in_savepoint: bool) -> None:
-        """Have the database refuse writes too, in a transaction or savepoint that has begun."""
+        """Let the database refuse writes too, in a transaction or savepoint that has just begun."""
         if not self.forbidden or in_savepoint is not self.in_block:
             return
         info = connection.info
@@ -82,19 +83,19 @@ class Writes:
             begin_read_only(connection)
 
     def allow(self) -> None:
-        """Allow writes again, at the end of a block."""
+        """Allow writes again at the end of a block."""
         self.forbidden = self.in_block = False
         self.refused = None
 
     def refuse(self, name: str) -> ForbiddenWrite:
-        """Make the error for a write, and remember it."""
+        """Return the error for a write, and remember the first error."""
         error = ForbiddenWrite(self._database, name)
         self.refused = self.refused or error
         return error
 
 
 def refusing(operation: Callable[..., R]) -> Callable[..., R]:
-    """Have a method of a session refuse statements that write."""
+    """Wrap a method of a session, so that it refuses statements that write."""
 
     @functools.wraps(operation)
     def operate(self: Any, statement: Any, *args: Any, **kwargs: Any) -> R:
@@ -105,7 +106,7 @@ def refusing(operation: Callable[..., R]) -> Callable[..., R]:
 
 
 def refusing_all(operation: Callable[..., R]) -> Callable[..., R]:
-    """Have a method of a session that only writes, past the flush, refuse to."""
+    """Wrap a method that only writes and uses no flush, so that it refuses all calls."""
 
     @functools.wraps(operation)
     def operate(self: Any, *args: Any, **kwargs: Any) -> R:
@@ -117,7 +118,7 @@ def refusing_all(operation: Callable[..., R]) -> Callable[..., R]:
 
 
 def record_refusal(context: ExceptionContext) -> None:
-    """Remember that the database refused a statement because the session may only read."""
+    """Record that the database refused a statement because the session may only read."""
     connection, error = context.connection, context.original_exception
     writes: Writes | None = connection.info.get(_KEY) if connection is not None else None
     if writes is not None and writes.forbidden and is_refusal(error):

@@ -1,4 +1,4 @@
-"""The blocks of `database.begin()`: a unit of work of their own, or a part of the open one."""
+"""The blocks of `database.begin()`, which open a new unit of work or join an open one."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -14,7 +14,7 @@ S = TypeVar("S")
 
 @asynccontextmanager
 async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> AsyncIterator[S]:
-    """Run a block with a session of the database."""
+    """Run an async block with a session of the database."""
     outer = unit_to_join(database) if join else None
     if outer is not None:
         async with joined(outer, database, read_only) as session:
@@ -32,7 +32,7 @@ async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> A
 
 @contextmanager
 def blocking_block_of(database: SessionSource[S], join: bool, read_only: bool) -> Iterator[S]:
-    """Run a block with a session of the database, on the current thread."""
+    """Run a block with a session of the database on the current thread."""
     outer = unit_to_join(database) if join else None
     if outer is not None:
         with joined_blocking(outer, database, read_only) as session:

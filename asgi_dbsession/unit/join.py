@@ -138,7 +138,8 @@ class _Block:
         lock = self._opened.lock
         is_outermost = lock.acquire()
         try:
-            self._savepoint = self._opened.orm.begin_nested()  # which flushes earlier writes
+            # SQLAlchemy flushes earlier changes first, so they do not belong to the savepoint.
+            self._savepoint = self._opened.orm.begin_nested()
             self._forbids_writes = self._forbids_writes and not self._writes.forbidden
             if self._forbids_writes:
                 self._writes.forbidden = self._writes.in_block = True
