@@ -126,7 +126,7 @@ class ThreadQuestions(Questions):
         with self._mutex:
             if self._current is not None and self._current.engine is engine:
                 return self._current
-            # The engine was replaced, so its check is of no use any more.
+            # The engine was replaced by a new engine, so a check of the old engine is not shared.
             if self._current is not None:
                 self._abandon(self._current)
             if self._abandoned >= _MAX_ABANDONED:

@@ -21,7 +21,7 @@ from asgi_dbsession.unit.report import Outcome
 from .route import RouteName, name_of, route_by_quart
 from .totals import Totals
 
-# How many ended units are kept.
+# How many ended units of work are kept for the page.
 _MOST_UNITS = 400
 
 

@@ -49,7 +49,7 @@ class Replay:
         self.is_client_gone: bool = False
 
     def from_start(self, *, last: bool = False) -> Receive:
-        """Return a `receive` function that first returns all of the body so far.
+        """Return a `receive` function that first returns the part of the body received so far.
 
         Args:
             last: True if no other attempt follows, so that nothing needs to be kept.

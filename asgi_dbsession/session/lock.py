@@ -232,7 +232,7 @@ class SessionLock(ABC):
 
 
 class TaskLock(SessionLock):
-    """The lock of an async session; the caller is the running task."""
+    """The lock of an async session, which counts each asyncio task as one caller."""
 
     @override
     def _caller(self) -> object:

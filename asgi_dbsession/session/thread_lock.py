@@ -9,9 +9,9 @@ from .lock import SessionLock, current_end, current_task
 
 
 class ThreadLock(SessionLock):
-    """The lock of a sync session; the caller is a thread, or the `End` object that it works for.
+    """The lock of a sync session, which counts each thread as one caller.
 
-    One commit or rollback may run in several threads, so the `End` object is the caller then.
+    A commit or rollback may run in several threads. Then its `End` object is the caller.
 
     Args:
         database: The database of the session, for error texts.

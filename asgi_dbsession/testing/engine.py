@@ -42,7 +42,7 @@ def share(engine: Engine, isolation: Isolation) -> None:
 
 
 def unshare(engine: Engine) -> None:
-    """Roll back all work, and restore the engine's own pool."""
+    """Roll back the work of the test, and restore the engine's own pool."""
     pool, dialect = engine.pool, engine.dialect
     if isinstance(pool, SharedPool):
         try:

@@ -42,7 +42,7 @@ def outlived(database: str) -> NotIsolated:
 
 
 def disposed(database: str) -> NotIsolated:
-    """Return the error for work that continues after the end of its engine, during the test."""
+    """Return the error for work that still uses an engine after the engine was disposed."""
     return NotIsolated(
         database,
         f"This work outlived the engine of {database}, which was disposed inside of the "

@@ -80,7 +80,7 @@ class SharedPool(Pool):
         finally:
             self._cut_off(reason)
             if shared.connection.is_valid:
-                # Close the connection, so that the database rolls back its transaction.
+                # Closing the connection makes the database roll back its transaction.
                 shared.connection.invalidate(shared.lost)
 
     def _give_back(self, shared: SharedConnection) -> None:

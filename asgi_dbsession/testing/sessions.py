@@ -16,10 +16,11 @@ from asgi_dbsession.errors import without_secrets
 from .dialect import record_of
 from .isolation import Isolation, NotIsolated, outlived
 
-# The block in which the running code was started; None in the code after a block.
+# The `rolled_back` block in which the running code was started; None after the block has ended.
 _block: ContextVar[Isolation | None] = ContextVar("asgi_dbsession.testing", default=None)
 
-# The latest block around each database, and the block in which each session was first used.
+# The latest `rolled_back` block around each database, and the block in which each session was first
+# used.
 _latest: WeakKeyDictionary[Database[Any, Any], Isolation] = WeakKeyDictionary()
 _block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
 
@@ -31,7 +32,8 @@ def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
     """Check each session of the database when it begins a transaction."""
     earlier = _latest.get(database)
     if earlier is None:
-        # The listener is never removed, so that work that outlives its test is refused later too.
+        # This listener is never removed, so that it also refuses work that continues after its
+        # test.
         event.listen(session_class_of(database), "after_begin", _Check(database))
     else:
         # Forget tasks and threads of an earlier test that still run: they do not belong to this
@@ -42,12 +44,12 @@ def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
 
 
 def enter_block(isolation: Isolation) -> None:
-    """Mark all tasks and threads that are started from now on as started inside the block."""
+    """Mark all tasks and threads that start from now on as part of the `rolled_back` block."""
     _block.set(isolation)
 
 
 def leave_block(isolation: Isolation) -> None:
-    """Refuse all work that was started inside the block and continues after it."""
+    """Refuse from now on all work that was started in the `rolled_back` block."""
     isolation.has_ended = True
     if (task := _current_task()) is not None:
         isolation.tasks.discard(task)
@@ -87,13 +89,13 @@ class _Check:
 
 
 def _outlived(isolation: Isolation) -> bool:
-    """Return True if the running code was started inside the block, which has ended."""
+    """Return True if the running code was started in a `rolled_back` block that has ended."""
     task = _current_task()
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
         return True
-    # A thread without a context does not know its block, so compare the thread itself. Thread pools
-    # pass on the context of each caller.
+    # A thread without a context does not know its `rolled_back` block, so compare the thread
+    # itself. Thread pools pass on the context of each caller.
     thread = threading.current_thread()
     return (
         task is None
