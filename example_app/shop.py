@@ -142,7 +142,7 @@ def charge(order: Order, card: Card, key: UUID) -> None:
     """Charge a card for an order, once per key.
 
     The payment is inserted by COMMIT. A key that was used before fails there, after the handler
-    has returned its success, and the customer hears of the failure all the same.
+    has returned its success, and the customer gets an error instead of the success.
 
     Raises:
         PaymentDeclined: The card was declined.

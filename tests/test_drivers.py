@@ -103,7 +103,7 @@ def serving(running: Running, handler: Callable[[], Any], status: int = 200) -> 
 
 @driver_table
 async def test_a_read_sees_what_is_stored(running: Running) -> None:
-    """A read."""
+    """A request reads rows."""
     seen = []
 
     async def write() -> None:
@@ -120,7 +120,7 @@ async def test_a_read_sees_what_is_stored(running: Running) -> None:
 
 @driver_table
 async def test_a_write_is_stored_before_the_answer_leaves(running: Running) -> None:
-    """A write is stored before its answer leaves."""
+    """A write is committed before the response is sent."""
     seen = []
 
     async def write() -> None:
@@ -132,7 +132,7 @@ async def test_a_write_is_stored_before_the_answer_leaves(running: Running) -> N
 
 @driver_table
 async def test_a_status_of_400_stores_nothing(running: Running) -> None:
-    """A status from 400 on rolls back."""
+    """A status of 400 or above rolls back."""
 
     async def write() -> None:
         await running.write("lost")
@@ -156,7 +156,7 @@ async def test_an_exception_stores_nothing(running: Running) -> None:
 
 @driver_table
 async def test_a_commit_that_fails_is_not_answered(running: Running) -> None:
-    """A COMMIT that fails sends nothing, and harms no later request."""
+    """A failed COMMIT sends nothing, and does not disturb later requests."""
 
     async def doomed() -> None:
         await running.write("lost")
@@ -174,7 +174,7 @@ async def test_a_commit_that_fails_is_not_answered(running: Running) -> None:
 
 @driver_table
 async def test_a_cancelled_request_leaks_nothing(running: Running, driver: str) -> None:
-    """A request cancelled at any await leaves nothing half done, open or checked out."""
+    """A request cancelled at any await leaves no half-stored work and no open connection."""
     if DRIVERS[driver][1]:
         pytest.skip("PgBouncer 1.18 itself ends with `bad client state` at a cancel request")
     await cancel_at_every_await(running)
@@ -214,9 +214,9 @@ async def cancel_at_every_await(running: Running) -> None:
 async def test_a_connection_killed_in_a_request_is_an_error_and_the_pool_heals(
     running: Running,
 ) -> None:
-    """A connection killed in the middle of a request is an error, and the pool heals by itself."""
+    """If a connection is killed during a request, the request fails and the pool recovers."""
     if running.real.is_sqlite:
-        pytest.skip("there is no server to lose")
+        pytest.skip("SQLite has no server that could fail")
 
     async def killed() -> None:
         await running.write("lost")
@@ -234,9 +234,9 @@ async def test_a_connection_killed_in_a_request_is_an_error_and_the_pool_heals(
 
 @driver_table
 async def test_a_connection_that_died_in_the_pool_is_replaced_unnoticed(running: Running) -> None:
-    """A connection that died in the pool is replaced before a request meets it."""
+    """A dead connection in the pool is replaced before a request uses it."""
     if running.real.is_sqlite:
-        pytest.skip("there is no server to lose")
+        pytest.skip("SQLite has no server that could fail")
 
     async def write() -> None:
         await running.write("kept")
@@ -291,7 +291,7 @@ async def fail_in_a_savepoint(running: Running) -> None:
 
 @driver_table
 async def test_a_savepoint_saves_what_came_before(running: Running) -> None:
-    """What fails in a savepoint takes nothing else with it."""
+    """A failure in a savepoint does not affect other work."""
 
     async def write() -> None:
         await running.write("before")
@@ -304,7 +304,7 @@ async def test_a_savepoint_saves_what_came_before(running: Running) -> None:
 
 @driver_table
 async def test_a_swallowed_error_is_loud_or_harmless(running: Running) -> None:
-    """An error that the handler swallows is loud where it aborts, and harmless elsewhere."""
+    """If the handler catches an error that aborted the transaction, COMMIT raises an error."""
 
     async def swallow() -> None:
         await running.write("before")
@@ -378,9 +378,9 @@ def lock(row: str) -> Any:
 
 @driver_table
 async def test_a_swallowed_deadlock_stores_no_half(running: Running) -> None:
-    """A deadlock that the handler swallows cannot have half of its work stored."""
+    """If the handler catches a deadlock, its work is never stored by half."""
     if running.real.is_sqlite:
-        pytest.skip("there is one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
 
     async def handler() -> None:
         await running.write("first half")
@@ -438,7 +438,7 @@ async def test_no_savepoint_saves_anything_from_a_deadlock(running: Running) -> 
 async def test_after_a_rollback_a_deadlock_is_forgotten(running: Running) -> None:
     """After a deadlock and `rollback()`, the same request can do its work again."""
     if running.real.is_sqlite:
-        pytest.skip("there is one writer at a time")
+        pytest.skip("SQLite has one writer at a time")
 
     async def handler() -> None:
         with pytest.raises(DBAPIError, match=r"(?i)deadlock"):

@@ -193,7 +193,7 @@ async def serve(framework: str, running: Running, work: Work) -> None:
 @in_the_table
 @frameworks
 async def test_tasks_at_once_on_one_session_are_told(running: Running, framework: str) -> None:
-    """Two tasks at once on one session get `ConcurrentUse`, and the response is still sent."""
+    """Two tasks that use one session at once get `ConcurrentUse`; the response is still sent."""
     results: list[Any] = []
 
     async def work() -> None:
@@ -210,7 +210,7 @@ async def test_tasks_at_once_on_one_session_are_told(running: Running, framework
 @in_the_table
 @frameworks
 async def test_threads_without_the_context_are_told(running: Running, framework: str) -> None:
-    """A thread that does not carry the context of its request gets `NoSession`."""
+    """A thread without the context of its request gets `NoSession`."""
     errors = []
 
     def in_thread() -> None:
@@ -257,7 +257,7 @@ async def test_a_task_that_outlives_its_request_is_told(running: Running, framew
 @in_the_table
 @frameworks
 async def test_a_session_that_escaped_is_told(running: Running, framework: str) -> None:
-    """A session that is used after its request gets `SessionClosed`, as its accessor does."""
+    """A session that is used after its request raises `SessionClosed`, like `get_session()`."""
     escaped: list[AsyncSession] = []
     accessors = []
 

@@ -150,7 +150,7 @@ async def shop(real: Real) -> AsyncIterator[Shop]:
 async def test_what_a_request_committed_is_there_for_the_test_and_for_the_next_request(
     shop: Shop,
 ) -> None:
-    """A test sees what requests have stored."""
+    """A test sees rows that requests have stored."""
     assert (await get(shop.app, "/one/201")).body == b"before,one"
     assert (await get(shop.app, "/two/201")).body == b"before,one,two"
     assert await shop.all() == ["before", "one", "two"]
@@ -158,14 +158,14 @@ async def test_what_a_request_committed_is_there_for_the_test_and_for_the_next_r
 
 @pytest.mark.matrix("Tests of an application", "real")
 async def test_a_request_sees_what_the_test_has_stored(shop: Shop) -> None:
-    """Requests see what the test has stored."""
+    """Requests see rows that the test has stored."""
     await shop.add("test")
     assert (await get(shop.app, "/one/201")).body == b"before,test,one"
 
 
 @pytest.mark.matrix("Tests of an application", "real")
 async def test_a_request_sees_what_the_test_has_not_committed_yet(shop: Shop) -> None:
-    """Requests see what the test is about to store, and the other way round."""
+    """Requests see uncommitted rows of the test, and the test sees those of requests."""
 
     async def work() -> list[str]:
         await shop.write("test")
@@ -192,7 +192,7 @@ async def test_a_request_that_fails_rolls_back_its_own_work_only(shop: Shop) -> 
 async def test_a_deferred_constraint_fails_at_commit(shop: Shop) -> None:
     """A deferred constraint fails at COMMIT, and the client gets an error."""
     if backend(shop.real) == "mysql":
-        pytest.skip("MariaDB defers no constraint")
+        pytest.skip("MariaDB has no deferred constraints")
     await get(shop.app, "/one/201")
     exchange = await get(shop.app, "/doomed/201")
     assert (exchange.status, type(exchange.error).__name__) == (None, "IntegrityError")
@@ -201,7 +201,7 @@ async def test_a_deferred_constraint_fails_at_commit(shop: Shop) -> None:
 
 @pytest.mark.matrix("Tests of an application", "real")
 async def test_concurrent_requests_take_turns(shop: Shop) -> None:
-    """Concurrent requests take turns, and each is stored or not by its own status."""
+    """Concurrent requests run one after the other; each commits or rolls back by its status."""
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
         await shop.write(scope["path"])
@@ -240,7 +240,7 @@ async def test_a_request_that_is_cancelled_leaves_the_connection_to_the_others(s
 
 @pytest.mark.matrix("Tests of an application", "real")
 async def test_a_savepoint_of_the_application_is_its_own(shop: Shop) -> None:
-    """The application's own savepoints work as ever."""
+    """Savepoints of the application work as usual."""
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
         await shop.write("outer")

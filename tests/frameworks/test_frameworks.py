@@ -89,7 +89,7 @@ FRAMEWORKS = (
         "blacksheep",
         without=(
             NO_OPENAPI,
-            ("background", "BlackSheep has no background work"),
+            ("background", "BlackSheep has no background tasks"),
         ),
     ),
     Framework(
@@ -98,7 +98,7 @@ FRAMEWORKS = (
         module="project.asgi",
         without=(
             NO_OPENAPI,
-            ("background", "Django hands background work to other processes"),
+            ("background", "Django runs background tasks in other processes"),
         ),
     ),
     Framework(
@@ -106,7 +106,7 @@ FRAMEWORKS = (
         "any-asgi-application",
         without=(
             NO_OPENAPI,
-            ("raised", "Nobody is there to turn an exception into a response"),
+            ("raised", "A bare function has no HTTP exceptions"),
         ),
     ),
 )
@@ -229,7 +229,7 @@ async def served(framework: Framework, pages: Pages) -> AsyncIterator[Served]:
 @in_the_table
 @frameworks
 async def test_a_read_answers(framework: Framework, served: Served) -> None:
-    """A read answers, and its connection is back before the first byte."""
+    """After a read, the connection is back in the pool before the first byte is sent."""
     found = store("first", "second")
     held = []
     exchange = await served.ask(
@@ -243,7 +243,7 @@ async def test_a_read_answers(framework: Framework, served: Served) -> None:
 @in_the_table
 @frameworks
 async def test_a_write_is_stored_first(framework: Framework, served: Served) -> None:
-    """A write is stored, and its connection back, before the first byte."""
+    """A write is committed, and its connection is back, before the first byte is sent."""
     seen = []
     exchange = await served.ask(
         "POST",
@@ -260,7 +260,7 @@ async def test_a_write_is_stored_first(framework: Framework, served: Served) -> 
 @in_the_table
 @frameworks
 async def test_a_status_that_is_returned(framework: Framework, served: Served) -> None:
-    """A status of 400 or more that is returned rolls back."""
+    """A returned status of 400 or above rolls back."""
     exchange = await served.ask("POST", "/leave/returned")
     assert (exchange.status, exchange.error) == (409, None)
     assert stored() == []
@@ -271,7 +271,7 @@ async def test_a_status_that_is_returned(framework: Framework, served: Served) -
 @in_the_table
 @frameworks
 async def test_a_status_that_is_raised(framework: Framework, served: Served) -> None:
-    """A status of 400 or more that is raised, the way the framework has for that, rolls back."""
+    """An HTTP exception of the framework with a status of 400 or above rolls back."""
     assert (await served.ask("GET", "/notes/42")).status == 404
     framework.needs("raised")
     exchange = await served.ask("POST", "/leave/raised")
@@ -283,7 +283,7 @@ async def test_a_status_that_is_raised(framework: Framework, served: Served) -> 
 @in_the_table
 @frameworks
 async def test_an_exception_rolls_back(framework: Framework, served: Served) -> None:
-    """An exception that nobody handles rolls back."""
+    """An unhandled exception rolls back."""
     exchange = await served.ask("POST", "/leave/unhandled")
     assert exchange.status == 500 or isinstance(exchange.error, RuntimeError)
     assert stored() == []
@@ -292,7 +292,7 @@ async def test_an_exception_rolls_back(framework: Framework, served: Served) -> 
 @in_the_table
 @frameworks
 async def test_a_failed_commit_sends_nothing(framework: Framework, served: Served) -> None:
-    """A COMMIT that failed sends nothing of the response, and stores nothing."""
+    """After a failed COMMIT, nothing of the response is sent and nothing is stored."""
     exchange = await served.ask("POST", "/notes", {"text": "doomed", "reply_to": 0})
     assert exchange.status in (None, 500)
     assert b"id" not in exchange.body
@@ -304,7 +304,7 @@ async def test_a_failed_commit_sends_nothing(framework: Framework, served: Serve
 @in_the_table
 @frameworks
 async def test_the_error_of_a_failed_commit_is_itself(framework: Framework, served: Served) -> None:
-    """Its error reaches the server as it was raised."""
+    """The error of a failed COMMIT reaches the server unchanged."""
     framework.needs("raises")
     exchange = await served.ask("POST", "/notes", {"text": "doomed", "reply_to": 0})
     assert isinstance(exchange.error, IntegrityError)
@@ -313,7 +313,7 @@ async def test_the_error_of_a_failed_commit_is_itself(framework: Framework, serv
 @in_the_table
 @frameworks
 async def test_on_commit_error_answers(framework: Framework, pages: Pages) -> None:
-    """Or `on_commit_error` answers."""
+    """`on_commit_error` can answer a failed COMMIT."""
     if framework.changes:
         wrapped = pages.load(framework)
         arguments = wrapped.module.app, wrapped.module.database
@@ -335,7 +335,7 @@ async def no_such_note(scope: Any, receive: Any, send: Any) -> None:
 @in_the_table
 @frameworks
 async def test_a_streaming_body_writes(framework: Framework, served: Served) -> None:
-    """A streaming body reads and writes, and is committed before its last byte leaves."""
+    """The work of a streaming body is committed before its last byte is sent."""
     store("first", "second")
     seen = []
     exchange = await served.ask(
@@ -349,7 +349,7 @@ async def test_a_streaming_body_writes(framework: Framework, served: Served) -> 
 @in_the_table
 @frameworks
 async def test_a_client_hangs_up(framework: Framework, served: Served) -> None:
-    """A client that hangs up in a streaming body leaves nothing checked out."""
+    """If a client disconnects during a streaming body, no connection stays checked out."""
     store("first", "second")
 
     def hang_up(message: Any) -> None:
@@ -366,7 +366,7 @@ async def test_a_client_hangs_up(framework: Framework, served: Served) -> None:
 @in_the_table
 @frameworks
 async def test_background_work(framework: Framework, served: Served) -> None:
-    """Background work follows the commit, and is a transaction of its own."""
+    """A background task runs after COMMIT, in a transaction of its own."""
     framework.needs("background")
     seen = []
     exchange = await served.ask("POST", "/index", on_message=lambda _: seen.append(stored()))
@@ -379,7 +379,7 @@ async def test_background_work(framework: Framework, served: Served) -> None:
 @in_the_table
 @frameworks
 async def test_the_lifespan_has_the_engine(framework: Framework, pages: Pages) -> None:
-    """The engine is started and disposed of by the lifespan."""
+    """The lifespan starts the engine and disposes it."""
     application = pages.load(framework)
     await becomes_true(lambda: server().connections() == 0)
     async with serving(application) as served:
@@ -392,9 +392,9 @@ async def test_the_lifespan_has_the_engine(framework: Framework, pages: Pages) -
 @in_the_table
 @frameworks
 async def test_code_that_blocks(framework: Framework, pages: Pages) -> None:
-    """Code that blocks (in a `def` handler, where there are) works on a `SyncDatabase`."""
+    """Blocking code works with a `SyncDatabase`, in `def` handlers where they exist."""
     if framework.changes:
-        pytest.skip("Such code is tested in one way of installing")
+        pytest.skip("Blocking code is tested with one way of installation")
     path = "/notes"
     if framework.page == "django":
         path = "/reports"
@@ -418,7 +418,7 @@ async def test_code_that_blocks(framework: Framework, pages: Pages) -> None:
 @in_the_table
 @frameworks
 async def test_openapi(framework: Framework, served: Served) -> None:
-    """Nothing of the session is in the OpenAPI document."""
+    """The OpenAPI document does not show the session."""
     framework.needs("openapi")
     path = "/schema/openapi.json" if framework.page == "litestar" else "/openapi.json"
     document = json.loads((await served.ask("GET", path)).body)
@@ -636,7 +636,7 @@ def contended_table() -> Iterator[None]:
 async def test_a_lost_race_is_run_again(
     framework: Framework, pages: Pages, monkeypatch: pytest.MonkeyPatch, attempts: int
 ) -> None:
-    """A conflict is retried with the same body, and the last outcome is answered."""
+    """After a conflict the request runs again with the same body, and its last result is sent."""
     by_default(monkeypatch, attempts=attempts)
     async with serving(pages.load(framework)) as served:
         with contended_table():

@@ -60,7 +60,7 @@ async def test_what_was_acknowledged_is_stored(server: str) -> None:
 
 @row
 async def test_a_request_reads(server: str) -> None:
-    """A request reads what others stored."""
+    """A request reads rows that other requests stored."""
     shop = await open_shop(server)
     assert shop.server.get().json() == []
     assert shop.server.post("one").status_code == 201
@@ -70,7 +70,7 @@ async def test_a_request_reads(server: str) -> None:
 
 @row
 async def test_a_failed_commit_is_a_500(server: str) -> None:
-    """A COMMIT that fails is a 500 with nothing of the response."""
+    """After a failed COMMIT the client gets a 500, and nothing of the response."""
     shop = await open_shop(server)
     response = shop.server.post("doomed")
     assert response.status_code == 500
@@ -84,7 +84,7 @@ async def test_a_failed_commit_is_a_500(server: str) -> None:
 
 @row
 async def test_an_exception_rolls_back(server: str) -> None:
-    """An unhandled exception is a 500 and rolls back."""
+    """After an unhandled exception the client gets a 500, and the work is rolled back."""
     shop = await open_shop(server)
     assert shop.server.post("broken").status_code == 500
     assert shop.real.stored() == []
@@ -94,7 +94,7 @@ async def test_an_exception_rolls_back(server: str) -> None:
 
 @row
 async def test_a_client_that_hangs_up_in_a_stream_leaves_nothing_checked_out(server: str) -> None:
-    """A client that hangs up in a stream leaks nothing."""
+    """A client that disconnects during a stream leaks no connection."""
     shop = await open_shop(server)
     with httpx2.stream("GET", shop.server.url + "/stream", verify=False) as response:
         parts = response.iter_raw()  # kept: its end is the end of the response
@@ -107,7 +107,7 @@ async def test_a_client_that_hangs_up_in_a_stream_leaves_nothing_checked_out(ser
 
 @row
 async def test_server_sent_events_hold_no_connection_while_they_wait(server: str) -> None:
-    """Server-sent events start at once and hold no connection between them."""
+    """Server-sent events start at once, and hold no connection between two events."""
     shop = await open_shop(server)
     with httpx2.stream("GET", shop.server.url + "/events", verify=False, timeout=10) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -140,9 +140,9 @@ async def test_a_server_that_is_stopped_leaves_no_connection(new_shop: Shop) -> 
 
 @row
 async def test_two_workers_leave_no_connection(new_shop: Shop) -> None:
-    """Two workers leave no connection either."""
+    """Two workers close every connection too."""
     if new_shop.kind.workers is None:
-        pytest.skip("daphne is one process: its users start several")
+        pytest.skip("daphne runs one process, so its users start several")
     server = await new_shop.start("workers").serving()
     for number in range(8):
         assert server.post(f"row {number}").status_code == 201
@@ -158,9 +158,9 @@ async def test_two_workers_leave_no_connection(new_shop: Shop) -> None:
 async def test_a_server_that_is_stopped_in_the_middle_of_a_request_stores_it_first(
     new_shop: Shop,
 ) -> None:
-    """SIGTERM in the middle of a request: it is stored, and its client is answered."""
+    """After SIGTERM during a request, the work is stored and the client gets its response."""
     if not new_shop.kind.refusals:
-        pytest.skip("daphne cancels what is under way: it is rolled back")
+        pytest.skip("daphne cancels running requests, which rolls them back")
     statuses: list[int] = []
     server = await new_shop.start().serving()
     request = threading.Thread(target=lambda: statuses.append(server.post("slow").status_code))
@@ -177,7 +177,7 @@ async def test_a_server_that_is_stopped_in_the_middle_of_a_request_stores_it_fir
 async def test_a_server_that_reloads_leaves_no_connection_of_its_former_self(
     new_shop: Shop,
 ) -> None:
-    """A reload leaves no connection of the code before."""
+    """A reload closes every connection of the old code."""
     if new_shop.kind.reload is None:
         pytest.skip("daphne does not reload")
     server = await new_shop.start("reload").serving()
@@ -196,9 +196,9 @@ async def test_a_server_that_reloads_leaves_no_connection_of_its_former_self(
 async def test_a_server_without_its_database_exits_and_says_why(
     new_shop: Shop, closed_port: URL
 ) -> None:
-    """A database that does not answer keeps the server from starting, and one line says why."""
+    """If the database does not answer, the server does not start, and one line says why."""
     if not new_shop.kind.refusals:
-        pytest.skip("daphne starts all the same: each request that needs the database is a 500")
+        pytest.skip("daphne starts anyway: each request that needs the database gets a 500")
     server = new_shop.start(url=closed_port.render_as_string(hide_password=False))
     await becomes_true(lambda: server.process.poll() is not None, seconds=20)
     assert server.process.returncode in new_shop.kind.refusals
@@ -214,7 +214,7 @@ async def test_a_server_without_its_database_exits_and_says_why(
 async def test_a_server_that_is_given_no_url_exits_and_says_why(new_shop: Shop) -> None:
     """Also where the framework makes its middleware within the lifespan."""
     if not new_shop.kind.refusals:
-        pytest.skip("daphne starts all the same: each request is a 500")
+        pytest.skip("daphne starts anyway: each request gets a 500")
     new_shop.file.write_text(
         "from starlette.applications import Starlette\n"
         "from asgi_dbsession import DBSessionMiddleware\n"

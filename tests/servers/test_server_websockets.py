@@ -44,7 +44,7 @@ async def say(socket: ClientConnection, note: str) -> str:
 
 @row
 async def test_what_was_acknowledged_is_stored(server: str) -> None:
-    """What a handler wrote is committed before its answer is sent."""
+    """The work of a handler is committed before its answer is sent."""
     shop = await open_shop(server)
     async with call(shop) as socket:
         for number in range(1, 4):
@@ -58,7 +58,7 @@ async def test_what_was_acknowledged_is_stored(server: str) -> None:
 @row
 @pytest.mark.parametrize("note", ["broken", "doomed", "refused"])
 async def test_what_fails_is_not_acknowledged(server: str, note: str) -> None:
-    """An exception, a failed COMMIT and an error close roll back and end the socket."""
+    """An exception, a failed COMMIT and an error code roll back and close the socket."""
     shop = await open_shop(server)
     async with call(shop) as socket:
         assert await say(socket, "before") == "stored"
@@ -70,7 +70,7 @@ async def test_what_fails_is_not_acknowledged(server: str, note: str) -> None:
 
 @row
 async def test_a_denied_socket_rolls_back(server: str) -> None:
-    """A denial is a 403 and rolls back."""
+    """A denial sends 403 and rolls back."""
     shop = await open_shop(server)
     with pytest.raises(InvalidStatus) as caught:
         await call(shop, "/deny")
@@ -81,7 +81,7 @@ async def test_a_denied_socket_rolls_back(server: str) -> None:
 
 @row
 async def test_a_peer_that_vanishes_loses_nothing_that_was_acknowledged(server: str) -> None:
-    """A peer that vanishes leaks nothing and loses nothing that was acknowledged."""
+    """If the client vanishes, no connection leaks and no acknowledged work is lost."""
     shop = await open_shop(server)
     async with call(shop) as socket:
         assert await say(socket, "kept") == "stored"
@@ -112,7 +112,7 @@ async def test_idle_sockets_do_not_delay_a_request(server: str) -> None:
 async def test_a_server_that_is_stopped_leaves_no_connection_of_its_sockets(new_shop: Shop) -> None:
     """SIGTERM with an open socket closes every connection."""
     if new_shop.kind is KINDS["hypercorn"]:
-        pytest.skip("From Python 3.12 on, hypercorn on asyncio waits until its peers have left")
+        pytest.skip("From Python 3.12 on, hypercorn on asyncio waits until its clients have left")
     server = await new_shop.start().serving()
     async with call(new_shop) as socket:
         assert await say(socket, "kept") == "stored"
