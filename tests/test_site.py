@@ -163,6 +163,8 @@ SEARCHES = {
     "gunicorn": "how-to/containers",
     "preload_app": "how-to/containers",
     "readinessprobe": "how-to/containers",
+    "sentry": "how-to/sentry",
+    "request id": "how-to/sentry",
     "pydantic-settings": "how-to/settings",
     "basesettings": "how-to/settings",
     "secretstr": "how-to/settings",
