@@ -1,4 +1,4 @@
-"""A strict ASGI server in a few lines: it refuses whatever a real one would refuse."""
+"""A strict in-process ASGI server for tests; it refuses everything that a real server refuses."""
 
 import asyncio
 from collections.abc import Callable
@@ -56,7 +56,7 @@ class Exchange:
         self._asked = False
 
     async def run(self) -> "Exchange":
-        """Serve it; an exception that reaches the server is kept as `error`."""
+        """Serve the request; keep an exception that reaches the server as `error`."""
         try:
             await self.app(self.scope, self._receive, self._send)
         except Exception as error:
@@ -81,7 +81,7 @@ class Exchange:
 
     @property
     def complete(self) -> bool:
-        """Whether the response has ended."""
+        """True if the response has ended."""
         return any(
             message["type"] == "http.response.body" and not message.get("more_body", False)
             for message in self.messages
@@ -106,7 +106,7 @@ class Exchange:
             self._on_message(message)
         self.messages.append(message)
         if self.complete:
-            self.hang_up.set()  # whoever still listens hears of the end, as from any server
+            self.hang_up.set()  # as on a real server, the application gets `http.disconnect`
         await asyncio.sleep(0)
 
 
@@ -140,7 +140,7 @@ class Life:
         return self
 
     async def run(self) -> "Life":
-        """Send both, whatever the answers."""
+        """Send the startup and the shutdown, whatever the application answers."""
         await self.startup()
         return await self.shutdown()
 
@@ -208,12 +208,12 @@ class Socket:
         self._inbox.put_nowait({"type": "websocket.receive", "text": text})
 
     def hang_up(self, code: int = 1006) -> None:
-        """Go away, as far as the application can see by that code."""
+        """Disconnect the client with this close code."""
         self.waits.clear()
         self._inbox.put_nowait({"type": "websocket.disconnect", "code": code})
 
     async def run(self) -> "Socket":
-        """Serve it; an exception that reaches the server is kept as `error`."""
+        """Serve the WebSocket; keep an exception that reaches the server as `error`."""
         try:
             await self.app(self.scope, self._receive, self._send)
         except Exception as error:
@@ -246,11 +246,11 @@ class Socket:
 
 
 async def get(app: Any, path: str = "/", **options: Any) -> Exchange:
-    """Ask an application for something, and wait until it has returned."""
+    """Send a request to an application, and wait until the application has returned."""
     return await Exchange(app, path, **options).run()
 
 
 async def respond(send: Any, status: int = 200, body: bytes = b"ok") -> None:
-    """Answer as a framework would."""
+    """Send a response, as a framework would."""
     await send({"type": "http.response.start", "status": status, "headers": []})
     await send({"type": "http.response.body", "body": body})

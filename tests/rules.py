@@ -1,4 +1,4 @@
-"""What any exchange must come to: the rules of a unit of work, in other words than the package's.
+"""A model of the rules of a unit of work, written independently of the package.
 
 It knows nothing of the package, and of SQLAlchemy only what `Transaction` says.
 """
@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from typing_extensions import override
 
-# What is sent; the status, code or `more_body` comes from the step.
+# The messages to send; the status, code or `more_body` comes from the step.
 HTTP: dict[str, Any] = {
     "start": {"headers": []},
     "body": {"body": b"x"},
@@ -49,10 +49,10 @@ class Case:
     """An application, and the world around it."""
 
     steps: tuple[Step, ...]
-    cancelled_at: int | None  # the step that a cancellation hits
-    catches: tuple[type[BaseException], ...]  # in each step, to go on with the next one
-    client_leaves_at: int  # from this call of `send` on, it raises
-    silence_at: int  # the same for `receive`
+    cancelled_at: int | None  # the step in which a cancellation happens
+    catches: tuple[type[BaseException], ...]  # caught in each step, so that the next step runs
+    client_leaves_at: int  # from this call on, `send` raises
+    silence_at: int  # from this call on, `receive` raises
     apology: int | None  # the status of the response to a failed COMMIT
 
 
@@ -61,25 +61,25 @@ class Broken(Exception):
 
 
 class Unwinds(BaseException):
-    """What `send` raises once a COMMIT has failed: nothing that `except Exception` could catch."""
+    """The exception that `send` raises after a failed COMMIT; no `except Exception` catches it."""
 
 
 @dataclass
 class Transaction:
-    """What a database and SQLAlchemy make of the work, without any rule of ours.
+    """A model of the database and of SQLAlchemy, without the rules of this package.
 
     Rows are named after the step that wrote them, and so are the functions that are to follow.
     """
 
     stored: set[int] = field(default_factory=set)
-    rows: set[int] = field(default_factory=set)  # written, and not stored
-    objects: set[int] = field(default_factory=set)  # added, and not written
+    rows: set[int] = field(default_factory=set)  # written, but not stored
+    objects: set[int] = field(default_factory=set)  # added, but not written
     functions: list[tuple[int, str]] = field(default_factory=list)
-    due: list[tuple[int, str]] = field(default_factory=list)  # what they were to follow is stored
+    due: list[tuple[int, str]] = field(default_factory=list)  # functions whose work is stored
     is_begun: bool = False
     flush_fails: bool = False
     commit_fails: bool = False
-    needs_rollback: bool = False  # nothing else is possible after a COMMIT or flush that failed
+    needs_rollback: bool = False  # after a failed COMMIT or flush, only a rollback is possible
 
     def work(self, number: int, step: Step) -> None:
         """What an application does with its session."""
@@ -105,20 +105,20 @@ class Transaction:
                 self.roll_back()
 
     def statement(self) -> None:
-        """Whatever the database is asked begins a transaction."""
+        """Begin a transaction, as any statement does."""
         self.is_begun = True
         if self.needs_rollback:
             raise InvalidRequestError
 
     def flush(self) -> None:
-        """Write what was added."""
+        """Write the added rows."""
         self.statement()
         if self.flush_fails:
             self.fail()
         self.rows, self.objects = self.rows | self.objects, set()
 
     def commit(self) -> None:
-        """Store everything, or nothing."""
+        """Store all work, or nothing."""
         if self.is_begun:
             self.flush()
             if self.commit_fails:
@@ -127,13 +127,13 @@ class Transaction:
         self.due, self.functions = self.due + self.functions, []
 
     def fail(self) -> None:
-        """Lose everything, and what was to follow it."""
+        """Lose all work, and the functions that wait for it."""
         self.rows, self.objects, self.functions = set(), set(), []
         self.flush_fails, self.commit_fails, self.needs_rollback = False, False, True
         raise IntegrityError("", None, Exception())
 
     def roll_back(self) -> None:
-        """The same by choice, and begin anew; nothing, where nothing was begun."""
+        """Roll back on request; do nothing without a transaction."""
         if self.is_begun:
             begin_anew = Transaction(stored=self.stored, due=self.due)
             vars(self).update(vars(begin_anew))
@@ -141,29 +141,29 @@ class Transaction:
 
 @dataclass
 class Expected:
-    """What a case must come to over HTTP."""
+    """The expected result of a case over HTTP."""
 
     case: Case
-    is_held_back_when_cancelled: bool  # or it has just left then: both are right
-    story: list[Any] = field(default_factory=list)  # what happened, and what was stored by then
+    is_held_back_when_cancelled: bool  # both results are right if the client leaves now
+    story: list[Any] = field(default_factory=list)  # the events, and the rows stored at each event
     error: type[BaseException] | None = None
 
     transaction: Transaction = field(default_factory=Transaction)
-    rollback: bool | None = None  # what `set_rollback` said
-    failure: type[Exception] | None = None  # of a COMMIT that was not the application's own
+    rollback: bool | None = None  # the value of `set_rollback`
+    failure: type[Exception] | None = None  # the error of a COMMIT that the package sent
     is_answered: bool = False
-    is_success: bool = False  # whether to return now is to succeed
+    is_success: bool = False  # True if a normal return counts as a success
     is_held_back: bool = False
     sends: int = 0
     receives: int = 0
 
     @property
     def outcome(self) -> Any:
-        """All that can be seen from outside."""
+        """All observable results."""
         return self.story, self.error, self.transaction.stored
 
     def tell(self) -> "Expected":
-        """Go through all steps, and then to the end."""
+        """Run all steps, and then end the case."""
         try:
             for number, step in enumerate(self.case.steps):
                 try:
@@ -181,7 +181,7 @@ class Expected:
         return self
 
     def apologize(self, status: int) -> None:
-        """The only response there is where COMMIT failed before another one."""
+        """Return the response to a failed COMMIT if it can still be sent."""
         self.error = None
         try:
             self.forward(Step("start", status))
@@ -190,7 +190,7 @@ class Expected:
             self.error = OSError
 
     def perform(self, number: int, step: Step) -> None:
-        """One step. A cancelled one raises only that, but first ends the unit, where it would."""
+        """Run one step. A cancelled step ends the unit first, if it would do so anyway."""
         is_cancelled = number == self.case.cancelled_at or step.do == "cancel"
         self.is_held_back = is_cancelled and self.is_held_back_when_cancelled
         try:
@@ -211,7 +211,7 @@ class Expected:
                 raise CancelledError
 
     def end(self, *, success: bool) -> None:
-        """End the unit of work: COMMIT or ROLLBACK, and then what was to follow it."""
+        """End the unit of work: COMMIT or ROLLBACK, and then call the waiting functions."""
         failure: type[Exception] | None = None
         try:
             if success:
@@ -228,11 +228,11 @@ class Expected:
             raise Unwinds
 
     def send(self, message: Step) -> None:
-        """HTTP: what acknowledges the work ends it first; all else passes."""
+        """HTTP: a message that acknowledges work ends the work first; other messages do not."""
         if self.failure is not None:
             raise Unwinds
         is_ending = message.do == "pathsend" or (message.do == "body" and not message.value)
-        if message.do == "start" and not self.is_answered:  # else the server refuses it
+        if message.do == "start" and not self.is_answered:  # the server would refuse a second start
             self.end(success=message.value < 400 if self.rollback is None else not self.rollback)
             self.is_answered = self.is_answered or not self.is_held_back
         elif is_ending and self.is_answered and not self.is_success:
@@ -241,7 +241,7 @@ class Expected:
         self.forward(message)
 
     def forward(self, message: Step) -> None:
-        """Let it reach the client, who may be gone."""
+        """Deliver a message to the client, who may have disconnected."""
         if self.is_held_back:
             return
         self.sends += 1
@@ -250,7 +250,7 @@ class Expected:
         self.story.append((message, sorted(self.transaction.stored)))
 
     def receive(self) -> None:
-        """HTTP: ends nothing."""
+        """HTTP: waiting for a message ends no work."""
         if self.is_held_back:
             return
         self.receives += 1
@@ -259,11 +259,11 @@ class Expected:
 
 
 class ExpectedOfSocket(Expected):
-    """What differs on a socket: every message ends the work before it, and so does a wait."""
+    """The expected result on a WebSocket: each message and each wait ends the work before it."""
 
     @override
     def send(self, message: Step) -> None:
-        """Nothing counts before the acceptance, with a denial, or from a close by an error on."""
+        """Nothing is committed before the acceptance, after a denial, or after an error close."""
         if self.failure is not None:
             raise Unwinds
         is_denial = message.do == "http.response.start"
@@ -277,7 +277,7 @@ class ExpectedOfSocket(Expected):
 
     @override
     def receive(self) -> None:
-        """Nothing is held, or left undone, while the peer is silent."""
+        """No connection and no open work is left while the client is silent."""
         if self.failure is not None:
             raise Unwinds
         self.end(success=not self.rollback)
@@ -285,4 +285,4 @@ class ExpectedOfSocket(Expected):
 
     @override
     def apologize(self, status: int) -> None:
-        """There is no response that could be another one."""
+        """A WebSocket has no other response."""

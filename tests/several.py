@@ -27,7 +27,7 @@ registry().map_imperatively(Entry, ENTRY)
 
 
 class Several:
-    """Databases in the order in which they are declared.
+    """Several databases in declared order.
 
     Args:
         reals: What they are.
@@ -50,17 +50,17 @@ class Several:
             await in_session(running, lambda session: session.add(Entry(note)))
 
     def stored(self) -> list[list[str]]:
-        """The notes of all rows that are really there, of each."""
+        """Return the notes of all stored rows of each database."""
         return [real.stored() for real in self.reals]
 
     async def assert_clean(self) -> None:
-        """Nothing checked out of a pool, nothing open on a server."""
+        """Check that no connection is checked out and no transaction is open on any server."""
         for running in self.each:
             await running.assert_clean()
 
 
 async def in_session(running: Running, work: Any) -> None:
-    """Call a function with the plain session of the request; in a thread where it blocks."""
+    """Call a function with the plain session of the request, in a thread if the session blocks."""
     database = running.database
     if isinstance(database, SyncDatabase):
         await to_thread.run_sync(lambda: work(database.get_session()))
@@ -69,20 +69,20 @@ async def in_session(running: Running, work: Any) -> None:
 
 
 def orm(running: Running) -> Session:
-    """The plain session of the request."""
+    """Return the plain session of the request."""
     opened: Any = running.database.get_session()
     session: Session = getattr(opened, "sync_session", opened)
     return session
 
 
 def swallow_an_error(session: Session, *_: Any) -> None:
-    """What a careless listener of a flush does."""
+    """Do what a careless flush listener does."""
     with suppress(DBAPIError):
         session.execute(text("SELECT * FROM no_such_table"))
 
 
 def engine_of(running: Running) -> Engine:
-    """The plain engine, for events."""
+    """Return the plain engine, for events."""
     engine: Any = running.database.engine
     sync_engine: Engine = getattr(engine, "sync_engine", engine)
     return sync_engine
@@ -90,7 +90,7 @@ def engine_of(running: Running) -> Engine:
 
 @asynccontextmanager
 async def several_databases(kinds: str, folder: Path) -> AsyncIterator[Several]:
-    """Empty ones of these kinds, running, and found clean afterwards."""
+    """Empty running databases of these kinds, checked after the test."""
     reals = [real_database(kind, folder) for kind in kinds.split(" + ")]
     try:
         async with AsyncExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Requests of many tenants at once over a few connections, and what they are not to see."""
+"""Sends requests of many tenants at once over a few connections, and checks what each sees."""
 
 import asyncio
 import random
@@ -44,7 +44,7 @@ FOR_PGBOUNCER = {
     "prepared_statement_cache_size": 0,
     "prepared_statement_name_func": lambda: "",
 }
-# The table of the page, and a column that counts.
+# The table of the page, with one more column that counts.
 ITEM = Table("item", MetaData(), Column("name", String), Column("n", Integer))
 
 _OUTCOMES = (
@@ -82,7 +82,7 @@ class Shop:
         self._create()
 
     async def ask(self, tenant: str, path: str, method: str = "GET") -> Exchange:
-        """One request of a tenant; what it raised is kept as its error."""
+        """Send one request of a tenant, and keep its exception."""
         exchange = Exchange(self.module.app, path, method=method)
         exchange.scope["headers"].append((b"x-tenant", tenant.encode()))
         exchange.scope["path"], _, query = path.partition("?")
@@ -164,7 +164,7 @@ class Shop:
         code = code.replace("AsyncDatabase.from_env(", "AsyncDatabase(URL, **OPTIONS, ")
         module = ModuleType("shop")
         module.__dict__.update(URL=url, OPTIONS=options)
-        sys.modules["shop"] = module  # for `jobs.py`, and for annotations
+        sys.modules["shop"] = module  # needed for `jobs.py`, and for annotations
         exec(compile(code, PAGE.path, "exec"), module.__dict__)
         return module
 
@@ -175,7 +175,7 @@ class Shop:
                 metadata.create_all(connection)
                 connection.execute(text("DROP ROLE IF EXISTS shop"))
                 connection.execute(text("CREATE ROLE shop"))
-                # What a role of its own in the URL does too, but not through this PgBouncer.
+                # A role in the URL has the same effect, but this PgBouncer does not support it.
                 connection.execute(text("ALTER DATABASE tenants SET role = shop"))
                 for statement in "".join(PAGE.blocks("sql")).split(";")[:-1]:
                     connection.execute(text(statement))

@@ -72,7 +72,7 @@ async def log_in(login: Any, password: str) -> Exchange:
 
 
 async def test_a_refused_login_is_stored(login: Any, url: URL) -> None:
-    """Although its request was rolled back."""
+    """The audit row is stored although its request was rolled back."""
     assert (await log_in(login, "right")).status == 204
     assert stored(url) == []
     assert (await log_in(login, "wrong")).status == 401
@@ -80,7 +80,7 @@ async def test_a_refused_login_is_stored(login: Any, url: URL) -> None:
 
 
 async def test_a_cancelled_request_keeps_it_too(login: Any, url: URL) -> None:
-    """The block had ended, or ends to its end."""
+    """The block completes although the request was cancelled."""
     record, recorded = login.record, asyncio.Event()
 
     async def record_and_wait(*args: Any) -> None:
@@ -97,7 +97,7 @@ async def test_a_cancelled_request_keeps_it_too(login: Any, url: URL) -> None:
 
 
 def meeting(record: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
-    """Have two requests hold a connection each before either records anything."""
+    """Let two requests hold one connection each before both record an audit row."""
     barrier = asyncio.Barrier(2)
 
     async def meet_then_record(*args: Any) -> None:
@@ -110,7 +110,7 @@ def meeting(record: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[N
 async def test_a_pool_of_its_own_keeps_requests_from_waiting_for_each_other(
     login: Any, url: URL
 ) -> None:
-    """As many as the pool of the requests has connections."""
+    """The audit database has as many connections as the pool of the requests."""
     login.record = meeting(login.record)
     found = await asyncio.gather(log_in(login, "wrong"), log_in(login, "wrong"))
     assert [each.status for each in found] == [401, 401]
@@ -118,7 +118,7 @@ async def test_a_pool_of_its_own_keeps_requests_from_waiting_for_each_other(
 
 
 async def test_on_one_pool_they_wait_for_each_other(login: Any, url: URL) -> None:
-    """Until the pool's time-out fails them."""
+    """Both requests wait until the time-out of the pool."""
     login.audit = login.database
     login.record = meeting(login.record)
     found = await asyncio.gather(log_in(login, "wrong"), log_in(login, "wrong"))
@@ -127,7 +127,7 @@ async def test_on_one_pool_they_wait_for_each_other(login: Any, url: URL) -> Non
 
 
 async def test_on_one_pool_they_need_not_hold_anything(login: Any, url: URL) -> None:
-    """After a rollback the connection is there for the block."""
+    """After a rollback, the connection is free for the block."""
     record = meeting(login.record)
 
     async def give_back_then_record(*args: Any) -> None:
@@ -156,7 +156,7 @@ async def audit(url: URL) -> AsyncIterator[AsyncDatabase]:
 async def test_a_limit_ends_the_wait_for_a_lock_of_the_request(
     login: Any, audit: AsyncDatabase
 ) -> None:
-    """Which PostgreSQL cannot know to be a deadlock."""
+    """PostgreSQL cannot detect this deadlock, because one side waits in the application."""
     async with login.database.begin() as session:
         await session.execute(update(login.Account).values(password="new"))
         with pytest.raises(DBAPIError, match="lock timeout"):
@@ -167,7 +167,7 @@ async def test_a_limit_ends_the_wait_for_a_lock_of_the_request(
 async def test_a_foreign_key_meets_what_the_request_has_done(
     login: Any, audit: AsyncDatabase
 ) -> None:
-    """A row that it inserted is not there; one that it deleted is waited for."""
+    """The block does not see rows that the request inserted, and waits for rows that it deleted."""
     refer = text("INSERT INTO reference VALUES (:name)")
     async with login.database.engine.begin() as connection:
         await connection.execute(text("DROP TABLE IF EXISTS reference"))
@@ -189,7 +189,7 @@ async def test_a_foreign_key_meets_what_the_request_has_done(
 
 
 async def test_sqlite_has_one_writer(tmp_path: Path) -> None:
-    """After a write of the request the block fails; after a rollback it does not."""
+    """After a write of the request the block fails; after a rollback the block succeeds."""
     url = f"sqlite:///{tmp_path / 'audit.db'}"
     write = text("INSERT INTO attempt VALUES ('refused')")
     async with AsyncDatabase(url, connect_args={"timeout": 0.05}) as database:
@@ -208,6 +208,6 @@ async def test_sqlite_has_one_writer(tmp_path: Path) -> None:
 
 
 async def test_a_background_task_survives_the_rollback_of_its_request(login: Any, url: URL) -> None:
-    """In a transaction of its own, on the connection that was given back."""
+    """The block has a new transaction on the connection that the request returned."""
     assert (await post(login.app, "/guess", "name=ann")).status == 401
     assert stored(url) == ["guessed"]

@@ -49,7 +49,7 @@ async def nothing(scope: Any, receive: Any, send: Any) -> None:
 
 
 def assert_tells_well(error: BaseException) -> str:
-    """One line; and no password, with all that a traceback would show around it."""
+    """Check that the error is one line, and that no traceback would show the password."""
     said = str(error)
     assert said == " ".join(said.split())
     assert SECRET not in "".join(traceback.format_exception(error))
@@ -60,7 +60,7 @@ async def told(use: Callable[[], Awaitable[None] | object]) -> str:
     before = threading.enumerate()
     with pytest.raises((ConfigurationError, DatabaseUnavailable)) as caught:
         await result if isawaitable(result := use()) else None
-    # aiosqlite's answers to this loop, also after it has failed to connect.
+    # aiosqlite answers to this loop even after a failed connection attempt.
     begun = [each for each in threading.enumerate() if each not in before]
     drivers = [each for each in begun if "_connection_worker_thread" in each.name]
     await becomes_true(lambda: not any(each.is_alive() for each in drivers))
@@ -90,13 +90,13 @@ async def told(use: Callable[[], Awaitable[None] | object]) -> str:
 async def test_what_only_looks_like_a_url_is_refused(
     database_class: type[AnyDatabase], url: str
 ) -> None:
-    """Quotes that a shell would have taken off, half an `.env` file, another tool's notation."""
+    """Examples: quotes from a shell, a line of an `.env` file, the notation of another tool."""
     assert IS_NO_URL in await told(lambda: database_class(url))
 
 
 @BOTH
 async def test_none_is_called_by_its_name(database_class: type[AnyDatabase]) -> None:
-    """It comes from `os.environ.get(…)`, and nobody wrote it."""
+    """The value comes from `os.environ.get(…)`, so the user did not write it."""
     url: Any = None
     assert (await told(lambda: database_class(url))).startswith("None is not a database URL.")
 
@@ -113,7 +113,7 @@ async def test_none_is_called_by_its_name(database_class: type[AnyDatabase]) -> 
 def test_an_at_sign_that_can_only_mean_itself_is_fine(
     database_class: type[AnyDatabase], url: str, user: str | None, name: str
 ) -> None:
-    """In the name of a user (Azure's are like that), encoded, or in the path of a file."""
+    """A percent sign may be in a user name (as on Azure), encoded, or in the path of a file."""
     read = database_class(url).url
     assert (read.username, read.database) == (user, name)
 
@@ -123,7 +123,7 @@ def test_an_at_sign_that_can_only_mean_itself_is_fine(
 async def test_a_dialect_with_a_typing_error_is_refused(
     database_class: type[AnyDatabase], dialect: str
 ) -> None:
-    """With what was written, for it is nearly right."""
+    """The error shows the given name, because it is nearly right."""
     said = await told(lambda: database_class(f"{dialect}://app:{SECRET}@db/shop"))
     assert f"{dialect}://app:***@db/shop. Check the part before `://`" in said
 
@@ -132,7 +132,7 @@ async def test_a_dialect_with_a_typing_error_is_refused(
 async def test_space_around_a_url_is_ignored(
     database_class: type[AnyDatabase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of secrets ends with a line break, and SQLite would make it part of the name."""
+    """A secret file ends with a line break, which SQLite would make part of the file name."""
     monkeypatch.setenv("SHOP", " sqlite:///shop.db\r\n")
     assert database_class.from_env("SHOP").url.database == "shop.db"
 
@@ -142,7 +142,7 @@ async def test_space_around_a_url_is_ignored(
 async def test_a_url_is_no_name_of_a_variable(
     database_class: type[AnyDatabase], variable: Any
 ) -> None:
-    """It goes into the class itself, and is not quoted."""
+    """A URL must be given to the class itself, and the error does not show it."""
     said = await told(lambda: database_class.from_env(variable))
     assert "takes the name of an environment variable" in said
 
@@ -151,14 +151,14 @@ async def test_a_url_is_no_name_of_a_variable(
 async def test_an_environment_that_is_wrong_is_told(
     value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where only the middleware reads it."""
+    """The middleware reads the environment variable in the same way."""
     monkeypatch.setenv("DATABASE_URL", value)
     app: Any = DBSessionMiddleware(nothing)
     assert IS_NO_URL in await told(lambda: app({"type": "http"}, None, None))
 
 
 def refused(*given: Any, **options: Any) -> str:
-    """What the middleware says where no event loop is running, as in a module."""
+    """The error that the middleware raises without an event loop, as in a module."""
     with pytest.raises(ConfigurationError) as caught:
         DBSessionMiddleware(*given, **options)
     return assert_tells_well(caught.value)
@@ -167,7 +167,7 @@ def refused(*given: Any, **options: Any) -> str:
 @pytest.mark.parametrize("number", [0, -1, True, SECRET, 1.5, [1], None])
 @pytest.mark.parametrize("option", ["attempts", "retry_after"])
 def test_a_number_that_is_none_is_refused(option: str, number: Any) -> None:
-    """True would be one attempt, and `Retry-After: True`; a text is not quoted."""
+    """True would mean one attempt, and `Retry-After: True`; a text value is not shown."""
     if (option, number) != ("retry_after", None):
         said = refused(nothing, "sqlite://", **{option: number})
         is_number = type(number) is int
@@ -178,14 +178,14 @@ def test_a_number_that_is_none_is_refused(option: str, number: Any) -> None:
 @pytest.mark.parametrize("option", ["commit_when", "on_commit_error", "on_report"])
 @pytest.mark.parametrize("wrong", [SECRET, 400, nothing], ids=["text", "number", "coroutine"])
 def test_what_is_no_plain_function_is_refused(option: str, wrong: Any) -> None:
-    """When the application is put together, and not at its first response; it is not quoted."""
+    """The error comes when the application is built, not at the first response."""
     said = refused(nothing, "sqlite://", **{option: wrong})
     assert said.startswith(f"{option} takes a plain function, ")
     assert ("`def`, not `async def`" in said) == (wrong is nothing)
 
 
 def test_a_function_that_is_needed_cannot_be_none() -> None:
-    """There is always a rule for COMMIT."""
+    """There is always a rule for COMMIT, so None is refused."""
     assert "a plain function" in refused(nothing, "sqlite://", commit_when=None)
 
 
@@ -194,14 +194,14 @@ def test_a_function_that_is_needed_cannot_be_none() -> None:
     [("attemps", "Did you mean attempts?"), ("databse", "It takes commit_when, on_commit_error, ")],
 )
 def test_an_option_with_a_typing_error_is_refused(name: str, cure: str) -> None:
-    """With the option that was meant, or all there are; the value is not quoted."""
+    """The error names the intended option, or all options; the value is not shown."""
     said = refused(nothing, "sqlite://", **{name: SECRET})
     assert said.startswith(f"DBSessionMiddleware takes no option {name}. {cure}")
 
 
 @pytest.mark.parametrize("app", [None, f"sqlite:///{SECRET}", AsyncDatabase("sqlite://")], ids=str)
 def test_what_is_no_application_is_refused(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The database in its place, most likely, where the environment names another one."""
+    """Probably the database was given as the application, and the environment names another one."""
     monkeypatch.setenv("DATABASE_URL", "sqlite://")
     assert "Give it the application first" in refused(app)
 
@@ -210,7 +210,7 @@ def test_what_is_no_application_is_refused(app: Any, monkeypatch: pytest.MonkeyP
 def test_no_application_at_all_is_refused(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the words of Python for a missing argument."""
+    """The error does not use Python's words for a missing argument."""
     monkeypatch.setenv("DATABASE_URL", "sqlite://")
     assert "Give it the application first" in refused(**options)
 
@@ -219,7 +219,7 @@ def test_no_application_at_all_is_refused(
 def test_an_application_may_be_given_by_name(
     given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Litestar's `DefineMiddleware` gives it, and `add_middleware` of Starlette below 0.41.3."""
+    """Litestar's `DefineMiddleware` and Starlette below 0.41.3 pass the application by name."""
     monkeypatch.setenv("DATABASE_URL", "sqlite:///environment.db")
     make: Any = DBSessionMiddleware
     middleware = make(*given, app=nothing, attempts=2)
@@ -241,7 +241,7 @@ def test_an_application_may_be_given_by_name(
 async def test_a_wrong_argument_fails_the_startup_and_each_request(
     given: tuple[Any, ...], options: dict[str, Any], cure: str
 ) -> None:
-    """Starlette makes its middleware within the lifespan, where servers drop what it raises."""
+    """Starlette makes its middleware during the lifespan, where servers hide an exception."""
     app = Starlette()
     add: Any = app.add_middleware
     add(DBSessionMiddleware, "sqlite://", *given, **options)
@@ -260,14 +260,14 @@ async def test_a_wrong_argument_fails_the_startup_and_each_request(
 async def test_session_options_that_are_no_dictionary_are_refused(
     database_class: type[AnyDatabase], options: Any
 ) -> None:
-    """When the database is described."""
+    """The error is raised when the database is described."""
     said = await told(lambda: database_class("sqlite://", session_options=options))
     assert "session_options takes a dictionary" in said
 
 
 @pytest.mark.parametrize("wrong", [1, "Session", dict], ids=repr)
 async def test_what_is_no_class_of_the_session_behind_is_refused(wrong: Any) -> None:
-    """`sync_session_class` too must be one of SQLAlchemy's."""
+    """`sync_session_class` must be a subclass of SQLAlchemy's Session."""
     options: Any = {"sync_session_class": wrong}
     said = await told(lambda: AsyncDatabase("sqlite://", session_options=options))
     assert 'needs a subclass of Session as session_options["sync_session_class"]' in said
@@ -291,7 +291,7 @@ async def test_what_is_no_class_of_the_session_behind_is_refused(wrong: Any) -> 
 async def test_engine_options_that_cannot_work_are_told_at_startup(
     database_class: type[AnyDatabase], name: str, options: dict[str, Any]
 ) -> None:
-    """Whatever SQLAlchemy raises at them, and nothing is left running."""
+    """Any exception of SQLAlchemy becomes a ConfigurationError, and nothing stays running."""
     database = database_class(f"sqlite://{name}", **options)
     assert "cannot be built with these engine options: " in await told(database.startup)
     assert not database.is_running
@@ -308,7 +308,7 @@ async def test_engine_options_that_cannot_work_are_told_at_startup(
 async def test_options_that_the_driver_refuses_are_told_at_startup(
     database_class: type[AnyDatabase], options: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    """With its own words, and nothing is left running."""
+    """The error shows the driver's own words, and nothing stays running."""
     database = database_class(f"sqlite:///{tmp_path / 'shop.db'}", **options)
     assert reason in await told(database.startup)
     assert not database.is_running
@@ -319,7 +319,7 @@ async def test_options_that_the_driver_refuses_are_told_at_startup(
 async def test_an_sqlite_file_that_cannot_be_is_told_at_startup(
     database_class: type[AnyDatabase], name: str, tmp_path: Path
 ) -> None:
-    """Its path is part of the message, so that one sees where it was looked for."""
+    """The error shows the path, so that the reader sees where the file was searched."""
     path = tmp_path / name
     said = await told(database_class(f"sqlite:///{path}").startup)
     assert f"{path}') cannot be reached: unable to open database file" in said
@@ -329,7 +329,7 @@ async def test_an_sqlite_file_that_cannot_be_is_told_at_startup(
 async def test_an_sqlite_url_with_a_slash_too_few_is_told_at_startup(
     database_class: type[AnyDatabase],
 ) -> None:
-    """SQLAlchemy takes the name of the file for a host, and says so."""
+    """SQLAlchemy reads the name of the file as a host, and the error says so."""
     database = database_class(f"sqlite://app:{SECRET}@shop.db")
     assert "sqlite:///relative/path/to/file.db" in await told(database.startup)
 
@@ -361,7 +361,7 @@ async def test_a_server_that_is_not_there_is_told_at_startup(
 async def test_a_connect_argument_that_the_driver_does_not_have_is_told_at_startup(
     database_class: type[AnyDatabase], dialect: str
 ) -> None:
-    """It is a mistake in the options, and not of the server."""
+    """The mistake is in the options, not in the server."""
     url = f"{dialect}://app:{SECRET}@127.0.0.1:1/shop"
     database = database_class(url, connect_args={"nonsense": SECRET})
     with pytest.raises(ConfigurationError):
@@ -379,7 +379,7 @@ async def test_a_connect_argument_that_the_driver_does_not_have_is_told_at_start
 async def test_hiding_a_password_does_not_tell_it(
     database_class: type[AnyDatabase], dialect: str, word: str
 ) -> None:
-    """No text with a hole in the shape of it."""
+    """The whole text is left out, because the rest would reveal the secret."""
     backend, _, driver = dialect.partition("+")
     url = URL.create(f"{backend}+{driver}", "app", word, "127.0.0.1", 1, "shop")
     with pytest.raises(DatabaseUnavailable) as caught:
@@ -392,7 +392,7 @@ async def test_hiding_a_password_does_not_tell_it(
 
 @BOTH
 def test_a_half_made_database_can_be_printed(database_class: type[AnyDatabase]) -> None:
-    """As a traceback of its constructor does that shows local variables."""
+    """A traceback of the constructor may show local variables."""
     assert repr(database_class.__new__(database_class)) == f"{database_class.__name__}(…)"
 
 
@@ -407,7 +407,7 @@ def test_a_half_made_database_can_be_printed(database_class: type[AnyDatabase]) 
     ],
 )
 def test_no_repr_shows_a_password(database_class: type[AnyDatabase], url: str) -> None:
-    """Wherever in the URL it stands."""
+    """The password is hidden in each part of the URL."""
     assert SECRET not in repr(database_class(url, connect_args={"password": SECRET}))
 
 
@@ -416,7 +416,7 @@ def test_no_repr_shows_a_password(database_class: type[AnyDatabase], url: str) -
 def test_what_is_no_name_of_a_variable_is_not_quoted(
     database_class: type[AnyDatabase], variable: str
 ) -> None:
-    """It may be the password itself."""
+    """The name of an option may be the password itself."""
     with pytest.raises(ConfigurationError) as caught:
         database_class.from_env(variable)
     assert str(caught.value).startswith("The variable is not set. Set it to a database URL")
@@ -429,7 +429,7 @@ PIECES = st.sampled_from(
 
 
 def describe(url: str | URL) -> None:
-    """Both ways; accepted or told well."""
+    """Each value is accepted, or the error explains it, for both kinds of databases."""
     for database_class in (AsyncDatabase, SyncDatabase):
         try:
             shown = repr(database_class(url))
@@ -442,7 +442,7 @@ def describe(url: str | URL) -> None:
 
 @given(url=st.text() | st.lists(PIECES).map("".join))
 def test_no_text_at_all_is_a_url_that_raises_anything_else(url: str) -> None:
-    """Whatever it is, it is accepted, or `ConfigurationError` says in one line what to write."""
+    """Each value is accepted, or `ConfigurationError` says in one line what to write."""
     describe(url)
 
 
@@ -450,7 +450,7 @@ def test_no_text_at_all_is_a_url_that_raises_anything_else(url: str) -> None:
 @example(before="b@/", after="")
 @example(before="@", after="?")
 def test_no_password_is_shown_however_it_was_written(before: str, after: str) -> None:
-    """Not percent-encoded, it may be read as a host, a port or a name, all of which are shown."""
+    """Without percent-encoding, the password may be read as host, port or name, which are shown."""
     describe(f"postgresql://app:{before}{SECRET}{after}@db:5432/shop")
     with suppress(ConfigurationError):
         describe(URL.create("postgresql", "app", f"{before}{SECRET}{after}", "db", 5432, "shop"))

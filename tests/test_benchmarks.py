@@ -1,4 +1,4 @@
-"""The measurements of speed: the short form of `python -m benchmarks.speed`."""
+"""Tests the speed measurements in their short form: `python -m benchmarks.speed`."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command writes, in a folder of its own; what was written once is not kept here."""
+    """Run the command in a separate folder, and return what it writes."""
     folder = tmp_path_factory.mktemp("measured")
     command = [sys.executable, "-m", "benchmarks.speed", "--quick", "--write", str(folder)]
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -21,7 +21,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_tool_that_is_installed_is_measured_in_every_table(written: Path) -> None:
-    """No cell is empty, whatever the figures are."""
+    """No cell is empty, for any figures."""
     text = (written / "speed.md").read_text()
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
     assert len(tables) == 14
@@ -34,7 +34,7 @@ def test_every_tool_that_is_installed_is_measured_in_every_table(written: Path) 
 
 
 def test_the_document_says_how_it_was_made(written: Path) -> None:
-    """Command, versions and load, so that its figures can be judged, and made again."""
+    """The document shows command, versions and load, so that readers can repeat the measurement."""
     text = (written / "speed.md").read_text()
     assert "`python -m benchmarks.speed --quick`" in text
     assert re.search(r"Load average \d+\.\d before and \d+\.\d after", text)
@@ -43,7 +43,7 @@ def test_the_document_says_how_it_was_made(written: Path) -> None:
 
 
 def test_the_picture_is_one(written: Path) -> None:
-    """It has a row for each tool, and colours of its own in the dark."""
+    """The picture has a row for each tool, and its own colours in the dark."""
     text = (written / "speed.svg").read_text()
     words = [each.text for each in ET.fromstring(text).iter() if each.text]
     assert {"hand-written", "asgi-dbsession", "one SELECT", "slow readers"} <= set(words)
@@ -51,7 +51,7 @@ def test_the_picture_is_one(written: Path) -> None:
 
 
 def test_document_and_picture_come_from_the_kept_figures(written: Path) -> None:
-    """So that they can be improved without measuring again, and nothing in them is typed."""
+    """The document is made from the stored figures, so nothing in it is typed by a person."""
     before = {each: each.read_text() for each in written.iterdir()}
     (written / "speed.md").write_text("")
     command = [sys.executable, "-m", "benchmarks.speed", "--again", "--write", str(written)]

@@ -1,4 +1,4 @@
-"""Whatever is cancelled, wherever: nothing half stored, nothing leaked, nothing open."""
+"""After any cancellation at any point, no work is half stored and no connection is open."""
 
 import asyncio
 import gc
@@ -82,10 +82,10 @@ def _sender(work: Coroutine[Any, Any, Any], value: Any) -> Callable[[], Any]:
 async def run_and_cancel(
     running: Running, exchange: Exchange, at: int, way: str
 ) -> tuple[bool, BaseException | None]:
-    """Cancel a request at its `at`-th await; whether it had so many, and what came out."""
+    """Cancel a request at its `at`-th await; return if it had so many awaits, and the result."""
     if running.real.kind == "sqlite" and way != "native":
-        # aiosqlite cannot be cancelled twice while it connects: its close() then waits for ever
-        # for a thread that has ended. So here, and only here, the connection is there already.
+        # aiosqlite cannot be cancelled twice while it connects: its close() then waits forever for
+        # a thread that has ended. So in this test the connection exists already.
         await running.database.ping()
     scope = anyio.CancelScope()
 
@@ -100,7 +100,7 @@ async def run_and_cancel(
             request.cancel()
 
     def cancel_from_outside() -> None:
-        # Once it waits, and with nothing of its context: as a server or a time-out would.
+        # Cancel from another context once the request waits, as a server or a time-out does.
         asyncio.get_running_loop().call_soon(cancel, context=Context())
 
     act = cancel_from_outside if way.endswith("from outside") else cancel
@@ -114,7 +114,7 @@ async def run_and_cancel(
 async def test_a_request_cancelled_at_any_await_leaves_nothing_behind(
     running: Running, way: str
 ) -> None:
-    """Every await of a request with a handler, a streaming body and a background task, in turn.
+    """Cancel a request with a handler, a streaming body and a background task at each await.
 
     Each of the three is stored whole or not at all; the handler, if the client got its status;
     and the next request finds every connection clean.
@@ -156,7 +156,7 @@ async def test_a_request_cancelled_at_any_await_leaves_nothing_behind(
 async def test_a_refused_commit_of_the_handlers_own_can_be_cancelled_at_any_await(
     running: Running, way: str
 ) -> None:
-    """What is refused at the last moment is rolled back before its connection goes."""
+    """A transaction that COMMIT refuses is rolled back before its connection is returned."""
     if not running.real.is_postgresql or isinstance(running.database, SyncDatabase):
         pytest.skip("only PostgreSQL aborts a transaction, and a thread cannot be cancelled")
 
@@ -185,7 +185,7 @@ async def test_a_refused_commit_of_the_handlers_own_can_be_cancelled_at_any_awai
 async def test_an_end_without_commit_cancelled_at_any_await_leaves_nothing_behind(
     running: Running, way: str, path: str
 ) -> None:
-    """Neither a ROLLBACK nor a COMMIT that fails can be interrupted."""
+    """Neither a ROLLBACK nor a failed COMMIT can be interrupted."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("lost")
@@ -232,7 +232,7 @@ async def test_begin_cancelled_at_any_await_leaves_nothing_behind(
 async def test_what_a_listener_awaits_during_commit_is_not_cancelled_either(
     running: Running, awaiting: str
 ) -> None:
-    """Scopes of anyio and time limits within COMMIT, and the scope of the request around it."""
+    """Test anyio scopes and time limits inside COMMIT, and around the whole request."""
     database = running.database
     if isinstance(database, SyncDatabase):
         pytest.skip("a listener has nothing to await in a thread")
@@ -293,7 +293,7 @@ async def test_a_client_that_hangs_up_during_commit_is_told_nothing_untrue(
 
 
 async def test_a_cancelled_statement_does_not_lock_the_database(running: Running) -> None:
-    """Nor does the transaction around it stay open until the garbage is collected."""
+    """The transaction around the stream does not stay open until the garbage collection."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write(scope["path"])
@@ -306,8 +306,8 @@ async def test_a_cancelled_statement_does_not_lock_the_database(running: Running
         await respond(send)
 
     if running.real.is_sqlite:
-        # Without a WAL, the cursor of a SELECT that waits for the garbage collector keeps others
-        # from committing, and there is no way to it through aiosqlite.
+        # Without a WAL, the open cursor of a SELECT blocks the commits of others until the garbage
+        # collector frees the cursor, and aiosqlite cannot close it earlier.
         with running.real.reader.connect() as connection:
             connection.exec_driver_sql("PRAGMA journal_mode = WAL")
     middleware = DBSessionMiddleware(app, running.database)
@@ -323,9 +323,9 @@ async def test_a_cancelled_statement_does_not_lock_the_database(running: Running
     assert running.stored() == [f"/kept/{number}" for number in range(20)]
 
 
-@pytest.mark.parametrize("real", ["asyncpg"], indirect=True)  # one driver says it all
+@pytest.mark.parametrize("real", ["asyncpg"], indirect=True)  # one driver is enough
 def test_an_end_that_is_cancelled_with_its_loop_lets_the_loop_go(real: Real) -> None:
-    """A server that gives up cancels all tasks, those that must complete included."""
+    """A server that stops at once cancels all tasks, also tasks that must complete."""
     database = real.describe()
 
     async def serve() -> None:
@@ -344,9 +344,9 @@ def test_an_end_that_is_cancelled_with_its_loop_lets_the_loop_go(real: Real) -> 
     requests: list[asyncio.Task[Exchange]] = []
 
     def run() -> None:
-        asyncio.run(serve())  # cancels what is left, and waits for it
+        asyncio.run(serve())  # cancels the remaining tasks, and waits for them
 
-    # In a thread: a loop that never ends could not be left by a time limit either.
+    # Run it in a thread: even a time limit could not leave an event loop that never ends.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(30)
@@ -357,7 +357,7 @@ def test_an_end_that_is_cancelled_with_its_loop_lets_the_loop_go(real: Real) -> 
 
 @pytest.mark.parametrize("real", ["sqlite", "asyncpg", "psycopg"], indirect=True)
 async def test_a_task_factory_of_the_loop_makes_every_task_that_commits(running: Running) -> None:
-    """Tools that trace or count tasks install one; a COMMIT is not hidden from them."""
+    """Some tools install a task factory, to trace or count tasks; they see COMMIT too."""
     made: set[Any] = {asyncio.current_task()}
     committing: list[Any] = []
 

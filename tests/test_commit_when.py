@@ -59,7 +59,7 @@ RULES: list[tuple[Any, list[str]]] = [
 async def test_a_rule_is_called_as_its_signature_says(
     running: Running, rule: Any, stored: list[str]
 ) -> None:
-    """With the status alone, or with the scope of the request too; defaults are its own."""
+    """The rule gets the status, or the status and the scope; it may have defaults."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write(scope["path"])
@@ -86,6 +86,6 @@ def by_keyword(status: int, *, request: Any) -> bool:
 
 @pytest.mark.parametrize("rule", [nothing, too_much, by_keyword])
 def test_a_rule_of_anything_else_is_refused_at_once(rule: Any) -> None:
-    """When the middleware is made, and not at the first response."""
+    """The error is raised when the middleware is made, not at the first response."""
     with pytest.raises(ConfigurationError, match=r"`def commit_when\(status, scope\)`"):
         DBSessionMiddleware(lambda *_: respond(None), "sqlite://", commit_when=rule)

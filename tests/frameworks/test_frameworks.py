@@ -1,4 +1,4 @@
-"""The same promises under every framework, for the very code that its page in the docs shows."""
+"""Tests the same promises under every framework, with the code of its documentation page."""
 
 import asyncio
 import importlib
@@ -65,7 +65,7 @@ class Framework:
         return self.name
 
     def needs(self, feature: str) -> None:
-        """Skip the test where the framework has no such thing."""
+        """Skip the test if the framework does not have this feature."""
         if reason := dict(self.without).get(feature):
             pytest.skip(reason)
 
@@ -147,13 +147,13 @@ class Served:
 
 
 def stored() -> list[str]:
-    """The notes of all rows that are really there."""
+    """Return the notes of all rows that are stored."""
     with server().reader.connect() as connection:
         return list(connection.scalars(text("SELECT text FROM note ORDER BY id")))
 
 
 def store(*notes: str) -> int:
-    """Store rows over another connection; the id of the last."""
+    """Store rows over another connection, and return the id of the last row."""
     found = 0
     with server().reader.begin() as connection:
         for note in notes:
@@ -189,7 +189,7 @@ class Pages:
 @pytest.fixture
 def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pages]:
     """Pages whose modules do not outlive the test, on a database with an empty table."""
-    url = server().url.set(drivername="postgresql")  # without a driver, for both kinds
+    url = server().url.set(drivername="postgresql")  # a URL without a driver works for both kinds
     monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
     monkeypatch.delenv("DJANGO_SETTINGS_MODULE", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
@@ -204,7 +204,7 @@ def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pages]:
 
 @asynccontextmanager
 async def serving(served: Served) -> AsyncIterator[Served]:
-    """Run its lifespan around the block, and find its database clean at the end."""
+    """Run the lifespan of the application around the block, and check its database at the end."""
     if hasattr(served.module, "create_tables") and served.module.__name__ == "project.asgi":
         await served.module.create_tables()
     life = await Life(served.app).startup()
@@ -434,7 +434,7 @@ def framework_named(name: str) -> Framework:
 
 
 async def test_fastapi_stores_nothing_for_a_result_that_does_not_fit(pages: Pages) -> None:
-    """The result is checked before the response starts."""
+    """The response model is checked before the response starts."""
     application = pages.load(framework_named("FastAPI"))
     module = application.module
 
@@ -449,7 +449,7 @@ async def test_fastapi_stores_nothing_for_a_result_that_does_not_fit(pages: Page
 
 
 async def test_fastapi_stores_what_a_dependency_writes_after_its_yield(pages: Pages) -> None:
-    """The client does not wait for it."""
+    """The client does not wait for the background task."""
     application = pages.load(framework_named("FastAPI"))
     module = application.module
 
@@ -505,7 +505,7 @@ async def test_starlette_keeps_its_handler_of_all_exceptions_outside(
 
 @pytest.mark.parametrize("name", ["Litestar", "Litestar, wrapped"])
 async def test_litestar_runs_before_send_hooks_where_the_page_says(pages: Pages, name: str) -> None:
-    """After COMMIT with a middleware, before it where the application is wrapped."""
+    """With a middleware the hook runs after COMMIT; in a wrapped application it runs before."""
     application = pages.load(framework_named(name))
     seen = []
 
@@ -519,14 +519,14 @@ async def test_litestar_runs_before_send_hooks_where_the_page_says(pages: Pages,
 
 
 async def test_litestar_can_define_the_middleware_with_a_database(pages: Pages) -> None:
-    """It gives the application by name, after the database."""
+    """The framework passes the application as a keyword argument, after the database."""
     database = pages.load(framework_named("Litestar")).database
     middleware: Any = DefineMiddleware(DBSessionMiddleware, database)(no_such_note)
     assert (middleware.app, middleware.databases) == (no_such_note, (database,))
 
 
 async def test_quart_needs_its_test_app(pages: Pages, caplog: pytest.LogCaptureFixture) -> None:
-    """A client alone runs no lifespan, and the error says so."""
+    """A test client without a lifespan raises an error that says so."""
     app = pages.load(framework_named("Quart")).module.app
     assert (await app.test_client().get("/notes/1")).status_code == 500
     assert "`async with database:`" in caplog.text
@@ -535,7 +535,7 @@ async def test_quart_needs_its_test_app(pages: Pages, caplog: pytest.LogCaptureF
 
 
 async def test_quart_background_task_has_no_session_of_its_request(pages: Pages) -> None:
-    """It is over: `database.begin()` is the cure."""
+    """The request has ended, so the error names `database.begin()`."""
     application = pages.load(framework_named("Quart"))
     over, errors = asyncio.Event(), []
 
@@ -558,7 +558,7 @@ async def test_quart_background_task_has_no_session_of_its_request(pages: Pages)
 
 
 async def test_falcon_sync_to_async_loses_the_session(pages: Pages) -> None:
-    """`asyncio.to_thread` keeps it."""
+    """`asyncio.to_thread` copies the context of the request."""
     application = pages.load(framework_named("Falcon"))
 
     class Threads:
@@ -574,7 +574,7 @@ async def test_falcon_sync_to_async_loses_the_session(pages: Pages) -> None:
 
 
 async def test_falcon_conductor_runs_the_lifespan(pages: Pages) -> None:
-    """Around the wrapped application."""
+    """The middleware wraps the mounted application."""
     application = pages.load(framework_named("Falcon"))
     async with falcon.testing.ASGIConductor(application.app) as conductor:
         assert (await conductor.simulate_get("/notes/1")).status_code == 404
@@ -584,7 +584,7 @@ async def test_falcon_conductor_runs_the_lifespan(pages: Pages) -> None:
 async def test_blacksheep_test_client_passes_the_middleware_by(
     pages: Pages, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A handler gets `NoSession`, which says why."""
+    """The handler gets `NoSession`, and the error gives the reason."""
     application = pages.load(framework_named("BlackSheep"))
     async with serving(application):
         response = await BlackSheepClient(application.module.app).get("/notes/1")
@@ -594,7 +594,7 @@ async def test_blacksheep_test_client_passes_the_middleware_by(
 
 
 async def test_django_async_client_passes_the_middleware_by(pages: Pages) -> None:
-    """A view gets `NoSession`, which says why."""
+    """The view gets `NoSession`, and the error gives the reason."""
     application = pages.load(framework_named("Django"))
     async with serving(application):
         with pytest.raises(NoSession):
@@ -602,16 +602,16 @@ async def test_django_async_client_passes_the_middleware_by(pages: Pages) -> Non
 
 
 def by_default(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    """Have the middleware of every page be given these options too."""
+    """Add these options to the middleware of every page."""
     given = DBSessionMiddleware.__init__.__kwdefaults__ or {}
     monkeypatch.setattr(DBSessionMiddleware.__init__, "__kwdefaults__", given | options)
 
 
 @contextmanager
 def contended_table() -> Iterator[None]:
-    """A table in which whoever stores `contended` loses the first two races."""
+    """A table in which the first two writers of the note `contended` meet a conflict."""
     lose = (
-        "CREATE SEQUENCE IF NOT EXISTS races",  # which no rollback puts back
+        "CREATE SEQUENCE IF NOT EXISTS races",  # a rollback does not reset the sequence
         (
             "CREATE OR REPLACE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
             "IF NEW.text = 'contended' AND nextval('races') < 3 THEN "

@@ -35,7 +35,8 @@ class Library:
             url = f"sqlite+aiosqlite:///{folder / 'library.db'}"
             self.reader = create_engine(url.replace("+aiosqlite", ""), poolclass=NullPool)
             with self.reader.connect() as connection:
-                # The reader blocks the loop that serves: a COMMIT must not make it wait.
+                # The reader blocks the event loop of the server, so COMMIT must not wait for the
+                # reader.
                 connection.exec_driver_sql("PRAGMA journal_mode = WAL")
         else:
             address, self.reader = postgresql("libraries")
@@ -61,12 +62,12 @@ class Library:
         return module
 
     def stored(self, query: str) -> list[Any]:
-        """The first column of what is really there, in order."""
+        """Return the first column of the stored rows, in order."""
         with self.reader.connect() as connection:
             return sorted(connection.scalars(text(query)))
 
     def execute(self, statement: str) -> None:
-        """Store something over another connection."""
+        """Store a row over another connection."""
         with self.reader.begin() as connection:
             connection.execute(text(statement))
 
@@ -81,7 +82,7 @@ class Library:
 
 @contextmanager
 def library(page: Page, store: str, folder: Path) -> Iterator[Library]:
-    """Inside of the block, the files of the page can be imported."""
+    """Make the files of the page importable inside the block."""
     with pytest.MonkeyPatch.context() as patch:
         found = Library(page, store, folder, patch)
         try:

@@ -31,7 +31,7 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Library]:
 
 
 async def test_a_job_of_the_lifespan_stores_what_it_does(page: Library) -> None:
-    """While requests are served; a job that fails stores nothing, and the next run works."""
+    """The job runs while requests are served; a failed run stores nothing, the next run works."""
     module = page.load("cleaner")
     scopes: list[Any] = []
     runs = iter(range(10**6))
@@ -94,7 +94,7 @@ class LazyStart:
 async def test_a_scheduler_that_a_request_started_forgets_the_request(
     real: Real, *, in_block: bool
 ) -> None:
-    """Jobs after its end have no scope, so that they act for nobody's tenant."""
+    """A job after the end of the request has no scope, so it works for no tenant."""
     database: Any = real.describe()
     app = LazyStart(database, lambda scheduler: scheduler.start(), in_block=in_block)
     async with database:
@@ -107,7 +107,7 @@ async def test_a_scheduler_that_a_request_started_forgets_the_request(
 
 
 async def test_a_scheduler_in_an_empty_context_has_no_request(real: Real) -> None:
-    """Not even while the request that started it is served."""
+    """A job has no scope even while the request that started it is served."""
     database: Any = real.describe()
 
     def start(scheduler: Any) -> None:

@@ -34,7 +34,7 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Library]:
 
 
 async def test_requests_at_once_have_a_session_each(page: Library) -> None:
-    """What each of many answers says is stored, and what is refused is not."""
+    """Work is stored if the answer says so, and not stored if it was refused."""
     module = page.load("after")
     texts = [f"note {number}" for number in range(20)]
     async with (
@@ -58,7 +58,7 @@ async def test_requests_at_once_have_a_session_each(page: Library) -> None:
 async def test_an_inner_function_commits_the_outer_one_only_before(
     page: Library, side: str
 ) -> None:
-    """After the move, a request that fails leaves nothing of what its functions did."""
+    """After the migration, a failed request leaves no work of its functions."""
     module = page.load(side)
     transactional = getattr(module, "transactional", lambda function: function)
 
@@ -79,7 +79,7 @@ async def test_an_inner_function_commits_the_outer_one_only_before(
 async def test_outside_of_a_request_there_is_no_session(
     page: Library, side: str, error: type[Exception]
 ) -> None:
-    """Both raise; the error of this package names the cure."""
+    """Both versions raise an error; the error of this package says what to write."""
     module = page.load(side)
     with pytest.raises(error) as raised:
         await module.save("lost")
@@ -91,7 +91,7 @@ async def test_outside_of_a_request_there_is_no_session(
 async def test_two_tasks_on_one_session_are_an_error(
     tmp_path: Path, side: str, error: type[Exception]
 ) -> None:
-    """The error of this package names the cure."""
+    """The error of this package says what to write."""
     with library(PAGE, "asyncpg", tmp_path) as page:
         page.load("models")
         module = page.load(side)

@@ -47,7 +47,7 @@ async def log_in(client: httpx2.AsyncClient) -> None:
 
 
 async def test_a_user_registers_and_logs_in(page: Library) -> None:
-    """What each response says is stored: the user, what the hook added, and each change."""
+    """Each response is true: the user, the row of the hook, and each change are stored."""
     module = page.load("users")
     async with connected(module) as client:
         assert (await client.post("/auth/register", json=ME)).status_code == 201
@@ -62,7 +62,7 @@ async def test_a_user_registers_and_logs_in(page: Library) -> None:
 
 
 async def test_a_second_user_of_the_same_address_is_refused(page: Library) -> None:
-    """And nothing is stored of the attempt."""
+    """Nothing of the attempt is stored."""
     module = page.load("users")
     async with connected(module) as client:
         assert (await client.post("/auth/register", json=ME)).status_code == 201
@@ -74,7 +74,7 @@ async def test_a_second_user_of_the_same_address_is_refused(page: Library) -> No
 async def test_a_hook_that_raises_rolls_back_its_own_transaction(
     page: Library, method: str, users: int
 ) -> None:
-    """The adapter has committed the user before; with `flush()` in `create`, both are gone."""
+    """The adapter commits the user first. With `flush()` in `create`, neither row is stored."""
     module = page.load("users")
 
     class Flushing(module.SQLAlchemyUserDatabase):  # type: ignore[misc, name-defined]

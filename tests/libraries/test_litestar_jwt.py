@@ -40,7 +40,7 @@ async def connected(app: Any, database: Any) -> AsyncIterator[httpx2.AsyncClient
 
 
 async def join(client: httpx2.AsyncClient, name: str) -> int:
-    """Become a member, and send the token from now on."""
+    """Register a user, and send the token from now on."""
     response = await client.post("/members", params={"name": name})
     if response.status_code == 201:
         client.headers["Authorization"] = f"Bearer {response.text}"
@@ -48,7 +48,7 @@ async def join(client: httpx2.AsyncClient, name: str) -> int:
 
 
 async def test_the_user_is_of_the_session_of_the_request(page: Library) -> None:
-    """What a handler changes on it is stored when the answer arrives."""
+    """Changes of a handler on the user are stored before the answer arrives."""
     module = page.load("members")
     async with connected(module.app, module.database) as client:
         assert (await client.get("/me")).status_code == 401
@@ -62,7 +62,7 @@ async def test_the_user_is_of_the_session_of_the_request(page: Library) -> None:
 
 
 async def test_in_litestars_own_list_the_middleware_is_too_far_inside(page: Library) -> None:
-    """Why the page wraps the application: the handler of the token is called outside of it."""
+    """The page wraps the application, because Litestar loads the user outside of its middleware."""
     module = page.load("members")
     errors: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""What was generated is saved although the client went away, as the page says, and only so."""
+"""Tests that generated text is saved although the client disconnected, as the page says."""
 
 import asyncio
 import gc
@@ -43,7 +43,7 @@ async def hang_up(host: str, path: str, *, after: bytes) -> None:
 
 
 async def test_half_an_answer_is_saved(page: Library) -> None:
-    """And a whole one too; no connection is held meanwhile."""
+    """A complete stream is saved too, and no connection is held during the stream."""
     module = page.load("answers")
     answers = "SELECT text FROM answer"
     async with served(module.app, module.database) as host:
@@ -84,7 +84,7 @@ async def commit(database: Any) -> None:
 
 
 Save = Callable[[AnyDatabase], Awaitable[None]]
-# The rows of the table on the page: how it is saved, whether in a shield, and what is stored.
+# The rows of the table on the page: how the text is saved, if a shield is used, and the result.
 WAYS: list[tuple[Save, bool, list[str]]] = [
     (begin_and_execute, True, ["half"]),
     (begin_and_add, False, ["half"]),
@@ -105,7 +105,7 @@ async def test_the_table_of_the_page_is_so(
     stored: list[str],
     waits_for: str,
 ) -> None:
-    """Wherever the stream is when the client goes; and the pool is whole afterwards."""
+    """The client disconnects at any point of the stream; the pool is complete afterwards."""
     ended = asyncio.Event()
 
     async def body() -> AsyncIterator[str]:
@@ -135,7 +135,7 @@ async def test_the_table_of_the_page_is_so(
 
 
 async def test_the_table_has_these_rows() -> None:
-    """Each row of the page is one of the ways above."""
+    """Each row of the table on the page is tested above."""
     rows = [line for line in PAGE.text.splitlines() if line.startswith("| `")]
     assert [row.split("|")[2].split()[0].strip(":,") for row in rows] == [
         "yes" if stored else "no" for _, _, stored in WAYS

@@ -46,7 +46,7 @@ async def connected(module: Any, transport: str, mode: str = "auto") -> AsyncIte
 
 @transports
 async def test_a_result_says_what_is_stored(page: Library, transport: str) -> None:
-    """Each of many calls at once finds its row in the database when its result arrives."""
+    """Many calls run at once; each client finds its row in the database when its result arrives."""
     module = page.load("tools")
     texts = [f"line {number}" for number in range(20)]
     missing: list[str] = []
@@ -68,7 +68,7 @@ async def test_a_result_says_what_is_stored(page: Library, transport: str) -> No
 
 @transports
 async def test_a_tool_that_fails_stores_nothing(page: Library, transport: str) -> None:
-    """The agent gets an error; what other tools did at the same time is stored."""
+    """The agent gets an error; the work of other tools at the same time is stored."""
     module = page.load("tools")
     async with connected(module, transport) as client:
         texts = ["one", "", "two"]
@@ -92,7 +92,7 @@ async def test_a_commit_that_fails_is_the_error_of_the_tool(tmp_path: Path, tran
 
 
 async def test_a_session_of_streamable_http_is_the_same(page: Library) -> None:
-    """Also in the protocol's older mode, where the server keeps a session per agent."""
+    """The older mode of the protocol, where the server keeps a session per agent, works too."""
     module = page.load("tools")
     async with connected(module, "streamable HTTP", "legacy") as client:
         result = await client.call_tool("add", {"text": "one"})
@@ -103,7 +103,7 @@ async def test_a_session_of_streamable_http_is_the_same(page: Library) -> None:
 
 
 async def test_without_begin_a_result_may_promise_what_commit_refuses(tmp_path: Path) -> None:
-    """Why the page wants `begin()`: such a result is an event in the middle of a stream."""
+    """The page uses `begin()`, because such a result is an event in the middle of a stream."""
     with library(PAGE, "asyncpg", tmp_path) as page:
         module = page.load("tools")
         page.execute("ALTER TABLE line DROP CONSTRAINT line_text_key")

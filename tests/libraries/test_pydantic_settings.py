@@ -40,7 +40,7 @@ def load(name: str) -> Any:
 async def test_url_and_pool_options_come_from_the_environment(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the environment wins over the file."""
+    """The environment overrides the file."""
     (folder / ".env").write_text(PAGE.blocks("ini")[0])
     monkeypatch.setenv("SHOP_MAX_OVERFLOW", "3")
     module = load("shop")
@@ -53,7 +53,7 @@ async def test_url_and_pool_options_come_from_the_environment(
 async def test_the_application_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the settings that the tests of the page use."""
     namespace: dict[str, Any] = {}
-    monkeypatch.setenv("SHOP_DATABASE_URL", "")  # put back at the end
+    monkeypatch.setenv("SHOP_DATABASE_URL", "")  # restored at the end
     exec(PAGE.files()["conftest.py"], namespace)
     module = load("shop")
     async with module.database:
@@ -64,7 +64,7 @@ async def test_the_application_answers(folder: Path, monkeypatch: pytest.MonkeyP
 def test_an_error_names_the_setting_and_no_value(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """A setting that is wrong, or missing; without `hide_input_in_errors` others are printed."""
+    """A setting is wrong or missing. Without `hide_input_in_errors`, other settings are printed."""
     monkeypatch.setenv("SHOP_POOL_SIZE", "hush")
     if name == "SHOP_POOL_SIZE":
         monkeypatch.setenv("SHOP_DATABASE_URL", URL)
@@ -80,7 +80,7 @@ def test_an_error_names_the_setting_and_no_value(
 
 
 def test_a_secret_can_come_from_a_file(folder: Path) -> None:
-    """With the line break that ends it."""
+    """The value ends with a line break, as in a file."""
     (folder / "shop_database_url").write_text(f"{URL}\n")
     assert 'Settings(_secrets_dir="/run/secrets")' in PAGE.text
     settings = load("settings").Settings(_secrets_dir=folder)

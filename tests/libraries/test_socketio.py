@@ -16,7 +16,7 @@ from asgi_dbsession import SessionClosed, get_session
 
 pytestmark = [
     pytest.mark.anyio,
-    # aiohttp, of which python-socketio's client is made, leaves these to the garbage collector
+    # python-socketio's client uses aiohttp, which leaves these to the garbage collector.
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
 ]
 
@@ -34,7 +34,7 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Library]:
 
 
 def board(page: Library) -> Any:
-    """The application, which soon notices that a polling client has gone."""
+    """The application, set up to notice disconnected polling clients quickly."""
     module = page.load("board")
     module.sio.eio.ping_interval, module.sio.eio.ping_timeout = 0.5, 1
     return module
@@ -56,7 +56,7 @@ async def connected(host: str, transports: list[str], name: str = "me") -> Async
 
 @transports
 async def test_what_is_acknowledged_is_stored(page: Library, transports: list[str]) -> None:
-    """Also with many events of one client at once."""
+    """Also with many events of one client at the same time."""
     module = board(page)
     texts = [f"line {number}" for number in range(10)]
     missing: list[str] = []
@@ -80,12 +80,12 @@ async def test_what_is_acknowledged_is_stored(page: Library, transports: list[st
 async def test_a_handler_that_fails_stores_and_acknowledges_nothing(
     page: Library, transports: list[str]
 ) -> None:
-    """Neither an answer nor a broadcast; what other events of that client did is stored."""
+    """The client gets neither an answer nor a broadcast; its other events are stored."""
     module = board(page)
-    if page.reader.dialect.name == "postgresql":  # only COMMIT refuses it there
+    if page.reader.dialect.name == "postgresql":  # only COMMIT refuses this work
         page.execute("ALTER TABLE line DROP CONSTRAINT line_text_key")
         page.execute("ALTER TABLE line ADD UNIQUE (text) DEFERRABLE INITIALLY DEFERRED")
-    # python-socketio leaves the error of a handler to the event loop.
+    # python-socketio passes the error of a handler to the event loop.
     asyncio.get_running_loop().set_exception_handler(lambda _, __: None)
     heard: list[str] = []
     async with served(module.app, module.database) as host:
@@ -102,7 +102,7 @@ async def test_a_handler_that_fails_stores_and_acknowledges_nothing(
 
 @transports
 async def test_a_refused_connection_stores_nothing(page: Library, transports: list[str]) -> None:
-    """What `connect` did before it refused is rolled back."""
+    """The work of `connect` is rolled back when `connect` refuses the connection."""
     module = board(page)
     async with served(module.app, module.database) as host:
         with pytest.raises(socketio.exceptions.ConnectionError):
@@ -112,7 +112,7 @@ async def test_a_refused_connection_stores_nothing(page: Library, transports: li
 
 
 async def test_a_broadcast_is_stored_when_it_arrives(page: Library) -> None:
-    """Whoever hears of a line finds it in the database."""
+    """A client that receives a line finds this line in the database."""
     module = board(page)
     missing: list[str] = []
     heard: list[str] = []

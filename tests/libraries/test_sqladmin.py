@@ -42,12 +42,12 @@ async def test_an_admin_page_stores_what_the_application_reads(page: Library) ->
         assert page.stored("SELECT text FROM line") == ["one"]
         assert (await client.get("/lines")).json() == 1
         assert "one" in (await client.get("/admin/line/list")).text
-        assert await create("one") == 400  # it is there already
+        assert await create("one") == 400  # the line exists already
         assert (await client.get("/lines")).json() == 1
 
 
 async def test_an_engine_that_is_not_there_yet_is_an_error_at_import() -> None:
-    """Why the page makes the engine itself: the error names `from_engine`."""
+    """The page makes the engine itself, because the error names `from_engine`."""
     database = AsyncDatabase("sqlite:///shop.db")
     app: Any = object()
     with pytest.raises(DatabaseNotRunning, match="from_engine"):

@@ -14,7 +14,7 @@ PAGE = Page("docs/how-to/sqlmodel.md")
 
 async def test_its_session_is_the_session_of_the_request(tmp_path: Path) -> None:
     """`exec` works, what an answer says is stored, and what is refused is not."""
-    with library(PAGE, "sqlite", tmp_path) as page:  # one import: its models are global
+    with library(PAGE, "sqlite", tmp_path) as page:  # SQLModel's models are global
         module = page.load("readings")
         module.Reading.__table__.create(page.reader)
         async with (

@@ -81,7 +81,7 @@ async def connected(host: str, protocol: str = "graphql-transport-ws") -> AsyncI
 
 
 async def test_over_http_each_operation_is_stored_or_not(page: Library) -> None:
-    """What an error-free mutation returned is stored; of one with an error, nothing is."""
+    """The work of a mutation without errors is stored; after an error nothing is stored."""
     module = page.load("lines")
 
     async def ask(query: str) -> Any:
@@ -98,7 +98,7 @@ async def test_over_http_each_operation_is_stored_or_not(page: Library) -> None:
 
 
 async def test_over_a_socket_a_result_is_sent_after_commit(page: Library) -> None:
-    """Each mutation is stored when its result arrives, also with others at work on the socket."""
+    """Each mutation is stored before its result arrives, also among parallel operations."""
     module = page.load("lines")
     texts = [f"line {number}" for number in range(20)]
     async with served(module.app, module.database) as host, connected(host) as peer:
@@ -115,7 +115,7 @@ async def test_over_a_socket_a_result_is_sent_after_commit(page: Library) -> Non
 
 
 async def test_over_a_socket_a_failed_mutation_takes_no_other_with_it(page: Library) -> None:
-    """Of three that run at once, the one with an error is rolled back, and the others are not."""
+    """Of three parallel operations, only the one with an error is rolled back."""
     module = page.load("lines")
     async with served(module.app, module.database) as host, connected(host) as peer:
         for name, line in (("1", "one"), ("2", ""), ("3", "three")):
@@ -156,7 +156,7 @@ async def test_a_commit_that_fails_is_an_error_of_the_operation(
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 async def test_subscriptions_share_a_socket(page: Library, protocol: str) -> None:
-    """Several on one socket each hear of each line, and none holds a connection meanwhile."""
+    """Several subscriptions on one socket get each line, and hold no connection meanwhile."""
     module = page.load("lines")
     names = [str(number) for number in range(3)]
     async with served(module.app, module.database) as host, connected(host, protocol) as peer:
@@ -176,7 +176,7 @@ async def test_subscriptions_share_a_socket(page: Library, protocol: str) -> Non
 
 
 async def test_an_operation_that_the_client_stops_is_rolled_back(page: Library) -> None:
-    """And the connection that it had is back in the pool."""
+    """The connection of the operation is back in the pool."""
     module = page.load("lines")
     begun = asyncio.Event()
 
@@ -203,7 +203,7 @@ async def test_an_operation_that_the_client_stops_is_rolled_back(page: Library) 
 
 
 async def test_on_operation_would_send_before_commit(page: Library) -> None:
-    """Why the page says `on_execute`: the other hook is still open when the result arrives."""
+    """The page uses `on_execute`, because the other hook is still open when the result arrives."""
     module = page.load("lines")
     received, arrived = asyncio.Event(), asyncio.Event()
 
@@ -227,7 +227,7 @@ async def test_on_operation_would_send_before_commit(page: Library) -> None:
 
 
 async def test_without_the_extension_operations_at_once_are_refused(page: Library) -> None:
-    """Nobody is told of work that is not stored, and the socket is closed at once."""
+    """Work that is not stored is not announced, and the socket is closed at once."""
     module = page.load("lines")
     errors: list[BaseException] = []
     inserted = asyncio.Semaphore(0)

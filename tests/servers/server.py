@@ -35,7 +35,7 @@ async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"ok"})
 """
-# A COMMIT that takes its time, so that whoever does not wait for it is found out.
+# This COMMIT takes long, so that a test notices a server that does not wait for it.
 LINGERING = """
 CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql
 AS 'BEGIN PERFORM pg_sleep(0.2); RETURN NULL; END';
@@ -81,7 +81,7 @@ _UVICORN: dict[str, Any] = {
     "port": "--port 0",
     "listens": r"running on http://127\.0\.0\.1:(\d+)",
     "started": "Application startup complete.",
-    "exit_status": -15,  # it stops, and then lets the signal do what it does
+    "exit_status": -15,  # the server stops, and then lets the signal end the process
     "refusals": (3,),
     "workers": "--workers 2",
     "reload": "--reload",
@@ -167,17 +167,17 @@ class Server:
 
     @property
     def printed(self) -> str:
-        """All that it printed so far."""
+        """Return all output so far."""
         return self._printed.read_text()
 
     @property
     def url(self) -> str:
-        """Where it listens; empty until it does."""
+        """Return the address of the server; empty until it listens."""
         found = re.search(self._kind.listens, self.printed)
         return f"http://127.0.0.1:{found.group(1)}" if found else ""
 
     async def serving(self) -> "Server":
-        """Wait until each of its processes serves."""
+        """Wait until each process of the server serves requests."""
         await becomes_true(lambda: self._serves() or self.process.poll() is not None, 30)
         assert self.process.poll() is None, self.printed
         return self
@@ -188,31 +188,31 @@ class Server:
         return self.pid() is not None
 
     def get(self, path: str = "/") -> httpx2.Response:
-        """Ask it for something, on a connection of its own."""
+        """Send a request on a new connection."""
         return httpx2.get(self.url + path, verify=False)
 
     def post(self, content: str = "", path: str = "/") -> httpx2.Response:
-        """Have it store a row."""
+        """Let the server store a row."""
         return httpx2.post(self.url + path, content=content, verify=False)
 
     def status(self) -> Any:
-        """What it says of itself."""
+        """Return the state that the server reports."""
         return self.get("/status").json()
 
     def pid(self) -> str | None:
-        """The process that answers; None while none does."""
+        """Return the process that answers; None while no process answers."""
         try:
             return self.get("/status").text
         except httpx2.TransportError:
             return None
 
     def stop(self) -> int:
-        """Send SIGTERM; its exit status."""
+        """Send SIGTERM, and return the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(20)
 
     def kill(self) -> None:
-        """End all of its processes, whatever they are doing."""
+        """Kill all processes of the server."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -220,7 +220,7 @@ class Server:
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port that nobody else gets, for a server that shares it (SO_REUSEPORT)."""
+    """Reserve a port for a server that shares it (SO_REUSEPORT)."""
     with socket.socket() as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         reserved.bind(("127.0.0.1", 0))
@@ -229,7 +229,7 @@ def reserved_port() -> Iterator[int]:
 
 @cache
 def database_named(name: str) -> tuple[URL, Engine]:
-    """A database with the tables of the tests, and a way to it from here."""
+    """A database with the tables of the tests, with a connection from the test process."""
     url = postgres.new_database(name)
     reader = create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool)
     METADATA.create_all(reader)
@@ -239,7 +239,7 @@ def database_named(name: str) -> tuple[URL, Engine]:
 
 
 class Shop:
-    """The shop in a file, a database of its own, and servers of one kind for it.
+    """The shop in a file, with a separate database and servers of one kind.
 
     Args:
         name: The name of that kind.
@@ -264,7 +264,7 @@ class Shop:
         self.empty()
 
     def start(self, option: str | None = None, *, url: str | None = None) -> Server:
-        """Start a server, on the shop's own database unless told otherwise."""
+        """Start a server, by default on the shop's own database."""
         url = url or self.real.url.render_as_string(hide_password=False)
         server = Server(self.kind, self.file.parent, url, option, self._database)
         self.servers.append(server)
@@ -272,22 +272,22 @@ class Shop:
 
     @property
     def server(self) -> Server:
-        """The one that was started last."""
+        """Return the server that was started last."""
         return self.servers[-1]
 
     def empty(self) -> None:
-        """Remove all that is stored."""
+        """Delete all stored rows."""
         with self.real.reader.begin() as connection:
             connection.execute(delete(CHILD))
             connection.execute(delete(ENTRY))
 
     async def assert_clean(self) -> None:
-        """Nothing checked out of the pool, nothing open on the database server."""
+        """Check that no connection is checked out and no transaction is open on the server."""
         await becomes_true(lambda: self.server.status()["held"] == 0)
         await becomes_true(lambda: self.real.open_transactions() == 0)
 
     def close(self) -> None:
-        """Let no server outlive the tests."""
+        """Kill all servers at the end of the tests."""
         for server in self.servers:
             server.kill()
 
@@ -296,7 +296,7 @@ _open_shops: dict[str, Shop] = {}
 
 
 async def open_shop(name: str) -> Shop:
-    """A shop with a server that serves, shared by all tests, empty."""
+    """A shop with a running server, shared by all tests, without rows."""
     if name not in _open_shops:
         folder = Path(tempfile.mkdtemp(prefix="shop-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)

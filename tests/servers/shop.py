@@ -43,7 +43,7 @@ async def execute(sql: str, **values: str) -> Any:
 
 
 async def commit() -> None:
-    """Store what was done so far, and give the connection back."""
+    """Commit the work so far, and return the connection to the pool."""
     if isinstance(database, AsyncDatabase):
         await get_session().commit()
     else:
@@ -51,7 +51,7 @@ async def commit() -> None:
 
 
 async def notes() -> list[str]:
-    """All that is stored."""
+    """Return all stored rows."""
     return list((await execute("SELECT note FROM entry ORDER BY id")).scalars())
 
 
@@ -60,7 +60,7 @@ async def entries(_request: Request) -> Response:
 
 
 async def store(note: str) -> None:
-    """Store a note; some of them mean trouble."""
+    """Store a note; some notes cause errors."""
     await execute("INSERT INTO entry (note) VALUES (:note)", note=note)
     if note == "doomed":
         await execute("INSERT INTO child (entry_id) VALUES (-1)")
@@ -76,7 +76,7 @@ async def add(request: Request) -> Response:
 
 
 async def chat(websocket: WebSocket) -> None:
-    """Store each text, and say so."""
+    """Store each text, and send it back."""
     await websocket.accept()
     async for note in websocket.iter_text():
         await store(note)
@@ -110,7 +110,7 @@ async def stream(_request: Request) -> Response:
 
 
 async def events(_request: Request) -> Response:
-    """Server-sent events: what is stored, whenever `notify` is asked for."""
+    """Send server-sent events: the stored rows at each request of `notify`."""
 
     async def news() -> AsyncIterator[str]:
         yield ": listening\n\n"
@@ -120,7 +120,7 @@ async def events(_request: Request) -> Response:
             await told.wait()
             listeners.discard(told)
             found = await notes()
-            await commit()  # gives the connection back for the wait
+            await commit()  # returns the connection during the wait
             yield f"data: {','.join(found)}\n\n"
 
     return StreamingResponse(news(), media_type="text/event-stream")
@@ -151,7 +151,7 @@ shop = DBSessionMiddleware(
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """The shop, which prints what its lifespan leaves."""
+    """The shop, which prints the connections that are open after its lifespan."""
     pool: Any = None
 
     async def tell_then_send(message: Any) -> None:
@@ -159,7 +159,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         if message["type"] == "lifespan.startup.complete":
             pool = database.engine.pool
         elif message["type"] == "lifespan.shutdown.complete":
-            # whole, also among other workers
+            # One write call, so that the lines of several workers do not mix.
             os.write(1, f"connections left: {pool.checkedin()}\n".encode())
         await send(message)
 

@@ -1,4 +1,4 @@
-"""The promises over a real socket, under each server, and how each of them stops."""
+"""Tests the promises over a real socket under each server, and how each server stops."""
 
 import re
 import socket
@@ -97,7 +97,7 @@ async def test_a_client_that_hangs_up_in_a_stream_leaves_nothing_checked_out(ser
     """A client that disconnects during a stream leaks no connection."""
     shop = await open_shop(server)
     with httpx2.stream("GET", shop.server.url + "/stream", verify=False) as response:
-        parts = response.iter_raw()  # kept: its end is the end of the response
+        parts = response.iter_raw()  # kept, because its end is the end of the response
         assert next(parts).startswith(b"part")
         assert shop.server.status()["held"] == 1
     await shop.assert_clean()
@@ -185,7 +185,7 @@ async def test_a_server_that_reloads_leaves_no_connection_of_its_former_self(
     former = server.pid()
     new_shop.file.write_text(new_shop.file.read_text() + "\n")
     await becomes_true(lambda: server.pid() not in (None, former), seconds=30)
-    await becomes_true(lambda: new_shop.real.connections() <= 1)  # the new one's
+    await becomes_true(lambda: new_shop.real.connections() <= 1)  # the process of the new code
     assert server.post("after").status_code == 201
     server.stop()
     await becomes_true(lambda: new_shop.real.connections() == 0)
@@ -206,13 +206,13 @@ async def test_a_server_without_its_database_exits_and_says_why(
     address = f"{closed_port.host}:{closed_port.port}"
     line, *more = [each for each in server.printed.splitlines() if address in each]
     assert "are host, port, name and credentials right?" in line
-    if new_shop.kind is not KINDS["granian"]:  # which goes on with the traceback
+    if new_shop.kind is not KINDS["granian"]:  # the traceback follows
         assert more == []
 
 
 @EVERY_SERVER
 async def test_a_server_that_is_given_no_url_exits_and_says_why(new_shop: Shop) -> None:
-    """Also where the framework makes its middleware within the lifespan."""
+    """The startup also fails if the framework makes its middleware during the lifespan."""
     if not new_shop.kind.refusals:
         pytest.skip("daphne starts anyway: each request gets a 500")
     new_shop.file.write_text(
@@ -230,7 +230,7 @@ async def test_a_server_that_is_given_no_url_exits_and_says_why(new_shop: Shop) 
 
 @EVERY_SERVER
 async def test_a_server_exits_so_without_the_middleware_too(new_shop: Shop) -> None:
-    """Its exit status after SIGTERM is its own affair, not a trace of ours."""
+    """The exit status after SIGTERM is the same without the middleware."""
     new_shop.file.write_text(BARE)
     assert (await new_shop.start().serving()).stop() == new_shop.kind.exit_status
 
@@ -243,7 +243,7 @@ WITHOUT_LIFESPAN = pytest.mark.parametrize("server", ["daphne"])
 async def test_a_server_without_a_lifespan_is_answered_with_what_to_do(
     server: str, database: str, tmp_path: Path
 ) -> None:
-    """Daphne sends none, so a database that waits for it says how to do without."""
+    """Daphne sends no lifespan, so the error of the database says what to write."""
     shop = Shop(server, tmp_path, "servers", database)
     shop.real.url = shop.real.url.set(drivername="postgresql")
     try:
@@ -260,7 +260,7 @@ async def test_a_server_without_a_lifespan_is_answered_with_what_to_do(
 async def test_a_server_without_a_lifespan_starts_without_its_database(
     new_shop: Shop, closed_port: URL
 ) -> None:
-    """Each request that needs it is a 500 that shows nothing; the others are served."""
+    """Each request with a database gets a 500 without details; other requests are served."""
     server = new_shop.start(url=closed_port.render_as_string(hide_password=False))
     await server.serving()
     response = server.get()
@@ -273,7 +273,7 @@ async def test_a_server_without_a_lifespan_starts_without_its_database(
 
 @WITHOUT_LIFESPAN
 async def test_a_server_that_cancels_what_is_under_way_stores_nothing_of_it(new_shop: Shop) -> None:
-    """Daphne does so at SIGTERM; its client hears of no success."""
+    """At SIGTERM daphne cancels the request, and its client gets no success."""
     statuses: list[int] = []
 
     def post() -> None:
@@ -294,7 +294,7 @@ async def test_a_server_that_cancels_what_is_under_way_stores_nothing_of_it(new_
 
 
 def test_the_docs_show_the_commands_that_are_tested() -> None:
-    """Each way to run a server is in the docs, and none that no test runs."""
+    """The docs show each way to run a server, and no way without a test."""
     blocks = re.findall(r"^```bash\n(.*?)^```$", DOCS, re.DOTALL | re.MULTILINE)
     shown = set("".join(blocks).splitlines())
     tested = {
@@ -308,7 +308,7 @@ def test_the_docs_show_the_commands_that_are_tested() -> None:
 
 @EVERY_SERVER
 async def test_the_docs_say_what_a_server_does(server: str) -> None:
-    """Which ASGI version it claims to speak, and what it exits with."""
+    """The ASGI version that the server reports, and its exit status."""
     shop = await open_shop(server)
     version = shop.server.status()["asgi"].get("spec_version", "-")
     refusals = " or ".join(map(str, shop.kind.refusals)) or "-"
@@ -319,7 +319,7 @@ async def test_the_docs_say_what_a_server_does(server: str) -> None:
 def test_every_block_of_the_docs_makes_an_application(
     block: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a database from the environment, which is not asked for yet."""
+    """The URL of the database comes from the environment, and no request uses the database yet."""
     asynchronous = "create_async_engine" in block
     monkeypatch.setenv("DATABASE_URL", f"sqlite{'+aiosqlite' * asynchronous}:///shop.db")
     namespace: dict[str, Any] = {}
