@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from functools import cache
 from html.parser import HTMLParser
@@ -205,6 +206,14 @@ def test_a_missing_page_leads_home() -> None:
     for link in links:
         if link.endswith(".html") and not urlsplit(link).scheme:
             assert (SITE / link.lstrip("/")).exists()
+
+
+@built
+def test_every_page_shows_the_version() -> None:
+    """At its foot, as the package has it."""
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for file in site():
+        assert f"asgi_dbsession {metadata['version']}" in file.read_text(), file
 
 
 @built
