@@ -1,12 +1,15 @@
 """A request that may only read stores nothing, and fails loudly if it tries to write."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from anyio import to_thread
-from asgi import Exchange, get, respond
+from asgi import Exchange, Socket, get, respond
 from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running
+from several import Entry as SeveralEntry, several_databases
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session
@@ -16,9 +19,12 @@ from asgi_dbsession import (
     DBSessionMiddleware,
     ForbiddenWrite,
     SyncDatabase,
+    UnitReport,
+    on_commit,
     safe_methods,
     set_rollback,
 )
+from asgi_dbsession.testing import rolled_back
 
 pytestmark = pytest.mark.anyio
 KINDS = WITH_MARIADB
@@ -38,6 +44,11 @@ class Entry(Base):
     note: Mapped[str]
 
 
+def first(session: Session) -> Entry:
+    """Load an object."""
+    return session.scalars(select(Entry).order_by(Entry.note.desc()).limit(1)).one()
+
+
 def add(session: Session) -> None:
     """Add an object."""
     session.add(Entry(note="new"))
@@ -45,12 +56,12 @@ def add(session: Session) -> None:
 
 def change(session: Session) -> None:
     """Change an object that was loaded."""
-    session.scalars(select(Entry)).one().note = "changed"
+    first(session).note = "changed"
 
 
 def remove(session: Session) -> None:
     """Delete an object that was loaded."""
-    session.delete(session.scalars(select(Entry)).one())
+    session.delete(first(session))
 
 
 def flushed(work: Callable[[Session], Any]) -> Callable[[Session], Any]:
@@ -70,7 +81,7 @@ def execute(statement: Any, *args: Any) -> Callable[[Session], Any]:
 
 def read_first(session: Session) -> None:
     """Write after a plain read, at which no transaction has begun."""
-    session.scalars(select(Entry)).one()
+    first(session)
     session.execute(text("UPDATE entry SET note = 'changed'"))
 
 
@@ -89,6 +100,10 @@ WRITES: dict[str, Callable[[Session], Any]] = {
     "the connection": lambda session: session.connection().execute(INSERT),
     "text after a read": read_first,
 }
+
+
+# One that the flush refuses, one that the session refuses, and two for the database.
+OF_EACH_KIND = ("a changed object", "an INSERT", "text", "the connection")
 
 
 async def on_session(running: Running, work: Callable[[Session], Any]) -> Any:
@@ -117,54 +132,48 @@ async def serve(running: Running, work: Any, method: str = "GET", **options: Any
     return await get(DBSessionMiddleware(app, running.database, **options), method=method)
 
 
-@pytest.mark.parametrize("swallowed", [False, True])
 @pytest.mark.parametrize("name", WRITES)
-async def test_a_write_is_refused_and_stores_nothing(
-    running: Running, name: str, *, swallowed: bool
-) -> None:
+async def test_a_write_is_refused_and_stores_nothing(running: Running, name: str) -> None:
     """The server gets the error, also if the application has caught it."""
     before, raised = kept(running.real), []
 
     async def work() -> None:
-        try:
+        with pytest.raises((ForbiddenWrite, DBAPIError)) as caught:
             await on_session(running, WRITES[name])
-        except (ForbiddenWrite, DBAPIError) as error:
-            raised.append(error)
-            if not swallowed:
-                raise
+        raised.append(caught.value)
+        if swallowed:
             await running.call("rollback")
+        else:
+            raise caught.value
 
-    exchange = await serve(running, work)
-    assert exchange.messages == []
-    assert raised
-    if swallowed:
-        assert isinstance(exchange.error, ForbiddenWrite)
-    else:
-        assert exchange.error is raised[0]
-        assert "database.begin()" in " ".join(
-            (str(exchange.error), *getattr(exchange.error, "__notes__", ()))
-        )
-    assert running.stored() == before
+    for swallowed in (True, False):
+        exchange = await serve(running, work)
+        assert exchange.messages == []
+        error = raised.pop()
+        assert type(exchange.error) is ForbiddenWrite if swallowed else exchange.error is error
+        said = " ".join((str(error), *getattr(error, "__notes__", ())))
+        assert "database.begin()" in said
+        assert running.stored() == before
 
 
 @pytest.mark.parametrize("name", UNFLUSHED)
-@pytest.mark.parametrize("lifted", [False, True])
-async def test_what_was_never_flushed_fails_the_request_too(
-    running: Running, name: str, *, lifted: bool
-) -> None:
+async def test_what_was_never_flushed_fails_the_request_too(running: Running, name: str) -> None:
     """Such as a GET that blanks a password on the object that it shows."""
     before = kept(running.real)
 
+    lifts = iter((False, True))
+
     async def work() -> None:
         await on_session(running, UNFLUSHED[name])
-        if lifted:
+        if next(lifts):
             set_rollback(False)
 
-    exchange = await serve(running, work)
-    assert exchange.messages == []
-    assert isinstance(exchange.error, ForbiddenWrite)
-    assert "Entry" in str(exchange.error)
-    assert running.stored() == before
+    for _ in range(2):
+        exchange = await serve(running, work)
+        assert exchange.messages == []
+        assert isinstance(exchange.error, ForbiddenWrite)
+        assert "Entry" in str(exchange.error)
+        assert running.stored() == before
 
 
 async def test_the_next_request_on_the_connection_may_write(real: Real) -> None:
@@ -210,10 +219,10 @@ async def test_begin_may_only_read_if_told_so(running: Running) -> None:
     with pytest.raises(ForbiddenWrite, match="note"):
         if isinstance(running.database, SyncDatabase):
             with running.database.begin(read_only=True) as session:
-                session.scalars(select(Entry)).one().note = "changed"
+                first(session).note = "changed"
         else:
             async with running.database.begin(read_only=True) as session:
-                (await session.scalars(select(Entry))).one().note = "changed"
+                (await session.run_sync(first)).note = "changed"
     assert running.stored() == before
 
 
@@ -228,3 +237,299 @@ async def test_a_rule_that_decides_nothing_stores_nothing(running: Running, answ
     exchange = await serve(running, work, "POST", read_only=lambda _: answer)
     assert isinstance(exchange.error, ConfigurationError)
     assert (exchange.messages, called) == ([], [])
+
+
+@asynccontextmanager
+async def begun(running: Running, **options: Any) -> AsyncIterator[Any]:
+    """`database.begin()`, and a function that works with its session, of whatever kind."""
+    database = running.database
+    if isinstance(database, SyncDatabase):
+        with database.begin(**options) as session:
+
+            async def work_in_thread(work: Any) -> Any:
+                return work(session)
+
+            yield work_in_thread
+    else:
+        async with database.begin(**options) as opened:
+            yield opened.run_sync
+
+
+@pytest.mark.parametrize("status", [404, 500])
+async def test_a_request_that_rolls_back_is_answered(running: Running, status: int) -> None:
+    """Nothing was to be stored, so nothing is lost."""
+    before = kept(running.real)
+
+    async def work() -> None:
+        await on_session(running, change)
+
+    exchange = await serve(running, work, status=status)
+    assert (exchange.status, exchange.error) == (status, None)
+    assert running.stored() == before
+
+
+async def test_objects_that_are_not_changed_may_be_flushed(running: Running) -> None:
+    """An attribute that gets the value that it has is no write, and an expunged object is free."""
+    before = kept(running.real)
+
+    def work(session: Session) -> None:
+        entry = first(session)
+        entry.note = str(entry.note)
+        session.flush()
+        session.expunge(entry)
+        entry.note = "shown"
+
+    async def handle() -> None:
+        await on_session(running, work)
+
+    exchange = await serve(running, handle)
+    assert (exchange.status, exchange.error) == (200, None)
+    assert running.stored() == before
+
+
+async def test_a_savepoint_does_not_lift_it(running: Running) -> None:
+    """The error may be caught around it, and the request fails all the same."""
+
+    def work(session: Session) -> None:
+        with pytest.raises((ForbiddenWrite, DBAPIError)), session.begin_nested():
+            session.execute(text("INSERT INTO entry (note) VALUES ('new')"))
+        session.execute(select(ENTRY))
+
+    async def handle() -> None:
+        await on_session(running, work)
+
+    exchange = await serve(running, handle)
+    assert (exchange.messages, type(exchange.error)) == ([], ForbiddenWrite)
+    assert running.stored() == []
+
+
+async def test_the_stream_and_what_follows_may_only_read_too(running: Running) -> None:
+    """A streaming body goes on with the same session; its error reaches the server."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        await on_session(running, add)
+        await send({"type": "http.response.body", "body": b"b"})
+
+    exchange = await get(DBSessionMiddleware(app, running.database, read_only=safe_methods))
+    assert (exchange.body, type(exchange.error)) == (b"a", ForbiddenWrite)
+    assert running.stored() == []
+
+
+async def test_background_work_may_only_read_too(running: Running) -> None:
+    """After the body; the error reaches the server."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await respond(send)
+        await on_session(running, add)
+
+    exchange = await get(DBSessionMiddleware(app, running.database, read_only=safe_methods))
+    assert (exchange.status, type(exchange.error)) == (200, ForbiddenWrite)
+    assert running.stored() == []
+
+
+async def test_functions_of_on_commit_may_only_read_too(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What one of them tried is logged, as any error of theirs."""
+    called = []
+
+    async def follow() -> None:
+        called.append(1)
+        await on_session(running, add)
+
+    async def work() -> None:
+        await running.execute(select(ENTRY))
+        on_commit(follow)
+
+    exchange = await serve(running, work)
+    assert (exchange.status, exchange.error, called) == (200, None, [1])
+    assert "may only read" in caplog.text
+    assert running.stored() == []
+
+
+@pytest.mark.parametrize("inner", [False, True])
+async def test_whoever_joins_a_unit_that_may_only_read_may_only_read(
+    running: Running, *, inner: bool
+) -> None:
+    """`begin(join=True)` is a part of the unit."""
+    kept(running.real)
+
+    async def work() -> None:
+        async with begun(running, join=True, read_only=inner) as do:
+            await do(change)
+
+    if isinstance(running.database, SyncDatabase):
+        with pytest.raises(ForbiddenWrite), running.database.begin(read_only=True):
+            await work()
+    else:
+        exchange = await serve(running, work)
+        assert (exchange.messages, type(exchange.error)) == ([], ForbiddenWrite)
+    assert running.stored() == ["kept"]
+
+
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+async def test_a_block_that_may_only_read_in_a_unit_that_may_write(
+    running: Running, name: str
+) -> None:
+    """It stores nothing, raises, and leaves the work around it alone."""
+    if name.startswith(("text", "the conn")) and not running.real.is_postgresql:
+        pytest.skip("only PostgreSQL has savepoints that are read-only")
+    kept(running.real)
+    async with begun(running) as do:
+        await do(execute(ENTRY.insert().values(note="before")))
+        await do(execute(ENTRY.delete().where(ENTRY.c.note == "before")))
+        with pytest.raises((ForbiddenWrite, DBAPIError)):
+            async with begun(running, join=True, read_only=True) as do_inside:
+                await do_inside(WRITES[name])
+        await do(execute(ENTRY.insert().values(note="after")))
+    assert running.stored() == ["kept", "after"]
+
+
+async def test_a_block_that_catches_its_error_raises_it_at_its_end(running: Running) -> None:
+    """And the unit around it may then be committed."""
+
+    def write(session: Session) -> None:
+        with pytest.raises(ForbiddenWrite):
+            session.execute(INSERT)
+
+    async with begun(running) as do:
+        await do(execute(ENTRY.insert().values(note="before")))
+        with pytest.raises(ForbiddenWrite):
+            async with begun(running, join=True, read_only=True) as do_inside:
+                await do_inside(write)
+    assert running.stored() == ["before"]
+
+
+@pytest.mark.parametrize("allows", ["outer", "inner", "neither"])
+async def test_nested_middlewares_each_decide_for_their_own(running: Running, allows: str) -> None:
+    """A database stays with the outermost one, which then must know of it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await on_session(running, add)
+        await respond(send)
+
+    def rule(allowed: bool) -> Any:
+        return None if allowed else safe_methods
+
+    inner = DBSessionMiddleware(app, running.database, read_only=rule(allows == "inner"))
+    outer = DBSessionMiddleware(inner, running.database, read_only=rule(allows == "outer"))
+    exchange = await get(outer)
+    expected = ConfigurationError if allows == "outer" else ForbiddenWrite
+    assert (exchange.messages, type(exchange.error)) == ([], expected)
+    assert running.stored() == []
+    posted = await get(outer, method="POST")
+    assert (posted.status, running.stored()) == (200, ["new"])
+
+
+async def test_a_web_socket_has_no_method_that_is_safe(running: Running) -> None:
+    """But a rule of the application's own may decide otherwise."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await on_session(running, add)
+        await send({"type": "websocket.send", "text": "stored"})
+        await send({"type": "websocket.close"})
+
+    refused = Socket(DBSessionMiddleware(app, running.database, read_only=lambda _: True))
+    await refused.run()
+    assert (refused.heard, type(refused.error)) == ([], ForbiddenWrite)
+    socket = Socket(DBSessionMiddleware(app, running.database, read_only=safe_methods))
+    await socket.run()
+    assert (socket.heard, running.stored()) == (["stored"], ["new"])
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "TRACE", "POST", "QUERY", "get"])
+def test_safe_methods_are_those_of_the_standard(method: str) -> None:
+    """RFC 9110, section 9.2.1; the names of methods have a case."""
+    is_safe = method in ("GET", "HEAD", "OPTIONS", "TRACE")
+    assert safe_methods({"type": "http", "method": method}) is is_safe
+
+
+async def test_no_answer_is_made_of_it(running: Running) -> None:
+    """It is a mistake of the application: nothing hides it, and no retry helps."""
+    called = []
+
+    async def work() -> None:
+        called.append(1)
+        await on_session(running, add)
+
+    exchange = await serve(
+        running, work, attempts=3, on_commit_error=lambda _: pytest.fail("was asked")
+    )
+    assert (exchange.messages, type(exchange.error), called) == ([], ForbiddenWrite, [1])
+
+
+async def test_the_report_says_so(running: Running) -> None:
+    """For each unit of work."""
+    reports: list[UnitReport] = []
+
+    async def work() -> None:
+        await running.execute(select(ENTRY))
+        async with begun(running) as do:
+            await do(add)
+
+    await serve(running, work, on_report=reports.append)
+    await serve(running, work_of(running), "POST", on_report=reports.append)
+    assert [each.read_only for each in reports] == [False, True, False]
+
+
+def work_of(running: Running) -> Any:
+    """Read."""
+
+    async def work() -> None:
+        await running.execute(select(ENTRY))
+
+    return work
+
+
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+async def test_rolled_back_refuses_too(real: Real, name: str) -> None:
+    """Where all share one connection; and `begin()` inside may write."""
+    if real.is_mariadb and name.startswith(("text", "the conn")):
+        pytest.skip("MariaDB has no savepoints that are read-only")
+    kept(real)
+    database = real.describe()
+    running = Running(real, database)
+    async with rolled_back(database):
+
+        async def audit() -> None:
+            await running.execute(select(ENTRY))
+            await running.execute(text("SELECT 1"))
+            async with begun(running) as do:
+                await do(execute(text("INSERT INTO entry (note) VALUES ('audit')")))
+            await running.execute(text("SELECT 1"))
+            await on_session(running, WRITES[name])
+
+        exchange = await serve(running, audit)
+        assert exchange.messages == []
+        assert isinstance(exchange.error, (ForbiddenWrite, DBAPIError))
+        async with begun(running) as do:
+            notes = await do(lambda session: list(session.scalars(select(ENTRY.c.note))))
+            await do(execute(text("INSERT INTO entry (note) VALUES ('test')")))
+        assert sorted(notes) == ["audit", "kept"]
+    assert real.stored() == ["kept"]
+
+
+@pytest.mark.parametrize("kinds", ["asyncpg + psycopg", "sqlite + asyncpg"])
+async def test_several_databases_may_only_be_read(kinds: str, tmp_path: Path) -> None:
+    """One that was written to fails the request, and none of them stores anything."""
+    async with several_databases(kinds, tmp_path) as several:
+        two_phase = "sqlite" not in kinds
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            for each in several.each:
+                await each.execute(select(func.count(), func.lower("A")))
+            if scope["path"] == "/write":
+                several.databases[1].get_session().add(SeveralEntry("new"))
+            await respond(send)
+
+        middleware = DBSessionMiddleware(
+            app, *several.databases, read_only=safe_methods, two_phase=two_phase
+        )
+        assert (await get(middleware)).status == 200
+        exchange = await get(middleware, "/write")
+        assert (exchange.messages, type(exchange.error)) == ([], ForbiddenWrite)
+        assert several.stored() == [[], []]

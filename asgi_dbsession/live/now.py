@@ -27,6 +27,7 @@ class Connection(TypedDict):
     line: str
     statement: str
     in_transaction: bool
+    read_only: bool
 
 
 class Waiting(TypedDict):
@@ -86,7 +87,8 @@ class Now:
                 if checkout is not None:
                     lane = self._lanes[database].of(checkout.entry)
                     dialect = database.url.get_backend_name()
-                    used[database].append(_connection(lane, request, checkout, dialect, now))
+                    shown = _connection(lane, request, checkout, dialect, now)
+                    used[database].append({**shown, "read_only": unit.read_only})
                 elif since is not None:
                     waiting[database].append({"request": request, "seconds": now - since})
         return [self._database(each, used[each], waiting[each]) for each in self._databases]
@@ -143,6 +145,7 @@ def _connection(
         "line": line(checkout.call_site),
         "statement": without_values(checkout.statement, dialect) or checkout.kind.upper(),
         "in_transaction": checkout.in_transaction and not _is_in_autocommit(checkout),
+        "read_only": False,  # unless the unit says so
     }
 
 
@@ -161,4 +164,5 @@ def _empty(lane: int, state: str) -> Connection:
         "line": "",
         "statement": "",
         "in_transaction": False,
+        "read_only": False,
     }

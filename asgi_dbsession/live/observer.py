@@ -31,12 +31,14 @@ class OpenUnit:
     Attributes:
         began: When the unit opened its first session, or when its previous work ended; the time is
             from `perf_counter`.
+        read_only: True if the unit may only read.
     """
 
-    __slots__ = ("began", "route_by_quart", "sessions")
+    __slots__ = ("began", "read_only", "route_by_quart", "sessions")
 
-    def __init__(self) -> None:
+    def __init__(self, read_only: bool) -> None:
         self.began: float = perf_counter()
+        self.read_only: bool = read_only
         self.route_by_quart: str = route_by_quart()
         self.sessions: tuple[tuple[Any, SessionStats], ...] = ()
 
@@ -96,7 +98,7 @@ class LiveObserver(UnitObserver):
             stats.keeps_spans = True
             found = self._open.get(unit)
             if found is None:
-                found = self._open[unit] = OpenUnit()
+                found = self._open[unit] = OpenUnit(unit.read_only)
             found.sessions = (*found.sessions, (database, stats))
 
     @override

@@ -63,6 +63,7 @@ def _lane(lane: Connection) -> str:
         shown = f"<span class=chip>{_STATES[state]}</span>"
         return f"<tr class={state}>{first}<td>{shown}<td>{what}<td><td></tr>"
     where = "in a transaction" if lane["in_transaction"] else "no transaction"
+    where = f"{where}, read-only" if lane["read_only"] else where
     verb = "since" if state == "working" else "after"
     return (
         f"<tr class={state}>{first}"

@@ -85,6 +85,7 @@ class Recorder(UnitObserver):
             ),
             attempt=record.running.attempt.number if record.running is not None else 1,
             will_retry=_will_retry(unit, end, record),
+            read_only=unit.read_only,
         )
         record.start_time, record.start = time(), now
         try:

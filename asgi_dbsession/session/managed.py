@@ -161,8 +161,8 @@ def _remember_connection(
     if connection.engine is not session.bind:
         watch(connection.engine)
     companion.connections = (*companion.open_connections, connection)
-    if not companion.reads.is_shared:
-        companion.writes.begin(connection, in_savepoint=transaction.nested)
+    is_shared = companion.reads.is_shared
+    companion.writes.begin(connection, in_savepoint=transaction.nested, is_shared=is_shared)
     companion.reads.delay_begin(session, connection)
 
 

@@ -70,13 +70,21 @@ class Writes:
         if self.refused is not None:
             raise self.refused
 
-    def begin(self, connection: Connection, *, in_savepoint: bool) -> None:
-        """Let the database refuse writes too, in a transaction or savepoint that has just begun."""
+    def begin(self, connection: Connection, *, in_savepoint: bool, is_shared: bool) -> None:
+        """Let the database refuse writes too, in a transaction or savepoint that has just begun.
+
+        Args:
+            connection: The connection of the session.
+            in_savepoint: True if a savepoint has begun.
+            is_shared: True if `rolled_back` shares the connection and refuses writes itself.
+        """
         if not self.forbidden or in_savepoint is not self.in_block:
             return
         info = connection.info
         info[_KEY] = self
         on_checkin(connection, lambda _: info.pop(_KEY, None))
+        if is_shared:
+            return
         if in_savepoint:
             set_savepoint_read_only(connection)
         else:
@@ -115,6 +123,12 @@ def refusing_all(operation: Callable[..., R]) -> Callable[..., R]:
         return operation(self, *args, **kwargs)
 
     return operate
+
+
+def may_only_read(connection: Connection) -> bool:
+    """Return True if the transaction on the connection may only read."""
+    writes: Writes | None = connection.info.get(_KEY)
+    return writes is not None and writes.forbidden and not writes.in_block
 
 
 def record_refusal(context: ExceptionContext) -> None:

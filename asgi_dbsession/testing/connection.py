@@ -9,6 +9,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from .condition import Condition
 from .constraints import check_as_commit_would, send, violations
 from .isolation import Isolation, NotIsolated
+from .read_only import refusing_writes
 from .transaction import SavepointTransaction, current_caller
 
 # The error number of MariaDB and MySQL for a savepoint that does not exist.
@@ -74,7 +75,9 @@ class SharedConnection:
             self._open.append(transaction)
 
     @contextmanager
-    def executing(self, transaction: SavepointTransaction, statement: str) -> Iterator[bool]:
+    def executing(
+        self, transaction: SavepointTransaction, statement: str, *, read_only: bool
+    ) -> Iterator[bool]:
         """Wait until no transaction is open inside this transaction.
 
         Yields:
@@ -90,6 +93,10 @@ class SharedConnection:
                 raise self._dialect.loaded_dbapi.InternalError("the transaction is aborted")
             if not transaction.saved:
                 self._save(transaction)
+            if read_only:
+                with refusing_writes(self.connection, self._dialect, transaction):
+                    yield True
+                return
             reads = statement.lstrip().upper().startswith("SELECT")
             transaction.wrote = transaction.wrote or not reads
             yield True
@@ -176,7 +183,7 @@ class SharedConnection:
     def _save(self, transaction: SavepointTransaction) -> None:
         self._send(f"SAVEPOINT {transaction.name}")
         transaction.saved = True
-        transaction.wrote = transaction.keeps = False
+        transaction.wrote = transaction.keeps = transaction.read_only = False
 
     def _release(self, transaction: SavepointTransaction) -> None:
         self._send(f"RELEASE SAVEPOINT {transaction.name}")

@@ -10,6 +10,8 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 from typing_extensions import override
 
+from asgi_dbsession.session.writes import may_only_read
+
 from .pool import SharedRecord
 
 
@@ -111,4 +113,5 @@ def _executing(context: Any, statement: str) -> AbstractContextManager[bool]:
     record = record_of(context.root_connection.connection) if context else None
     if record is None:
         return nullcontext(True)
-    return record.shared.executing(record.transaction, statement)
+    read_only = may_only_read(context.root_connection)
+    return record.shared.executing(record.transaction, statement, read_only=read_only)

@@ -26,6 +26,7 @@ class SavepointTransaction:
         saved: True if the savepoint exists.
         wrote: True if the transaction has sent a statement other than SELECT.
         keeps: True if a transaction inside this transaction was committed.
+        read_only: True if the savepoint was made read-only.
         aborted: True if the transaction can only be rolled back.
     """
 
@@ -34,6 +35,7 @@ class SavepointTransaction:
     wrote: bool = False
     keeps: bool = False
     aborted: bool = False
+    read_only: bool = False
 
     def __init__(self, number: int, test: object) -> None:
         self.name: str = f"asgi_dbsession_{number}"

@@ -60,6 +60,7 @@ class UnitReport:
         attempt: The number of the attempt of the request; 1 is the first.
         will_retry: True if the request runs again because of a conflict, as far as known at the end
             of the unit. False for a `begin()` inside a request.
+        read_only: True if the unit was only allowed to read.
     """
 
     scope: Scope = field(repr=False)  # not in the repr: it contains headers of the client
@@ -71,3 +72,4 @@ class UnitReport:
     databases: tuple[DatabaseReport, ...]
     attempt: int = 1
     will_retry: bool = False
+    read_only: bool = False

@@ -1,0 +1,33 @@
+"""Refuses writes in a transaction that may only read, and is a savepoint of `rolled_back`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.pool import PoolProxiedConnection
+
+from .constraints import send
+from .transaction import SavepointTransaction
+
+
+@contextmanager
+def refusing_writes(
+    connection: PoolProxiedConnection, dialect: Dialect, transaction: SavepointTransaction
+) -> Iterator[None]:
+    """Have the database refuse the statement that is executed inside the block, if it writes.
+
+    A transaction that began inside this one may write, so nothing is refused for longer. MariaDB
+    has no savepoints that are read-only.
+    """
+    if dialect.name == "sqlite":
+        send(connection, "PRAGMA query_only = ON")
+        try:
+            yield
+        finally:
+            send(connection, "PRAGMA query_only = OFF")
+        return
+    if dialect.name == "postgresql" and not transaction.read_only:
+        # PostgreSQL takes this back at the end of the savepoint.
+        send(connection, "SET TRANSACTION READ ONLY")
+        transaction.read_only = True
+    yield
