@@ -1,4 +1,4 @@
-"""What the page that compares tools says of their behaviour is what a run of each of them finds."""
+"""Runs each tool, and checks that the comparison page describes its behaviour correctly."""
 
 import asyncio
 import gc
@@ -27,7 +27,7 @@ from benchmarks.faults.ledger import SCHEMA
 from benchmarks.faults.tools import TOOLS
 
 PAGE = Page("docs/explanation/comparison.md")
-# How the page calls those of `benchmarks.peers`; it leaves out what Starlette adds to two of them.
+# The names of the applications of `benchmarks.peers` on the page, without the Starlette variants.
 NAMES = {name: title for name, title in TOOLS.items() if not name.endswith("_http")}
 INSERT = text("INSERT INTO entry VALUES (:number)")
 COUNT = text("SELECT count(*) FROM entry WHERE number = :number")
@@ -46,11 +46,11 @@ class Peer:
 
     @property
     def held(self) -> int:
-        """How many connections are out of the pool."""
+        """Return how many connections are checked out of the pool."""
         return int(self.module.pool().checkedout())
 
     async def session(self, given: AsyncSession | None = None) -> AsyncSession:
-        """The session of the request, by the tool's own way to it from anywhere, if it has one."""
+        """Return the session of the request in the tool's own way, if it has one for any code."""
         found: Any = given
         if self.name == "asgi_dbsession":
             found = self.module.get_session()
@@ -63,7 +63,7 @@ class Peer:
 
     @property
     def parameter(self) -> Any:
-        """What a handler declares in order to get it."""
+        """Return the parameter that a handler declares to get the session."""
         if self.name == "fastapi_sqla":
             return self.module.AsyncSession
         if hasattr(self.module, "Database"):
@@ -83,13 +83,13 @@ class Peer:
         return exchange
 
     async def answer(self, handler: Handler, **options: Any) -> Exchange:
-        """Have a handler do this with the session that it gets, and ask for it."""
+        """Send a request to a handler that runs this function with its session."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.module.work, "insert", handler)
             return await self.ask("/insert", **options)
 
     def stored(self, number: int) -> bool:
-        """Whether that row is really there."""
+        """Return True if the row is stored."""
         with self._reader.connect() as connection:
             return bool(connection.scalar(COUNT, {"number": number}))
 
@@ -98,7 +98,7 @@ Probe: TypeAlias = Callable[[Peer], Awaitable[str]]
 
 
 async def moment_of_commit(peer: Peer) -> str:
-    """When it is, among the messages of a response."""
+    """Return the position of COMMIT among the messages of a response."""
     seen: list[str] = []
 
     def commit(_: Any) -> None:
@@ -113,28 +113,28 @@ async def moment_of_commit(peer: Peer) -> str:
 
 
 async def failed_commit(peer: Peer) -> str:
-    """The status, for a foreign key that only COMMIT checks."""
+    """Return the status if a foreign key fails, which only COMMIT checks."""
     return _told((await peer.ask("/entries/1?then=failing%20commit")).status, peer.stored(1))
 
 
 async def swallowed_error(peer: Peer) -> str:
-    """The status, where a handler goes on after a statement that failed."""
+    """Return the status if a handler continues after a failed statement."""
     return _told((await peer.ask("/entries/2?then=swallow")).status, peer.stored(2))
 
 
 def _told(status: int | None, stored: bool) -> str:
-    told = status or 500  # what a server makes of an exception
+    told = status or 500  # a server answers an exception with a 500
     return f"{told}" if (told < 400) is stored else f"**{told}**"
 
 
 async def raised_409(peer: Peer) -> str:
-    """What becomes of the row, where FastAPI makes a response of an exception."""
+    """Return if the row is stored when FastAPI answers an exception."""
     assert (await peer.ask("/entries/3?then=refuse")).status == 409
     return "stored" if peer.stored(3) else "rolled back"
 
 
 async def returned_409(peer: Peer) -> str:
-    """What becomes of the row, where the handler makes the response."""
+    """Return if the row is stored when the handler returns an error response."""
 
     async def refuse(session: AsyncSession) -> Response:
         await session.execute(INSERT, {"number": 4})
@@ -145,7 +145,7 @@ async def returned_409(peer: Peer) -> str:
 
 
 async def sessions_for_nothing(peer: Peer) -> str:
-    """How many are made for a handler that asks for none."""
+    """Return how many sessions are made for a handler that uses none."""
     made: list[Session] = []
     begin = Session.__init__
 
@@ -160,7 +160,7 @@ async def sessions_for_nothing(peer: Peer) -> str:
 
 
 async def held_by_a_reader(peer: Peer) -> str:
-    """The most connections out of the pool while the parts of a download arrive."""
+    """Return the largest number of connections in use while a download is sent."""
     held: list[int] = []
     exchange = await peer.ask("/download", "GET", on_message=lambda _: held.append(peer.held))
     assert exchange.status == 200
@@ -172,7 +172,7 @@ def _emphasised(held: int) -> str:
 
 
 def of_a_session(probe: Probe) -> Probe:
-    """Ask only where a request has a session: by hand, everything opens its own."""
+    """Ask only applications in which a request has a session; hand-written code opens its own."""
 
     async def probe_a_session(peer: Peer) -> str:
         return "\N{EN DASH}" if peer.name == "by_hand" else await probe(peer)
@@ -182,7 +182,7 @@ def of_a_session(probe: Probe) -> Probe:
 
 @of_a_session
 async def streamed(peer: Peer) -> str:
-    """What becomes of a body that writes on the session of the request."""
+    """Return if rows are stored that a streaming body writes with the session of the request."""
 
     async def stream(given: AsyncSession) -> Response:
         await given.execute(text("SELECT 1"))
@@ -201,7 +201,7 @@ async def streamed(peer: Peer) -> str:
 
 @of_a_session
 async def in_background(peer: Peer) -> str:
-    """What becomes of what a background task writes on the session of the request."""
+    """Return if rows are stored that a background task writes with the session of the request."""
     errors: list[Exception] = []
 
     async def schedule(given: AsyncSession) -> Response:
@@ -232,7 +232,7 @@ def _outcome(peer: Peer, number: int, *errors: BaseException | None) -> str:
 
 @of_a_session
 async def held_by_a_socket(peer: Peer) -> str:
-    """Connections out of the pool while a WebSocket waits, after it has written a row."""
+    """Return how many connections are in use while a WebSocket waits after a write."""
     app = peer.module.app
 
     async def talk(socket: WebSocket, session: peer.parameter) -> None:  # type: ignore[name-defined]
@@ -270,7 +270,7 @@ PROBES: dict[str, Probe] = {
 
 
 def claims() -> dict[str, dict[str, str]]:
-    """What the page says of each tool by its title, from all tables with a probed column."""
+    """Return what the page says of each tool, from all tables with a tested column."""
     found: dict[str, dict[str, str]] = {}
     for table in re.findall(r"(?:^\|.*\|\n)+", PAGE.text, re.MULTILINE):
         first, _, *rows = [
@@ -298,7 +298,7 @@ def reader() -> Engine:
 def module(
     tool: str, reader: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> Iterator[ModuleType]:
-    """The application of one tool, imported anew."""
+    """Import the application of one tool again."""
     package = tool.removesuffix("_asgi")
     if not (package.startswith(("depends", "by_hand")) or find_spec(package)):
         pytest.skip(f"{NAMES[tool]} is not installed: see benchmarks/requirements.txt")
@@ -307,22 +307,23 @@ def module(
     url = reader.url.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
     monkeypatch.setenv("DATABASE_URL", url)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what some of them leave to the garbage collector
+        # Garbage collection of objects that some tools leave behind.
+        warnings.simplefilter("ignore")
         yield importlib.import_module(f"benchmarks.peers.{tool}")
         gc.collect()
     if tool != "asgi_dbsession":
-        caplog.clear()  # the same
-    # One of them allows one engine in a process, and others are tested here too.
+        caplog.clear()  # garbage collection of objects that some tools leave behind
+    # One tool allows one engine per process, and tests of other tools run in this process too.
     forget_modules("benchmarks.peers", "fastapi_async_sqlalchemy")
 
 
 @pytest.mark.parametrize("tool", NAMES)
 async def test_each_cell_is_what_a_run_finds(tool: str, module: ModuleType, reader: Engine) -> None:
-    """Asked of each tool, in an application in its own documented idiom."""
+    """Each tool is asked in an application that follows the tool's own documentation."""
     found = {}
     for name, probe in PROBES.items():
         life = await Life(module.app).startup()
         found[name] = await probe(Peer(tool, module, reader))
-        gc.collect()  # brings back what is left to it
+        gc.collect()  # frees the connections that a tool leaves behind
         await life.shutdown()
     assert claims()[NAMES[tool]] == found

@@ -1,4 +1,4 @@
-"""What runs to completion does, whoever cancels whatever, wherever."""
+"""Tests that `run_to_completion` completes, for any cancellation at any point."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -15,12 +15,12 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """For trio see `test_trio.py`."""
+    """`test_trio.py` has the tests on trio."""
     return "asyncio"
 
 
 class Work:
-    """Waits for three futures, and keeps what it got.
+    """Waits for three futures, and records their results.
 
     Args:
         wait: How it waits for each.
@@ -33,13 +33,13 @@ class Work:
         self._wait = wait
 
     async def run(self) -> str:
-        """The work."""
+        """Return the work to run."""
         for future in self.futures:
             self.got.append(await self._wait(future))
         return "done"
 
     async def answer(self) -> None:
-        """Have one future after the other be done, each some turns of the loop later."""
+        """Complete one future after the other, each some loop iterations later."""
         for number, future in enumerate(self.futures):
             for _ in range(5):
                 await asyncio.sleep(0)
@@ -69,12 +69,12 @@ WAITS = (directly, with_a_time_limit, after_a_turn_of_the_loop, within_another)
 
 @pytest.fixture(params=WAITS, ids=lambda wait: wait.__name__)
 async def work(request: pytest.FixtureRequest) -> Work:
-    """Each kind."""
+    """Each way of waiting."""
     return Work(request.param)
 
 
 async def test_it_returns_and_raises_what_the_work_does(work: Work) -> None:
-    """As if it were just awaited."""
+    """The result and the exception are the same as with `await`."""
 
     async def fail() -> None:
         await asyncio.sleep(0)
@@ -92,7 +92,7 @@ async def test_it_returns_and_raises_what_the_work_does(work: Work) -> None:
 async def test_a_cancellation_from_outside_waits_for_the_end_wherever_it_comes(
     work: Work, times: int
 ) -> None:
-    """At any turn of the loop, until there is none left; and it is raised afterwards."""
+    """The caller is cancelled in any loop iteration; the cancellation is raised afterwards."""
     at, was_cancelled = -1, True
     while was_cancelled:
         at += 1
@@ -111,7 +111,7 @@ async def test_a_cancellation_from_outside_waits_for_the_end_wherever_it_comes(
 
 
 async def test_a_cancellation_that_was_there_before_waits_too(work: Work) -> None:
-    """Of a task that has cancelled itself."""
+    """The work may cancel its own task."""
     answering = asyncio.create_task(work.answer())
 
     async def cancel_and_run() -> None:
@@ -127,7 +127,7 @@ async def test_a_cancellation_that_was_there_before_waits_too(work: Work) -> Non
 
 
 async def test_the_scope_that_was_cancelled_is_left_as_usual(work: Work) -> None:
-    """By the end of the scope, and not before the work is done."""
+    """The scope of the caller is cancelled, but the work is done before the scope ends."""
     answering = asyncio.create_task(work.answer())
     with anyio.CancelScope() as scope:
         asyncio.get_running_loop().call_soon(scope.cancel, context=Context())
@@ -142,7 +142,7 @@ async def test_the_scope_that_was_cancelled_is_left_as_usual(work: Work) -> None
 
 
 def test_a_cancelled_scope_does_not_keep_the_loop_busy() -> None:
-    """It cancels again at every turn of the loop, until nobody within it can be cancelled."""
+    """The scope cancels again in every loop iteration while a task in it still runs."""
 
     class Counting(asyncio.SelectorEventLoop):
         turns = 0
@@ -167,7 +167,7 @@ def test_a_cancelled_scope_does_not_keep_the_loop_busy() -> None:
 @pytest.mark.parametrize("is_cancelled", [False, True], ids=["alone", "cancelled meanwhile"])
 @pytest.mark.parametrize("is_nested", [False, True], ids=["outermost", "nested"])
 async def test_a_time_limit_of_the_work_reaches_it(is_cancelled: bool, is_nested: bool) -> None:
-    """`asyncio.timeout` cancels the current task, and that is the caller's."""
+    """`asyncio.timeout` cancels the current task, which is the caller."""
     said: list[str] = []
 
     async def wait_in_vain() -> None:
@@ -191,7 +191,7 @@ async def test_a_time_limit_of_the_work_reaches_it(is_cancelled: bool, is_nested
 
 
 async def test_a_time_limit_around_it_is_told_from_one_within() -> None:
-    """The one around it has its `TimeoutError` once the work is done."""
+    """The outer time limit raises `TimeoutError` after the work is done."""
     done: list[bool] = []
 
     async def work() -> None:
@@ -208,7 +208,7 @@ async def test_a_time_limit_around_it_is_told_from_one_within() -> None:
 
 
 async def test_a_future_that_is_cancelled_itself_is_an_error_of_the_work() -> None:
-    """A driver that loses its connection cancels what it waits for."""
+    """A driver that loses its connection cancels the tasks that wait for it."""
     future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     seen: list[BaseException] = []
 
@@ -228,7 +228,7 @@ async def test_a_future_that_is_cancelled_itself_is_an_error_of_the_work() -> No
 
 
 async def test_the_error_of_the_work_is_the_cause_of_the_cancellation() -> None:
-    """Neither of them is lost."""
+    """Neither the cancellation nor the error is lost."""
 
     async def fail() -> Any:
         await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""The promises of a database: its engine's life, and units of work outside of a request."""
+"""Tests databases: the life of the engine, and units of work outside of a request."""
 
 import asyncio
 import gc
@@ -57,7 +57,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Base(DeclarativeBase):
-    """What maps classes to the tables of the tests."""
+    """The base of mapped classes for the tables of the tests."""
 
     metadata = METADATA
 
@@ -71,7 +71,7 @@ class Entry(Base):
 
 
 class Shouting(AsyncSession):
-    """A session class of a user's own."""
+    """A session class of the application."""
 
     async def shout(self, note: str) -> None:
         """Store a row, in capitals."""
@@ -79,7 +79,7 @@ class Shouting(AsyncSession):
 
 
 class ShoutingSync(Session):
-    """The same, blocking."""
+    """A sync session class of the application."""
 
     def shout(self, note: str) -> None:
         """Store a row, in capitals."""
@@ -98,39 +98,39 @@ async def beginning(database: AnyDatabase) -> AsyncIterator[Any]:
 
 
 async def result_of(value: Any) -> Any:
-    """What a method of a session returned, awaited if need be."""
+    """Return the result of a session method, after awaiting it if needed."""
     return await value if inspect.isawaitable(value) else value
 
 
 def pool_of(database: AnyDatabase) -> Any:
-    """The pool behind a database; not each has all that a `QueuePool` tells."""
+    """Return the pool of a database; not every pool has all methods of a `QueuePool`."""
     return database.engine.pool
 
 
 def borrowing(owner: AnyDatabase) -> AnyDatabase:
-    """Another database on the engine of `owner`."""
+    """Make another database from the engine of `owner`."""
     database_class: Any = type(owner)
     database: AnyDatabase = database_class.from_engine(owner.engine)
     return database
 
 
 async def store(database: AnyDatabase, note: str) -> None:
-    """Store a row in a unit of work of its own."""
+    """Store a row in a new unit of work."""
     async with beginning(database) as session:
         await result_of(session.execute(ENTRY.insert().values(note=note)))
 
 
 async def notes(database: AnyDatabase) -> list[str]:
-    """All rows that a new unit of work sees."""
+    """Return all rows that a new unit of work sees."""
     async with beginning(database) as session:
         return list(await result_of(session.scalars(select(ENTRY.c.note).order_by(ENTRY.c.id))))
 
 
-# Its life
+# Startup and shutdown
 
 
 def test_a_script_needs_no_server_and_no_middleware(real: Real) -> None:
-    """`async with database:` and `begin()` are all of it, and nothing is left when it ends."""
+    """`async with database:` and `begin()` are sufficient, and nothing is left open at the end."""
     database = real.describe()
 
     async def script() -> None:
@@ -147,7 +147,7 @@ def test_a_script_needs_no_server_and_no_middleware(real: Real) -> None:
 
 
 def test_a_script_without_an_event_loop_writes_with(tmp_path: Path) -> None:
-    """Plain `with database:` starts and stops a blocking one; it counts, as all starts do."""
+    """Plain `with database:` starts and stops a sync database; it is counted like other starts."""
     database = SyncDatabase(f"sqlite:///{tmp_path / 'shop.db'}")
     with pytest.raises(DatabaseNotRunning, match="write `with database:`"), database.begin():
         pass
@@ -164,7 +164,7 @@ def test_a_script_without_an_event_loop_writes_with(tmp_path: Path) -> None:
 
 
 async def test_starting_is_counted_not_repeated(real: Real) -> None:
-    """Whoever starts it stops it, and the last one ends it."""
+    """Each user starts and stops the database; the last one disposes the engine."""
     database = real.describe()
     async with database:
         engine = database.engine
@@ -176,10 +176,10 @@ async def test_starting_is_counted_not_repeated(real: Real) -> None:
     assert real.stored() == ["kept"]
 
 
-# aiosqlite leaves a connection behind whose opening was cancelled; Python 3.13 complains of it.
+# aiosqlite leaves a connection open if its opening is cancelled, and Python 3.13 warns about it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_two_tasks_may_start_it_at_once(real: Real) -> None:
-    """One engine serves both; where one of them is cancelled, the other one's start counts."""
+    """Both callers share one engine; if one is cancelled, the start of the other still counts."""
     database = real.describe()
     for cancelled in (False, True):
         tasks = [asyncio.create_task(database.startup()) for _ in range(2)]
@@ -196,11 +196,11 @@ async def test_two_tasks_may_start_it_at_once(real: Real) -> None:
     assert real.stored() == ["kept False", "kept True"]
 
 
-# aiosqlite leaves a connection behind whose opening was cancelled; Python 3.13 complains of it.
+# aiosqlite leaves a connection open if its opening is cancelled, and Python 3.13 warns about it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("turns", [0, 1, 3, 10])
 async def test_a_shutdown_during_a_startup_ends_it(real: Real, turns: int) -> None:
-    """The startup says so, nothing is left running, and the next start is a start."""
+    """The cancelled startup raises, nothing stays running, and the next start works."""
     database = real.describe()
     starting = asyncio.create_task(database.startup())
     await asyncio.sleep(0)
@@ -219,7 +219,7 @@ async def test_a_shutdown_during_a_startup_ends_it(real: Real, turns: int) -> No
 
 
 def test_starts_in_many_threads_are_all_counted(tmp_path: Path) -> None:
-    """Workers that start and stop it at once find it running, and leave nothing."""
+    """Workers that start and stop the database at the same time leave nothing open."""
     database = SyncDatabase(f"sqlite:///{tmp_path / 'shop.db'}")
     failed: list[BaseException] = []
 
@@ -244,7 +244,7 @@ def test_starts_in_many_threads_are_all_counted(tmp_path: Path) -> None:
 
 
 async def test_a_stop_without_a_start_is_harmless(real: Real) -> None:
-    """It is not counted against the starts that follow."""
+    """An additional shutdown is not counted against later starts."""
     database = real.describe()
     await database.shutdown()
     await database.shutdown()
@@ -254,7 +254,7 @@ async def test_a_stop_without_a_start_is_harmless(real: Real) -> None:
 
 
 async def test_before_its_start_and_after_its_stop_there_is_no_engine(real: Real) -> None:
-    """Whatever needs it says that no lifespan came by, and how to have one."""
+    """Each use raises an error that says that no lifespan arrived, and how to send one."""
     database = real.describe()
     accessors = [lambda: database.engine, lambda: store(database, "lost"), database.ping]
     for _ in range(2):
@@ -267,7 +267,7 @@ async def test_before_its_start_and_after_its_stop_there_is_no_engine(real: Real
 
 
 async def test_a_request_that_no_lifespan_came_before_says_so(real: Real) -> None:
-    """The commonest mistake of a test suite: a client that sends no lifespan."""
+    """A test client that sends no lifespan is the most common mistake of a test suite."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         database.get_session()
@@ -279,7 +279,7 @@ async def test_a_request_that_no_lifespan_came_before_says_so(real: Real) -> Non
 
 
 async def test_begin_that_fails_to_start_leaves_no_unit_of_work_behind(real: Real) -> None:
-    """Where the database is not running, the session around is still the current one."""
+    """If the database is not running, the outer session is still the current one."""
     stopped = real.describe()
     async with real.describe() as database, beginning(database) as session:
         with pytest.raises(DatabaseNotRunning):
@@ -288,7 +288,7 @@ async def test_begin_that_fails_to_start_leaves_no_unit_of_work_behind(real: Rea
 
 
 def test_another_event_loop_is_told_so(real: Real) -> None:
-    """Whatever would touch the connections of the first loop is refused, and harms nothing."""
+    """Each use of connections of the first loop is refused, and does no damage."""
     if real.is_sync:
         pytest.skip("its connections belong to no loop")
     database = real.describe()
@@ -315,7 +315,7 @@ def test_another_event_loop_is_told_so(real: Real) -> None:
 
 
 def test_a_database_that_was_stopped_may_be_started_in_another_event_loop(tmp_path: Path) -> None:
-    """Although the first loop still runs, as that of a thread does."""
+    """The first loop still runs in another thread."""
     database = real_database("sqlite", tmp_path).describe()
     assert isinstance(database, AsyncDatabase)
     with asyncio.Runner() as first, asyncio.Runner() as second:
@@ -326,7 +326,7 @@ def test_a_database_that_was_stopped_may_be_started_in_another_event_loop(tmp_pa
 
 
 def test_a_refused_engine_belongs_to_no_event_loop() -> None:
-    """Another loop hears the same reason, not that the database was started somewhere else."""
+    """In another loop the error is the same: the database is not running."""
     database = AsyncDatabase("sqlite+aiosqlite://", no_such_option=1)
     with asyncio.Runner() as first, asyncio.Runner() as second:
         for runner in (first, second):
@@ -334,10 +334,10 @@ def test_a_refused_engine_belongs_to_no_event_loop() -> None:
                 runner.run(database.startup())
 
 
-# Who forgets the shutdown hears of it from the driver, and rightly so.
+# Without a shutdown, the driver warns about the open connection.
 @pytest.mark.filterwarnings("ignore:.*(deleted while still open|unclosed):ResourceWarning")
 def test_a_loop_that_died_is_followed_by_a_new_one(real: Real) -> None:
-    """A test suite that forgets the shutdown gets a new engine, not the dead one's connections."""
+    """A test suite that forgets the shutdown gets a new engine without the old connections."""
 
     async def forget_to_stop() -> None:
         await database.startup()
@@ -347,21 +347,21 @@ def test_a_loop_that_died_is_followed_by_a_new_one(real: Real) -> None:
             await store(database, "kept")
             await real.assert_clean(database)
 
-    # A thread of aiosqlite's would outlive the loop it answers to: no connection there.
+    # Open no connection: a thread of aiosqlite would live longer than its event loop.
     database = real.describe(ping_on_startup=real.is_postgresql)
     asyncio.run(forget_to_stop())
     asyncio.run(script())
-    if real.is_sync:  # its engine belongs to no loop, and was simply started twice
+    if real.is_sync:  # the engine belongs to no loop, and was started twice
         asyncio.run(database.shutdown())
     assert not database.is_running
     assert real.stored() == ["kept"]
 
 
-# Where it comes from
+# Engines of the application
 
 
 async def test_an_engine_of_ones_own_is_running_at_once_and_never_disposed(real: Real) -> None:
-    """Who made it keeps it, whatever is started and stopped; its connections stay in its pool."""
+    """The application keeps its engine after each shutdown, and the connections stay open."""
     async with real.describe() as owner:
         database = borrowing(owner)
         assert database.is_running
@@ -378,7 +378,7 @@ async def test_an_engine_of_ones_own_is_running_at_once_and_never_disposed(real:
 
 
 async def test_an_engine_of_ones_own_is_watched_for_silent_rollbacks(real: Real) -> None:
-    """PostgreSQL's COMMIT after an error that was swallowed stores nothing, and says so here."""
+    """After a caught error, PostgreSQL's COMMIT stores nothing, and the package raises an error."""
     if not real.is_postgresql:
         pytest.skip("only PostgreSQL aborts a transaction at an error")
     engine: Any = create_engine(real.url) if real.is_sync else create_async_engine(real.url)
@@ -399,7 +399,7 @@ async def test_an_engine_of_ones_own_is_watched_for_silent_rollbacks(real: Real)
 
 
 def listeners_on(engine: Any) -> dict[str, int]:
-    """How many listeners an engine and its pool have, by the name of the event."""
+    """Return how many listeners an engine and its pool have for each event."""
     engine = getattr(engine, "sync_engine", engine)
     return {
         name: len(list(getattr(target.dispatch, name)))
@@ -410,7 +410,7 @@ def listeners_on(engine: Any) -> dict[str, int]:
 
 
 def test_an_engine_of_ones_own_keeps_nothing_of_a_database_that_is_gone(real: Real) -> None:
-    """Neither listeners nor references; but while another database uses it, all stays."""
+    """No listener and no reference stays; while another database uses the engine, all stay."""
     kind: Any = SyncDatabase if real.is_sync else AsyncDatabase
     url = real.describe().url
     engine: Any = create_engine(url) if real.is_sync else create_async_engine(url)
@@ -431,7 +431,7 @@ def test_an_engine_of_ones_own_keeps_nothing_of_a_database_that_is_gone(real: Re
 
 
 async def test_what_an_owner_adds_to_its_engine_stays(real: Real) -> None:
-    """Also when a database that borrowed the engine is gone."""
+    """Listeners stay on an owned engine when a database that borrowed it is gone."""
     async with real.describe() as owner:
         watched = listeners_on(owner.engine)
         database = borrowing(owner)
@@ -440,18 +440,18 @@ async def test_what_an_owner_adds_to_its_engine_stays(real: Real) -> None:
         assert listeners_on(owner.engine) == watched
 
 
-# Whose loop is closed without a dispose() hears of it from the driver, and rightly so.
+# Without a dispose(), a closed loop leaves a warning of the driver.
 @pytest.mark.filterwarnings("ignore:.*(deleted while still open|unclosed):ResourceWarning")
 @pytest.mark.parametrize("real", ["asyncpg", "psycopg"], indirect=True)
 def test_an_engine_of_ones_own_serves_one_client_after_the_other(real: Real) -> None:
-    """As tests make one for each of them, in a loop that is closed afterwards."""
+    """Tests often use a new event loop for each test, and close it afterwards."""
     serve_three_clients(real)
-    gc.collect()  # here, where what the loops have left may be complained of
+    gc.collect()  # collected here, because the closed loops may cause warnings
     assert real.stored() == ["/one", "/two", "/three"]
 
 
 def serve_three_clients(real: Real) -> None:
-    """One after the other, on one engine."""
+    """Two event loops use one engine, one after the other."""
     engine = create_async_engine(real.url)
     database = AsyncDatabase.from_engine(engine)
 
@@ -467,7 +467,7 @@ def serve_three_clients(real: Real) -> None:
 
 @pytest.mark.parametrize("real", ["asyncpg", "psycopg"], indirect=True)
 def test_an_engine_of_ones_own_in_two_loops_at_once_is_told_what_to_do(real: Real) -> None:
-    """It works without a pool, and is refused with one, whose connections belong to one loop."""
+    """Without a pool it works. With a pool it is refused: connections belong to one loop."""
     for options in ({}, {"poolclass": NullPool}):
         engine = create_async_engine(real.url, **options)
         database = AsyncDatabase.from_engine(engine)
@@ -484,7 +484,7 @@ def test_an_engine_of_ones_own_in_two_loops_at_once_is_told_what_to_do(real: Rea
 
 
 def test_an_engine_of_the_other_kind_is_refused() -> None:
-    """When it is configured; the error names the kind that is needed."""
+    """The error is raised at once, and names the kind that is needed."""
     wrong: Any = create_engine("sqlite://")
     with pytest.raises(
         ConfigurationError, match="AsyncDatabase needs an engine of the class AsyncEngine"
@@ -506,7 +506,7 @@ def test_an_engine_of_the_other_kind_is_refused() -> None:
 async def test_the_environment_names_the_database(
     database_class: type[AnyDatabase], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In `DATABASE_URL`, or in a variable of one's own; options are given beside it."""
+    """The URL is in `DATABASE_URL` or in another variable; options are arguments."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'shop.db'}")
     monkeypatch.setenv("REPORTS_URL", f"sqlite:///{tmp_path / 'reports.db'}")
     shop = database_class.from_env()
@@ -523,7 +523,7 @@ async def test_the_environment_names_the_database(
 def test_an_environment_without_the_variable_is_told_what_to_set(
     database_class: type[AnyDatabase], value: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not set and empty are the same mistake."""
+    """A variable that is not set and an empty variable give the same error."""
     if value is None:
         monkeypatch.delenv("SHOP_URL", raising=False)
     else:
@@ -532,12 +532,12 @@ def test_an_environment_without_the_variable_is_told_what_to_set(
         database_class.from_env("SHOP_URL")
 
 
-# Whether it answers
+# Ping
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "psycopg-sync"])
 async def test_ping_says_that_the_database_is_gone_and_that_it_is_back(driver: str) -> None:
-    """Not only at startup: a health check may ask at any time, and leaks nothing."""
+    """A health check may ping at any time, and leaks no connection."""
     url = postgres.new_database("gone").set(drivername=f"postgresql+{driver.removesuffix('-sync')}")
     database = SyncDatabase(url) if driver.endswith("-sync") else AsyncDatabase(url)
     administrator = create_engine(
@@ -560,7 +560,7 @@ async def test_ping_says_that_the_database_is_gone_and_that_it_is_back(driver: s
 
 @pytest.mark.parametrize("real", ["asyncmy", "aiomysql", "pymysql-sync"], indirect=True)
 async def test_a_login_that_is_refused_names_what_may_be_missing(real: Real) -> None:
-    """The credentials may come later: then the ping does, or a listener sets them."""
+    """The password may be set later, by a listener, so the ping can be switched off."""
     wrong = real.url.set(username="nobody", password="wrong-password")
     database_class: Any = type(real.describe())
     with pytest.raises(DatabaseUnavailable, match=r"`ping_on_startup=False`.*`do_connect`"):
@@ -571,7 +571,7 @@ async def test_a_login_that_is_refused_names_what_may_be_missing(real: Real) -> 
 async def test_what_a_listener_raises_is_not_taken_for_a_database_that_is_gone(
     kind: Any, tmp_path: Path
 ) -> None:
-    """An error of the application's own reaches it as it is."""
+    """An error of the application's own listener is raised unchanged."""
 
     def fail(*_: Any) -> None:
         raise LookupError("no coffee")
@@ -584,7 +584,7 @@ async def test_what_a_listener_raises_is_not_taken_for_a_database_that_is_gone(
 
 @pytest.mark.parametrize("kind", [AsyncDatabase, SyncDatabase])
 async def test_a_pool_that_is_used_up_is_told_as_that(kind: Any, tmp_path: Path) -> None:
-    """Nothing is wrong with host, port or credentials."""
+    """Host, port and credentials are right, so the error does not mention them."""
     options: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
     async with kind(f"sqlite:///{tmp_path / 'shop.db'}", **options) as database:
         held: Any = database.engine.connect()
@@ -598,7 +598,7 @@ async def test_a_pool_that_is_used_up_is_told_as_that(kind: Any, tmp_path: Path)
 async def test_a_start_that_fails_is_no_start(
     database_class: type[AnyDatabase], tmp_path: Any
 ) -> None:
-    """Nothing is left behind, and the next start may succeed."""
+    """Nothing stays open, and the next start may succeed."""
     folder = tmp_path / "missing"
     database = database_class(f"sqlite:///{folder / 'shop.db'}")
     with pytest.raises(DatabaseUnavailable, match="Is it running"):
@@ -614,7 +614,7 @@ async def test_a_start_that_fails_is_no_start(
 
 
 async def test_begin_commits_on_success(running: Running) -> None:
-    """Nobody else sees the row inside the block, everybody after it."""
+    """Other connections see the row only after the block."""
     async with beginning(running.database):
         await running.write("kept")
         assert running.stored() == []
@@ -623,7 +623,7 @@ async def test_begin_commits_on_success(running: Running) -> None:
 
 @pytest.mark.parametrize("error", [LookupError, asyncio.CancelledError, GeneratorExit])
 async def test_begin_rolls_back_on_any_error(running: Running, error: type[BaseException]) -> None:
-    """Also on those that are no `Exception`; the error goes on as it is."""
+    """Other exceptions than `Exception` roll back too; the error is raised unchanged."""
     raised = error()
 
     async def fail() -> None:
@@ -641,7 +641,7 @@ async def test_begin_rolls_back_on_any_error(running: Running, error: type[BaseE
 async def test_set_rollback_decides_for_begin_too(
     running: Running, rollback: bool, kept: list[str]
 ) -> None:
-    """A dry run is one line."""
+    """A dry run needs one line."""
     async with beginning(running.database):
         await running.write("it")
         set_rollback(True)
@@ -650,7 +650,7 @@ async def test_set_rollback_decides_for_begin_too(
 
 
 async def test_set_rollback_does_not_save_what_an_error_broke(running: Running) -> None:
-    """An error rolls back in any case."""
+    """An exception rolls back in any case."""
 
     async def fail() -> None:
         async with beginning(running.database):
@@ -664,7 +664,7 @@ async def test_set_rollback_does_not_save_what_an_error_broke(running: Running) 
 
 
 async def test_a_failed_commit_of_begin_is_raised_as_it_is(running: Running) -> None:
-    """The error of SQLAlchemy's, nothing stored, and the connection clean for the next one."""
+    """SQLAlchemy's error is raised, nothing is stored, and the connection is clean afterwards."""
 
     async def fail() -> None:
         async with beginning(running.database):
@@ -694,7 +694,7 @@ async def test_the_session_of_begin_is_the_current_one(running: Running) -> None
 
 
 async def test_a_session_of_begin_ends_with_its_block(running: Running) -> None:
-    """It can never check out a connection afterwards."""
+    """The session can never check out a connection afterwards."""
     async with beginning(running.database) as session:
         await running.write("kept")
     with pytest.raises(SessionClosed, match=r"database\.begin\(\)"):
@@ -703,7 +703,7 @@ async def test_a_session_of_begin_ends_with_its_block(running: Running) -> None:
 
 
 async def test_begin_holds_no_connection_until_the_first_statement(running: Running) -> None:
-    """A worker may open it before it waits for something to do."""
+    """A worker may open the block before it waits for work."""
     held = []
     async with beginning(running.database):
         held.append(pool_of(running.database).checkedout())
@@ -714,7 +714,7 @@ async def test_begin_holds_no_connection_until_the_first_statement(running: Runn
 
 
 async def test_an_audit_row_survives_the_rollback_of_its_request(running: Running) -> None:
-    """`begin()` in a request is a transaction of its own, that knows which request it is in."""
+    """`begin()` in a request is a new transaction, and knows the scope of the request."""
     seen: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -734,7 +734,7 @@ async def test_an_audit_row_survives_the_rollback_of_its_request(running: Runnin
 
 
 async def test_a_task_that_outlives_its_request_acts_for_nobody(running: Running) -> None:
-    """Its `begin()` has no scope, also if a `begin()` of the request started the task."""
+    """A `begin()` in a task that outlives its request has no scope."""
     ended = asyncio.Event()
     tasks: list[asyncio.Task[Any]] = []
 
@@ -756,7 +756,7 @@ async def test_a_task_that_outlives_its_request_acts_for_nobody(running: Running
 
 
 async def test_set_rollback_in_begin_does_not_decide_for_its_request(running: Running) -> None:
-    """And the other way round: each decides for itself."""
+    """`set_rollback` of one unit does not affect the other unit."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         async with beginning(running.database):
@@ -770,7 +770,7 @@ async def test_set_rollback_in_begin_does_not_decide_for_its_request(running: Ru
 
 
 async def test_tasks_at_once_have_a_unit_of_work_each(running: Running) -> None:
-    """`begin()` in each child is what `gather` over one session is not: safe."""
+    """`begin()` in each child is safe; `gather` over one session is not."""
 
     async def child(number: int) -> None:
         async with beginning(running.database):
@@ -787,7 +787,7 @@ async def test_tasks_at_once_have_a_unit_of_work_each(running: Running) -> None:
 
 
 async def test_begin_outside_of_a_request_knows_of_none(running: Running) -> None:
-    """Events that read `session.info["scope"]` find None, not a missing key."""
+    """Listeners that read `session.info["scope"]` find None, and no missing key."""
     async with beginning(running.database) as session:
         assert session.info["scope"] is None
 
@@ -796,7 +796,7 @@ async def test_begin_outside_of_a_request_knows_of_none(running: Running) -> Non
 async def test_jobs_that_start_each_other_keep_nothing_of_each_other(
     running: Running, overlap: bool
 ) -> None:
-    """Each inside the `begin()` of the one before, be that over by then or not."""
+    """Each job starts inside the `begin()` of the job before, which may have ended."""
     units: list[weakref.ref[Any]] = []
 
     async def job(number: int, before: asyncio.Event) -> None:
@@ -830,7 +830,7 @@ async def test_jobs_that_start_each_other_keep_nothing_of_each_other(
 async def test_units_that_end_out_of_order_leave_the_right_one(
     running: Running, in_request: bool
 ) -> None:
-    """The one that is open stays the current one, and after both of them what was before."""
+    """The open unit stays the current one; after both, the earlier unit is current again."""
     seen: list[bool] = []
     database = running.database
 
@@ -859,7 +859,7 @@ async def test_units_that_end_out_of_order_leave_the_right_one(
 async def test_a_task_that_outlives_its_unit_is_told_so_after_one_of_its_own(
     running: Running,
 ) -> None:
-    """It does not slip into the transaction of the request around."""
+    """The block does not use the transaction of the outer request."""
     database = running.database
 
     async def outlive(over: asyncio.Event) -> None:
@@ -882,7 +882,7 @@ async def test_a_task_that_outlives_its_unit_is_told_so_after_one_of_its_own(
 
 
 async def test_the_session_dependency_is_the_session(running: Running) -> None:
-    """Inside a unit of work; without parameters that an injector could ask a client for."""
+    """It works inside a unit of work, and has no parameters that a framework would read."""
     dependency = running.database.session_dependency
     async with beginning(running.database) as session:
         assert await dependency() is session
@@ -893,11 +893,11 @@ async def test_the_session_dependency_is_the_session(running: Running) -> None:
         assert not inspect.signature(function).parameters
 
 
-# What its sessions are
+# Sessions
 
 
 async def test_objects_can_be_read_after_the_commit(running: Running) -> None:
-    """`expire_on_commit` is False: a template needs no session."""
+    """`expire_on_commit` is False, so a template can read attributes without a session."""
     entry = Entry(note="kept")
     async with beginning(running.database) as session:
         session.add(entry)
@@ -907,7 +907,7 @@ async def test_objects_can_be_read_after_the_commit(running: Running) -> None:
 
 
 async def test_session_options_reach_the_session(real: Real) -> None:
-    """`info` too, beside the scope."""
+    """Options of the application are kept, `info` included, beside the scope."""
     options: Any = {"expire_on_commit": True, "autoflush": False, "info": {"tenant": "blue"}}
     async with real.describe(session_options=options) as database:
         async with beginning(database) as session:
@@ -922,7 +922,7 @@ async def test_session_options_reach_the_session(real: Real) -> None:
 
 @pytest.mark.parametrize("origin", ["sqlmodel", "own"])
 async def test_a_session_class_of_ones_own_stays_itself(real: Real, origin: str) -> None:
-    """An instance of the class, with the methods that it adds, in the same transaction."""
+    """The session is an instance of the given class, with its methods, in the same transaction."""
     session_class: Any
     if origin == "own":
         session_class = ShoutingSync if real.is_sync else Shouting
@@ -949,7 +949,7 @@ async def test_a_session_class_of_ones_own_stays_itself(real: Real, origin: str)
 
 
 async def test_the_session_behind_an_async_one_can_be_of_ones_own(real: Real) -> None:
-    """`sync_session_class`, as SQLAlchemy has it, for lazy loading and `run_sync`."""
+    """`sync_session_class` is used for lazy loading and `run_sync`, as in SQLAlchemy."""
     if real.is_sync:
         pytest.skip("there is none behind it")
     options: Any = {"sync_session_class": ShoutingSync}
@@ -961,7 +961,7 @@ async def test_the_session_behind_an_async_one_can_be_of_ones_own(real: Real) ->
 
 
 async def test_a_session_class_of_ones_own_may_prepare_itself_and_is_closed(real: Real) -> None:
-    """Its constructor's `info` stays, and its `close` is called, be there anything to close."""
+    """The `info` of its constructor stays, and its `close` is always called."""
     closed: list[object] = []
 
     class Careful(Session):
@@ -984,7 +984,7 @@ async def test_a_session_class_of_ones_own_may_prepare_itself_and_is_closed(real
 
 
 async def test_objects_belong_to_no_session_once_it_is_over(real: Real) -> None:
-    """So that another one can have them."""
+    """The connection is returned, so that others can use it."""
     async with real.describe() as database:
         async with beginning(database) as session:
             entry = Entry(note="kept")
@@ -999,14 +999,14 @@ async def test_objects_belong_to_no_session_once_it_is_over(real: Real) -> None:
 
 @pytest.mark.parametrize("wrong", [Session, dict, None, "AsyncSession", AsyncSession(), Entry])
 def test_what_is_no_async_session_class_is_refused(wrong: Any) -> None:
-    """When it is configured, not at the first request."""
+    """The error is raised when the database is configured, not at the first request."""
     with pytest.raises(ConfigurationError, match="subclass of AsyncSession"):
         AsyncDatabase("sqlite://", session_options={"class_": wrong})
 
 
 @pytest.mark.parametrize("wrong", [AsyncSession, SQLModelAsyncSession, dict, None])
 def test_what_is_no_session_class_is_refused(wrong: Any) -> None:
-    """The same for a database that blocks."""
+    """The class of sync sessions is checked too."""
     with pytest.raises(ConfigurationError, match="subclass of Session"):
         SyncDatabase("sqlite://", session_options={"class_": wrong})
 
@@ -1038,7 +1038,7 @@ async def with_tables(database: AnyDatabase) -> AsyncIterator[Running]:
                 METADATA.create_all(session.connection())
             else:
                 await session.run_sync(lambda sync: METADATA.create_all(sync.connection()))
-        real: Any = None  # nothing else can look into it
+        real: Any = None  # no other connection can see this database
         yield Running(real, database)
         assert pool_of(database).checkedout() == 0
 
@@ -1047,7 +1047,7 @@ async def with_tables(database: AnyDatabase) -> AsyncIterator[Running]:
 async def test_a_database_in_memory_outlives_its_sessions(
     database_class: type[AnyDatabase], url: str
 ) -> None:
-    """Each request finds what the others stored, also those that ran in other threads."""
+    """Each request finds rows of other requests, also of requests in other threads."""
     async with with_tables(database_class(url)) as running:
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -1064,14 +1064,15 @@ async def test_a_database_in_memory_outlives_its_sessions(
 async def test_requests_at_once_do_not_share_a_transaction_in_memory(
     database_class: type[AnyDatabase], url: str
 ) -> None:
-    """One that rolls back takes nothing of another's with it, and leaves nothing to it."""
+    """A rollback of one request does not affect the work of another request."""
     written = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write(scope["path"])
         if scope["path"] == "/lost":
             written.set()
-            await asyncio.wait([other], timeout=0.2)  # shared, it would end now, and keep our row
+            # With a shared connection, it would end our transaction too.
+            await asyncio.wait([other], timeout=0.2)
             await respond(send, 400)
         else:
             await respond(send)
@@ -1101,7 +1102,7 @@ async def test_requests_at_once_do_not_share_a_transaction_in_memory(
 async def test_engine_options_for_a_database_in_memory_are_respected(
     database_class: type[AnyDatabase], options: dict[str, Any]
 ) -> None:
-    """What every tutorial gives still works, in whichever thread a handler runs."""
+    """The URL of most tutorials still works, in the thread of any handler."""
     async with database_class("sqlite://", **options) as database:
         if "poolclass" in options:
             assert isinstance(database.engine.pool, options["poolclass"])
@@ -1113,15 +1114,15 @@ async def test_engine_options_for_a_database_in_memory_are_respected(
         exchange = await get(DBSessionMiddleware(app, database))
         assert exchange.error is None
         assert exchange.status == 200
-        async with beginning(database) as session:  # now in the thread of the loop
+        async with beginning(database) as session:  # now in the thread of the event loop
             await result_of(session.execute(select(1)))
 
 
-# What it tells
+# Error texts
 
 
 def raised_by(use: Callable[[], Any]) -> DBSessionError:
-    """The error of this package's that `use` raises where no event loop is running."""
+    """Return the error that `use` raises without an event loop."""
     with ThreadPoolExecutor(1) as pool, pytest.raises(DBSessionError) as caught:
         pool.submit(use).result()
     return caught.value
@@ -1129,7 +1130,7 @@ def raised_by(use: Callable[[], Any]) -> DBSessionError:
 
 @pytest.mark.parametrize("place", ["password", "options"])
 async def test_no_text_ever_shows_a_password(place: str) -> None:
-    """Neither what a database prints as, nor any error about it, nor what that was caused by."""
+    """The password is in no repr of the database, in no error, and in no cause of an error."""
     word = "hush/hush"
     url = postgres.new_database("secret").set(drivername="postgresql+psycopg")
     url = (
@@ -1186,7 +1187,7 @@ async def test_no_text_ever_shows_a_password(place: str) -> None:
 
 
 async def test_the_password_is_hidden_where_the_driver_quotes_it() -> None:
-    """The class of its error is told, and none of its text."""
+    """The error shows the class of the driver's error, and nothing of its text."""
     wrong = {"target_session_attrs": "hush"}
     url = URL.create("postgresql+psycopg", "app", "hush", "localhost", query=wrong)
     with pytest.raises(DatabaseUnavailable, match="reached: OperationalError") as caught:
@@ -1199,14 +1200,14 @@ async def test_the_password_is_hidden_where_the_driver_quotes_it() -> None:
 def test_session_options_that_cannot_work_are_refused_at_once(
     database_class: type[AnyDatabase],
 ) -> None:
-    """When the database is described, not when the first request comes."""
+    """The error is raised when the database is described, not at the first request."""
     wrong: Any = {"autoflash": True}
     with pytest.raises(ConfigurationError, match=r"session options.*autoflash"):
         database_class("sqlite://", session_options=wrong)
 
 
 async def test_begin_commits_without_autobegin_too(real: Real) -> None:
-    """A session option that SQLAlchemy offers, and that a COMMIT of nothing would stumble over."""
+    """SQLAlchemy accepts this session option, but an empty COMMIT would fail because of it."""
     async with real.describe(session_options={"autobegin": False}) as database:
         if isinstance(database, SyncDatabase):
             with database.begin() as session, session.begin():

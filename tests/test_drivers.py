@@ -1,4 +1,4 @@
-"""Every driver keeps the promises, with the very options that `docs/how-to/drivers.md` gives it."""
+"""Tests the promises with every driver and the options that `docs/how-to/drivers.md` gives."""
 
 import asyncio
 import re
@@ -30,7 +30,7 @@ from asgi_dbsession import (
 pytestmark = pytest.mark.anyio
 
 DOCS = Path(__file__).parents[1] / "docs" / "how-to" / "drivers.md"
-# What the table calls it: the kind of database, and whether PgBouncer is in between.
+# The names in the table: the kind of database, and if PgBouncer is used.
 DRIVERS: dict[str, tuple[str, bool]] = {
     "asyncpg": ("asyncpg", False),
     "psycopg": ("psycopg", False),
@@ -49,7 +49,7 @@ driver_table = pytest.mark.matrix("Drivers", "driver")
 
 @cache
 def documented() -> dict[tuple[str, bool], AsyncDatabase | SyncDatabase]:
-    """The databases of the page, by the kind that the tests know."""
+    """Return the databases of the page, by kind."""
     found: dict[tuple[str, bool], AsyncDatabase | SyncDatabase] = {}
     for block in re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.DOTALL | re.MULTILINE):
         namespace: dict[str, Any] = {"__name__": "pasted"}
@@ -65,22 +65,22 @@ def documented() -> dict[tuple[str, bool], AsyncDatabase | SyncDatabase]:
 
 
 def options_of(driver: str) -> dict[str, Any]:
-    """The engine options that the page gives that driver."""
+    """Return the engine options that the page gives for this driver."""
     return dict(documented()[DRIVERS[driver]]._engine_options)
 
 
 @pytest.fixture(params=DRIVERS)
 def driver(request: pytest.FixtureRequest) -> str:
-    """Each driver in turn."""
+    """Run the test with each driver."""
     name: str = request.param
     return name
 
 
 @pytest.fixture
 async def running(driver: str, tmp_path: Path) -> AsyncIterator[Running]:
-    """Its database, running with the options of the page, and found clean afterwards."""
+    """A running database with the options of the page, checked after the test."""
     kind, bouncer = DRIVERS[driver]
-    # PgBouncer keeps its connections, where no other test must find them.
+    # PgBouncer keeps connections to its database, so other tests must not use it.
     real = real_database(kind, tmp_path, "bounced" if bouncer else "tests")
     real = replace(real, options=options_of(driver))
     if bouncer:
@@ -92,7 +92,7 @@ async def running(driver: str, tmp_path: Path) -> AsyncIterator[Running]:
 
 
 def serving(running: Running, handler: Callable[[], Any], status: int = 200) -> Any:
-    """Put the middleware around a handler that is answered with that status."""
+    """Wrap the middleware around a handler that responds with this status."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await handler()
@@ -113,7 +113,7 @@ async def test_a_read_sees_what_is_stored(running: Running) -> None:
         seen.extend((await running.execute(select(ENTRY.c.note))).scalars())
 
     await get(serving(running, write))
-    for _ in range(20):  # PgBouncer gives them to one server connection after the other
+    for _ in range(20):  # PgBouncer gives both clients the same server connection
         assert (await get(serving(running, read))).status == 200
     assert seen == ["kept"] * 20
 
@@ -182,14 +182,14 @@ async def test_a_cancelled_request_leaks_nothing(running: Running, driver: str) 
 
 @pytest.mark.parametrize("driver", [name for name, (_, bouncer) in DRIVERS.items() if bouncer])
 async def test_a_request_cancelled_behind_pgbouncer_leaks_nothing(running: Running) -> None:
-    """The same with a PgBouncer that survives it; apart, for the table is that of any."""
+    """Test PgBouncer separately: this test needs a version without the crash."""
     if pgbouncer.version()[:2] == (1, 18):
         pytest.skip("PgBouncer 1.18 itself ends with `bad client state` at a cancel request")
     await cancel_at_every_await(running)
 
 
 async def cancel_at_every_await(running: Running) -> None:
-    """Cancel one request after the other, each a step later, and see what was stored."""
+    """Cancel requests at later and later steps, and check what was stored."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write(scope["path"] + " 1")
@@ -277,7 +277,7 @@ async def test_rows_are_streamed_in_a_response(running: Running) -> None:
 
 
 async def fail_in_a_savepoint(running: Running) -> None:
-    """Run a statement that fails where it may."""
+    """Run a statement that may fail."""
     wrong = text("SELECT * FROM no_such_table")
     session: Any = running.database.get_session()
     if isinstance(running.database, SyncDatabase):
@@ -321,12 +321,12 @@ async def test_a_swallowed_error_is_loud_or_harmless(running: Running) -> None:
         assert running.stored() == ["before"]
 
 
-# Numbers that no sequence comes to.
+# These ids are larger than any id of a sequence.
 LEFT_AND_RIGHT = {"left": -1, "right": -2}
 
 
 class Rival:
-    """A transaction that holds the row "right" and will want the row "left": half of a deadlock."""
+    """A transaction that locks the row "right", and later waits for the row "left"."""
 
     def __init__(self, running: Running) -> None:
         self._running = running
@@ -339,7 +339,8 @@ class Rival:
             )
         engine = self._running.real.reader.execution_options(isolation_level="REPEATABLE READ")
         self._connection = engine.connect()
-        # InnoDB spares the one that has changed more rows, and PostgreSQL the more patient one.
+        # InnoDB keeps the transaction that has changed more rows; PostgreSQL keeps the one that
+        # waits less.
         self._connection.execute(ENTRY.insert().values([{"id": -100 - n} for n in range(50)]))
         self._connection.execute(lock("right"))
         return self
@@ -351,7 +352,7 @@ class Rival:
         self._connection.close()
 
     async def deadlock(self) -> None:
-        """Have the transaction of the request, too, want what the other one has."""
+        """Let the request wait for the row that the other transaction has locked."""
         if self._running.real.is_postgresql:
             await self._running.execute(text("SET LOCAL deadlock_timeout = '1ms'"))
         await self._running.execute(lock("left"))
@@ -372,7 +373,7 @@ class Rival:
 
 
 def lock(row: str) -> Any:
-    """Lock a row, and nothing beside it."""
+    """Lock one row, and no neighbour rows."""
     return select(ENTRY).where(ENTRY.c.id == LEFT_AND_RIGHT[row]).with_for_update()
 
 
@@ -386,7 +387,7 @@ async def test_a_swallowed_deadlock_stores_no_half(running: Running) -> None:
         await running.write("first half")
         with pytest.raises(DBAPIError, match=r"(?i)deadlock"):
             await rival.deadlock()
-        with suppress(DBAPIError):  # PostgreSQL takes nothing more
+        with suppress(DBAPIError):  # PostgreSQL accepts no more statements
             await running.write("second half")
 
     async with Rival(running) as rival:
@@ -399,7 +400,7 @@ async def test_a_swallowed_deadlock_stores_no_half(running: Running) -> None:
 
 @pytest.mark.parametrize("driver", ["asyncmy", "PyMySQL"], indirect=True)
 async def test_no_savepoint_saves_anything_from_a_deadlock(running: Running) -> None:
-    """InnoDB rolls back all of the transaction; the error says that it must be done again."""
+    """InnoDB rolls back the whole transaction; the error says to do the work again."""
 
     async def handler() -> None:
         await running.write("first half")
@@ -453,7 +454,7 @@ async def test_after_a_rollback_a_deadlock_is_forgotten(running: Running) -> Non
 
 
 async def test_the_page_sets_a_time_limit_for_connecting() -> None:
-    """With it, a host that swallows packets fails the startup; the drivers' names for it differ."""
+    """With a connect timeout, an unreachable host fails the startup; each driver has its name."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.socket() as only_guest:
         only_guest.connect(full.getsockname())
         port: int = full.getsockname()[1]
@@ -472,7 +473,7 @@ async def test_the_page_sets_a_time_limit_for_connecting() -> None:
 
 @pytest.mark.parametrize("driver", ["aiosqlite", "pysqlite"], indirect=True)
 async def test_the_page_configures_sqlite(running: Running) -> None:
-    """A write-ahead log, foreign keys, and a while to wait for another writer."""
+    """The options: write-ahead log, foreign keys, and waiting for another writer."""
     found = {}
 
     async def look() -> None:
@@ -485,7 +486,7 @@ async def test_the_page_configures_sqlite(running: Running) -> None:
 
 @pytest.mark.parametrize("driver", ["asyncpg + PgBouncer"], indirect=True)
 async def test_the_page_leaves_no_prepared_statement_behind_pgbouncer(running: Running) -> None:
-    """What random names would pile up on the server."""
+    """Random names would create more and more statements on the server."""
     counted = []
 
     async def look() -> None:
@@ -498,5 +499,5 @@ async def test_the_page_leaves_no_prepared_statement_behind_pgbouncer(running: R
 
 
 def test_the_page_speaks_of_every_driver() -> None:
-    """All that are tested, and no others."""
+    """The page lists all tested drivers, and no others."""
     assert sorted(documented()) == sorted(DRIVERS.values())

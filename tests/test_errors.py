@@ -39,7 +39,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_an_error_is_the_same_in_another_process(error: DBSessionError) -> None:
-    """Class, text and notes survive pickling and copying, as Celery, pools and Sentry do it."""
+    """Celery, pools and Sentry pickle or copy errors; class, text and notes stay the same."""
     error.add_note("in a worker")
     copies = [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(6)]
     for each in (*copies, copy.copy(error)):
@@ -49,5 +49,5 @@ def test_an_error_is_the_same_in_another_process(error: DBSessionError) -> None:
 
 
 def test_every_error_is_tried() -> None:
-    """A new error is added to the list above."""
+    """Each error class is in the list above."""
     assert {type(each) for each in ERRORS} >= set(DBSessionError.__subclasses__())

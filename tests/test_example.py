@@ -1,4 +1,4 @@
-"""The promises of the example: in process, as a program on a socket, and in a real browser."""
+"""Tests the example in process, as a program on a socket, and in a real browser."""
 
 import csv
 import os
@@ -54,7 +54,7 @@ BAD_WISHES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """What is really stored, and so visible to everybody."""
+    """The stored rows, which every connection sees."""
 
     stock: dict[str, int]
     orders: int = 0
@@ -65,7 +65,7 @@ class Stored:
 
 
 def after(orders: int, **stock: int) -> Stored:
-    """What so many orders leave behind, once each has its parcel."""
+    """Return the expected rows after so many orders with packed parcels."""
     counts = dict.fromkeys(("orders", "payments", "mails", "sales", "packed"), orders)
     return Stored(FULL_SHELF | stock, **counts)
 
@@ -75,14 +75,14 @@ UNTOUCHED = Stored(FULL_SHELF)
 
 @dataclass
 class Books:
-    """The databases of a shop, and other connections to read them by."""
+    """The databases of a shop, and other connections that read them."""
 
     shop: URL
     reports: URL
 
     @property
     def variables(self) -> dict[str, str]:
-        """What the environment must say of them: nothing where they are what the shop makes."""
+        """Return the environment variables for these databases; none for the default databases."""
         if self.shop.drivername == "sqlite":
             return {}
         return {
@@ -92,7 +92,7 @@ class Books:
 
     @contextmanager
     def connect(self, url: URL | None = None) -> Iterator[Any]:
-        """A connection to the shop's database, unless told otherwise, that is none of its own."""
+        """Open a connection to the shop's database, separate from the shop's own connections."""
         url = url or self.shop
         driver = "sqlite" if url.drivername == "sqlite" else "postgresql+psycopg"
         engine = create_engine(url.set(drivername=driver), poolclass=NullPool)
@@ -100,7 +100,7 @@ class Books:
             yield connection
 
     def read(self) -> Stored:
-        """Read it all."""
+        """Read all tables."""
         with self.connect() as connection, self.connect(self.reports) as other:
             stock = {
                 str(name): int(stock)
@@ -121,25 +121,25 @@ class Books:
 
 @dataclass
 class Shop:
-    """A running shop: a client of it, and its books."""
+    """A running shop: a client, and its databases."""
 
     client: Any
     books: Books
 
     def order(self, product: int = TEAPOT, quantity: object = 1, **fields: object) -> Any:
-        """Order as a program does."""
+        """Order with JSON, as a program does."""
         wish = {"product": product, "quantity": quantity, "card": "approved"} | fields
         return self.client.post("/api/orders", json=wish)
 
     def send_form(self, product: int = TEAPOT, quantity: object = 1, **fields: object) -> Any:
-        """Order as a browser without JavaScript does, but stay where it is sent on from."""
+        """Order as a browser without JavaScript does, but do not follow the redirect."""
         wish = {"product": product, "quantity": quantity, "card": "approved"} | fields
         return self.client.post("/orders", data=wish, follow_redirects=False)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def books(request: pytest.FixtureRequest, tmp_path: Path) -> Books:
-    """Two empty databases of each kind; on PostgreSQL one, whose tables are apart all the same."""
+    """Make two empty databases of each kind; PostgreSQL uses one for both."""
     if request.param == "sqlite":
         files = (tmp_path / "shop.db", tmp_path / "reports.db")
         return Books(*(URL.create("sqlite", database=str(file)) for file in files))
@@ -149,7 +149,7 @@ def books(request: pytest.FixtureRequest, tmp_path: Path) -> Books:
 
 @cache
 def import_shop(**variables: str) -> dict[str, Any]:
-    """What the modules of the shop hold when it is imported anew in such an environment."""
+    """Import the modules of the shop again in this environment."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DATABASE_URL", "REPORT_DATABASE_URL"):
             patch.delenv(name, raising=False)
@@ -162,7 +162,7 @@ def import_shop(**variables: str) -> dict[str, Any]:
 
 @pytest.fixture
 def application(books: Books, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Starlette:
-    """The shop on those databases."""
+    """The shop with these databases."""
     monkeypatch.chdir(tmp_path)
     app: Starlette = import_shop(**books.variables)["app"]
     return app
@@ -170,13 +170,13 @@ def application(books: Books, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def shop(application: Starlette, books: Books) -> Iterator[Shop]:
-    """The shop, open, in process."""
+    """The running shop, in process."""
     with TestClient(application, raise_server_exceptions=False) as client:
         yield Shop(client, books)
 
 
 def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
-    """Wait for what happens in its own time; fails when it never does."""
+    """Wait until something happens; fail if it never happens."""
     deadline = monotonic() + seconds
     while not condition():
         assert monotonic() < deadline, "it never became true"
@@ -184,7 +184,7 @@ def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
 
 
 def test_an_order_takes_the_stock_is_paid_counted_confirmed_and_packed(shop: Shop) -> None:
-    """Together; but for the mail, which follows the COMMIT, and the parcel, after the response."""
+    """All is stored together. The mail follows COMMIT, and the parcel follows the response."""
     response = shop.order(TEAPOT, 2)
     assert response.status_code == 201
     assert response.json() == {
@@ -213,7 +213,7 @@ def test_an_order_takes_the_stock_is_paid_counted_confirmed_and_packed(shop: Sho
 def test_an_order_that_fails_changes_nothing(
     shop: Shop, send: Callable[..., Any], wish: dict[str, Any], status: int, message: str
 ) -> None:
-    """Stock, order and sale were written before the payment failed; and no mail has left."""
+    """The work before the payment is rolled back, and no mail is sent."""
     response = send(shop, **wish)
     assert response.status_code == status
     assert message in response.text
@@ -223,7 +223,7 @@ def test_an_order_that_fails_changes_nothing(
 
 
 def test_an_order_that_the_reports_refuse_changes_nothing(shop: Shop) -> None:
-    """Both databases hear of it before either one commits."""
+    """Both databases are flushed before the first COMMIT."""
     with shop.books.connect(shop.books.reports) as connection:
         connection.execute(text("ALTER TABLE sale RENAME TO lost"))
     assert shop.order().status_code == 500
@@ -234,7 +234,7 @@ def test_an_order_that_the_reports_refuse_changes_nothing(shop: Shop) -> None:
 
 
 def test_the_report_adds_up(shop: Shop) -> None:
-    """One line for each product and day, with what was ordered and no more, newest day first."""
+    """The report has one line for each product and day, newest day first."""
     yesterday = datetime.now(UTC).date() - timedelta(days=1)
     with shop.books.connect(shop.books.reports) as connection:
         row = {"day": yesterday, "product": "Cup", "quantity": 9, "total": 8550}
@@ -257,20 +257,20 @@ def test_the_report_adds_up(shop: Shop) -> None:
 
 
 def test_each_page_says_what_it_cost_the_databases(shop: Shop) -> None:
-    """Both of them, in a header that browsers understand."""
+    """The header shows the times of both databases."""
     assert 'desc="statements: 4"' in shop.client.get("/").headers["server-timing"]
     assert 'desc="statements: 1"' in shop.client.get("/api/sales").headers["server-timing"]
 
 
 def test_the_last_one_is_sold_once(shop: Shop) -> None:
-    """The next customer is told so."""
+    """The next customer gets an error."""
     assert shop.order(BISCUIT).status_code == 201
     assert shop.order(BISCUIT).status_code == 409
     assert shop.books.read().stock["The last biscuit"] == 0
 
 
 def test_a_form_sent_twice_is_paid_once(shop: Shop) -> None:
-    """COMMIT finds the second one out: a 409 in place of the success, no sale, and no mail."""
+    """COMMIT refuses the second payment: the client gets a 409, without a sale and a mail."""
     key = str(uuid4())
     assert shop.send_form(key=key).status_code == 303
     once = shop.books.read()
@@ -286,7 +286,7 @@ def test_a_form_sent_twice_is_paid_once(shop: Shop) -> None:
 def test_a_wish_that_makes_no_sense_is_refused(
     shop: Shop, send: Callable[..., Any], wrong: dict[str, Any]
 ) -> None:
-    """With a 400 that names the field."""
+    """The client gets a 400 that names the field."""
     response = send(shop, **wrong)
     assert response.status_code == 400
     assert next(iter(wrong)) in response.text
@@ -295,20 +295,20 @@ def test_a_wish_that_makes_no_sense_is_refused(
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"1", b"\xff", b"[" * 100_000])
 def test_a_body_that_is_no_json_object_is_refused(shop: Shop, body: bytes) -> None:
-    """It is the fault of whoever sent it: 400."""
+    """A wrong input is the client's mistake: 400."""
     response = shop.client.post("/api/orders", content=body)
     assert response.status_code == 400
     assert "JSON" in response.json()["error"]
 
 
 def test_a_form_with_a_file_in_it_is_refused(shop: Shop) -> None:
-    """Not every part of a form is a text."""
+    """A field of a form may be a file instead of text."""
     response = shop.client.post("/orders", data={"quantity": "1"}, files={"product": b"1"})
     assert response.status_code == 400
 
 
 def test_errors_speak_the_language_of_the_client(shop: Shop) -> None:
-    """JSON below `/api/`, a page with a way back everywhere else."""
+    """Paths below `/api/` answer with JSON, all others with a page and a link back."""
     assert shop.client.get("/api/nothing").json() == {"error": "Not Found"}
     page = shop.client.get("/nothing")
     assert page.status_code == 404
@@ -316,7 +316,7 @@ def test_errors_speak_the_language_of_the_client(shop: Shop) -> None:
 
 
 def test_the_form_leads_back_to_the_page_with_the_order_on_it(shop: Shop) -> None:
-    """POST, redirect, GET: reloading the page does not order again."""
+    """After POST and redirect, reloading the page does not order again."""
     response = shop.send_form(CUP, 3)
     assert response.status_code == 303
     assert response.headers["location"] == "/#order-1"
@@ -328,7 +328,7 @@ def test_the_form_leads_back_to_the_page_with_the_order_on_it(shop: Shop) -> Non
 
 
 def test_what_is_stored_is_escaped_on_the_page(shop: Shop) -> None:
-    """A name is a text, not a piece of the page."""
+    """The name is shown as text, and never as HTML."""
     with shop.books.connect() as connection:
         connection.execute(insert(Product).values(name="<b>", price=1, stock=1))
     page = shop.client.get("/").text
@@ -337,7 +337,7 @@ def test_what_is_stored_is_escaped_on_the_page(shop: Shop) -> None:
 
 
 def test_a_shop_that_opens_again_keeps_its_books(application: Starlette, books: Books) -> None:
-    """Products are put on the shelf only where there are none."""
+    """The shop adds products only if it has none."""
     for _ in range(2):
         with TestClient(application) as client:
             assert Shop(client, books).order().status_code == 201
@@ -348,7 +348,7 @@ def test_a_shop_that_opens_again_keeps_its_books(application: Starlette, books: 
 async def test_the_export_streams_all_orders_and_holds_no_connection(
     application: Starlette, books: Books
 ) -> None:
-    """Page by page; while the client is busy with one, the pool has everything back."""
+    """The export reads page by page; while the client reads, no connection is in use."""
     imported = import_shop(**books.variables)
     held: list[int] = []
     async with imported["shop"], imported["reports"]:
@@ -375,7 +375,7 @@ async def test_the_export_streams_all_orders_and_holds_no_connection(
 
 @pytest.mark.anyio
 async def test_each_sqlite_connection_is_set_up(tmp_path: Path) -> None:
-    """Foreign keys are checked, readers do not wait for writers, writers wait for each other."""
+    """Foreign keys are checked, readers never wait, writers wait for each other."""
     database = describe_database(f"sqlite:///{tmp_path / 'shop.db'}")
     async with database, database.begin() as session:
         found = [
@@ -387,20 +387,20 @@ async def test_each_sqlite_connection_is_set_up(tmp_path: Path) -> None:
 
 @dataclass
 class Program:
-    """`python -m example_app`, running on a port of its own, in a folder of its own."""
+    """`python -m example_app`, running on a free port in a temporary folder."""
 
     process: "subprocess.Popen[str]"
     address: str
     folder: Path
 
     def stop(self) -> tuple[int, str]:
-        """Press Ctrl-C; the exit code, and all that was printed."""
+        """Press Ctrl-C, and return the exit code and the output."""
         self.process.send_signal(signal.SIGINT)
         printed, _ = self.process.communicate(timeout=20)
         return self.process.returncode, printed
 
     def answers(self) -> bool:
-        """Whether the shop is open."""
+        """Return True if the shop answers."""
         assert self.process.poll() is None, self.process.communicate()[0]
         try:
             return httpx2.get(self.address, trust_env=False).status_code == 200
@@ -409,7 +409,7 @@ class Program:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -417,7 +417,7 @@ def free_port() -> int:
 
 @contextmanager
 def start_program(folder: Path, variables: dict[str, str]) -> Iterator[Program]:
-    """Run the shop as a reader of the README would, until it answers."""
+    """Run the shop as in the README, until it answers."""
     port = free_port()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for name in ("DATABASE_URL", "REPORT_DATABASE_URL"):
@@ -440,7 +440,7 @@ def start_program(folder: Path, variables: dict[str, str]) -> Iterator[Program]:
 
 @pytest.fixture
 def program(books: Books, tmp_path: Path) -> Iterator[Program]:
-    """The program on each kind of database; SQLite is what it takes by itself."""
+    """Run the program with each kind of database; SQLite is its default."""
     with start_program(tmp_path, books.variables) as running:
         yield running
 
@@ -455,7 +455,7 @@ def real_shop(program: Program, books: Books) -> Iterator[Shop]:
 def test_the_program_says_where_it_is_and_leaves_nothing_behind(
     program: Program, real_shop: Shop
 ) -> None:
-    """After Ctrl-C: a success, no traceback, and database files with everything in them."""
+    """After Ctrl-C the exit code is 0, there is no traceback, and all data is in the files."""
     assert real_shop.order().status_code == 201
     eventually(lambda: real_shop.books.read().packed)
     code, printed = program.stop()
@@ -469,7 +469,7 @@ def test_the_program_says_where_it_is_and_leaves_nothing_behind(
 
 
 def test_on_a_real_socket_failures_change_nothing(program: Program, real_shop: Shop) -> None:
-    """The crash is in the log, and only there."""
+    """The log shows the crash; the client does not see it."""
     assert real_shop.order(card="declined").status_code == 402
     assert real_shop.order(quantity=999).status_code == 409
     assert real_shop.send_form(card="crashing").status_code == 500
@@ -480,7 +480,7 @@ def test_on_a_real_socket_failures_change_nothing(program: Program, real_shop: S
 
 
 def test_a_crowd_gets_what_there_is_and_no_more(real_shop: Shop) -> None:
-    """Thirty customers at once, twelve teapots: twelve orders, and eighteen conflicts."""
+    """Thirty customers order twelve teapots: twelve orders, and eighteen conflicts."""
     with ThreadPoolExecutor(30) as crowd:
         responses = list(crowd.map(lambda _: real_shop.order(), range(30)))
     statuses = sorted(response.status_code for response in responses)
@@ -490,7 +490,7 @@ def test_a_crowd_gets_what_there_is_and_no_more(real_shop: Shop) -> None:
 
 
 def test_what_the_client_was_told_survives_a_kill(program: Program, real_shop: Shop) -> None:
-    """Order and sale were stored before the 201 left, so the process may die at once."""
+    """Order and sale are stored before the 201 is sent, so the process may die at once."""
     assert real_shop.order().status_code == 201
     program.process.kill()
     program.process.wait(20)
@@ -500,7 +500,7 @@ def test_what_the_client_was_told_survives_a_kill(program: Program, real_shop: S
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """A real Chromium that nobody sees; required in CI, optional elsewhere."""
+    """A real Chromium without a window; required in CI, optional elsewhere."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     chromedriver = shutil.which("chromedriver")
     if chromium is None or chromedriver is None:
@@ -536,11 +536,11 @@ class Page:
     address: str
 
     def open(self) -> None:
-        """Go there."""
+        """Open the page."""
         self.browser.get(self.address)
 
     def order(self, product: str, quantity: int, card: str) -> None:
-        """Fill in the form, by its labels, and send it."""
+        """Fill in the form by its labels, and send it."""
         form = self.browser.find_element(By.TAG_NAME, "form")
         Select(self.labelled(form, "Product", "select")).select_by_visible_text(product)
         number = self.labelled(form, "Quantity", "input")
@@ -550,23 +550,23 @@ class Page:
         form.find_element(By.TAG_NAME, "button").click()
 
     def labelled(self, form: Any, label: str, kind: str) -> Any:
-        """A field of the form, by what is written next to it."""
+        """Find a field of the form by its label."""
         return form.find_element(By.XPATH, f".//label[contains(., '{label}')]//{kind}")
 
     def table(self, heading: str) -> list[list[str]]:
-        """The rows below a heading."""
+        """Return the rows below a heading."""
         rows = self.browser.find_elements(
             By.XPATH, f"//section[.//h2[. = '{heading}']]//tbody/tr[th]"
         )
         return [[cell.text for cell in row.find_elements(By.XPATH, "./th | ./td")] for row in rows]
 
     def mails(self) -> list[str]:
-        """What has left the shop."""
+        """Return the sent mails."""
         found = self.browser.find_elements(By.XPATH, "//section[.//h2[. = 'Mails sent']]//li")
         return [each.text for each in found]
 
     def loaded(self) -> Any:
-        """What the browser knows of how the page came, as its network panel shows it."""
+        """Return the timing that the browser received, as in its network panel."""
         script = "return performance.getEntriesByType('navigation')[0].toJSON()"
         return self.browser.execute_script(script)
 
@@ -580,7 +580,7 @@ def page(browser: webdriver.Chrome, program: Program) -> Page:
 
 
 def test_in_a_browser_an_order_appears_and_the_stock_goes_down(page: Page, books: Books) -> None:
-    """Sale and mail as well; and once the page is loaded again, the parcel is packed."""
+    """Sale and mail are stored too; after a reload, the parcel is packed."""
     page.order("Teapot", 2, "approved")
     eventually(lambda: page.browser.current_url.endswith("/#order-1"))
     assert page.table("On the shelf")[0] == ["Teapot", "€ 39.00", "10"]
@@ -594,7 +594,7 @@ def test_in_a_browser_an_order_appears_and_the_stock_goes_down(page: Page, books
 
 
 def test_a_browser_shows_what_the_page_cost_the_databases(page: Page) -> None:
-    """In the network panel: their time at work, and the wait for their connections."""
+    """The network panel shows the working time and the waiting time of the databases."""
     work, wait = page.loaded()["serverTiming"]
     assert (work["name"], work["description"], wait["name"]) == ("db", "statements: 4", "db_wait")
     assert work["duration"] > 0
@@ -612,7 +612,7 @@ def test_a_browser_shows_what_the_page_cost_the_databases(page: Page) -> None:
 def test_in_a_browser_an_order_that_fails_leaves_the_page_as_it_was(
     page: Page, books: Books, order: tuple[str, int, str], status: int, message: str
 ) -> None:
-    """The customer reads why, goes back, and finds the same stock and no order."""
+    """The customer reads the reason, goes back, and finds the same stock and no order."""
     shelf = page.table("On the shelf")
     page.order(*order)
     eventually(lambda: page.browser.current_url.endswith("/orders"))

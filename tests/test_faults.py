@@ -1,4 +1,4 @@
-"""The promises while everything fails: the short form of `python -m benchmarks.faults`."""
+"""Tests the promises during faults: the short form of `python -m benchmarks.faults`."""
 
 import asyncio
 import itertools
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.timeout(180)
 SEED = 7
 DOCUMENTED = Path(__file__).parents[1] / "docs" / "explanation" / "what-cannot-be-promised.md"
 FINE = Finding(lost=0, twice=0, phantom=0, half=0, money=0, open_stored=0)
-# How clients notice that there was a fault at all.
+# The statuses that show a fault to the clients.
 REFUSED = {
     "the handler refuses",
     "the handler fails",
@@ -59,7 +59,7 @@ LEFT_OPEN = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A server that nobody else uses: it will be stopped hard."""
+    """A separate server, because the test kills it."""
     cluster = Cluster()
     try:
         cluster.start()
@@ -71,14 +71,14 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def results(cluster: Cluster) -> dict[str, Result]:
-    """This package through the whole plan, once."""
+    """Run this package through the whole plan once."""
     ran = run_tool("asgi_dbsession", faults_in_order(SEED), seed=SEED, seconds=0.8, cluster=cluster)
     return {result.fault: result for result in asyncio.run(ran)}
 
 
 @pytest.mark.parametrize("fault", [fault.name for fault in (CALM, *FAULTS)])
 def test_nothing_is_lost_and_nothing_leaks_although(results: dict[str, Result], fault: str) -> None:
-    """What was acknowledged is there once, what was refused is not, and all goes on by itself."""
+    """Acknowledged work is stored once, refused work is not stored, and the system recovers."""
     result = results[fault]
     assert result.complaints == []
     assert result.ledger.acknowledged
@@ -93,7 +93,7 @@ def test_nothing_is_lost_and_nothing_leaks_although(results: dict[str, Result], 
 def test_a_soak_goes_on_until_enough_was_written_and_looks_at_one_process(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    """One worker lives from the first turn to the last, and the document has what was counted."""
+    """One worker lives from the first to the last fault, and the document shows its counts."""
     ran = soak("psycopg", cluster, seed=SEED, seconds=0.2, writes=200, faults=20)
     soaked_here = asyncio.run(ran)
     whole = soaked_here.whole
@@ -119,7 +119,7 @@ def test_a_soak_goes_on_until_enough_was_written_and_looks_at_one_process(
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 def test_no_acknowledged_write_is_lost_when_a_standby_takes_over(driver: str) -> None:
-    """The URL names both hosts, and the application follows by itself."""
+    """The URL names both hosts, and the application connects to the new primary."""
     failover = asyncio.run(fail_over("asgi_dbsession", driver, seconds=0.5))
     assert failover.gap is not None
     assert 0 < failover.before < len(failover.ledger.acknowledged)
@@ -127,7 +127,7 @@ def test_no_acknowledged_write_is_lost_when_a_standby_takes_over(driver: str) ->
 
 
 def test_without_server_and_other_clients_it_is_the_same(cluster: Cluster) -> None:
-    """One request after the other, in a process that does nothing else."""
+    """Send one request after the other in a separate process."""
     asyncio.run(begin_anew(cluster))
     command = [sys.executable, "-m", "benchmarks.faults.check"]
     ran = subprocess.run(
@@ -137,7 +137,7 @@ def test_without_server_and_other_clients_it_is_the_same(cluster: Cluster) -> No
 
 
 def test_the_plan_finds_what_a_commit_after_the_response_loses(cluster: Cluster) -> None:
-    """So that it is known to be able to: this is the tempting way to use FastAPI's `Depends`."""
+    """The check must find errors: this is a common mistake with FastAPI's `Depends`."""
     faults = [fault for fault in FAULTS if fault.name == "COMMIT fails"]
     ran = run_tool("depends_commit", faults, seed=SEED, seconds=0.3, cluster=cluster)
     (result,) = asyncio.run(ran)
@@ -150,7 +150,7 @@ def test_the_plan_finds_what_a_commit_after_the_response_loses(cluster: Cluster)
 def test_a_connection_that_dies_in_commit_can_be_told_from_a_refusal(
     cluster: Cluster, driver: str, cut: str | None, stored: int
 ) -> None:
-    """As the documentation has it, whichever way it went in the database."""
+    """The result is as documented, for each result in the database."""
     documented: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", DOCUMENTED.read_text(), re.DOTALL)[0], documented)
 
@@ -193,7 +193,7 @@ def test_a_connection_that_dies_in_commit_can_be_told_from_a_refusal(
     ],
 )
 def test_the_reader_notices(cluster: Cluster, tamper: str, found: Finding | dict[str, int]) -> None:
-    """Each way in which the database can disagree with what clients were told."""
+    """Tests each way in which the database can disagree with the answers of the clients."""
 
     async def read() -> Finding:
         await begin_anew(cluster)
@@ -209,7 +209,7 @@ def test_the_reader_notices(cluster: Cluster, tamper: str, found: Finding | dict
 
 
 def test_an_error_is_a_promise_unless_the_connection_may_have_died() -> None:
-    """A 409 always says that nothing was stored, a 500 only where no connection is being cut."""
+    """A 409 means that nothing was stored; a 500 is open only while connections are cut."""
     ledger = Ledger()
     for number, (status, errors_leave_open) in enumerate(
         [(500, False), (500, True), (409, True), (None, False), (0, True)]
@@ -219,7 +219,7 @@ def test_an_error_is_a_promise_unless_the_connection_may_have_died() -> None:
 
 
 def test_a_transaction_that_is_left_open_is_seen(cluster: Cluster) -> None:
-    """Also one that does nothing at the moment."""
+    """A worker without requests is checked too."""
 
     async def look() -> tuple[int, int]:
         waiting = asyncio.create_task(cluster.query("SELECT pg_sleep(0.5)"))
@@ -240,6 +240,6 @@ def test_a_transaction_that_is_left_open_is_seen(cluster: Cluster) -> None:
     ids=["faults", "requests"],
 )
 def test_all_chance_follows_from_the_seed(of_seed: Callable[[int], list[object]]) -> None:
-    """What went wrong once can be run again."""
+    """The same seed gives the same plan, so that a failure can be repeated."""
     assert of_seed(1) == of_seed(1)
     assert of_seed(1) != of_seed(2)
