@@ -1,4 +1,4 @@
-"""What real applications did, and what the package must do with it."""
+"""Tests what real applications did, and what this package must do with it."""
 
 import asyncio
 import logging
@@ -41,11 +41,11 @@ async def say(send: Any, words: str) -> None:
     await send({"type": "websocket.send", "text": words})
 
 
-# Several tasks on one session
+# Several tasks with one session
 
 
 async def test_a_body_waits_for_the_commit_of_a_child_task(running: Running) -> None:
-    """The last part says that all is well, so it is not sent if COMMIT fails."""
+    """The last message of the body means success, so it is not sent if COMMIT fails."""
     if running.real.is_sync:
         pytest.skip("a thread does not tell which task started it")
 
@@ -62,7 +62,7 @@ async def test_a_body_waits_for_the_commit_of_a_child_task(running: Running) -> 
 
 
 async def test_work_of_a_failed_task_is_not_committed_by_the_next_message(running: Running) -> None:
-    """Neither on a WebSocket nor at the end of a body."""
+    """This holds for a WebSocket message and for the end of a body."""
     if running.real.is_sync:
         pytest.skip("a thread does not tell which task started it")
 
@@ -93,7 +93,7 @@ async def test_work_of_a_failed_task_is_not_committed_by_the_next_message(runnin
 async def test_two_tasks_on_one_session_of_a_socket_are_told_no_untruth(
     running: Running, slow: str
 ) -> None:
-    """One transaction cannot be committed for the one and rolled back for the other."""
+    """One transaction cannot be committed for one task and rolled back for the other."""
     if running.real.is_sync:
         pytest.skip("a thread does not tell which task started it")
     first, second = asyncio.Event(), asyncio.Event()
@@ -127,7 +127,7 @@ async def test_two_tasks_on_one_session_of_a_socket_are_told_no_untruth(
 
 
 async def test_a_heartbeat_sends_and_commits_nothing(running: Running) -> None:
-    """A task without work of its own has nothing to say about that of others."""
+    """A task without work may send, and its message commits no work of other tasks."""
     if running.real.is_sync:
         pytest.skip("a thread does not tell which task started it")
     seen: list[Any] = []
@@ -153,7 +153,7 @@ async def test_a_heartbeat_sends_and_commits_nothing(running: Running) -> None:
 async def test_a_send_with_a_time_limit_commits_the_work_of_the_task_that_waits(
     running: Running,
 ) -> None:
-    """Before Python 3.12, `asyncio.wait_for` sends in a task of its own."""
+    """Before Python 3.12, `asyncio.wait_for` sends in a separate task."""
     seen: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -166,11 +166,11 @@ async def test_a_send_with_a_time_limit_commits_the_work_of_the_task_that_waits(
     assert seen == [["stored"]]
 
 
-# Rules, starts and errors
+# Rules, start messages and errors
 
 
 async def test_a_second_start_acknowledges_nothing(running: Running) -> None:
-    """The server refuses it."""
+    """The server refuses the second start message."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send(START)
@@ -184,7 +184,7 @@ async def test_a_second_start_acknowledges_nothing(running: Running) -> None:
 
 @pytest.mark.parametrize("decision", ["coroutine", None, "no", 0, 1])
 async def test_a_rule_that_does_not_decide_rolls_back(running: Running, decision: Any) -> None:
-    """Whatever is neither True nor False is an error, and nothing is sent."""
+    """Any value except True and False is an error, and nothing is sent."""
 
     async def awaited() -> bool:
         return False
@@ -204,7 +204,7 @@ async def test_a_rule_that_does_not_decide_rolls_back(running: Running, decision
 
 
 async def test_an_error_while_a_request_is_stopped_is_kept(running: Running) -> None:
-    """It is a note on the error of the COMMIT, which remains what it was."""
+    """The exception becomes a note on the error of the COMMIT, which stays the same."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.doom()
@@ -248,7 +248,7 @@ async def test_a_session_that_is_closed_because_of_an_error_hides_no_error(
 
 
 async def test_closing_without_an_error_is_refused_still(running: Running) -> None:
-    """The work would be lost, and a success sent."""
+    """The work would be lost, but a success would be sent."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("gone")
@@ -260,7 +260,7 @@ async def test_closing_without_an_error_is_refused_still(running: Running) -> No
 
 
 async def test_closing_twice_is_no_error(running: Running) -> None:
-    """`close_all_sessions()` at the end of a test does it."""
+    """`close_all_sessions()` at the end of a test closes the session."""
     sessions: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -276,7 +276,7 @@ async def test_closing_twice_is_no_error(running: Running) -> None:
     close_all_sessions()
 
 
-# What outlives a request, and what is below SQLAlchemy
+# Code that outlives a request, and code below SQLAlchemy
 
 
 @pytest.mark.parametrize("real", ["sqlite", "asyncpg"], indirect=True)
@@ -284,7 +284,7 @@ async def test_closing_twice_is_no_error(running: Running) -> None:
 async def test_a_worker_that_a_request_has_started_has_no_part_in_the_request(
     running: Running, *, uses_session: bool
 ) -> None:
-    """`session.info["scope"]` is None, so nothing of a tenant goes into later jobs."""
+    """`session.info["scope"]` is None, so later jobs get no data of a tenant."""
     seen: list[Any] = []
     tasks: list[asyncio.Task[None]] = []
     jobs: asyncio.Queue[None] = asyncio.Queue()
@@ -316,7 +316,7 @@ async def test_a_worker_that_a_request_has_started_has_no_part_in_the_request(
 async def test_a_request_of_the_same_connection_does_not_find_the_session_before_it(
     running: Running,
 ) -> None:
-    """Uvicorn starts a waiting request in the context of the last message of the one before."""
+    """Uvicorn starts a waiting request in the context of the previous request's last message."""
     found: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -333,15 +333,15 @@ async def test_a_request_of_the_same_connection_does_not_find_the_session_before
     assert found == [True]
 
 
-# What is given to the package
+# Arguments of the package
 
 
 @pytest.mark.parametrize("given", ["called", "a coroutine", None])
 async def test_on_commit_refuses_what_cannot_be_called(running: Running, given: Any) -> None:
-    """At once, and it names the forgotten lambda."""
+    """The error comes at once, and names the forgotten lambda."""
 
     async def send_mail() -> None:
-        """Nobody is there."""
+        """No unit of work is open here."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         mail: Any = send_mail() if given == "a coroutine" else given
@@ -358,28 +358,28 @@ async def test_on_commit_refuses_what_cannot_be_called(running: Running, given: 
 
 
 class Keywords(Session):
-    """As routing sessions of public projects are."""
+    """Routing session classes of public projects work like this."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
 
 
 class AsyncKeywords(AsyncSession):
-    """The same."""
+    """The same session class, for sync sessions."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
 
 
 def test_session_classes_with_keywords_only_work() -> None:
-    """As `class_` and as `sync_session_class`."""
+    """The class is given as `class_` and as `sync_session_class`."""
     SyncDatabase("sqlite://", session_options={"class_": Keywords})
     AsyncDatabase("sqlite://", session_options={"class_": AsyncKeywords})
     AsyncDatabase("sqlite://", session_options={"sync_session_class": Keywords})
 
 
 async def test_a_report_counts_only_what_its_session_asked_for(running: Running) -> None:
-    """Also if the application asks the session for its engine, and uses that."""
+    """The session works too if the application asks it for its engine."""
     reports: list[UnitReport] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -400,7 +400,7 @@ async def test_a_report_counts_only_what_its_session_asked_for(running: Running)
 
 
 async def test_a_report_that_is_printed_shows_no_header(running: Running) -> None:
-    """A log of reports must not have the tokens of clients."""
+    """A log of reports must not contain tokens of clients."""
     reports: list[UnitReport] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -446,7 +446,7 @@ async def test_an_error_that_is_its_own_cause_does_not_stop_the_worker(running: 
 
 @pytest.mark.parametrize("real", ["asyncpg", "psycopg-sync"], indirect=True)
 async def test_a_body_that_was_kept_is_released_with_the_answer(running: Running) -> None:
-    """A stream that is already answered needs no copy of what the client sent."""
+    """After the start of a response, no copy of the request body is needed."""
     kept: list[int] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -1,4 +1,4 @@
-"""A child process that was forked uses connections of its own."""
+"""Tests that a forked child process uses its own connections."""
 
 import asyncio
 import os
@@ -17,7 +17,7 @@ from asgi_dbsession import NoSession, SyncDatabase
 
 pytestmark = [
     pytest.mark.anyio,
-    # The point: Python warns of a fork with threads from 3.12 on.
+    # This test must fork with threads, which Python 3.12 and later warn about.
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
 
@@ -26,7 +26,7 @@ ASYNC = pytest.mark.parametrize("real", ["sqlite", "asyncpg", "psycopg"], indire
 
 
 async def in_child(work: Callable[[], None]) -> None:
-    """Run a function in a forked process, in its main thread; fails if it does."""
+    """Run a function in the main thread of a forked process; fail if the function fails."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -42,13 +42,13 @@ async def in_child(work: Callable[[], None]) -> None:
 
 
 def write(database: Any, note: str) -> None:
-    """Store a row in a unit of its own."""
+    """Store a row in a new unit of work."""
     with database.begin() as session:
         session.execute(ENTRY.insert().values(note=note))
 
 
 async def test_a_pool_that_was_inherited_is_left_alone(running: Running) -> None:
-    """Parent and child go on at once, each on connections of its own."""
+    """Parent and child continue at the same time, each with its own connections."""
     database: Any = running.database
     await to_thread.run_sync(write, database, "before")
     inherited = database.engine.pool
@@ -67,7 +67,7 @@ async def test_a_pool_that_was_inherited_is_left_alone(running: Running) -> None
 
 @pytest.mark.parametrize("real", ["psycopg-sync", "pymysql-sync"], indirect=True)
 async def test_a_pool_that_is_exhausted_is_not_waited_for(running: Running) -> None:
-    """All connections are out in the parent process, which will never give them to the child."""
+    """The parent process has all connections in use, and never returns them to the child."""
     async with running.real.describe(pool_size=1, max_overflow=0, pool_timeout=20) as database:
         engine: Any = database.engine
         held = engine.connect()
@@ -78,7 +78,7 @@ async def test_a_pool_that_is_exhausted_is_not_waited_for(running: Running) -> N
 
 
 async def test_an_engine_of_the_applications_own_is_covered_too(running: Running) -> None:
-    """As Celery and RQ fork workers from a process that has imported it."""
+    """Celery and RQ fork workers from a process that has imported the application."""
     engine = create_engine(running.database.url, poolclass=QueuePool)
     database = SyncDatabase.from_engine(engine)
     write(database, "parent")
@@ -89,7 +89,7 @@ async def test_an_engine_of_the_applications_own_is_covered_too(running: Running
 
 
 async def test_a_session_of_the_parent_process_is_not_current(running: Running) -> None:
-    """A child that is forked inside of a unit of work has none."""
+    """A child that is forked inside a unit of work has no unit of work."""
     database: Any = running.database
 
     def child() -> None:
@@ -104,7 +104,7 @@ async def test_a_session_of_the_parent_process_is_not_current(running: Running) 
 
 @ASYNC
 async def test_an_async_database_is_started_again_in_the_child(running: Running) -> None:
-    """In an event loop of its own; the parent's connections stay as they are."""
+    """The child starts the database in its own event loop; the parent's connections still work."""
     database: Any = running.database
     await _write(database, "before")
 
@@ -127,7 +127,7 @@ async def _write(database: Any, note: str) -> None:
 
 
 async def test_a_database_in_memory_keeps_its_rows() -> None:
-    """Nothing is shared: the child has a copy."""
+    """Nothing is shared, because the child has a copy of the memory."""
     database = SyncDatabase("sqlite://")
     async with database:
         with database.begin() as session:

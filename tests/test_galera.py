@@ -1,4 +1,4 @@
-"""On a Galera cluster, races are lost at COMMIT itself: another node was faster."""
+"""On a Galera cluster, a conflict with another node is reported at COMMIT."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,14 +15,14 @@ from sqlalchemy.pool import NullPool
 
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, SyncDatabase
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]  # the first one starts the cluster
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]  # the first test starts the cluster
 
 COUNT_UP = text("UPDATE counter SET value = value + 1")
 
 
 @pytest.fixture
 def others() -> list[Engine]:
-    """Connections to each node, past the middleware, with a counter that stands at zero."""
+    """Connections to each node without the middleware; the counter is set to zero."""
     engines = [
         create_engine(url.set(drivername="mysql+pymysql"), poolclass=NullPool)
         for url in galera.nodes()
@@ -37,7 +37,7 @@ def others() -> list[Engine]:
 async def databases(
     request: pytest.FixtureRequest, others: list[Engine]
 ) -> AsyncIterator[list[AnyDatabase]]:
-    """A database per node, each with a pool of its own, found whole afterwards."""
+    """A database with its own pool for each node, checked after the test."""
     driver = request.param.removesuffix("-sync")
     kind = SyncDatabase if request.param.endswith("-sync") else AsyncDatabase
     async with AsyncExitStack() as stack:
@@ -50,14 +50,14 @@ async def databases(
 
 
 def value(node: Engine) -> int:
-    """What the counter says there, once what others have committed has arrived."""
+    """Return the value of the counter on this node, after all commits have arrived."""
     with node.connect() as connection:
         connection.execute(text("SET SESSION wsrep_sync_wait = 1"))
         return int(connection.scalar(text("SELECT value FROM counter")) or 0)
 
 
 async def count_up(database: AnyDatabase) -> None:
-    """As a handler would, in the current request."""
+    """Count as a handler does, in the current request."""
     if isinstance(database, SyncDatabase):
         await to_thread.run_sync(lambda: database.get_session().execute(COUNT_UP))
     else:
@@ -68,7 +68,7 @@ async def count_up(database: AnyDatabase) -> None:
 async def test_a_commit_that_another_node_overtook_is_run_again(
     databases: list[AnyDatabase], others: list[Engine], attempts: int
 ) -> None:
-    """With attempts it succeeds; without, the client gets an error, and nothing is lost."""
+    """With attempts it succeeds; without attempts the client gets an error, and nothing is lost."""
     runs, refused = [], []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -80,7 +80,7 @@ async def test_a_commit_that_another_node_overtook_is_run_again(
         await respond(send)
 
     def ask(error: Exception) -> None:
-        refused.append(error)  # it is COMMIT that failed
+        refused.append(error)  # COMMIT itself has failed
 
     serving = DBSessionMiddleware(app, databases[0], attempts=attempts, on_commit_error=ask)
     exchange = await get(serving)
@@ -97,7 +97,7 @@ async def test_a_commit_that_another_node_overtook_is_run_again(
 async def test_increments_on_three_nodes_all_count(
     databases: list[AnyDatabase], others: list[Engine]
 ) -> None:
-    """Whoever is overtaken is run again, and every node knows the sum."""
+    """Each request with a conflict runs again, and every node has the right sum."""
     runs = 0
 
     def serving(database: AnyDatabase) -> DBSessionMiddleware:

@@ -1,4 +1,4 @@
-"""The pages for growing applications do what they say: services, scripts, workers, migration."""
+"""Tests the pages for growing applications: services, scripts, workers, migration."""
 
 import asyncio
 import gc
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guide]:
-    """A folder to import from, and `DATABASE_URL` of a PostgreSQL database."""
+    """A folder for modules, and `DATABASE_URL` of a PostgreSQL database."""
     url = postgresql("guides")[0].set(drivername="postgresql+asyncpg")
     monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
     monkeypatch.chdir(tmp_path)
@@ -53,12 +53,12 @@ def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guide]:
 
 
 async def post(app: Any, path: str, content: bytes) -> Any:
-    """Ask for a change."""
+    """Send a request that changes data."""
     return await get(app, path, method="POST", content=content)
 
 
 async def test_a_service_joins_a_request_and_opens_a_unit_in_a_worker(guide: Guide) -> None:
-    """What is sold out is left out whole; the rest is stored by the request or by the worker."""
+    """A sold-out order is left out completely; the request or the worker stores the rest."""
     shop = guide.load(SERVICES, "shop")
     guide.execute("INSERT INTO product VALUES ('cup', 2), ('pot', 0)")
     async with shop.database:
@@ -75,7 +75,7 @@ async def test_a_service_joins_a_request_and_opens_a_unit_in_a_worker(guide: Gui
 
 
 async def test_a_get_or_create_that_50_clients_race_makes_one_tag(guide: Guide) -> None:
-    """The page's own route: each client gets the same row, some of them at a later attempt."""
+    """Each client of the page's route gets the same row, some of them after a retry."""
     tags = guide.load(RETRY, "tags")
     async with tags.database:
         exchanges = await asyncio.gather(
@@ -89,7 +89,7 @@ async def test_a_get_or_create_that_50_clients_race_makes_one_tag(guide: Guide) 
 async def test_a_script_adds_interest_in_transactions(
     guide: Guide, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The page's own script, and two of it at once."""
+    """The script of the page runs, also two scripts at the same time."""
     guide.load(RETRY, "bank")
     monthly = guide.load(RETRY, "monthly")
     guide.execute("INSERT INTO account VALUES (1, 100), (2, 200)")
@@ -101,7 +101,7 @@ async def test_a_script_adds_interest_in_transactions(
 def test_the_log_line_of_a_retry_on_the_page_is_what_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Whoever looks for it finds it."""
+    """A reader who searches for it finds the page."""
     (line,) = RETRY.blocks("text")
     failed = WatchedAttempt(Attempt(1, 4), lambda _: False)
     failed.reason = "UniqueViolationError: …"
@@ -112,7 +112,7 @@ def test_the_log_line_of_a_retry_on_the_page_is_what_is_logged(
 
 @pytest.mark.parametrize("real", ["sqlite-sync", "psycopg-sync"], indirect=True)
 async def test_a_block_in_a_dependency_with_def_and_yield_is_refused(running: Running) -> None:
-    """The handler is in another thread than the block, so its work is not taken for the block's."""
+    """The handler runs in another thread than the block, so its work is not part of the block."""
     app = FastAPI()
     database: Any = running.database
 
@@ -133,7 +133,7 @@ async def test_a_block_in_a_dependency_with_def_and_yield_is_refused(running: Ru
 async def test_reads_go_to_the_reader_and_writes_to_the_writer(
     guide: Guide, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """And a request reads on the writer what it has written itself."""
+    """A request reads its own writes from the writer."""
     url = os.environ["DATABASE_URL"]
     monkeypatch.setenv("WRITER_URL", url)
     monkeypatch.setenv("READER_URL", url)
@@ -196,7 +196,7 @@ async def with_asynccontextmanager(dependency: Any) -> None:
     "use", [with_next, with_async_for, with_contextmanager, with_asynccontextmanager]
 )
 async def test_session_dependency_used_as_get_db_raises_what_the_page_says(use: Any) -> None:
-    """Whoever searches for the error finds the page with the cure."""
+    """A reader who searches for the error finds the page with the solution."""
     (errors,) = [each for each in GET_DB.blocks("text") if "TypeError" in each]
     with pytest.raises(TypeError) as raised:
         await use(session_dependency)
@@ -205,7 +205,7 @@ async def test_session_dependency_used_as_get_db_raises_what_the_page_says(use: 
 
 
 async def test_a_get_db_that_yields_the_session_names_begin_in_a_script() -> None:
-    """Outside of a request there is none to yield."""
+    """Outside of a request there is no session."""
 
     async def get_db() -> AsyncIterator[Any]:
         yield get_session()
@@ -216,7 +216,7 @@ async def test_a_get_db_that_yields_the_session_names_begin_in_a_script() -> Non
 
 @pytest.mark.parametrize("real", ["sqlite", "psycopg"], indirect=True)
 async def test_a_script_may_keep_calling_commit_itself(running: Running) -> None:
-    """With `set_rollback(True)`, what is not committed is rolled back."""
+    """After `set_rollback(True)`, uncommitted work is rolled back."""
     database: Any = running.database
     async with database.begin() as session:
         set_rollback(True)

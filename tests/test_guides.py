@@ -1,4 +1,4 @@
-"""The how-to pages on streams, sockets, background work and deployment do what they say."""
+"""Tests the how-to pages on streams, sockets, background work and deployment."""
 
 import asyncio
 import importlib
@@ -56,12 +56,12 @@ class Guide:
         return module
 
     def stored(self, query: str) -> list[Any]:
-        """The first column of what is really there."""
+        """Return the first column of the stored rows."""
         with self.reader.connect() as connection:
             return list(connection.scalars(text(query)))
 
     def execute(self, statement: str) -> None:
-        """Store something over another connection."""
+        """Store a row over another connection."""
         with self.reader.begin() as connection:
             connection.execute(text(statement))
 
@@ -96,11 +96,11 @@ async def alive(app: Any) -> AsyncIterator[None]:
     assert life.error is None
 
 
-# Why before the first byte
+# Concepts: before the first byte
 
 
 def trace(engine: Engine, seen: list[str]) -> None:
-    """Note what happens to the connections of an engine."""
+    """Record the checkouts and returns of an engine's connections."""
     event.listen(engine, "checkout", lambda *_: seen.append("checkout"))
     event.listen(engine, "checkin", lambda *_: seen.append("checkin"))
     event.listen(engine, "commit", lambda _: seen.append("COMMIT"))
@@ -108,7 +108,7 @@ def trace(engine: Engine, seen: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["with_the_middleware", "with_a_dependency"])
 async def test_the_picture_shows_what_happens(guide: Guide, name: str) -> None:
-    """Who holds a connection when, in the order that stands below each application."""
+    """The order of the events is the order that the page shows below each application."""
     (guide.folder / "notes.db").touch()
     reader = create_engine("sqlite:///notes.db", poolclass=NullPool)
     with reader.begin() as connection:
@@ -135,7 +135,7 @@ async def test_the_picture_shows_what_happens(guide: Guide, name: str) -> None:
 
 
 async def test_a_dependency_that_ends_before_the_response_ends_too_early(guide: Guide) -> None:
-    """With `scope="function"` it stores what is refused, and loses what is done later."""
+    """With `scope="function"`, refused work is stored and later work is lost."""
     reader = create_engine("sqlite:///notes.db", poolclass=NullPool)
     with reader.begin() as connection:
         connection.execute(text("CREATE TABLE note (text TEXT)"))
@@ -154,7 +154,7 @@ async def test_a_dependency_that_ends_before_the_response_ends_too_early(guide: 
     async def later(session: AsyncSession) -> None:
         await session.execute(text(insert), {"text": "later"})
         assert session.in_transaction()
-        await session.close()  # or the test would have to wait for the garbage collector
+        await session.close()  # otherwise the test would have to wait for the garbage collector
 
     @app.post("/background")
     async def background(session: session_class, tasks: BackgroundTasks) -> None:
@@ -172,7 +172,7 @@ async def test_a_dependency_that_ends_before_the_response_ends_too_early(guide: 
 
 @pytest.mark.parametrize("framework", ["fastapi", "starlette"])
 async def test_the_first_request_is_answered_as_shown(guide: Guide, framework: str) -> None:
-    """The request below the application, as curl sends it, gets the answer below it."""
+    """The curl request below the application gets the answer below it."""
     page = Page(f"docs/how-to/{framework}.md")
     module = guide.load(page, "notes")
     async with alive(module.app):
@@ -188,7 +188,7 @@ async def test_the_first_request_is_answered_as_shown(guide: Guide, framework: s
 
 
 def measure(guide: Guide, number: int) -> str:
-    """Store so many rows; the export that they make."""
+    """Store so many rows, and return the export of them."""
     guide.execute(
         f"INSERT INTO measure SELECT n, 'value ' || n FROM generate_series(1, {number}) AS n"
     )
@@ -197,7 +197,7 @@ def measure(guide: Guide, number: int) -> str:
 
 @pytest.mark.parametrize(("path", "held"), [("/export", {0}), ("/snapshot", {0, 1})])
 async def test_an_export_holds_what_the_page_says(guide: Guide, path: str, held: set[int]) -> None:
-    """A page at a time nothing while the client reads; all of one moment, one connection."""
+    """Page by page, no connection is in use while the client reads; a snapshot needs one."""
     module = guide.load(STREAMING, "measures")
     export = measure(guide, 2500)
     seen = set()
@@ -213,7 +213,7 @@ async def test_an_export_holds_what_the_page_says(guide: Guide, path: str, held:
 
 
 async def test_listeners_hold_nothing_between_events(guide: Guide) -> None:
-    """Many of them on a small pool hear of what is new, each once."""
+    """Many listeners on a small pool get each new item once."""
     module = guide.load(STREAMING, "measures")
     listeners = [Exchange(module.app, "/events") for _ in range(50)]
     async with alive(module.app):
@@ -234,7 +234,7 @@ async def test_listeners_hold_nothing_between_events(guide: Guide) -> None:
 
 
 async def test_a_background_task_finds_what_its_request_stored(guide: Guide) -> None:
-    """It holds nothing while it waits, and what it did is stored when it ends."""
+    """The task holds no connection while it waits, and its work is stored at its end."""
     module = guide.load(BACKGROUND, "orders")
     seen = []
 
@@ -251,7 +251,7 @@ async def test_a_background_task_finds_what_its_request_stored(guide: Guide) -> 
 
 
 async def test_a_task_outlives_its_request(guide: Guide) -> None:
-    """And the lifespan waits for it, with the engine still there."""
+    """The lifespan waits for the task, while the engine is still running."""
     module = guide.load(BACKGROUND, "orders")
     guide.execute("INSERT INTO orders VALUES (7, 'confirmed')")
     async with alive(module.app):
@@ -267,7 +267,7 @@ async def test_a_task_outlives_its_request(guide: Guide) -> None:
 async def test_a_cache_forgets_what_was_stored(
     guide: Guide, state: str, status: int, after: Any
 ) -> None:
-    """Before the client hears of it, and not where nothing was stored."""
+    """The function runs before the response, and only if the work was stored."""
     module = guide.load(BACKGROUND, "orders")
     guide.execute(f"INSERT INTO orders VALUES (7, '{state}')")
     module.cache[7] = "shown"
@@ -283,7 +283,7 @@ async def test_a_cache_forgets_what_was_stored(
 
 
 async def test_a_task_of_celery_needs_no_event_loop(guide: Guide) -> None:
-    """Its engine is there at once, and what it did is stored when its block ends."""
+    """The engine is running at once, and the work is stored at the end of the block."""
     guide.load(BACKGROUND, "orders")
     tasks = guide.load(BACKGROUND, "tasks")
     guide.execute("INSERT INTO orders VALUES (7, 'confirmed')")
@@ -293,7 +293,7 @@ async def test_a_task_of_celery_needs_no_event_loop(guide: Guide) -> None:
 
 
 async def test_workers_share_the_rows(guide: Guide) -> None:
-    """Each is done once, and one that is locked elsewhere is left out."""
+    """Each job is done once, and a job that another worker has locked is skipped."""
     worker = guide.load(BACKGROUND, "worker")
     module = guide.load(BACKGROUND, "orders")
     guide.execute("INSERT INTO orders SELECT n, 'new' FROM generate_series(1, 4) AS n")
@@ -309,7 +309,7 @@ async def test_workers_share_the_rows(guide: Guide) -> None:
 
 
 async def converse(app: Any, path: str, *texts: str) -> Socket:
-    """Say something, and go away."""
+    """Send a text, and close the socket."""
     socket = Socket(app, path)
     for each in texts:
         socket.say(each)
@@ -321,7 +321,7 @@ LINES = "SELECT text FROM line ORDER BY id"
 
 
 async def test_a_chat_stores_before_it_says_so(guide: Guide) -> None:
-    """Each text is there when the peer hears of it; the second of a kind costs the socket."""
+    """Each text is stored before the client gets it; a second equal text closes the socket."""
     module = guide.load(WEBSOCKETS, "chat")
     async with alive(module.app):
         peer = await converse(module.app, "/chat", "one", "two", "one", "three")
@@ -331,7 +331,7 @@ async def test_a_chat_stores_before_it_says_so(guide: Guide) -> None:
 
 
 async def test_a_patient_chat_keeps_its_socket(guide: Guide) -> None:
-    """A handler that commits by itself hears of the failure, and goes on."""
+    """A handler that commits itself gets the error, and continues."""
     module = guide.load(WEBSOCKETS, "chat")
     async with alive(module.app):
         peer = await converse(module.app, "/patient", "one", "one", "two")
@@ -341,7 +341,7 @@ async def test_a_patient_chat_keeps_its_socket(guide: Guide) -> None:
 
 
 async def test_two_tasks_on_one_socket(guide: Guide) -> None:
-    """What one reads, and what comes from elsewhere, is written by the other one."""
+    """One task reads, and the other task writes all messages."""
     module = guide.load(WEBSOCKETS, "chat")
     guide.execute("INSERT INTO line VALUES (-1, 'unseen')")
     async with alive(module.app):
@@ -357,7 +357,7 @@ async def test_two_tasks_on_one_socket(guide: Guide) -> None:
 
 
 async def test_a_handler_of_quart_holds_nothing_between_messages(guide: Guide) -> None:
-    """Because it commits by itself; it would hold its connection otherwise, as the page says."""
+    """The handler commits itself; as the page says, otherwise it would hold its connection."""
     module = guide.load(WEBSOCKETS, "quart_chat")
     guide.load(WEBSOCKETS, "chat")
     async with alive(module.app):
@@ -372,7 +372,7 @@ async def test_a_handler_of_quart_holds_nothing_between_messages(guide: Guide) -
 
 
 async def test_a_handler_of_quart_that_only_waits_commits_nothing(guide: Guide) -> None:
-    """Quart waits for the socket in another task: why the page says that one should commit."""
+    """Quart waits for the socket in another task, so the page says that a handler should commit."""
     code = WEBSOCKETS.files()["quart_chat.py"]
     commit = "await get_session().commit()"
     assert commit in code
@@ -393,11 +393,11 @@ async def test_a_handler_of_quart_that_only_waits_commits_nothing(guide: Guide) 
         assert checked_out(module.database) == 0
 
 
-# Deploy it
+# Deployment
 
 
 def test_the_arithmetic_is_right() -> None:
-    """The lines that calculate do so correctly."""
+    """The commands that calculate give the right results."""
     lines = re.findall(r"^([-(\d].*) = ([\d.]+),", DEPLOYMENT.text, re.MULTILINE)
     assert len(lines) == 2
     for calculation, result in lines:
@@ -407,7 +407,7 @@ def test_the_arithmetic_is_right() -> None:
 async def test_a_health_check_tells_the_two_apart(
     guide: Guide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without its database the process lives and is not ready; it is again, once that is back."""
+    """Without its database the process is alive but not ready; later it is ready again."""
     url = postgres.new_database("health").set(drivername="postgresql+asyncpg")
     monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
     module = guide.load(DEPLOYMENT, "health")
@@ -430,13 +430,13 @@ async def test_a_health_check_tells_the_two_apart(
 
 
 def end(connection: Connection, database: str) -> None:
-    """End everybody's connections to a database."""
+    """End all connections to a database."""
     query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
     connection.execute(text(query), {"name": database})
 
 
 def described_with(url: str) -> AsyncDatabase:
-    """The database of the block that begins its URL like that."""
+    """Return the database in the code block with this URL."""
     (number,) = (number for number, block in enumerate(DEPLOYMENT.blocks()) if url in block)
     database = DEPLOYMENT.run(number)["shop"]
     assert isinstance(database, AsyncDatabase)
@@ -444,13 +444,13 @@ def described_with(url: str) -> AsyncDatabase:
 
 
 async def test_the_options_of_the_pool_are_taken() -> None:
-    """Five connections, and none beyond."""
+    """Five connections, and no overflow."""
     pool: Any = described_with("postgresql+asyncpg://app@db/shop")._create_engine().pool
     assert (pool.size(), pool._max_overflow, pool.timeout()) == (5, 0, 5)
 
 
 async def test_a_pool_that_is_exhausted_is_answered_with_503(guide: Guide) -> None:
-    """With the time after which to come back, as the page says."""
+    """The response says after how many seconds to try again, as on the page."""
     assert "DBSessionMiddleware(…, retry_after=2)" in DEPLOYMENT.text
     database = AsyncDatabase.from_env(pool_size=1, max_overflow=0, pool_timeout=0.1)
 
@@ -470,7 +470,7 @@ async def test_a_pool_that_is_exhausted_is_answered_with_503(guide: Guide) -> No
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_the_host_that_accepts_writes_is_found(driver: str) -> None:
-    """With the options of the page, and a first host that nobody answers at."""
+    """The options of the page, with a first host that does not answer."""
     described = described_with(f"postgresql+{driver}://app@/shop?host=")
     real = make_url(str(postgres.server().get_uri()))
     folder = real.query["host"]
@@ -483,12 +483,12 @@ async def test_the_host_that_accepts_writes_is_found(driver: str) -> None:
 
 
 async def calls(app: Any, number: int) -> list[bytes]:
-    """Ask several times, as one call of a function does."""
+    """Send several requests, as in one call of a serverless function."""
     return [(await get(app)).body for _ in range(number)]
 
 
 def test_a_function_works_in_whatever_event_loop(guide: Guide) -> None:
-    """One call after the other, each in a loop of its own, and no connection between them."""
+    """Several calls, each in its own event loop, with no open connection between them."""
     module = guide.load(DEPLOYMENT, "function")
     for _ in range(2):
         assert asyncio.run(calls(module.app, 2)) == [b"42", b"42"]

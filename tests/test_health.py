@@ -1,4 +1,4 @@
-"""A health check answers soon, whatever has become of the database, and never raises."""
+"""A health check answers in time in every situation, and never raises."""
 
 import asyncio
 import dataclasses
@@ -30,13 +30,13 @@ AnyDatabase = AsyncDatabase[Any] | SyncDatabase[Any]
 
 @contextmanager
 def silent_server() -> Iterator[int]:
-    """A port that accepts connections and never says a word."""
+    """A port that accepts connections and sends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
 
 def described(kind: str, port: int) -> AnyDatabase:
-    """A database there, with a password, that need not answer."""
+    """A database at this address, with a password, which need not answer."""
     url = f"postgresql://app:s3cret@127.0.0.1:{port}/shop"
     if kind == "psycopg-sync":
         return SyncDatabase(url, ping_on_startup=False, connect_args={"connect_timeout": 2})
@@ -44,7 +44,7 @@ def described(kind: str, port: int) -> AnyDatabase:
 
 
 async def test_a_database_that_answers_is_well(running: Running) -> None:
-    """With how long that took, and the state of its pool; as JSON, if one likes."""
+    """The result has the duration and the state of the pool, and can be written as JSON."""
     health = await running.database.health(within=30)
     assert (health.answers, health.reason) == (True, None)
     assert health.latency is not None
@@ -55,7 +55,7 @@ async def test_a_database_that_answers_is_well(running: Running) -> None:
 
 
 async def test_an_exhausted_pool_is_told_in_time(running: Running) -> None:
-    """And with its numbers; not after the time-out of the pool. It is well again afterwards."""
+    """The result shows the pool and comes before the pool's time-out; later the check succeeds."""
     options: dict[str, Any] = {"pool_size": 1, "max_overflow": 1, "pool_timeout": 600}
     async with running.real.describe(**options) as database, AsyncExitStack() as held:
         if isinstance(database, SyncDatabase):
@@ -72,7 +72,7 @@ async def test_an_exhausted_pool_is_told_in_time(running: Running) -> None:
         assert {each.answers for each in found} == {False}
         assert found[0].reason == f"{database} did not answer within 0.05 s"
         assert (found[0].pool_size, found[0].checked_out, found[0].overflow) == (1, 2, 1)
-        # The questions in threads still have to get their connections, and to give them back.
+        # The checks in threads still have to get their connections and to return them.
         await becomes_true(lambda: checked_out(database) == 0)
         async with asyncio.timeout(10):
             while not (await database.health(within=30)).answers:
@@ -84,7 +84,7 @@ DRIVERS = pytest.mark.parametrize("kind", ["asyncpg", "psycopg", "psycopg-sync"]
 
 @DRIVERS
 async def test_a_server_that_is_not_there_is_told(kind: str) -> None:
-    """With the driver's reason, and without the password."""
+    """The result has the driver's reason, without the password."""
     with silent_server() as port:
         pass
     async with described(kind, port) as database:
@@ -97,7 +97,7 @@ async def test_a_server_that_is_not_there_is_told(kind: str) -> None:
 
 @DRIVERS
 async def test_a_server_that_says_nothing_is_told_in_time(kind: str) -> None:
-    """It accepts connections, and then hangs; many questions make no crowd of connections."""
+    """The server accepts connections but never answers; many checks open few connections."""
     with silent_server() as port:
         async with described(kind, port) as database:
             found = [await database.health(within=0.05) for _ in range(5)]
@@ -108,23 +108,23 @@ async def test_a_server_that_says_nothing_is_told_in_time(kind: str) -> None:
 
 
 async def test_a_question_that_is_cancelled_leaves_nothing(running: Running) -> None:
-    """As where the client of the route hangs up."""
+    """The client of the health route disconnects."""
     task = asyncio.create_task(running.database.health(within=30))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert (await running.database.health(within=30)).answers  # the same question, in a thread
+    assert (await running.database.health(within=30)).answers  # the same check, in a thread
     await becomes_true(lambda: checked_out(running.database) == 0)
 
 
-# aiosqlite leaves a connection behind whose opening was cancelled; Python 3.13 complains of it.
+# aiosqlite leaves a connection open if its opening is cancelled, and Python 3.13 warns about it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("steps", [1, 2, 3])
 async def test_questions_of_callers_that_are_cancelled_do_no_harm(
     running: Running, steps: int
 ) -> None:
-    """Clients that hang up, at once or a little later, do not make a healthy database look ill."""
+    """Disconnecting clients, early or late, do not make a healthy database look unhealthy."""
     for _ in range(10):
         task = asyncio.create_task(running.database.health(within=30))
         for _ in range(steps):
@@ -139,7 +139,7 @@ async def test_questions_of_callers_that_are_cancelled_do_no_harm(
 
 
 def slow_down(database: AnyDatabase, seconds: list[float]) -> list[str | None]:
-    """Have each statement take that long; what `CALLER` was in each of them."""
+    """Make each statement slow, and record the value of `CALLER` in each."""
     asked: list[str | None] = []
     engine: Any = database.engine
 
@@ -158,17 +158,17 @@ CALLER: ContextVar[str | None] = ContextVar("caller", default=None)
 
 
 async def test_callers_share_the_question_that_is_under_way(running: Running) -> None:
-    """A healthy database that is asked often stays well, and is asked once; a later caller asks."""
+    """Parallel checks send one statement; a later check sends a new one."""
     asked = slow_down(running.database, [0.05])
     CALLER.set("a request")
     for _ in range(2):
         found = await asyncio.gather(*(running.database.health(within=30) for _ in range(50)))
         assert [each.answers for each in found] == [True] * 50
-    assert asked == [None, None]  # and without the context of a request
+    assert asked == [None, None]  # without the context of a request
 
 
 async def test_callers_share_an_error_too(running: Running) -> None:
-    """Each of them gets the reason."""
+    """Each caller gets the reason."""
     engine: Any = running.database.engine
 
     @event.listens_for(getattr(engine, "sync_engine", engine), "before_cursor_execute")
@@ -181,7 +181,7 @@ async def test_callers_share_an_error_too(running: Running) -> None:
 
 
 async def test_a_question_that_was_given_up_is_not_shared(running: Running) -> None:
-    """Who comes after one that waited in vain finds out whether the database is well again."""
+    """A check after a failed check finds out if the database answers again."""
     seconds = [0.5]
     asked = slow_down(running.database, seconds)
     patient = asyncio.create_task(running.database.health(within=30))
@@ -190,12 +190,12 @@ async def test_a_question_that_was_given_up_is_not_shared(running: Running) -> N
     seconds[0] = 0
     assert (await running.database.health(within=30)).answers
     assert len(asked) == 2
-    assert (await patient).answers  # it goes on for who has more time
+    assert (await patient).answers  # the check continues for callers with more time
 
 
 @pytest.mark.parametrize("real", ["sqlite-sync", "psycopg-sync"], indirect=True)
 async def test_only_a_few_questions_are_given_up(running: Running) -> None:
-    """Threads that nothing can stop are few, and the database is asked again once they end."""
+    """Few threads wait for a dead server; after they end, new checks are possible."""
     asked = slow_down(running.database, [0.5])
     found = [await running.database.health(within=0.01) for _ in range(6)]
     assert {each.answers for each in found} == {False}
@@ -207,7 +207,7 @@ async def test_only_a_few_questions_are_given_up(running: Running) -> None:
 
 
 def test_callers_of_several_event_loops_share_a_question(tmp_path: Path) -> None:
-    """On asyncio and trio, each in a thread of its own, at the same time."""
+    """Checks run on asyncio and trio at the same time, each in its own thread."""
     database = SyncDatabase(f"sqlite:///{tmp_path / 'shop.db'}")
     asyncio.run(database.startup())
     asked = slow_down(database, [0.5])
@@ -231,7 +231,7 @@ def test_callers_of_several_event_loops_share_a_question(tmp_path: Path) -> None
 
 @DRIVERS
 async def test_a_database_that_is_not_running_is_not_well(kind: str) -> None:
-    """It says what to do."""
+    """The error says what to do."""
     health = await described(kind, 1).health()
     assert (health.answers, health.pool_size) == (False, None)
     assert health.reason is not None
@@ -239,7 +239,7 @@ async def test_a_database_that_is_not_running_is_not_well(kind: str) -> None:
 
 
 async def test_a_pool_that_does_not_count_has_no_numbers(running: Running) -> None:
-    """All the rest is as ever."""
+    """Everything else works as before."""
     async with running.real.describe(poolclass=NullPool) as database:
         health = await database.health(within=30)
     assert (health.answers, health.pool_size, health.checked_out) == (True, None, None)

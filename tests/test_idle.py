@@ -1,4 +1,4 @@
-"""Connections that are held for nothing are told of, with the place in the code."""
+"""Tests the warning about idle connections and the lines of code that it names."""
 
 import asyncio
 import inspect
@@ -20,7 +20,7 @@ KINDS = ("sqlite", "asyncpg", "psycopg-sync")
 
 
 async def work(running: Running, places: list[int]) -> None:
-    """A statement, a while of something else, and another statement."""
+    """Run a statement, do something else for a while, and run another statement."""
     session: Any = running.database.get_session()
 
     def blocking() -> None:
@@ -43,7 +43,7 @@ async def work(running: Running, places: list[int]) -> None:
 async def test_an_idle_connection_is_warned_of(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The request, the database, how long, and between which lines."""
+    """The warning names the request, the database, the duration and the two lines."""
     places: list[int] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -61,7 +61,7 @@ async def test_an_idle_connection_is_warned_of(
 async def test_below_the_threshold_nothing_is_said(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nor of a request whose connection is back while it waits."""
+    """There is no warning about a request that returns its connection before it waits."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/slow":
@@ -85,7 +85,7 @@ async def test_below_the_threshold_nothing_is_said(
 async def test_a_task_that_outlived_its_request_is_warned_of_too(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It has no path of its own, and the warning says what it is."""
+    """A task after its request has no path, so the warning says what it is."""
     database: Any = running.database
     ended = asyncio.Event()
     tasks: list[asyncio.Task[None]] = []

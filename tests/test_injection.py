@@ -1,4 +1,4 @@
-"""The session as a parameter: what injectors make of it, and what they must not."""
+"""Tests the session as an injected parameter, in several frameworks."""
 
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from typing import Annotated, Any, cast
@@ -70,15 +70,15 @@ async def nested_dependency(repository: Annotated[Repository, Depends()]) -> Asy
 
 
 async def yielding_dependency(session: Injected) -> AsyncIterator[AsyncSession]:
-    """The form that most applications already have."""
+    """Most existing applications have this form."""
     yield session
 
 
-# FastAPI: what it sees
+# FastAPI: parameters
 
 
 async def test_nothing_of_ours_is_in_the_openapi_schema() -> None:
-    """Whichever way it is injected, the only parameters and models are the application's own."""
+    """In each form of injection, the only parameters and models are those of the application."""
     shop = AsyncDatabase("sqlite+aiosqlite://")
     ledger = SyncDatabase("sqlite://")
     dependencies: list[Callable[..., Any]] = [
@@ -94,10 +94,10 @@ async def test_nothing_of_ours_is_in_the_openapi_schema() -> None:
     for number, dependency in enumerate(dependencies):
 
         async def serve(q: int, session: Annotated[Any, Depends(dependency)]) -> None:
-            """Serve."""
+            """Handle a request with an injected session."""
 
         def serve_in_thread(q: int, session: Annotated[Any, Depends(dependency)]) -> None:
-            """Serve."""
+            """Handle a request with an injected session."""
 
         app.get(f"/async/{number}")(serve)
         app.get(f"/def/{number}", dependencies=[Depends(dependency)])(serve_in_thread)
@@ -110,7 +110,7 @@ async def test_nothing_of_ours_is_in_the_openapi_schema() -> None:
     assert set(schema["components"]["schemas"]) == {"HTTPValidationError", "ValidationError"}
 
 
-# FastAPI: which session it is
+# FastAPI: the session
 
 
 @ASYNC
@@ -122,7 +122,7 @@ async def test_nothing_of_ours_is_in_the_openapi_schema() -> None:
 async def test_an_injected_session_is_the_session_of_the_request(
     running: Running, dependency: Callable[..., Any]
 ) -> None:
-    """One per request, whether it is injected, injected into what is injected, or asked for."""
+    """Each request has one session, injected directly, in a dependency, or from `get_session()`."""
     app = fastapi_on(running.database)
     seen: list[AsyncSession] = []
 
@@ -142,7 +142,7 @@ async def test_an_injected_session_is_the_session_of_the_request(
 
 @ASYNC
 async def test_each_database_has_its_own_dependency(running: Running, tmp_path: Any) -> None:
-    """Also where one of them blocks: a handler may have both injected."""
+    """One handler may get an async and a sync session."""
     ledger = SyncDatabase(f"sqlite:///{tmp_path}/ledger.db")
     reports = AsyncDatabase(f"sqlite:///{tmp_path}/reports.db")
     app = fastapi_on(running.database, reports, ledger)
@@ -166,7 +166,7 @@ async def test_each_database_has_its_own_dependency(running: Running, tmp_path: 
 
 @ASYNC
 async def test_an_application_that_asks_for_nothing_opens_nothing(running: Running) -> None:
-    """And one that has a session injected without using it holds no connection."""
+    """A handler that does not use its injected session holds no connection."""
     app = fastapi_on(running.database)
 
     @app.get("/")
@@ -181,7 +181,7 @@ async def test_an_application_that_asks_for_nothing_opens_nothing(running: Runni
 
 @ASYNC
 async def test_dependency_overrides_replace_the_session_in_a_test(running: Running) -> None:
-    """What an application does on a session that its test gave is the test's to roll back."""
+    """If a test gives its own session, only the test can roll back the work."""
     app = fastapi_on(running.database)
 
     @app.get("/")
@@ -206,7 +206,7 @@ async def test_dependency_overrides_replace_the_session_in_a_test(running: Runni
 async def test_the_override_of_one_database_leaves_the_others_alone(
     running: Running, tmp_path: Any
 ) -> None:
-    """`reports.session_dependency` is a key, although each access makes a new bound method."""
+    """`reports.session_dependency` works as a key, although each access makes a new method."""
     reports = AsyncDatabase(f"sqlite:///{tmp_path}/reports.db")
     app = fastapi_on(running.database, reports)
 
@@ -222,13 +222,13 @@ async def test_the_override_of_one_database_leaves_the_others_alone(
         assert (await get(app)).body == b"[true,true]"
 
 
-# FastAPI: handlers and dependencies written with `def`
+# FastAPI: `def` handlers and dependencies
 
 
 @SYNC
 @pytest.mark.parametrize("way", ["parameter", "accessor", "def dependency"])
 async def test_a_def_handler_has_a_sync_session(running: Running, way: str) -> None:
-    """Injected or asked for in the thread: COMMIT below 400, ROLLBACK from there on."""
+    """The session is injected or requested in the thread: COMMIT below 400, ROLLBACK otherwise."""
     app = fastapi_on(running.database)
 
     def in_thread() -> Session:
@@ -252,7 +252,7 @@ async def test_a_def_handler_has_a_sync_session(running: Running, way: str) -> N
 async def test_a_def_handler_that_wants_a_sync_session_of_an_async_database_is_told_how(
     running: Running,
 ) -> None:
-    """`get_session()` would be no cure there: nothing can be awaited in a thread."""
+    """`get_session()` would not help there, because a thread cannot await anything."""
     app = fastapi_on(running.database)
 
     @app.get("/")
@@ -268,7 +268,7 @@ async def test_a_def_handler_that_wants_a_sync_session_of_an_async_database_is_t
 @ASYNC
 @pytest.mark.filterwarnings("ignore:.*was never awaited:RuntimeWarning")
 async def test_a_def_handler_cannot_await_and_is_told_so(running: Running) -> None:
-    """Otherwise it would answer 200 and store nothing."""
+    """Without the error, the handler would answer 200 and store nothing."""
     app = fastapi_on(running.database)
 
     @app.get("/")
@@ -286,7 +286,7 @@ async def test_a_def_handler_cannot_await_and_is_told_so(running: Running) -> No
 async def test_an_async_handler_that_forgets_to_await_is_warned_by_python(
     running: Running,
 ) -> None:
-    """The statement never began, so there is nothing that this package could know of."""
+    """The statement never started, so the package cannot know about it."""
     app = fastapi_on(running.database)
 
     @app.get("/")
@@ -303,7 +303,7 @@ async def test_an_async_handler_that_forgets_to_await_is_warned_by_python(
 
 
 def with_yield(running: Running, log: list[str]) -> Callable[..., Any]:
-    """A dependency of the user's own that works before and after the handler."""
+    """A dependency of the application that works before and after the handler."""
 
     async def around() -> AsyncIterator[None]:
         await running.write("before")
@@ -330,7 +330,7 @@ def with_yield(running: Running, log: list[str]) -> Callable[..., Any]:
 
 
 def around_a_handler(running: Running, log: list[str], scope: Any, **options: Any) -> FastAPI:
-    """An application whose handler runs inside of such a dependency."""
+    """An application whose handler runs inside such a dependency."""
     app = fastapi_on(running.database, **options)
     dependency = Depends(with_yield(running, log), scope=scope)
 
@@ -353,7 +353,7 @@ def around_a_handler(running: Running, log: list[str], scope: Any, **options: An
 
 @BOTH
 async def test_exit_code_runs_after_the_response_as_a_unit_of_its_own(running: Running) -> None:
-    """FastAPI's default: what follows the `yield` is stored, though no client waited for it."""
+    """By default FastAPI runs the code after `yield` after the response, and its work is stored."""
     stored_at: list[list[str]] = []
     app = around_a_handler(running, [], None)
     exchange = await get(app, "/kept", on_message=lambda _: stored_at.append(running.stored()))
@@ -364,7 +364,7 @@ async def test_exit_code_runs_after_the_response_as_a_unit_of_its_own(running: R
 
 @BOTH
 async def test_exit_code_of_a_function_scope_belongs_to_the_response(running: Running) -> None:
-    """`Depends(…, scope="function")` ends before the start, and is committed with the handler."""
+    """With `Depends(…, scope="function")` this code runs before the response and its COMMIT."""
     stored_at: list[list[str]] = []
     app = around_a_handler(running, [], "function")
     exchange = await get(app, "/kept", on_message=lambda _: stored_at.append(running.stored()))
@@ -377,7 +377,7 @@ async def test_exit_code_of_a_function_scope_belongs_to_the_response(running: Ru
 async def test_exit_code_after_an_exception_is_rolled_back_with_the_rest(
     running: Running, scope: str | None
 ) -> None:
-    """It runs before the response that the exception becomes; what must stay uses `begin()`."""
+    """The code runs before the error response; work that must stay needs `begin()`."""
     log: list[str] = []
     exchange = await get(around_a_handler(running, log, scope), "/raised")
     assert (exchange.status, exchange.error) == (404, None)
@@ -387,7 +387,7 @@ async def test_exit_code_after_an_exception_is_rolled_back_with_the_rest(
 
 @BOTH
 async def test_exit_code_after_a_failed_commit_runs_and_stores_nothing(running: Running) -> None:
-    """Its `except` does not see that error, its `finally` runs, and no handler answers."""
+    """`except` in the dependency does not see the error, `finally` runs, and no handler answers."""
     log: list[str] = []
     app = around_a_handler(
         running, log, None, on_commit_error=lambda _: PlainTextResponse("taken", status_code=409)
@@ -402,7 +402,7 @@ async def test_exit_code_after_a_failed_commit_runs_and_stores_nothing(running: 
 async def test_exit_code_that_fails_after_the_response_loses_only_its_own_work(
     running: Running,
 ) -> None:
-    """The client has its answer, and that stays true; the error reaches the server."""
+    """The client has its response, which stays true; the error reaches the server."""
     app = fastapi_on(running.database)
 
     async def failing() -> AsyncIterator[None]:
@@ -428,7 +428,7 @@ async def test_exit_code_that_fails_after_the_response_loses_only_its_own_work(
 async def test_a_request_that_is_invalid_rolls_back_what_dependencies_did(
     running: Running,
 ) -> None:
-    """FastAPI runs them although another parameter is wrong, and answers 422 after that."""
+    """FastAPI runs dependencies even if another parameter is wrong, and answers 422 then."""
     app = fastapi_on(running.database)
     ran = []
 
@@ -447,7 +447,7 @@ async def test_a_request_that_is_invalid_rolls_back_what_dependencies_did(
 
 @BOTH
 async def test_an_exception_handler_that_answers_success_commits(running: Running) -> None:
-    """The status decides, whatever came before it; `set_rollback(True)` overrides it."""
+    """The status decides, after any exception before it; `set_rollback(True)` overrides it."""
     app = fastapi_on(running.database)
 
     @app.exception_handler(LookupError)
@@ -469,7 +469,7 @@ async def test_an_exception_handler_that_answers_success_commits(running: Runnin
 @BOTH
 @pytest.mark.parametrize("what", ["kept", "doomed", "failing"])
 async def test_background_tasks_are_a_unit_of_their_own(running: Running, what: str) -> None:
-    """After the commit, with the same session; none after a failed commit."""
+    """The task runs after COMMIT, with the same session; after a failed COMMIT it does not run."""
     app = fastapi_on(running.database)
     stored_before: list[list[str]] = []
 
@@ -504,7 +504,7 @@ async def test_background_tasks_are_a_unit_of_their_own(running: Running, what: 
 @ASYNC
 @pytest.mark.parametrize("way", ["StreamingResponse", "yield"])
 async def test_a_body_goes_on_with_the_injected_session(running: Running, way: str) -> None:
-    """A `StreamingResponse`, and an endpoint that yields its items, which FastAPI sends as JSON."""
+    """A `StreamingResponse`, and an endpoint with `yield`, which FastAPI sends as JSON."""
     app = fastapi_on(running.database)
 
     async def parts(session: AsyncSession) -> AsyncIterator[str]:
@@ -538,7 +538,7 @@ async def test_a_body_goes_on_with_the_injected_session(running: Running, way: s
 
 @ASYNC
 async def test_litestar_provides_the_session(running: Running, tmp_path: Any) -> None:
-    """For the application and for a single handler; its OpenAPI schema knows nothing of it."""
+    """The dependency works everywhere, and the OpenAPI schema does not show it."""
     reports = AsyncDatabase(f"sqlite:///{tmp_path}/reports.db")
 
     @litestar_get("/{status:int}", dependencies={"other": Provide(reports.session_dependency)})
@@ -569,11 +569,11 @@ async def test_litestar_provides_the_session(running: Running, tmp_path: Any) ->
     assert [each["name"] for each in path["get"]["parameters"]] == ["status", "q"]
 
 
-# GraphQL, and code far from any parameter
+# GraphQL, and code without an injected parameter
 
 
 async def deep(levels: int, text: str) -> None:
-    """Code ten calls deep, which nobody passes a session to."""
+    """Store a note, ten calls deep, without a session parameter."""
     if levels:
         await deep(levels - 1, text)
     else:
@@ -581,10 +581,10 @@ async def deep(levels: int, text: str) -> None:
 
 
 class RollBackOnErrors(SchemaExtension):
-    """Strawberry answers 200 also for what failed: say so."""
+    """Strawberry answers 200 even after an error, so roll back explicitly."""
 
     def on_operation(self) -> Iterator[None]:
-        """Decide once the operation is done."""
+        """Decide after the operation is done."""
         yield
         if self.execution_context.pre_execution_errors or (
             self.execution_context.result is not None
@@ -594,7 +594,7 @@ class RollBackOnErrors(SchemaExtension):
 
 
 def graphql(extensions: list[type[SchemaExtension]]) -> GraphQL[Any, Any]:
-    """An application that stores notes by GraphQL."""
+    """An application that stores notes with GraphQL."""
 
     @strawberry.type
     class Query:
@@ -615,7 +615,7 @@ def graphql(extensions: list[type[SchemaExtension]]) -> GraphQL[Any, Any]:
 
 
 async def ask(app: Any, query: str) -> Any:
-    """Send a GraphQL operation; what came back."""
+    """Send a GraphQL operation, and return the result."""
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app)) as client:
         response = await client.post("http://test/", json={"query": query})
         assert response.status_code == 200, response.text
@@ -626,7 +626,7 @@ async def ask(app: Any, query: str) -> Any:
 async def test_a_resolver_ten_calls_above_the_database_passes_nothing_down(
     running: Running,
 ) -> None:
-    """`get_session()` is the request's session at any depth."""
+    """`get_session()` returns the session of the request at any depth."""
     app = DBSessionMiddleware(graphql([]), running.database)
     answer = await ask(app, 'mutation { one: add(text: "one") two: add(text: "two") }')
     assert answer["data"] == {"one": "one", "two": "two"}
@@ -639,7 +639,7 @@ async def test_a_resolver_ten_calls_above_the_database_passes_nothing_down(
 async def test_a_mutation_that_failed_is_rolled_back_where_an_extension_says_so(
     running: Running, *, extension: bool
 ) -> None:
-    """GraphQL answers 200 for errors too, so by the status alone its work would be committed."""
+    """GraphQL answers 200 for errors too, so the status alone would commit the work."""
     app = DBSessionMiddleware(graphql([RollBackOnErrors] if extension else []), running.database)
     answer = await ask(app, 'mutation { add(text: "half", fail: true) }')
     assert answer["errors"][0]["message"] == "after the write"

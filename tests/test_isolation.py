@@ -1,4 +1,4 @@
-"""An isolation level, or reading only, belongs to one request, as the page on it says."""
+"""Tests the page on isolation levels and read-only transactions of one request."""
 
 import importlib
 import re
@@ -41,7 +41,7 @@ SNAPSHOT = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
 
 @pytest.fixture(scope="module")
 def url() -> URL:
-    """A database whose every statement is in the server's log."""
+    """A database that logs every statement on the server."""
     url = postgres.new_database("isolation").set(drivername="postgresql+asyncpg")
     engine = create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool)
     with engine.begin() as connection:
@@ -52,7 +52,7 @@ def url() -> URL:
 
 @pytest.fixture
 def reports(url: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The modules of the page, on one connection for each of their databases."""
+    """The modules of the page, with one connection for each of their databases."""
     monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
     monkeypatch.syspath_prepend(tmp_path)
     for name, code in PAGE.files().items():
@@ -67,7 +67,7 @@ def reports(url: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @asynccontextmanager
 async def statements() -> AsyncIterator[list[str]]:
-    """What reaches the server meanwhile, without what a driver asks for itself."""
+    """Return the statements that reach the server, without those of the driver itself."""
     log = Path(postgres.server().pgdata) / "log"
     before = len(log.read_text())
     found: list[str] = []
@@ -81,7 +81,7 @@ async def statements() -> AsyncIterator[list[str]]:
 
 
 async def test_the_handlers_of_the_page_have_what_they_ask_for(reports: Any) -> None:
-    """And it is part of BEGIN."""
+    """The level is part of BEGIN."""
     bank = sys.modules["bank"]
     async with bank.database:
         async with statements() as seen:
@@ -93,7 +93,7 @@ async def test_the_handlers_of_the_page_have_what_they_ask_for(reports: Any) -> 
 
 @pytest.mark.parametrize("outcome", ["stored", "refused", "raised"])
 async def test_the_next_request_has_the_default_again(reports: Any, outcome: str) -> None:
-    """On the same connection, however the last one ended."""
+    """The next request on the same connection has the default level again."""
     bank = sys.modules["bank"]
     seen = []
 
@@ -119,7 +119,7 @@ async def test_the_next_request_has_the_default_again(reports: Any, outcome: str
 
 
 async def test_it_lasts_for_one_transaction(running: Running) -> None:
-    """After a commit in the middle it has to be asked for again; with every driver."""
+    """After a commit in the middle, the level must be set again, with every driver."""
     seen = []
 
     async def ask() -> None:
@@ -137,7 +137,7 @@ async def test_it_lasts_for_one_transaction(running: Running) -> None:
 
 
 async def test_asked_for_too_late_it_warns(running: Running) -> None:
-    """It does not apply; SQLAlchemy says so, and the page how to make that an error."""
+    """The level has no effect; SQLAlchemy warns, and the page shows how to make it an error."""
     (advice,) = re.findall(r"`(warnings\..*?)`", PAGE.text)
     seen = []
 
@@ -158,7 +158,7 @@ async def test_asked_for_too_late_it_warns(running: Running) -> None:
 
 
 async def test_it_applies_through_pgbouncer(url: URL) -> None:
-    """And to nobody else who gets the same connection of the server."""
+    """No other user of the same server connection gets the level."""
     arguments = {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
     seen = []
     async with AsyncDatabase(pgbouncer.url_through(url), connect_args=arguments, **ONE) as database:
@@ -171,7 +171,7 @@ async def test_it_applies_through_pgbouncer(url: URL) -> None:
 
 
 async def test_in_autocommit_a_select_is_all_that_is_sent(reports: Any) -> None:
-    """No BEGIN, no COMMIT, and nothing when the connection goes back to its pool."""
+    """There is no BEGIN and no COMMIT, and nothing is sent when the connection is returned."""
     async with reports.database, reports.reports, statements() as seen:
         assert (await get(reports.app, "/accounts")).body == b"42"
     assert seen == ["SELECT 42"]
@@ -204,7 +204,7 @@ PSYCOPG = re.findall(r"`(connect_args=.*?)`", PAGE.text)
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_in_autocommit_the_server_refuses_writes(reports: Any, url: URL, driver: str) -> None:
-    """And nothing else fails because of it: no transaction was aborted."""
+    """No later statement fails, because no transaction was aborted."""
     database = reports.reports
     if driver == "psycopg":
         options = eval(f"dict({PSYCOPG[0]})", {})
@@ -218,7 +218,7 @@ async def test_in_autocommit_the_server_refuses_writes(reports: Any, url: URL, d
 
 @pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])
 async def test_on_mariadb_a_level_lasts_for_one_transaction_too(driver: str) -> None:
-    """It is set on the connection there, and reset before anyone else gets that."""
+    """The level is set on the connection, and reset before anyone else uses the connection."""
     url, _ = maria_database()
     level = text("SELECT @@tx_isolation")
     seen = []
@@ -245,7 +245,7 @@ async def test_on_mariadb_a_level_lasts_for_one_transaction_too(driver: str) -> 
 )
 @pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])
 async def test_in_autocommit_mariadb_is_sent_a_commit_too(driver: str) -> None:
-    """And a ROLLBACK, unless told otherwise."""
+    """By default there is a ROLLBACK too."""
     url, reader = maria_database()
     url = url.set(drivername=f"mysql+{driver}")
     found = []

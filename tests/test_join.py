@@ -1,4 +1,4 @@
-"""`begin(join=True)` joins the unit of work around it, or opens one of its own."""
+"""Tests `begin(join=True)`, which joins the outer unit of work or opens a new one."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -42,16 +42,16 @@ Work = Callable[[Session], object]
 
 
 class Refused(Exception):
-    """What a service function raises."""
+    """The exception of a service function."""
 
 
 def writing(note: str) -> Work:
-    """What stores a row."""
+    """Store a row."""
     return lambda session: session.execute(ENTRY.insert().values(note=note))
 
 
 def failing(note: str) -> Work:
-    """What stores a row, and raises."""
+    """Store a row, and raise."""
 
     def write_then_raise(session: Session) -> None:
         writing(note)(session)
@@ -61,19 +61,19 @@ def failing(note: str) -> Work:
 
 
 def write_and_set_rollback(session: Session) -> None:
-    """What decides against all work of the request."""
+    """Roll back all work of the request."""
     writing("joined")(session)
     set_rollback(True)
 
 
 def write_and_commit(session: Session) -> None:
-    """What does not wait for the outer unit."""
+    """Store a row in a new unit of work."""
     writing("too")(session)
     session.commit()
 
 
 async def in_block(running: Running, work: Work, *, join: bool = True) -> None:
-    """Call a service function in `begin(join=True)`; in a thread where the database blocks."""
+    """Call a service function in `begin(join=True)`, in a thread if the database blocks."""
     database = running.database
     if isinstance(database, AsyncDatabase):
         async with database.begin(join=join) as session:
@@ -88,7 +88,7 @@ async def in_block(running: Running, work: Work, *, join: bool = True) -> None:
 
 
 async def serve(running: Running, handler: Any, status: int = 200, **options: Any) -> Any:
-    """Serve one request with a handler that takes nothing."""
+    """Serve one request with a handler without parameters."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await handler()
@@ -101,7 +101,7 @@ async def serve(running: Running, handler: Any, status: int = 200, **options: An
 
 
 async def test_an_error_rolls_back_to_the_savepoint_and_rises(running: Running) -> None:
-    """What the request did before and after is stored all the same."""
+    """Earlier and later work of the request is stored."""
 
     async def handler() -> None:
         await running.write("before")
@@ -117,7 +117,7 @@ async def test_an_error_rolls_back_to_the_savepoint_and_rises(running: Running) 
 async def test_what_joined_is_rolled_back_with_the_outer_unit(
     running: Running, *, is_first: bool
 ) -> None:
-    """A block that ended well stores nothing by itself, also if it was the first to do anything."""
+    """A successful block commits nothing itself, even if it is the first to do any work."""
 
     async def handler() -> None:
         if not is_first:
@@ -131,7 +131,7 @@ async def test_what_joined_is_rolled_back_with_the_outer_unit(
 
 
 async def test_a_block_in_a_block_has_a_savepoint_of_its_own(running: Running) -> None:
-    """The inner block is lost alone, or together with the outer block."""
+    """The inner block is rolled back alone, or together with the outer block."""
     outer = nested_sync if running.real.is_sync else nested_async
 
     async def handler() -> None:
@@ -172,7 +172,7 @@ async def nested_sync(running: Running, *, fails: bool) -> None:
 async def test_on_commit_follows_the_outer_commit_and_is_dropped_with_the_savepoint(
     running: Running,
 ) -> None:
-    """Nothing is called while the work can still be rolled back."""
+    """No function is called while the work can still be rolled back."""
     called: list[Any] = []
 
     def follow(name: str) -> Work:
@@ -196,7 +196,7 @@ async def test_on_commit_follows_the_outer_commit_and_is_dropped_with_the_savepo
 
 
 async def test_set_rollback_inside_is_the_outer_units(running: Running) -> None:
-    """It decides about all work of the request, whatever the status says."""
+    """It decides about all work of the request, for any status."""
 
     async def handler() -> None:
         await running.write("before")
@@ -207,7 +207,7 @@ async def test_set_rollback_inside_is_the_outer_units(running: Running) -> None:
 
 
 async def test_a_joined_block_reports_nothing_of_its_own(running: Running) -> None:
-    """Its statements are those of the unit that it joined."""
+    """Its statements count for the unit that it joined."""
     reports: list[Any] = []
     await serve(running, lambda: in_block(running, writing("joined")), on_report=reports.append)
     (report,) = reports
@@ -215,7 +215,7 @@ async def test_a_joined_block_reports_nothing_of_its_own(running: Running) -> No
 
 
 async def test_begin_in_a_joined_block_is_a_unit_of_its_own(running: Running) -> None:
-    """What it stores survives the rollback of the block and of the request."""
+    """The stored work survives the rollback of the block and of the request."""
     if running.real.is_sqlite:
         pytest.skip("SQLite has one writer at a time")
 
@@ -238,11 +238,11 @@ def audit(database: Any) -> None:
         writing("audit")(session)
 
 
-# Outside
+# Outside of a unit of work
 
 
 async def test_outside_of_a_unit_it_opens_one(running: Running) -> None:
-    """A worker, a script or a test calls the same function, and it commits by itself."""
+    """A worker, a script or a test calls the same function, and the function commits."""
     called: list[Any] = []
 
     def work(session: Session) -> None:
@@ -278,7 +278,7 @@ async def test_a_task_that_outlives_its_request_opens_one(running: Running) -> N
 
 @ASYNC
 async def test_it_joins_begin_too(running: Running) -> None:
-    """A worker's `begin()` is a unit of work like that of a request."""
+    """A block joins the `begin()` of a worker too."""
     database: Any = running.database
     with pytest.raises(Refused):
         async with database.begin() as session:
@@ -324,7 +324,7 @@ async def test_get_session_means_the_database_inside_and_outside(
 
 
 async def test_on_commit_belongs_to_the_unit_that_was_joined(tmp_path: Path) -> None:
-    """Not to the unit of another database that is in between."""
+    """The block does not join a unit of another database in between."""
     async with several_databases("asyncpg + sqlite", tmp_path) as several:
         shop, reports = several.each
         called: list[str] = []
@@ -347,7 +347,7 @@ async def test_on_commit_belongs_to_the_unit_that_was_joined(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kinds", ["asyncpg + sqlite", "psycopg-sync + asyncmy"])
 async def test_a_block_on_one_database_leaves_the_other_alone(kinds: str, tmp_path: Path) -> None:
-    """Each database has savepoints of its own; COMMIT is for all of them."""
+    """Each database has its own savepoint; COMMIT is for all databases."""
     async with several_databases(kinds, tmp_path) as several:
         first, second = several.each
 
@@ -363,7 +363,7 @@ async def test_a_block_on_one_database_leaves_the_other_alone(kinds: str, tmp_pa
 
 
 async def test_two_phases_know_savepoints_too(tmp_path: Path) -> None:
-    """What joined is prepared and committed together with the rest."""
+    """The work of the block is prepared and committed together with the rest."""
     async with several_databases("asyncpg + asyncmy", tmp_path) as several:
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -379,7 +379,7 @@ async def test_two_phases_know_savepoints_too(tmp_path: Path) -> None:
 
 
 async def test_inside_of_rolled_back_it_is_the_same(running: Running) -> None:
-    """A test that forgets what it did sees blocks join, fail and commit as ever."""
+    """Inside `rolled_back`, blocks join, fail and commit as usual."""
     async with rolled_back(running.database):
 
         async def handler() -> None:
@@ -400,7 +400,7 @@ async def test_inside_of_rolled_back_it_is_the_same(running: Running) -> None:
 
 @ASYNC
 async def test_a_second_task_cannot_open_a_block_meanwhile(running: Running) -> None:
-    """Otherwise the end of one block would keep or undo the work of the other."""
+    """Otherwise the end of one block would keep or roll back work of the other block."""
     database: Any = running.database
     entered, leave = asyncio.Event(), asyncio.Event()
     errors: list[BaseException] = []
@@ -436,7 +436,7 @@ async def test_a_second_task_cannot_open_a_block_meanwhile(running: Running) -> 
 
 @SYNC
 async def test_a_second_thread_cannot_use_the_session_meanwhile(running: Running) -> None:
-    """The same for handlers written with `def`."""
+    """`def` handlers in threads get the same error."""
     database: Any = running.database
     entered, leave = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -464,7 +464,7 @@ async def test_a_second_thread_cannot_use_the_session_meanwhile(running: Running
 
 @ASYNC
 async def test_tasks_that_the_block_waits_for_work_inside_of_it(running: Running) -> None:
-    """One after the other, they are as good as the block itself."""
+    """Tasks that run one after the other may use the block."""
     database: Any = running.database
 
     async def handler() -> None:
@@ -482,7 +482,7 @@ async def test_tasks_that_the_block_waits_for_work_inside_of_it(running: Running
 
 @SLOW
 async def test_the_end_of_a_block_waits_for_the_operation_in_flight(running: Running) -> None:
-    """A task that a failed block did not wait for takes nothing with it, and leaves nothing."""
+    """A task that outlives a failed block takes no work with it, and leaves no work behind."""
     database: Any = running.database
     tasks: list[asyncio.Task[Any]] = []
     insert = "INSERT INTO entry (note) SELECT 'lost' FROM pg_sleep(0.1)"
@@ -509,7 +509,7 @@ async def test_the_end_of_a_block_waits_for_the_operation_in_flight(running: Run
 
 @ASYNC
 async def test_a_block_does_not_end_well_around_one_that_goes_on(running: Running) -> None:
-    """Half of the work of the other block would be kept."""
+    """Otherwise half of the work of the other block would be kept."""
     database: Any = running.database
     go_on = asyncio.Event()
     entered = asyncio.Event()
@@ -537,7 +537,7 @@ async def test_a_block_does_not_end_well_around_one_that_goes_on(running: Runnin
 
 @ASYNC
 async def test_a_cancelled_block_is_rolled_back_and_the_request_goes_on(running: Running) -> None:
-    """A cancel scope cancels again at every wait, also while the block rolls back."""
+    """A cancel scope cancels again at every await, also while the block rolls back."""
     database: Any = running.database
 
     async def handler() -> None:
@@ -556,13 +556,13 @@ async def test_a_cancelled_block_is_rolled_back_and_the_request_goes_on(running:
     assert running.stored() == ["before", "after"]
 
 
-# What goes wrong inside
+# Errors inside of a block
 
 
 async def test_a_statement_that_failed_inside_takes_only_the_block_with_it(
     running: Running,
 ) -> None:
-    """A get-or-create catches the error of its INSERT, and goes on."""
+    """A get-or-create function catches the error of its INSERT, and continues."""
 
     async def handler() -> None:
         await running.write("kept")
@@ -576,7 +576,7 @@ async def test_a_statement_that_failed_inside_takes_only_the_block_with_it(
 
 @pytest.mark.parametrize("real", ["asyncmy", "pymysql-sync"], indirect=True)
 async def test_a_deadlock_inside_is_not_hidden_by_the_block(running: Running) -> None:
-    """MariaDB rolls back everything then, savepoints included: COMMIT is refused."""
+    """MariaDB rolls back everything, savepoints included, so COMMIT is refused."""
 
     def deadlock(session: Session) -> None:
         refuse = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'lost'"
@@ -618,7 +618,7 @@ async def test_a_savepoint_that_is_gone_lets_nothing_be_committed(running: Runni
 
 
 async def test_commit_inside_ends_the_outer_transaction(running: Running) -> None:
-    """As `commit()` does in a request; what the block does after it can still be rolled back."""
+    """A `commit()` in the block works as in a request; later work can still be rolled back."""
 
     def commit_then_fail(session: Session) -> None:
         writing("committed")(session)
@@ -636,7 +636,7 @@ async def test_commit_inside_ends_the_outer_transaction(running: Running) -> Non
 
 @pytest.mark.parametrize("real", ["sqlite", "sqlite-sync"], indirect=True)
 async def test_a_savepoint_of_sqlite_is_inside_of_a_transaction(running: Running) -> None:
-    """Otherwise its release would store what a status of 400 and above should roll back."""
+    """Otherwise its release would store work that a status of 400 and above should roll back."""
 
     def nested(session: Session) -> None:
         with session.begin_nested():
@@ -660,7 +660,7 @@ async def test_a_savepoint_of_sqlite_is_inside_of_a_transaction(running: Running
 
 @ASYNC
 async def test_it_decorates_coroutine_functions(running: Running) -> None:
-    """Each call joins or opens by itself, and returns what the function returns."""
+    """Each call joins or opens a unit, and returns the result of the function."""
     database: Any = running.database
 
     @database.begin(join=True)  # type: ignore[untyped-decorator]
@@ -683,7 +683,7 @@ async def test_it_decorates_coroutine_functions(running: Running) -> None:
 
 @SYNC
 def test_it_decorates_plain_functions(real: Any) -> None:
-    """The same for functions written with `def`, in a script without an event loop."""
+    """It works for `def` functions in a script without an event loop too."""
     database = SyncDatabase.from_engine(real.reader)
 
     @database.begin(join=True)
@@ -717,7 +717,7 @@ async def asynchronous_generator() -> AsyncIterator[int]:
     "function", [coroutine_function, generator_function, asynchronous_generator]
 )
 def test_it_refuses_to_decorate_what_runs_later(function: Any) -> None:
-    """The block would end before the function has run, and nothing would say so."""
+    """Otherwise the block would end before the function has run, without an error."""
     database = SyncDatabase("sqlite://")
     with pytest.raises(ConfigurationError, match=f"{function.__name__}.*inside of the function"):
         database.begin()(function)

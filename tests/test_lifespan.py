@@ -1,4 +1,4 @@
-"""The promises about when databases start and stop."""
+"""Tests when databases are started and stopped."""
 
 import asyncio
 import socket
@@ -34,7 +34,7 @@ STOPPED = {"type": "lifespan.shutdown.complete"}
 
 
 class Part:
-    """Something else that lives as long as the application, and tells how it fared."""
+    """Another object with a startup and a shutdown, which records the calls."""
 
     def __init__(self, name: str, told: list[str], *, fails: bool = False) -> None:
         self._name = name
@@ -42,11 +42,11 @@ class Part:
         self._fails = fails
 
     async def startup(self) -> None:
-        """Begin."""
+        """Start."""
         self._told.append(f"{self._name} started")
 
     async def shutdown(self) -> None:
-        """End, which takes its time."""
+        """Stop slowly."""
         await asyncio.sleep(0)
         if self._fails:
             raise OSError(f"{self._name} is\nstuck")
@@ -69,7 +69,7 @@ def store(database: AnyDatabase, note: str) -> Any:
 
 
 async def nothing(scope: Any, receive: Any, send: Any) -> None:
-    """Do what the lifespan asks for, and no more."""
+    """Answer the startup and the shutdown, and do nothing else."""
     await receive()
     await send(COMPLETE)
     await receive()
@@ -92,18 +92,18 @@ def silent_port() -> Iterator[int]:
 
 
 def is_connecting(database: AnyDatabase) -> bool:
-    """Whether its pool waits for a connection."""
+    """Return True if the pool waits for a connection."""
     pool: Any = database.engine.pool
     return bool(pool.checkedout())
 
 
 def sqlite(path: Any) -> AsyncDatabase:
-    """A database that can always be reached."""
+    """A database that always answers."""
     return AsyncDatabase(f"sqlite+aiosqlite:///{path / 'here.db'}")
 
 
 async def test_the_engine_runs_around_the_applications_own_startup_and_shutdown(real: Real) -> None:
-    """Both can use the database, and it is stopped before the server hears of the end."""
+    """Both phases can use the database, which is stopped before the server gets the answer."""
     database = real.describe()
     seen: list[Any] = []
 
@@ -130,7 +130,7 @@ async def test_the_engine_runs_around_the_applications_own_startup_and_shutdown(
 
 
 async def test_no_connection_outlives_the_lifespan(real: Real) -> None:
-    """When the server hears of the end, the database server has been left."""
+    """All connections are closed before the server gets the answer to the shutdown."""
     if not real.is_postgresql:
         pytest.skip("there is no server to be left")
     database = real.describe()
@@ -152,7 +152,7 @@ async def test_no_connection_outlives_the_lifespan(real: Real) -> None:
 
 
 async def test_the_application_gets_the_lifespan_as_the_server_sent_it(tmp_path: Any) -> None:
-    """The scope, with the server's `state` in it, is the server's own."""
+    """The scope, with the server's `state` in it, is passed on unchanged."""
     seen = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -167,7 +167,7 @@ async def test_the_application_gets_the_lifespan_as_the_server_sent_it(tmp_path:
 async def test_an_application_that_fails_its_startup_finds_the_engine_stopped(
     real: Real, raises: bool
 ) -> None:
-    """Its message goes to the server afterwards, and so does what it raises then."""
+    """Its message and its exception reach the server after the database was stopped."""
     database = real.describe()
     seen = []
     failed = {"type": "lifespan.startup.failed", "message": "no coffee"}
@@ -213,7 +213,7 @@ async def test_starlettes_way_to_fail_the_startup_is_forwarded(tmp_path: Any) ->
 async def test_an_application_that_fails_its_shutdown_finds_the_engine_stopped(
     real: Real, raises: bool
 ) -> None:
-    """Its own message goes to the server afterwards."""
+    """Its own message reaches the server after the database was stopped."""
     database = real.describe()
     seen = []
     failed = {"type": "lifespan.shutdown.failed", "message": "too late"}
@@ -242,7 +242,7 @@ async def test_an_application_that_fails_its_shutdown_finds_the_engine_stopped(
 async def test_a_database_that_cannot_be_reached_fails_the_startup_with_one_line(
     tmp_path: Any, closed_port: int, database_class: type[AnyDatabase], driver: str
 ) -> None:
-    """The application is never called, no password shows, and what had been started is stopped."""
+    """The application is not called, no password is shown, and started databases are stopped."""
     first = sqlite(tmp_path)
     second = database_class(f"postgresql+{driver}://app:hush%40hush@127.0.0.1:{closed_port}/shop")
     last = sqlite(tmp_path)
@@ -269,14 +269,14 @@ async def test_a_database_that_cannot_be_reached_fails_the_startup_with_one_line
     assert "hush" not in message["message"]
     assert running == [False, False, False]
     assert asyncio.all_tasks() == tasks
-    if database_class is AsyncDatabase:  # a thread of the pool stays for whoever comes next
+    if database_class is AsyncDatabase:  # a thread of the thread pool stays for later use
         await becomes_true(lambda: threading.active_count() <= threads)
 
 
 async def test_a_database_that_never_answers_fails_the_startup_in_the_drivers_time(
     silent_port: int,
 ) -> None:
-    """The connect timeout of the driver holds for the startup too."""
+    """The connect timeout of the driver limits the startup too."""
     database = AsyncDatabase(
         f"postgresql+asyncpg://app@127.0.0.1:{silent_port}/shop", connect_args={"timeout": 0.1}
     )
@@ -289,7 +289,7 @@ async def test_a_database_that_never_answers_fails_the_startup_in_the_drivers_ti
 
 
 async def test_without_a_ping_the_server_starts_before_the_database_does(closed_port: int) -> None:
-    """`ping_on_startup=False` leaves the failure to the first request."""
+    """With `ping_on_startup=False`, the first request gets the error."""
     database = AsyncDatabase(
         f"postgresql+asyncpg://app@127.0.0.1:{closed_port}/shop", ping_on_startup=False
     )
@@ -307,7 +307,7 @@ async def test_without_a_ping_the_server_starts_before_the_database_does(closed_
 async def test_engine_options_that_are_refused_fail_the_startup_with_one_line(
     tmp_path: Any, options: dict[str, Any], fact: str
 ) -> None:
-    """SQLAlchemy's own reason in one line; the application is never called."""
+    """The server gets SQLAlchemy's reason in one line; the application is not called."""
     first = sqlite(tmp_path)
     second = AsyncDatabase("postgresql+asyncpg://app:hush@localhost/shop", **options)
 
@@ -332,7 +332,7 @@ async def test_engine_options_that_are_refused_fail_the_startup_with_one_line(
 async def test_a_url_that_cannot_work_fails_the_startup_and_each_request(
     given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Starlette makes its middleware within the lifespan: raised there, it would pass unheard."""
+    """Starlette makes its middleware during the lifespan, where servers hide an exception."""
     monkeypatch.delenv("DATABASE_URL", raising=False)
     app = Starlette()
     app.add_middleware(DBSessionMiddleware, *given, attempts=2, on_report=print)
@@ -351,7 +351,7 @@ async def test_a_url_that_cannot_work_fails_the_startup_and_each_request(
 
 
 def test_a_test_client_hears_of_a_startup_that_failed(closed_port: int) -> None:
-    """It raises what the server logs, instead of going on and then waiting for ever."""
+    """The middleware raises the error, because a test client would otherwise wait forever."""
     app = Starlette()
     app.add_middleware(
         DBSessionMiddleware, f"postgresql+asyncpg://app@127.0.0.1:{closed_port}/shop"
@@ -361,7 +361,7 @@ def test_a_test_client_hears_of_a_startup_that_failed(closed_port: int) -> None:
 
 
 async def test_a_startup_that_fails_in_no_way_of_ours_shows_where_it_came_from() -> None:
-    """The server is told in one line, and gets the exception itself."""
+    """The server gets one line, and the exception itself."""
     told: list[str] = []
 
     class Broken(Part):
@@ -387,7 +387,7 @@ async def test_a_startup_that_fails_in_no_way_of_ours_shows_where_it_came_from()
 async def test_an_application_that_ignores_the_lifespan_is_served_all_the_same(
     real: Real, way: str
 ) -> None:
-    """The middleware answers for it, and its requests have a database until the shutdown."""
+    """The middleware answers for the application, which can use the database until the shutdown."""
     database = real.describe()
     running = Running(real, database)
 
@@ -416,7 +416,7 @@ async def test_an_application_that_ignores_the_lifespan_is_served_all_the_same(
 async def test_an_application_that_raises_in_its_startup_has_failed(
     real: Real, nested: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The server is told, the log has the traceback, and the databases are stopped."""
+    """The server gets the failure, the log has the traceback, and the databases are stopped."""
     database = real.describe()
     seen = []
 
@@ -444,7 +444,7 @@ async def test_an_application_that_raises_in_its_startup_has_failed(
 async def test_an_application_that_crashes_after_its_startup_is_served_until_the_shutdown(
     real: Real,
 ) -> None:
-    """Requests go on; its error reaches the server at the end, in place of an answer."""
+    """Requests continue; the error reaches the server at the end, instead of an answer."""
     database = real.describe()
     running = Running(real, database)
     crash = LookupError("no coffee")
@@ -472,7 +472,7 @@ async def test_an_application_that_crashes_after_its_startup_is_served_until_the
 async def test_an_application_that_never_answers_the_shutdown_does_not_keep_the_engine(
     tmp_path: Any, raises: bool
 ) -> None:
-    """It returned: the middleware answers for it. It raised: the server gets to know that."""
+    """After a return the middleware answers; after an exception the server gets the failure."""
     database = sqlite(tmp_path)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -492,7 +492,7 @@ async def test_an_application_that_never_answers_the_shutdown_does_not_keep_the_
 async def test_each_database_is_stopped_although_another_one_fails(
     fails: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The last started first; the server is told of a failure, and the log has its traceback."""
+    """Databases stop in reverse order; the server and the log get the failure."""
     told: list[str] = []
     parts = [Part(f"part {number}", told, fails=number == fails) for number in range(3)]
 
@@ -513,7 +513,7 @@ async def test_each_database_is_stopped_although_another_one_fails(
 
 
 async def test_the_applications_own_failure_is_told_before_that_of_a_database() -> None:
-    """Its message is what the server gets; the other one is in the log."""
+    """The server gets the message of the application; the log has the other error."""
     told: list[str] = []
     failed = {"type": "lifespan.shutdown.failed", "message": "too late"}
 
@@ -532,7 +532,7 @@ async def test_the_applications_own_failure_is_told_before_that_of_a_database() 
 async def test_what_a_server_makes_of_a_failed_startup_is_not_mixed_up_with_it(
     closed_port: int,
 ) -> None:
-    """Hypercorn raises where it is told: its traceback does not drag the driver's along."""
+    """Hypercorn raises at the message, and its traceback does not contain the driver's error."""
 
     async def receive() -> Any:
         return {"type": "lifespan.startup"}
@@ -549,7 +549,7 @@ async def test_what_a_server_makes_of_a_failed_startup_is_not_mixed_up_with_it(
 
 @pytest.mark.parametrize("phase", ["startup", "requests", "shutdown"])
 async def test_a_lifespan_that_is_cancelled_stops_its_engines(real: Real, phase: str) -> None:
-    """Whatever it was waiting for: the application's startup, the server, or the shutdown."""
+    """The server may cancel during the startup of the application, while waiting, or later."""
     first, second = real.describe(), real.describe()
     waiting = asyncio.Event()
 
@@ -585,7 +585,7 @@ async def test_a_lifespan_that_is_cancelled_stops_its_engines(real: Real, phase:
 async def test_a_lifespan_that_is_cancelled_while_it_stops_stops_everything(
     cancellations: int,
 ) -> None:
-    """A server that loses its patience, and loses it again, still leaves nothing running."""
+    """A server that cancels twice leaves nothing running."""
     told: list[str] = []
 
     class Slow(Part):
@@ -595,7 +595,8 @@ async def test_a_lifespan_that_is_cancelled_while_it_stops_stops_everything(
             try:
                 await super().shutdown()
             except asyncio.CancelledError:
-                told.append(f"{self._name} stopped")  # as a database: it stops, then raises
+                # Used as a database that stops and then raises.
+                told.append(f"{self._name} stopped")
                 raise
 
     parts = [Slow(f"part {number}", told) for number in range(3)]
@@ -615,7 +616,7 @@ async def test_a_lifespan_that_is_cancelled_while_it_stops_stops_everything(
 async def test_a_startup_that_is_cancelled_while_it_connects_leaves_nothing_running(
     tmp_path: Any, silent_port: int
 ) -> None:
-    """A server that is stopped while it waits for its database ends at once."""
+    """A server that is stopped while it waits for its database stops at once."""
     first = sqlite(tmp_path)
     second = AsyncDatabase(f"postgresql+asyncpg://app@127.0.0.1:{silent_port}/shop")
     tasks = asyncio.all_tasks()
@@ -633,7 +634,7 @@ async def test_a_startup_that_is_cancelled_while_it_connects_leaves_nothing_runn
 
 
 async def test_a_middleware_around_another_one_shares_its_database(real: Real) -> None:
-    """Started by both, stopped once, by the outer one: after everything within is done."""
+    """The database is started by both, and stopped once, by the outer middleware at its end."""
     database = real.describe()
     seen: list[Any] = []
 
@@ -655,7 +656,7 @@ async def test_a_middleware_around_another_one_shares_its_database(real: Real) -
 
 
 async def test_an_application_can_live_again(real: Real) -> None:
-    """A second lifespan, as a test suite has one per test, finds a new engine."""
+    """A second lifespan, as in a test suite, gets a new engine."""
     database = real.describe()
     engines: list[Any] = []
 
@@ -676,7 +677,7 @@ async def test_an_application_can_live_again(real: Real) -> None:
 def test_a_starlette_application_has_its_database_in_its_lifespan_and_its_requests(
     real: Real,
 ) -> None:
-    """`with TestClient(app)` is all that a test of it needs."""
+    """`with TestClient(app)` is sufficient for tests."""
     database = real.describe()
     running = Running(real, database)
 
@@ -705,7 +706,7 @@ def test_a_starlette_application_has_its_database_in_its_lifespan_and_its_reques
 
 
 async def test_a_lifespan_of_an_engine_that_is_not_ours_leaves_it_running(real: Real) -> None:
-    """Who made the engine disposes it."""
+    """The application that made the engine disposes it."""
     async with real.describe() as owner:
         kind: Any = type(owner)
         database = kind.from_engine(owner.engine)
