@@ -74,7 +74,7 @@ async def yielding_dependency(session: Injected) -> AsyncIterator[AsyncSession]:
     yield session
 
 
-# FastAPI: parameters
+# Parameters in FastAPI
 
 
 async def test_nothing_of_ours_is_in_the_openapi_schema() -> None:

@@ -1,4 +1,4 @@
-"""What `attempts` keeps of bodies is bounded over all requests, and let go of early.
+"""Tests how much of request bodies `attempts` keeps, and when the bodies are freed.
 
 Real clients upload to a real server. There is room for one body, so whether another request can run
 again says whether the first one is still kept.

@@ -1,4 +1,4 @@
-"""The live page names the guilty line, lets in nobody from outside, and shows no value."""
+"""Tests that the live page names the right line, refuses strangers, and shows no values."""
 
 import asyncio
 import json
@@ -54,7 +54,7 @@ async def fast(_request: Request) -> Response:
 
 
 async def sleepy(_request: Request) -> Response:
-    await get_session().execute(select(ITEM).limit(1))  # the connection idles after this line
+    await get_session().execute(select(ITEM).limit(1))  # the connection is idle after this line
     await asyncio.sleep(0.8)
     await get_session().execute(select(ITEM).limit(1))
     return PlainTextResponse("slept")
@@ -63,12 +63,12 @@ async def sleepy(_request: Request) -> Response:
 async def many(_request: Request) -> Response:
     for number in (await get_session().scalars(select(ITEM.c.id))).all():
         one = select(ITEM).where(ITEM.c.id == number)
-        await get_session().execute(one)  # a statement for each item
+        await get_session().execute(one)  # one statement for each item
     return PlainTextResponse("many")
 
 
 async def secretive(request: Request) -> Response:
-    """Puts the secret wherever an application might."""
+    """Write the secret to every place where an application might have it."""
     session = get_session()
     await session.execute(select(ITEM).where(ITEM.c.note == request.path_params["token"]))
     await session.execute(select(ITEM).where(ITEM.c.note.in_([SECRET, f"{SECRET}2"])))
@@ -104,16 +104,16 @@ class Served:
         self.app = DBSessionMiddleware(self.app, self.database)
 
     async def ask(self, path: str, **changes: Any) -> Exchange:
-        """One request from this machine, unless told otherwise."""
+        """Send one request, by default from this machine."""
         return await asked(self.app, path, **changes).run()
 
     async def facts(self) -> Any:
-        """What the page tells scripts."""
+        """Return the data that the page gives to scripts."""
         return json.loads((await self.ask("/db/json")).body)
 
 
 def asked(app: Any, path: str, **changes: Any) -> Exchange:
-    """A request whose scope is changed."""
+    """Send a request with a changed scope."""
     headers = changes.pop("headers", ())
     exchange = Exchange(app, path, method=changes.pop("method", "GET"))
     exchange.scope["headers"] = [(b"host", changes.pop("host", b"localhost:8000")), *headers]
@@ -122,7 +122,7 @@ def asked(app: Any, path: str, **changes: Any) -> Exchange:
 
 
 def header(exchange: Exchange, name: bytes) -> bytes:
-    """A header of a response."""
+    """Return a header of a response."""
     found: bytes = dict(exchange.messages[0]["headers"])[name]
     return found
 
@@ -142,23 +142,23 @@ async def serving(**options: Any) -> AsyncIterator[Served]:
 
 @pytest.fixture
 async def served() -> AsyncIterator[Served]:
-    """The same."""
+    """The application, on PostgreSQL, with thirty items."""
     async with serving() as found:
         yield found
 
 
 def line_of(mark: str) -> str:
-    """Where this file has a line that ends so, as the page names lines."""
+    """Return the line of this file that ends with this text, as the page names lines."""
     with Path(__file__).open() as file:
         (number,) = [n for n, each in enumerate(file, 1) if each.rstrip().endswith(f"  {mark}")]
     return f"test_live.py:{number}"
 
 
-# What it shows
+# What the page shows
 
 
 async def test_under_load_it_names_the_guilty_line(served: Served) -> None:
-    """Five connections idle after one line, and a crowd that waits: the first finding says so."""
+    """Five connections are idle after one line, and many requests wait: the page says so first."""
     sleeping = [asyncio.create_task(served.ask("/sleepy")) for _ in range(5)]
     await becomes_true(lambda: checked_out(served.database) == 5)
     waiting = [asyncio.create_task(served.ask("/fast")) for _ in range(20)]
@@ -182,7 +182,7 @@ async def test_under_load_it_names_the_guilty_line(served: Served) -> None:
 
 
 async def test_afterwards_it_still_does(served: Served) -> None:
-    """The stretch between two lines, and the statement that came thirty times from one line."""
+    """The page shows the time between two lines, and the statement that was sent thirty times."""
     await served.ask("/sleepy")
     await served.ask("/many")
     facts = await served.facts()
@@ -197,7 +197,7 @@ async def test_afterwards_it_still_does(served: Served) -> None:
 
 
 async def test_routes_add_up(served: Served) -> None:
-    """Count, statements, held time, and why something was rolled back."""
+    """The page shows the count, the statements, the held time, and the reason of a rollback."""
     for _ in range(3):
         await served.ask("/fast")
     await served.ask("/refused")
@@ -209,11 +209,11 @@ async def test_routes_add_up(served: Served) -> None:
     assert refusal["rolled_back"] == {"status": 1}
     assert routes["GET /secret/{token}"]["rolled_back"] == {
         "status": 1
-    }  # of 500, sent by Starlette
+    }  # the status 500, sent by Starlette
 
 
 async def test_begin_is_shown_too(served: Served) -> None:
-    """Outside of a request, and without a middleware; also of a database that blocks."""
+    """A `begin()` outside of a request is shown, without a middleware, for sync databases too."""
     async with served.database.begin() as session:
         await session.execute(select(ITEM))
         shown = (await served.facts())["now"][0]["connections"][0]
@@ -242,7 +242,7 @@ async def test_it_says_if_a_connection_is_in_a_transaction(driver: str) -> None:
 
 
 async def test_a_database_that_blocks_is_shown(tmp_path: Any) -> None:
-    """Its connections are used in threads."""
+    """The connections of a sync database are used in threads."""
     database = SyncDatabase(f"sqlite:///{tmp_path / 'live.db'}")
     page = LivePage(database)
 
@@ -257,7 +257,7 @@ async def test_a_database_that_blocks_is_shown(tmp_path: Any) -> None:
 
 
 async def test_a_wait_in_vain_is_counted() -> None:
-    """It ends with the time-out, whatever the unit does afterwards."""
+    """The wait ends with the time-out, although the unit continues."""
     pytest.importorskip("prometheus_client")
     url = postgres.new_database("live").set(drivername="postgresql+asyncpg")
     database = AsyncDatabase(url, pool_size=1, max_overflow=0, pool_timeout=0.1)
@@ -273,7 +273,7 @@ async def test_a_wait_in_vain_is_counted() -> None:
 
 
 async def test_two_pages_and_a_report_agree(served: Served) -> None:
-    """They measure each session once, and each is told the same."""
+    """Several observers measure each session once, and all get the same values."""
     other = LivePage(served.database)
     reports: list[Any] = []
     served.app = DBSessionMiddleware(served.app.app, served.database, on_report=reports.append)
@@ -286,7 +286,7 @@ async def test_two_pages_and_a_report_agree(served: Served) -> None:
 
 
 async def test_memory_is_bounded(served: Served) -> None:
-    """Units beyond a few hundred are forgotten, and so are statements beyond a few hundred."""
+    """A few hundred units are kept, with a few hundred statements each."""
     for _ in range(450):
         await served.ask("/fast")
     async with served.database.begin() as session:
@@ -304,14 +304,14 @@ async def test_memory_is_bounded(served: Served) -> None:
 
 
 async def test_without_a_page_nothing_is_watched() -> None:
-    """Neither units nor engines."""
+    """A page keeps no units and no engines alive."""
     database = AsyncDatabase("sqlite+aiosqlite://")
     async with database:
         assert database.observers == ()
         assert [name for name in vars(database.engine.dialect) if name.startswith("do_")] == []
 
 
-# Whom it lets in
+# Who may see the page
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ async def test_without_a_page_nothing_is_watched() -> None:
 )
 @pytest.mark.parametrize("path", ["/", "/json", "/metrics", "/events", "/x/json"])
 async def test_nobody_from_outside_gets_in(path: str, changes: dict[str, Any]) -> None:
-    """Neither by address, nor by name, nor by what a header says; and learns nothing."""
+    """Other addresses and names and forged headers are refused, and get no information."""
     page = LivePage(AsyncDatabase("sqlite+aiosqlite:///private.db"))
     exchange = await asked(page, path, **changes).run()
     assert exchange.status == 403
@@ -356,14 +356,14 @@ async def test_nobody_from_outside_gets_in(path: str, changes: dict[str, Any]) -
 @pytest.mark.parametrize("client", ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
 @pytest.mark.parametrize("host", [b"localhost", b"127.0.0.1:8000", b"[::1]:80", b"LocalHost"])
 async def test_this_machine_gets_in(client: str, host: bytes) -> None:
-    """By any of its addresses and names."""
+    """Each address and name of this machine is accepted."""
     page = LivePage(AsyncDatabase("sqlite+aiosqlite:///private.db"))
     exchange = await asked(page, "/", client=(client, 1), host=host).run()
     assert exchange.status == 200
 
 
 async def test_allow_decides_instead() -> None:
-    """With the scope; only True lets in, so that a coroutine does not."""
+    """The function gets the scope; only the value True allows the page, so a coroutine does not."""
     database = AsyncDatabase("sqlite+aiosqlite://")
     far = {"client": ("10.0.0.1", 1), "headers": [(b"x-forwarded-for", b"10.0.0.2")]}
 
@@ -384,7 +384,7 @@ async def test_allow_decides_instead() -> None:
 
 
 async def test_an_allow_that_fails_shows_nothing() -> None:
-    """Its error goes to the server."""
+    """An error of the function reaches the server."""
 
     def broken(_scope: Any) -> bool:
         raise LookupError
@@ -406,14 +406,14 @@ async def test_an_allow_that_fails_shows_nothing() -> None:
     ],
 )
 def test_what_it_cannot_be_made_with(databases: Any, options: Any, cure: str) -> None:
-    """Says so at once; an `async def` would let everybody in."""
+    """An `async def` function is refused at once, because its coroutine would count as true."""
     with pytest.raises(ConfigurationError, match=cure):
         LivePage(*databases, **options)
 
 
 @pytest.mark.parametrize("path", ["/db/", "/db/json", "/db/metrics", "/nothing"])
 async def test_every_answer_forbids_to_keep_or_frame_it(served: Served, path: str) -> None:
-    """Refusals too; and only this answer's own style and script may run."""
+    """Refusals have these headers too; only the style and script of this answer may run."""
     for changes in ({}, {"client": ("10.0.0.1", 1)}, {"method": "POST"}):
         exchange = await asked(served.page, path, **changes).run()
         assert header(exchange, b"cache-control") == b"no-store"
@@ -443,11 +443,11 @@ async def test_it_can_only_be_read(served: Served) -> None:
         assert (exchange.status, header(exchange, b"allow")) == (405, b"GET, HEAD")
 
 
-# What it does not show
+# What the page does not show
 
 
 async def everything(served: Served) -> str:
-    """All that the page says."""
+    """Return everything that the page shows."""
     stream = asked(served.app, "/db/events")
     task = asyncio.create_task(stream.run())
     await becomes_true(lambda: b"data:" in stream.body)
@@ -458,7 +458,7 @@ async def everything(served: Served) -> str:
 
 
 async def test_no_value_gets_out(served: Served) -> None:
-    """Of paths, queries, headers, bodies, methods, parameters, texts in SQL, and errors."""
+    """The secret is in paths, queries, headers, bodies, methods, parameters, SQL and errors."""
     headers = [(b"cookie", SECRET.encode()), (b"authorization", SECRET.encode())]
     for method in ("GET", SECRET.upper()):
         exchange = asked(served.app, f"/secret/{SECRET}", method=method, headers=headers)
@@ -475,7 +475,7 @@ async def test_no_value_gets_out(served: Served) -> None:
 
 
 async def test_no_password_gets_out() -> None:
-    """Of the database; its user and its options neither."""
+    """The name of a database has no user and no options."""
     url = f"postgresql+asyncpg://{SECRET}user:{SECRET}@db/shop?application_name={SECRET}"
     database = AsyncDatabase(url)
     page = LivePage(database)
@@ -510,7 +510,7 @@ async def test_no_password_gets_out() -> None:
     ],
 )
 def test_a_text_in_a_statement_is_replaced(statement: str, dialect: str) -> None:
-    """However it is quoted, and whatever the settings of the database are."""
+    """Strings are hidden for all kinds of quotes and all settings of the database."""
     shown = without_values(statement, dialect)
     assert "hunter2" not in shown
     assert "1337" not in shown
@@ -519,7 +519,7 @@ def test_a_text_in_a_statement_is_replaced(statement: str, dialect: str) -> None
 
 @pytest.mark.parametrize("dialect", ["sqlite", "mysql"])
 def test_texts_in_both_quotes_are_replaced(dialect: str) -> None:
-    """Whichever is inside of which."""
+    """A string in a comment and a comment in a string are both hidden."""
     for statement in (
         """SELECT 'a"', "hunter2", '"b'""",
         """SELECT "a'", 'hunter2', "'hunter2" """,
@@ -529,14 +529,14 @@ def test_texts_in_both_quotes_are_replaced(dialect: str) -> None:
 
 @pytest.mark.parametrize("dialect", ["sqlite", "mysql"])
 def test_double_quotes_hold_texts_there(dialect: str) -> None:
-    """But for the words of SQL that SQLAlchemy quotes."""
+    """Words of SQL that SQLAlchemy quotes are shown."""
     shown = without_values('SELECT "hunter2" FROM "order" WHERE x = "a"', dialect)
     assert shown == 'SELECT "…" FROM "order" WHERE x = "…"'
     assert without_values('SELECT "Name"', "postgresql") == 'SELECT "Name"'
 
 
 async def test_a_route_function_that_fails_fails_no_request(caplog: Any) -> None:
-    """The page is no part of the request that it shows; the error is logged."""
+    """An error of the route function does not fail the shown request, and is logged."""
 
     def broken(_scope: Any) -> str:
         raise LookupError
@@ -549,7 +549,7 @@ async def test_a_route_function_that_fails_fails_no_request(caplog: Any) -> None
 
 
 async def test_everything_is_escaped() -> None:
-    """Whatever a route, a file or a database is called."""
+    """Names of routes, files and databases are escaped."""
     evil = "<script>alert(1)</script>\"'&"
     database = AsyncDatabase(f"sqlite+aiosqlite:///file:{evil}?mode=memory&uri=true")
     page = LivePage(database, route=lambda _: evil)
@@ -580,7 +580,7 @@ GUIDE = Page("docs/how-to/live-page.md")
 
 
 async def test_the_guide_names_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of its own handler that calls the bank while it holds a connection."""
+    """The page names the guide's handler, which calls a bank while it holds a connection."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'shop.db'}")
     (number,) = (
         n
@@ -600,7 +600,7 @@ async def test_the_guide_names_the_line(tmp_path: Path, monkeypatch: pytest.Monk
 async def test_the_guide_lets_in_by_a_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nobody else, from wherever."""
+    """No other client is allowed."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'shop.db'}")
     monkeypatch.setenv("LIVE_TOKEN", "42")
     page = GUIDE.run(1)["page"]
@@ -613,7 +613,7 @@ async def test_the_guide_lets_in_by_a_token(
 async def test_the_guide_names_requests_and_needs_no_mount(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it says."""
+    """The example works as the guide says."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'shop.db'}")
     assert GUIDE.run(2)["route"]({"path": "/reset/42"}) == "/reset"
     app = GUIDE.run(3)["app"]
@@ -621,11 +621,11 @@ async def test_the_guide_names_requests_and_needs_no_mount(
     assert (await asked(app, "/").run()).status == 204
 
 
-# How it is served
+# Responses of the page
 
 
 async def test_it_moves_by_itself_and_holds_nothing(served: Served) -> None:
-    """Server-sent events, until the client leaves; the pool stays full meanwhile."""
+    """The server sends events until the client disconnects, and uses no connection of the pool."""
     stream = asked(served.app, "/db/events")
     task = asyncio.create_task(stream.run())
     await becomes_true(lambda: stream.body.count(b"data:") == 1)
@@ -647,7 +647,7 @@ async def test_it_moves_by_itself_and_holds_nothing(served: Served) -> None:
 async def test_a_stream_ends_so_that_servers_can_shut_down(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the browser asks again at once."""
+    """The browser reconnects at once."""
     monkeypatch.setattr("asgi_dbsession.live.page._STREAM", 0.1)
     stream = await served.ask("/db/events")
     assert stream.complete
@@ -655,7 +655,7 @@ async def test_a_stream_ends_so_that_servers_can_shut_down(
 
 
 async def test_it_is_served_without_its_database() -> None:
-    """Before the startup, and after the shutdown."""
+    """The page works before the startup and after the shutdown."""
     page = LivePage(AsyncDatabase("sqlite+aiosqlite://"))
     assert "It is not running" in (await asked(page, "/").run()).body.decode()
 
@@ -704,7 +704,7 @@ async def things(thing: str = "") -> str:
 
 
 def in_front_of(page: LivePage, app: Any) -> Any:
-    """How one mounts without a framework that can."""
+    """A framework without mounts can serve the page like this."""
 
     async def dispatch(scope: Any, receive: Any, send: Any) -> None:
         is_page = scope["type"] == "http" and scope["path"].startswith("/db")
@@ -724,7 +724,7 @@ def in_front_of(page: LivePage, app: Any) -> Any:
     ],
 )
 async def test_it_works_in_every_framework(mount: Any, route: str, tmp_path: Any) -> None:
-    """With and without a slash at its end; its links lead to what they say; routes have names."""
+    """The page works with and without a final slash, and its links and route names are right."""
     database = AsyncDatabase(f"sqlite+aiosqlite:///{tmp_path / 'live.db'}")
     app = mount(LivePage(database), database)
     life = await Life(app).startup()
@@ -749,7 +749,7 @@ async def test_it_works_in_every_framework(mount: Any, route: str, tmp_path: Any
 
 
 def test_the_core_does_not_import_the_page() -> None:
-    """Nor do reports; who mounts no page does not load it."""
+    """An application without a page does not import its code; reports do not import it either."""
     code = (
         "import sys, asgi_dbsession, asgi_dbsession.reports.recorder\n"
         "print([each for each in sys.modules if each.startswith('asgi_dbsession.live')])"

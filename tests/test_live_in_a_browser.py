@@ -1,4 +1,4 @@
-"""The live page is read in a real browser, with JavaScript and without."""
+"""Tests the live page in a real browser, with and without JavaScript."""
 
 import asyncio
 import threading
@@ -58,7 +58,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module", params=["with JavaScript", "without"])
 def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A browser that may run scripts, and one that may not."""
+    """A browser with scripts, and a browser without."""
     options = webdriver.ChromeOptions()
     options.binary_location = program("chromium")
     for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"):
@@ -74,7 +74,7 @@ def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def eventually(condition: Any, seconds: float = 15) -> None:
-    """Wait for what happens in its own time; fails when it never does."""
+    """Wait until something happens; fail if it never happens."""
     deadline = monotonic() + seconds
     while not condition():
         assert monotonic() < deadline, "it never became true"
@@ -82,14 +82,14 @@ def eventually(condition: Any, seconds: float = 15) -> None:
 
 
 def text_of(browser: Any, place: str) -> str:
-    """What a reader sees in a place of the page; nothing while it is reloaded."""
+    """Return the visible text of an element; empty while the page is reloaded."""
     with suppress(Exception):
         return str(browser.find_element(By.ID, place).text)
     return ""
 
 
 def line_of(function: str) -> int:
-    """The line of the statement in a function of this module."""
+    """Return the line of the statement in a function of this module."""
     lines = Path(__file__).read_text().splitlines()
     return (
         next(n for n, each in enumerate(lines, 1) if each.startswith(f"async def {function}(")) + 1
@@ -97,7 +97,7 @@ def line_of(function: str) -> int:
 
 
 def test_it_moves_by_itself(browser: Any, address: str) -> None:
-    """A request that holds a connection appears with its line, and disappears."""
+    """A request that holds a connection appears with its line, and later disappears."""
     browser.get(f"{address}/db")
     assert "Nobody waits" in text_of(browser, "now")
     asking = threading.Thread(target=httpx2.get, args=(f"{address}/hold",), kwargs={"timeout": 20})
@@ -112,7 +112,7 @@ def test_it_moves_by_itself(browser: Any, address: str) -> None:
 
 
 def test_the_browser_refuses_nothing_and_asks_nobody_else(browser: Any, address: str) -> None:
-    """The policy of the page allows all that the page does, and nothing is loaded."""
+    """The policy allows everything that the page does, and nothing is loaded from elsewhere."""
     browser.get(f"{address}/db/")
     eventually(
         lambda: "GET" in text_of(browser, "recent") or "No unit" in text_of(browser, "recent")
@@ -128,7 +128,7 @@ def test_the_browser_refuses_nothing_and_asks_nobody_else(browser: Any, address:
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_it_fits_the_window_and_does_not_jump(browser: Any, address: str, width: int) -> None:
-    """Nothing is wider than the window; a connection in use is as high as a free one."""
+    """No element is wider than the window, and all rows have the same height."""
     if not browser.has_scripts:
         pytest.skip("asked with a script")
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -147,7 +147,7 @@ def test_it_fits_the_window_and_does_not_jump(browser: Any, address: str, width:
 
 
 def test_a_keyboard_pauses_it(browser: Any, address: str) -> None:
-    """Tab leads to the button first; paused, the page stays as it is."""
+    """Tab goes to the button first; after a click, the page does not change."""
     if not browser.has_scripts:
         pytest.skip("the button needs a script")
     browser.get(f"{address}/db/")
@@ -167,7 +167,7 @@ def test_a_keyboard_pauses_it(browser: Any, address: str) -> None:
 
 
 def test_a_screen_reader_finds_its_way(browser: Any, address: str) -> None:
-    """Headings in order, tables with heads, one polite status."""
+    """The page has headings in order, table headers, and one polite status element."""
     browser.get(f"{address}/db/")
     eventually(lambda: "Nobody" in text_of(browser, "now"))
     if not browser.has_scripts:

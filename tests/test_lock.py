@@ -1,4 +1,4 @@
-"""The lock of a session: operations refuse each other, ends wait, and nobody waits for ever."""
+"""Tests the lock: operations refuse each other, commits wait, and nothing waits forever."""
 
 import asyncio
 import sys
@@ -16,7 +16,7 @@ from asgi_dbsession.session.thread_lock import ThreadLock
 
 @pytest.fixture
 def restless() -> Iterator[None]:
-    """Have threads change places as often as they can."""
+    """Switch threads as often as possible."""
     usual = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -28,7 +28,7 @@ def an_end() -> End:
 
 
 def in_other_thread(function: Callable[[], Any]) -> Any:
-    """Call it in a thread of its own; what it returned or raised."""
+    """Call a function in a new thread, and return its result or exception."""
     done: Future[Any] = Future()
 
     def run() -> None:
@@ -43,7 +43,7 @@ def in_other_thread(function: Callable[[], Any]) -> Any:
 
 @pytest.mark.usefixtures("restless")
 def test_operations_and_ends_of_many_threads_follow_each_other() -> None:
-    """An end and an operation wait for each other; two operations refuse each other."""
+    """A commit and an operation wait for each other; two operations refuse each other."""
     lock = ThreadLock("the database", None)
     inside: list[str] = []
     overlaps: list[list[str]] = []
@@ -88,7 +88,7 @@ def test_operations_and_ends_of_many_threads_follow_each_other() -> None:
 
 
 def test_an_operation_inside_of_an_operation_goes_on() -> None:
-    """Autoflush and lazy loading; only the outermost operation releases the lock."""
+    """Autoflush and lazy loading call operations; only the outermost one releases the lock."""
     lock = ThreadLock("the database", None)
     assert lock.acquire()
     assert not lock.acquire()
@@ -98,7 +98,7 @@ def test_an_operation_inside_of_an_operation_goes_on() -> None:
 
 
 def test_an_end_takes_over_what_its_own_thread_has_abandoned() -> None:
-    """An exception out of a signal handler may come between the operation and its release."""
+    """A signal handler may raise an exception between the operation and its release."""
     lock = ThreadLock("the database", None)
     lock.acquire()
     end = an_end()
@@ -111,7 +111,7 @@ def test_an_end_takes_over_what_its_own_thread_has_abandoned() -> None:
 
 
 def test_an_end_does_not_take_over_what_another_thread_is_at() -> None:
-    """It waits until that operation is done."""
+    """The commit waits until the operation has ended."""
     lock = ThreadLock("the database", None)
     acquired, go_on = threading.Event(), threading.Event()
 
@@ -133,7 +133,7 @@ def test_an_end_does_not_take_over_what_another_thread_is_at() -> None:
 
 
 def test_listeners_of_one_end_may_use_its_other_sessions_in_any_thread() -> None:
-    """The end of several sessions runs in several threads, and must not wait for itself."""
+    """A commit of several sessions runs in several threads, and must not wait for itself."""
     lock = ThreadLock("the database", None)
     end = an_end()
 
@@ -152,7 +152,7 @@ def test_listeners_of_one_end_may_use_its_other_sessions_in_any_thread() -> None
 
 @pytest.mark.parametrize("kind", [ThreadLock, TaskLock])
 def test_whoever_waits_for_an_end_is_told_when_it_closed_the_session(kind: Any) -> None:
-    """An operation and another end alike."""
+    """Operations and commits are both refused."""
 
     async def main() -> None:
         lock: SessionLock = kind("the database", *([None] if kind is ThreadLock else []))
@@ -167,7 +167,7 @@ def test_whoever_waits_for_an_end_is_told_when_it_closed_the_session(kind: Any) 
 
 
 def test_a_thread_has_no_part_in_a_session_of_tasks() -> None:
-    """It gets an error that names SyncDatabase, and changes nothing."""
+    """The thread gets an error that names SyncDatabase, and nothing is changed."""
 
     async def main() -> None:
         lock = TaskLock("the database")

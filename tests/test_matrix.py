@@ -1,4 +1,4 @@
-"""The tables in the docs say what the test run found, whatever the order of the tests."""
+"""Tests that the tables in the docs show the results of the test run, in any order."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ TABLE = """\
 
 @pytest.mark.parametrize("options", [[], ["-n", "2"]], ids=["one process", "several"])
 def test_a_cell_is_the_worst_of_what_was_found(tmp_path: Path, options: list[str]) -> None:
-    """One failure makes a cell a failure; what was skipped says why; what is missing shows."""
+    """One failure makes a cell fail, a skip shows its reason, and a missing result shows too."""
     (tmp_path / "test_fruit.py").write_text(TESTS)
     path = str(Path(matrix.__file__).parent)
     environment = os.environ | {"PYTHONPATH": path, "PYTEST_ADDOPTS": ""}

@@ -1,4 +1,4 @@
-"""The promises of the middleware, on every kind of database."""
+"""Tests the promises of the middleware, with every kind of database."""
 
 import asyncio
 from collections.abc import Callable
@@ -26,12 +26,12 @@ KINDS = WITH_MARIADB
 
 
 def serving(running: Running, app: Any, **options: Any) -> DBSessionMiddleware:
-    """Put the middleware around a bare ASGI function."""
+    """Wrap the middleware around a plain ASGI function."""
     return DBSessionMiddleware(app, running.database, **options)
 
 
 async def test_a_request_that_asks_for_no_session_creates_none(real: Real) -> None:
-    """Nothing is created until it is asked for: not even a stopped database is noticed."""
+    """Nothing is created before the first use, so even a stopped database causes no error."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await respond(send)
@@ -40,7 +40,7 @@ async def test_a_request_that_asks_for_no_session_creates_none(real: Real) -> No
 
 
 async def test_a_session_holds_no_connection_until_its_first_statement(running: Running) -> None:
-    """`get_session()` opens a session; the statement checks a connection out."""
+    """`get_session()` opens a session; the first statement checks out a connection."""
     held = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -57,7 +57,7 @@ async def test_a_session_holds_no_connection_until_its_first_statement(running: 
 async def test_everything_is_stored_and_given_back_before_the_start_is_sent(
     running: Running,
 ) -> None:
-    """When the server gets the status, the row is durable and the connection is in the pool."""
+    """When the server gets the status, the row is stored and the connection is in the pool."""
     seen = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -88,7 +88,7 @@ async def test_a_status_below_400_commits(running: Running, status: int) -> None
 async def test_a_status_from_400_on_rolls_back_before_it_is_sent(
     running: Running, status: int
 ) -> None:
-    """Whether it was returned or raised: an error changes nothing."""
+    """A returned error and a raised error both store nothing."""
     held = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -105,7 +105,7 @@ async def test_a_status_from_400_on_rolls_back_before_it_is_sent(
 
 
 async def test_an_exception_rolls_back_and_goes_on(running: Running) -> None:
-    """The server gets the very exception that the handler raised."""
+    """The server gets the same exception that the handler raised."""
     error = LookupError("no such thing")
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -119,7 +119,7 @@ async def test_an_exception_rolls_back_and_goes_on(running: Running) -> None:
 
 
 async def test_no_response_at_all_rolls_back(running: Running) -> None:
-    """To return is not to succeed."""
+    """A handler that returns without a response has not succeeded."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("lost")
@@ -129,7 +129,7 @@ async def test_no_response_at_all_rolls_back(running: Running) -> None:
 
 
 async def test_a_failed_commit_sends_nothing(running: Running) -> None:
-    """Nothing of the response leaves, nothing is stored, and the server gets the original error."""
+    """Nothing of the response is sent, nothing is stored; the server gets the original error."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("lost")
@@ -143,7 +143,7 @@ async def test_a_failed_commit_sends_nothing(running: Running) -> None:
 
 
 async def test_after_a_failed_commit_the_next_requests_are_unharmed(running: Running) -> None:
-    """The connection goes back clean, also where (SQLite) the transaction is still open."""
+    """The connection is returned clean, also on SQLite, where the transaction is still open."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write(scope["path"])
@@ -161,7 +161,7 @@ async def test_after_a_failed_commit_the_next_requests_are_unharmed(running: Run
 async def test_an_application_that_swallows_a_failed_commit_cannot_answer_it(
     running: Running,
 ) -> None:
-    """Whatever it sends after the failure stays unsent, and the original error is raised."""
+    """Everything after the failure is not sent, and the original error is raised."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.doom()
@@ -176,7 +176,7 @@ async def test_an_application_that_swallows_a_failed_commit_cannot_answer_it(
 
 
 async def test_no_handler_for_exceptions_sees_a_failed_commit(running: Running) -> None:
-    """`except Exception` around everything, as frameworks do, does not meet it."""
+    """`except Exception` around the handler, as in frameworks, does not catch it."""
     met = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -193,7 +193,7 @@ async def test_no_handler_for_exceptions_sees_a_failed_commit(running: Running) 
 
 
 async def test_on_commit_error_makes_the_response(running: Running) -> None:
-    """A failed COMMIT becomes what the application wants the client to see."""
+    """The client gets the response that the application makes of a failed COMMIT."""
     seen = []
 
     def conflict(error: Exception) -> Any:
@@ -213,7 +213,7 @@ async def test_on_commit_error_makes_the_response(running: Running) -> None:
 
 
 async def test_on_commit_error_that_returns_none_leaves_the_exception(running: Running) -> None:
-    """So a function can answer some errors, and leave the others to the server."""
+    """The function can answer some errors, and leave other errors to the server."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.doom()
@@ -225,7 +225,7 @@ async def test_on_commit_error_that_returns_none_leaves_the_exception(running: R
 
 
 async def test_commit_when_replaces_the_rule(running: Running) -> None:
-    """It is asked with the status, and what it says is done."""
+    """The rule gets the status, and its result decides."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write(scope["path"])
@@ -241,7 +241,7 @@ async def test_commit_when_replaces_the_rule(running: Running) -> None:
 async def test_set_rollback_overrides_the_status(
     running: Running, status: int, kept: list[str], *, rollback: bool
 ) -> None:
-    """A success can be undone, and a failed login can be counted."""
+    """A success can be rolled back, and a failed login can be counted."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("it")
@@ -253,7 +253,7 @@ async def test_set_rollback_overrides_the_status(
 
 
 async def test_set_rollback_false_does_not_save_what_an_exception_broke(running: Running) -> None:
-    """It overrides the status; an exception that reaches the server has none."""
+    """`set_rollback` overrides the status; an exception that reaches the server has no status."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("lost")
@@ -267,7 +267,7 @@ async def test_set_rollback_false_does_not_save_what_an_exception_broke(running:
 async def test_early_hints_and_unknown_messages_pass_untouched_and_at_once(
     running: Running,
 ) -> None:
-    """Only the start and the end of a response concern the transaction."""
+    """Only the start and the end of a response end the transaction."""
     seen = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -292,7 +292,7 @@ async def test_early_hints_and_unknown_messages_pass_untouched_and_at_once(
 
 
 async def test_the_start_is_never_held_back_for_a_body(running: Running) -> None:
-    """Server-sent events get their headers at once, and hold no connection between events."""
+    """Server-sent events get their headers at once, and hold no connection between two events."""
     go_on = asyncio.Event()
     held = []
 
@@ -317,7 +317,7 @@ async def test_the_start_is_never_held_back_for_a_body(running: Running) -> None
 async def test_a_streaming_body_goes_on_with_the_session_as_a_unit_of_its_own(
     running: Running,
 ) -> None:
-    """What a body writes is stored before its last message leaves."""
+    """Work of a body is stored before its last message is sent."""
     seen = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -339,7 +339,7 @@ async def test_a_streaming_body_goes_on_with_the_session_as_a_unit_of_its_own(
 
 
 async def test_an_exception_in_a_streaming_body_rolls_back_the_body_only(running: Running) -> None:
-    """What was acknowledged with the start stays."""
+    """Work that the start acknowledged stays stored."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("handler")
@@ -353,7 +353,7 @@ async def test_an_exception_in_a_streaming_body_rolls_back_the_body_only(running
 
 
 async def test_a_body_that_was_cut_short_is_not_half_stored(running: Running) -> None:
-    """A client that hangs up ends Starlette's stream by a cancellation that it swallows itself."""
+    """If a client disconnects, Starlette cancels its stream and catches the cancellation itself."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("handler")
@@ -369,7 +369,7 @@ async def test_a_body_that_was_cut_short_is_not_half_stored(running: Running) ->
 async def test_a_body_that_no_server_takes_acknowledges_nothing(
     running: Running, *, late: bool
 ) -> None:
-    """What came before it is rolled back by the error it is refused with."""
+    """Earlier work is rolled back because of the error."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if late:
@@ -384,7 +384,7 @@ async def test_a_body_that_no_server_takes_acknowledges_nothing(
 
 @pytest.mark.parametrize("status", [200, 404])
 async def test_work_after_the_response_is_a_unit_of_its_own(running: Running, status: int) -> None:
-    """A background task is committed when it ends, also after an error response."""
+    """A background task is committed at its end, also after an error response."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("handler")
@@ -397,7 +397,7 @@ async def test_work_after_the_response_is_a_unit_of_its_own(running: Running, st
 
 
 async def test_a_start_that_was_made_before_the_work_waits_for_it(running: Running) -> None:
-    """What counts is when it is sent, and not when `send` was called."""
+    """The time of sending counts, not the time of the call of `send`."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         start = send({"type": "http.response.start", "status": 200, "headers": []})
@@ -411,7 +411,7 @@ async def test_a_start_that_was_made_before_the_work_waits_for_it(running: Runni
 
 
 async def test_a_background_task_that_fails_is_rolled_back(running: Running) -> None:
-    """And its exception reaches the server, as without the middleware."""
+    """The exception of the task reaches the server, as without the middleware."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("handler")
@@ -425,7 +425,7 @@ async def test_a_background_task_that_fails_is_rolled_back(running: Running) -> 
 
 
 async def test_a_background_task_whose_commit_fails_is_reported(running: Running) -> None:
-    """Too late for the client, but never in silence."""
+    """The client already has its response, but the error is not silent."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await respond(send)
@@ -439,7 +439,7 @@ async def test_a_background_task_whose_commit_fails_is_reported(running: Running
 
 
 async def test_set_rollback_holds_for_one_unit_of_work(running: Running) -> None:
-    """A handler that rolls back does not decide for the background task after it."""
+    """A rollback of the handler does not affect the background task after it."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("handler")
@@ -454,7 +454,7 @@ async def test_set_rollback_holds_for_one_unit_of_work(running: Running) -> None
 async def test_set_rollback_of_a_body_does_not_hold_for_the_background_task(
     running: Running,
 ) -> None:
-    """Handler, body and background task are a unit of work each."""
+    """Handler, body and background task are one unit of work each."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         running.database.get_session()
@@ -471,7 +471,7 @@ async def test_set_rollback_of_a_body_does_not_hold_for_the_background_task(
 async def test_set_rollback_of_a_handler_without_a_session_is_over_with_its_response(
     running: Running,
 ) -> None:
-    """It spoke of the handler's work, of which there was none."""
+    """`set_rollback` was about the handler, which had no work."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         set_rollback(True)
@@ -483,7 +483,7 @@ async def test_set_rollback_of_a_handler_without_a_session_is_over_with_its_resp
 
 
 async def test_set_rollback_of_a_body_that_did_nothing_is_over_with_it(running: Running) -> None:
-    """Or the background task's work would be lost, which it was never said of."""
+    """Otherwise the work of the background task would be lost."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -496,7 +496,7 @@ async def test_set_rollback_of_a_body_that_did_nothing_is_over_with_it(running: 
 
 
 async def test_set_rollback_of_a_task_outlives_messages_of_another_one(running: Running) -> None:
-    """An inner middleware's task may send the last of a body when the next work has begun."""
+    """A task of an inner middleware may send the end of a body after the next work has begun."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -509,7 +509,7 @@ async def test_set_rollback_of_a_task_outlives_messages_of_another_one(running: 
 
 
 async def test_set_rollback_after_the_request_is_refused(running: Running) -> None:
-    """There is nothing left to decide."""
+    """`set_rollback` raises, because there is no unit of work any more."""
     over = asyncio.Event()
     tasks = []
 
@@ -531,7 +531,7 @@ async def test_set_rollback_after_the_request_is_refused(running: Running) -> No
 async def test_an_on_commit_error_that_fails_does_not_hide_the_failed_commit(
     running: Running, answer: str
 ) -> None:
-    """Both errors reach the server, the second caused by the first."""
+    """Both errors reach the server; the first one is the cause of the second."""
 
     def broken(error: Exception) -> Any:
         if answer == "raises":
@@ -552,7 +552,7 @@ async def test_an_on_commit_error_that_fails_does_not_hide_the_failed_commit(
 
 
 async def test_a_commit_of_the_handlers_own_is_respected(running: Running) -> None:
-    """What it committed stays, whatever comes after."""
+    """Work that the application committed itself stays stored."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("kept")
@@ -568,14 +568,14 @@ async def test_a_commit_of_the_handlers_own_is_respected(running: Running) -> No
 async def test_a_session_that_escaped_can_never_check_out_a_connection(
     running: Running, *, background: bool
 ) -> None:
-    """Stored references raise an error that names the cure, on every way to the database."""
+    """Stored references raise an error that says what to write, for each use of the database."""
     escaped: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("kept")
         escaped.append(running.database.get_session())
         await respond(send)
-        if background:  # else there is nothing left to end
+        if background:  # otherwise there is nothing to roll back
             await running.write("kept too")
 
     await get(serving(running, app))
@@ -599,7 +599,7 @@ async def test_a_session_that_escaped_can_never_check_out_a_connection(
 
 
 async def test_a_task_that_outlives_its_request_gets_a_clear_error(running: Running) -> None:
-    """Also where the session would only have been opened by it."""
+    """The function call would open the session too late."""
     tasks = []
     over = asyncio.Event()
 
@@ -620,7 +620,7 @@ async def test_a_task_that_outlives_its_request_gets_a_clear_error(running: Runn
 async def test_a_body_is_committed_by_its_last_message_whoever_committed_before(
     running: Running,
 ) -> None:
-    """As in a Starlette `StreamingResponse`, whose body is a task of its own."""
+    """A Starlette `StreamingResponse` runs its body in a separate task."""
     seen = []
 
     async def stream(send: Any) -> None:
@@ -637,14 +637,14 @@ async def test_a_body_is_committed_by_its_last_message_whoever_committed_before(
         seen.append((running.stored(), checked_out(running.database)))
 
     await Exchange(DBSessionMiddleware(app, running.database), on_message=look).run()
-    if running.real.is_sync:  # there, it is the task that opened the session that counts
+    if running.real.is_sync:  # there, the task that opened the session matters
         assert running.stored() == ["handled", "streamed"]
     else:
         assert seen == [(["handled"], 0), (["handled", "streamed"], 0)]
 
 
 async def test_outside_of_a_request_there_is_no_session(running: Running) -> None:
-    """The accessor says where sessions are to be had."""
+    """`get_session()` raises an error that says where it works."""
     with pytest.raises(NoSession, match=r"database\.begin\(\)"):
         running.database.get_session()
     with pytest.raises(NoSession, match=r"database\.begin\(\)"):
@@ -652,7 +652,7 @@ async def test_outside_of_a_request_there_is_no_session(running: Running) -> Non
 
 
 async def test_the_default_accessors_take_the_first_database_of_their_kind(real: Real) -> None:
-    """Async and sync handlers can live in one application."""
+    """One application can have async and sync handlers."""
     first, second = real.describe(), real.describe()
     seen: list[Any] = []
 
@@ -674,7 +674,7 @@ async def test_the_default_accessors_take_the_first_database_of_their_kind(real:
 async def test_several_databases_are_committed_in_order_and_rolled_back_together(
     running: Running,
 ) -> None:
-    """A COMMIT that fails rolls back those after it."""
+    """If a COMMIT fails, the databases after it are rolled back."""
     other = running.real.describe()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -691,7 +691,7 @@ async def test_several_databases_are_committed_in_order_and_rolled_back_together
 
 
 async def test_a_mounted_application_joins_the_unit_of_work_around_it(running: Running) -> None:
-    """A database that the outer middleware manages stays with it, and ends with it."""
+    """The outer middleware manages the database of both, and ends its session."""
     sessions = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -713,7 +713,7 @@ async def test_a_mounted_application_joins_the_unit_of_work_around_it(running: R
 async def test_a_request_made_in_process_from_a_handler_is_a_request_of_its_own(
     running: Running,
 ) -> None:
-    """It inherits the context of the task, but not the unit of work."""
+    """A task after the request has the context of the request, but no unit of work."""
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
         await running.write("inner")
@@ -729,7 +729,7 @@ async def test_a_request_made_in_process_from_a_handler_is_a_request_of_its_own(
 
 
 async def test_one_scope_can_be_served_twice(running: Running) -> None:
-    """Whatever runs a request again finds no closed unit of work in its scope."""
+    """A wrapper that runs a request again finds no closed unit of work in the scope."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("kept")
@@ -749,7 +749,7 @@ async def test_one_scope_can_be_served_twice(running: Running) -> None:
 
 
 async def test_the_scope_is_in_the_info_of_the_session(running: Running) -> None:
-    """Events of SQLAlchemy's know which request they serve."""
+    """SQLAlchemy's event listeners can read the scope of their request."""
     seen = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -761,7 +761,7 @@ async def test_the_scope_is_in_the_info_of_the_session(running: Running) -> None
 
 
 async def test_other_scopes_pass_untouched() -> None:
-    """A WebSocket, or what ASGI will think of next, reaches the application as it is."""
+    """A WebSocket or an unknown scope reaches the application unchanged."""
     seen = []
 
     async def app(*call: Any) -> None:
@@ -788,7 +788,7 @@ def test_what_is_no_database_is_refused(given: Any) -> None:
 
 
 def test_one_database_given_twice_is_refused() -> None:
-    """Two of the same would be a mistake of the caller's."""
+    """The same database twice would be a mistake."""
     database = SyncDatabase("sqlite://")
     with pytest.raises(ConfigurationError, match="twice"):
         DBSessionMiddleware(nothing, database, database)
@@ -797,7 +797,7 @@ def test_one_database_given_twice_is_refused() -> None:
 @pytest.mark.parametrize("value", [400, nothing])
 @pytest.mark.parametrize("option", ["commit_when", "on_commit_error"])
 def test_what_is_no_plain_function_is_refused(option: str, value: Any) -> None:
-    """When it is configured, not when the first COMMIT fails; a coroutine is always true."""
+    """The error comes at configuration time; a coroutine would always count as true."""
     wrong: Any = {option: value}
     with pytest.raises(ConfigurationError, match=option):
         DBSessionMiddleware(nothing, "sqlite://", **wrong)
@@ -806,7 +806,7 @@ def test_what_is_no_plain_function_is_refused(option: str, value: Any) -> None:
 async def test_without_databases_the_environment_says_which(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`DATABASE_URL`, and a clear error where it is not set."""
+    """`DATABASE_URL` is used, with a clear error if it is not set."""
     monkeypatch.setenv("DATABASE_URL", "sqlite:///shop.db")
     (database,) = DBSessionMiddleware(nothing).databases
     assert database.url.render_as_string() == "sqlite+aiosqlite:///shop.db"

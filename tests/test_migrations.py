@@ -1,4 +1,4 @@
-"""What the migration pages say of before and after is what a run of their code finds."""
+"""Tests that the migration pages describe the behaviour before and after correctly."""
 
 import asyncio
 import gc
@@ -46,7 +46,7 @@ def reader() -> Engine:
 
 
 class Side:
-    """The code of one side of a page, being served."""
+    """The code before or after the migration, as a running application."""
 
     def __init__(self, module: ModuleType, engine: Any, reader: Engine) -> None:
         self.module = module
@@ -57,7 +57,7 @@ class Side:
         self._reader = reader
 
     async def ask(self, path: str, method: str = "GET", **note: Any) -> Exchange:
-        """Send a request, with its arguments wherever the application looks for them."""
+        """Send a request, with its arguments in the form that the application expects."""
         before = self.checked_out()
         held: list[int] = []
         exchange = Exchange(
@@ -68,34 +68,34 @@ class Side:
             on_message=lambda _: held.append(self.checked_out() - before),
         )
         exchange.scope["query_string"] = "&".join(f"{k}={v}" for k, v in note.items()).encode()
-        await asyncio.create_task(exchange.run())  # with a context of its own, as under a server
+        await asyncio.create_task(exchange.run())  # in a new context, as under a server
         self.held = max(held, default=0)
         return exchange
 
     def checked_out(self) -> int:
-        """How many connections are out of the pool."""
+        """Return how many connections are checked out of the pool."""
         pool: Any = self.engine.pool
         return int(pool.checkedout())
 
     def stored(self, note: str) -> int:
-        """How many such rows are really there."""
+        """Return how many of these rows are stored."""
         with self._reader.connect() as connection:
             query = text("SELECT count(*) FROM note WHERE text = :note")
             return int(connection.scalar(query, {"note": note}) or 0)
 
 
 async def answer_to_a_failed_commit(side: Side) -> Any:
-    """The status, for a foreign key that only COMMIT checks."""
+    """Return the status if a foreign key fails, which only COMMIT checks."""
     exchange = await side.ask("/notes", "POST", text="lost", reply_to=-1)
     assert side.stored("lost") == 0
-    status = exchange.status or 500  # what a server makes of an exception
+    status = exchange.status or 500  # a server answers an exception with a 500
     del exchange
     gc.collect()
     return status
 
 
 async def held_after_a_failed_commit(side: Side) -> Any:
-    """Connections that are out of the pool until Python collects garbage."""
+    """Return how many connections stay in use until Python collects garbage."""
     before = side.checked_out()
     gc.disable()
     try:
@@ -108,37 +108,37 @@ async def held_after_a_failed_commit(side: Side) -> Any:
 
 
 async def held_while_the_client_reads(side: Side) -> Any:
-    """The most connections out of the pool when a message of a response arrives."""
+    """Return the largest number of connections in use when a message of a response arrives."""
     assert "first" in json.loads((await side.ask("/notes")).body)
     return side.held
 
 
 async def stored_after_409(side: Side) -> Any:
-    """Rows."""
+    """Return the number of rows."""
     assert (await side.ask("/refused", "POST")).status == 409
     return side.stored("refused")
 
 
 async def stored_without_commit(side: Side) -> Any:
-    """Rows."""
+    """Return the number of rows."""
     assert (await side.ask("/forgotten", "POST")).status == 201
     return side.stored("forgotten")
 
 
 async def stored_by_a_redirect(side: Side) -> Any:
-    """Rows."""
+    """Return the number of rows."""
     assert (await side.ask("/redirected", "POST")).status == 303
     return side.stored("redirected")
 
 
 async def streamed(side: Side) -> Any:
-    """Whether the body arrives."""
+    """Return if the body arrives."""
     exchange = await side.ask("/export")
     return "is sent" if b"first\n" in exchange.body and not exchange.error else "fails"
 
 
 async def committed_in_the_event_loop(side: Side) -> Any:
-    """Whether everything else waits for COMMIT."""
+    """Return if everything else waits for COMMIT."""
     threads: list[int] = []
     event.listen(side.engine, "commit", lambda _: threads.append(threading.get_ident()))
     assert (await side.ask("/notes", "POST", text="slow")).status == 201
@@ -159,7 +159,7 @@ ROWS: dict[str, Callable[[Side], Awaitable[Any]]] = {
 
 
 def claims(page: str) -> list[tuple[str, str, str]]:
-    """The rows of the table of a page: what, before, after."""
+    """Return the rows of the table on a page: what, before, after."""
     found = re.findall(
         r"^\| (.+?) \| (.+?) \| (.+?) \|$", Page(f"docs/migrate/{page}.md").text, re.MULTILINE
     )
@@ -172,7 +172,7 @@ CASES = [
 
 
 def needs_peer(page: str) -> None:
-    """Skip the test where the version that the page speaks of cannot be had."""
+    """Skip the test if the version of the page is not installed."""
     for version in re.findall(
         r"^What changes \(seen with ([\d.]+)\)", Page(f"docs/migrate/{page}.md").text, re.MULTILINE
     ):
@@ -182,7 +182,7 @@ def needs_peer(page: str) -> None:
 
 
 def installed(package: str) -> tuple[int, ...]:
-    """Its version, or none."""
+    """Return the installed version, or None."""
     try:
         return tuple(map(int, metadata.version(package).split(".")))
     except metadata.PackageNotFoundError:
@@ -191,7 +191,7 @@ def installed(package: str) -> tuple[int, ...]:
 
 @pytest.fixture
 def folder(reader: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the code of a page is imported from, to work on a table with one row."""
+    """A folder for the code of a page, with a table that has one row."""
     with reader.begin() as connection:
         for statement in TABLE.split(";")[:-1]:
             connection.execute(text(statement))
@@ -202,7 +202,7 @@ def folder(reader: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 @pytest.fixture
 def module(page: str, side: str, change: tuple[str, str], folder: Path) -> Iterator[ModuleType]:
-    """One side of a page, imported."""
+    """Import the code of one side of a page."""
     needs_peer(page)
     shown = Page(f"docs/migrate/{page}.md")
     for name, code in shown.files().items():
@@ -212,21 +212,21 @@ def module(page: str, side: str, change: tuple[str, str], folder: Path) -> Itera
     assert advised in " ".join(shown.text.split())
     importlib.invalidate_caches()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some peers are older than the SQLAlchemy they meet
+        warnings.simplefilter("ignore")  # some peers are older than the installed SQLAlchemy
         yield importlib.import_module(side)
-    # The last one allows one engine in a process, and is tested elsewhere too.
+    # The last tool allows one engine per process, and other tests use it too.
     forget_modules("before", "after", "models", "fastapi_async_sqlalchemy")
 
 
 @pytest.fixture
 def change() -> tuple[str, str]:
-    """What to replace in the page, and by what: nothing, unless a test says so."""
+    """Return the replacements in the code of the page; none by default."""
     return "", ""
 
 
 @asynccontextmanager
 async def serving(module: ModuleType, reader: Engine) -> AsyncIterator[Side]:
-    """Its engine, and all of its connections closed at the end."""
+    """Run the application, and close all of its connections at the end."""
     if hasattr(module, "database"):
         async with module.database as database:
             yield Side(module, database.engine, reader)
@@ -242,7 +242,7 @@ async def serving(module: ModuleType, reader: Engine) -> AsyncIterator[Side]:
     try:
         yield Side(module, engine, reader)
     finally:
-        gc.collect()  # brings back what one of the peers leaves to it
+        gc.collect()  # frees the connections that one tool leaves behind
         disposed = engine.dispose()
         if isawaitable(disposed):
             await disposed
@@ -252,7 +252,7 @@ async def serving(module: ModuleType, reader: Engine) -> AsyncIterator[Side]:
 async def test_the_page_says_what_is_so(
     page: str, side: str, module: ModuleType, reader: Engine
 ) -> None:
-    """Each row of its table, found by asking the application."""
+    """Each row of the table is checked with a request to the application."""
     async with serving(module, reader) as served:
         for what, before, after in claims(page):
             found = await ROWS[what](served)
@@ -268,7 +268,7 @@ async def _called(function: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_each_page_has_a_table(page: str) -> None:
-    """Of what changes."""
+    """Each change that the page lists is checked."""
     assert len(claims(page)) >= 2
 
 
@@ -300,6 +300,6 @@ LESS_THAN_300 = ("database)", "database, commit_when=lambda status: status < 300
 async def test_what_the_page_says_below_its_table_is_so(
     what: str, expected: int, module: ModuleType, reader: Engine
 ) -> None:
-    """Of options on either side that bring the other's result."""
+    """The options of one side give the result of the other side."""
     async with serving(module, reader) as served:
         assert await ROWS[what](served) == expected

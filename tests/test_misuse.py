@@ -1,4 +1,4 @@
-"""What newcomers get wrong is answered by an error that says what to do, in every framework."""
+"""Tests that common mistakes of newcomers give an error that says what to do."""
 
 import asyncio
 import threading
@@ -116,7 +116,7 @@ def falcon(work: Work) -> Any:
 
 
 def blacksheep(work: Work) -> Any:
-    app: Any = BlackSheep(router=Router())  # its default one is global
+    app: Any = BlackSheep(router=Router())  # the default registry is global
 
     async def handler() -> str:
         await work()
@@ -125,7 +125,7 @@ def blacksheep(work: Work) -> Any:
     app.router.add_get("/", handler)
 
     async def served(scope: Any, receive: Any, send: Any) -> None:
-        await app.start()  # what its lifespan would do
+        await app.start()  # starts the database as its lifespan would
         await app(scope, receive, send)
         await app.stop()
 
@@ -149,7 +149,7 @@ def django(work: Work) -> Any:
 
 @contextmanager
 def django_settings(**options: Any) -> Iterator[None]:
-    """Settings for a moment: they are global, and other tests have their own."""
+    """Change Django's settings for a moment: they are global, and other tests have their own."""
     lazy: Any = settings
     usual, lazy._wrapped = lazy._wrapped, empty
     clear_url_caches()
@@ -176,7 +176,7 @@ in_the_table = pytest.mark.matrix("Misuse", "framework")
 
 
 async def serve(framework: str, running: Running, work: Work) -> None:
-    """Have a handler do it, and make sure that this is all there was to it."""
+    """Run a mistake in a handler, and check that the error has no other effects."""
 
     def hang_up_at_the_end(message: Any) -> None:
         if message["type"] == "http.response.body" and not message.get("more_body", False):
@@ -284,34 +284,34 @@ async def test_a_session_that_escaped_is_told(running: Running, framework: str) 
 
 
 async def count() -> int:
-    """Count on the session of the request, or of `begin()`."""
+    """Count rows with the session of the request, or of `begin()`."""
     return await get_session().scalar(text("SELECT 42")) or 0
 
 
 @strawberry.type
 class Query:
-    """Fields that GraphQL resolves at once."""
+    """Fields that GraphQL resolves at the same time."""
 
     @strawberry.field
     async def shared(self) -> int | None:
-        """On the session of the request."""
+        """Count with the session of the request."""
         return await count()
 
     @strawberry.field
     async def required(self) -> int:
-        """The same, where an error is an error of the whole query."""
+        """Count with the session of the request; an error fails the whole query."""
         return await count()
 
     @strawberry.field
     async def own(self, info: strawberry.Info) -> int:
-        """On a session of its own."""
+        """Count with a new session."""
         async with info.context["request"].scope["database"].begin():
             return await count()
 
 
 @ASYNC
 async def test_resolvers_at_once_are_told_and_begin_is_their_cure(running: Running) -> None:
-    """Fields of a query run concurrently: all but the first on one session get the error."""
+    """Fields of a query run in parallel: all fields but the first get the error."""
     graphql: Any = GraphQL(strawberry.Schema(Query))
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -328,7 +328,7 @@ async def test_resolvers_at_once_are_told_and_begin_is_their_cure(running: Runni
         assert "Open `database.begin()` in each task" in answer["errors"][0]["message"]
         answer = await ask("{ one: own two: own }")
         assert answer["data"] == {"one": 42, "two": 42}
-        # GraphQL cancels a statement that nobody waits for any more, and with it the transaction.
+        # GraphQL cancels a statement whose result is not needed any more, and so its transaction.
         with pytest.raises(PendingRollbackError):
             await ask("{ one: required two: required }")
         await running.assert_clean()
@@ -340,12 +340,12 @@ async def test_resolvers_at_once_are_told_and_begin_is_their_cure(running: Runni
 
 
 async def answer(request: Request) -> Response:
-    """Use the database."""
+    """Return a row of the database."""
     return PlainTextResponse(str(await get_session().scalar(text("SELECT 42"))))
 
 
 def application(database: Any) -> Starlette:
-    """A small one."""
+    """A small application."""
     app = Starlette(routes=[Route("/", answer)])
     app.add_middleware(DBSessionMiddleware, database)
     return app
@@ -353,7 +353,7 @@ def application(database: Any) -> Starlette:
 
 @ASYNC
 def test_a_test_client_without_with_is_told(real: Any) -> None:
-    """It sends no lifespan; `with TestClient(app):` does."""
+    """The client sends no lifespan; `with TestClient(app):` sends one."""
     app = application(real.describe())
     with pytest.raises(DatabaseNotRunning, match=r"`with TestClient\(app\):`"):
         TestClient(app).get("/")
@@ -363,7 +363,7 @@ def test_a_test_client_without_with_is_told(real: Any) -> None:
 
 @ASYNC
 async def test_httpx_without_a_lifespan_is_told(real: Any) -> None:
-    """`ASGITransport` sends none; `async with database:` around it is enough."""
+    """`ASGITransport` sends no lifespan; `async with database:` around it is sufficient."""
     database = real.describe()
     transport = httpx2.ASGITransport(app=cast("Any", application(database)))
     async with httpx2.AsyncClient(transport=transport) as client:
@@ -378,7 +378,7 @@ async def test_httpx_without_a_lifespan_is_told(real: Any) -> None:
 
 @ASYNC
 async def test_a_test_client_in_an_async_test_is_told(running: Running) -> None:
-    """It brings an event loop of its own, with or without `with`."""
+    """The client has its own event loop, with or without `with`."""
     app = application(running.database)
     cure = r"In an async test use httpx's `ASGITransport`"
     with pytest.raises(DatabaseNotRunning, match=cure):
@@ -387,12 +387,12 @@ async def test_a_test_client_in_an_async_test_is_told(running: Running) -> None:
         pytest.fail("it went on")
 
 
-# At the wrong time, in the wrong way
+# Wrong time and wrong use
 
 
 @BOTH
 def test_a_session_is_not_to_be_had_at_import(real: Any) -> None:
-    """There is no request yet: what is wanted is a call inside of a function."""
+    """No request exists yet, so the call belongs into a function."""
     for accessor in (get_session, get_sync_session, real.describe().get_session):
         with pytest.raises(NoSession, match=r"Outside of a request, use `database\.begin\(\)`"):
             accessor()
@@ -400,7 +400,7 @@ def test_a_session_is_not_to_be_had_at_import(real: Any) -> None:
 
 @ASYNC
 async def test_another_database_than_that_of_the_middleware_is_told(running: Running) -> None:
-    """Also where it describes the same file: the middleware knows objects, not URLs."""
+    """Two objects for one file are two databases: the middleware compares objects, not URLs."""
     twin = running.real.describe()
     errors = []
 
@@ -415,7 +415,7 @@ async def test_another_database_than_that_of_the_middleware_is_told(running: Run
 
 @ASYNC
 async def test_a_block_of_session_begin_is_sqlalchemys_own_affair(running: Running) -> None:
-    """It commits at its end, whatever follows, and is refused once the session has begun."""
+    """The block commits at its end; it is refused once the session has begun a transaction."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         session = get_session()
@@ -434,7 +434,7 @@ async def test_a_block_of_session_begin_is_sqlalchemys_own_affair(running: Runni
 
 @ASYNC
 async def test_an_async_session_in_a_thread_is_told(running: Running) -> None:
-    """`add` needs no `await`, so nothing but its error can say that this cannot work."""
+    """`add` needs no `await`, so only its error can say that this does not work."""
     app = FastAPI()
 
     @app.get("/")
@@ -453,7 +453,7 @@ async def nothing(scope: Any, receive: Any, send: Any) -> None:
 
 URL = "sqlite+aiosqlite://"
 SYNC_URL = "sqlite+pysqlite://"
-# What is written by mistake, and what the error says to write instead.
+# Mistakes in arguments, and what the error says to write.
 MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an async engine": (
         lambda any_: DBSessionMiddleware(nothing, any_(create_async_engine(URL))),
@@ -518,7 +518,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_argument_is_told_what_to_write(mistake: str) -> None:
-    """When the application is put together, and not at its first request."""
+    """The error is raised when the application is built, not at its first request."""
     make, cure = MISTAKES[mistake]
     with pytest.raises(ConfigurationError, match=cure):
         make(lambda value: value)
