@@ -1,4 +1,4 @@
-"""Between other middleware, in sub-applications, on single routes, and installed twice."""
+"""Tests the middleware together with other middleware, sub-applications, routes, and twice."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -42,7 +42,7 @@ Next = Callable[[Request], Awaitable[Response]]
 
 
 async def pass_on(request: Request, call_next: Next) -> Response:
-    """What the smallest `@app.middleware("http")` does."""
+    """The smallest `@app.middleware("http")`."""
     return await call_next(request)
 
 
@@ -54,17 +54,17 @@ OTHERS = {
 
 
 def taken(error: Exception) -> Response:
-    """The answer to a failed COMMIT."""
+    """Return the response to a failed COMMIT."""
     return PlainTextResponse("taken", status_code=409)
 
 
 def ours(*databases: Any, **options: Any) -> Middleware:
-    """Our middleware, as an application lists it."""
+    """Return our middleware in the form in which an application lists it."""
     return Middleware(DBSessionMiddleware, *databases, **options)
 
 
 async def serve(request: Request) -> Response:
-    """Store the path as a note, and do as it says."""
+    """Store the path as a note, and then do what the path says."""
     running: Running = request.app.state.running
     what = request.path_params["what"]
     await running.write(what)
@@ -80,7 +80,7 @@ async def serve(request: Request) -> Response:
 
 
 async def parts(running: Running) -> AsyncIterator[bytes]:
-    """A body that stores what it sends."""
+    """A body that stores each part that it sends."""
     yield b"first"
     await running.write("in the body")
     yield b"last"
@@ -89,7 +89,7 @@ async def parts(running: Running) -> AsyncIterator[bytes]:
 def starlette_on(
     running: Running, *middleware: Middleware, routes: list[BaseRoute] | None = None, **options: Any
 ) -> Starlette:
-    """An application that stores what it is asked for."""
+    """An application that stores the path of each request."""
     app = Starlette(routes=routes or [Route("/{what}", serve)], middleware=middleware, **options)
     app.state.running = running
     return app
@@ -104,7 +104,7 @@ def starlette_on(
 async def test_the_promises_hold_inside_and_outside_of_other_middleware(
     running: Running, other: str, place: str
 ) -> None:
-    """Stored before the start, rolled back on an error, and one answer to a failed COMMIT."""
+    """Work is stored before the start, or rolled back; a failed COMMIT gets one response."""
     middleware = [ours(running.database, on_commit_error=taken), OTHERS[other]]
     app = starlette_on(running, *(middleware if place == "inside" else reversed(middleware)))
     stored_at: list[list[str]] = []
@@ -124,7 +124,7 @@ async def test_the_promises_hold_inside_and_outside_of_other_middleware(
 async def test_bodies_and_background_tasks_work_inside_and_outside_of_other_middleware(
     running: Running, other: str, place: str
 ) -> None:
-    """Each as a unit of its own, stored when the application has returned."""
+    """Body and background task are one unit each, stored when the application has returned."""
     middleware = [ours(running.database), OTHERS[other]]
     app = starlette_on(running, *(middleware if place == "inside" else reversed(middleware)))
     for path in ("/streamed", "/background"):
@@ -135,7 +135,7 @@ async def test_bodies_and_background_tasks_work_inside_and_outside_of_other_midd
 
 @BOTH
 async def test_an_inner_http_middleware_has_the_session_of_the_handler(running: Running) -> None:
-    """Before and after `call_next`, although the handler runs in a task of its own."""
+    """The middleware sees the session before and after `call_next`, which runs another task."""
     sessions = []
 
     async def audit(request: Request, call_next: Next) -> Response:
@@ -163,7 +163,7 @@ async def test_an_inner_http_middleware_has_the_session_of_the_handler(running: 
 async def test_the_status_that_leaves_our_middleware_is_the_one_that_counts(
     running: Running, inner: int, outcome: list[str]
 ) -> None:
-    """An inner one may change it; what an outer one makes of it comes too late."""
+    """An inner middleware may change the status; a change by an outer middleware is too late."""
 
     def answering(status: int) -> Middleware:
         async def dispatch(request: Request, call_next: Next) -> Response:
@@ -180,7 +180,7 @@ async def test_the_status_that_leaves_our_middleware_is_the_one_that_counts(
 
 @ASYNC
 async def test_outside_of_our_middleware_there_is_no_session(running: Running) -> None:
-    """A middleware that needs one is added before ours, and so comes inside of it."""
+    """A middleware that needs a session is added before ours, and so runs inside of it."""
     messages = []
 
     async def too_far_out(request: Request, call_next: Next) -> Response:
@@ -201,7 +201,7 @@ async def test_outside_of_our_middleware_there_is_no_session(running: Running) -
 async def test_the_answer_to_a_failed_commit_has_cors_headers_where_cors_is_outside(
     running: Running, place: str
 ) -> None:
-    """Or a browser hides it from the very code that should show it."""
+    """Without CORS headers, a browser hides the error from the code of the page."""
     middleware = [ours(running.database, on_commit_error=taken), OTHERS["CORSMiddleware"]]
     app = starlette_on(running, *(middleware if place == "inside" else reversed(middleware)))
     exchange = Exchange(app, "/doomed")
@@ -220,7 +220,7 @@ async def test_the_answer_to_a_failed_commit_has_cors_headers_where_cors_is_outs
 async def test_handlers_of_exceptions_run_inside_of_the_unit_of_work(
     running: Running, *, keep: bool
 ) -> None:
-    """What they store goes with the status that they answer, unless `set_rollback` says else."""
+    """Work of an error handler follows the status of its response, or `set_rollback`."""
 
     async def handle(request: Request, error: Exception) -> Response:
         await running.write("by the handler of the error")
@@ -243,7 +243,7 @@ async def test_handlers_of_exceptions_run_inside_of_the_unit_of_work(
 
 @ASYNC
 async def test_the_handler_of_any_exception_runs_outside_and_has_begin(running: Running) -> None:
-    """Starlette calls the one for `Exception` and 500 around all middleware."""
+    """Starlette calls the handler for `Exception` and 500 outside of all middleware."""
     database: Any = running.database
 
     async def handle(request: Request, error: Exception) -> Response:
@@ -264,7 +264,7 @@ async def test_the_handler_of_any_exception_runs_outside_and_has_begin(running: 
 
 @BOTH
 async def test_a_mounted_application_with_the_same_database_joins(running: Running) -> None:
-    """One session, one end: the outer middleware decides and answers."""
+    """There is one session and one COMMIT: the outer middleware decides and answers."""
     sessions = []
 
     async def handler(request: Request) -> Response:
@@ -296,7 +296,7 @@ async def test_a_mounted_application_with_the_same_database_joins(running: Runni
 async def test_a_mounted_application_with_a_database_of_its_own_has_both(
     running: Running, tmp_path: Any
 ) -> None:
-    """Its default is its own, which is committed first; the other stays that of the outer one."""
+    """The inner default database is committed first; the outer middleware keeps its own."""
     reports = AsyncDatabase(f"sqlite:///{tmp_path}/test.db", connect_args={"timeout": 0})
     order = []
 
@@ -322,7 +322,7 @@ async def test_a_mounted_application_with_a_database_of_its_own_has_both(
 async def test_a_mounted_application_hears_of_no_lifespan_and_is_told_so(
     real: Any, tmp_path: Any
 ) -> None:
-    """Its database is started where the outermost middleware has it too."""
+    """The outermost middleware has the database too, and so starts it."""
     main = real.describe()
     running = Running(real, main)
     reports = AsyncDatabase(f"sqlite:///{tmp_path}/reports.db")
@@ -344,17 +344,17 @@ async def test_a_mounted_application_hears_of_no_lifespan_and_is_told_so(
 
 
 def on_one_route(running: Running, middleware: Middleware) -> list[BaseRoute]:
-    """With our middleware on the route itself."""
+    """An application with our middleware on the route."""
     return [Route("/{what}", serve, middleware=[middleware])]
 
 
 def on_one_mount(running: Running, middleware: Middleware) -> list[BaseRoute]:
-    """With our middleware on a group of routes."""
+    """An application with our middleware on a group of routes."""
     return [Mount("/", routes=[Route("/{what}", serve)], middleware=[middleware])]
 
 
 def on_one_router(running: Running, middleware: Middleware) -> list[BaseRoute]:
-    """With our middleware on a router."""
+    """An application with our middleware on a router."""
     return [Mount("/", Router([Route("/{what}", serve)], middleware=[middleware]))]
 
 
@@ -363,7 +363,7 @@ def on_one_router(running: Running, middleware: Middleware) -> list[BaseRoute]:
 async def test_middleware_on_a_single_route_keeps_the_promises(
     running: Running, routes: Callable[..., list[BaseRoute]]
 ) -> None:
-    """The application's own lifespan starts the database, for a route hears of none."""
+    """The application's own lifespan starts the database, because a route gets no lifespan."""
     middleware = ours(running.database, on_commit_error=taken)
     app = starlette_on(running, routes=routes(running, middleware))
     statuses = [(await get(app, f"/{what}")).status for what in ("kept", "missing", "doomed")]
@@ -375,7 +375,7 @@ async def test_middleware_on_a_single_route_keeps_the_promises(
 async def test_a_failed_commit_on_a_route_of_its_own_is_the_applications_to_answer(
     running: Running,
 ) -> None:
-    """It leaves our middleware as it is, and handlers of exceptions are further out there."""
+    """The exception leaves our middleware unchanged, because the exception handlers are outside."""
 
     def handle(request: Request, error: Exception) -> Response:
         return PlainTextResponse(type(error).__name__, status_code=409)
@@ -394,7 +394,7 @@ async def test_a_failed_commit_on_a_route_of_its_own_is_the_applications_to_answ
 async def test_a_route_class_of_fastapi_works_around_the_handler_in_the_same_unit(
     running: Running,
 ) -> None:
-    """What it does before and after the handler is committed with it, or rolled back with it."""
+    """Work of the dependency before and after the handler is committed or rolled back with it."""
 
     class Audited(APIRoute):
         def get_route_handler(self) -> Any:
@@ -423,12 +423,12 @@ async def test_a_route_class_of_fastapi_works_around_the_handler_in_the_same_uni
     assert running.stored() == ["before kept", "kept", "after kept"]
 
 
-# Twice
+# Installed twice
 
 
 @BOTH
 async def test_installed_twice_by_mistake_it_is_as_installed_once(real: Any) -> None:
-    """One session, one COMMIT, and an engine that is started and stopped once."""
+    """There is one session and one COMMIT; the engine is started and stopped once."""
     database = real.describe()
     running = Running(real, database)
     sessions = set()
@@ -450,7 +450,7 @@ async def test_installed_twice_by_mistake_it_is_as_installed_once(real: Any) -> 
 
 @ASYNC
 async def test_installed_twice_by_url_the_inner_one_is_the_default(real: Any) -> None:
-    """Two descriptions are two databases, also of one file; the outer one is just not used."""
+    """Two objects are two databases, even for one file; the outer one is not used."""
 
     async def handler(request: Request) -> Response:
         await get_session().execute(ENTRY.insert().values(note="kept"))
@@ -465,7 +465,7 @@ async def test_installed_twice_by_url_the_inner_one_is_the_default(real: Any) ->
 
 @ASYNC
 async def test_a_lifespan_of_the_applications_own_may_start_what_a_route_uses(real: Any) -> None:
-    """`async with database:` where no lifespan reaches the middleware."""
+    """`async with database:` starts it where no lifespan reaches the middleware."""
     database = real.describe()
 
     @asynccontextmanager

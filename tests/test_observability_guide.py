@@ -1,4 +1,4 @@
-"""The guides to observability and health checks do what they say, as pasted."""
+"""Tests that the guides to observability and health checks work as they are pasted."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ def database_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def ask(page: Page, number: int, path: str) -> Any:
-    """Serve one request by the application of that block, from startup to shutdown."""
+    """Run the application of this block with one request, from startup to shutdown."""
     app = page.run(number)["app"]
     life = await Life(app).startup()
     exchange = await get(app, path)
@@ -38,7 +38,7 @@ async def ask(page: Page, number: int, path: str) -> Any:
 
 
 async def test_a_line_is_logged_for_each_unit(caplog: pytest.LogCaptureFixture) -> None:
-    """With the numbers that the guide explains."""
+    """The log lines have the numbers that the guide explains."""
     with caplog.at_level(logging.INFO, "shop.database"):
         await ask(GUIDE, LOG, "/orders")
     (line,) = [each.getMessage() for each in caplog.records if each.name == "shop.database"]
@@ -49,7 +49,7 @@ async def test_a_line_is_logged_for_each_unit(caplog: pytest.LogCaptureFixture) 
 
 
 async def test_the_header_looks_as_shown() -> None:
-    """But for the numbers."""
+    """The log lines are equal except for the numbers."""
     exchange = await ask(GUIDE, BROWSER, "/orders")
     sent = dict(exchange.messages[0]["headers"])[b"server-timing"].decode()
     (shown,) = GUIDE.blocks("http")
@@ -57,7 +57,7 @@ async def test_the_header_looks_as_shown() -> None:
 
 
 async def test_the_warning_looks_as_shown(caplog: pytest.LogCaptureFixture) -> None:
-    """But for the file; its lines are those of the two statements."""
+    """The warning is equal except for the file; its lines are those of the two statements."""
     with caplog.at_level(logging.WARNING, "asgi_dbsession"):
         await ask(GUIDE, IDLE, "/pay")
     (message,) = caplog.messages
@@ -67,13 +67,13 @@ async def test_the_warning_looks_as_shown(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_several_functions_make_one() -> None:
-    """It takes a report, as `on_report` does."""
+    """The function takes a report, as `on_report` does."""
     assert callable(GUIDE.run(SEVERAL)["on_report"])
 
 
 @pytest.fixture
 def spans() -> Iterator[Any]:
-    """What OpenTelemetry would export."""
+    """Return the spans that OpenTelemetry would export."""
     exporter = InMemorySpanExporter()
     provider = trace.get_tracer_provider()
     if not isinstance(provider, TracerProvider):
@@ -86,7 +86,7 @@ def spans() -> Iterator[Any]:
 
 
 async def test_a_unit_of_work_is_a_span_below_the_request(spans: Any) -> None:
-    """With its outcome, and what it asked of the database."""
+    """The span has the outcome and the statements of the unit."""
     with trace.get_tracer("test").start_as_current_span("request"):
         await ask(GUIDE, SPANS, "/orders")
     unit, request = spans.get_finished_spans()
@@ -100,14 +100,14 @@ async def test_a_unit_of_work_is_a_span_below_the_request(spans: Any) -> None:
 
 
 async def test_each_statement_is_a_span_too(spans: Any) -> None:
-    """With the SQLAlchemy that is installed, whatever the instrumentation declares."""
+    """It works with the installed SQLAlchemy, although the instrumentation names other versions."""
     await ask(GUIDE, STATEMENTS, "/orders")
     texts = [each.attributes.get("db.statement") for each in spans.get_finished_spans()]
     assert "SELECT 7" in texts
 
 
 async def test_the_health_route_answers() -> None:
-    """200 with the state of the pool; the other route needs no database."""
+    """The answer is 200 with the state of the pool; the other route needs no database."""
     exchange = await ask(HEALTH, 0, "/health")
     assert exchange.status == 200
     found = json.loads(exchange.body)
@@ -117,6 +117,6 @@ async def test_the_health_route_answers() -> None:
 
 
 async def test_the_health_route_says_503_without_a_database() -> None:
-    """Here: before startup."""
+    """The test asks before the startup."""
     exchange = await get(HEALTH.run(0)["app"], "/health")
     assert (exchange.status, json.loads(exchange.body)["database"]) == (503, False)

@@ -1,4 +1,4 @@
-"""Functions given to `on_commit` run once the work is stored, and before the client hears of it."""
+"""Functions given to `on_commit` run after COMMIT, and before the response is sent."""
 
 import asyncio
 import gc
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.anyio
 async def test_functions_run_in_order_after_commit_and_before_the_response(
     running: Running,
 ) -> None:
-    """They find the row stored and the connection back in its pool; async ones are awaited."""
+    """The row is stored and the connection is in the pool; async functions are awaited."""
     done: list[Any] = []
 
     def plain() -> None:
@@ -68,7 +68,7 @@ async def test_functions_run_in_order_after_commit_and_before_the_response(
 
 @pytest.mark.parametrize("where", ["handler", "body", "background"])
 async def test_they_need_no_session(where: str, tmp_path: Path) -> None:
-    """Without one there is nothing to wait for but the end of the unit."""
+    """Without work, the function runs at the end of the unit."""
     done: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -95,7 +95,7 @@ async def test_they_need_no_session(where: str, tmp_path: Path) -> None:
     ["status", "set_rollback", "exception", "failed commit", "handler", "invalidate", "close"],
 )
 async def test_a_rollback_drops_them(running: Running, how: str) -> None:
-    """Whoever rolls back, the mail about what never happened is not sent."""
+    """For each kind of rollback, no mail about discarded work is sent."""
     done: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -120,7 +120,7 @@ async def test_a_rollback_drops_them(running: Running, how: str) -> None:
 
 
 async def test_what_was_discarded_is_not_stored_by_what_follows(running: Running) -> None:
-    """A transaction that ends without a word takes along what was given in it, and nothing else."""
+    """A transaction that ends without COMMIT drops the functions given in it, and no others."""
     done: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -138,7 +138,7 @@ async def test_what_was_discarded_is_not_stored_by_what_follows(running: Running
 async def test_a_rollback_drops_what_was_given_before_the_session_was_opened(
     running: Running,
 ) -> None:
-    """All that was done so far is gone, whenever the function was given."""
+    """All work is rolled back, so all functions are dropped."""
     done: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -155,7 +155,7 @@ async def test_a_rollback_drops_what_was_given_before_the_session_was_opened(
 async def test_what_a_listener_gives_during_the_last_flush_is_called_with_the_rest(
     running: Running, path: str
 ) -> None:
-    """A search index, say, is told of whatever was flushed; and of nothing that failed."""
+    """A search index, for example, gets all flushed rows, and no failed rows."""
     done: list[Any] = []
 
     def give(*_: Any) -> None:
@@ -180,7 +180,7 @@ async def test_what_a_listener_gives_during_the_last_flush_is_called_with_the_re
     response = ["http.response.start", "http.response.body"]
     assert done == ([*response, ["kept"]] if path == "/background" else [["kept"], *response])
     done.clear()
-    assert (await get(middleware, path)).error is not None  # the note is taken
+    assert (await get(middleware, path)).error is not None  # the note exists already
     assert done == []
 
 
@@ -188,7 +188,7 @@ async def test_what_a_listener_gives_during_the_last_flush_is_called_with_the_re
 async def test_a_savepoint_drops_what_was_given_inside_of_it(
     running: Running, rolls_back: bool, expected: list[str]
 ) -> None:
-    """And nothing else: neither what came before it, nor what a released one was given."""
+    """Only functions of this savepoint are dropped, and none of earlier or released savepoints."""
     done: list[str] = []
 
     def in_savepoint() -> None:
@@ -214,7 +214,7 @@ async def test_a_savepoint_drops_what_was_given_inside_of_it(
 
 
 async def test_what_the_handler_committed_by_itself_is_followed_up(running: Running) -> None:
-    """Its row is there, so its function runs, although the rest of the request fails."""
+    """The row is stored, so its function runs, although the rest of the request fails."""
     done: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -232,7 +232,7 @@ async def test_what_the_handler_committed_by_itself_is_followed_up(running: Runn
 async def test_a_failing_function_is_logged_and_nothing_else(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The COMMIT stays, the others run, and the client gets its answer."""
+    """The work stays stored, the other functions run, and the client gets its response."""
     done: list[str] = []
 
     def fail() -> None:
@@ -255,7 +255,7 @@ async def test_a_failing_function_is_logged_and_nothing_else(
 async def test_one_that_waits_for_what_was_cancelled_has_failed_like_any_other(
     running: Running,
 ) -> None:
-    """The cancellation is not the request's."""
+    """The function's own task is cancelled, not the request."""
     done: list[str] = []
 
     async def wait() -> None:
@@ -276,7 +276,7 @@ async def test_one_that_waits_for_what_was_cancelled_has_failed_like_any_other(
 async def test_each_is_a_unit_of_work_of_its_own(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What it does in its session is stored before the response, or undone where it fails."""
+    """Work in its session is stored before the response, or rolled back if it fails."""
     seen: list[Any] = []
 
     async def audit() -> None:
@@ -300,14 +300,14 @@ async def test_each_is_a_unit_of_work_of_its_own(
 
     exchange = await get(DBSessionMiddleware(app, running.database), on_message=look)
     assert exchange.error is None
-    # The second audit clashes with the first.
+    # The second audit row violates a unique constraint.
     assert seen == [(["kept", "audit"], 0)] * 2
     assert caplog.text.count("the committed work stays stored") == 3
 
 
 @pytest.mark.parametrize("path", ["/", "/background"])
 async def test_functions_may_give_further_functions(running: Running, path: str) -> None:
-    """They are called once the one that gave them is done, also at the end of a request."""
+    """They are called after the function that gave them, also at the end of a request."""
     done: list[str] = []
 
     def first() -> None:
@@ -328,7 +328,7 @@ async def test_functions_may_give_further_functions(running: Running, path: str)
 
 
 async def test_they_keep_nothing_alive(running: Running) -> None:
-    """What a request gave goes with it, without the garbage collector."""
+    """The functions of a request are freed with it, without the garbage collector."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         for status in (200, 400):
@@ -344,7 +344,7 @@ async def test_they_keep_nothing_alive(running: Running) -> None:
     middleware = DBSessionMiddleware(app, running.database)
     gc.collect()
     gc.disable()
-    before = alive()  # of other tests
+    before = alive()  # objects of other tests
     try:
         for number in range(3):
             await get(middleware, f"/{number}")
@@ -354,7 +354,7 @@ async def test_they_keep_nothing_alive(running: Running) -> None:
 
 
 def test_on_trio_they_are_called_where_they_were_given(tmp_path: Path) -> None:
-    """A plain function of an `async def` handler is called on the event loop there too."""
+    """A plain function of an `async def` handler is called on the event loop too."""
     threads: list[Any] = []
     real = real_database("sqlite-sync", tmp_path)
 
@@ -369,7 +369,7 @@ def test_on_trio_they_are_called_where_they_were_given(tmp_path: Path) -> None:
                 await respond(send)
 
             async def ignore(*_: Any) -> None:
-                """Nobody is there."""
+                """No unit of work is open here."""
 
             scope = {"type": "http", "method": "GET", "path": "/"}
             await DBSessionMiddleware(app, database)(scope, ignore, ignore)
@@ -380,7 +380,7 @@ def test_on_trio_they_are_called_where_they_were_given(tmp_path: Path) -> None:
 
 
 async def test_a_race_that_one_loses_does_not_run_the_request_again(tmp_path: Path) -> None:
-    """Functions before it have been called."""
+    """Functions before it were called."""
     real = real_database("sqlite", tmp_path)
     done: list[str] = []
     async with real.describe() as database:
@@ -404,7 +404,7 @@ async def test_a_race_that_one_loses_does_not_run_the_request_again(tmp_path: Pa
 
 
 async def test_bodies_and_background_tasks_have_their_own(running: Running) -> None:
-    """What follows the response is followed up when it is stored, or not at all."""
+    """The function runs if the background task's work was stored, and otherwise not at all."""
     done: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -423,7 +423,7 @@ async def test_bodies_and_background_tasks_have_their_own(running: Running) -> N
 
 
 async def test_messages_of_a_socket_wait_for_them(running: Running) -> None:
-    """Each message for the functions of its own work."""
+    """Each message calls the functions of its own work."""
     done: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -442,7 +442,7 @@ async def test_messages_of_a_socket_wait_for_them(running: Running) -> None:
 
 
 async def test_begin_has_them_too(running: Running) -> None:
-    """Scripts and workers follow up their work like requests."""
+    """`begin()` of scripts and workers calls the functions too."""
     done: list[str] = []
 
     def blocking() -> None:
@@ -471,7 +471,7 @@ async def test_begin_has_them_too(running: Running) -> None:
 
 
 async def test_a_mounted_middleware_waits_for_the_outer_commit(running: Running) -> None:
-    """A function given below runs when the session it is about is committed, above."""
+    """A function given in an inner middleware runs after the COMMIT of the outer one."""
     done: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -488,7 +488,7 @@ async def test_a_mounted_middleware_waits_for_the_outer_commit(running: Running)
 async def test_a_rollback_of_a_mounted_middleware_drops_what_was_given_before_its_session(
     running: Running, given: str
 ) -> None:
-    """A session that is opened later, further in, belongs to the same request."""
+    """A session that the inner middleware opens later belongs to the same request."""
     other = running.real.describe()
     done: list[str] = []
 
@@ -515,7 +515,7 @@ async def test_a_rollback_of_a_mounted_middleware_drops_what_was_given_before_it
 def test_after_a_function_of_a_blocking_unit_the_session_around_it_is_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, *, fails: bool
 ) -> None:
-    """`get_session()` after an inner `begin()` is the session of the outer one, or none."""
+    """After an inner `begin()`, `get_session()` returns the outer session again, or raises."""
     real = real_database("sqlite-sync", tmp_path)
     database = real.describe()
     assert isinstance(database, SyncDatabase)
@@ -541,7 +541,7 @@ def test_after_a_function_of_a_blocking_unit_the_session_around_it_is_back(
 
 
 async def test_a_function_given_below_finds_the_sessions_that_are_there(running: Running) -> None:
-    """Also of a database that only the inner middleware has; the default is the same, too."""
+    """The function has a session of a database that only the inner middleware has."""
     other = running.real.describe()
     found: list[Any] = []
 
@@ -565,13 +565,13 @@ async def test_a_function_given_below_finds_the_sessions_that_are_there(running:
 def test_begin_says_of_a_function_that_it_cannot_await_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A lambda does not tell before it is called; it is logged, and nothing is unmade."""
+    """A lambda that returns a coroutine shows this only when called; it is logged."""
     real = real_database("sqlite-sync", tmp_path)
     database = real.describe()
     assert isinstance(database, SyncDatabase)
 
     async def mail() -> None:
-        """Never awaited."""
+        """Return a coroutine that nobody awaits."""
 
     def work() -> None:
         with database.begin() as session:
@@ -589,7 +589,7 @@ def test_begin_says_of_a_function_that_it_cannot_await_it(
 
 
 async def test_it_needs_a_unit_of_work(running: Running) -> None:
-    """Outside of one, and after it, it says so."""
+    """Outside of a unit of work, and after its end, `on_commit` raises an error."""
     with pytest.raises(NoSession):
         on_commit(lambda: None)
     late: list[asyncio.Task[None]] = []
@@ -611,7 +611,7 @@ async def test_it_needs_a_unit_of_work(running: Running) -> None:
 
 
 async def test_a_task_that_a_listener_made_is_told_that_it_comes_too_late(tmp_path: Path) -> None:
-    """It has the context of the end, in which the listener itself may still give functions."""
+    """A task that a listener starts inherits its context, in which `on_commit` still works."""
     tasks: list[asyncio.Task[None]] = []
     over = asyncio.Event()
 
@@ -636,7 +636,7 @@ async def test_a_task_that_a_listener_made_is_told_that_it_comes_too_late(tmp_pa
 
 
 async def test_a_cancelled_request_still_follows_up_what_it_stored(tmp_path: Path) -> None:
-    """Once the COMMIT is through, its functions run to completion."""
+    """After COMMIT, the functions run to completion."""
     real = real_database("asyncpg", tmp_path)
     done: list[str] = []
     async with real.describe() as database:

@@ -1,4 +1,4 @@
-"""A request that waits in vain for a connection is answered 503, and the next one is served."""
+"""A request that gets no connection in time gets a 503, and the next request is served."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ BUSY = [(b"content-type", b"text/plain"), (b"retry-after", b"2")]
 
 @pytest.fixture
 async def running(real: Real) -> AsyncIterator[Running]:
-    """A pool of one connection, which nobody is to wait for."""
+    """A pool of one connection, with a very short time-out."""
     options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
     async with real.describe(**options) as database:
         yield Running(real, database)
@@ -36,7 +36,7 @@ async def running(real: Real) -> AsyncIterator[Running]:
 
 @asynccontextmanager
 async def exhausted(running: Running) -> AsyncIterator[None]:
-    """Have another unit of work keep the one connection."""
+    """Let another unit of work hold the one connection."""
     database = running.database
     if isinstance(database, SyncDatabase):
         with database.engine.connect():
@@ -51,7 +51,7 @@ def ours(app: Any, running: Running, **options: Any) -> DBSessionMiddleware:
 
 
 def is_busy(exchange: Exchange) -> bool:
-    """Whether all that came was the one answer."""
+    """Return True if the 503 is the only response."""
     return (
         exchange.messages
         == [
@@ -70,7 +70,7 @@ async def write(running: Running, scope: Any, receive: Any, send: Any) -> None:
 async def test_it_is_answered_503_and_recovers(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the seconds after which to try again; the log says which it was."""
+    """The response says after how many seconds to try again; the log names the request."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await write(running, scope, receive, send)
@@ -85,7 +85,7 @@ async def test_it_is_answered_503_and_recovers(
 
 
 async def test_a_crowd_is_served_or_told_to_come_back(running: Running) -> None:
-    """Each one is either stored or refused, and the pool is whole afterwards."""
+    """Each request is either stored or refused, and the pool is complete afterwards."""
     leave = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -95,7 +95,8 @@ async def test_a_crowd_is_served_or_told_to_come_back(running: Running) -> None:
 
     serving = ours(app, running)
     requests = [asyncio.create_task(get(serving, f"/{number}")) for number in range(10)]
-    while sum(each.done() for each in requests) < 9:  # all but the one that has the connection
+    # All requests except the one with the connection.
+    while sum(each.done() for each in requests) < 9:
         await asyncio.sleep(0.01)
     leave.set()
     exchanges = await asyncio.gather(*requests)
@@ -105,7 +106,7 @@ async def test_a_crowd_is_served_or_told_to_come_back(running: Running) -> None:
 
 
 async def test_a_wait_that_only_commit_begins_is_in_vain_too(running: Running) -> None:
-    """What was added meets the pool first at COMMIT; `on_commit_error` may have an answer to it."""
+    """Added objects need the pool at COMMIT; `on_commit_error` may answer this error."""
 
     class Entry:
         note: str
@@ -131,7 +132,7 @@ async def test_a_wait_that_only_commit_begins_is_in_vain_too(running: Running) -
 
 
 async def test_a_framework_that_answers_500_answers_503(running: Running) -> None:
-    """Nothing of its own answer is sent."""
+    """Nothing of its own response is sent."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -144,7 +145,7 @@ async def test_a_framework_that_answers_500_answers_503(running: Running) -> Non
 
 
 async def test_a_framework_that_swallows_everything_says_it_once(running: Running) -> None:
-    """Even one that goes on when its response is refused."""
+    """A handler that continues after the refusal sends nothing either."""
     refused: list[type[BaseException]] = []
     late = {"type": "http.response.body", "body": b"late"}
 
@@ -164,7 +165,7 @@ async def test_a_framework_that_swallows_everything_says_it_once(running: Runnin
 
 @pytest.mark.parametrize("wrapped", [False, True])
 async def test_what_an_error_became_on_its_way_is_known(running: Running, wrapped: bool) -> None:
-    """In a group, as the cause of another one, or both, in any order."""
+    """The error of the pool is in a group, or the cause of another error, or both."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         async def work() -> None:
@@ -189,7 +190,7 @@ async def test_what_an_error_became_on_its_way_is_known(running: Running, wrappe
 async def test_a_wait_beside_another_error_in_a_group_is_answered_503(
     running: Running, first: str
 ) -> None:
-    """Tasks of one group fail together: one for want of a connection, another on its own."""
+    """Several tasks of one group fail: one without a connection, another with its own error."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         errors: list[Exception] = [LookupError()]
@@ -207,7 +208,7 @@ async def test_a_wait_beside_another_error_in_a_group_is_answered_503(
 async def test_an_application_that_gets_over_it_answers_for_itself(
     running: Running, status: int
 ) -> None:
-    """Whatever it has to say, early hints included."""
+    """All of its messages are withheld, early hints too."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         with pytest.raises(PoolTimeout):
@@ -222,7 +223,7 @@ async def test_an_application_that_gets_over_it_answers_for_itself(
 
 
 async def test_no_other_error_hides_behind_it(running: Running) -> None:
-    """One that follows a wait which the application got over is raised as it is."""
+    """An error after a handled time-out is raised unchanged."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         with pytest.raises(PoolTimeout):
@@ -236,7 +237,7 @@ async def test_no_other_error_hides_behind_it(running: Running) -> None:
 
 
 async def test_a_connection_of_the_engines_may_be_waited_for_too(running: Running) -> None:
-    """Where a handler goes past its session."""
+    """The handler uses the engine, not the session."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         async with exhausted(running):
@@ -247,7 +248,7 @@ async def test_a_connection_of_the_engines_may_be_waited_for_too(running: Runnin
 
 
 async def test_an_error_without_a_wait_is_not_touched(running: Running) -> None:
-    """Nor is a status of 500."""
+    """A status of 500 is sent unchanged."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("same")
@@ -261,7 +262,7 @@ async def test_an_error_without_a_wait_is_not_touched(running: Running) -> None:
 
 
 async def test_never_after_the_response_has_started(running: Running) -> None:
-    """The error of a streaming body is the server's to hear."""
+    """The error of a streaming body is raised to the server."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -274,7 +275,7 @@ async def test_never_after_the_response_has_started(running: Running) -> None:
 
 
 async def test_what_needs_no_database_is_served_all_the_same(running: Running) -> None:
-    """A session that is opened and not used waits for nothing."""
+    """A session without statements waits for no connection."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         running.database.get_session()
@@ -285,7 +286,7 @@ async def test_what_needs_no_database_is_served_all_the_same(running: Running) -
 
 
 async def test_it_is_a_choice(running: Running) -> None:
-    """Unless told otherwise, the error of the pool is the application's; on a socket always."""
+    """By default the application gets the pool's error; on a WebSocket always."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("kept")
@@ -298,7 +299,7 @@ async def test_it_is_a_choice(running: Running) -> None:
 
 
 async def test_a_thread_may_wait_in_vain_too(running: Running) -> None:
-    """A handler written with `def` is answered like any other."""
+    """A `def` handler gets a 503 too."""
     if not isinstance(running.database, SyncDatabase):
         pytest.skip("async sessions need no thread")
     database = running.database
@@ -315,7 +316,7 @@ async def test_a_thread_may_wait_in_vain_too(running: Running) -> None:
 
 
 async def test_together_with_attempts_each_has_its_own_waits(running: Running) -> None:
-    """A race that was lost is run again; a wait in vain is not, and one long over is forgotten."""
+    """A conflict is retried; a time-out of the pool is not, and a handled time-out is forgotten."""
     if not running.real.is_postgresql:
         pytest.skip("only PostgreSQL can be told to fail with any SQLSTATE")
     lose = text("DO $$ BEGIN RAISE EXCEPTION 'lost' USING ERRCODE = '40001'; END $$")
@@ -343,7 +344,7 @@ async def test_together_with_attempts_each_has_its_own_waits(running: Running) -
 
 
 async def test_the_page_says_what_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Word for word; and what needs no database is well."""
+    """The text is equal, and routes without a database work."""
     page = Page("docs/how-to/overload.md")
     url = postgresql("tests")[0].render_as_string(hide_password=False)
     monkeypatch.setenv("DATABASE_URL", url)

@@ -1,4 +1,4 @@
-"""The promises of the package as such: its names, its types, its dependencies."""
+"""Tests the package as a whole: its names, its types and its dependencies."""
 
 import importlib
 import importlib.util
@@ -45,7 +45,7 @@ PUBLIC = {
     "warn_when_idle",
 }
 
-# What type checkers must see; and what they must refuse, where an ignore must not be superfluous.
+# Code that type checkers must accept, and code with an ignore that they must refuse.
 SNIPPET = """\
 # pyright: strict, reportUnnecessaryTypeIgnoreComment=true
 from typing import assert_type
@@ -187,7 +187,7 @@ AsyncDatabase.from_engine(create_engine("sqlite://"))  # type: ignore
 
 
 def run(*command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Run a module of this Python's in a folder from which only an import finds the package."""
+    """Run a module in a folder where only an installed package can be imported."""
     python = Path(sys.executable)
     return subprocess.run(
         [str(python), *command],
@@ -195,7 +195,7 @@ def run(*command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
         env=os.environ
         | {
             "PYTHONPATH": str(ROOT),
-            # mypy finds by itself, and does not want to be told, what is installed.
+            # mypy finds installed packages itself.
             "MYPYPATH": "" if ROOT.name == "site-packages" else str(ROOT),
             # pyright asks the first `python` there where packages are.
             "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -207,20 +207,20 @@ def run(*command: str, folder: Path) -> "subprocess.CompletedProcess[str]":
 
 
 def needs(tool: str) -> pytest.MarkDecorator:
-    """Skip where a type checker is not installed."""
+    """Skip the test without the type checker."""
     missing = importlib.util.find_spec(tool) is None
     return pytest.mark.skipif(missing, reason=f"{tool} is not installed")
 
 
 def test_the_public_names_are_these() -> None:
-    """No more, no fewer, in order, and each of them is there."""
+    """The public names are complete and sorted, and each of them exists."""
     assert asgi_dbsession.__all__ == sorted(PUBLIC)
     for name in PUBLIC:
         assert hasattr(asgi_dbsession, name)
 
 
 def test_nothing_else_is_in_the_front_room() -> None:
-    """Whatever completion offers besides is a module of the package."""
+    """Other names that completion offers are modules of the package."""
     modules = {path.stem for path in (ROOT / "asgi_dbsession").iterdir()}
     names = {name for name in vars(asgi_dbsession) if not name.startswith("_")}
     assert names - PUBLIC <= modules
@@ -228,7 +228,7 @@ def test_nothing_else_is_in_the_front_room() -> None:
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_every_public_name_explains_itself(name: str) -> None:
-    """And so does every public method and property of a public class."""
+    """Each public method and property of a public class has a docstring too."""
     thing = getattr(asgi_dbsession, name)
     assert thing.__doc__
     if inspect.isclass(thing):
@@ -238,7 +238,7 @@ def test_every_public_name_explains_itself(name: str) -> None:
 
 
 def test_every_error_is_one_of_ours_and_one_that_a_caller_would_expect() -> None:
-    """`except DBSessionError` catches them all, and so does the built-in that is meant."""
+    """`except DBSessionError` catches all errors, and so does the built-in base class."""
     expected = {
         "ConcurrentUse": RuntimeError,
         "ConfigurationError": ValueError,
@@ -256,7 +256,7 @@ def test_every_error_is_one_of_ours_and_one_that_a_caller_would_expect() -> None
 
 
 def test_the_marker_for_type_checkers_is_shipped() -> None:
-    """In the package, and in what a wheel of it contains."""
+    """It is in the package and in its wheel."""
     assert (ROOT / "asgi_dbsession" / "py.typed").is_file()
     project = ROOT / "pyproject.toml"
     if not project.exists():
@@ -270,7 +270,7 @@ def test_the_marker_for_type_checkers_is_shipped() -> None:
 
 
 def test_it_needs_no_framework_and_imports_none(tmp_path: Path) -> None:
-    """SQLAlchemy, anyio and typing-extensions are all; Starlette belongs to the example."""
+    """The dependencies are SQLAlchemy, anyio and typing-extensions; Starlette is not needed."""
     finished = run(
         "-c",
         "import sys\n"
@@ -290,7 +290,7 @@ def test_it_needs_no_framework_and_imports_none(tmp_path: Path) -> None:
 
 @needs("mypy")
 def test_mypy_sees_the_types_that_are_promised(tmp_path: Path) -> None:
-    """In strict mode: sessions of the class that was given, and mistakes that are refused."""
+    """Type checks with mypy in strict mode infer the given session class, and refuse mistakes."""
     (tmp_path / "snippet.py").write_text(SNIPPET)
     finished = run("-m", "mypy", "--strict", "snippet.py", folder=tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -298,7 +298,7 @@ def test_mypy_sees_the_types_that_are_promised(tmp_path: Path) -> None:
 
 @needs("pyright")
 def test_pyright_sees_the_types_that_are_promised(tmp_path: Path) -> None:
-    """The same, in its strict mode."""
+    """Type checks with pyright in strict mode do the same."""
     (tmp_path / "snippet.py").write_text(SNIPPET)
     finished = run("-m", "pyright", "snippet.py", folder=tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -306,7 +306,7 @@ def test_pyright_sees_the_types_that_are_promised(tmp_path: Path) -> None:
 
 @needs("pyright")
 def test_every_type_is_complete(tmp_path: Path) -> None:
-    """Nothing that a checker would have to guess, and that another would guess differently."""
+    """All public types are explicit, so no type checker has to guess."""
     command = ("-m", "pyright", "--verifytypes", "asgi_dbsession", "--ignoreexternal")
     finished = run(*command, "--outputjson", folder=tmp_path)
     report = json.loads(finished.stdout)["typeCompleteness"]

@@ -1,4 +1,4 @@
-"""COPY, LISTEN/NOTIFY and advisory locks as on their page, directly and through PgBouncer."""
+"""Tests the page on COPY, LISTEN/NOTIFY and advisory locks, directly and through PgBouncer."""
 
 import asyncio
 import importlib

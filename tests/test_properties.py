@@ -1,4 +1,4 @@
-"""The rules of a unit of work hold for any sequence of messages, legal or not, and any failure.
+"""The rules of a unit of work hold for any sequence of messages, and for any failure.
 
 Hypothesis makes up applications, clients and failures; `rules.py` tells what they must come to.
 Many more: `HYPOTHESIS_PROFILE=long python -m pytest -o timeout=0 tests/test_properties.py`.
@@ -32,35 +32,35 @@ from asgi_dbsession import (
     set_rollback,
 )
 
-# SQLAlchemy warns of objects that are added where only `rollback()` can follow; so it should.
+# SQLAlchemy rightly warns about objects that are added when only `rollback()` may follow.
 pytestmark = pytest.mark.filterwarnings("ignore:Session's state has been changed on a non-active")
 
 
 class Base(DeclarativeBase):
-    """Of what is added."""
+    """The base of the mapped class."""
 
 
 class Entry(Base):
-    """A row that is added, not inserted."""
+    """A row that is added, but not yet inserted."""
 
     __table__ = ENTRY
 
 
 @dataclass
 class Bench:
-    """A database, its event loop, and a connection of its own that sees what is stored."""
+    """A database with its event loop, and a connection that sees what is stored."""
 
     runner: asyncio.Runner
     database: AnyDatabase
     reader: sqlite3.Connection
 
     def stored(self) -> list[int]:
-        """The rows that are really there, but for the one that was always there."""
+        """Return the stored rows, without the row that is always there."""
         rows = self.reader.execute("SELECT id FROM entry WHERE id < 1000 ORDER BY id")
         return [number for (number,) in rows]
 
     def empty(self) -> None:
-        """Begin anew; fails where any transaction is still open."""
+        """Delete all rows; fail if a transaction is still open."""
         self.reader.execute("DELETE FROM child")
         self.reader.execute("DELETE FROM entry WHERE id < 1000")
 
@@ -69,7 +69,7 @@ class Bench:
 def bench(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Bench]:
-    """One for all sequences: what one leaves behind, the next one stumbles over."""
+    """All sequences share one database, so that open work of one sequence disturbs the next."""
     path = tmp_path_factory.mktemp("properties") / "test.db"
     engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
     METADATA.create_all(engine)
@@ -80,7 +80,7 @@ def bench(
     def prepare(connection: Any, record: Any) -> None:
         enforce_foreign_keys(connection, record)
         connection.execute("PRAGMA synchronous = OFF")
-        connection.isolation_level = None  # or a savepoint would be no transaction of its own
+        connection.isolation_level = None  # otherwise a savepoint would not be a transaction
 
     database = request.param(
         f"sqlite:///{path}",
@@ -97,7 +97,7 @@ def bench(
 
 
 class Application:
-    """A case come true: the application, the server around it, and what became of both."""
+    """Runs a case: the application, the server around it, and their results."""
 
     def __init__(self, case: Case, bench: Bench, kind: str) -> None:
         self.case = case
@@ -114,7 +114,7 @@ class Application:
         self.context: Context | None = None
 
     async def run(self) -> "Application":
-        """Serve it, and look at what is left."""
+        """Serve the case, and check the remaining state."""
         apology = self.case.apology
 
         def apologize(_: Exception) -> Any:
@@ -124,7 +124,7 @@ class Application:
             return answer if apology else None
 
         app = DBSessionMiddleware(self, self.bench.database, on_commit_error=apologize)
-        # aiosqlite leaves a file open that it was about to open when it was cancelled.
+        # If aiosqlite is cancelled while it opens a file, it leaves the file open.
         await self.bench.database.ping()
         try:
             await asyncio.create_task(app(self.scope, self.receive, self.send))
@@ -149,7 +149,7 @@ class Application:
                     await self.perform(number, step, receive, send)
                 finally:
                     if number == self.case.cancelled_at:
-                        await asyncio.sleep(0)  # where it was not noticed
+                        await asyncio.sleep(0)  # the cancellation was not noticed
             except self.case.catches:
                 continue
 
@@ -259,7 +259,7 @@ def _kind_of(error: BaseException) -> type[BaseException]:
     return next((kind for kind in kinds if isinstance(error, kind)), type(error))
 
 
-# What goes wrong is rare, or few sequences would come to their end.
+# Failures are rare, because otherwise few sequences would reach their end.
 WORK = st.sampled_from(
     [
         *[Step("write")] * 6,
@@ -326,7 +326,7 @@ def cases(draw: st.DrawFn, sequences: st.SearchStrategy[tuple[Step, ...]]) -> Ca
     cancelled_at = draw(st.none() | st.none() | st.integers(0, max(0, len(steps) - 1)))
     if cancelled_at is not None and steps:
         do = steps[cancelled_at].do
-        # What a cancelled COMMIT of the application's own has done, nobody can know.
+        # The result of a cancelled COMMIT of the application itself is unknown.
         is_unknown = do == "commit" or (BaseException in catches and do not in HTTP | SOCKET)
         cancelled_at = None if is_unknown else cancelled_at
     calls = st.sampled_from([99, 99, 99, 99, 99, 1, 2, 3, 4])
@@ -335,7 +335,7 @@ def cases(draw: st.DrawFn, sequences: st.SearchStrategy[tuple[Step, ...]]) -> Ca
 
 
 def come_true(kind: str, case: Case, expected_class: type[Expected], bench: Bench) -> None:
-    """Run a case, and compare all that can be seen with what it must come to."""
+    """Run a case, and compare all observable results with the model."""
     bench.empty()
     seen = Application(case, bench, kind)
     bench.runner.run(seen.run())
@@ -356,11 +356,11 @@ def undisturbed(*steps: Step) -> Case:
     undisturbed(Step("set_rollback", value=True), Step("start", 200), Step("write"), Step("body"))
 )
 def test_any_exchange_comes_to_what_the_rules_say(bench: Bench, case: Case) -> None:
-    """What is stored, sent and called, when, and which error comes out; and nothing is left."""
+    """Stored rows, sent messages, called functions, their order and the error are right."""
     come_true("http", case, Expected, bench)
 
 
 @given(case=cases(SOCKETS))
 def test_any_socket_comes_to_what_the_rules_say(bench: Bench, case: Case) -> None:
-    """The same on a WebSocket, before and after its acceptance or denial."""
+    """The same results are right on a WebSocket, before and after acceptance or denial."""
     come_true("websocket", case, ExpectedOfSocket, bench)

@@ -1,4 +1,4 @@
-"""Requests that really race each other all succeed, and what they did adds up."""
+"""Requests with real conflicts all succeed, and the sum of their work is right."""
 
 import asyncio
 import sys
@@ -24,11 +24,11 @@ pytestmark = pytest.mark.anyio
 
 
 class Base(DeclarativeBase):
-    """Of the one table."""
+    """The base of the mapped class."""
 
 
 class Counter(Base):
-    """What everybody counts up."""
+    """The row that all requests increase."""
 
     __tablename__ = "counter"
 
@@ -37,7 +37,7 @@ class Counter(Base):
 
 
 def counters(real: Real) -> dict[int, int]:
-    """What is really there."""
+    """Return the stored numbers."""
     with real.reader.connect() as connection:
         rows = connection.execute(select(Counter.id, Counter.value))
         return {row.id: row.value for row in rows}
@@ -58,7 +58,7 @@ class Racing:
         self.runs = 0
 
     def work(self, session: Session, run: int) -> None:
-        """Count up what was read: the loser of a race must begin again."""
+        """Increase the number that was read; a conflict makes the request begin again."""
         counter = session.get_one(Counter, 1)
         counter.value += 1
 
@@ -73,14 +73,14 @@ class Racing:
         await respond(send)
 
     async def serve(self, requests: int, **options: Any) -> list[Exchange]:
-        """Serve so many requests at once."""
+        """Serve so many requests at the same time."""
         serving = DBSessionMiddleware(self.app, self.database, **options)
         return await asyncio.gather(*(get(serving) for _ in range(requests)))
 
 
 @pytest.fixture
 async def racing(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Racing]:
-    """A kind of database, with the options of its engine."""
+    """A kind of database, with engine options."""
     kind, options = request.param[0], dict(request.param[1])
     begins = options.pop("begin", None)
     real = real_database(kind, tmp_path)
@@ -100,7 +100,7 @@ async def racing(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 
 def on(*kinds: str, **options: Any) -> pytest.MarkDecorator:
-    """Run a test on these kinds of databases, with options of their engines."""
+    """Run a test with these kinds of databases and engine options."""
     return pytest.mark.parametrize(
         "racing", [(kind, options) for kind in kinds], indirect=True, ids=kinds
     )
@@ -108,7 +108,7 @@ def on(*kinds: str, **options: Any) -> pytest.MarkDecorator:
 
 @on("asyncpg", "psycopg-sync", isolation_level="SERIALIZABLE", max_overflow=0)
 async def test_a_hundred_increments_on_postgresql_all_count(racing: Racing) -> None:
-    """Under SERIALIZABLE, at flush or at COMMIT; without attempts some are refused."""
+    """Under SERIALIZABLE, conflicts come at flush or COMMIT; without attempts some fail."""
     exchanges = await racing.serve(100, attempts=50)
     assert [each.status for each in exchanges] == [200] * 100
     assert counters(racing.real)[1] == 100
@@ -121,9 +121,9 @@ async def test_a_hundred_increments_on_postgresql_all_count(racing: Racing) -> N
 
 @on("asyncpg", isolation_level="SERIALIZABLE", max_overflow=0)
 async def test_a_hundred_increments_over_a_real_server_all_count(racing: Racing) -> None:
-    """Each over a connection of its own to uvicorn, and each is answered."""
+    """Each client has its own connection to uvicorn, and gets a response."""
     serving = DBSessionMiddleware(racing.app, racing.database, attempts=50)
-    # The database runs already; on any free port.
+    # The database is running already; use any free port.
     config = uvicorn.Config(serving, port=0, lifespan="off", ws="none", log_level="error")
     server = uvicorn.Server(config)
     running = asyncio.create_task(server.serve())
@@ -139,19 +139,19 @@ async def test_a_hundred_increments_over_a_real_server_all_count(racing: Racing)
 
 
 class Crossing(Racing):
-    """Two requests at a time lock the two counters, each in the other's order."""
+    """Two requests at a time lock the two counters in opposite order."""
 
     def work(self, session: Session, run: int) -> None:
         first = 1 + run % 2
         for each in (first, 3 - first):
             count_up = update(Counter).where(Counter.id == each).values(value=Counter.value + 1)
             session.execute(count_up)
-            session.execute(text("SELECT SLEEP(0.02)"))  # the other one has begun by then
+            session.execute(text("SELECT SLEEP(0.02)"))  # the other request has begun by then
 
 
 @on("asyncmy", "pymysql-sync")
 async def test_deadlocks_on_mariadb_are_run_again(racing: Racing) -> None:
-    """Whoever InnoDB rolls back counts all the same; without attempts it is refused."""
+    """A request that InnoDB rolls back counts after a retry; without attempts it is refused."""
     crossing = Crossing(racing.real, racing.database)
     exchanges = await crossing.serve(6, attempts=30)
     assert [each.status for each in exchanges] == [200] * 6
@@ -164,12 +164,12 @@ async def test_deadlocks_on_mariadb_are_run_again(racing: Racing) -> None:
 
 
 def log_and_begin(mode: str | None) -> dict[str, Any]:
-    """Options of SQLite: a write-ahead log, nobody waits, and how a transaction begins."""
+    """Options of SQLite: a write-ahead log, no waiting, and the kind of BEGIN."""
 
     def configure(connection: Any, _record: Any) -> None:
         connection.execute("PRAGMA journal_mode = WAL")
         if mode is not None:
-            connection.isolation_level = None  # the driver begins none by itself
+            connection.isolation_level = None  # the driver sends no BEGIN itself
 
     return {"pool_events": [(configure, "connect")], "connect_args": {"timeout": 0}, "begin": mode}
 
@@ -187,7 +187,7 @@ ON_SQLITE = pytest.mark.parametrize(
 
 
 class Adding(Racing):
-    """Each request counts up in one statement."""
+    """Each request counts in one statement."""
 
     def work(self, session: Session, run: int) -> None:
         session.execute(update(Counter).values(value=Counter.value + 1))
@@ -195,7 +195,7 @@ class Adding(Racing):
 
 @ON_SQLITE
 async def test_a_busy_sqlite_is_asked_again(racing: Racing) -> None:
-    """However a transaction begins: by the driver at the first write, DEFERRED, or IMMEDIATE."""
+    """Transactions begin before the first write (by the driver), DEFERRED, or IMMEDIATE."""
     adding = Adding(racing.real, racing.database)
     with racing.real.reader.connect() as writer:
         writer.exec_driver_sql("BEGIN IMMEDIATE")
@@ -209,7 +209,7 @@ async def test_a_busy_sqlite_is_asked_again(racing: Racing) -> None:
 
 
 class Overtaken(Racing):
-    """What the first run has read is out of date when it writes."""
+    """Another transaction has changed the row that the first attempt has read."""
 
     def work(self, session: Session, run: int) -> None:
         counter = session.get_one(Counter, 1)
@@ -223,7 +223,7 @@ class Overtaken(Racing):
 async def test_sqlite_sees_a_read_that_is_out_of_date_where_a_transaction_was_begun(
     racing: Racing,
 ) -> None:
-    """DEFERRED it is run again; the driver's own way begins too late, and loses the other write."""
+    """With DEFERRED it is retried; the driver's BEGIN is too late, and the other write is lost."""
     overtaken = Overtaken(racing.real, racing.database)
     mode = racing.begins
     if mode == "IMMEDIATE":
@@ -237,13 +237,13 @@ PAGE = Page("docs/how-to/retry.md")
 
 
 async def test_the_deposits_of_the_page_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred at once, each of them answered."""
+    """A hundred requests run at once, and each gets a response."""
     url, reader = postgresql("tests")
     monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
     bank = ModuleType("bank")
-    monkeypatch.setitem(sys.modules, "bank", bank)  # where its annotations are looked up
+    monkeypatch.setitem(sys.modules, "bank", bank)  # annotations are evaluated there
     exec(compile(PAGE.blocks()[0], PAGE.path, "exec"), vars(bank))
-    bank.app.user_middleware[0].kwargs["attempts"] = 50  # this machine may be a slow one
+    bank.app.user_middleware[0].kwargs["attempts"] = 50  # this machine may be slow
     bank.Base.metadata.create_all(reader)
     try:
         with reader.begin() as connection:
@@ -268,7 +268,7 @@ async def deposit(app: Any, amount: int) -> Exchange:
 async def test_the_engine_of_the_page_begins_its_transactions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was read and then changed by another one cannot be written over."""
+    """A row that another request has changed meanwhile is not overwritten."""
     monkeypatch.chdir(tmp_path)
     shop = PAGE.run(3)["shop"]
     async with shop.begin() as session:

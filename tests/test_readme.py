@@ -1,4 +1,4 @@
-"""Whatever the README shows works when it is pasted."""
+"""Tests that the examples of the README work when they are pasted."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def pages() -> list[Page]:
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_every_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an empty folder, with nothing but what it imports."""
+    """Run it in an empty folder, with only the packages that it imports."""
     monkeypatch.chdir(tmp_path)
     README.run(number)
 
@@ -32,7 +32,7 @@ def test_every_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_first_example_answers_as_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The request below the code gets the answer below the request, and the note is stored."""
+    """The request below the code gets the answer below it, and the note is stored."""
     monkeypatch.chdir(tmp_path)
     asked = next(block for block in README.blocks("bash") if block.startswith("curl"))
     (path,) = re.findall(r"^curl -X POST 'localhost:8000(\S+)'\n$", asked)
@@ -46,7 +46,7 @@ def test_the_first_example_answers_as_shown(
 def test_the_example_of_a_def_handler_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It runs in the framework's thread pool."""
+    """The `def` handler runs in the framework's thread pool."""
     monkeypatch.chdir(tmp_path)
     (number,) = (number for number, block in enumerate(BLOCKS) if "def version" in block)
     with TestClient(README.run(number)["app"]) as client:
@@ -56,7 +56,7 @@ def test_the_example_of_a_def_handler_answers(
 def test_the_example_of_a_grown_application_does_what_the_list_below_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With two databases, each option, and a test around it that undoes all."""
+    """The blocks are tested with two databases, each option, and a test that is rolled back."""
     monkeypatch.chdir(tmp_path)
     (number,) = (number for number, block in enumerate(BLOCKS) if "def health" in block)
     shown = README.run(number)
@@ -67,7 +67,7 @@ def test_the_example_of_a_grown_application_does_what_the_list_below_it_says(
 
 
 def test_commands_are_pasted_as_they_stand() -> None:
-    """A block of commands has no prompt, no output, and the syntax of a shell."""
+    """A block of commands has no prompt and no output, and is correct shell syntax."""
     for page in pages():
         assert page.blocks("console") == []
         for block in page.blocks("bash"):
@@ -77,7 +77,7 @@ def test_commands_are_pasted_as_they_stand() -> None:
 
 
 def test_code_is_at_most_80_columns_wide() -> None:
-    """It is read without scrolling, on the site and in a terminal."""
+    """Code is narrow enough for the site and for a terminal."""
     wide = [
         (page.path, line)
         for page in pages()
@@ -90,7 +90,7 @@ def test_code_is_at_most_80_columns_wide() -> None:
 
 
 def test_code_is_formatted() -> None:
-    """As the package is, but for its width."""
+    """Code is formatted like the package, except for its width."""
     ruff = [sys.executable, "-m", "ruff", "format", "--isolated", "--check"]
     paths = [str(ROOT / page.path) for page in pages()]
     finished = subprocess.run(
@@ -102,7 +102,7 @@ def test_code_is_formatted() -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-# Idioms that a reader with English as a second language has to guess.
+# Phrases that a reader with English as a second language may not know.
 IDIOMS = re.compile(
     r"hears? of|heard of|lost races?|by hand|\bis over\b|for good|at will|from the top|in vain",
     re.IGNORECASE,
@@ -110,7 +110,7 @@ IDIOMS = re.compile(
 
 
 def test_no_page_uses_an_idiom_that_has_a_plain_word() -> None:
-    """Outside of code and quoted messages; tables that tests write are theirs."""
+    """Code, quoted messages and generated tables are not checked."""
     found = []
     for page in pages():
         if page.path in ("CHANGELOG.md", "docs/tested.md"):

@@ -1,4 +1,4 @@
-"""A unit of work that only reads holds no transaction, and no application can tell."""
+"""A unit of work that only reads holds no transaction, and the application sees no difference."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -74,7 +74,7 @@ OTHERS: dict[str, Any] = {
 
 
 def is_in_transaction(connection: Any) -> bool:
-    """What the driver knows of its connection, without asking the server."""
+    """Return the transaction state that the driver knows without asking the server."""
     driver = connection.connection.driver_connection
     if hasattr(driver, "is_in_transaction"):
         return bool(driver.is_in_transaction())
@@ -82,13 +82,13 @@ def is_in_transaction(connection: Any) -> bool:
 
 
 class Watched:
-    """Runs statements, and knows after each whether the server is in a transaction."""
+    """Runs statements, and records after each if the server is in a transaction."""
 
     def __init__(self, running: Running) -> None:
         self.running = running
 
     async def execute(self, statement: Any) -> bool:
-        """Execute it; whether a transaction is open afterwards."""
+        """Execute a statement, and return True if a transaction is open afterwards."""
         await self.running.execute(statement)
         session: Any = self.running.database.get_session()
         orm = getattr(session, "sync_session", session)
@@ -96,7 +96,7 @@ class Watched:
 
 
 async def in_request(running: Running, work: Any, status: int = 200) -> Any:
-    """Do something in a request; the exchange."""
+    """Run a function in a request, and return the exchange."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await work(Watched(running))
@@ -107,7 +107,7 @@ async def in_request(running: Running, work: Any, status: int = 200) -> Any:
 
 @pytest.mark.parametrize("name", PLAIN)
 async def test_a_plain_read_begins_no_transaction(running: Running, name: str) -> None:
-    """It is decided by what the statement is made of."""
+    """The parts of the statement decide."""
     found = []
 
     async def work(watched: Watched) -> None:
@@ -122,7 +122,7 @@ async def test_a_plain_read_begins_no_transaction(running: Running, name: str) -
 async def test_anything_else_begins_one_and_all_that_follows_is_in_it(
     running: Running, name: str
 ) -> None:
-    """Whatever may have an effect, and whatever is not known."""
+    """All statements that may have an effect, and all unknown statements, begin a transaction."""
     found = []
 
     async def work(watched: Watched) -> None:
@@ -153,7 +153,7 @@ async def test_a_write_after_reads_is_committed_or_rolled_back_as_ever(
 
 
 async def test_a_connection_goes_back_to_its_pool_as_it_came(running: Running) -> None:
-    """Whoever has it next, without this package, is in a transaction again."""
+    """The next user of the connection, without this package, gets a normal transaction."""
 
     async def work(watched: Watched) -> None:
         assert not await watched.execute(PLAIN["columns"])
@@ -172,7 +172,7 @@ async def test_a_connection_goes_back_to_its_pool_as_it_came(running: Running) -
 
 
 async def test_a_failed_read_aborts_nothing(running: Running) -> None:
-    """There is no transaction that it could abort."""
+    """No transaction is open that the failed read could abort."""
 
     async def work(watched: Watched) -> None:
         with pytest.raises(DBAPIError):
@@ -187,7 +187,7 @@ async def test_a_failed_read_aborts_nothing(running: Running) -> None:
 
 
 async def test_a_savepoint_begins_the_transaction(running: Running) -> None:
-    """What is rolled back in it is gone, and what was before stays."""
+    """Work in the savepoint is rolled back, and earlier work stays."""
 
     async def work(watched: Watched) -> None:
         await watched.execute(PLAIN["columns"])
@@ -208,7 +208,7 @@ async def test_a_savepoint_begins_the_transaction(running: Running) -> None:
 
 
 async def test_the_connection_itself_begins_the_transaction(running: Running) -> None:
-    """What is done below SQLAlchemy (COPY) is rolled back too."""
+    """Work below SQLAlchemy (COPY) is rolled back too."""
 
     async def work(watched: Watched) -> None:
         await watched.execute(PLAIN["columns"])
@@ -227,7 +227,7 @@ async def test_the_connection_itself_begins_the_transaction(running: Running) ->
 
 
 async def test_a_listener_of_the_application_begins_the_transaction(running: Running) -> None:
-    """`SET LOCAL` in `after_begin` may be sent below SQLAlchemy, so nothing is put off."""
+    """`SET LOCAL` in `after_begin` may be sent below SQLAlchemy, so BEGIN is not delayed."""
     found = []
 
     def set_tenant(_session: Any, _transaction: Any, connection: Any) -> None:
@@ -249,7 +249,7 @@ async def test_a_listener_of_the_application_begins_the_transaction(running: Run
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 async def test_other_isolation_levels_keep_their_transaction(real: Real, level: str) -> None:
-    """There, a second read must see what the first one saw."""
+    """At these levels, a second read must see the same rows as the first."""
     found = []
     async with real.describe(isolation_level=level) as database:
         running = Running(real, database)
@@ -263,7 +263,7 @@ async def test_other_isolation_levels_keep_their_transaction(real: Real, level: 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(True, False), (False, True), (None, False)])
 async def test_autocommit_reads_decides(real: Real, *, wanted: bool | None, expected: bool) -> None:
-    """True at any isolation level, False never, None where nobody can tell."""
+    """True: at each isolation level. False: never. None: only if nobody sees a difference."""
     found = []
     async with real.describe(autocommit_reads=wanted) as database:
         running = Running(real, database)
@@ -277,13 +277,13 @@ async def test_autocommit_reads_decides(real: Real, *, wanted: bool | None, expe
 
 @pytest.mark.parametrize("url", ["sqlite:///x.db", "mysql+asyncmy://u@h/d"])
 def test_autocommit_reads_is_refused_where_it_cannot_work(url: str) -> None:
-    """The error says what to leave out."""
+    """The error says which argument to leave out."""
     with pytest.raises(ConfigurationError, match="Leave out `autocommit_reads=True`"):
         AsyncDatabase(url, autocommit_reads=True)
 
 
 async def test_a_request_that_reads_and_waits_is_not_idle_in_transaction(running: Running) -> None:
-    """Another connection looks at the server meanwhile."""
+    """Another connection checks the server meanwhile."""
     seen = []
 
     async def work(watched: Watched) -> None:
@@ -298,7 +298,7 @@ async def test_a_request_that_reads_and_waits_is_not_idle_in_transaction(running
 
 
 class Base(DeclarativeBase):
-    """Classes of two tables, for what the ORM makes of a SELECT."""
+    """Classes of two tables, for the SELECTs that the ORM makes."""
 
 
 class Parent(Base):
@@ -329,7 +329,7 @@ async def family(running: Running) -> AsyncIterator[None]:
 
 @pytest.mark.usefixtures("family")
 async def test_what_the_orm_loads_is_a_plain_read_too(running: Running) -> None:
-    """Entities, with eager loading by JOIN."""
+    """Entities with eager loading by JOIN."""
     found = []
 
     async def work(watched: Watched) -> None:
@@ -341,7 +341,7 @@ async def test_what_the_orm_loads_is_a_plain_read_too(running: Running) -> None:
 
 
 def test_a_cte_is_on_no_list() -> None:
-    """A construct that is not known is no plain read: the list says what is, not what is not."""
+    """An unknown construct is not a plain read, because the list names the known ones."""
     from asgi_dbsession.session import plain_reads  # noqa: PLC0415
 
     assert CTE not in plain_reads._PLAIN

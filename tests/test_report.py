@@ -1,4 +1,4 @@
-"""Each unit of work that has ended is reported once: how, why, and what it took."""
+"""Each finished unit of work is reported once: its result, its reason and its cost."""
 
 import asyncio
 import gc
@@ -36,17 +36,17 @@ KINDS = ("sqlite", "asyncpg", "psycopg-sync")
 
 
 def outcomes(reports: list[UnitReport]) -> list[tuple[str, str | None]]:
-    """How units ended, and why."""
+    """The results of units and the reasons."""
     return [(each.outcome, each.reason) for each in reports]
 
 
 async def silence(scope: Any, receive: Any, send: Any) -> None:
-    """Do nothing at all."""
+    """Do nothing."""
 
 
 @asynccontextmanager
 async def begun(database: AsyncDatabase[Any] | SyncDatabase[Any]) -> AsyncIterator[Any]:
-    """A unit of its own, whatever the kind; its session, to be executed on in this thread."""
+    """Open a new unit for each kind of database; its session is used in this thread."""
     if isinstance(database, SyncDatabase):
         with database.begin() as session:
             yield session.execute
@@ -71,7 +71,7 @@ async def begun(database: AsyncDatabase[Any] | SyncDatabase[Any]) -> AsyncIterat
 async def test_each_end_is_reported_with_its_reason(
     running: Running, how: str, outcome: str, reason: str | None, error: type[Exception] | None
 ) -> None:
-    """Once, whatever becomes of the request."""
+    """There is one report, for each end of a request."""
     reports: list[UnitReport] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -106,7 +106,7 @@ async def test_each_end_is_reported_with_its_reason(
 async def test_what_an_on_commit_function_does_is_a_unit_of_its_own(
     running: Running, caplog: pytest.LogCaptureFixture, *, fails: bool
 ) -> None:
-    """Reported before the one whose COMMIT it followed, because it ends first."""
+    """The unit of the function ends first, so it is reported first."""
     reports: list[UnitReport] = []
 
     async def follow_up() -> None:
@@ -129,7 +129,7 @@ async def test_what_an_on_commit_function_does_is_a_unit_of_its_own(
 
 
 async def test_a_request_that_asks_for_no_session_is_not_reported(running: Running) -> None:
-    """There is no unit of work to speak of."""
+    """No unit of work was used, so there is no report."""
     reports: list[UnitReport] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -140,7 +140,7 @@ async def test_a_request_that_asks_for_no_session_is_not_reported(running: Runni
 
 
 async def test_cancellation_is_reported(running: Running) -> None:
-    """As what it is: nobody raised it."""
+    """It is reported as cancelled, not as an exception."""
     reports: list[UnitReport] = []
     is_waiting = asyncio.Event()
 
@@ -161,7 +161,7 @@ async def test_cancellation_is_reported(running: Running) -> None:
 
 
 async def test_what_follows_the_response_is_reported_on_its_own(running: Running) -> None:
-    """The response's unit before the start message, the background task's when that has ended."""
+    """The unit of the response comes before the start message, the task's after its end."""
     told: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -186,7 +186,7 @@ async def test_what_follows_the_response_is_reported_on_its_own(running: Running
 
 
 async def test_the_time_that_it_takes_is_told_apart(running: Running) -> None:
-    """Waiting for a connection, having it, and the database at work."""
+    """The report has the waiting time, the holding time, and the working time."""
     reports: list[UnitReport] = []
     asked: list[float] = []
 
@@ -226,7 +226,7 @@ async def test_the_time_that_it_takes_is_told_apart(running: Running) -> None:
 
 
 async def test_waiting_in_vain_counts(running: Running) -> None:
-    """It is what one wants to know most of all."""
+    """A failed wait for a connection is the most important information."""
     reports: list[UnitReport] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -247,14 +247,14 @@ async def test_waiting_in_vain_counts(running: Running) -> None:
 
 
 def here(offset: int = 0) -> str:
-    """The line that calls this, as `file:line`."""
+    """Return the line that calls this function, as `file:line`."""
     frame = inspect.stack()[1]
     return f"{frame.filename}:{frame.lineno + offset}"
 
 
 @pytest.mark.parametrize("ends", ["by another statement", "by the response"])
 async def test_the_longest_idle_stretch_is_placed_in_the_code(running: Running, ends: str) -> None:
-    """By the lines of the application before and after it, however deep SQLAlchemy is below."""
+    """The report names the application's lines before and after, through all SQLAlchemy frames."""
     reports: list[UnitReport] = []
     places: list[str] = []
 
@@ -288,7 +288,7 @@ async def test_the_longest_idle_stretch_is_placed_in_the_code(running: Running, 
 async def test_a_callback_that_raises_breaks_nothing(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is logged."""
+    """The error is logged."""
 
     def fail(report: UnitReport) -> None:
         raise LookupError("no such metric")
@@ -304,7 +304,7 @@ async def test_a_callback_that_raises_breaks_nothing(
 
 
 async def test_a_unit_inside_of_a_request_is_reported_on_its_own(running: Running) -> None:
-    """With the request's scope; the error around it is not its own, and what it did is its own."""
+    """It has the request's scope and its own work; the error around it is not its error."""
     reports: list[UnitReport] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -335,7 +335,7 @@ async def test_a_unit_inside_of_a_request_is_reported_on_its_own(running: Runnin
 
 
 async def test_a_failing_unit_inside_of_a_request_is_reported(running: Running) -> None:
-    """With what it raised, although the request itself succeeds."""
+    """The report has the error of the unit, although the request itself succeeds."""
     reports: list[UnitReport] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -353,7 +353,7 @@ async def test_a_failing_unit_inside_of_a_request_is_reported(running: Running) 
 
 
 async def test_a_socket_is_reported_at_each_end(running: Running) -> None:
-    """Before it sends and before it waits; what a refusal undoes has the status for a reason."""
+    """A report comes before each send and each wait; a refused work has the reason `status`."""
     reports: list[UnitReport] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -370,7 +370,7 @@ async def test_a_socket_is_reported_at_each_end(running: Running) -> None:
 
 
 async def test_a_commit_that_fails_after_another_shows_in_the_report(tmp_path: Path) -> None:
-    """The one case in which half is stored says which half."""
+    """If only a part was stored, the report says which part."""
     reports: list[UnitReport] = []
     first = real_database("sqlite", tmp_path)
     second = real_database("asyncpg", tmp_path)
@@ -390,7 +390,7 @@ async def test_a_commit_that_fails_after_another_shows_in_the_report(tmp_path: P
 
 
 async def test_nothing_listens_unless_a_report_is_wanted(running: Running) -> None:
-    """To the engine, or to a session: who wants no reports pays nothing for them."""
+    """No listener is added to an engine or a session, so there is no cost without reports."""
     plain = running.database
     async with running.real.describe() as measured:
         for database, count in ((plain, 0), (measured, 1)):
@@ -407,7 +407,7 @@ async def test_nothing_listens_unless_a_report_is_wanted(running: Running) -> No
 
 
 async def test_one_of_two_middlewares_that_share_a_database_may_report(running: Running) -> None:
-    """Each knows its own requests alone; an engine of yours, and one that runs already, too."""
+    """Each middleware reports its own requests, also with `from_engine` and running databases."""
     reports: list[UnitReport] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -426,7 +426,7 @@ async def test_one_of_two_middlewares_that_share_a_database_may_report(running: 
 
 
 async def test_requests_at_once_are_told_apart(running: Running) -> None:
-    """Each has its own statements, also where they take turns on few connections."""
+    """Each report has its own statements, although the requests share few connections."""
     reports: list[UnitReport] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -444,7 +444,7 @@ async def test_requests_at_once_are_told_apart(running: Running) -> None:
 
 
 async def test_tests_that_are_rolled_back_have_reports_too(running: Running) -> None:
-    """The same as in production."""
+    """A test has the same reports as production."""
     reports: list[UnitReport] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -461,7 +461,7 @@ async def test_tests_that_are_rolled_back_have_reports_too(running: Running) -> 
 
 
 def test_a_coroutine_function_is_refused() -> None:
-    """Nobody would await it."""
+    """Nobody would await the coroutine."""
 
     async def note(report: UnitReport) -> None: ...
 
@@ -470,7 +470,7 @@ def test_a_coroutine_function_is_refused() -> None:
 
 
 async def test_what_goes_to_another_engine_is_no_waiting(running: Running) -> None:
-    """A session may send its SELECTs elsewhere: that is neither counted nor waited for here."""
+    """A session may use another engine for SELECTs, which is not measured."""
     reports: list[UnitReport] = []
     replica: Any = running.real.describe()
     options: dict[str, Any] = {}
@@ -492,7 +492,7 @@ async def test_what_goes_to_another_engine_is_no_waiting(running: Running) -> No
 
 
 async def test_a_session_is_freed_without_the_garbage_collector(running: Running) -> None:
-    """As it is without reports: what a request leaves behind is paid for by later ones."""
+    """The memory is the same as without reports, so later requests are not slower."""
     sessions: list[weakref.ref[Any]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -506,14 +506,14 @@ async def test_a_session_is_freed_without_the_garbage_collector(running: Running
     try:
         for on_report in (None, lambda report: None):
             await get(DBSessionMiddleware(app, running.database, on_report=on_report))
-        # A worker thread may not yet have let go of what it did.
+        # A worker thread may still hold objects.
         await becomes_true(lambda: [each() for each in sessions] == [None, None])
     finally:
         gc.enable()
 
 
 async def test_an_engine_that_is_built_later_is_measured_too(running: Running) -> None:
-    """At startup, and at another one after a shutdown."""
+    """The observer gets the engine at startup, and a new engine after a shutdown."""
     reports: list[UnitReport] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
