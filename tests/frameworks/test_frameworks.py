@@ -344,6 +344,7 @@ async def test_a_streaming_body_writes(framework: Framework, served: Served) -> 
     assert (exchange.status, exchange.body) == (200, b"first\nsecond\n")
     assert seen[0] == (["first", "second"], 0)
     assert seen[-1] == (["first", "second", "exported"], 0)
+    assert {held for _, held in seen} == {0}  # nothing is held while the client reads
 
 
 @in_the_table
