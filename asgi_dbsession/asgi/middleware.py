@@ -178,7 +178,10 @@ class DBSessionMiddleware:
             scope[_KEY] = outer
             # A task that outlives the request must not use the scope of the request.
             unit.scope = None
-        if unit.failure is not None:
+            failure = unit.failure
+            if failure is not None:
+                unit.failure = RuntimeError()  # without the frames of the request
+        if failure is not None:
             if unit.is_answered:
-                raise unit.failure
-            raise AbortRequest(unit.failure) from unit.failure
+                raise failure
+            raise AbortRequest(failure) from failure

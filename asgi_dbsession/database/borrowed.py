@@ -10,6 +10,8 @@ from asgi_dbsession.session.failures import unwatch, watch
 from asgi_dbsession.session.reads import unwatch_reads, watch_reads
 from asgi_dbsession.unit.observer import UnitObserver
 
+from .connecting import connect_as_before, connect_outside
+
 # This lock is an RLock, because the garbage collector may run `_release` during `borrow`.
 _mutex = RLock()
 # For each engine: how many databases own the engine, and how many only borrow it.
@@ -36,6 +38,7 @@ def borrow(engine: Engine, database: object, observers: list[UnitObserver]) -> N
         _users.setdefault(engine, Counter())["borrowers"] += 1
         watch(engine)
         watch_reads(engine)
+        connect_outside(engine)
     finalize(database, _release, engine, observers).atexit = False
 
 
@@ -48,5 +51,6 @@ def _release(engine: Engine, observers: list[UnitObserver]) -> None:
         if not users.total():
             unwatch(engine)
             unwatch_reads(engine)
+            connect_as_before(engine)
             for observer in _observers.pop(engine):
                 observer.engine_left(engine)

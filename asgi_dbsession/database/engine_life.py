@@ -22,6 +22,7 @@ from asgi_dbsession.session.reads import watch_reads
 from asgi_dbsession.unit.observer import UnitObserver
 
 from .borrowed import own
+from .connecting import connect_outside
 from .failures import failure_of, reason_of
 from .forks import inherited_pools, notice_forks
 from .options_in_url import translate_options
@@ -191,6 +192,7 @@ class EngineLife(ABC, Generic[E]):
         own(self._sync_engine(engine))
         self._prepare(self._sync_engine(engine))
         watch_reads(self._sync_engine(engine))
+        connect_outside(self._sync_engine(engine))
         for observer in self._observers:
             observer.engine_used(self._sync_engine(engine))
         return engine

@@ -1,8 +1,10 @@
 """Measures the statements and times of one session."""
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from time import perf_counter
 from typing import Any, Literal, NamedTuple, TypeAlias
+from weakref import ref
 
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -86,7 +88,7 @@ class SessionStats:
     keeps_spans: bool = False
     checkout: "Checkout | None" = None
     asked: float | None = None
-    _settled: tuple[End | None, Tally] = (None, Tally())
+    _settled: tuple[Callable[[], End | None], Tally] = (lambda: None, Tally())
 
     def __init__(self, lock: SessionLock) -> None:
         self.lock: SessionLock = lock
@@ -103,12 +105,14 @@ class SessionStats:
         Each observer that calls this for the same `end` gets the same tally.
         """
         settled_by, tally = self._settled
-        if settled_by is not end:
+        if settled_by() is not end:
             # The session may have waited without success: the pool is full, or the database
             # unreachable.
             self.stop_waiting(now)
             tally = self.tally
-            self._settled = end, tally
+            # A strong reference would make a circle: the error in `end` refers to the request, and
+            # the request to these statistics.
+            self._settled = ref(end), tally
             self.tally = Tally()
         return tally
 

@@ -76,7 +76,7 @@ class WatchedAttempt(RunningAttempt):
 
     def make_final(self) -> None:
         """Forget the conflict, because no attempt can follow."""
-        self.conflict = self.committing = None
+        self.conflict = self.committing = self.stored = None
         self.is_final = True
 
     def record_error(self, error: BaseException | None) -> None:

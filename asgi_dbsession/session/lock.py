@@ -38,7 +38,7 @@ Reason: TypeAlias = Literal[
 ]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class End:
     """One commit or rollback of the work of a unit; it may run in several threads.
 
