@@ -102,12 +102,12 @@ WRITES: dict[str, Callable[[Session], Any]] = {
 }
 
 
-# One that the flush refuses, one that the session refuses, and two for the database.
+# One write that the flush refuses, one that the session refuses, and two that the database refuses.
 OF_EACH_KIND = ("a changed object", "an INSERT", "text", "the connection")
 
 
 async def on_session(running: Running, work: Callable[[Session], Any]) -> Any:
-    """Do something with the session of the request, whatever its kind."""
+    """Run a function with the session of the request, for each kind of database."""
     if isinstance(running.database, SyncDatabase):
         return await to_thread.run_sync(lambda: work(running.database.get_session()))
     return await running.database.get_session().run_sync(work)
@@ -134,7 +134,7 @@ async def serve(running: Running, work: Any, method: str = "GET", **options: Any
 
 @pytest.mark.parametrize("name", WRITES)
 async def test_a_write_is_refused_and_stores_nothing(running: Running, name: str) -> None:
-    """The server gets the error, also if the application has caught it."""
+    """The server gets the error, even if the application has caught it."""
     before, raised = kept(running.real), []
 
     async def work() -> None:
@@ -158,7 +158,7 @@ async def test_a_write_is_refused_and_stores_nothing(running: Running, name: str
 
 @pytest.mark.parametrize("name", UNFLUSHED)
 async def test_what_was_never_flushed_fails_the_request_too(running: Running, name: str) -> None:
-    """Such as a GET that blanks a password on the object that it shows."""
+    """For example, a GET handler that clears the password of the shown object."""
     before = kept(running.real)
 
     lifts = iter((False, True))
@@ -177,7 +177,7 @@ async def test_what_was_never_flushed_fails_the_request_too(running: Running, na
 
 
 async def test_the_next_request_on_the_connection_may_write(real: Real) -> None:
-    """The database is told for one transaction."""
+    """The database refuses writes only in this transaction."""
     async with real.describe(pool_size=1, max_overflow=0) as database:
         running = Running(real, database)
 
@@ -197,7 +197,7 @@ async def test_the_next_request_on_the_connection_may_write(real: Real) -> None:
 
 
 async def test_begin_inside_of_a_request_that_may_only_read_may_write(running: Running) -> None:
-    """It is a unit of its own: for an audit row, say."""
+    """`begin()` in the request is a new unit, for example for an audit row."""
 
     async def work() -> None:
         await running.execute(select(ENTRY))
@@ -214,7 +214,7 @@ async def test_begin_inside_of_a_request_that_may_only_read_may_write(running: R
 
 
 async def test_begin_may_only_read_if_told_so(running: Running) -> None:
-    """Without a request."""
+    """`begin()` works without a request."""
     before = kept(running.real)
     with pytest.raises(ForbiddenWrite, match="note"):
         if isinstance(running.database, SyncDatabase):
@@ -241,7 +241,7 @@ async def test_a_rule_that_decides_nothing_stores_nothing(running: Running, answ
 
 @asynccontextmanager
 async def begun(running: Running, **options: Any) -> AsyncIterator[Any]:
-    """`database.begin()`, and a function that works with its session, of whatever kind."""
+    """Run a function in `database.begin()` with its session, for each kind of database."""
     database = running.database
     if isinstance(database, SyncDatabase):
         with database.begin(**options) as session:
@@ -257,7 +257,7 @@ async def begun(running: Running, **options: Any) -> AsyncIterator[Any]:
 
 @pytest.mark.parametrize("status", [404, 500])
 async def test_a_request_that_rolls_back_is_answered(running: Running, status: int) -> None:
-    """Nothing was to be stored, so nothing is lost."""
+    """The request stores nothing, so nothing is lost."""
     before = kept(running.real)
 
     async def work() -> None:
@@ -269,7 +269,7 @@ async def test_a_request_that_rolls_back_is_answered(running: Running, status: i
 
 
 async def test_objects_that_are_not_changed_may_be_flushed(running: Running) -> None:
-    """An attribute that gets the value that it has is no write, and an expunged object is free."""
+    """Setting the same value is no write, and an expunged object may change."""
     before = kept(running.real)
 
     def work(session: Session) -> None:
@@ -288,7 +288,7 @@ async def test_objects_that_are_not_changed_may_be_flushed(running: Running) -> 
 
 
 async def test_a_savepoint_does_not_lift_it(running: Running) -> None:
-    """The error may be caught around it, and the request fails all the same."""
+    """If the application catches the error, the request fails anyway."""
 
     def work(session: Session) -> None:
         with pytest.raises((ForbiddenWrite, DBAPIError)), session.begin_nested():
@@ -304,7 +304,7 @@ async def test_a_savepoint_does_not_lift_it(running: Running) -> None:
 
 
 async def test_the_stream_and_what_follows_may_only_read_too(running: Running) -> None:
-    """A streaming body goes on with the same session; its error reaches the server."""
+    """A streaming body uses the same session; its error reaches the server."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -318,7 +318,7 @@ async def test_the_stream_and_what_follows_may_only_read_too(running: Running) -
 
 
 async def test_background_work_may_only_read_too(running: Running) -> None:
-    """After the body; the error reaches the server."""
+    """The error comes after the body, and reaches the server."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await respond(send)
@@ -332,7 +332,7 @@ async def test_background_work_may_only_read_too(running: Running) -> None:
 async def test_functions_of_on_commit_may_only_read_too(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What one of them tried is logged, as any error of theirs."""
+    """A write of an `on_commit` function is logged, like any of its errors."""
     called = []
 
     async def follow() -> None:
@@ -353,7 +353,7 @@ async def test_functions_of_on_commit_may_only_read_too(
 async def test_whoever_joins_a_unit_that_may_only_read_may_only_read(
     running: Running, *, inner: bool
 ) -> None:
-    """`begin(join=True)` is a part of the unit."""
+    """`begin(join=True)` belongs to the unit."""
     kept(running.real)
 
     async def work() -> None:
@@ -373,7 +373,7 @@ async def test_whoever_joins_a_unit_that_may_only_read_may_only_read(
 async def test_a_block_that_may_only_read_in_a_unit_that_may_write(
     running: Running, name: str
 ) -> None:
-    """It stores nothing, raises, and leaves the work around it alone."""
+    """The block stores nothing, raises, and does not affect the outer work."""
     if name.startswith(("text", "the conn")) and not running.real.is_postgresql:
         pytest.skip("only PostgreSQL has savepoints that are read-only")
     kept(running.real)
@@ -388,7 +388,7 @@ async def test_a_block_that_may_only_read_in_a_unit_that_may_write(
 
 
 async def test_a_block_that_catches_its_error_raises_it_at_its_end(running: Running) -> None:
-    """And the unit around it may then be committed."""
+    """The outer unit may be committed afterwards."""
 
     def write(session: Session) -> None:
         with pytest.raises(ForbiddenWrite):
@@ -404,7 +404,7 @@ async def test_a_block_that_catches_its_error_raises_it_at_its_end(running: Runn
 
 @pytest.mark.parametrize("allows", ["outer", "inner", "neither"])
 async def test_nested_middlewares_each_decide_for_their_own(running: Running, allows: str) -> None:
-    """A database stays with the outermost one, which then must know of it."""
+    """The outermost middleware manages the database, so it must have the rule too."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await on_session(running, add)
@@ -424,7 +424,7 @@ async def test_nested_middlewares_each_decide_for_their_own(running: Running, al
 
 
 async def test_a_web_socket_has_no_method_that_is_safe(running: Running) -> None:
-    """But a rule of the application's own may decide otherwise."""
+    """A rule of the application may decide otherwise."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -443,13 +443,13 @@ async def test_a_web_socket_has_no_method_that_is_safe(running: Running) -> None
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "TRACE", "POST", "QUERY", "get"])
 def test_safe_methods_are_those_of_the_standard(method: str) -> None:
-    """RFC 9110, section 9.2.1; the names of methods have a case."""
+    """RFC 9110, section 9.2.1; names of methods are case-sensitive."""
     is_safe = method in ("GET", "HEAD", "OPTIONS", "TRACE")
     assert safe_methods({"type": "http", "method": method}) is is_safe
 
 
 async def test_no_answer_is_made_of_it(running: Running) -> None:
-    """It is a mistake of the application: nothing hides it, and no retry helps."""
+    """A write is a mistake of the application: it is not hidden, and a retry does not help."""
     called = []
 
     async def work() -> None:
@@ -463,7 +463,7 @@ async def test_no_answer_is_made_of_it(running: Running) -> None:
 
 
 async def test_the_report_says_so(running: Running) -> None:
-    """For each unit of work."""
+    """The report of each unit of work shows if the unit may only read."""
     reports: list[UnitReport] = []
 
     async def work() -> None:
@@ -487,7 +487,7 @@ def work_of(running: Running) -> Any:
 
 @pytest.mark.parametrize("name", OF_EACH_KIND)
 async def test_rolled_back_refuses_too(real: Real, name: str) -> None:
-    """Where all share one connection; and `begin()` inside may write."""
+    """All sessions share one connection there; a `begin()` inside may write."""
     if real.is_mariadb and name.startswith(("text", "the conn")):
         pytest.skip("MariaDB has no savepoints that are read-only")
     kept(real)
@@ -515,7 +515,7 @@ async def test_rolled_back_refuses_too(real: Real, name: str) -> None:
 
 @pytest.mark.parametrize("kinds", ["asyncpg + psycopg", "sqlite + asyncpg"])
 async def test_several_databases_may_only_be_read(kinds: str, tmp_path: Path) -> None:
-    """One that was written to fails the request, and none of them stores anything."""
+    """A write to one database fails the request, and no database stores anything."""
     async with several_databases(kinds, tmp_path) as several:
         two_phase = "sqlite" not in kinds
 

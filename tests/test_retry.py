@@ -1,4 +1,4 @@
-"""A request that lost a race in the database is run again, as if it had never been run."""
+"""Tests that a request with a conflict in the database runs again, as if for the first time."""
 
 import asyncio
 import gc
@@ -37,7 +37,7 @@ KINDS = ("asyncpg", "psycopg", "psycopg-sync", "asyncmy", "pymysql-sync")
 
 
 async def lose(running: Running, state: str = "40001", number: int = 1213) -> None:
-    """Have the server refuse a statement as if another transaction had won."""
+    """Let the server refuse a statement, as after a conflict with another transaction."""
     if running.real.is_mariadb:
         refuse = f"SIGNAL SQLSTATE '{state}' SET MYSQL_ERRNO = {number}, MESSAGE_TEXT = 'lost'"
     else:
@@ -46,7 +46,7 @@ async def lose(running: Running, state: str = "40001", number: int = 1213) -> No
 
 
 class Race:
-    """A handler that writes a row, and loses its first races.
+    """A handler that writes a row, and meets a conflict in its first attempts.
 
     Args:
         running: Where.
@@ -69,7 +69,7 @@ class Race:
         await respond(send, 201)
 
     async def answered(self, scope: Any, receive: Any, send: Any) -> None:
-        """The same in a framework that answers every error itself."""
+        """The handler in a framework that answers every error itself."""
         try:
             await self(scope, receive, send)
         except Exception as error:
@@ -78,7 +78,7 @@ class Race:
 
 @pytest.fixture
 async def postgresql(tmp_path: Path) -> AsyncIterator[Running]:
-    """One kind of database is enough for what has nothing to do with databases."""
+    """Tests without a relation to a kind of database use one kind."""
     real = real_database("asyncpg", tmp_path)
     async with real.describe() as database:
         yield Running(real, database)
@@ -90,11 +90,11 @@ def ours(app: Any, running: Running, attempts: int = 3, **options: Any) -> DBSes
     return DBSessionMiddleware(app, running.database, attempts=attempts, **options)
 
 
-# What is a lost race, and where it may be lost
+# What is a conflict, and where a conflict may happen
 
 
 async def test_a_lost_race_is_run_again_as_if_it_had_never_been(running: Running) -> None:
-    """What the lost attempts wrote is gone, and the last one is answered."""
+    """Work of failed attempts is not stored, and the last attempt is answered."""
     race = Race(running, losses=2)
     exchange = await get(ours(race, running))
     assert (exchange.status, race.runs, running.stored()) == (201, 3, ["kept"])
@@ -104,7 +104,7 @@ async def test_a_lost_race_is_run_again_as_if_it_had_never_been(running: Running
 async def test_the_last_attempt_reaches_the_client_as_it_is(
     postgresql: Running, answers: bool
 ) -> None:
-    """Its error, or what its framework made of it."""
+    """The server gets the error, or the client gets the response of the framework."""
     race = Race(postgresql, losses=9)
     exchange = await get(ours(race.answered if answers else race, postgresql))
     assert (race.runs, postgresql.stored()) == (3, [])
@@ -117,7 +117,7 @@ async def test_the_last_attempt_reaches_the_client_as_it_is(
 
 @pytest.mark.parametrize("attempts", [1, 2])
 async def test_it_is_a_choice(postgresql: Running, attempts: int) -> None:
-    """Unless told otherwise, a request has a single run."""
+    """By default, a request runs only once."""
     race = Race(postgresql)
     options: dict[str, Any] = {} if attempts == 1 else {"attempts": attempts}
     exchange = await get(DBSessionMiddleware(race, postgresql.database, **options))
@@ -130,7 +130,7 @@ async def test_it_is_a_choice(postgresql: Running, attempts: int) -> None:
         ("40001", 1213, 2),
         ("40P01", 1205, 2),
         ("40000", 1020, 2),
-        ("40003", 1062, 1),  # PostgreSQL: whether COMMIT came through is unknown
+        ("40003", 1062, 1),  # PostgreSQL: the result of COMMIT is unknown
         ("23505", 1048, 1),
         ("57014", 1317, 1),
     ],
@@ -138,7 +138,7 @@ async def test_it_is_a_choice(postgresql: Running, attempts: int) -> None:
 async def test_only_a_lost_race_is_run_again(
     running: Running, state: str, number: int, runs: int
 ) -> None:
-    """By the class of its SQLSTATE, or by its number on MariaDB."""
+    """A conflict is recognized by the class of its SQLSTATE, or by its number on MariaDB."""
     seen = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -155,7 +155,7 @@ async def test_only_a_lost_race_is_run_again(
 @pytest.mark.parametrize("real", ["asyncpg", "psycopg", "psycopg-sync"], indirect=True)
 @pytest.mark.parametrize("attempts", [1, 3])
 async def test_a_migration_under_running_code_is_run_again(running: Running, attempts: int) -> None:
-    """A column that a prepared statement returns has changed; the work is done once."""
+    """The type of a column in a prepared statement has changed; the work is done once."""
     reader, runs = running.real.reader, []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -168,7 +168,7 @@ async def test_a_migration_under_running_code_is_run_again(running: Running, att
     with reader.begin() as connection:
         connection.execute(text("DROP TABLE IF EXISTS migrated"))
         connection.execute(text("CREATE TABLE migrated AS SELECT 1::integer AS amount"))
-    for number in range(10):  # psycopg prepares what it has executed often
+    for number in range(10):  # psycopg prepares frequent statements
         assert (await get(served, f"/{number}")).status == 200
     with reader.begin() as connection:
         connection.execute(text("ALTER TABLE migrated ALTER amount TYPE text"))
@@ -176,7 +176,7 @@ async def test_a_migration_under_running_code_is_run_again(running: Running, att
     with reader.begin() as connection:
         connection.execute(text("DROP TABLE migrated"))
     if attempts == 1:
-        assert "plan" in str(exchange.error)  # each driver has a text of its own
+        assert "plan" in str(exchange.error)  # each driver has its own text
         assert (runs.count("/after"), running.stored().count("/after")) == (1, 0)
     else:
         assert (exchange.status, exchange.body) == (200, b"1"), repr(exchange.error)
@@ -184,7 +184,7 @@ async def test_a_migration_under_running_code_is_run_again(running: Running, att
 
 
 async def lose_at_commit(running: Running) -> None:
-    """Read what another transaction writes, and write what it has read."""
+    """Read rows that another transaction writes, and write rows that it has read."""
     count = select(func.count()).select_from(ENTRY)
     await running.execute(count)
     await running.write("mine")
@@ -197,7 +197,7 @@ async def lose_at_commit(running: Running) -> None:
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "psycopg-sync"])
 async def test_a_race_that_only_commit_can_lose_is_run_again(driver: str, tmp_path: Path) -> None:
-    """PostgreSQL finds out at COMMIT; `on_commit_error` is not asked, functions run once."""
+    """PostgreSQL reports it at COMMIT; `on_commit_error` is not called, functions run once."""
     real = real_database(driver, tmp_path)
     runs, asked, called = [], [], []
 
@@ -223,7 +223,7 @@ async def test_a_race_that_only_commit_can_lose_is_run_again(driver: str, tmp_pa
 
 
 async def test_on_commit_error_answers_the_last_attempt(tmp_path: Path) -> None:
-    """It is asked once, and its response is sent."""
+    """`on_commit_error` is called once, and its response is sent."""
     real = real_database("asyncpg", tmp_path)
     asked = []
 
@@ -248,7 +248,7 @@ async def test_on_commit_error_answers_the_last_attempt(tmp_path: Path) -> None:
 async def test_an_error_that_is_swallowed_is_run_again_where_it_cost_the_work(
     running: Running,
 ) -> None:
-    """A success that COMMIT refuses is none; at the last attempt the server hears why."""
+    """A success that COMMIT refuses is not sent; the last attempt raises the error."""
     runs = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -268,7 +268,7 @@ async def test_an_error_that_is_swallowed_is_run_again_where_it_cost_the_work(
 async def test_a_handler_that_gets_over_it_is_not_run_again(
     postgresql: Running, writes: bool
 ) -> None:
-    """Its success is sent, whether it wrote anything or not."""
+    """A success response is sent, with or without a write."""
     race = Race(postgresql)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -283,7 +283,7 @@ async def test_a_handler_that_gets_over_it_is_not_run_again(
     assert (race.runs, postgresql.stored()) == (1, ["later"] if writes else [])
 
 
-# When it is not run again
+# When a request does not run again
 
 
 async def commit(stack: AsyncExitStack, running: Running) -> None:
@@ -334,7 +334,7 @@ async def commit_on_engine(stack: AsyncExitStack, running: Running) -> None:
 async def test_never_after_the_handler_committed(
     postgresql: Running, work: Callable[..., Any], answers: bool
 ) -> None:
-    """Or that would be done twice."""
+    """Otherwise the committed work would be done twice."""
     race, runs = Race(postgresql, losses=9), []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -354,7 +354,7 @@ async def test_never_after_the_handler_committed(
 
 
 async def test_a_commit_of_the_handlers_that_lost_is_run_again(tmp_path: Path) -> None:
-    """Nothing was stored by it; and what it then stores is there once."""
+    """The failed COMMIT has stored nothing; later work is stored once."""
     real = real_database("asyncpg", tmp_path)
     runs = []
 
@@ -377,7 +377,7 @@ async def test_a_commit_of_the_handlers_that_lost_is_run_again(tmp_path: Path) -
 async def test_never_where_each_statement_is_stored_at_once(
     postgresql: Running, of_engine: bool
 ) -> None:
-    """AUTOCOMMIT, of the engine or of the request's connection, leaves nothing to begin again."""
+    """AUTOCOMMIT of the engine or connection has stored the work, so no retry is possible."""
     race = Race(postgresql, losses=9)
     level: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
 
@@ -397,7 +397,7 @@ async def test_never_where_each_statement_is_stored_at_once(
 async def test_a_commit_on_an_engine_that_no_database_has_is_done_again(
     postgresql: Running,
 ) -> None:
-    """It is outside of what a request undoes, as a mail is."""
+    """A rollback of the request does not affect this work, like a sent mail."""
     race = Race(postgresql)
     engine = create_async_engine(postgresql.real.url)
 
@@ -416,7 +416,7 @@ async def test_a_commit_on_an_engine_that_no_database_has_is_done_again(
 async def test_however_often_a_request_commits_it_keeps_no_connections(
     postgresql: Running, answered: bool
 ) -> None:
-    """One at the most, before its answer; none in a stream without end, or a task it leaves."""
+    """At most one attempt is kept until its answer; streams and later tasks keep none."""
     kept = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -438,7 +438,7 @@ async def test_however_often_a_request_commits_it_keeps_no_connections(
 
 
 async def test_a_savepoint_that_was_released_is_no_commit(postgresql: Running) -> None:
-    """A savepoint commits nothing: what it holds is lost with the race, and done again."""
+    """A savepoint commits nothing: a conflict rolls its work back, and the retry does it again."""
     race = Race(postgresql)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -453,7 +453,7 @@ async def test_a_savepoint_that_was_released_is_no_commit(postgresql: Running) -
 
 @pytest.mark.parametrize("answers", [False, True])
 async def test_never_when_it_was_cancelled(postgresql: Running, answers: bool) -> None:
-    """Also when its framework took that for an error, or the pause is what is cancelled."""
+    """Also if the framework took the cancellation for an error, or during the pause."""
     race = Race(postgresql, losses=9)
     lost = asyncio.Event()
 
@@ -481,7 +481,7 @@ async def test_never_when_it_was_cancelled(postgresql: Running, answers: bool) -
 async def test_a_cancelled_pause_ends_the_request(
     postgresql: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is no other run, and nothing is left of the first."""
+    """There is no further attempt, and nothing of the first attempt is stored."""
     race = Race(postgresql, losses=9)
     pausing = asyncio.Event()
 
@@ -504,7 +504,7 @@ async def test_a_cancelled_pause_ends_the_request(
 async def test_something_cancelled_that_is_the_applications_own_reaches_the_server(
     postgresql: Running, losses: int
 ) -> None:
-    """In whatever run: nobody cancelled the request, and nobody answered it."""
+    """In each attempt: the request was not cancelled, and not answered."""
     race = Race(postgresql, losses)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -520,7 +520,7 @@ async def test_something_cancelled_that_is_the_applications_own_reaches_the_serv
 
 @pytest.mark.parametrize("by", ["task", "scope"])
 async def test_another_attempt_can_be_cancelled_too(postgresql: Running, by: str) -> None:
-    """By its server, or by a time limit of middleware further out, which then is the one to end."""
+    """The request is cancelled by its server, or by a time limit of outer middleware."""
     race = Race(postgresql)
     waiting = asyncio.Event()
     ended: list[bool] = []
@@ -552,7 +552,7 @@ async def test_another_attempt_can_be_cancelled_too(postgresql: Running, by: str
 async def test_pauses_are_short_and_random(
     postgresql: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They double, up to a second, with no connection held meanwhile."""
+    """The pauses double, up to a second, and no connection is held meanwhile."""
     longest = []
 
     def draw(_self: object, _least: float, most: float) -> float:
@@ -566,7 +566,7 @@ async def test_pauses_are_short_and_random(
 
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_never_when_the_client_is_gone(postgresql: Running, when: str) -> None:
-    """Whether that is heard before the lost response would be sent, or while it is withheld."""
+    """The client disconnects before the response of the failed attempt, or while it is withheld."""
     race = Race(postgresql, losses=9)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -583,7 +583,7 @@ async def test_never_when_the_client_is_gone(postgresql: Running, when: str) -> 
 
     exchange = Exchange(ours(app, postgresql))
     exchange.hang_up.set()
-    await exchange.run()  # raises what is no Exception
+    await exchange.run()  # raises an exception that is no `Exception`
     assert (race.runs, exchange.error) == (1, None)
     assert exchange.status == (500 if when == "before" else None)
 
@@ -593,7 +593,7 @@ async def test_never_when_the_client_is_gone(postgresql: Running, when: str) -> 
 async def test_a_response_that_was_withheld_for_nothing_leaves_the_error(
     postgresql: Running, spoils: str, swallows: bool
 ) -> None:
-    """What the application still does may rule out another run; the server then hears why."""
+    """Later work of the application may prevent a retry; the server then gets the error."""
     race = Race(postgresql, losses=9)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -618,7 +618,7 @@ async def test_a_response_that_was_withheld_for_nothing_leaves_the_error(
 
 
 async def test_never_on_a_socket(postgresql: Running) -> None:
-    """What the peer heard cannot be unheard."""
+    """Sent messages cannot be taken back."""
     race = Race(postgresql, losses=9)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -631,7 +631,7 @@ async def test_never_on_a_socket(postgresql: Running) -> None:
 
 @pytest.mark.parametrize("kind", ["http.response.early_hint", "http.response.push"])
 async def test_never_after_anything_was_sent(postgresql: Running, kind: str) -> None:
-    """Early hints and the like are something."""
+    """Early hints are sent messages too."""
     race = Race(postgresql, losses=9)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -643,7 +643,7 @@ async def test_never_after_anything_was_sent(postgresql: Running, kind: str) -> 
 
 
 async def test_a_race_lost_after_the_start_is_the_servers_to_hear(postgresql: Running) -> None:
-    """A streaming body cannot be begun again; one that was lost before its start is."""
+    """A started stream cannot be retried; a conflict before its start can."""
     race = Race(postgresql, losses=2)
 
     async def stream(request: Request) -> Response:
@@ -664,7 +664,7 @@ async def test_a_race_lost_after_the_start_is_the_servers_to_hear(postgresql: Ru
 
 
 async def test_background_work_of_a_lost_attempt_never_runs(postgresql: Running) -> None:
-    """Not that of the response which COMMIT refused, nor that of an error's."""
+    """The background task of a withheld response does not run."""
     race = Race(postgresql)
     done: list[Any] = []
 
@@ -680,11 +680,11 @@ async def test_background_work_of_a_lost_attempt_never_runs(postgresql: Running)
     assert done == [2]
 
 
-# What another attempt begins with
+# The state at the start of a retry
 
 
 class Sender:
-    """A client whose body comes in many messages."""
+    """A client that sends its body in many messages."""
 
     def __init__(self, *parts: bytes) -> None:
         self.parts = list(parts)
@@ -717,7 +717,7 @@ async def read(receive: Any, messages: int = 99) -> bytes:
 
 @pytest.mark.parametrize("at_first", [0, 1, 3, 99])
 async def test_each_attempt_receives_the_whole_body(postgresql: Running, at_first: int) -> None:
-    """In however many messages it came, and however much of it the first one had read."""
+    """The body is complete in each attempt, for any number of messages and any part read before."""
     race, bodies = Race(postgresql), []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -735,7 +735,7 @@ async def test_each_attempt_receives_the_whole_body(postgresql: Running, at_firs
 async def test_a_body_over_the_limit_is_served_whole_once(
     postgresql: Running, more: int, runs: int
 ) -> None:
-    """One of a byte less is kept, and can be served again."""
+    """A body with one byte less is kept, and the request can run again."""
     race, sizes = Race(postgresql), []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -748,7 +748,7 @@ async def test_a_body_over_the_limit_is_served_whole_once(
 
 
 async def test_another_attempt_hears_of_the_client_that_leaves(postgresql: Running) -> None:
-    """Behind the body that is handed out again, `receive` goes on where it was."""
+    """After the kept body, `receive` continues with new messages."""
     race, heard = Race(postgresql), []
     sender = Sender(b"body")
 
@@ -763,7 +763,7 @@ async def test_another_attempt_hears_of_the_client_that_leaves(postgresql: Runni
 
 
 async def test_what_listens_for_the_client_may_be_cut_off(postgresql: Running) -> None:
-    """A framework that waits for the client to leave does so in each attempt."""
+    """A framework that waits for a disconnect does so in each attempt."""
     race, bodies = Race(postgresql), []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -783,7 +783,7 @@ async def test_what_listens_for_the_client_may_be_cut_off(postgresql: Running) -
 
 
 async def test_each_attempt_has_the_scope_as_it_came(postgresql: Running) -> None:
-    """Whatever it changes there; middleware further out sees what the last one made of it."""
+    """Each attempt gets the original scope; outer middleware sees the scope of the last attempt."""
     race, seen = Race(postgresql), []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -812,7 +812,7 @@ current_user: ContextVar[str | None] = ContextVar("current_user", default=None)
 
 
 async def test_each_attempt_has_the_context_as_it_came(postgresql: Running) -> None:
-    """Nothing that the one before put there: an object of a session that is closed, say."""
+    """No entry of the previous attempt stays, for example an object of a closed session."""
     race, seen = Race(postgresql, losses=2), []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -827,7 +827,7 @@ async def test_each_attempt_has_the_context_as_it_came(postgresql: Running) -> N
 
 
 async def test_each_attempt_has_a_session_and_a_say_of_its_own(postgresql: Running) -> None:
-    """`set_rollback` and `on_commit` of a lost one are forgotten."""
+    """`set_rollback` and `on_commit` of a failed attempt have no effect."""
     race, sessions, called = Race(postgresql), [], []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -842,13 +842,13 @@ async def test_each_attempt_has_a_session_and_a_say_of_its_own(postgresql: Runni
     assert (postgresql.stored(), called) == (["kept"], ["called"])
 
 
-# Among other middleware
+# Together with other middleware
 
 
 async def test_an_application_that_is_replaced_is_the_one_that_is_served(
     postgresql: Running,
 ) -> None:
-    """Instrumentation puts its own around `middleware.app` once the middleware is made."""
+    """Instrumentation replaces `middleware.app` after the middleware was made."""
     race, seen = Race(postgresql), []
 
     async def traced(scope: Any, receive: Any, send: Any) -> None:
@@ -865,7 +865,7 @@ async def test_an_application_that_is_replaced_is_the_one_that_is_served(
 async def test_the_outermost_middleware_runs_a_mounted_application_again(
     postgresql: Running, tmp_path: Path, shared: bool
 ) -> None:
-    """What the inner one has to say about attempts does not multiply them."""
+    """The `attempts` of an inner middleware do not multiply the attempts."""
     race = Race(postgresql, losses=9)
     database = AsyncDatabase(f"sqlite:///{tmp_path / 'inner.db'}")
 
@@ -884,7 +884,7 @@ async def test_the_outermost_middleware_runs_a_mounted_application_again(
 
 
 async def test_never_after_a_commit_below_a_mount(postgresql: Running, tmp_path: Path) -> None:
-    """Also where the database is one of the inner middleware's own."""
+    """A database that only the inner middleware has is retried too."""
     real = real_database("sqlite", tmp_path)
     race = Race(postgresql, losses=9)
 
@@ -903,7 +903,7 @@ async def test_never_after_a_commit_below_a_mount(postgresql: Running, tmp_path:
 async def test_never_after_one_of_several_databases_was_committed(
     postgresql: Running, tmp_path: Path
 ) -> None:
-    """The first can have been stored when COMMIT of the second loses its race."""
+    """The first database may have committed before the second reports a conflict."""
     real: Real = real_database("sqlite", tmp_path)
     runs = []
 

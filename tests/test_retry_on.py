@@ -1,4 +1,4 @@
-"""`retry_on` says what else is a conflict; handlers, reports and the log know of each attempt."""
+"""Tests `retry_on`, and what handlers, reports and the log know about each attempt."""
 
 import asyncio
 import logging
@@ -33,17 +33,17 @@ LOGGER = "asgi_dbsession"
 
 
 class Conflict(Exception):
-    """What an application raises."""
+    """The exception of an application."""
 
 
 def is_conflict(error: Exception) -> bool:
-    """What an application may count as a conflict."""
+    """Return True for errors that the application counts as a conflict."""
     return "conflict" in str(error)
 
 
 @pytest.fixture
 async def postgresql(tmp_path: Path) -> AsyncIterator[Running]:
-    """One kind of database is enough for what has nothing to do with databases."""
+    """Tests without a relation to a kind of database use one kind."""
     real = real_database("asyncpg", tmp_path)
     async with real.describe() as database:
         yield Running(real, database)
@@ -56,7 +56,7 @@ def ours(app: Any, running: Running, **options: Any) -> DBSessionMiddleware:
 
 
 class Failing:
-    """A handler that writes a row, and then raises in its first runs.
+    """A handler that writes a row, and then raises in its first attempts.
 
     Args:
         running: Where.
@@ -78,14 +78,14 @@ class Failing:
         await respond(send)
 
     async def answered(self, scope: Any, receive: Any, send: Any) -> None:
-        """The same in a framework that answers every error itself."""
+        """The handler in a framework that answers every error itself."""
         try:
             await self(scope, receive, send)
         except Exception:
             await respond(send, 409)
 
 
-# What counts
+# Which errors count
 
 
 @pytest.mark.parametrize("kept", ["raised", "answered"])
@@ -95,7 +95,7 @@ class Failing:
 async def test_an_error_of_the_applications_own_is_retried(
     running: Running, retry_on: Any, kept: str
 ) -> None:
-    """Whether it rises to the middleware, or the framework answers it."""
+    """The error is raised to the middleware, or the framework answers it."""
     failing = Failing(running, Conflict("a conflict"))
     app = failing if kept == "raised" else failing.answered
     exchange = await get(ours(app, running, retry_on=retry_on))
@@ -105,7 +105,7 @@ async def test_an_error_of_the_applications_own_is_retried(
 
 
 async def test_other_errors_are_not_retried(postgresql: Running) -> None:
-    """Only what the rule says, and what the database calls a conflict."""
+    """Only errors of the rule and conflicts of the database are retried."""
     failing = Failing(postgresql, ValueError("something else"))
     exchange = await get(ours(failing, postgresql, retry_on=Conflict))
     assert isinstance(exchange.error, ValueError)
@@ -113,7 +113,7 @@ async def test_other_errors_are_not_retried(postgresql: Running) -> None:
 
 
 async def test_the_cause_of_an_error_counts(postgresql: Running) -> None:
-    """Libraries wrap what they catch."""
+    """Libraries wrap the exceptions that they catch."""
     wrapped = RuntimeError("in a library")
     wrapped.__cause__ = Conflict()
     failing = Failing(postgresql, ExceptionGroup("tasks", [wrapped]))
@@ -121,7 +121,7 @@ async def test_the_cause_of_an_error_counts(postgresql: Running) -> None:
 
 
 async def test_the_built_in_conflicts_count_as_well(running: Running) -> None:
-    """`retry_on` adds to them, and replaces none."""
+    """`retry_on` adds errors to the conflicts of the database, and replaces none."""
     runs: list[int] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -138,7 +138,7 @@ async def test_the_built_in_conflicts_count_as_well(running: Running) -> None:
 async def test_an_error_that_the_handler_dealt_with_is_not_retried(
     postgresql: Running, status: int
 ) -> None:
-    """Neither where it answers a success, nor where it answers after its `except` has ended."""
+    """A success response is sent, and so is a response after the `except` block has ended."""
     failing = Failing(postgresql, Conflict())
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -153,7 +153,7 @@ async def test_an_error_that_the_handler_dealt_with_is_not_retried(
 
 
 async def test_the_last_attempt_is_answered_as_it_is(postgresql: Running) -> None:
-    """By the exception handler of the framework, once all attempts are spent."""
+    """The exception handler of the framework answers after the last attempt."""
     app = FastAPI()
     attempts: list[Attempt] = []
     app.add_middleware(
@@ -177,7 +177,7 @@ async def test_the_last_attempt_is_answered_as_it_is(postgresql: Running) -> Non
 
 
 async def test_a_stale_version_at_the_flush_is_retried(postgresql: Running) -> None:
-    """`StaleDataError` comes from SQLAlchemy alone, also from the flush before COMMIT."""
+    """SQLAlchemy itself raises `StaleDataError`, also in the flush before COMMIT."""
     runs: list[int] = []
 
     def go_stale(session: Any) -> None:
@@ -197,7 +197,7 @@ async def test_a_stale_version_at_the_flush_is_retried(postgresql: Running) -> N
 
 
 async def test_a_get_or_create_that_50_clients_race_ends_with_one_row(running: Running) -> None:
-    """All of them succeed: who loses finds the row of the winner at the next attempt."""
+    """All requests succeed: after a conflict, the retry finds the row of the other request."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         query = select(ENTRY.c.id).where(ENTRY.c.note == "shared")
@@ -212,13 +212,13 @@ async def test_a_get_or_create_that_50_clients_race_ends_with_one_row(running: R
     assert running.stored() == ["shared"]
 
 
-# What the handler, the reports and the log are told
+# What the handler, the reports and the log show
 
 
 async def test_code_outside_of_retries_is_in_the_first_and_last_attempt(
     postgresql: Running,
 ) -> None:
-    """In a script, on a WebSocket, and without `attempts`."""
+    """A script, a WebSocket, and a request without `attempts`."""
     seen: list[Attempt] = [current_attempt()]
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -235,7 +235,7 @@ async def test_code_outside_of_retries_is_in_the_first_and_last_attempt(
 async def test_reports_tell_an_attempt_that_is_repeated_from_the_final_one(
     running: Running, kept: str
 ) -> None:
-    """Whoever counts failures counts those that a client received."""
+    """A count of failures counts only failures that a client received."""
     reports: list[UnitReport] = []
     failing = Failing(running, Conflict(), failures=2)
     app = failing if kept == "raised" else failing.answered
@@ -247,7 +247,7 @@ async def test_reports_tell_an_attempt_that_is_repeated_from_the_final_one(
 async def test_the_report_of_a_lost_last_attempt_says_that_it_was_the_last(
     running: Running,
 ) -> None:
-    """And so does that of an attempt that something forbids to repeat."""
+    """A failed attempt that cannot be retried has the same flag."""
     reports: list[UnitReport] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -267,7 +267,7 @@ async def test_the_report_of_a_lost_last_attempt_says_that_it_was_the_last(
 async def test_each_retry_is_one_line_in_the_log(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With what a client chose escaped; the first attempt is none."""
+    """Text of the client is escaped; the first attempt is not logged."""
     runs: list[int] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -291,7 +291,7 @@ async def test_each_retry_is_one_line_in_the_log(
 async def test_parameters_that_are_hidden_stay_hidden(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """PostgreSQL quotes the values of a row; `hide_parameters` leaves the class of the error."""
+    """PostgreSQL shows values of a row; `hide_parameters` shows only the class of the error."""
     real = real_database("psycopg", tmp_path)
     async with real.describe(hide_parameters=True) as database:
         running = Running(real, database)
@@ -311,7 +311,7 @@ async def test_parameters_that_are_hidden_stay_hidden(
     real.reader.dispose()
 
 
-# What is refused
+# Refused values
 
 
 async def coroutine_function(error: Exception) -> bool:
@@ -329,13 +329,13 @@ async def coroutine_function(error: Exception) -> bool:
     ],
 )
 def test_a_rule_that_cannot_work_is_refused_at_once(options: Any, cure: str) -> None:
-    """When the middleware is made, and not at the first conflict."""
+    """The error is raised when the middleware is made, not at the first conflict."""
     with pytest.raises(ConfigurationError, match=cure):
         DBSessionMiddleware(lambda *_: respond(None), "sqlite://", **{"attempts": 3, **options})
 
 
 async def test_a_rule_that_says_neither_yes_nor_no_is_an_error(postgresql: Running) -> None:
-    """A predicate without `return` would retry nothing, and nobody would know."""
+    """A function without `return` would retry nothing, without a warning."""
     failing = Failing(postgresql, Conflict())
     exchange = await get(ours(failing, postgresql, retry_on=print))
     assert isinstance(exchange.error, ConfigurationError)

@@ -1,4 +1,4 @@
-"""The rooms of the package: imports go in one direction, and the core needs no optional room."""
+"""Tests that imports between the rooms go in one direction, and the core needs no optional room."""
 
 import ast
 import importlib
@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session, session as orm_session
 import asgi_dbsession
 
 HOME = Path(asgi_dbsession.__file__).parent
-# Each imports only from those before it; the optional rooms import no other optional room, but for
-# what shows reports.
+# Each room imports only from rooms before it. Optional rooms import no other optional room, except
+# for the live page, which shows reports.
 CORE = ("types", "errors", "session", "unit", "database", "asgi")
 OPTIONAL = ("retry", "reports", "testing")
 
@@ -27,7 +27,7 @@ def room_of(module: str) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """The rooms that a module imports, those imported in functions left out."""
+    """Return the rooms that a module imports, without imports inside functions."""
     package = ".".join(path.relative_to(HOME.parent).with_suffix("").parts[:-1])
     found = set()
     for node in ast.parse(path.read_text()).body:
@@ -50,7 +50,7 @@ def modules(room: str) -> list[Path]:
 
 @pytest.mark.parametrize("room", CORE)
 def test_a_room_of_the_core_imports_only_from_those_before_it(room: str) -> None:
-    """So there is no circle, and no optional room in the core."""
+    """There is no circle, and no optional room in the core."""
     allowed = set(CORE[: CORE.index(room) + 1])
     for path in modules(room):
         assert imports(path) <= allowed, path
@@ -58,20 +58,20 @@ def test_a_room_of_the_core_imports_only_from_those_before_it(room: str) -> None
 
 @pytest.mark.parametrize("room", OPTIONAL)
 def test_an_optional_room_imports_no_other_optional_room(room: str) -> None:
-    """Each can be left out by itself."""
+    """Each optional room can be removed without the others."""
     for path in modules(room):
         assert imports(path) <= {*CORE, room}, path
 
 
 def test_the_modules_of_a_room_import_each_other_without_a_circle() -> None:
-    """Importing any module first works."""
+    """Any module can be imported first."""
     for path in HOME.rglob("*.py"):
         name = ".".join(path.relative_to(HOME.parent).with_suffix("").parts)
         assert importlib.import_module(name.removesuffix(".__init__"))
 
 
 def test_the_core_alone_imports_no_optional_room() -> None:
-    """A middleware without reports, retries and 503 loads none of the code for them."""
+    """A middleware without reports, retries and 503 does not import their code."""
     code = (
         "import sys\n"
         "from asgi_dbsession import DBSessionMiddleware\n"
@@ -84,7 +84,7 @@ def test_the_core_alone_imports_no_optional_room() -> None:
 
 
 def test_no_file_is_too_long_to_read_at_once() -> None:
-    """At most 250 lines each."""
+    """No file has more than 250 lines."""
     lengths = {path: len(path.read_text().splitlines()) for path in HOME.rglob("*.py")}
     assert {path: length for path, length in lengths.items() if length > 250} == {}
 
@@ -102,7 +102,7 @@ NAMES = {
 
 @pytest.mark.parametrize(("owner", "name"), [(each, n) for each in NAMES for n in NAMES[each]])
 def test_sqlalchemy_still_has_the_private_names_that_are_used(owner: str, name: str) -> None:
-    """If one is missing, `asgi_dbsession/session/_sqlalchemy.py` is the file to change."""
+    """If a name is missing, change `asgi_dbsession/session/_sqlalchemy.py`."""
     engine = create_engine("sqlite://")
     with Session(engine) as session:
         owners = {
@@ -124,7 +124,7 @@ def test_sqlalchemy_still_marks_what_is_prepared() -> None:
 
 
 def test_private_names_of_sqlalchemy_are_in_one_file() -> None:
-    """Everywhere else in the core, SQLAlchemy's public names are enough."""
+    """All other files of the core use only public names of SQLAlchemy."""
     strange = []
     for room in CORE:
         for path in modules(room):

@@ -1,4 +1,4 @@
-"""`run_transaction` does for workers and scripts what `attempts` does for requests."""
+"""Tests `run_transaction`, which retries for workers and scripts."""
 
 import asyncio
 import logging
@@ -32,11 +32,11 @@ POSTGRESQL = pytest.mark.parametrize("real", ["asyncpg", "psycopg-sync"], indire
 
 
 class Conflict(Exception):
-    """What an application raises."""
+    """The exception of an application."""
 
 
 async def run(running: Running, work: Any, *args: Any, **options: Any) -> Any:
-    """Run a function of a session in a transaction, whatever the kind of the database."""
+    """Run a function with a session in a transaction, for each kind of database."""
     database = running.database
     if isinstance(database, AsyncDatabase):
 
@@ -52,7 +52,7 @@ async def run(running: Running, work: Any, *args: Any, **options: Any) -> Any:
 
 
 class Work:
-    """Writes a row, and fails in its first runs.
+    """Writes a row, and fails in its first attempts.
 
     Args:
         error: What it raises; None for a serialization failure that the database reports.
@@ -81,7 +81,7 @@ class Work:
 
 
 def refuse(session: Session) -> None:
-    """Have the server say that another transaction has won."""
+    """Let the server report that another transaction has won."""
     if session.get_bind().dialect.name == "postgresql":
         raising = "DO $$ BEGIN RAISE EXCEPTION 'lost' USING ERRCODE = '40001'; END $$"
     else:
@@ -90,7 +90,7 @@ def refuse(session: Session) -> None:
 
 
 async def test_it_commits_and_returns_what_the_function_returns(running: Running) -> None:
-    """Once, where nothing is in the way, and with the arguments that were given."""
+    """Without a conflict, the function runs once, with the given arguments."""
     work = Work(failures=0)
     assert await run(running, work, "given") == "given"
     assert running.stored() == ["given"]
@@ -99,7 +99,7 @@ async def test_it_commits_and_returns_what_the_function_returns(running: Running
 
 @SERVERS
 async def test_a_conflict_is_run_again_as_if_it_had_never_been(running: Running) -> None:
-    """What the attempts wrote that failed is gone; each has a session of its own."""
+    """Work of failed attempts is rolled back; each attempt has its own session."""
     work = Work(failures=2)
     assert await run(running, work) == "kept"
     assert running.stored() == ["kept"]
@@ -107,7 +107,7 @@ async def test_a_conflict_is_run_again_as_if_it_had_never_been(running: Running)
 
 
 async def test_what_the_application_counts_is_run_again(running: Running) -> None:
-    """An error of its own here; any other error rises at once."""
+    """`retry_on` names one error; any other error is raised at once."""
     assert await run(running, Work(Conflict()), retry_on=Conflict) == "kept"
     other = Work(KeyError())
     with pytest.raises(KeyError):
@@ -118,7 +118,7 @@ async def test_what_the_application_counts_is_run_again(running: Running) -> Non
 
 @SERVERS
 async def test_the_error_of_the_last_attempt_rises_when_all_are_spent(running: Running) -> None:
-    """As it is, and nothing is stored."""
+    """The error is raised unchanged, and nothing is stored."""
     work = Work(failures=9)
     with pytest.raises(DBAPIError, match="lost"):
         await run(running, work, attempts=2)
@@ -128,7 +128,7 @@ async def test_the_error_of_the_last_attempt_rises_when_all_are_spent(running: R
 
 @SERVERS
 async def test_never_again_when_something_else_was_committed_inside(running: Running) -> None:
-    """By the function itself here; it would be done twice."""
+    """After a commit by the function itself, a retry would do this work twice."""
     work = Work(failures=9, commits=True)
     with pytest.raises(DBAPIError, match="lost"):
         await run(running, work)
@@ -139,7 +139,7 @@ async def test_never_again_when_something_else_was_committed_inside(running: Run
 async def test_a_commit_on_another_database_inside_counts_too(
     running: Running, tmp_path: Any
 ) -> None:
-    """Of a `begin()` that the function opened."""
+    """A `begin()` inside the function has committed."""
     other = SyncDatabase(f"sqlite:///{tmp_path}/other.db")
     runs: list[int] = []
 
@@ -157,7 +157,7 @@ async def test_a_commit_on_another_database_inside_counts_too(
 
 @POSTGRESQL
 async def test_a_conflict_that_only_commit_finds_is_run_again(running: Running) -> None:
-    """Under SERIALIZABLE, two transactions that read what the other wrote."""
+    """Under SERIALIZABLE, two transactions each read rows that the other wrote."""
 
     def count(session: Session, name: str) -> None:
         session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
@@ -173,7 +173,7 @@ async def test_a_conflict_that_only_commit_finds_is_run_again(running: Running) 
 async def test_functions_given_to_on_commit_are_those_of_the_last_attempt(
     running: Running,
 ) -> None:
-    """What was given in an attempt that failed is dropped with it."""
+    """Functions given in a failed attempt are dropped."""
     called: list[int] = []
 
     def work(session: Session) -> None:
@@ -188,7 +188,7 @@ async def test_functions_given_to_on_commit_are_those_of_the_last_attempt(
 
 @POSTGRESQL
 async def test_50_workers_that_get_or_create_make_one_row(running: Running) -> None:
-    """All of them succeed."""
+    """All transactions succeed."""
 
     def get_or_create(session: Session) -> int:
         query = select(ENTRY.c.id).where(ENTRY.c.note == "shared")
@@ -206,7 +206,7 @@ async def test_50_workers_that_get_or_create_make_one_row(running: Running) -> N
 async def test_each_retry_is_one_line_in_the_log(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the name of the function."""
+    """The log line has the name of the function."""
     with caplog.at_level(logging.INFO, "asgi_dbsession"):
         await run(running, Work())
     (line,) = [each.getMessage() for each in caplog.records if each.name == "asgi_dbsession"]
@@ -216,7 +216,7 @@ async def test_each_retry_is_one_line_in_the_log(
 
 @SERVERS
 async def test_a_request_around_it_does_not_repeat_what_it_committed(running: Running) -> None:
-    """The conflict of the request comes after a COMMIT that stays."""
+    """The request meets its conflict after a COMMIT that stays."""
     runs: list[int] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -236,7 +236,7 @@ async def test_a_request_around_it_does_not_repeat_what_it_committed(running: Ru
 
 
 async def test_the_wrong_kind_of_function_is_refused(running: Running) -> None:
-    """Nothing of it is stored, and the error says how to write it."""
+    """Nothing is stored, and the error says how to write the function."""
     database: Any = running.database
 
     async def coroutine_function() -> None: ...
@@ -258,7 +258,7 @@ async def test_the_wrong_kind_of_function_is_refused(running: Running) -> None:
 
 @POSTGRESQL
 async def test_a_cancelled_transaction_is_not_run_again(running: Running) -> None:
-    """Whatever the database said before."""
+    """The function is cancelled, after any error of the database."""
     if running.real.is_sync:
         pytest.skip("a thread is not cancelled")
     database: Any = running.database

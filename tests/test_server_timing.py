@@ -1,4 +1,4 @@
-"""Browsers are told what the database had to do for a response."""
+"""Tests the `Server-Timing` header, which tells browsers the time of the database."""
 
 import asyncio
 import gc
@@ -27,14 +27,14 @@ def timed(app: Any, *databases: Any, **options: Any) -> Any:
 
 
 def headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
-    """Those of the response."""
+    """The statements of the response are counted."""
     found: list[tuple[bytes, bytes]] = exchange.messages[0]["headers"]
     return found
 
 
 @pytest.mark.parametrize("attempts", [1, 2])
 async def test_the_header_tells_of_the_response(running: Running, attempts: int) -> None:
-    """Not of what came after it; and the application's own headers stay."""
+    """Later work is not in the header; the application's own headers stay."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.execute(select(ENTRY))
@@ -54,13 +54,13 @@ async def test_the_header_tells_of_the_response(running: Running, attempts: int)
 
 
 async def test_a_response_without_a_session_has_no_header(running: Running) -> None:
-    """There is nothing to tell."""
+    """Without a session there is no header."""
     exchange = await get(timed(lambda _, __, send: respond(send), running.database))
     assert headers(exchange) == []
 
 
 async def test_all_databases_and_units_of_the_request_count(tmp_path: Path) -> None:
-    """Before the response; each statement once."""
+    """Work before the response is counted; each statement counts once."""
     one, two = real_database("sqlite", tmp_path), real_database("asyncpg", tmp_path)
     url = two.url.set(drivername="postgresql+asyncpg")
 
@@ -81,7 +81,7 @@ async def test_all_databases_and_units_of_the_request_count(tmp_path: Path) -> N
 @pytest.mark.parametrize("real", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("starts", [True, False])
 async def test_no_report_is_kept_once_the_header_has_left(running: Running, starts: bool) -> None:
-    """A stream without an end, and a task that outlives its request, cost no more memory."""
+    """An endless stream and a task after its request need no additional memory."""
     reports: list[weakref.ref[UnitReport]] = []
 
     def note(report: UnitReport) -> None:
@@ -117,7 +117,7 @@ async def test_no_report_is_kept_once_the_header_has_left(running: Running, star
 
 
 async def test_other_scopes_pass_untouched(running: Running) -> None:
-    """Sockets have no such header, and a lifespan has none at all."""
+    """WebSockets and lifespans get no header."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":

@@ -1,4 +1,4 @@
-"""Several databases in one request are stored all together, as far as that can be promised."""
+"""Several databases in one request are stored all together, as far as possible."""
 
 import asyncio
 import threading
@@ -47,7 +47,7 @@ async def several(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
 
 async def test_all_are_flushed_and_then_committed_in_order(several: Several) -> None:
-    """Before the client hears of it, each in its turn as declared."""
+    """All databases commit before the response is sent, in declared order."""
     done: list[Any] = []
     for number, running in enumerate(several.each):
         event.listen(engine_of(running), "commit", lambda _, n=number: done.append(("commit", n)))
@@ -81,7 +81,7 @@ async def test_all_are_flushed_and_then_committed_in_order(several: Several) -> 
 async def test_a_flush_that_fails_fails_before_anything_is_stored(
     several: Several, number: int, when: str
 ) -> None:
-    """Whichever of them it is, in whichever part of the request."""
+    """Any of the databases may fail, in any part of the request."""
     done: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -102,7 +102,7 @@ async def test_a_flush_that_fails_fails_before_anything_is_stored(
 
 @pytest.mark.parametrize("end", ["status", "set_rollback", "exception"])
 async def test_all_are_rolled_back_together(several: Several, end: str) -> None:
-    """Whatever decides it."""
+    """All databases are rolled back, for each kind of decision."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await several.write("lost")
@@ -119,7 +119,7 @@ async def test_all_are_rolled_back_together(several: Several, end: str) -> None:
 async def test_a_listener_of_before_commit_has_its_say_before_anything_is_stored(
     several: Several,
 ) -> None:
-    """It is called once, may add what is stored with the rest, and may refuse."""
+    """The listener is called once, may add rows to store, and may refuse."""
     called = []
 
     def note(session: Session, *, path: str) -> None:
@@ -147,7 +147,7 @@ async def test_a_listener_of_before_commit_has_its_say_before_anything_is_stored
 async def test_an_error_that_a_listener_swallows_comes_before_anything_is_stored(
     several: Several,
 ) -> None:
-    """PostgreSQL can store nothing any more, so none of them may."""
+    """PostgreSQL can store nothing any more, so no database may commit."""
     (aborted,) = (each for each in several.each if each.real.is_postgresql)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -164,7 +164,7 @@ async def test_an_error_that_a_listener_swallows_comes_before_anything_is_stored
 async def test_a_listener_that_comes_too_late_for_another_session_is_told(
     tmp_path: Path, kinds: str
 ) -> None:
-    """What is flushed cannot take up more; the error comes before anything is stored."""
+    """Flushed sessions cannot flush again; the error comes before anything is stored."""
     async with several_databases(kinds, tmp_path) as several:
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -180,7 +180,7 @@ async def test_a_listener_that_comes_too_late_for_another_session_is_told(
 
 
 async def test_a_savepoint_that_nobody_closed_is_stored_with_the_rest(several: Several) -> None:
-    """As with one database."""
+    """The functions run as with one database."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await several.write("before")
@@ -194,7 +194,7 @@ async def test_a_savepoint_that_nobody_closed_is_stored_with_the_rest(several: S
 
 
 async def test_a_commit_that_fails_leaves_what_was_committed_before_it(tmp_path: Path) -> None:
-    """This is what remains: those before it stay, those after it are rolled back."""
+    """Without two-phase commit, earlier databases stay committed; later ones are rolled back."""
     done: list[str] = []
     async with several_databases("asyncmy + sqlite + psycopg-sync", tmp_path) as several:
 
@@ -212,7 +212,7 @@ async def test_a_commit_that_fails_leaves_what_was_committed_before_it(tmp_path:
 
 
 async def test_a_function_waits_for_all_that_was_done_before_it(several: Several) -> None:
-    """Where the handler commits one of them by itself, the function still depends on the rest."""
+    """If the handler commits one database itself, the function still waits for the others."""
     done: list[str] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -233,7 +233,7 @@ async def test_a_function_waits_for_all_that_was_done_before_it(several: Several
     ["asyncpg + asyncmy", "sqlite + asyncpg", "psycopg-sync + asyncmy", "pymysql-sync + sqlite"],
 )
 async def test_no_operation_comes_between_flush_and_commit(tmp_path: Path, kinds: str) -> None:
-    """One of another task waits until all is over, and belongs to what follows."""
+    """A function of another task waits until the end, and belongs to later work."""
     between, go = asyncio.Event(), asyncio.Event()
     stored: list[Any] = []
     tasks = []
@@ -274,7 +274,7 @@ async def test_no_operation_comes_between_flush_and_commit(tmp_path: Path, kinds
 async def test_cancelled_at_any_await_it_is_all_or_nothing(
     tmp_path: Path, kinds: str, way: str
 ) -> None:
-    """Every await of a request in turn: stored in both or in none, and nothing is left held."""
+    """A request is cancelled at each await: it is stored in both databases or in none."""
     async with several_databases(kinds, tmp_path) as several:
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -296,7 +296,7 @@ async def test_cancelled_at_any_await_it_is_all_or_nothing(
 
 
 def test_an_end_cancelled_with_its_loop_rolls_all_of_them_back(tmp_path: Path) -> None:
-    """A server that gives up in the middle of a flush leaves no transaction open."""
+    """A server that stops during a flush leaves no transaction open."""
     waiting, first = real_database("asyncpg", tmp_path), real_database("sqlite-sync", tmp_path)
     third = real_database("pymysql-sync", tmp_path)
     reals = (first, waiting, third)
@@ -316,7 +316,7 @@ def test_an_end_cancelled_with_its_loop_rolls_all_of_them_back(tmp_path: Path) -
 
     with waiting.reader.connect() as connection:
         connection.execute(text("LOCK TABLE entry"))
-        asyncio.run(serve())  # cancels what is left, and waits for it
+        asyncio.run(serve())  # cancels the remaining tasks, and waits for them
         assert requests[0].done()
     assert [real.stored() for real in reals] == [[], [], []]
     for database in (databases[0], databases[2]):
@@ -327,7 +327,7 @@ def test_an_end_cancelled_with_its_loop_rolls_all_of_them_back(tmp_path: Path) -
 
 
 def is_blocked(real: Real) -> bool:
-    """Whether someone waits for a lock."""
+    """Return True if a session waits for a lock."""
     with real.reader.connect() as connection:
         return bool(connection.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")))
 
@@ -336,7 +336,7 @@ def is_blocked(real: Real) -> bool:
 async def test_a_race_lost_at_commit_runs_again_unless_another_was_committed(
     tmp_path: Path, kinds: str
 ) -> None:
-    """What is stored on one database must not be stored twice, so then the loss is an error."""
+    """Work that one database has stored must not be repeated, so the conflict is an error."""
     runs = []
     async with several_databases(kinds, tmp_path) as several:
         (sqlite,) = (each for each in several.each if each.real.is_sqlite)
@@ -352,7 +352,8 @@ async def test_a_race_lost_at_commit_runs_again_unless_another_was_committed(
 
         with reader:
             reader.exec_driver_sql("BEGIN")
-            reader.exec_driver_sql("SELECT * FROM entry").all()  # COMMIT has to wait for it
+            # COMMIT has to wait for this transaction.
+            reader.exec_driver_sql("SELECT * FROM entry").all()
             middleware = DBSessionMiddleware(app, *several.databases, attempts=3)
             exchange = await get(middleware)
         if several.each[0] is sqlite:
@@ -368,7 +369,7 @@ async def test_a_race_lost_at_commit_runs_again_unless_another_was_committed(
 async def test_a_thread_may_open_a_session_in_the_middle_of_an_end(
     tmp_path: Path, moment: str
 ) -> None:
-    """The end of those that were open already goes on, and the new one is not left open."""
+    """The COMMIT of the open sessions continues, and the new session does not stay open."""
     opening, ending = threading.Event(), threading.Event()
     opened: list[Future[Session]] = []
 
@@ -382,7 +383,7 @@ async def test_a_thread_may_open_a_session_in_the_middle_of_an_end(
     class Late(Session):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
-            if self.bind is not None:  # else it is only tried out
+            if self.bind is not None:  # the first pass only measures
                 opening.set()
                 assert ending.wait(10)
 
@@ -415,7 +416,7 @@ async def test_a_thread_may_open_a_session_in_the_middle_of_an_end(
 
 
 async def test_one_that_was_not_used_is_left_alone(several: Several) -> None:
-    """No connection, no COMMIT."""
+    """A database without a connection sends no COMMIT."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await several.each[1].execute(ENTRY.insert().values(note="kept"))
@@ -430,7 +431,7 @@ async def test_one_that_was_not_used_is_left_alone(several: Several) -> None:
 
 
 async def test_the_page_shows_what_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its order is in both databases; its other blocks can be pasted, too."""
+    """The order is in both databases; the other blocks of the page work too."""
     monkeypatch.chdir(tmp_path)
     page = Page("docs/how-to/several-databases.md")
     shop = page.run(0)
@@ -449,6 +450,6 @@ async def test_the_page_shows_what_works(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def create_table(engine: Engine, name: str) -> None:
-    """Make it, with one column."""
+    """Make a table with one column."""
     with engine.begin() as connection:
         connection.execute(text(f"CREATE TABLE {name} (item TEXT)"))

@@ -1,4 +1,4 @@
-"""The end of a unit of work never overlaps an operation on its session."""
+"""Tests that the end of a unit of work never overlaps an operation on its session."""
 
 import asyncio
 from threading import Event
@@ -25,7 +25,7 @@ KINDS = WITH_MARIADB
 
 
 def slow(running: Running) -> Any:
-    """A statement that takes a while, so that others can come in between."""
+    """A statement that takes a while, so that another task can run meanwhile."""
     if running.real.is_postgresql:
         return text("SELECT pg_sleep(0.1)")
     if running.real.is_mariadb:
@@ -43,7 +43,7 @@ async def is_in_flight(running: Running) -> None:
 
 
 async def serve_innocent_requests(running: Running, number: int = 100) -> None:
-    """Many requests after the culprit: each must be stored, and none may notice anything."""
+    """Send many requests after the faulty one: each is stored, and none fails."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write(scope["path"])
@@ -61,7 +61,7 @@ async def serve_innocent_requests(running: Running, number: int = 100) -> None:
 async def test_gather_over_one_session_is_refused_and_harms_nobody(
     running: Running, *, warm: bool
 ) -> None:
-    """On a warm pool and on a cold one alike; the error names `database.begin()`."""
+    """A full pool and an empty pool give the same error, which names `database.begin()`."""
     errors: list[BaseException] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -82,7 +82,7 @@ async def test_gather_over_one_session_is_refused_and_harms_nobody(
 
 
 async def test_gather_that_fails_leaves_no_connection_in_a_transaction(running: Running) -> None:
-    """The first error ends the handler while another statement is still in flight."""
+    """The first error ends the handler while another statement still runs."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("lost")
@@ -100,12 +100,12 @@ async def test_gather_that_fails_leaves_no_connection_in_a_transaction(running: 
 async def test_the_end_waits_for_a_statement_that_outlives_its_request(
     running: Running, status: int
 ) -> None:
-    """A detached task finishes its statement, and is told `SessionClosed` soon afterwards."""
+    """A task after its request completes its statement, and then gets `SessionClosed`."""
     tasks = []
 
     async def detached() -> None:
         await running.execute(slow(running))
-        for number in range(1000):  # the first ones may come before the request has ended
+        for number in range(1000):  # the first statements may come before the end of the request
             await running.write(f"late {number}")
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -122,7 +122,7 @@ async def test_the_end_waits_for_a_statement_that_outlives_its_request(
 
 
 async def test_an_operation_that_meets_the_end_waits_for_it(running: Running) -> None:
-    """COMMIT and the statement of another task follow each other, and neither fails."""
+    """COMMIT and the statement of another task run one after the other, and both succeed."""
     committed = asyncio.Event()
     tasks = []
 
@@ -130,7 +130,7 @@ async def test_an_operation_that_meets_the_end_waits_for_it(running: Running) ->
         while not running.database.get_session().in_transaction():
             await asyncio.sleep(0)
         committed.set()
-        # From here on COMMIT is under way at some point; every one of these must wait for it.
+        # From here on COMMIT may run at any moment, and each of these statements must wait for it.
         for number in range(20):
             await running.write(f"other {number}")
 
@@ -150,7 +150,7 @@ async def test_an_operation_that_meets_the_end_waits_for_it(running: Running) ->
 
 @pytest.mark.parametrize("real", ["sqlite", "asyncpg", "asyncmy"], indirect=True)
 async def test_a_close_that_meets_the_end_waits_for_it(running: Running) -> None:
-    """A task that closes the session during COMMIT takes nothing of it away."""
+    """A task that closes the session during COMMIT does not stop the COMMIT."""
     done: list[str] = []
     tasks: list[asyncio.Task[None]] = []
 
@@ -159,7 +159,7 @@ async def test_a_close_that_meets_the_end_waits_for_it(running: Running) -> None
         done.append("closed")
 
     def look(_: object) -> None:
-        # COMMIT is under way: the other task has all the time it needs to get in between.
+        # COMMIT runs now, so the other task has enough time to start its operation.
         tasks.append(asyncio.get_running_loop().create_task(close()))
         await_only(asyncio.sleep(0.1))
         done.append("committed")
@@ -180,7 +180,7 @@ async def test_a_close_that_meets_the_end_waits_for_it(running: Running) -> None
 async def test_a_cancelled_handler_does_not_leave_its_threads_or_tasks_the_session(
     running: Running,
 ) -> None:
-    """What they still do on it is rolled back, and refused from then on."""
+    """Their later operations are rolled back, and then refused."""
     tasks = []
 
     async def child() -> None:
@@ -205,7 +205,7 @@ async def test_a_cancelled_handler_does_not_leave_its_threads_or_tasks_the_sessi
 
 
 async def test_a_commit_never_queues_behind_handlers_for_a_thread(running: Running) -> None:
-    """All threads of the shared pool are taken, by handlers that may well wait for that COMMIT."""
+    """Handlers occupy all threads of the shared pool, and may wait for this COMMIT."""
     if not running.real.is_sync:
         pytest.skip("async sessions need no thread")
     stored = Event()
@@ -232,16 +232,16 @@ async def test_a_commit_never_queues_behind_handlers_for_a_thread(running: Runni
 
 
 class Inner(BaseHTTPMiddleware):
-    """What every `@app.middleware("http")` is: the application runs in a task of its own."""
+    """With `@app.middleware("http")`, the application runs in a separate task."""
 
     async def dispatch(self, request: Request, call_next: Any) -> Response:
-        """Pass on."""
+        """Pass the request on."""
         response: Response = await call_next(request)
         return response
 
 
 def below_base_http_middleware(running: Running, handler: Any) -> Starlette:
-    """An application with a `BaseHTTPMiddleware` between ours and the handler."""
+    """An application with a `BaseHTTPMiddleware` between our middleware and the handler."""
     app = Starlette(routes=[Route("/{path:path}", handler)])
     app.add_middleware(Inner)
     app.add_middleware(DBSessionMiddleware, running.database)
@@ -277,7 +277,7 @@ async def test_a_streaming_body_below_base_http_middleware_is_correct(running: R
 async def test_a_body_that_fails_below_base_http_middleware_is_rolled_back(
     running: Running,
 ) -> None:
-    """Also when that middleware uses the session too, and ends the response all the same."""
+    """The middleware uses the session too, and then ends the response."""
 
     class Authenticating(BaseHTTPMiddleware):
         async def dispatch(self, request: Request, call_next: Any) -> Response:
@@ -298,7 +298,7 @@ async def test_a_body_that_fails_below_base_http_middleware_is_rolled_back(
     app.add_middleware(DBSessionMiddleware, running.database)
     exchange = await get(app)
     assert isinstance(exchange.error, LookupError)
-    if not running.real.is_sync:  # what threads do says nothing of tasks
+    if not running.real.is_sync:  # threads show nothing about tasks
         assert running.stored() == []
 
 
@@ -306,7 +306,7 @@ async def test_a_body_that_fails_below_base_http_middleware_is_rolled_back(
 async def test_a_streaming_response_is_stored_before_its_last_message(
     running: Running, spec_version: str
 ) -> None:
-    """Also where Starlette runs the body in another task than the handler: below ASGI 2.4."""
+    """Below ASGI 2.4, Starlette runs the body in another task than the handler."""
     if running.real.is_sync:
         pytest.skip("what threads do says nothing of tasks")
     seen = []
@@ -328,7 +328,7 @@ async def test_a_streaming_response_is_stored_before_its_last_message(
 async def test_a_background_task_below_base_http_middleware_is_a_whole_unit(
     running: Running,
 ) -> None:
-    """The last body message comes from another task, and must not commit half of its work."""
+    """The last body message comes from another task, and must not commit half of the work."""
     seen = []
 
     async def background() -> None:
@@ -348,7 +348,7 @@ async def test_a_background_task_below_base_http_middleware_is_a_whole_unit(
 
 
 def stream_of_rows(running: Running) -> Any:
-    """Enough rows that reading them takes many fetches."""
+    """Enough rows for many fetches."""
     if running.real.is_postgresql:
         return text("SELECT i, repeat('x', 2000) FROM generate_series(1, 3000) AS i")
     if running.real.is_mariadb:
@@ -360,7 +360,7 @@ def stream_of_rows(running: Running) -> Any:
 
 
 async def test_a_body_that_another_task_ends_commits_nothing_half_done(running: Running) -> None:
-    """Only the task that opened the session can know that its work is whole."""
+    """Only the task that opened the session can know that its work is complete."""
     half, sent = asyncio.Event(), asyncio.Event()
     seen = []
 
@@ -389,7 +389,7 @@ async def test_a_body_that_another_task_ends_commits_nothing_half_done(running: 
 async def test_a_stream_of_rows_that_another_task_reads_cannot_poison_the_pool(
     running: Running, status: int
 ) -> None:
-    """Its fetches bypass the session, so an end may meet one: it may fail, but nothing may leak."""
+    """Its fetches do not use the session, so a COMMIT may break them, but no connection leaks."""
     if running.real.is_sync:
         pytest.skip("only async sessions stream rows")
     tasks = []
@@ -422,7 +422,7 @@ async def test_a_stream_of_rows_that_another_task_reads_cannot_poison_the_pool(
 
 
 async def test_a_stream_of_rows_in_the_body_is_read_to_its_end(running: Running) -> None:
-    """Opened where it is read, it is an export of any size."""
+    """A stream that opens the cursor itself can export any number of rows."""
     if running.real.is_sync:
         pytest.skip("only async sessions stream rows")
 
@@ -440,7 +440,7 @@ async def test_a_stream_of_rows_in_the_body_is_read_to_its_end(running: Running)
 
 
 async def test_savepoints_take_turns_like_statements(running: Running) -> None:
-    """RELEASE SAVEPOINT is an operation too: the end waits for it."""
+    """RELEASE SAVEPOINT is an operation too, so COMMIT waits for it."""
     if running.real.is_sync:
         pytest.skip("a blocking `with` has no place between its statements for another task")
     tasks = []

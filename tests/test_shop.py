@@ -1,4 +1,4 @@
-"""How whoever owns the shop would test it: each test is rolled back, and cleans nothing up."""
+"""Tests the shop as its owner would: each test is rolled back, without cleaning up."""
 
 from collections.abc import Iterator
 from contextlib import chdir
@@ -18,7 +18,7 @@ TEAPOT, CUP, BISCUIT = 1, 2, 3
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """The shop, opened once, in a folder of its own; it makes its tables and fills its shelf."""
+    """The running shop in a temporary folder, with its tables and products."""
     with (
         chdir(tmp_path_factory.mktemp("shop")),
         TestClient(app, raise_server_exceptions=False) as client,
@@ -28,24 +28,24 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 
 @pytest.fixture
 def client(opened: TestClient) -> Iterator[TestClient]:
-    """A customer of it; whatever comes of the visit, in either database, is rolled back."""
+    """A client of the shop; its work in both databases is rolled back."""
     with rolled_back(shop, reports):
         yield opened
 
 
 def order(client: TestClient, product: int, quantity: int = 1, **fields: str) -> Any:
-    """Order, with a card that is approved unless told otherwise."""
+    """Order, by default with a card that is approved."""
     wish = {"product": product, "quantity": quantity, "card": "approved"} | fields
     return client.post("/api/orders", json=wish)
 
 
 def look(client: TestClient) -> dict[str, Any]:
-    """All that the shop tells."""
+    """Return all data of the shop."""
     return {name: client.get(f"/api/{name}").json() for name in ("products", "mails", "sales")}
 
 
 def test_an_order_is_mailed_and_counted(client: TestClient) -> None:
-    """In both databases, as any later request sees."""
+    """Both databases have the order, and any later request sees it."""
     number = order(client, CUP, 2).json()["id"]
     assert client.get("/api/mails").json() == [f"Thank you for order {number}: 2 of Cup."]
     (sale,) = client.get("/api/sales").json()
@@ -54,13 +54,13 @@ def test_an_order_is_mailed_and_counted(client: TestClient) -> None:
 
 @pytest.mark.parametrize("test", ["one", "another"])
 def test_the_last_biscuit_is_there_for_every_test(client: TestClient, test: str) -> None:
-    """The COMMIT of one test does not reach the next."""
+    """The committed work of one test is not visible in the next."""
     assert [order(client, BISCUIT).status_code for _ in range(2)] == [201, 409]
 
 
 @pytest.mark.parametrize(("card", "status"), [("declined", 402), ("crashing", 500)])
 def test_a_card_that_fails_changes_nothing(client: TestClient, card: str, status: int) -> None:
-    """And sends no mail. What was ordered before stays."""
+    """No mail is sent, and earlier orders stay."""
     order(client, TEAPOT)
     before = look(client)
     assert order(client, TEAPOT, card=card).status_code == status
@@ -68,14 +68,14 @@ def test_a_card_that_fails_changes_nothing(client: TestClient, card: str, status
 
 
 def test_an_order_that_is_sent_twice_is_mailed_once(client: TestClient) -> None:
-    """COMMIT refuses the second one here as it does in the open shop."""
+    """COMMIT refuses the second order, as in production."""
     key = str(uuid4())
     assert [order(client, CUP, key=key).status_code for _ in range(2)] == [201, 409]
     assert len(client.get("/api/mails").json()) == 1
 
 
 def test_what_a_test_puts_on_the_shelf_is_sold(client: TestClient) -> None:
-    """Its own session works in the event loop of the application."""
+    """A session of the test works in the event loop of the application."""
 
     async def stock_honey() -> int:
         async with shop.begin() as session:
@@ -90,7 +90,7 @@ def test_what_a_test_puts_on_the_shelf_is_sold(client: TestClient) -> None:
 
 
 def test_lists_and_page_take_the_same_few_statements_for_many_orders(client: TestClient) -> None:
-    """One for each list, four for the page: no order is asked for its product by itself."""
+    """The page needs four SELECTs, one for each list, and none for each order."""
     for product in (TEAPOT, CUP, BISCUIT):
         order(client, product)
     with count_statements(shop, reports, at_most=1):
@@ -100,7 +100,7 @@ def test_lists_and_page_take_the_same_few_statements_for_many_orders(client: Tes
 
 
 def test_an_order_takes_six_statements(client: TestClient) -> None:
-    """Stock, order, payment and sale; then the mail; then the parcel."""
+    """The order is: stock, order, payment and sale; then the mail; then the parcel."""
     with count_statements(shop, reports) as statements:
         assert order(client, TEAPOT).status_code == 201
     firsts = [" ".join(each.split()[:3]).lower() for each in statements]

@@ -1,4 +1,4 @@
-"""What SQLAlchemy and its drivers would lose in silence is said aloud."""
+"""Tests that work which SQLAlchemy and its drivers would lose silently raises an error."""
 
 import asyncio
 from typing import Any
@@ -40,7 +40,7 @@ registry(metadata=METADATA).map_imperatively(Note, ENTRY)
 
 
 async def swallow(running: Running) -> None:
-    """Run a statement that fails, and go on as if it had not."""
+    """Run a statement that fails, and continue after the error."""
     try:
         await running.execute(WRONG)
     except DBAPIError:
@@ -49,7 +49,7 @@ async def swallow(running: Running) -> None:
 
 
 async def test_a_swallowed_error_cannot_turn_commit_into_a_rollback(running: Running) -> None:
-    """PostgreSQL aborts the transaction; others do not, and there the work is stored."""
+    """PostgreSQL aborts the transaction; other databases do not, and store the work."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("before")
@@ -70,7 +70,7 @@ async def test_a_swallowed_error_cannot_turn_commit_into_a_rollback(running: Run
 
 
 async def test_an_error_inside_a_savepoint_may_be_swallowed(running: Running) -> None:
-    """Rolling back to the savepoint heals the transaction around it."""
+    """A rollback to the savepoint makes the outer transaction usable again."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("before")
@@ -92,7 +92,7 @@ async def test_an_error_inside_a_savepoint_may_be_swallowed(running: Running) ->
 
 
 async def test_an_error_may_be_swallowed_after_a_rollback(running: Running) -> None:
-    """A new transaction knows nothing of the errors of the last one."""
+    """A new transaction is not affected by errors of the last one."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("before")
@@ -107,7 +107,7 @@ async def test_an_error_may_be_swallowed_after_a_rollback(running: Running) -> N
 
 
 async def test_an_error_that_harmed_nothing_may_be_swallowed(running: Running) -> None:
-    """The database is asked, not the error: a savepoint made by hand heals the transaction too."""
+    """The database decides: after a savepoint written as SQL, the transaction is usable again."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("before")
@@ -123,7 +123,7 @@ async def test_an_error_that_harmed_nothing_may_be_swallowed(running: Running) -
 
 @pytest.mark.parametrize("real", ["asyncmy", "pymysql-sync"], indirect=True)
 async def test_a_lock_that_mariadb_waits_for_in_vain_may_be_swallowed(running: Running) -> None:
-    """It rolls back that statement alone, so what was done before it is stored."""
+    """MySQL rolls back this statement only, so earlier work is stored."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.execute(text("SET innodb_lock_wait_timeout = 1"))
@@ -144,7 +144,7 @@ async def test_a_lock_that_mariadb_waits_for_in_vain_may_be_swallowed(running: R
 
 
 async def test_an_error_on_the_raw_connection_counts_too(running: Running) -> None:
-    """`session.connection()` is no way around it."""
+    """Work through `session.connection()` is checked too."""
     if running.real.is_sync or not running.real.is_postgresql:
         pytest.skip("only PostgreSQL aborts a transaction; async says it all")
 
@@ -160,7 +160,7 @@ async def test_an_error_on_the_raw_connection_counts_too(running: Running) -> No
 
 
 async def test_a_commit_of_the_handlers_own_is_refused_too(running: Running) -> None:
-    """Wherever COMMIT is called: in the handler, in `begin()`, in a transaction of its own."""
+    """COMMIT is checked in the handler, in `begin()`, and in `session.begin()`."""
     if not running.real.is_postgresql:
         pytest.skip("only PostgreSQL aborts a transaction")
 
@@ -184,11 +184,11 @@ async def test_a_commit_of_the_handlers_own_is_refused_too(running: Running) -> 
 async def test_an_error_that_a_listener_swallows_at_the_end_is_seen_too(
     real: Real, name: str, *, own: bool
 ) -> None:
-    """It comes after everything that a handler did, and nothing but COMMIT itself is later."""
+    """The statement fails after all work of the handler, just before COMMIT."""
 
     def swallow_one(session: Session, *_: Any) -> None:
         if name == "before_commit":
-            session.flush()  # or, on SQLAlchemy 2.0, the flush after it would be refused
+            session.flush()  # otherwise SQLAlchemy 2.0 refuses the flush after it
         with pytest.raises(DBAPIError):
             session.execute(WRONG)
 
@@ -202,7 +202,7 @@ async def test_an_error_that_a_listener_swallows_at_the_end_is_seen_too(
             await running.call("commit")
         await respond(send, 201)
 
-    # Nothing but our own ROLLBACK is between one request and the next.
+    # Only our own ROLLBACK is between one request and the next.
     async with real.describe(pool_size=1, max_overflow=0, pool_reset_on_return=None) as database:
         running = Running(real, database)
         middleware = DBSessionMiddleware(app, database)
@@ -218,7 +218,7 @@ async def test_an_error_that_a_listener_swallows_at_the_end_is_seen_too(
 
 
 async def test_another_engine_of_the_session_is_watched_too(running: Running) -> None:
-    """`binds` and `bind_arguments` bring connections of engines that no database here has."""
+    """`binds` and `bind_arguments` use engines that belong to no database of the package."""
     if not running.real.is_postgresql:
         pytest.skip("only PostgreSQL aborts a transaction")
     other = create_engine(running.real.url.set(drivername="postgresql+psycopg"))
@@ -239,7 +239,7 @@ async def test_another_engine_of_the_session_is_watched_too(running: Running) ->
 
 
 async def test_on_commit_error_hears_of_an_aborted_transaction(running: Running) -> None:
-    """It is a COMMIT that failed, like any other."""
+    """It is handled like any failed COMMIT."""
     if not running.real.is_postgresql:
         pytest.skip("only PostgreSQL aborts a transaction")
 
@@ -258,7 +258,7 @@ async def test_on_commit_error_hears_of_an_aborted_transaction(running: Running)
 
 
 async def test_a_killed_connection_is_an_error_and_not_a_loss(running: Running) -> None:
-    """The server ends the connection before COMMIT: nothing is stored, and nothing was said."""
+    """The server closes the connection before COMMIT: nothing is stored, and no success is sent."""
     if running.real.is_sqlite:
         pytest.skip("SQLite has no server")
 
@@ -276,7 +276,7 @@ async def test_a_killed_connection_is_an_error_and_not_a_loss(running: Running) 
 
 @pytest.mark.parametrize("real", ["asyncpg"], indirect=True)
 async def test_a_commit_that_is_never_answered_costs_only_its_own_connection(real: Real) -> None:
-    """The other connections of the pool serve the next requests; nobody has to connect again."""
+    """The next requests use other connections of the pool, and need no new connection."""
     backend = text("SELECT pg_backend_pid()")
     pids: dict[str, int] = {}
     sleeping: list[asyncio.Task[object]] = []
@@ -285,11 +285,11 @@ async def test_a_commit_that_is_never_answered_costs_only_its_own_connection(rea
         session = get_session()
         pids[scope["path"]] = await session.scalar(backend)
         if scope["path"] == "/unanswered":
-            async with database.begin() as other:  # so that the pool has two connections
+            async with database.begin() as other:  # the pool then has two connections
                 pids["/idle"] = await other.scalar(backend)
             await session.execute(ENTRY.insert().values(note="lost"))
             raw: Any = await (await session.connection()).get_raw_connection()
-            # A driver that is busy does not even send COMMIT.
+            # A busy driver does not send COMMIT.
             sleeping.append(asyncio.create_task(raw.driver_connection.fetch("SELECT pg_sleep(30)")))
             await asyncio.sleep(0.1)
         await respond(send)
@@ -307,7 +307,7 @@ async def test_a_commit_that_is_never_answered_costs_only_its_own_connection(rea
 
 
 async def test_what_was_added_and_never_flushed_is_stored(running: Running) -> None:
-    """`session.add()` alone is work; so is a Core statement alone."""
+    """`session.add()` alone is work, and a Core statement alone is work."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         running.database.get_session().add(Note(note="orm"))
@@ -325,7 +325,7 @@ PART = {"type": "http.response.body", "body": b"part", "more_body": True}
 async def test_an_object_added_after_a_response_was_cut_short_is_named_in_the_log(
     running: Running, caplog: pytest.LogCaptureFixture, ended: str
 ) -> None:
-    """As in `finally` of a stream whose client has left; the log names `begin()`."""
+    """For example in `finally` of a stream after a disconnect; the log names `begin()`."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send(START if scope["type"] == "http" else {"type": "websocket.accept"})
@@ -351,7 +351,7 @@ async def test_an_object_added_after_a_response_was_cut_short_is_named_in_the_lo
 async def test_a_log_line_about_lost_objects_is_no_false_alarm(
     running: Running, caplog: pytest.LogCaptureFixture, case: str
 ) -> None:
-    """Nothing is logged where the work was stored, nothing was changed, or an error is raised."""
+    """Nothing is logged if the work was stored, nothing was changed, or an error is raised."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if case != "no response":
@@ -392,7 +392,7 @@ async def test_what_was_added_is_seen_by_the_next_statement(running: Running) ->
 async def test_a_session_that_the_application_closes_does_not_lose_its_work_in_silence(
     running: Running, status: int
 ) -> None:
-    """`async with get_session():` would roll back, and a success would be sent for nothing."""
+    """`async with get_session():` would roll back, but a success would be sent."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         session: Any = running.database.get_session()
@@ -412,7 +412,7 @@ async def test_a_session_that_the_application_closes_does_not_lose_its_work_in_s
 
 
 async def test_a_session_without_work_may_be_closed_and_used_again(running: Running) -> None:
-    """Closing gives nothing back that `commit()` has not given back already."""
+    """`close()` releases nothing that `commit()` has not released already."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.call("close")
@@ -429,7 +429,7 @@ async def test_a_session_without_work_may_be_closed_and_used_again(running: Runn
 
 @pytest.mark.parametrize("real", ["sqlite", "psycopg-sync"], indirect=True)
 async def test_a_session_that_is_closed_lets_go_of_its_objects(running: Running) -> None:
-    """What was loaded before belongs to no session, and is loaded anew by the next statement."""
+    """Loaded objects belong to no session any more, and the next statement loads them again."""
     kept: list[bool] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -449,7 +449,7 @@ async def test_a_session_that_is_closed_lets_go_of_its_objects(running: Running)
 async def test_an_object_added_in_a_thread_to_a_session_of_tasks_is_refused(
     running: Running,
 ) -> None:
-    """The error names the class for handlers that are written with `def`."""
+    """The error names the class to use in `def` handlers."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         session: Any = running.database.get_session()

@@ -1,4 +1,4 @@
-"""The documentation is built without a warning, and leads nowhere that is not there."""
+"""Tests that the documentation is built without warnings, and has no dead links."""
 
 import json
 import re
@@ -24,7 +24,7 @@ built = pytest.mark.skipif(not find_spec("zensical"), reason="what makes the sit
 
 
 class Html(HTMLParser):
-    """What a page links to, what it loads, and where one can link to in it."""
+    """Collects the links, the loaded files and the link targets of a page."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Html(HTMLParser):
 
 @cache
 def site() -> dict[Path, Html]:
-    """All pages of the site, built from scratch, with warnings as errors."""
+    """Build all pages of the site, with warnings as errors."""
     finished = subprocess.run(
         [sys.executable, "-m", "zensical", "build", "--strict", "--clean"],
         cwd=ROOT,
@@ -58,7 +58,7 @@ def site() -> dict[Path, Html]:
 
 @built
 def test_every_page_is_built() -> None:
-    """And to be found in the navigation of the first one."""
+    """Each page is in the navigation of the home page."""
     first = site()[SITE / "index.html"]
     for page in (ROOT / "docs").rglob("*.md"):
         built_page = SITE / page.relative_to(ROOT / "docs").with_suffix(".html")
@@ -69,7 +69,7 @@ def test_every_page_is_built() -> None:
 
 @built
 def test_every_link_leads_somewhere() -> None:
-    """To a file that is there, and to a place in it; images and raw HTML included."""
+    """Each link leads to an existing file and an existing heading, also in images and HTML."""
     broken = []
     for file, page in site().items():
         for link in page.links + page.loads:
@@ -86,7 +86,7 @@ def test_every_link_leads_somewhere() -> None:
 
 @built
 def test_nothing_is_loaded_from_another_host() -> None:
-    """Neither fonts nor scripts nor images: what a reader reads is between them and the site."""
+    """Fonts, scripts and images come from the site itself, so no other site sees the readers."""
     foreign = re.compile(r"^(https?:)?//")
     loaded = {load for page in site().values() for load in page.loads if foreign.match(load)}
     for style in SITE.rglob("*.css"):
@@ -96,7 +96,7 @@ def test_nothing_is_loaded_from_another_host() -> None:
     assert loaded == set()
 
 
-# What people type, and the page that answers them.
+# Typical searches, and the page that answers each of them.
 SEARCHES = {
     "observability": "how-to/observability",
     "opentelemetry": "how-to/observability",
@@ -197,7 +197,7 @@ SEARCHES = {
 @built
 @pytest.mark.parametrize(("words", "page"), SEARCHES.items())
 def test_a_search_finds_the_page_that_answers(words: str, page: str) -> None:
-    """Among the three pages that have the words most often, in headings above all."""
+    """The page is among the three best results."""
     site()
     scores: Counter[str] = Counter()
     for item in json.loads((SITE / "search.json").read_text())["items"]:
@@ -210,7 +210,7 @@ def test_a_search_finds_the_page_that_answers(words: str, page: str) -> None:
 
 @built
 def test_a_missing_page_leads_home() -> None:
-    """From whatever address, to the first page and to those that people look for."""
+    """From any wrong address, the page links to the home page and to frequent pages."""
     links = site()[SITE / "404.html"].links
     assert "/" in links
     for link in links:
@@ -220,7 +220,7 @@ def test_a_missing_page_leads_home() -> None:
 
 @built
 def test_every_page_shows_the_version() -> None:
-    """At its foot, as the package has it."""
+    """The version at the foot of each page is that of the package."""
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for file in site():
         assert f"asgi_dbsession {metadata['version']}" in file.read_text(), file
@@ -228,7 +228,7 @@ def test_every_page_shows_the_version() -> None:
 
 @built
 def test_every_page_describes_itself() -> None:
-    """Search engines and chat programs show it below the title."""
+    """Search engines and chat programs show the description below the title."""
     described = re.compile(r'<meta name="description" content="([^"]+)"')
     found = Counter(
         described.findall(file.read_text())[0] for file in site() if file.name != "404.html"
@@ -237,7 +237,7 @@ def test_every_page_describes_itself() -> None:
 
 
 def test_the_reference_has_every_public_name() -> None:
-    """And no other."""
+    """The reference shows the public names, and no other names."""
     public = {f"asgi_dbsession.{name}" for name in asgi_dbsession.__all__}
     public |= {f"asgi_dbsession.live.{name}" for name in asgi_dbsession.live.__all__}
     public |= {f"asgi_dbsession.testing.{name}" for name in asgi_dbsession.testing.__all__}
@@ -246,7 +246,7 @@ def test_the_reference_has_every_public_name() -> None:
 
 
 def test_every_link_of_the_readme_leads_somewhere() -> None:
-    """It is read where there is no site."""
+    """The README is read in places without the site, so its links are absolute."""
     links = re.findall(r"\]\((?!https?:)([^)#]+)", Page("README.md").text)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []

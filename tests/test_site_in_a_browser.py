@@ -1,4 +1,4 @@
-"""The site is read, and copied from, in a real browser."""
+"""Tests reading the site and copying from it, in a real browser."""
 
 import re
 import threading
@@ -21,7 +21,7 @@ SMALLEST = 11  # pixels
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves files, and does not talk about it."""
+    """Serves files without a log."""
 
     def log_message(self, *args: object) -> None:
         """Print nothing."""
@@ -29,7 +29,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """The site, served."""
+    """The site on a local server."""
     site()
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(SITE)))
     serving = threading.Thread(target=server.serve_forever)
@@ -54,7 +54,7 @@ def browser() -> Iterator[Any]:
 
 
 def show(browser: Any, url: str, width: int) -> None:
-    """Open a page in a window of that width."""
+    """Open a page in a window of this width."""
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
@@ -67,7 +67,7 @@ def show(browser: Any, url: str, width: int) -> None:
 def test_the_type_of_a_chart_is_large_enough(
     browser: Any, address: str, page: str, width: int
 ) -> None:
-    """On a telephone and on a desk: never below 11 pixels, and without scrolling sideways."""
+    """On a phone and on a desktop, text has at least 11 pixels, and nothing scrolls sideways."""
     show(browser, f"{address}/{page}.html", width)
     shown, natural, source = browser.execute_async_script(
         "const done = arguments[0], image = document.querySelector('picture img');"
@@ -81,7 +81,7 @@ def test_the_type_of_a_chart_is_large_enough(
 
 
 def test_the_copy_button_copies_what_can_be_pasted(browser: Any, address: str) -> None:
-    """The first commands of the home page, without prompt and without output."""
+    """The copied commands of the home page have no prompt and no output."""
     show(browser, f"{address}/index.html", 1280)
     permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
     browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": permissions})

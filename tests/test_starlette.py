@@ -1,4 +1,4 @@
-"""The promises under a framework that has opinions of its own about errors."""
+"""Tests the promises with Starlette, which handles errors in its own way."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Shop:
-    """An application that handles every error it can, and the log of what it handled."""
+    """An application that handles each error that it can, and records the handled errors."""
 
     def __init__(self, running: Running, *, mounted: bool = False, **options: Any) -> None:
         self.running = running
@@ -47,7 +47,7 @@ class Shop:
         )
 
     def handler(self, name: str) -> Callable[[Request, Exception], Response]:
-        """Answer an error, and remember that."""
+        """Answer an error, and record it."""
 
         def handle(request: Request, error: Exception) -> Response:
             self.handled.append(name)
@@ -56,7 +56,7 @@ class Shop:
         return handle
 
     async def serve(self, request: Request) -> Response:
-        """Do as the path says."""
+        """Do what the path says."""
         what = request.path_params["what"]
         await self.running.write(what)
         if what == "doomed":
@@ -73,13 +73,13 @@ class Shop:
 async def test_a_handler_for_that_very_error_does_not_answer_a_failed_commit(
     running: Running, *, mounted: bool
 ) -> None:
-    """Nor is it wrapped: the server gets the error itself, and no background task has run."""
+    """The error is not wrapped: the server gets it, and no background task has run."""
     shop = Shop(running, mounted=mounted)
     exchange = await get(shop.app, "/doomed")
     assert isinstance(exchange.error, IntegrityError)
     assert "IntegrityError" not in shop.handled
     assert shop.background == []
-    assert exchange.status in (418, 500)  # of Starlette's outermost middleware, around ours
+    assert exchange.status in (418, 500)  # of Starlette's outermost middleware, outside of ours
     assert running.stored() == []
 
 
@@ -87,7 +87,7 @@ async def test_a_handler_for_that_very_error_does_not_answer_a_failed_commit(
 async def test_on_commit_error_answers_although_a_handler_for_the_error_is_there(
     running: Running, *, mounted: bool
 ) -> None:
-    """One response, and it is that one."""
+    """There is exactly one response, from `on_commit_error`."""
     shop = Shop(
         running,
         mounted=mounted,
@@ -102,7 +102,7 @@ async def test_on_commit_error_answers_although_a_handler_for_the_error_is_there
 async def test_a_handler_still_answers_the_same_error_of_a_request_handler(
     running: Running,
 ) -> None:
-    """What the application raises is the application's to handle; its status decides."""
+    """The application handles its own exceptions; the status of its response decides."""
     shop = Shop(running)
     exchange = await get(shop.app, "/integrity")
     assert (exchange.status, exchange.body) == (418, b"IntegrityError")
@@ -110,14 +110,14 @@ async def test_a_handler_still_answers_the_same_error_of_a_request_handler(
 
 
 async def test_a_status_that_was_raised_rolls_back(running: Running) -> None:
-    """`HTTPException` is turned into a response below the middleware."""
+    """`HTTPException` becomes a response inside of the middleware."""
     exchange = await get(Shop(running).app, "/raised")
     assert (exchange.status, exchange.error) == (404, None)
     assert running.stored() == []
 
 
 async def test_a_background_task_runs_after_the_commit(running: Running) -> None:
-    """And sees what the handler has stored."""
+    """The background task sees the rows that the handler has stored."""
     shop = Shop(running)
     exchange = await get(shop.app, "/kept")
     assert exchange.status == 201
@@ -126,7 +126,7 @@ async def test_a_background_task_runs_after_the_commit(running: Running) -> None
 
 
 async def test_a_handler_written_with_def_uses_a_sync_session(running: Running) -> None:
-    """It runs in a thread of the framework's, and is committed like any other."""
+    """It runs in a thread of the framework, and is committed like any other."""
     database = running.database
     if not isinstance(database, SyncDatabase):
         pytest.skip("an async session needs an async handler")

@@ -1,4 +1,4 @@
-"""Tenants never meet, for the very code that the page on tenants shows."""
+"""Tests that tenants never see each other's rows, with the code of the page on tenants."""
 
 import sys
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def shop(request: pytest.FixtureRequest) -> Iterator[Shop]:
-    """The application of the page, with row-level security unless told otherwise."""
+    """The application of the page, by default with row-level security."""
     way, bouncer = getattr(request, "param", (BY_ROW, False))
     yield Shop(way, bouncer=bouncer)
     sys.modules.pop("shop")
@@ -25,14 +25,14 @@ NAMES = [f"{way}, {'PgBouncer' if bouncer else 'direct'}" for way, bouncer in EV
 
 @pytest.mark.parametrize("shop", EVERY_WAY, ids=NAMES, indirect=True)
 async def test_tenants_that_share_connections_never_meet(shop: Shop) -> None:
-    """Not after a commit in the middle, an error, or a cancellation, nor through PgBouncer."""
+    """This holds after a commit in the middle, an error, a cancellation, and with PgBouncer."""
     await shop.stress(200)
     assert shop.outcomes.total() == 200
 
 
 @pytest.mark.parametrize("shop", EVERY_WAY[::2], ids=NAMES[::2], indirect=True)
 async def test_the_handlers_of_the_page_know_their_tenant(shop: Shop) -> None:
-    """What one stores, only it lists."""
+    """Only the tenant that stored a row can list it."""
     async with shop.module.database:
         assert (await shop.ask("tenant 1", "/items?name=tea", "POST")).status == 201
         assert (await shop.ask("tenant 1", "/items")).body == b'["tenant 1","tea"]'
@@ -40,7 +40,7 @@ async def test_the_handlers_of_the_page_know_their_tenant(shop: Shop) -> None:
 
 
 async def test_a_job_says_whose_work_it_is(shop: Shop) -> None:
-    """Where there is no request."""
+    """A job outside of a request sees its tenant's rows."""
     jobs = ModuleType("jobs")
     exec(PAGE.files()["jobs.py"], jobs.__dict__)
     async with shop.module.database:
@@ -48,13 +48,13 @@ async def test_a_job_says_whose_work_it_is(shop: Shop) -> None:
 
 
 async def test_work_of_nobody_is_refused(shop: Shop) -> None:
-    """It raises, and its connection is back; what goes around the session sees no row."""
+    """The statement raises, and its connection is returned; direct SQL sees no row."""
     async with shop.module.database as database:
-        with pytest.raises(TypeError):  # no request, and nothing said
+        with pytest.raises(TypeError):  # no request, and no tenant
             async with database.begin() as session:
                 await session.execute(text("SELECT 1"))
         assert database.engine.pool.checkedout() == 0
         await shop.ask(TENANTS[0], "/items")
-        for _ in range(2):  # on a connection that has had a tenant, too
+        for _ in range(2):  # also on a connection that was used for a tenant
             async with database.engine.connect() as connection:
                 assert await connection.scalar(text("SELECT count(*) FROM item")) == 0

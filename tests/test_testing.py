@@ -1,4 +1,4 @@
-"""What a test does inside of `rolled_back` is as if it had happened, and then as if it had not."""
+"""Tests that work inside `rolled_back` is visible during the test, and rolled back after it."""
 
 import asyncio
 import inspect
@@ -59,11 +59,11 @@ class Shop(Running):
 
     @classmethod
     def of(cls, real: Real, **options: Any) -> "Shop":
-        """One on a real database that is not running yet."""
+        """An application with a real database that is not running yet."""
         return cls(real, real.describe(**options))
 
     async def serve(self, scope: Any, receive: Any, send: Any) -> None:
-        """Store the first part of the path, and answer with the second as the status."""
+        """Store the first part of the path, and answer with the second part as the status."""
         if scope["type"] == "lifespan":
             await self.live(receive, send)
             return
@@ -74,7 +74,7 @@ class Shop(Running):
         await respond(send, int(status), ",".join(await self.seen()).encode())
 
     async def live(self, receive: Any, send: Any) -> None:
-        """Start and stop, as frameworks do."""
+        """Start and stop the databases, as frameworks do."""
         await receive()
         await send({"type": "lifespan.startup.complete"})
         await receive()
@@ -82,19 +82,19 @@ class Shop(Running):
 
     @property
     def app(self) -> DBSessionMiddleware:
-        """The application, as it is in production."""
+        """The application in production form."""
         return self.around(self.serve)
 
     def around(self, app: Any) -> DBSessionMiddleware:
-        """The same for a handler of the test's."""
+        """The application with another handler."""
         return DBSessionMiddleware(app, self.database)
 
     async def seen(self) -> list[str]:
-        """The notes that the current session sees."""
+        """Return the notes that the current session sees."""
         return [row.note for row in await self.execute(select(ENTRY).order_by(ENTRY.c.id))]
 
     async def alone(self, work: Callable[[], Awaitable[Any]]) -> Any:
-        """Run something in a unit of work of the test's own."""
+        """Run a function in a unit of work of the test."""
         if isinstance(self.database, AsyncDatabase):
             async with self.database.begin():
                 return await work()
@@ -102,22 +102,22 @@ class Shop(Running):
             return await work()
 
     async def add(self, note: str) -> None:
-        """Store a row, as a test would to begin with."""
+        """Store a row, as a test does at its start."""
         await self.alone(lambda: self.write(note))
 
     async def all(self) -> list[str]:
-        """What a test finds in the end."""
+        """Return the rows that a test sees at its end."""
         notes: list[str] = await self.alone(self.seen)
         return notes
 
 
 def backend(real: Real) -> str:
-    """What is behind it: `sqlite`, `postgresql`, or `mysql` for MariaDB."""
+    """Return the kind: `sqlite`, `postgresql`, or `mysql` for MariaDB."""
     return real.url.get_backend_name()
 
 
 def slow(shop: Shop) -> Any:
-    """A statement that goes on for a while; not for long, where nothing can cancel it."""
+    """A statement that takes long, but not where nothing can cancel it."""
     if backend(shop.real) != "sqlite":
         sleep = "pg_sleep" if backend(shop.real) == "postgresql" else "SLEEP"
         return text(f"SELECT {sleep}({0.1 if shop.real.is_sync else 3})")
@@ -128,14 +128,14 @@ def slow(shop: Shop) -> Any:
 
 
 async def finish(result: Any) -> None:
-    """Await what an async session gives; a blocking one is done."""
+    """Await the result of an async session; a sync session is done already."""
     if inspect.isawaitable(result):
         await result
 
 
 @pytest.fixture
 async def shop(real: Real) -> AsyncIterator[Shop]:
-    """An application on each kind of database, inside of `rolled_back`; nothing is left of it."""
+    """An application on each kind of database, inside `rolled_back`; nothing stays stored."""
     with real.reader.begin() as connection:
         connection.execute(ENTRY.insert().values(note="before"))
     shop = Shop.of(real)
@@ -232,7 +232,8 @@ async def test_a_request_that_is_cancelled_leaves_the_connection_to_the_others(s
     with pytest.raises(asyncio.CancelledError):
         await request
     exchange = await get(shop.app, "/two/201")
-    if shop.real.kind in ("asyncmy", "aiomysql"):  # they close what was cancelled
+    # They close the connection of a cancelled statement.
+    if shop.real.kind in ("asyncmy", "aiomysql"):
         assert "The connection was lost" in str(exchange.error)
         return
     assert exchange.body == b"before,one,two"
@@ -255,7 +256,7 @@ async def test_a_savepoint_of_the_application_is_its_own(shop: Shop) -> None:
 
 
 async def test_a_unit_of_work_inside_a_request_survives_its_rollback(shop: Shop) -> None:
-    """As long as the request has only read: it is what `begin()` is for."""
+    """This holds if the request has only read; `begin()` is made for such rows."""
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
         await shop.seen()
@@ -270,7 +271,7 @@ async def test_a_unit_of_work_inside_a_request_survives_its_rollback(shop: Shop)
 
 
 async def test_a_unit_of_work_inside_a_request_may_follow_a_failed_statement(shop: Shop) -> None:
-    """Which aborts the transaction of the request, and no other."""
+    """The error aborts the transaction of the request, and no other."""
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
         await shop.write("lost")
@@ -289,7 +290,7 @@ async def test_a_unit_of_work_inside_a_request_may_follow_a_failed_statement(sho
 
 
 async def test_an_error_that_was_swallowed_is_still_found_out(shop: Shop) -> None:
-    """`TransactionAborted`, where the database aborts a transaction at an error."""
+    """`TransactionAborted` is raised if the database aborts a transaction at an error."""
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
         await shop.write("lost")
@@ -310,7 +311,7 @@ async def test_an_error_that_was_swallowed_is_still_found_out(shop: Shop) -> Non
 
 
 async def test_what_one_connection_cannot_show_is_an_error_in_the_end(real: Real) -> None:
-    """A request that has written takes what `begin()` has committed with it: that is no truth."""
+    """The rollback would also remove work that `begin()` has committed, so an error is raised."""
     shop = Shop.of(real)
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
@@ -331,7 +332,7 @@ async def test_what_one_connection_cannot_show_is_an_error_in_the_end(real: Real
 
 
 async def test_requests_that_wait_for_each_other_get_a_clear_error(real: Real) -> None:
-    """It names the request that was waited for."""
+    """The error names the request that it waited for."""
     shop = Shop.of(real)
     both = asyncio.Barrier(2)
 
@@ -358,7 +359,7 @@ async def test_requests_that_wait_for_each_other_get_a_clear_error(real: Real) -
 
 
 async def test_work_on_a_transaction_around_another_one_is_refused(real: Real) -> None:
-    """It would land in the inner one; so says the error, at once."""
+    """The statement would be part of the inner transaction, so an error is raised at once."""
     shop = Shop.of(real)
     database = shop.database
     if not isinstance(database, AsyncDatabase):
@@ -379,7 +380,7 @@ async def test_work_on_a_transaction_around_another_one_is_refused(real: Real) -
 
 
 async def test_a_connection_that_is_lost_is_not_replaced_by_an_empty_one(real: Real) -> None:
-    """What was done on it is gone, so whoever comes later is told."""
+    """All work is lost, so each later use raises an error."""
     if backend(real) != "postgresql":
         pytest.skip("shown on PostgreSQL")
     shop = Shop.of(real)
@@ -399,7 +400,7 @@ async def test_a_connection_that_is_lost_is_not_replaced_by_an_empty_one(real: R
 
 
 async def test_a_statement_that_commits_by_itself_is_found_out(real: Real) -> None:
-    """As CREATE TABLE does on MariaDB: nothing can be rolled back, and nobody is left in doubt."""
+    """MariaDB commits at CREATE TABLE: nothing can be rolled back, and the error says so."""
     if backend(real) != "mysql":
         pytest.skip("a matter of MariaDB")
     shop = Shop.of(real)
@@ -417,7 +418,7 @@ async def test_a_statement_that_commits_by_itself_is_found_out(real: Real) -> No
 
 
 async def test_after_a_commit_each_constraint_is_as_its_table_declares_it(real: Real) -> None:
-    """Deferred if that is how it begins, and immediate if not, whatever was set meanwhile."""
+    """Each constraint has its declared mode again, after any change of the mode."""
     if backend(real) != "postgresql":
         pytest.skip("a matter of PostgreSQL's SET CONSTRAINTS")
     shop = Shop.of(real)
@@ -451,10 +452,10 @@ async def test_after_a_commit_each_constraint_is_as_its_table_declares_it(real: 
 
 
 async def test_what_was_broken_before_is_no_matter(real: Real) -> None:
-    """COMMIT looks at what a transaction has changed, and at nothing else."""
+    """COMMIT checks only the rows that a transaction has changed."""
     if backend(real) != "sqlite":
         pytest.skip("SQLite only")
-    with real.reader.begin() as connection:  # which does not enforce foreign keys
+    with real.reader.begin() as connection:  # foreign keys are not enforced there
         connection.execute(CHILD.insert().values(entry_id=-5))
     shop = Shop.of(real)
     async with rolled_back(shop.database):
@@ -463,7 +464,7 @@ async def test_what_was_broken_before_is_no_matter(real: Real) -> None:
 
 
 async def test_a_running_engine_gets_its_own_connections_back(real: Real) -> None:
-    """Also one that is not this package's; with its listeners, and what is in memory."""
+    """An engine of the application works too, with its listeners and a database in memory."""
     shop = Shop.of(real)
     async with shop.database as database:
         pool, dialect = database.engine.pool, type(database.engine.dialect)
@@ -486,7 +487,7 @@ async def test_a_running_engine_gets_its_own_connections_back(real: Real) -> Non
 
 
 async def test_what_lies_in_memory_is_still_there(real: Real) -> None:
-    """A connection of its own would see an empty database."""
+    """A separate connection would see an empty database."""
     if backend(real) != "sqlite":
         pytest.skip("SQLite only")
     database_class = SyncDatabase if real.is_sync else AsyncDatabase
@@ -502,7 +503,7 @@ async def test_what_lies_in_memory_is_still_there(real: Real) -> None:
 
 @pytest.mark.parametrize("level", ["AUTOCOMMIT", "SERIALIZABLE"])
 async def test_an_isolation_level_does_not_let_anything_through(real: Real, level: str) -> None:
-    """Neither one of the engine nor one of a single transaction."""
+    """The isolation level of an engine or a transaction is ignored."""
     for options in ({"isolation_level": level}, {"execution_options": {"isolation_level": level}}):
         shop = Shop.of(real, **options)
         async with shop.database, rolled_back(shop.database):
@@ -512,13 +513,13 @@ async def test_an_isolation_level_does_not_let_anything_through(real: Real, leve
 
 
 async def write_at(shop: Shop, level: str) -> None:
-    """Store a row at an isolation level, as the first thing in a transaction."""
+    """Store a row at an isolation level, at the start of a transaction."""
     await shop.call("connection", None, {"isolation_level": level})
     await shop.write("one")
 
 
 async def test_sqlalchemys_recipe_for_sqlite_works(real: Real) -> None:
-    """Which begins by hand, as pysqlite once did not."""
+    """This recipe sends its own BEGIN, because older versions of pysqlite did not."""
     if backend(real) != "sqlite":
         pytest.skip("SQLite only")
     shop = Shop.of(real)
@@ -536,7 +537,7 @@ async def test_sqlalchemys_recipe_for_sqlite_works(real: Real) -> None:
 
 
 async def test_several_databases_are_all_rolled_back(tmp_path: Path) -> None:
-    """Async and sync ones together; if one cannot be started, none stays shared."""
+    """Async and sync databases work together; if one cannot start, none stays shared."""
     reals = [real_database(kind, tmp_path) for kind in ("asyncpg", "sqlite-sync")]
     shops = [Shop.of(real) for real in reals]
     async with rolled_back(*(shop.database for shop in shops)):
@@ -556,7 +557,7 @@ async def test_several_databases_are_all_rolled_back(tmp_path: Path) -> None:
 
 
 async def test_using_it_in_the_wrong_place_is_an_error(real: Real) -> None:
-    """With the cure."""
+    """The error says what to write."""
     shop = Shop.of(real)
     with (
         pytest.raises(ConfigurationError, match="`async with rolled_back"),
@@ -572,7 +573,7 @@ async def test_using_it_in_the_wrong_place_is_an_error(real: Real) -> None:
 
 
 def client_for(shop: Shop, framework: str) -> TestClient:
-    """A client of an application with handlers as that framework has them."""
+    """A client of an application with handlers of each framework."""
     database = shop.database
     app: Starlette
     if framework == "FastAPI":
@@ -612,7 +613,7 @@ def client_for(shop: Shop, framework: str) -> TestClient:
 def test_the_test_client_runs_the_application_elsewhere(
     real: Real, framework: str, order: str
 ) -> None:
-    """In another thread and event loop, and for as long as the test, or the session, goes on."""
+    """The session is in another thread and event loop, and lives as long as the test."""
     shop = Shop.of(real)
     for _ in range(2):
         client = client_for(shop, framework)
@@ -636,7 +637,7 @@ def test_the_test_client_runs_the_application_elsewhere(
 
 
 def test_a_sync_database_needs_no_client_at_all(real: Real) -> None:
-    """It is started where nothing else would start it."""
+    """`rolled_back` starts the database if nothing else starts it."""
     shop = Shop.of(real)
     database = shop.database
     if not isinstance(database, SyncDatabase):
@@ -651,7 +652,7 @@ def test_a_sync_database_needs_no_client_at_all(real: Real) -> None:
 
 
 async def test_a_stream_goes_on_in_a_transaction_of_its_own(shop: Shop) -> None:
-    """Which is committed at its end, and rolled back when it fails."""
+    """The background task is committed at its end, and rolled back if it fails."""
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
         await shop.write(scope["path"] + "start")
@@ -668,7 +669,7 @@ async def test_a_stream_goes_on_in_a_transaction_of_its_own(shop: Shop) -> None:
 
 
 async def test_two_phases_are_as_good_as_one(real: Real) -> None:
-    """What PREPARE would refuse is refused; nothing is left prepared."""
+    """A COMMIT that PREPARE would refuse is refused; no transaction stays prepared."""
     if backend(real) != "postgresql" or real.kind == "asyncpg":
         pytest.skip("the driver knows no two phases")
     shop = Shop.of(real, session_options={"twophase": True})
@@ -680,7 +681,7 @@ async def test_two_phases_are_as_good_as_one(real: Real) -> None:
 
 
 async def test_the_first_of_two_phases_refuses_what_the_second_could_not(real: Real) -> None:
-    """So that the other databases can still be rolled back."""
+    """The other databases can still be rolled back."""
     if real.kind != "psycopg-sync":
         pytest.skip("an async session cannot be prepared by itself")
     shop = Shop.of(real, session_options={"twophase": True})
@@ -696,11 +697,11 @@ async def test_the_first_of_two_phases_refuses_what_the_second_could_not(real: R
 
 
 class There(DeclarativeBase):
-    """What lies in another database."""
+    """The base of a table in another database."""
 
 
 class Far(There):
-    """A table there."""
+    """A table in the second database."""
 
     __tablename__ = "entry"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -708,7 +709,7 @@ class Far(There):
 
 
 def elsewhere(real: Real, folder: Path, how: str) -> tuple[Shop, Any, Callable[[], list[str]]]:
-    """A shop whose sessions use a second engine for one table, that engine, and what is in it."""
+    """A shop with a second engine for one table, this engine, and its rows."""
     file = folder / "elsewhere.db"
     reader = create_engine(f"sqlite:///{file}", poolclass=NullPool)
     METADATA.create_all(reader)
@@ -748,7 +749,7 @@ SECOND = pytest.mark.parametrize("real", ["sqlite", "asyncpg", "psycopg-sync"], 
 
 @SECOND
 async def test_the_engines_in_binds_are_rolled_back_too(real: Real, tmp_path: Path) -> None:
-    """And what was committed there is there for the rest of the test; twice, as in two tests."""
+    """The committed row is there until the end of the test; two tests run one after the other."""
     shop, engine, stored = elsewhere(real, tmp_path, "binds")
     for _ in range(2):
         async with rolled_back(shop.database):
@@ -767,7 +768,7 @@ async def test_the_engines_in_binds_are_rolled_back_too(real: Real, tmp_path: Pa
 
 @SECOND
 async def test_an_engine_that_a_session_chooses_is_refused(real: Real, tmp_path: Path) -> None:
-    """Nothing is stored there, also by an application that swallows the error; the cure works."""
+    """Nothing is stored there, even if the application catches the error; the advice works."""
     shop, engine, stored = elsewhere(real, tmp_path, "get_bind")
 
     async def swallow() -> None:
@@ -793,7 +794,7 @@ async def test_an_engine_that_a_session_chooses_is_refused(real: Real, tmp_path:
 
 
 class Job:
-    """Something of the application's that does its work in two parts, and outlives a test."""
+    """Work of the application in two parts, which continues after a test."""
 
     def __init__(self, shop: Shop, how: str) -> None:
         self.shop = shop
@@ -802,7 +803,7 @@ class Job:
         self.go_on = threading.Event()
 
     async def run(self) -> None:
-        """Do it as that way says."""
+        """Do the work in this way."""
         shop = self.shop
         if self.how == "several transactions":
             await shop.alone(partial(shop.write, "first"))
@@ -815,7 +816,7 @@ class Job:
             await shop.alone(self.one_unit)
 
     async def one_unit(self) -> None:
-        """Both parts in one unit of work."""
+        """Do both parts in one unit of work."""
         await self.shop.write("first")
         if self.how == "one session":
             await self.shop.call("commit")
@@ -835,7 +836,7 @@ HOWS = ("one transaction", "one session", "several transactions", "begins later"
 @pytest.mark.parametrize("is_task", [True, False], ids=["task", "thread"])
 @pytest.mark.parametrize("how", HOWS)
 async def test_what_outlives_a_test_stores_nothing(real: Real, how: str, is_task: bool) -> None:
-    """It gets an error that says so, whether or not another test has been run since."""
+    """The work gets an error that names the reason, with or without a later test."""
     if not is_task and not real.is_sync:
         pytest.skip("an async session belongs to one event loop")
     shop = Shop.of(real)
@@ -860,7 +861,7 @@ async def test_what_outlives_a_test_stores_nothing(real: Real, how: str, is_task
 
 
 def begin_thread(job: Job) -> Any:
-    """Do the same in a thread of its own, without the context of the test, as schedulers do."""
+    """Do the work in a new thread without the context of the test, as schedulers do."""
     result: Any = Future()
     database: Any = job.shop.database
 
@@ -895,7 +896,7 @@ def begin_thread(job: Job) -> Any:
 
 
 async def test_a_connection_that_outlives_a_test_is_cut_off(real: Real) -> None:
-    """Also where it was taken from the engine, and for what talks to the driver itself."""
+    """A connection of the engine and direct use of the driver raise the error too."""
     shop = Shop.of(real)
     async with shop.database as database:
         engine: Any = database.engine
@@ -923,7 +924,7 @@ async def test_a_connection_that_outlives_a_test_is_cut_off(real: Real) -> None:
 
 
 async def test_a_statement_under_way_at_the_end_of_a_test_is_waited_for(real: Real) -> None:
-    """Two statements at once on one connection would break it."""
+    """Two parallel statements on one connection would break it."""
     shop = Shop.of(real)
     async with shop.database:
         with count_statements(shop.database) as statements:
@@ -938,7 +939,7 @@ async def test_a_statement_under_way_at_the_end_of_a_test_is_waited_for(real: Re
 
 @pytest.mark.parametrize("real", ["sqlite-sync", "psycopg-sync", "pymysql-sync"], indirect=True)
 def test_the_client_starts_while_the_test_has_a_session_of_its_own(real: Real) -> None:
-    """As in the fixtures of many templates: requests see its rows, and it sees theirs."""
+    """As in fixtures of many templates, requests see the rows of the test's session."""
     engine = create_engine(real.url)
     database = SyncDatabase.from_engine(engine)
     shop = Shop(real, database)
@@ -955,7 +956,7 @@ def test_the_client_starts_while_the_test_has_a_session_of_its_own(real: Real) -
 
 
 async def test_waiting_for_a_session_of_the_tests_own_names_the_cure(real: Real) -> None:
-    """Within a second, where it cannot be told that it is the test's."""
+    """The error comes within a second if the session cannot be recognized as the test's."""
     shop = Shop.of(real)
     async with rolled_back(shop.database):
         engine: Any = shop.database.engine
@@ -980,7 +981,7 @@ async def test_waiting_for_a_session_of_the_tests_own_names_the_cure(real: Real)
 
 
 async def test_statements_are_counted(shop: Shop) -> None:
-    """Whoever sends them; too many are an error that shows them."""
+    """All statements count; too many statements raise an error that lists them."""
     with count_statements(shop.database, at_most=2) as statements:
         await get(shop.app, "/one/201")
     assert len(statements) == 2
@@ -998,6 +999,6 @@ async def test_statements_are_counted(shop: Shop) -> None:
 
 
 async def test_statements_of_a_database_that_is_not_running_cannot_be_counted(real: Real) -> None:
-    """Nobody could send any."""
+    """Without a running database, no statement could be sent."""
     with pytest.raises(DatabaseNotRunning), count_statements(real.describe()):
         pass
