@@ -128,7 +128,7 @@ async def test_only_requests_that_fit_run_again(
 async def test_a_request_without_a_body_needs_no_room(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It runs again although nothing more can be kept."""
+    """The request runs again, although no more of its body can be kept."""
     monkeypatch.setattr(replay, "ROOM", 0)
     runs: list[bytes] = []
 
@@ -154,7 +154,7 @@ HELD = [
 async def test_a_body_is_kept_only_while_its_request_may_run_again(
     uploads: Uploads, path: str, run: int, other: int
 ) -> None:
-    """Not in its last attempt, nor once its response has started, nor once it has committed."""
+    """The body is freed in the last attempt, after the start of the response, or after COMMIT."""
     uploads.held = {(path, run)}
     async with served(protect(uploads, attempts=2)) as upload:
         first = asyncio.create_task(upload(path))
@@ -166,14 +166,14 @@ async def test_a_body_is_kept_only_while_its_request_may_run_again(
 
 @pytest.mark.parametrize("path", ["/answers", "/raises", "/lose"])
 async def test_a_body_is_let_go_with_the_end_of_its_request(uploads: Uploads, path: str) -> None:
-    """However it ends, the next one has all the room."""
+    """After any end of a request, the next request has the whole memory."""
     async with served(protect(uploads)) as upload:
         await upload(path)
         assert await upload("/lose/other") == 201
 
 
 async def test_a_body_is_let_go_when_its_request_is_cancelled(uploads: Uploads) -> None:
-    """Wherever it waits."""
+    """The request may be cancelled at any await."""
     uploads.held = {("/first", 1)}
     middleware = protect(uploads)
     first = Exchange(middleware, "/first", method="POST", content=BODY)

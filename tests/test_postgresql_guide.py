@@ -35,7 +35,7 @@ def driver(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def bouncer() -> bool:
-    """Whether PgBouncer is in between, unless the test says so."""
+    """True if PgBouncer is used; a test may say so itself."""
     return False
 
 
@@ -83,7 +83,7 @@ async def add_measure(app: Any) -> Exchange:
 async def test_copied_rows_are_stored_with_the_request_or_not_at_all(
     guide: Guide, driver: str, bouncer: bool
 ) -> None:
-    """COPY belongs to the transaction, after a read that needed none."""
+    """COPY belongs to the transaction, even after a read without a transaction."""
     module, database = load(f"copy_{driver}"), load("models").database
 
     async def work() -> None:
@@ -99,7 +99,7 @@ async def test_copied_rows_are_stored_with_the_request_or_not_at_all(
 
 
 async def test_copy_goes_on_after_an_error_inside_of_a_savepoint(guide: Guide, driver: str) -> None:
-    """And an error that was caught without one stores nothing, as the page warns."""
+    """A caught error without a savepoint stores nothing, as the page warns."""
     module, database = load(f"copy_{driver}"), load("models").database
 
     async def caught() -> None:
@@ -122,7 +122,7 @@ async def test_copy_goes_on_after_an_error_inside_of_a_savepoint(guide: Guide, d
 
 @asynccontextmanager
 async def listening(module: Any, received: Counter[str]) -> AsyncIterator[asyncio.Task[None]]:
-    """Listen beside the block, which begins once something was received, or soon."""
+    """Listen during the block, which begins after the first notification or after a short time."""
 
     async def receive() -> None:
         async with aclosing(module.notifications("measure")) as notifications:
@@ -145,7 +145,7 @@ async def listening(module: Any, received: Counter[str]) -> AsyncIterator[asynci
 async def test_a_notification_comes_at_commit_and_after_no_rollback(
     guide: Guide, driver: str
 ) -> None:
-    """The listener holds no connection of the requests, and says so when it loses its own."""
+    """The listener uses no connection of the requests, and reports the loss of its own."""
     received: Counter[str] = Counter()
     notify, listen = load("notify"), load(f"listen_{driver}")
     async with notify.database as database, listening(listen, received) as task:
@@ -170,7 +170,7 @@ async def test_a_notification_comes_at_commit_and_after_no_rollback(
 async def test_a_notification_can_be_sent_through_pgbouncer_and_not_received(
     guide: Guide, driver: str, bouncer: bool
 ) -> None:
-    """As the table of the page says."""
+    """Each row of the table is true."""
     direct_url = postgresql("guides")[0].set(drivername=f"postgresql+{driver}")
     lost: Counter[str] = Counter()
     received: Counter[str] = Counter()
@@ -205,7 +205,7 @@ async def test_one_process_at_a_time_does_a_job(guide: Guide, driver: str, bounc
 
 
 async def test_a_lock_of_a_session_stays_with_the_pool(guide: Guide, driver: str) -> None:
-    """As the page warns: it survives ROLLBACK, and goes with its connection only."""
+    """As the page warns, the lock survives ROLLBACK, and is released with its connection."""
     database = load("models").database
 
     async def lock() -> None:

@@ -246,7 +246,7 @@ def test_the_reference_has_every_public_name() -> None:
 
 
 def test_every_link_of_the_readme_leads_somewhere() -> None:
-    """The README is read in places without the site, so its links are absolute."""
+    """The README is read in places without the site, so its links lead to files."""
     links = re.findall(r"\]\((?!https?:)([^)#]+)", Page("README.md").text)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []

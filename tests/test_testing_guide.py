@@ -1,4 +1,4 @@
-"""The guide to tests does what it says when its files are pasted, under each plugin it names."""
+"""Tests that the testing guide works when its files are pasted, with each plugin that it names."""
 
 import os
 import re
@@ -17,7 +17,7 @@ GUIDE = Path(__file__).parents[1] / "docs" / "how-to" / "testing.md"
 BLOCKS = re.findall(r"^```python\n(# (\S+).*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
 SHOP, CONFTEST, TESTS, SYNC_CONFTEST, SYNC_TESTS, PARALLEL = (block for block, _ in BLOCKS)
 INI = re.findall(r"^(asyncio\w+) = (\w+)$", GUIDE.read_text(), re.MULTILINE)
-# What only anyio needs: a fixture, whoever asks for it, and the mark.
+# Only anyio needs these: a fixture, for each test that uses it, and the mark.
 ANYIO = (
     r'\n\n@pytest.fixture\(scope="session"\)\ndef anyio_backend.*?"asyncio"\n'
     r"|anyio_backend|pytestmark.*?\n"
@@ -27,14 +27,14 @@ FIRST_LINES = r"\A.*?test\.db.*?\n"
 
 @pytest.fixture
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> URL:
-    """An empty database, for an async driver; on PostgreSQL unless told otherwise."""
+    """An empty database for an async driver, by default on PostgreSQL."""
     if getattr(request, "param", None) == "sqlite":
         return URL.create("sqlite+aiosqlite", database=str(tmp_path / "test.db"))
     return postgres.new_database("guide").set(drivername="postgresql+psycopg")
 
 
 def run(folder: Path, conftest: str, tests: str, *options: str, **variables: str) -> str:
-    """Run pytest on files of the guide, with warnings as errors; what it printed."""
+    """Run pytest on files of the guide, with warnings as errors, and return its output."""
     for name, text in (("shop", SHOP), ("conftest", conftest), ("test_items", tests)):
         (folder / f"{name}.py").write_text(text)
     path = [str(Path(asgi_dbsession.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -55,20 +55,20 @@ BOTH = pytest.mark.parametrize("url", ["sqlite", "postgresql"], indirect=True)
 
 
 def shown(url: URL) -> str:
-    """The URL, with its password."""
+    """Return the URL with its password."""
     return url.render_as_string(hide_password=False)
 
 
 @BOTH
 def test_with_anyio(tmp_path: Path, url: URL) -> None:
-    """Each test finds the same names free."""
+    """The same names are free in each test."""
     printed = run(tmp_path, CONFTEST, TESTS, "-p", "no:asyncio", DATABASE_URL=shown(url))
     assert "5 passed" in printed
 
 
 @pytest.mark.skipif(not find_spec("pytest_asyncio"), reason="pytest-asyncio is not installed")
 def test_with_pytest_asyncio(tmp_path: Path, url: URL) -> None:
-    """Without what only anyio needs."""
+    """The test runs without the parts that only anyio needs."""
     conftest, tests = (re.sub(ANYIO, "", each, flags=re.DOTALL) for each in (CONFTEST, TESTS))
     options = [part for name, value in INI for part in ("-o", f"{name}={value}")]
     assert len(options) == 6
@@ -78,13 +78,13 @@ def test_with_pytest_asyncio(tmp_path: Path, url: URL) -> None:
 
 @BOTH
 def test_with_the_test_client(tmp_path: Path, url: URL) -> None:
-    """Which runs the application in another thread."""
+    """The client runs the application in another thread."""
     options = ("-p", "no:asyncio")
     assert "2 passed" in run(tmp_path, SYNC_CONFTEST, SYNC_TESTS, *options, DATABASE_URL=shown(url))
 
 
 def test_with_a_test_client_for_the_whole_session(tmp_path: Path, url: URL) -> None:
-    """The rollback is inside of it, and reaches into its event loop."""
+    """The rollback block is inside of the client, and works in the client's event loop."""
     whole = "with rolled_back(shop.database), TestClient(shop.app) as client:"
     assert whole in SYNC_CONFTEST
     fixture = "@pytest.fixture\ndef client"
@@ -99,7 +99,7 @@ def test_with_a_test_client_for_the_whole_session(tmp_path: Path, url: URL) -> N
 
 
 def test_in_parallel_processes(tmp_path: Path) -> None:
-    """Each with a database of its own."""
+    """Each process has its own database."""
     conftest = PARALLEL + re.sub(FIRST_LINES, "", CONFTEST, flags=re.DOTALL)
     server = postgres.administrator_url()
     options = ("-n", "2", "-p", "no:asyncio")

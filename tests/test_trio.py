@@ -1,4 +1,4 @@
-"""The promises on trio, where a `SyncDatabase` works as it does on asyncio."""
+"""Tests the promises on trio, where a `SyncDatabase` works as on asyncio."""
 
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Self
@@ -24,7 +24,7 @@ from asgi_dbsession.session.completion import run_to_completion
 
 pytestmark = pytest.mark.anyio
 
-KINDS = ("sqlite-sync", "psycopg-sync")  # what works without asyncio
+KINDS = ("sqlite-sync", "psycopg-sync")  # works without asyncio
 
 STARTUP = {"type": "lifespan.startup"}
 COMPLETE = {"type": "lifespan.startup.complete"}
@@ -34,13 +34,13 @@ STOPPED = {"type": "lifespan.shutdown.complete"}
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """What this file is about."""
+    """Run the tests of this file on trio."""
     return "trio"
 
 
 @pytest.fixture
 async def database(real: Real) -> AsyncIterator[SyncDatabase]:
-    """Each of them, running, and found clean afterwards."""
+    """A running database of each kind, checked after the test."""
     description: Any = real.describe()
     async with description as running:
         yield running
@@ -48,7 +48,7 @@ async def database(real: Real) -> AsyncIterator[SyncDatabase]:
 
 
 def assert_clean(real: Real, database: SyncDatabase) -> None:
-    """Nothing checked out of the pool, nothing open on the server."""
+    """Check that no connection is checked out and no transaction is open on the server."""
     assert checked_out(database) == 0
     assert real.open_transactions() == 0
 
@@ -62,7 +62,7 @@ async def write(note: str) -> None:
 async def serve(
     app: Any, kind: str = "http", *, on_message: Callable[[Any], None] = lambda _: None
 ) -> list[Any]:
-    """Have an application serve one scope; what it sent."""
+    """Serve one scope with an application, and return the sent messages."""
     sent: list[Any] = []
     asked = iter([STARTUP, SHUTDOWN])
 
@@ -80,7 +80,7 @@ async def serve(
 
 
 class Steps(Instrument):
-    """Counts the steps of the current task, and acts before a chosen one.
+    """Counts the steps of the current task, and acts before a chosen step.
 
     Args:
         at: The number of the step.
@@ -101,7 +101,7 @@ class Steps(Instrument):
         remove_instrument(self)
 
     def after_task_step(self, task: Task) -> None:
-        """Called by trio."""
+        """Called by trio before each step."""
         if task is self._task:
             self.count += 1
             if self.count == self._at:
@@ -112,7 +112,7 @@ class Steps(Instrument):
 async def test_a_request_is_stored_before_its_client_hears_of_it(
     real: Real, database: SyncDatabase, status: int
 ) -> None:
-    """Or rolled back, as its status says."""
+    """The work is committed or rolled back, as the status says."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await write("one")
@@ -131,7 +131,7 @@ async def test_a_request_is_stored_before_its_client_hears_of_it(
 async def test_a_request_cancelled_at_any_step_leaves_nothing_behind(
     real: Real, database: SyncDatabase
 ) -> None:
-    """Its handler is stored whole or not at all, and so is its body."""
+    """The work of the handler is stored completely or not at all, and so is that of the body."""
     told: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -162,7 +162,7 @@ async def test_a_request_cancelled_at_any_step_leaves_nothing_behind(
 async def test_the_work_of_other_tasks_is_not_cut_in_two(
     real: Real, database: SyncDatabase
 ) -> None:
-    """What a child is in the middle of when the body ends is stored or rolled back as a whole."""
+    """The work of a child at the end of the body is committed or rolled back completely."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -184,7 +184,7 @@ async def test_the_work_of_other_tasks_is_not_cut_in_two(
 
 
 async def test_begin_is_a_unit_of_work_of_its_own(real: Real, database: SyncDatabase) -> None:
-    """In a thread as in a task; the error of one is rolled back, and stops no other."""
+    """Functions run in a thread or a task; one that fails is rolled back, and stops no other."""
 
     def store(note: str, then: Callable[[], object] = lambda: None) -> None:
         with database.begin() as session:
@@ -205,7 +205,7 @@ async def test_begin_is_a_unit_of_work_of_its_own(real: Real, database: SyncData
 
 
 async def test_the_lifespan_starts_and_stops_the_engine(real: Real) -> None:
-    """Around the application's own startup and shutdown, which can use it."""
+    """The database runs during the application's own startup and shutdown."""
     description: Any = real.describe()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -223,7 +223,7 @@ async def test_the_lifespan_starts_and_stops_the_engine(real: Real) -> None:
 
 
 async def test_a_lifespan_that_is_cancelled_stops_its_engines(real: Real) -> None:
-    """Each of them, although the scope goes on cancelling."""
+    """Each function completes, although the scope cancels again and again."""
     first, second = real.describe(), real.describe()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -240,7 +240,7 @@ async def test_a_lifespan_that_is_cancelled_stops_its_engines(real: Real) -> Non
 
 
 async def test_work_runs_to_completion_and_the_cancellation_comes_afterwards() -> None:
-    """It is raised at the next wait, and does not take the place of an error."""
+    """The cancellation is raised at the next await, and does not replace an error."""
     told: list[object] = []
 
     async def work(error: Exception | None = None) -> str:
@@ -262,7 +262,7 @@ async def test_work_runs_to_completion_and_the_cancellation_comes_afterwards() -
 
 
 async def test_an_async_database_says_what_to_use_instead() -> None:
-    """SQLAlchemy's async engines need asyncio; the server is told so in one line."""
+    """SQLAlchemy's async engines need asyncio; the server gets one line that says so."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError
@@ -279,7 +279,7 @@ async def test_an_async_database_says_what_to_use_instead() -> None:
 async def test_a_session_reads_what_another_request_stored(
     real: Real, database: SyncDatabase
 ) -> None:
-    """The connection that one request gave back serves the next."""
+    """A request returns its connection, and the next request uses it."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         rows = select(ENTRY.c.note)
@@ -294,7 +294,7 @@ async def test_a_session_reads_what_another_request_stored(
 
 
 async def test_a_request_that_lost_a_race_is_run_again(real: Real, database: SyncDatabase) -> None:
-    """With the same body, after a pause of trio's."""
+    """The request runs again with the same body, after a pause of trio."""
     bodies = []
 
     def lose() -> None:

@@ -1,4 +1,4 @@
-"""Who follows the tutorial gets what it says, from the empty folder to the deployment."""
+"""Follows the tutorial from the empty folder to the deployment, and compares each result."""
 
 import os
 import re
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Reader:
-    """Who does in an empty folder what the tutorial says.
+    """A reader who follows the tutorial in an empty folder.
 
     Args:
         folder: That folder.
@@ -46,7 +46,7 @@ class Reader:
         self._save()
 
     def type(self, section: str, **variables: str) -> None:
-        """Run the commands of a section, but for installations and servers."""
+        """Run the commands of a section, without installations and servers."""
         for command in TUTORIAL.commands(section):
             self._save()
             if match := re.fullmatch(r"export (\w+)=(\S+)", command):
@@ -57,7 +57,7 @@ class Reader:
 
     @asynccontextmanager
     async def serving(self, section: str) -> AsyncIterator[httpx2.AsyncClient]:
-        """Run the server of a section, on a port that is free."""
+        """Run the server of a section, on a free port."""
         (command,) = (each for each in TUTORIAL.commands(section) if each.startswith("uvicorn"))
         log = self.folder / "log"
         with log.open("w") as output:
@@ -72,7 +72,7 @@ class Reader:
             workers = 2 if "--workers 2" in command else 1
             await becomes_true(lambda: is_ready(log.read_text(), workers), seconds=30)
             url = f"http://127.0.0.1:{PORT.findall(log.read_text())[0]}"
-            one_each = httpx2.Limits(max_keepalive_connections=0)  # as curl does it
+            one_each = httpx2.Limits(max_keepalive_connections=0)  # as curl sends it
             async with httpx2.AsyncClient(base_url=url, limits=one_each, trust_env=False) as client:
                 yield client
         finally:
@@ -81,7 +81,7 @@ class Reader:
 
     def _save(self) -> None:
         for name, code in TUTORIAL.files(*self._changes).items():
-            if (self.folder / name).parent.exists():  # `migrations` comes later
+            if (self.folder / name).parent.exists():  # `migrations` comes in a later section
                 (self.folder / name).write_text(code)
 
     def _run(self, command: str) -> None:
@@ -97,17 +97,17 @@ class Reader:
 
 
 def is_ready(log: str, workers: int) -> bool:
-    """Whether a server has said that it serves."""
+    """Return True if a server has printed that it serves."""
     return bool(PORT.search(log)) and log.count("startup complete") == workers
 
 
 def words(command: str) -> list[str]:
-    """A command, of the Python that runs the tests."""
+    """Return a command with the Python that runs the tests."""
     return [sys.executable, "-m", *shlex.split(command)]
 
 
 async def hold(client: httpx2.AsyncClient, conversation: list[tuple[str, str]]) -> None:
-    """Send each request of curl, and expect the answer below it."""
+    """Send each curl request, and expect the answer below it."""
     assert conversation
     for command, answer in conversation:
         address, *options = shlex.split(command.removeprefix("curl "))
@@ -123,7 +123,7 @@ async def hold(client: httpx2.AsyncClient, conversation: list[tuple[str, str]]) 
 
 
 async def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
-    """Every file, every command, and every answer that is printed there, with a real server."""
+    """Test every file, every command, and every printed answer, with a real server."""
     reader = Reader(tmp_path)
     reader.type(MIGRATE)
     *before, after = TUTORIAL.answers(REFUSE)

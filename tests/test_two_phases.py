@@ -1,4 +1,4 @@
-"""`two_phase=True`: once all are prepared, no COMMIT can fail but for a while."""
+"""Tests `two_phase=True`: after all databases are prepared, a COMMIT can fail only for a while."""
 
 import asyncio
 import logging
@@ -30,14 +30,14 @@ LOGGER = "asgi_dbsession"
 
 @pytest.fixture(params=PAIRS)
 async def several(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Several]:
-    """PostgreSQL and MariaDB, by each of their drivers, and nothing in doubt afterwards."""
+    """PostgreSQL and MariaDB with each driver; no transaction is in doubt afterwards."""
     async with several_databases(request.param, tmp_path) as databases:
         yield databases
         assert [in_doubt(real) for real in databases.reals] == [[], []]
 
 
 def in_doubt(real: Real) -> list[str]:
-    """The transactions that are prepared and not yet decided on."""
+    """Return the prepared transactions that are not committed yet."""
     with real.reader.connect() as connection:
         if real.is_postgresql:
             return list(connection.scalars(text("SELECT gid FROM pg_prepared_xacts")))
@@ -45,7 +45,7 @@ def in_doubt(real: Real) -> list[str]:
 
 
 def resolve(real: Real, log: str) -> None:
-    """Decide on what is in doubt, as the page says."""
+    """Commit the transactions in doubt, as the page says."""
     names: dict[str, Any] = {"__name__": "resolve"}
     exec(compile(PAGE.files()["resolve.py"], "resolve.py", "exec"), names)
     driver = "postgresql+psycopg" if real.is_postgresql else "mysql+pymysql"
@@ -55,7 +55,7 @@ def resolve(real: Real, log: str) -> None:
 async def test_all_are_prepared_before_the_first_is_committed(
     several: Several, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And what is to be committed is in the log before it is."""
+    """The log shows the prepared transactions before the first COMMIT."""
     done: list[Any] = []
     for number, running in enumerate(several.each):
         for name in ("prepare_twophase", "commit_twophase"):
@@ -85,7 +85,7 @@ async def test_all_are_prepared_before_the_first_is_committed(
 
 
 async def test_what_cannot_be_prepared_is_stored_nowhere(several: Several) -> None:
-    """A deferred constraint, which COMMIT would refuse, is refused before anything is decided."""
+    """A deferred constraint is refused at PREPARE, before anything is committed."""
     (refusing,) = (each for each in several.each if each.real.is_postgresql)
     done: list[str] = []
 
@@ -103,7 +103,7 @@ async def test_what_cannot_be_prepared_is_stored_nowhere(several: Several) -> No
 async def test_an_error_that_a_listener_swallows_is_seen_before_anything_is_decided(
     several: Several,
 ) -> None:
-    """PostgreSQL answers PREPARE TRANSACTION with a ROLLBACK then, as it does COMMIT."""
+    """PostgreSQL answers PREPARE TRANSACTION with a ROLLBACK then, as it does for COMMIT."""
     (aborted,) = (each for each in several.each if each.real.is_postgresql)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -118,7 +118,7 @@ async def test_an_error_that_a_listener_swallows_is_seen_before_anything_is_deci
 
 @pytest.mark.parametrize("how", ["status", "error", "swallowed", "savepoint"])
 async def test_what_is_not_prepared_ends_as_in_one_phase(several: Several, how: str) -> None:
-    """Rolled back whole, or to a savepoint, and the connections are good for the next request."""
+    """All work, or a savepoint, is rolled back, and the next request can use the connections."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await several.write("first")
@@ -143,10 +143,10 @@ async def test_what_is_not_prepared_ends_as_in_one_phase(several: Several, how: 
 
 
 async def test_a_session_that_is_alone_commits_in_one_phase(several: Several) -> None:
-    """It has nobody to agree with, and so leaves nothing in doubt."""
+    """A single database needs no second phase, and leaves no transaction in doubt."""
     for running in several.each:
         engine = engine_of(running)
-        if running.real.is_postgresql:  # SQLAlchemy has no other way for XA
+        if running.real.is_postgresql:  # SQLAlchemy has no other method for XA
             event.listen(engine, "prepare_twophase", lambda *_: pytest.fail("it was prepared"))
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -201,7 +201,7 @@ async def test_functions_after_commit_commit_in_two_phases_too(several: Several)
 async def test_the_first_of_two_prepared_commits_that_fail_is_the_one_reported(
     several: Several, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The server gets the error of the database that is declared first; the log has both."""
+    """The server gets the error of the first declared database; the log has both errors."""
     for each in several.each:
         event.listen(
             engine_of(each), "commit_twophase", lambda *_, each=each: each.real.kill(), once=True
@@ -224,7 +224,7 @@ async def test_the_first_of_two_prepared_commits_that_fail_is_the_one_reported(
 async def test_one_that_is_lost_when_all_are_prepared_is_stored_in_the_end(
     several: Several, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The others are committed, the log says what is in doubt, and the page how to resolve it."""
+    """The others are committed, the log names the transaction in doubt, the page resolves it."""
     runs: list[Any] = []
     lost = several.each[number]
     event.listen(
@@ -251,14 +251,14 @@ async def test_one_that_is_lost_when_all_are_prepared_is_stored_in_the_end(
     assert several.stored() == [["kept"], ["kept"]]
 
 
-# What a serialization failure looks like, wherever it comes from.
+# This looks like a serialization failure, for any cause.
 RACE = "DO $$ BEGIN RAISE EXCEPTION 'lost' USING ERRCODE = '40001'; END $$"
 
 
 async def test_what_is_decided_does_not_run_again(
     several: Several, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not even where no COMMIT came through, and a race was lost on the way."""
+    """No database has committed, and a conflict happened before."""
     runs: list[Any] = []
     for each in several.each:
         event.listen(
@@ -324,7 +324,7 @@ asyncio.run(main())
 async def test_a_process_that_is_killed_leaves_what_the_log_decides(
     tmp_path: Path, name: str, number: int, doubtful: list[int], stored: list[str]
 ) -> None:
-    """Before the decision, in the midst of it, and after the first COMMIT: all or nothing."""
+    """A crash before, during and after the commits stores all work or nothing."""
     log = tmp_path / "server.log"
     async with several_databases("asyncpg + asyncmy", tmp_path) as several:
         urls = [real.url.render_as_string(hide_password=False) for real in several.reals]
@@ -343,7 +343,7 @@ async def test_a_process_that_is_killed_leaves_what_the_log_decides(
 
 @pytest.mark.parametrize("swallowed", [True, False])
 async def test_a_deadlock_inside_of_xa_is_rolled_back(tmp_path: Path, *, swallowed: bool) -> None:
-    """MariaDB refuses XA END then: its connection is thrown away, and nobody is the wiser."""
+    """MariaDB refuses XA END then: its connection is closed, and other requests still work."""
     async with several_databases("asyncmy + asyncpg", tmp_path) as several:
         maria = several.each[0]
 
@@ -354,7 +354,7 @@ async def test_a_deadlock_inside_of_xa_is_rolled_back(tmp_path: Path, *, swallow
             connection = autocommitting.execution_options(isolation_level="READ COMMITTED")
             connection.execute(ENTRY.insert(), [{"id": 1, "note": "a"}, {"id": 2, "note": "b"}])
             connection.commit()
-            # Whoever has written less is the one to be rolled back.
+            # The database rolls back the transaction that has written less.
             connection.execute(ENTRY.insert(), [{"note": f"row {n}"} for n in range(50)])
             connection.execute(update(2))
             blocked: list[Any] = []
@@ -382,7 +382,7 @@ async def test_a_deadlock_inside_of_xa_is_rolled_back(tmp_path: Path, *, swallow
 
 
 def is_waiting(real: Real) -> bool:
-    """Whether someone waits for a lock; `innodb_trx` shows who asks often nothing but a cache."""
+    """Return True if a session waits for a lock; `innodb_trx` shows old data if asked often."""
     with real.reader.connect() as connection:
         return "LOCK WAIT" in connection.execute(text("SHOW ENGINE INNODB STATUS")).one().Status
 
@@ -393,7 +393,7 @@ async def nothing(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["sqlite", "sqlite-sync"])
 async def test_sqlite_is_refused(tmp_path: Path, kind: str) -> None:
-    """At the startup, and not at the first request."""
+    """The error comes at the startup, not at the first request."""
     async with several_databases(f"asyncpg + {kind}", tmp_path) as several:
         app = DBSessionMiddleware(nothing, *several.databases, two_phase=True)
         life = await Life(app).startup()
@@ -405,7 +405,7 @@ async def test_sqlite_is_refused(tmp_path: Path, kind: str) -> None:
 
 
 def test_the_log_line_on_the_page_is_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever looks for it finds it, and so does `resolve.py`."""
+    """A reader who searches for it finds the page, and so does `resolve.py`."""
     (line,) = PAGE.blocks("text")
     transactions = line.removeprefix("Prepared, and to be committed: ").strip().split(", ")
     with caplog.at_level(logging.INFO, LOGGER):

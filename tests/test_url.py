@@ -1,4 +1,4 @@
-"""The promises about which driver serves a database URL, and about what never works."""
+"""Tests which driver is chosen for a database URL, and which URLs are refused."""
 
 import sys
 import traceback
@@ -24,7 +24,7 @@ BOTH = pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
 
 
 def refused(database_class: type[AnyDatabase], url: Any) -> str:
-    """What the error says, with all that a traceback would show around it."""
+    """Return the error text with everything that a traceback would show."""
     with pytest.raises(ConfigurationError) as caught:
         database_class(url)
     return "".join(traceback.format_exception(caught.value))
@@ -43,7 +43,7 @@ def refused(database_class: type[AnyDatabase], url: Any) -> str:
 def test_a_url_without_a_driver_gets_one_that_is_installed(
     url: str, asynchronous: str, blocking: str
 ) -> None:
-    """As hosting providers write it, for either kind; the rest of the URL stays as it is."""
+    """A URL of a hosting provider works for async and sync; the rest of the URL stays the same."""
     rest = make_url(url.replace("postgres:", "postgresql:"))
     assert AsyncDatabase(url).url == rest.set(drivername=asynchronous)
     assert SyncDatabase(url).url == rest.set(drivername=blocking)
@@ -60,7 +60,7 @@ def test_a_url_without_a_driver_gets_one_that_is_installed(
     ],
 )
 def test_an_async_driver_that_is_named_is_kept(url: str) -> None:
-    """With everything else that the URL says, given as text or as a `URL`."""
+    """All other parts of the URL stay, given as text or as a `URL`."""
     assert AsyncDatabase(url).url == make_url(url)
     assert AsyncDatabase(make_url(url)).url == make_url(url)
     (database,) = DBSessionMiddleware(AsyncDatabase, make_url(url)).databases  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def test_an_async_driver_that_is_named_is_kept(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["postgresql+psycopg://app@db/shop", "sqlite+pysqlite:///shop.db"])
 def test_a_blocking_driver_that_is_named_is_kept(url: str) -> None:
-    """And psycopg is one of both kinds."""
+    """A named driver is kept; psycopg works for async and sync."""
     assert SyncDatabase(url).url == make_url(url)
 
 
@@ -77,13 +77,13 @@ def test_a_blocking_driver_that_is_named_is_kept(url: str) -> None:
     ("url", "cure"),
     [
         ("sqlite+pysqlite:///shop.db", r"Use aiosqlite, or a SyncDatabase"),
-        # not installed here, and nobody should be sent to install it
+        # not installed here, and the error must not advise to install it
         ("postgresql+psycopg2://app@db/shop", r"Use asyncpg or psycopg, or a SyncDatabase"),
         ("mysql+pymysql://app@db/shop", r"Use asyncmy or aiomysql, or a SyncDatabase"),
     ],
 )
 def test_a_driver_that_blocks_is_refused_by_an_async_database(url: str, cure: str) -> None:
-    """Before it can block the event loop; the error names those that do not."""
+    """The error comes before the driver can block the event loop, and names async drivers."""
     with pytest.raises(ConfigurationError, match=cure):
         AsyncDatabase(url)
 
@@ -99,13 +99,13 @@ def test_a_driver_that_blocks_is_refused_by_an_async_database(url: str, cure: st
     ],
 )
 def test_an_asyncio_driver_is_refused_by_a_sync_database(url: str) -> None:
-    """Its statements could only be run in an event loop."""
+    """The statements of this driver need an event loop."""
     with pytest.raises(ConfigurationError, match="Leave the driver out, or use an AsyncDatabase"):
         SyncDatabase(url)
 
 
 HEROKU = "postgres://u:pw@ec2.compute.amazonaws.com:5432/d"
-# What providers hand out (the host shortened), and what an asyncio driver makes of it.
+# URLs of providers (with short hosts), and their translation for an asyncio driver.
 HANDED_OUT = [
     (HEROKU, {}, {}),
     (HEROKU + "?sslmode=require", {"ssl": "require"}, {}),
@@ -127,7 +127,7 @@ HANDED_OUT = [
 
 
 def arguments_of(database: AnyDatabase) -> dict[str, Any]:
-    """What a database gives its driver beside the URL."""
+    """Return the arguments that a database gives its driver beside the URL."""
     arguments: dict[str, Any] = database._engine_options.get("connect_args", {})
     return arguments
 
@@ -136,7 +136,7 @@ def arguments_of(database: AnyDatabase) -> dict[str, Any]:
 def test_a_url_of_a_provider_is_translated_for_asyncpg(
     url: str, query: dict[str, str], arguments: dict[str, Any]
 ) -> None:
-    """Where an option means the same under another name; numbers become numbers."""
+    """An option with another name for the same thing is translated; numbers become numbers."""
     database = AsyncDatabase(url)
     assert (dict(database.url.query), arguments_of(database)) == (query, arguments)
 
@@ -158,7 +158,7 @@ def test_a_url_of_a_provider_is_translated_for_asyncpg(
 def test_a_url_of_a_provider_is_translated_for_psycopg(
     database_class: type[AnyDatabase], query: str, expected: Any, arguments: dict[str, Any]
 ) -> None:
-    """What libpq knows stays as it is."""
+    """Options of libpq stay unchanged."""
     url = f"postgresql+psycopg://u:pw@h/d?{query}"
     database = database_class(url)
     stays = dict(make_url(url).query) if expected == "as it is" else expected
@@ -181,7 +181,7 @@ def test_a_url_of_a_provider_is_translated_for_psycopg(
     ],
 )
 def test_a_url_of_a_provider_is_translated_for_mysql(driver: str, query: str, mode: Any) -> None:
-    """Each driver gets TLS as the option of MySQL's own clients asks for it."""
+    """Each driver uses TLS as the option of MySQL's own clients says."""
     database_class: Any = SyncDatabase if driver == "pymysql" else AsyncDatabase
     database = database_class(f"mysql+{driver}://u:pw@h:25060/defaultdb?{query}")
     context: Any = arguments_of(database).get("ssl")
@@ -193,7 +193,7 @@ def test_a_url_of_a_provider_is_translated_for_mysql(driver: str, query: str, mo
 
 @pytest.mark.parametrize("mode", ["REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY"])
 def test_tls_that_a_driver_cannot_insist_on_is_refused(mode: str) -> None:
-    """Aiomysql goes on unencrypted where the server, or a man in the middle, offers no TLS."""
+    """Aiomysql continues without encryption if the server, or an attacker, offers no TLS."""
     said = refused(AsyncDatabase, f"mysql+aiomysql://app:pw@h/d?ssl-mode={mode}")
     assert "use asyncmy" in said
     url = "mysql+aiomysql://app:pw@h/d?ssl-mode=DISABLED"
@@ -202,7 +202,7 @@ def test_tls_that_a_driver_cannot_insist_on_is_refused(mode: str) -> None:
 
 @pytest.mark.parametrize("driver", ["asyncmy", "pymysql"])
 def test_what_is_given_wins_over_the_url(driver: str) -> None:
-    """`connect_args` are the last word."""
+    """`connect_args` override options of the URL."""
     database_class: Any = SyncDatabase if driver == "pymysql" else AsyncDatabase
     url = f"mysql+{driver}://u:pw@h/d?ssl-mode=REQUIRED"
     assert arguments_of(database_class(url, connect_args={"ssl": None})) == {"ssl": None}
@@ -225,14 +225,14 @@ def test_what_is_given_wins_over_the_url(driver: str) -> None:
 def test_an_option_that_the_driver_does_not_have_is_refused_with_the_cure(
     query: str, cure: str
 ) -> None:
-    """And not with its value, which may be a secret."""
+    """The error does not show the value, which may be a secret."""
     said = refused(AsyncDatabase, f"postgresql+asyncpg://app:pw@db/shop?{query}")
     assert cure in said
     assert "hush" not in said
 
 
 async def test_pgbouncer_in_a_url_means_no_prepared_statements() -> None:
-    """As the page on drivers says for asyncpg."""
+    """The options are those of the page on drivers for asyncpg."""
     arguments = arguments_of(AsyncDatabase("postgresql+asyncpg://u@h:6543/d?pgbouncer=true"))
     assert arguments.pop("prepared_statement_name_func")() == ""
     assert arguments == {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
@@ -240,7 +240,7 @@ async def test_pgbouncer_in_a_url_means_no_prepared_statements() -> None:
 
 @pytest.mark.parametrize("kind", ["asyncpg", "psycopg", "psycopg-sync"])
 async def test_a_translated_url_works_on_a_real_postgresql(kind: str, tmp_path: Path) -> None:
-    """What it asks for holds on the server."""
+    """The option has its effect on the server."""
     real = real_database(kind, tmp_path)
     database_class: Any = SyncDatabase if real.is_sync else AsyncDatabase
     options = {
@@ -269,7 +269,7 @@ async def test_a_translated_url_works_on_a_real_postgresql(kind: str, tmp_path: 
 async def test_a_server_without_tls_does_not_get_what_must_be_encrypted(
     kind: str, tmp_path: Path
 ) -> None:
-    """`ssl-mode=DISABLED` connects, and `REQUIRED` is no mere wish."""
+    """`ssl-mode=DISABLED` connects, and `REQUIRED` really requires TLS."""
     real = real_database(kind, tmp_path)
     database_class: Any = SyncDatabase if real.is_sync else AsyncDatabase
     url = real.url.set(query={})
@@ -294,7 +294,7 @@ async def test_a_server_without_tls_does_not_get_what_must_be_encrypted(
 def test_an_unknown_dialect_or_driver_is_refused(
     database_class: type[AnyDatabase], url: str
 ) -> None:
-    """The error says where to look, and hides the password."""
+    """The error says what to check, and hides the password."""
     said = refused(database_class, url)
     assert "Check the part before `://`" in said
     assert "hush" not in said
@@ -321,7 +321,7 @@ def test_an_unknown_dialect_or_driver_is_refused(
 def test_what_is_no_url_is_refused_without_being_quoted(
     database_class: type[AnyDatabase], given: Any
 ) -> None:
-    """Half a URL may hold a whole password: neither the message nor its causes repeat it."""
+    """A part of a URL may contain a whole password: no message and no cause shows it."""
     said = refused(database_class, given)
     assert ("None is not a database URL" in said) == (given is None)
     assert "Write `dialect://user:password@host:port/name`" in said
@@ -334,7 +334,7 @@ def test_what_is_no_url_is_refused_without_being_quoted(
 def test_a_password_that_was_not_percent_encoded_does_not_leak_into_the_host(
     database_class: type[AnyDatabase],
 ) -> None:
-    """`app:hu@sh@db` reads as the host `sh@db`, which every later message would show."""
+    """`app:hu@sh@db` is read as the host `sh@db`, which later messages would show."""
     said = refused(database_class, "postgresql://app:b@hush@db/shop")
     assert "percent-encoded" in said
     assert "hush" not in said
@@ -344,7 +344,7 @@ def test_a_password_that_was_not_percent_encoded_does_not_leak_into_the_host(
 def test_special_characters_in_a_password_are_fine_when_encoded(
     database_class: type[AnyDatabase],
 ) -> None:
-    """By hand, or by `URL.create`."""
+    """The password is encoded by the user, or by `URL.create`."""
     created = URL.create("postgresql", "app", "b@/:?#[]% hush", "db", 5432, "shop")
     written = "postgresql://app:b%40%2F%3A%3F%23%5B%5D%25%20hush@db:5432/shop"
     for url in (created, written):
@@ -373,7 +373,7 @@ def test_a_driver_that_is_not_installed_can_be_installed_by_copy_and_paste(
     packages: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The error has the command, with the name on PyPI, which is not always the driver's."""
+    """The error shows the command with the name on PyPI, which may differ from the driver's."""
     for module in ("asyncmy", "aiomysql", "pymysql"):
         monkeypatch.setitem(sys.modules, module, None)  # as if it could not be imported
     said = refused(database_class, url)

@@ -1,4 +1,4 @@
-"""On a WebSocket, what the peer can observe is stored, and nothing is held while it is silent."""
+"""On a WebSocket, acknowledged work is stored, and no connection is held during a wait."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -40,7 +40,7 @@ def socket(
 
 
 async def test_what_is_sent_is_stored_before_the_peer_hears_of_it(running: Running) -> None:
-    """Acceptance, messages and a normal close: each finds the work before it in the database."""
+    """The acceptance, each message and a normal close come after the COMMIT of the work before."""
     seen = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -64,14 +64,14 @@ async def test_what_is_sent_is_stored_before_the_peer_hears_of_it(running: Runni
 
 
 async def test_nothing_is_held_while_the_peer_is_silent(running: Running) -> None:
-    """What came before is stored, and the connection is back in its pool."""
+    """Earlier work is stored, and the connection is back in its pool."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send(ACCEPT)
         await running.write("before waiting")
         while (await receive())["type"] == "websocket.receive":
-            await running.execute(select(ENTRY))  # a read would hold a connection just as well
+            await running.execute(select(ENTRY))  # a read would hold a connection too
 
     peer = socket(running, app)
     serving = asyncio.create_task(peer.run())
@@ -87,7 +87,7 @@ async def test_nothing_is_held_while_the_peer_is_silent(running: Running) -> Non
 async def test_a_peer_that_goes_away_loses_nothing_that_was_acknowledged(
     running: Running,
 ) -> None:
-    """The usual loop ends with an exception, which undoes only what nobody heard of."""
+    """The usual loop ends with an exception, which rolls back only unacknowledged work."""
 
     class Disconnected(Exception):
         pass
@@ -118,7 +118,7 @@ async def test_a_peer_that_goes_away_loses_nothing_that_was_acknowledged(
 async def test_what_is_done_after_the_peer_went_away_is_stored_on_a_return(
     running: Running,
 ) -> None:
-    """A handler that says good-bye in the database and returns has succeeded."""
+    """A handler that stores a last row and returns has succeeded."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -143,7 +143,7 @@ async def test_what_is_done_after_the_peer_went_away_is_stored_on_a_return(
     ids=["close", "close without a code", "response", "return"],
 )
 async def test_a_denial_rolls_back(running: Running, refusal: list[Message]) -> None:
-    """A socket that is never accepted has done nothing, with whatever code or status."""
+    """A socket that was never accepted stores nothing, for any code or status."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -165,7 +165,7 @@ async def test_a_denial_rolls_back(running: Running, refusal: list[Message]) -> 
     "refusal", [close(1008), {"type": "websocket.http.response.start", "status": 401}]
 )
 async def test_set_rollback_decides_on_a_denial_too(running: Running, refusal: Message) -> None:
-    """A login that failed can be counted, as with a status of 401 on HTTP."""
+    """A failed login can be counted, like a status of 401 over HTTP."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -181,7 +181,7 @@ async def test_set_rollback_decides_on_a_denial_too(running: Running, refusal: M
 
 @pytest.mark.parametrize("helps", ["with a commit", "with the work"])
 async def test_a_message_commits_what_a_task_did_that_has_ended(real: Real, helps: str) -> None:
-    """One that the handler has waited for: `asyncio.wait_for` is one before Python 3.12."""
+    """The handler waits for the task: `asyncio.wait_for` starts one before Python 3.12."""
     database = real.describe()
     if not isinstance(database, AsyncDatabase):
         pytest.skip("what threads do says nothing of tasks")
@@ -212,7 +212,7 @@ async def test_a_message_commits_what_a_task_did_that_has_ended(real: Real, help
 async def test_an_error_as_close_code_rolls_back(
     running: Running, code: int, stored: list[str]
 ) -> None:
-    """And with it whatever the handler does afterwards."""
+    """All later work of the handler is rolled back too."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -227,7 +227,7 @@ async def test_an_error_as_close_code_rolls_back(
 
 
 async def test_an_exception_rolls_back(running: Running) -> None:
-    """It reaches the server, and what was acknowledged before it stays."""
+    """The error reaches the server, and acknowledged work stays stored."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -244,7 +244,7 @@ async def test_an_exception_rolls_back(running: Running) -> None:
 
 @pytest.mark.parametrize("where", ["send", "receive", "accept", "close"])
 async def test_a_failed_commit_is_never_followed_by_a_message(running: Running, where: str) -> None:
-    """It unwinds the handler, whatever that catches, and reaches the server as what it was."""
+    """The error stops a handler that catches exceptions too, and reaches the server unchanged."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -269,7 +269,7 @@ async def test_a_failed_commit_is_never_followed_by_a_message(running: Running, 
 
 
 async def test_not_even_an_unknown_message_follows_a_failed_commit(running: Running) -> None:
-    """ASGI may come to have other ones that acknowledge something."""
+    """Later ASGI versions may have other messages that acknowledge work."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -289,7 +289,7 @@ async def test_not_even_an_unknown_message_follows_a_failed_commit(running: Runn
 
 
 async def test_the_handler_can_commit_by_itself_and_answer_a_failure(running: Running) -> None:
-    """So one refused row need not cost the peer its socket."""
+    """A refused row closes only the unit of work, not the socket."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -310,7 +310,7 @@ async def test_the_handler_can_commit_by_itself_and_answer_a_failure(running: Ru
 
 
 async def test_set_rollback_speaks_of_the_work_until_the_next_message(running: Running) -> None:
-    """It undoes what the message is about, and is forgotten with it."""
+    """The decision applies to the next message, and is forgotten after it."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -328,7 +328,7 @@ async def test_set_rollback_speaks_of_the_work_until_the_next_message(running: R
 async def test_set_rollback_about_nothing_is_forgotten_with_the_next_message(
     running: Running,
 ) -> None:
-    """Or it would undo, in silence, what a later message is about."""
+    """Otherwise it would silently roll back later work."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -345,7 +345,7 @@ async def test_set_rollback_about_nothing_is_forgotten_with_the_next_message(
 async def test_a_message_of_a_task_at_work_does_not_commit_what_another_task_is_at(
     running: Running,
 ) -> None:
-    """Nothing is stored, be the message sent or refused: the other task fails afterwards."""
+    """The work is not stored, for a sent and a refused message: the other task fails later."""
     half_done, go_on = asyncio.Event(), asyncio.Event()
 
     async def fail() -> None:
@@ -374,7 +374,7 @@ async def test_a_message_of_a_task_at_work_does_not_commit_what_another_task_is_
 async def test_a_message_does_not_commit_what_another_task_is_at(
     running: Running, work: str
 ) -> None:
-    """Or half of its work would be stored: it opens `begin()`, and is whole."""
+    """Otherwise half of its work would be stored; with `begin()` all of it is stored."""
     if running.real.is_sync:
         pytest.skip("what threads do says nothing of tasks")
     half_done, go_on = asyncio.Event(), asyncio.Event()
@@ -403,7 +403,7 @@ async def test_a_message_does_not_commit_what_another_task_is_at(
 
 
 async def test_a_reader_and_a_writer_task_have_a_unit_of_work_each(real: Real) -> None:
-    """The documented way for sockets with several tasks: `database.begin()`."""
+    """Sockets with several tasks should use `database.begin()`, as documented."""
     if real.is_sync:
         pytest.skip("an async handler is the point")
     database = real.describe()
@@ -443,7 +443,7 @@ async def test_a_reader_and_a_writer_task_have_a_unit_of_work_each(real: Real) -
 async def test_a_peer_is_not_left_waiting_for_what_another_task_could_not_send(
     running: Running, refused: tuple[int, ...], sent: list[int]
 ) -> None:
-    """The socket is closed although its main task waits for the peer, and nothing is stored.
+    """The socket is closed although its main task waits for the client; nothing is stored.
 
     Also by daphne, which refuses 1011; and if no close can be sent, the error is the first one.
     """
@@ -478,7 +478,7 @@ async def test_a_peer_is_not_left_waiting_for_what_another_task_could_not_send(
 
 
 async def test_idle_sockets_do_not_delay_a_request(tmp_path: Any) -> None:
-    """Two hundred of them, each of which has just read and written, on a pool of two."""
+    """Two hundred sockets have read and written, on a pool of two."""
     real = real_database("asyncpg", tmp_path)
     database = real.describe(pool_size=2, max_overflow=0, pool_timeout=20)
 
@@ -508,7 +508,7 @@ async def test_idle_sockets_do_not_delay_a_request(tmp_path: Any) -> None:
 
 
 async def test_a_helper_works_the_same_on_a_socket_as_on_http(running: Running) -> None:
-    """`get_session()` ten calls deep needs to know nothing of what it serves."""
+    """`get_session()`, ten calls deep, needs no information about the request."""
 
     async def authenticate() -> None:
         kind = running.database.get_session().info["scope"]["type"]
@@ -529,7 +529,7 @@ async def test_a_helper_works_the_same_on_a_socket_as_on_http(running: Running) 
 
 
 async def test_a_socket_that_is_over_takes_its_session_along(running: Running) -> None:
-    """What outlives it gets an error, never a connection."""
+    """A task after the end of the socket gets an error, never a connection."""
     escaped = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -547,7 +547,7 @@ async def test_a_socket_that_is_over_takes_its_session_along(running: Running) -
 
 
 async def test_frameworks_see_their_messages_untouched(running: Running) -> None:
-    """Nothing is added, renamed or held back, extensions included."""
+    """Messages are not changed, added or delayed, extensions included."""
     sent: list[Message] = [
         {"type": "websocket.accept", "subprotocol": "chat", "headers": [(b"a", b"b")]},
         {"type": "websocket.send", "bytes": b"\x00"},

@@ -1,4 +1,4 @@
-"""What the page of errors quotes is what the code says, and what it shows works."""
+"""Tests that the page of errors quotes the real error texts, and that its examples work."""
 
 import asyncio
 import re
@@ -42,7 +42,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def quoted() -> dict[str, set[str]]:
-    """What the page says that each error says, in one line each."""
+    """Return the quoted text of each error of the page, in one line each."""
     sections = re.findall(r"^## `(\w+)`\n(.*?)(?=^## )", ERRORS, re.DOTALL | re.MULTILINE)
     return {
         name: {" ".join(block.split()) for block in blocks(section, "text")}
@@ -50,11 +50,11 @@ def quoted() -> dict[str, set[str]]:
     }
 
 
-# How to hear each of them
+# How to cause each of the errors
 
 
 async def in_a_request(work: Callable[[], Awaitable[Any]]) -> None:
-    """Do it in a handler."""
+    """Run a mistake in a handler."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await work()
@@ -155,7 +155,7 @@ async def swallowed() -> None:
 
 
 async def deadlocked() -> None:
-    # What brings it about is in test_drivers.
+    # The cause of this error is in test_drivers.
     reason = "Deadlock found when trying to get lock"
     raise TransactionAborted("mysql+asyncmy://app@db/shop", reason, rolled_back=True)
 
@@ -203,7 +203,7 @@ async def driver_for_asyncio() -> None:
 
 async def engine_for_a_database() -> None:
     engine: Any = create_async_engine("sqlite+aiosqlite:///shop.db")
-    await asyncio.to_thread(DBSessionMiddleware, nothing, engine)  # where no loop is running
+    await asyncio.to_thread(DBSessionMiddleware, nothing, engine)  # without an event loop
 
 
 async def session_of_the_other_kind() -> None:
@@ -249,7 +249,7 @@ WAYS = (
 async def test_the_page_quotes_what_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each quotation is what some mistake gets to hear, under the name of its error."""
+    """Each quotation is the error of some mistake, below the name of its class."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DATABASE_URL", raising=False)
     said: dict[str, set[str]] = {}
@@ -261,7 +261,7 @@ async def test_the_page_quotes_what_is_said(
 
 
 def test_every_error_has_a_section() -> None:
-    """Which is where its cure is looked for."""
+    """A reader searches for the cause below this heading."""
     public = [getattr(asgi_dbsession, name) for name in asgi_dbsession.__all__]
     errors = {
         each.__name__ for each in public if isinstance(each, type) and issubclass(each, Exception)
@@ -276,10 +276,10 @@ def test_every_error_has_a_section() -> None:
 def test_every_block_runs(
     page: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In an empty folder, together with the tests that it shows."""
+    """Run it in an empty folder, together with the tests that it shows."""
     monkeypatch.chdir(tmp_path)
     module = ModuleType("pasted")
-    monkeypatch.setitem(sys.modules, "pasted", module)  # frameworks look annotations up there
+    monkeypatch.setitem(sys.modules, "pasted", module)  # frameworks look up annotations there
     exec(compile(blocks(PAGES[page], "python")[number], page, "exec"), vars(module))
     for name, value in list(vars(module).items()):
         if name.startswith("test_"):

@@ -1,4 +1,4 @@
-"""Each recipe for workers and shells does its work with the real tool."""
+"""Tests that each recipe for workers and shells works with the real tool."""
 
 import os
 import re
@@ -24,13 +24,13 @@ pytestmark = [
 
 
 def needs(module: str) -> pytest.MarkDecorator:
-    """Skip a test where the tool is not installed."""
+    """Skip a test if the tool is not installed."""
     return pytest.mark.skipif(not find_spec(module), reason=f"{module} is not installed")
 
 
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a broker."""
+    """Return the address of a broker."""
     with redis_server.redis_server(tmp_path_factory.mktemp("redis")) as url:
         yield url
 
@@ -54,13 +54,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str) -> I
 
 
 def states() -> list[str]:
-    """What is really stored."""
+    """Return the stored rows."""
     with postgresql("guides")[1].connect() as connection:
         return list(connection.scalars(text("SELECT state FROM orders ORDER BY id")))
 
 
 def command(name: str) -> list[str]:
-    """The command of the page that begins with this name, with the tool of this interpreter."""
+    """Return the command of the page with this program, for the Python that runs the tests."""
     (line,) = [each for each in PAGE.commands() if each.startswith(f"{name} ")]
     words = os.path.expandvars(line).replace('"', "").split()
     return [str(Path(sys.executable).with_name(name)), *words[1:]]
@@ -68,7 +68,7 @@ def command(name: str) -> list[str]:
 
 @contextmanager
 def worker(name: str, folder: Path) -> Iterator[None]:
-    """Run a worker that goes on, and end it as a process manager does."""
+    """Run a worker, and stop it as a process manager does."""
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command(name), cwd=folder, stdout=log, stderr=log)
         try:
@@ -83,7 +83,7 @@ def worker(name: str, folder: Path) -> Iterator[None]:
 
 
 def python(folder: Path, code: str) -> str:
-    """What a program prints that sends a task."""
+    """Return the output of a program that sends a task."""
     finished = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
@@ -98,7 +98,7 @@ def python(folder: Path, code: str) -> str:
 
 @needs("celery")
 def test_celery_prefork_ships_orders(folder: Path) -> None:
-    """Also where the parent process has used its engine before it forked; an error rolls back."""
+    """The parent process may have used its engine before the fork; an error rolls back."""
     tasks = folder / "celery_tasks.py"
     in_parent = "\nwith sync_database.begin() as session:\n    session.get(Order, 1)\n"
     failing = (
@@ -119,7 +119,7 @@ def test_celery_prefork_ships_orders(folder: Path) -> None:
 
 @needs("rq")
 def test_rq_packs_orders(folder: Path) -> None:
-    """In a process that is forked for each job."""
+    """Each job runs in a forked process."""
     code = (
         "import os, redis, rq, rq_tasks\n"
         "queue = rq.Queue(connection=redis.from_url(os.environ['REDIS_URL']))\n"
@@ -134,7 +134,7 @@ def test_rq_packs_orders(folder: Path) -> None:
 
 @needs("arq")
 def test_arq_invoices_orders(folder: Path) -> None:
-    """In the event loop of the worker, which starts and stops the database."""
+    """The worker starts and stops the database in its event loop."""
     code = (
         "import asyncio, arq, arq_tasks\n"
         "async def main():\n"
@@ -152,7 +152,7 @@ def test_arq_invoices_orders(folder: Path) -> None:
 
 @needs("taskiq_redis")
 def test_taskiq_delivers_orders(folder: Path) -> None:
-    """And returns its result after COMMIT."""
+    """The result is returned after COMMIT."""
     with worker("taskiq", folder):
         code = (
             "import asyncio, taskiq_tasks as tasks\n"
@@ -171,7 +171,7 @@ def test_taskiq_delivers_orders(folder: Path) -> None:
     sys.version_info >= (3, 13), reason="the shell of Python 3.13 reads a pipe in another way"
 )
 def test_a_shell_commits_each_block(folder: Path) -> None:
-    """As it is pasted into `python -m asyncio`, and so into a notebook."""
+    """The code is pasted into `python -m asyncio`, as into a notebook."""
     finished = subprocess.run(
         [sys.executable, "-m", "asyncio"],
         cwd=folder,
