@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from anyio import to_thread
-from conftest import ENTRY, AnyDatabase, Real, Running, real_database
+from conftest import ENTRY, AnyDatabase, Real, Running, checked_out, real_database
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, registry
@@ -53,6 +53,10 @@ class Several:
         """Return the notes of all stored rows of each database."""
         return [real.stored() for real in self.reals]
 
+    async def assert_free(self) -> None:
+        """Nothing checked out of a pool, whatever is left in doubt on a server."""
+        assert [checked_out(each) for each in self.databases] == [0] * len(self.databases)
+
     async def assert_clean(self) -> None:
         """Check that no connection is checked out and no transaction is open on any server."""
         for running in self.each:
@@ -91,7 +95,10 @@ def engine_of(running: Running) -> Engine:
 @asynccontextmanager
 async def several_databases(kinds: str, folder: Path) -> AsyncIterator[Several]:
     """Empty running databases of these kinds, checked after the test."""
-    reals = [real_database(kind, folder) for kind in kinds.split(" + ")]
+    reals: list[Real] = []
+    for kind in kinds.split(" + "):
+        has_postgresql = any(real.is_postgresql for real in reals)
+        reals.append(real_database(kind, folder, "more" if has_postgresql else "tests"))
     try:
         async with AsyncExitStack() as stack:
             databases = [real.describe() for real in reals]

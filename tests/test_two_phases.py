@@ -1,6 +1,7 @@
 """Tests `two_phase=True`: after all databases are prepared, a COMMIT can fail only for a while."""
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from asgi import Life, get, respond
-from conftest import ENTRY, Real, becomes_true, checked_out
+from conftest import ENTRY, Real, becomes_true
 from pages import ROOT, Page
 from several import Several, engine_of, in_session, orm, several_databases, swallow_an_error
 from sqlalchemy import event, text
@@ -19,13 +20,11 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from asgi_dbsession import ConfigurationError, DBSessionMiddleware, TransactionAborted, on_commit
-from asgi_dbsession.session.two_phases import log_decision
 
 pytestmark = pytest.mark.anyio
 
 PAGE = Page("docs/how-to/several-databases.md")
 PAIRS = ("asyncpg + asyncmy", "aiomysql + psycopg", "psycopg-sync + pymysql-sync")
-LOGGER = "asgi_dbsession"
 
 
 @pytest.fixture(params=PAIRS)
@@ -40,28 +39,33 @@ def in_doubt(real: Real) -> list[str]:
     """Return the prepared transactions that are not committed yet."""
     with real.reader.connect() as connection:
         if real.is_postgresql:
-            return list(connection.scalars(text("SELECT gid FROM pg_prepared_xacts")))
+            query = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database()"
+            return list(connection.scalars(text(query)))
         return [row.data.decode() for row in connection.execute(text("XA RECOVER"))]
 
 
-def resolve(real: Real, log: str) -> None:
-    """Commit the transactions in doubt, as the page says."""
+def script() -> dict[str, Any]:
+    """The functions of the script on the page."""
     names: dict[str, Any] = {"__name__": "resolve"}
     exec(compile(PAGE.files()["resolve.py"], "resolve.py", "exec"), names)
-    driver = "postgresql+psycopg" if real.is_postgresql else "mysql+pymysql"
-    names["resolve"](real.url.set(drivername=driver), log)
+    return names
 
 
-async def test_all_are_prepared_before_the_first_is_committed(
-    several: Several, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The log shows the prepared transactions before the first COMMIT."""
+def resolve(*reals: Real) -> None:
+    """Commit or roll back the transactions in doubt, as the page says."""
+    drivers = ["postgresql+psycopg" if each.is_postgresql else "mysql+pymysql" for each in reals]
+    pairs = zip(reals, drivers, strict=True)
+    script()["main"](*[real.url.set(drivername=driver) for real, driver in pairs])
+
+
+async def test_all_are_prepared_before_the_first_is_committed(several: Several) -> None:
+    """The `on_commit` functions run after the last COMMIT."""
     done: list[Any] = []
     for number, running in enumerate(several.each):
         for name in ("prepare_twophase", "commit_twophase"):
 
             def note(*_: Any, name: str = name, number: int = number) -> None:
-                done.append((name, number, "and to be committed" in caplog.text))
+                done.append((name, number))
 
             event.listen(engine_of(running), name, note)
 
@@ -71,15 +75,13 @@ async def test_all_are_prepared_before_the_first_is_committed(
         on_commit(lambda: done.append(several.stored()))
         await respond(send)
 
-    with caplog.at_level(logging.INFO, LOGGER):
-        middleware = DBSessionMiddleware(app, *several.databases, two_phase=True)
-        exchange = await get(middleware)
+    exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
     assert (exchange.status, exchange.error) == (200, None)
     assert done == [
-        ("prepare_twophase", 0, False),
-        ("prepare_twophase", 1, False),
-        ("commit_twophase", 0, True),
-        ("commit_twophase", 1, True),
+        ("prepare_twophase", 0),
+        ("prepare_twophase", 1),
+        ("commit_twophase", 0),
+        ("commit_twophase", 1),
         [["written", "added"]] * 2,
     ]
 
@@ -198,35 +200,39 @@ async def test_functions_after_commit_commit_in_two_phases_too(several: Several)
     assert several.stored() == [["followed"], ["followed"]]
 
 
-async def test_the_first_of_two_prepared_commits_that_fail_is_the_one_reported(
+async def test_after_the_deciding_commit_has_failed_nothing_is_committed(
     several: Several, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The server gets the error of the first declared database; the log has both errors."""
-    for each in several.each:
-        event.listen(
-            engine_of(each), "commit_twophase", lambda *_, each=each: each.real.kill(), once=True
-        )
+    """The result of that COMMIT is unknown here, and the page finds it in the databases."""
+    deciding = several.each[0]
+    event.listen(engine_of(deciding), "commit_twophase", lambda *_: deciding.real.kill(), once=True)
+    runs: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await several.write("kept")
+        runs.append(scope)
+        await several.write("lost")
+        on_commit(lambda: runs.append("called"))
         await respond(send)
 
-    with caplog.at_level(logging.INFO, LOGGER):
-        exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
-    for real in several.reals:
-        resolve(real, caplog.text)
+    middleware = DBSessionMiddleware(app, *several.databases, two_phase=True, attempts=3)
+    exchange = await get(middleware)
     assert isinstance(exchange.error, DBAPIError)
-    assert isinstance(exchange.error.orig, engine_of(several.each[0]).dialect.loaded_dbapi.Error)
-    assert sum(each.levelno == logging.ERROR for each in caplog.records) == 2
+    assert (exchange.messages, len(runs)) == ([], 1)
+    await several.assert_free()
+    names = [in_doubt(real) for real in several.reals]
+    assert [len(each) for each in names] == [1, 1]
+    errors = [each.getMessage() for each in caplog.records if each.levelno == logging.ERROR]
+    assert all(name in error for (name,), error in zip(names, errors, strict=True))
+    resolve(*several.reals)
+    assert several.stored() == [[], []]
 
 
-@pytest.mark.parametrize("number", [0, 1])
-async def test_one_that_is_lost_when_all_are_prepared_is_stored_in_the_end(
-    several: Several, number: int, caplog: pytest.LogCaptureFixture
+async def test_one_that_is_lost_after_the_deciding_commit_is_stored_in_the_end(
+    several: Several, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The others are committed, the log names the transaction in doubt, the page resolves it."""
+    """The log names the transaction in doubt, and the page commits it."""
     runs: list[Any] = []
-    lost = several.each[number]
+    lost = several.each[1]
     event.listen(
         engine_of(lost), "commit_twophase", lambda *_: lost.real.kill(), once=True
     )  # between PREPARE and COMMIT
@@ -237,27 +243,44 @@ async def test_one_that_is_lost_when_all_are_prepared_is_stored_in_the_end(
         on_commit(lambda: runs.append("called"))
         await respond(send)
 
-    with caplog.at_level(logging.INFO, LOGGER):
-        middleware = DBSessionMiddleware(app, *several.databases, two_phase=True, attempts=3)
-        exchange = await get(middleware)
+    middleware = DBSessionMiddleware(app, *several.databases, two_phase=True, attempts=3)
+    exchange = await get(middleware)
     assert isinstance(exchange.error, DBAPIError)
     assert (exchange.messages, len(runs)) == ([], 1)
-    assert [checked_out(each) for each in several.databases] == [0, 0]
-    assert several.stored() == [[] if each is lost else ["kept"] for each in several.each]
+    await several.assert_free()
+    assert several.stored() == [["kept"], []]
     (xid,) = in_doubt(lost.real)
     (error,) = (each for each in caplog.records if each.levelno == logging.ERROR)
     assert xid in error.getMessage()
-    resolve(lost.real, caplog.text)
+    resolve(*several.reals)
     assert several.stored() == [["kept"], ["kept"]]
 
 
-# This looks like a serialization failure, for any cause.
+async def test_one_that_may_be_prepared_keeps_the_deciding_one_prepared(
+    several: Several, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PREPARE has no result if its connection is lost. The page rolls back."""
+    lost = several.each[1]
+    event.listen(engine_of(lost), "prepare_twophase", lambda *_: lost.real.kill(), once=True)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.write("lost")
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
+    assert isinstance(exchange.error, DBAPIError)
+    await several.assert_free()
+    assert [len(in_doubt(real)) for real in several.reals] == [1, 0]
+    assert sum(each.levelno == logging.ERROR for each in caplog.records) == 2
+    resolve(*several.reals)
+    assert several.stored() == [[], []]
+
+
+# What a serialization failure looks like, wherever it comes from.
 RACE = "DO $$ BEGIN RAISE EXCEPTION 'lost' USING ERRCODE = '40001'; END $$"
 
 
-async def test_what_is_decided_does_not_run_again(
-    several: Several, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_what_is_in_doubt_does_not_run_again(several: Several) -> None:
     """No database has committed, and a conflict happened before."""
     runs: list[Any] = []
     for each in several.each:
@@ -267,7 +290,7 @@ async def test_what_is_decided_does_not_run_again(
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         runs.append(scope)
-        await several.write("kept")
+        await several.write("lost")
         for each in several.each:
             if each.real.is_postgresql:
                 await in_session(each, lose)
@@ -277,68 +300,147 @@ async def test_what_is_decided_does_not_run_again(
         with pytest.raises(DBAPIError, match="lost"), session.begin_nested():
             session.execute(text(RACE))
 
-    with caplog.at_level(logging.INFO, LOGGER):
-        middleware = DBSessionMiddleware(app, *several.databases, two_phase=True, attempts=3)
-        await get(middleware)
+    await get(DBSessionMiddleware(app, *several.databases, two_phase=True, attempts=3))
     assert (len(runs), several.stored()) == (1, [[], []])
-    for real in several.reals:
-        resolve(real, caplog.text)
-    assert several.stored() == [["kept"], ["kept"]]
+    resolve(*several.reals)
+    assert several.stored() == [[], []]
+
+
+async def test_what_began_first_decides_although_it_was_rolled_back_since(
+    tmp_path: Path,
+) -> None:
+    """MariaDB gets the number of a transaction before it is known which ones take part."""
+    async with several_databases("asyncpg + asyncmy + psycopg", tmp_path) as several:
+        one, two, three = several.each
+        names: list[str] = []
+        for each in several.each:
+            event.listen(
+                engine_of(each), "commit_twophase", lambda _, name, *__: names.append(name)
+            )
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await two.write("lost")
+            await one.write("kept")
+            await three.write("kept")
+            await two.call("rollback")
+            await respond(send)
+
+        exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
+        assert (exchange.status, exchange.error) == (200, None)
+        assert [name.split("_")[-2:] for name in names] == [["1", "3"], ["2", "3"], ["3", "3"]]
+        assert len({name.split("_")[2] for name in names}) == 1
+        assert max(map(len, names)) <= 64
+        assert several.stored() == [["kept"], [], ["kept"]]
+
+
+async def test_each_commit_of_a_request_is_a_unit_of_its_own(tmp_path: Path) -> None:
+    """Transactions in doubt of one COMMIT are not mixed with those of the next."""
+    units: list[str] = []
+    async with several_databases("asyncpg + asyncmy", tmp_path) as several:
+        engine = engine_of(several.each[0])
+        event.listen(engine, "prepare_twophase", lambda _, name: units.append(name.split("_")[2]))
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await several.write("first")
+            await respond(send)
+            await several.write("second")
+
+        await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
+        assert len(set(units)) == 2
+        assert several.stored() == [["first", "second"]] * 2
+
+
+async def test_the_script_demands_all_databases(tmp_path: Path) -> None:
+    """Without the deciding transaction, the rule would give the wrong answer."""
+    async with several_databases("asyncpg + asyncmy", tmp_path) as several:
+        (deciding, other) = several.reals
+        name = f"asgi_dbsession_{'0' * 32}_1_2"
+        with deciding.reader.begin() as connection:
+            connection.execute(ENTRY.insert().values(note="lost"))
+            connection.exec_driver_sql(f"PREPARE TRANSACTION '{name}'")
+        with pytest.raises(SystemExit, match="all 2 databases are needed"):
+            resolve(deciding)
+        assert in_doubt(deciding) == [name]
+        resolve(deciding, other)
+        assert (in_doubt(deciding), deciding.stored()) == ([], [])
 
 
 PROGRAM = """
-import asyncio, logging, os, signal, sys
+import asyncio, json, os, signal, sys
 
 from sqlalchemy import event, text
 
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware
 
-logging.basicConfig(filename=sys.argv[1], level=logging.INFO)
-databases = [AsyncDatabase(url) for url in sys.argv[2:4]]
+urls, doomed, name, number = json.loads(sys.argv[1])
+databases = [AsyncDatabase(url) for url in urls]
 
 async def app(scope, receive, send):
-    for database in databases:
-        await database.get_session().execute(text("INSERT INTO entry (note) VALUES ('kept')"))
+    for number, database in enumerate(databases):
+        session = database.get_session()
+        await session.execute(text("INSERT INTO entry (note) VALUES ('kept')"))
+        if number == doomed:
+            await session.execute(text("INSERT INTO child (entry_id) VALUES (-1)"))
     await send({"type": "http.response.start", "status": 200, "headers": []})
 
 async def main():
     for database in databases:
         await database.startup()
-    engine = databases[int(sys.argv[5])].engine.sync_engine
-    event.listen(engine, sys.argv[4], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    engine = databases[number].engine.sync_engine
+    event.listen(engine, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     scope = {"type": "http", "method": "GET", "path": "/"}
     await DBSessionMiddleware(app, *databases, two_phase=True)(scope, None, None)
 
 asyncio.run(main())
 """
+PAIR = ("asyncpg + psycopg", "asyncpg + asyncmy", "asyncmy + asyncpg")
 
 
+async def kill_between(several: Several, doomed: int | None, name: str, number: int) -> None:
+    """Run the program until just before that step on that database, and kill it there."""
+    urls = [real.url.render_as_string(hide_password=False) for real in several.reals]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", PROGRAM, json.dumps([urls, doomed, name, number])),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert await process.wait() == -signal.SIGKILL
+    idle = len(several.reals)  # those of the test itself
+    await becomes_true(lambda: sum(real.connections() for real in several.reals) == idle)
+
+
+@pytest.mark.parametrize("kinds", PAIR)
 @pytest.mark.parametrize(
-    ("name", "number", "doubtful", "stored"),
+    ("step", "doubtful", "stored"),
     [
-        ("prepare_twophase", 1, [1, 0], []),
-        ("commit_twophase", 0, [1, 1], ["kept"]),
-        ("commit_twophase", 1, [0, 1], ["kept"]),
+        (("prepare_twophase", 0), [0, 0], []),
+        (("prepare_twophase", 1), [1, 0], []),
+        (("commit_twophase", 0), [1, 1], []),
+        (("commit_twophase", 1), [0, 1], ["kept"]),
     ],
 )
-async def test_a_process_that_is_killed_leaves_what_the_log_decides(
-    tmp_path: Path, name: str, number: int, doubtful: list[int], stored: list[str]
+async def test_the_databases_alone_decide_after_the_process_was_killed(
+    tmp_path: Path, kinds: str, step: tuple[str, int], doubtful: list[int], stored: list[str]
 ) -> None:
-    """A crash before, during and after the commits stores all work or nothing."""
-    log = tmp_path / "server.log"
-    async with several_databases("asyncpg + asyncmy", tmp_path) as several:
-        urls = [real.url.render_as_string(hide_password=False) for real in several.reals]
-        command = [sys.executable, "-c", PROGRAM, str(log), *urls, name, str(number)]
-        process = await asyncio.create_subprocess_exec(
-            *command, env=os.environ | {"PYTHONPATH": str(ROOT)}
-        )
-        assert await process.wait() == -signal.SIGKILL
-        await becomes_true(lambda: sum(real.connections() for real in several.reals) == 2)
+    """A crash between any two steps stores all work or nothing, and needs no log."""
+    async with several_databases(kinds, tmp_path) as several:
+        await kill_between(several, None, *step)
         assert [len(in_doubt(real)) for real in several.reals] == doubtful
-        for real in several.reals:
-            resolve(real, log.read_text())
-            assert in_doubt(real) == []
+        resolve(*several.reals)
+        assert [in_doubt(real) for real in several.reals] == [[], []]
         assert several.stored() == [stored, stored]
+
+
+@pytest.mark.parametrize(("number", "doubtful"), [(1, [1, 1, 0]), (2, [1, 0, 0]), (0, [1, 0, 0])])
+async def test_a_rollback_that_is_killed_is_finished_as_a_rollback(
+    tmp_path: Path, number: int, doubtful: list[int]
+) -> None:
+    """The third database refuses PREPARE, and the deciding transaction is rolled back last."""
+    async with several_databases("psycopg + asyncmy + asyncpg", tmp_path) as several:
+        await kill_between(several, 2, "rollback_twophase", number)
+        assert [len(in_doubt(real)) for real in several.reals] == doubtful
+        resolve(*several.reals)
+        assert [in_doubt(real) for real in several.reals] == [[], [], []]
+        assert several.stored() == [[], [], []]
 
 
 @pytest.mark.parametrize("swallowed", [True, False])
@@ -404,10 +506,8 @@ async def test_sqlite_is_refused(tmp_path: Path, kind: str) -> None:
         assert isinstance(life.error, ConfigurationError)
 
 
-def test_the_log_line_on_the_page_is_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """A reader who searches for it finds the page, and so does `resolve.py`."""
+def test_the_name_on_the_page_is_one_that_the_script_knows() -> None:
+    """A reader who searches for it finds the page."""
     (line,) = PAGE.blocks("text")
-    transactions = line.removeprefix("Prepared, and to be committed: ").strip().split(", ")
-    with caplog.at_level(logging.INFO, LOGGER):
-        log_decision(transactions)
-    assert caplog.messages == [line.strip()]
+    found = script()["NAME"].fullmatch(line.strip())
+    assert found.groups()[1:] == ("2", "3")

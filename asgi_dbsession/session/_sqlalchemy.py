@@ -7,7 +7,7 @@ the missing name.
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import Transaction, TwoPhaseTransaction
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import (
@@ -49,12 +49,67 @@ def forget(session: Session) -> None:
     _sessions.pop(session.hash_key, None)
 
 
-def flush_and_prepare(session: Session) -> None:
+def flush_for_commit(session: Session, *, prepare: bool) -> None:
     """Flush, release savepoints and (with two-phase commit) send PREPARE, as COMMIT does first.
 
     `Session.prepare` would not do: it needs two-phase commit, and refuses open savepoints.
+
+    Args:
+        session: The session. The next operation must be COMMIT or ROLLBACK.
+        prepare: False if the caller sends PREPARE.
     """
-    (session.get_transaction() or session.begin())._prepare_impl()
+    transaction = session.get_transaction() or session.begin()
+    is_in_two_phases = session.twophase
+    session.twophase = is_in_two_phases and prepare
+    try:
+        transaction._prepare_impl()
+    finally:
+        session.twophase = is_in_two_phases
+
+
+class NamingSession(Session):
+    """A session whose autobegun transactions are made by `transaction_class` too."""
+
+    transaction_class: type[SessionTransaction] = SessionTransaction
+
+    def _autobegin_t(self, begin: bool = False) -> SessionTransaction:
+        companion: Any = vars(self).get("_companion")
+        is_named = companion is not None and companion.two_phases is not None
+        if not is_named or self._transaction is not None or not (begin or self.autobegin):
+            return super()._autobegin_t(begin)
+        return self.transaction_class(self, SessionTransactionOrigin.AUTOBEGIN)
+
+
+class NamingTransaction(SessionTransaction):
+    """A transaction that the session names, for two-phase commit. The dialect would name it."""
+
+    def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
+        session: Any = self.session
+        names = session._companion.two_phases
+        # Only the first connection: SQLAlchemy prepares several `binds` in any order.
+        is_first = self.parent is None and not self._connections
+        if names is not None and is_first and isinstance(bind, Engine):
+            bind = _NamingEngine(bind, names.name(session))
+        connection: Connection = super()._connection_for_bind(bind, execution_options)
+        return connection
+
+
+class _NamingEngine:
+    """An engine whose next two-phase transaction has a given name."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine = engine
+        self._name = name
+
+    def connect(self) -> Connection:
+        connection = self._engine.connect()
+
+        def begin_named() -> TwoPhaseTransaction:
+            del vars(connection)["begin_twophase"]
+            return connection.begin_twophase(self._name)
+
+        vars(connection)["begin_twophase"] = begin_named
+        return connection
 
 
 def is_prepared(transaction: Transaction | None) -> bool:

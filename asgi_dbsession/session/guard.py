@@ -17,10 +17,11 @@ from typing_extensions import override
 
 from asgi_dbsession.errors import ConfigurationError, PrematureClose
 
-from ._sqlalchemy import begin
+from ._sqlalchemy import NamingSession, begin
 from .completion import run_to_completion
 from .lock import SessionLock
 from .reads import Reads, begin_before_savepoint, begin_now, begin_on_server
+from .two_phases import TwoPhases
 from .writes import Writes, refusing, refusing_all
 
 R = TypeVar("R")
@@ -72,12 +73,14 @@ class Companion:
         followers: The objects to call after each commit and rollback.
         bind_asked: A function to call with each engine that SQLAlchemy requests from the session.
         wait_failed: A function to call if no connection became free in time.
+        two_phases: The names of its transactions; None without two-phase commit.
         stats: The measurements of the session, shared by all observers; None without observers.
     """
 
     connections: tuple[Connection, ...] = ()
     bind_asked: Callable[[Any], None] | None = None
     wait_failed: Callable[[PoolTimeout], None] | None = None
+    two_phases: TwoPhases | None = None
     stats: Any = None
 
     def __init__(self, lock: SessionLock, reads: Reads, writes: Writes) -> None:
@@ -181,12 +184,11 @@ class _ClosingAsyncSession(AsyncSession):
         await run_to_completion(greenlet_spawn(session.discard))
 
 
-class GuardedSession(Session):
+class GuardedSession(NamingSession):
     """The base class of all guarded sessions; `_companion` is set after `__init__`."""
 
     _companion: Companion
-    # `managed.py` replaces this class with `LockedTransaction`; an import here would be circular.
-    transaction_class: type[SessionTransaction] = SessionTransaction
+    # `managed.py` sets `transaction_class` to `LockedTransaction`; an import would be circular.
 
     @override
     def add(self, instance: object, *args: Any, **kwargs: Any) -> None:

@@ -6,12 +6,13 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
-from ._sqlalchemy import flush_and_prepare, forget
+from ._sqlalchemy import flush_for_commit, forget
 from .failures import failed_transactions, refuse_if_aborted, watch
 from .guard import Companion, GuardedSession
 from .lock import End, SessionLock
 from .reads import begin_before_savepoint, begin_now
 from .transaction import LockedTransaction
+from .two_phases import is_refused, names_of, prepare
 
 S = TypeVar("S")
 
@@ -26,10 +27,12 @@ class ManagedSession(Generic[S]):
         run: Calls a function in a place where it may block; differs for async and sync sessions.
 
     Attributes:
-        is_prepared: True if `prepare` was called. The session then holds the lock until `end`.
+        is_flushed: True if `flush` was called. The session then holds the lock until `end`.
+        in_doubt: The transactions that got PREPARE and may still be prepared.
     """
 
-    is_prepared: bool = False
+    is_flushed: bool = False
+    in_doubt: str = ""
 
     def __init__(
         self,
@@ -71,28 +74,45 @@ class ManagedSession(Generic[S]):
             self.orm.expunge_all()
         return True
 
-    def prepare(self, end: End) -> None:
-        """Do all steps before COMMIT that can fail: flush, and PREPARE with two-phase commit.
+    def flush(self, end: End) -> None:
+        """Do all steps before PREPARE and COMMIT that can fail.
 
         The caller must call `end` afterwards.
 
         Raises:
             TransactionAborted: The application caught an error that aborted the transaction.
-            Exception: The exception of the flush or of PREPARE. Everything was rolled back.
+            Exception: The exception of the flush. Everything was rolled back.
         """
         self.lock.acquire_for_end(end)
         try:
-            flush_and_prepare(self.orm)
-            # With two-phase commit, a listener has already done this check, just before PREPARE.
-            if not self.orm.twophase:
-                refuse_if_aborted(self.companion.connections)
+            if self.companion.two_phases is not None:
+                self.orm.connection()  # the deciding session may have no work of its own
+            flush_for_commit(self.orm, prepare=self.companion.two_phases is None)
+            refuse_if_aborted(self.companion.open_connections)
         except BaseException:
             try:
                 _roll_back(self.orm)
             finally:
                 self.lock.release()
             raise
-        self.is_prepared = True
+        self.is_flushed = True
+
+    def prepare(self) -> None:
+        """Send PREPARE after `flush`. The caller must call `end` afterwards, also after an error.
+
+        Raises:
+            TransactionAborted: The application caught an error that aborted the transaction.
+            Exception: The exception of PREPARE.
+        """
+        connections = self.companion.open_connections
+        self.in_doubt = names_of(connections)
+        try:
+            for connection in connections:
+                prepare(connection)
+        except BaseException as error:
+            if is_refused(error) and len(connections) == 1:
+                self.in_doubt = ""
+            raise
 
     def end(self, end: End, commit: bool) -> None:
         """Commit or roll back the work of the session, after the running operation.
@@ -108,47 +128,64 @@ class ManagedSession(Generic[S]):
             TransactionAborted: The application caught an error that aborted the transaction.
             Exception: The exception of the flush or of COMMIT. Everything was rolled back.
         """
-        if not self.is_prepared:
+        if not self.is_flushed:
             self.lock.acquire_for_end(end)
-        # A single connection needs no second phase, which would be slower and could leave the
-        # transaction in doubt.
-        is_alone = self.orm.twophase and not self.is_prepared and self._has_one_connection
-        if is_alone:
-            self.orm.twophase = False
         try:
             if commit:
                 self.orm.commit()
+                self.in_doubt = ""
             else:
-                _roll_back(self.orm)
+                self._roll_back()
         except BaseException:
-            # Roll back first. With SQLite, close() alone would give the pool a connection that is
-            # still inside the transaction, and the next request would see rows that do not exist.
-            _roll_back(self.orm)
+            if self.in_doubt:
+                # If a listener raised the error after COMMIT, nothing is in doubt.
+                self.in_doubt = names_of(self.companion.open_connections)
+            if self.in_doubt:  # no ROLLBACK: another session may be committed already
+                self.orm.invalidate()
+            else:
+                # Roll back first. With SQLite, close() alone would give the pool a connection that
+                # is still inside the transaction, and the next request would see rows that do not
+                # exist.
+                _roll_back(self.orm)
             raise
         finally:
-            self.is_prepared = False
-            if is_alone:
-                self.orm.twophase = True
-            try:
-                if end.close:
-                    self.orm.close()
-                    self.orm.info["scope"] = None
-                    forget(self.orm)
-            finally:
-                self.lock.release(closed=end.close)
+            self._release(end)
 
-    @property
-    def _has_one_connection(self) -> bool:
-        return len(self.companion.open_connections) == 1
+    def leave_in_doubt(self, end: End) -> None:
+        """Leave a prepared transaction to the operator. It survives when its connection closes."""
+        try:
+            self.orm.invalidate()
+        finally:
+            self._release(end)
+
+    def _roll_back(self) -> None:
+        is_lost = any(each.invalidated for each in self.companion.open_connections)
+        if _roll_back(self.orm) and not is_lost:
+            self.in_doubt = ""
+
+    def _release(self, end: End) -> None:
+        self.is_flushed = False
+        try:
+            if end.close:
+                self.orm.close()
+                self.orm.info["scope"] = None
+                self.companion.two_phases = None
+                forget(self.orm)
+        finally:
+            self.lock.release(closed=end.close)
 
 
-def _roll_back(session: Session) -> None:
+def _roll_back(session: Session) -> bool:
+    """Roll back, and return True if the server has answered."""
     try:
         session.rollback()
     except Exception:
-        # SQLAlchemy has closed the dead connection, so the server rolls back by itself.
+        # SQLAlchemy has closed the dead connection, so the server rolls back by itself, unless the
+        # transaction is prepared.
         if session.in_transaction():
             session.invalidate()
+        return False
+    return True
 
 
 def _remember_connection(
@@ -160,7 +197,8 @@ def _remember_connection(
     # The engine comes from `binds` or `bind_arguments`, so it may have no listeners yet.
     if connection.engine is not session.bind:
         watch(connection.engine)
-    companion.connections = (*companion.open_connections, connection)
+    others = (each for each in companion.open_connections if each is not connection)
+    companion.connections = (*others, connection)  # SQLAlchemy calls this for savepoints too
     is_shared = companion.reads.is_shared
     companion.writes.begin(connection, in_savepoint=transaction.nested, is_shared=is_shared)
     companion.reads.delay_begin(session, connection)

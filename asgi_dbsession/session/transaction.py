@@ -4,10 +4,11 @@ from typing import Any
 
 from sqlalchemy.orm import SessionTransaction
 
+from ._sqlalchemy import NamingTransaction
 from .guard import Companion, locked
 
 
-class LockedTransaction(SessionTransaction):
+class LockedTransaction(NamingTransaction):
     """The transaction that `session.begin()` and `session.begin_nested()` return."""
 
     @property

@@ -1,17 +1,82 @@
-"""Two-phase commit: checks the databases, and logs the prepared transactions."""
+"""Two-phase commit: names the transactions of a unit of work, and says which one decides."""
 
 import logging
 from collections.abc import Sequence
+from secrets import token_hex
+from typing import Any
 
 from sqlalchemy import URL, Connection
 from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
-from asgi_dbsession.errors import ConfigurationError, without_secrets
-
-from ._sqlalchemy import is_prepared
+from asgi_dbsession.errors import ConfigurationError, TransactionAborted, without_secrets
 
 _logger = logging.getLogger("asgi_dbsession")
+
+_PREFIX = "asgi_dbsession_"
+# After these errors, PREPARE may have arrived or not: the SQLSTATE classes of a lost connection and
+# of a server that shuts down, and the error numbers of MariaDB's client library.
+_UNKNOWN = ("08", "57")
+_CLIENT_ERRORS = range(2000, 3000)
+
+
+class TwoPhases:
+    """Names the transactions of one unit of work before they begin.
+
+    A name contains the unit, the number of the transaction in the unit, and the number of databases
+    that the unit has. Number 1 decides: it is prepared first, committed first, and rolled back
+    last. While it is prepared, no other transaction of the unit is committed. If it is no longer
+    prepared, every other prepared transaction of the unit must be committed.
+
+    MariaDB needs the name before the first statement, when the sessions that will take part are
+    not known yet. So number 1 is the session that begins first.
+
+    Args:
+        databases: How many databases the unit has.
+    """
+
+    def __init__(self, databases: int) -> None:
+        self._databases = databases
+        self._begun: list[Any] = []
+        self._unit = token_hex(16)
+
+    @property
+    def deciding(self) -> Session | None:
+        """The session whose transaction decides; None before the first transaction."""
+        return self._begun[0] if self._is_under_way else None
+
+    @property
+    def _is_under_way(self) -> bool:
+        return any(each._companion.open_connections for each in self._begun)
+
+    def name(self, session: Session) -> str:
+        """The name for the next transaction of a session.
+
+        At most 64 bytes, as MariaDB demands. PostgreSQL allows 199.
+        """
+        if not self._is_under_way:
+            self.renew()
+        if session not in self._begun:
+            self._begun.append(session)
+        number = self._begun.index(session) + 1
+        return f"{_PREFIX}{self._unit}_{number}_{self._databases}"
+
+    def renew(self) -> None:
+        """Start a new unit, so that transactions in doubt share no unit with later ones."""
+        self._begun = []
+        self._unit = token_hex(16)
+
+    def has_renewed(self, transactions: str) -> bool:
+        """Return True if one of the transactions was named before the last `renew`."""
+        return transactions.count(_PREFIX) > transactions.count(_PREFIX + self._unit)
+
+
+def two_phases_of(unit: Any) -> TwoPhases:
+    """Return the names of a unit of work. Two threads may open its first sessions at once."""
+    names: TwoPhases = vars(unit).setdefault("_two_phases", TwoPhases(len(unit.databases)))
+    return names
 
 
 def refuse_one_phase(database: object, url: URL) -> None:
@@ -27,21 +92,35 @@ def refuse_one_phase(database: object, url: URL) -> None:
         )
 
 
-def prepared(connections: Sequence[Connection]) -> str:
-    """Return the prepared transactions of the connections, as `XID on DATABASE`; empty if none."""
+def prepare(connection: Connection) -> None:
+    """Send PREPARE on a connection, if its transaction is for two-phase commit."""
+    transaction = connection.get_transaction()
+    if isinstance(transaction, TwoPhaseTransaction):
+        transaction.prepare()
+
+
+def is_refused(error: BaseException) -> bool:
+    """Return True if this error of PREPARE proves that the transaction is not prepared."""
+    if isinstance(error, TransactionAborted):
+        return True
+    original: Any = error.orig if isinstance(error, DBAPIError) else None
+    state = getattr(original, "sqlstate", None)
+    if isinstance(state, str):
+        return not state.startswith(_UNKNOWN)
+    number = original.args[0] if original is not None and original.args else None
+    return isinstance(number, int) and number not in _CLIENT_ERRORS
+
+
+def names_of(connections: Sequence[Connection]) -> str:
+    """Return the two-phase transactions of the connections, as `NAME on DATABASE`."""
     transactions = ((each.get_transaction(), each.engine.url) for each in connections)
     return ", ".join(
         f"{transaction.xid} on {without_secrets(url)}"
         for transaction, url in transactions
-        if isinstance(transaction, TwoPhaseTransaction) and is_prepared(transaction)
+        if isinstance(transaction, TwoPhaseTransaction)
     )
 
 
-def log_decision(transactions: Sequence[str]) -> None:
-    """Log all prepared transactions before the first one is committed."""
-    _logger.info("Prepared, and to be committed: %s", ", ".join(filter(None, transactions)))
-
-
-def log_doubt(transaction: str, error: BaseException) -> None:
-    """Log a prepared transaction whose COMMIT failed or whose result is unknown."""
-    _logger.error("In doubt, and to be committed: %s", transaction, exc_info=error)
+def log_doubt(transactions: str, error: BaseException) -> None:
+    """Log the transactions that may still be prepared on the server."""
+    _logger.error("In doubt: %s", transactions, exc_info=error)

@@ -14,6 +14,7 @@ from asgi_dbsession.session.tasks import has_ended
 from .after_commit import AfterCommit
 from .shares import Living, sort_work
 from .together import end_together
+from .two_phases import commit_in_two_phases
 from .unit_of_work import UnitOfWork, current_unit
 
 _logger = logging.getLogger("asgi_dbsession")
@@ -141,7 +142,9 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     end.had_work = bool(working)
     token = current_end.set(end)
     try:
-        if len(working) == 1:
+        if unit.two_phase and not unit.read_only and end.commit and working:
+            end.failure = await commit_in_two_phases(unit, _in_order(unit, working), end)
+        elif len(working) == 1:
             await working[0].run(working[0].end, end, end.commit)
         elif working:
             end.failure = await end_together(_in_order(unit, working), end)

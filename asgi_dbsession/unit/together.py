@@ -4,7 +4,6 @@ from typing import Any
 
 from asgi_dbsession.session.lock import End
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.session.two_phases import log_decision, log_doubt, prepared
 
 Sessions = list[ManagedSession[Any]]
 
@@ -18,18 +17,17 @@ async def end_together(sessions: Sessions, end: End) -> BaseException | None:
     Returns:
         The first error; None if there was none.
     """
-    failure = await _prepare_all(sessions, end) if end.commit else None
+    failure = await flush_all(sessions, end) if end.commit else None
     if not end.commit or failure is not None:
-        return await _roll_back_all(sessions, end, failure)
-    if all(each.orm.twophase for each in sessions):
-        return await _commit_prepared(sessions, end)
-    return await _commit_all(sessions, end)
+        return await roll_back_all(sessions, end, failure)
+    return await commit_all(sessions, end)
 
 
-async def _prepare_all(sessions: Sessions, end: End) -> BaseException | None:
+async def flush_all(sessions: Sessions, end: End) -> BaseException | None:
+    """Flush sessions, in order, up to the first error."""
     for each in sessions:
         try:
-            await each.run(each.prepare, end)
+            await each.run(each.flush, end)
         except BaseException as error:
             if not isinstance(error, Exception):
                 # Do not touch this session again: its thread is still running, or has rolled back
@@ -39,9 +37,10 @@ async def _prepare_all(sessions: Sessions, end: End) -> BaseException | None:
     return None
 
 
-async def _roll_back_all(
+async def roll_back_all(
     sessions: Sessions, end: End, failure: BaseException | None
 ) -> BaseException | None:
+    """Roll back sessions, in order, each although another one fails."""
     for each in sessions:
         try:
             await each.run(each.end, end, False)
@@ -50,26 +49,13 @@ async def _roll_back_all(
     return failure
 
 
-async def _commit_all(sessions: Sessions, end: End) -> BaseException | None:
+async def commit_all(sessions: Sessions, end: End) -> BaseException | None:
+    """Commit sessions, in order, up to the first error, and roll back the others."""
     for number, each in enumerate(sessions):
         try:
             await each.run(each.end, end, True)
         except BaseException as error:
             # The databases before this one have committed already, and keep their work. Only
             # `two_phase` prevents this.
-            return await _roll_back_all(sessions[number + 1 :], end, error)
+            return await roll_back_all(sessions[number + 1 :], end, error)
     return None
-
-
-async def _commit_prepared(sessions: Sessions, end: End) -> BaseException | None:
-    """Commit prepared sessions. After a failure continue, because the decision to commit stands."""
-    failure: BaseException | None = None
-    transactions = [prepared(each.companion.connections) for each in sessions]
-    log_decision(transactions)
-    for each, transaction in zip(sessions, transactions, strict=True):
-        try:
-            await each.run(each.end, end, True)
-        except BaseException as error:
-            failure = failure or error
-            log_doubt(transaction, error)
-    return failure

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from asgi_dbsession.errors import ConfigurationError, NoSession, SessionClosed
 from asgi_dbsession.session.completion import call_here
 from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.two_phases import two_phases_of
 from asgi_dbsession.types import Scope
 
 from .after_commit import AfterCommit
@@ -146,7 +147,7 @@ class UnitOfWork:
         if opened is not made:
             return opened
         if self.two_phase and not self.read_only:
-            made.orm.twophase = True
+            made.orm.twophase, made.companion.two_phases = True, two_phases_of(self)
         if self.is_blocking:
             made.run = call_here
         # Another thread has closed the unit meanwhile, so close the new session too.

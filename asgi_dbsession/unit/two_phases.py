@@ -1,0 +1,121 @@
+"""Commits the sessions of one unit of work in two phases.
+
+An operator who resolves transactions in doubt sees only the prepared ones. So this order holds,
+wherever the process is killed or a connection is lost:
+
+1. The deciding session is prepared before the others.
+2. It is committed before the others. If that COMMIT fails, no other session is committed.
+3. It is rolled back after the others, and only if no other session may still be prepared.
+"""
+
+from asgi_dbsession.errors import ConcurrentUse
+from asgi_dbsession.session.lock import End
+from asgi_dbsession.session.two_phases import log_doubt, names_of, two_phases_of
+
+from .together import Sessions, commit_all, flush_all, roll_back_all
+from .unit_of_work import UnitOfWork
+
+
+async def commit_in_two_phases(
+    unit: UnitOfWork, sessions: Sessions, end: End
+) -> BaseException | None:
+    """Flush sessions in declared order, PREPARE all of them, and COMMIT all of them.
+
+    Args:
+        unit: The unit of work that opened the sessions.
+        sessions: The sessions with work, in declared order.
+        end: The commit of the unit.
+
+    Returns:
+        The first error; None if there was none.
+    """
+    try:
+        _add_deciding(unit, sessions)
+    except ConcurrentUse as error:
+        return await roll_back_all(sessions, end, error)
+    failure = await flush_all(sessions, end) or _refusal(unit, sessions)
+    if failure is not None:
+        return await roll_back_all(sessions, end, failure)
+    connections = [one for each in sessions for one in each.companion.open_connections]
+    if len(connections) == 1:
+        # A single connection needs no second phase, which would be slower and could leave the
+        # transaction in doubt.
+        return await commit_all(sessions, end)
+    deciding = two_phases_of(unit).deciding
+    sessions.sort(key=lambda each: each.orm is not deciding)
+    failure = await _prepare_all(sessions)
+    if failure is not None:
+        failure = await _roll_back_prepared(sessions, end, failure)
+    else:
+        failure = await _commit_prepared(sessions, end)
+    if any(each.in_doubt for each in sessions):
+        two_phases_of(unit).renew()
+    return failure
+
+
+def _add_deciding(unit: UnitOfWork, sessions: Sessions) -> None:
+    """Add the deciding session to `sessions` if it has no work of its own.
+
+    Raises:
+        ConcurrentUse: It has work that must not be committed now.
+    """
+    deciding = two_phases_of(unit).deciding
+    for each in tuple(unit.sessions.values()):
+        if each.orm is deciding and each not in sessions and len(sessions) > 1:
+            if each.has_work:
+                raise ConcurrentUse(each.lock.database, mixed_with="living")
+            sessions.append(each)
+
+
+def _refusal(unit: UnitOfWork, sessions: Sessions) -> ConcurrentUse | None:
+    """Return the error for sessions that began before and after a commit that is in doubt."""
+    for each in sessions:
+        if two_phases_of(unit).has_renewed(names_of(each.companion.open_connections)):
+            return ConcurrentUse(each.lock.database, mixed_with="failed")
+    return None
+
+
+async def _prepare_all(sessions: Sessions) -> BaseException | None:
+    for each in sessions:
+        try:
+            await each.run(each.prepare)
+        except BaseException as error:
+            return error
+    return None
+
+
+async def _roll_back_prepared(
+    sessions: Sessions, end: End, failure: BaseException
+) -> BaseException:
+    deciding, *others = sessions
+    await roll_back_all(others, end, failure)
+    left = [each.in_doubt for each in others if each.in_doubt]
+    if left:
+        await deciding.run(deciding.leave_in_doubt, end)
+    else:
+        await roll_back_all([deciding], end, failure)
+    for transactions in (deciding.in_doubt, *left):
+        if transactions:
+            log_doubt(transactions, failure)
+    return failure
+
+
+async def _commit_prepared(sessions: Sessions, end: End) -> BaseException | None:
+    failure: BaseException | None = None
+    deciding, *others = sessions
+    try:
+        await deciding.run(deciding.end, end, True)
+    except BaseException as error:
+        failure = error
+    for each in others:
+        if deciding.in_doubt and failure is not None:
+            await each.run(each.leave_in_doubt, end)
+            continue
+        try:
+            await each.run(each.end, end, True)
+        except BaseException as error:
+            failure = failure or error
+    for each in sessions:
+        if each.in_doubt and failure is not None:
+            log_doubt(each.in_doubt, failure)
+    return failure
