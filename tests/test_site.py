@@ -29,17 +29,25 @@ class Html(HTMLParser):
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.links: list[str] = []
+        self.links_of_text: list[str] = []
         self.loads: list[str] = []
         self.places: set[str] = set()
+        self._in_text = False
         self.feed(file.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value for name, value in attrs if value}
         self.places.update(values[name] for name in ("id", "name") if name in values)
+        self._in_text |= tag == "article"
         if tag == "a":
-            self.links += [values["href"]] if "href" in values else []
+            links = [values["href"]] if "href" in values else []
+            self.links += links
+            self.links_of_text += links if self._in_text else []
         elif "canonical" not in values.get("rel", ""):
             self.loads += [values[name] for name in ("src", "href") if name in values]
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_text &= tag != "article"
 
 
 @cache
@@ -65,6 +73,17 @@ def test_every_page_is_built() -> None:
         assert built_page in site()
         address = str(built_page.relative_to(SITE))
         assert address in [link.removeprefix("./") for link in first.links]
+
+
+@built
+def test_two_clicks_lead_from_home_to_every_page() -> None:
+    """By links of the text: who does not know what to look for does not open the navigation."""
+    found = {SITE / "index.html"}
+    for _ in range(2):
+        for page in found & site().keys():
+            links = [unquote(urlsplit(link).path) for link in site()[page].links_of_text]
+            found |= {(page.parent / link).resolve() for link in links if link}
+    assert site().keys() - found == {SITE / "404.html"}
 
 
 @built
