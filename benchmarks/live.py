@@ -51,13 +51,13 @@ async def nothing(_request: Request) -> PlainTextResponse:
 
 
 def application(database: AsyncDatabase, **options: Any) -> DBSessionMiddleware:
-    """The application with its middleware."""
+    """Return the application with its middleware."""
     routes = [Route("/read", read), Route("/nothing", nothing)]
     return DBSessionMiddleware(Starlette(routes=routes), database, **options)
 
 
 async def measure(rounds: int, seconds: float) -> dict[str, Rounds]:
-    """Microseconds per request, of each application in turn."""
+    """Return the microseconds per request of each application; the applications alternate."""
     url = new_database()
     plain, watched, reported = (AsyncDatabase(url) for _ in range(3))
     LivePage(watched)
@@ -87,7 +87,7 @@ def new_database() -> URL:
 
 
 def serve(name: str, url: str, port: int) -> None:
-    """Serve one of them over HTTP, until it is killed."""
+    """Serve one of the applications over HTTP until it is killed."""
     database = AsyncDatabase(url)
     if name == "with LivePage":
         LivePage(database)
@@ -95,7 +95,7 @@ def serve(name: str, url: str, port: int) -> None:
 
 
 def measure_over_http(rounds: int) -> dict[str, Rounds]:
-    """Microseconds per request, as a client sees it that stays connected."""
+    """Return the microseconds per request for a client that stays connected."""
     url = new_database().render_as_string(hide_password=False)
     clients: dict[str, HTTPConnection] = {}
     servers: list[Any] = []

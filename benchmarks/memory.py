@@ -5,7 +5,7 @@
 
 First, clients upload a body to uvicorn and then read a stream that does not end. The figure is the
 growth of the server's memory for each client: without the middleware, with it, and with `attempts`.
-Second, requests on PostgreSQL are cancelled, each after a random number of turns of the event loop,
+Second, requests on PostgreSQL are cancelled, each after a random number of event loop iterations,
 twenty at a time. Memory, tasks, connections out of the pool, and transactions open on the server
 are counted before, in between and afterwards.
 """

@@ -33,11 +33,11 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def ignore(*_: Any) -> Any:
-    """Nobody is there."""
+    """Receive nothing, because there is no client."""
 
 
 class Count:
-    """What runs while it is active.
+    """Records the lines that run while it is active.
 
     Attributes:
         lines: The lines of this package, by file.
@@ -51,7 +51,7 @@ class Count:
         self._sending: list[str] = []
 
     def trace(self, frame: Any, kind: str, _: Any) -> Any:
-        """For `sys.settrace`."""
+        """Record a line; called by `sys.settrace`."""
         code = frame.f_code
         if code is Session.commit.__code__ or code.co_qualname == "Session.commit":
             self.frames = self._sending + self._ours_around(frame)
@@ -82,7 +82,7 @@ class Count:
 
 
 async def main() -> Count:
-    """Serve three requests, and count the last one."""
+    """Serve three requests, and count the lines of the last one."""
     with tempfile.TemporaryDirectory() as folder:
         database = AsyncDatabase(f"sqlite+aiosqlite:///{folder}/line.db")
         async with database:

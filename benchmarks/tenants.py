@@ -1,4 +1,4 @@
-"""Whether the tenants of `docs/how-to/multi-tenancy.md` ever meet.
+"""Checks if the tenants of `docs/how-to/multi-tenancy.md` ever see each other's rows.
 
     python benchmarks/tenants.py --requests 100000
 
@@ -20,7 +20,7 @@ from tenants import WAYS, Shop
 
 
 def main(requests: int, ways: list[str]) -> None:
-    """Print what was sent, in each way of the page."""
+    """Print how many requests were sent in each way of the page."""
     for way in ways:
         for bouncer in (False, True):
             shop = Shop(way, bouncer=bouncer)

@@ -103,7 +103,7 @@ async def test_a_peer_that_goes_away_loses_nothing_that_was_acknowledged(
                 await running.write(message["text"])
                 await send(text("stored " + message["text"]))
         finally:
-            await running.write("nobody heard of this")
+            await running.write("not acknowledged")
 
     peer = socket(running, app)
     for word in ("one", "two"):
@@ -279,11 +279,11 @@ async def test_not_even_an_unknown_message_follows_a_failed_commit(running: Runn
             try:
                 await send(message)
             except BaseException as error:
-                unwound.append(error)
+                stopped_by.append(error)
 
-    unwound: list[BaseException] = []
+    stopped_by: list[BaseException] = []
     peer = await socket(running, app).run()
-    assert len(unwound) == 2
+    assert len(stopped_by) == 2
     assert isinstance(peer.error, IntegrityError)
     assert peer.messages == [ACCEPT]
 

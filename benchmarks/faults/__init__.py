@@ -1,1 +1,1 @@
-"""Whether a tool keeps its word while everything around it fails: `python -m benchmarks.faults`."""
+"""Tests if a tool keeps its promises while its environment fails: `python -m benchmarks.faults`."""

@@ -1,4 +1,4 @@
-"""Runs tools through the plan, and writes down how they fared.
+"""Runs tools through the plan of faults, and writes the results.
 
     python -m benchmarks.faults                                      this package, once
     python -m benchmarks.faults --seconds 600 --seed 7               for ten minutes
@@ -33,7 +33,7 @@ _DRIVERS = ("asyncpg", "psycopg")
 
 
 async def main(options: argparse.Namespace) -> None:
-    """Do all that was asked for, one tool after the other."""
+    """Run the requested tests, one tool after the other."""
     tools = list(TOOLS) if options.all else options.tools
     results: dict[str, list[Result]] = {}
     checks: dict[str, dict[str, str]] = {}
@@ -62,7 +62,7 @@ async def main(options: argparse.Namespace) -> None:
 
 
 async def soak_both(options: argparse.Namespace) -> None:
-    """Soak this package with one driver after the other: half of the writes each."""
+    """Run this package under all faults, with each driver for half of the writes."""
     soaks: list[Soak] = []
     writes = -(-options.soak // len(_DRIVERS))
     for driver in _DRIVERS:

@@ -1,4 +1,4 @@
-"""The same cases once more with next to nothing around them: one request, in this process.
+"""Runs the same cases with as little as possible around them: one request, in this process.
 
     python -m benchmarks.faults.check TOOL URL
 
@@ -28,7 +28,7 @@ CASES = (*_THEN, _IN_COMMIT, _AT_FIRST, _IN_STREAM)
 
 
 async def check(tool: str, url: str) -> dict[str, str]:
-    """What went wrong in each case, in words; empty is good."""
+    """Return the errors of each case, in words; an empty list is good."""
     os.environ["DATABASE_URL"] = url
     peer: Any = importlib.import_module(f"benchmarks.peers.{tool}")
     reader = _Reader(url)
@@ -44,7 +44,7 @@ async def check(tool: str, url: str) -> dict[str, str]:
             await asyncio.sleep(0.001)
         task.cancel()
         await asyncio.wait([task])
-        # Where no success was sent, nobody was told anything: 0.
+        # If no success was sent, no client was told anything: 0.
         told = exchange.status if exchange.status < 400 else 0
         words[_IN_COMMIT] = await _words({50: told}, reader, peer)
 
@@ -78,7 +78,7 @@ async def _words(statuses: dict[int, int], reader: "_Reader", peer: Any) -> str:
 
 
 class _Exchange:
-    """One HTTP request, and the status that the application sent; 500 where it raised.
+    """Send one HTTP request, and return the status of the response; 500 if the application raised.
 
     Args:
         asked: Method, path and query.
@@ -129,7 +129,7 @@ class _Exchange:
 
 
 class _Lifespan:
-    """The application between its startup and its shutdown."""
+    """Run the application from its startup to its shutdown."""
 
     def __init__(self, app: Any) -> None:
         self._app: Any = app
@@ -148,7 +148,7 @@ class _Lifespan:
 
 
 class _Reader:
-    """Another connection, which sees what is stored, and when a COMMIT is under way."""
+    """Another connection, which sees stored rows, and sees when a COMMIT runs."""
 
     def __init__(self, url: str) -> None:
         address = "postgresql" + url[url.index("://") :]

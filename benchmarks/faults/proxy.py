@@ -10,15 +10,15 @@ BEFORE, AFTER = "before", "after"
 
 
 class Proxy:
-    """Stands between an application and its database.
+    """A proxy between an application and its database.
 
     Args:
         port: Where the database listens.
 
     Attributes:
-        cut: Says of a COMMIT that comes by whether to cut its connection `BEFORE` the server
-            hears of it, `AFTER` the server has answered and before the answer gets through,
-            or not at all (None).
+        cut: A function that decides for each COMMIT if its connection is cut `BEFORE` the
+            server gets it, `AFTER` the server has answered but before the client gets the
+            answer, or never (None).
         cuts: How often it has done so.
     """
 
@@ -29,13 +29,13 @@ class Proxy:
         self.cuts = 0
 
     async def start(self) -> int:
-        """Listen; the port."""
+        """Start to listen, and return the port."""
         self._server = await asyncio.start_server(self._serve, HOST, 0)
         port: int = self._server.sockets[0].getsockname()[1]
         return port
 
     def stop(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self._server is not None:
             self._server.close()
 

@@ -1,4 +1,4 @@
-"""The document that the command writes: tables, and how to make them again."""
+"""Writes the document: the tables, and how to repeat the measurement."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ def document(
     failovers: Mapping[tuple[str, str], Failover],
     soak: str,
 ) -> str:
-    """All of it, in Markdown; the section of the soak is given."""
+    """Return the whole document in Markdown; the section of the soak test is an argument."""
     ledgers = [result.ledger for of_tool in results.values() for result in of_tool]
     details = [f"### {TOOLS[tool]}\n\n{in_detail(found)}" for tool, found in results.items()]
     return _TEMPLATE.read_text().format(
@@ -52,12 +52,12 @@ def document(
 
 
 def in_detail(results: Sequence[Result]) -> str:
-    """One tool, all that was counted."""
+    """Return all counts of one tool."""
     return table(_COLUMNS, map(_row, results))
 
 
 def side_by_side(results: Mapping[str, Sequence[Result]]) -> str:
-    """What must not be, of every tool."""
+    """Return the errors of every tool."""
     by_fault: dict[str, dict[str, str]] = {}
     for tool, found in results.items():
         for result in found:
@@ -116,6 +116,6 @@ def _row(result: Result) -> list[str]:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,4 +1,4 @@
-"""One tool through the plan: clients write, faults strike, and what remains is compared."""
+"""Runs one tool through the plan: clients write, faults happen, and the results are compared."""
 
 import asyncio
 import time
@@ -15,13 +15,13 @@ from .plan import Fault, Stage, is_fault, next_request
 from .proxy import Proxy
 from .workers import Workers
 
-_MOST_REQUESTS = 20_000  # within one fault
+_MOST_REQUESTS = 20_000  # seconds within one fault
 _PATIENCE = 20.0  # seconds
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a tool came through one fault.
+    """The results of a tool with one fault.
 
     Attributes:
         fault: Its name.
@@ -44,7 +44,7 @@ class Result:
 
     @property
     def complaints(self) -> list[str]:
-        """What must not be, in words; empty is good."""
+        """Return the errors in words; an empty list is good."""
         finding = self.finding
         amounts = {
             "lost": finding.lost,
@@ -59,7 +59,7 @@ class Result:
 
 
 def merge(results: Sequence[Result]) -> Result:
-    """What several rounds with one fault add up to; the slowest recovery counts."""
+    """Return the sum of several rounds with one fault; the slowest recovery counts."""
     findings = [result.finding for result in results]
     slowest = [result.recovered for result in results]
     return Result(
@@ -82,7 +82,7 @@ def merge(results: Sequence[Result]) -> Result:
 async def stage_for(
     tool: str, cluster: Cluster, driver: str, spared: int = 0
 ) -> AsyncIterator[Stage]:
-    """The tool's application in its workers, and a proxy between them and the database."""
+    """Runs the tool's application in its workers, with a proxy in front of the database."""
     proxy = Proxy(cluster.port)
     workers = Workers(tool, cluster.url(driver, await proxy.start()), spared=spared)
     await workers.start()
@@ -95,7 +95,7 @@ async def stage_for(
 
 @asynccontextmanager
 async def running_cluster() -> AsyncIterator[Cluster]:
-    """A database server with the tables of the ledger, gone afterwards."""
+    """A temporary database server with the tables of the ledger."""
     cluster = await asyncio.to_thread(Cluster)
     try:
         await in_thread(cluster.start)
@@ -114,7 +114,7 @@ async def run_tool(
     cluster: Cluster,
     driver: str = "asyncpg",
 ) -> list[Result]:
-    """Put a tool through each fault in turn, so many seconds each; one result for each."""
+    """Run a tool with each fault for so many seconds, and return one result for each fault."""
     async with stage_for(tool, cluster, driver) as stage:
         turns = take_turns(stage, faults, seed=seed, seconds=seconds)
         return merge_by_fault([result async for result in turns])
@@ -123,11 +123,11 @@ async def run_tool(
 async def take_turns(
     stage: Stage, faults: Iterable[Fault], *, seed: int, seconds: float
 ) -> AsyncIterator[Result]:
-    """Have each fault in turn strike the stage, so many seconds each."""
+    """Run each fault on the stage for so many seconds."""
     numbers = count(1)
     left_over = False
     for turn, fault in enumerate(faults):
-        if left_over:  # what one fault has left behind must not be charged to the next
+        if left_over:  # the results of one fault must not count for the next
             await stage.workers.stop()
             await stage.workers.start()
         await begin_anew(stage.cluster)
@@ -138,7 +138,7 @@ async def take_turns(
 
 
 def merge_by_fault(results: Iterable[Result]) -> list[Result]:
-    """One result for each fault."""
+    """Return one result for each fault."""
     by_fault: dict[str, list[Result]] = {}
     for result in results:
         by_fault.setdefault(result.fault, []).append(result)
@@ -193,7 +193,7 @@ async def _recover(
 
 
 async def _settle(stage: Stage) -> tuple[int, int]:
-    """Wait until nothing is held and nothing is open; how much still is."""
+    """Wait until no connection and no transaction is open, and return how many still are."""
     still_held = still_open = 1
     with suppress(TimeoutError):
         async with asyncio.timeout(_PATIENCE / 4):

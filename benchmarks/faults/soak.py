@@ -1,4 +1,4 @@
-"""This package alone, through all faults again and again, until enough writes are acknowledged."""
+"""Runs this package under all faults again and again, until enough writes are acknowledged."""
 
 import time
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from .plan import CALM, Fault, Stage, faults_in_order
 from .run import Result, merge, merge_by_fault, stage_for, take_turns
 
 TOOL = "asgi_dbsession"
-# Most writes are plain, so that most are acknowledged; every sixth request is a fault.
+# Most writes are plain, so that most of them are acknowledged; every sixth request is a fault.
 _CALM, _CLIENTS = 0.6, 12
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one worker process uses.
+    """The resources that one worker process uses.
 
     Attributes:
         acknowledged: How many writes had been acknowledged by then, by all workers.
@@ -39,7 +39,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Soak:
-    """What came of it with one driver.
+    """The results with one driver.
 
     Attributes:
         driver: Which.
@@ -56,14 +56,14 @@ class Soak:
 
     @property
     def whole(self) -> Result:
-        """All faults added up."""
+        """Return the sum of all faults."""
         return merge(self.results)
 
 
 async def soak(
     driver: str, cluster: Cluster, *, seed: int, seconds: float, writes: int, faults: int
 ) -> Soak:
-    """Let all faults strike until so many writes are acknowledged and so many faults happened.
+    """Run all faults until enough writes were acknowledged and enough faults happened.
 
     Args:
         driver: Of the database URL.
@@ -79,7 +79,7 @@ async def soak(
     def until_enough() -> Iterator[Fault]:
         for fault in faults_in_order(seed, inf):
             if acknowledged >= writes and struck >= faults:
-                yield CALM  # so that the last look at the workers is like the first one
+                yield CALM  # so that the last measurement is like the first one
                 return
             yield replace(fault, calm=_CALM, clients=max(_CLIENTS, fault.clients))
 

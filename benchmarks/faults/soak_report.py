@@ -1,4 +1,4 @@
-"""The section of the document about the soak, which a run of its own makes."""
+"""Writes the section of the document about the soak test, which is a separate run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ _NOTHING = "Not run yet.\n"
 
 
 def soaked(command: str, soaks: Sequence[Soak]) -> str:
-    """What was counted, for each driver, and what the workers used."""
+    """Return the counts of each driver, and the resources of the workers."""
     wholes = [each.whole for each in soaks]
     minutes = sum(each.seconds for each in soaks) / 60
     acknowledged = sum(len(each.ledger.acknowledged) for each in wholes)
@@ -44,7 +44,7 @@ def _found(wholes: Sequence[Result]) -> str:
 
 
 def kept_section(file: Path) -> str:
-    """The section as it is in the document so far."""
+    """Return the present section of the document."""
     text = file.read_text() if file.exists() else ""
     if _HEADING not in text:
         return f"{_HEADING}\n\n{_NOTHING}"
@@ -52,7 +52,7 @@ def kept_section(file: Path) -> str:
 
 
 def replace_section(file: Path, section: str) -> None:
-    """Put the section into the document, in the place of the one before."""
+    """Replace the section of the document."""
     text = file.read_text()
     before, _, rest = text.partition(_HEADING if _HEADING in text else _NEXT)
     after = rest.partition(_NEXT)[2] if _HEADING in text else rest
@@ -90,6 +90,6 @@ def _row(driver: str, usage: Usage) -> list[str]:
 
 
 def _few(usage: Sequence[Usage]) -> list[Usage]:
-    """The first, the second, the one in the middle, and the last."""
+    """Return the first, the second, the middle and the last entry."""
     places = sorted({0, min(1, len(usage) - 1), len(usage) // 2, len(usage) - 1})
     return [usage[place] for place in places]

@@ -1,4 +1,4 @@
-"""Who is put to the test, by the name of the module in `benchmarks.peers`."""
+"""The tested tools, by the name of the module in `benchmarks.peers`."""
 
 from importlib.metadata import distributions, version
 
@@ -32,7 +32,7 @@ _DISTRIBUTIONS = (
 
 
 def versions() -> str:
-    """Which releases of them are installed, as a sentence."""
+    """Return a sentence with the installed versions of the tools."""
     return ", ".join(f"{name} {version(name)}" for name in _DISTRIBUTIONS if _is_installed(name))
 
 

@@ -1,4 +1,4 @@
-"""What a worker process serves: an application of `benchmarks.peers`, behind a door of ours."""
+"""Serves an application of `benchmarks.peers` in a worker process."""
 
 import asyncio
 import gc
@@ -10,13 +10,13 @@ from typing import Any
 
 
 def application() -> Any:
-    """The application that the environment variable `TOOL` names; for `uvicorn --factory`."""
+    """Return the application that the variable `TOOL` names; for `uvicorn --factory`."""
     peer: Any = import_module(f"benchmarks.peers.{os.environ['TOOL']}")
     return Door(peer.app, peer.pool)
 
 
 class Door:
-    """Says how the pool is, and cancels requests that ask for it.
+    """Reports the state of the pool, and cancels requests that ask for it.
 
     `GET /status` and `GET /usage` are answered here. A request with the header `x-cancel-after`
     is cancelled after so many seconds, as by a middleware that limits the time of every request;

@@ -1,4 +1,4 @@
-"""Server processes, each started again by itself whenever it dies."""
+"""Server processes that are started again after each crash."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ _PATIENCE = 30.0  # seconds
 
 
 class Workers:
-    """So many uvicorn processes, each on a port of its own, as behind a load balancer.
+    """Several uvicorn processes, each on a free port, as behind a load balancer.
 
     Args:
         tool: A module of `benchmarks.peers`.
@@ -35,7 +35,7 @@ class Workers:
         self._supervisors: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Start them, and wait until all of them serve.
+        """Start the processes, and wait until all of them serve requests.
 
         Raises:
             RuntimeError: One does not, and why.
@@ -53,7 +53,7 @@ class Workers:
             raise RuntimeError(f"{self.tool} does not serve:\n{printed}") from None
 
     async def stop(self) -> None:
-        """Kill them, and delete what they printed."""
+        """Kill the processes, and delete their output."""
         for supervisor in self._supervisors:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
@@ -65,7 +65,7 @@ class Workers:
         shutil.rmtree(self.log.parent, ignore_errors=True)
 
     def signal_one(self, signal: int, random: Random) -> None:
-        """Send a signal to one of them."""
+        """Send a signal to one of the processes."""
         process = self._processes[random.choice(self._mortal)]
         if process.returncode is None:
             process.send_signal(signal)

@@ -20,12 +20,12 @@ from .trial import copy, survives
 
 _ROOT = Path(__file__).parents[2]
 _CORE = "asgi_dbsession/{}/*.py"
-# How likely a mutation of a file is drawn: the code of the two promises comes first.
+# The weight of a file in the random choice: code of the two promises comes first.
 _WEIGHTS = {"session": 3, "unit": 3, "asgi/middleware": 3, "asgi/messages": 3}
 
 
 def drawn(count: int, seed: int, only: str) -> list[Mutation]:
-    """Mutations of the core at random: the same ones for the same seed and the same files."""
+    """Return random mutations of the core; the same seed gives the same mutations."""
     chance = random.Random(seed)
     files = [
         each
@@ -52,7 +52,7 @@ def _weight(file: str) -> int:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Try each mutant, write down what became of it, and print the survivors."""
+    """Try each mutant, write its result to a file, and print the survivors."""
     mutants = drawn(options.count, options.seed, options.only)
     results: dict[str, bool] = {}
     if options.results.exists():

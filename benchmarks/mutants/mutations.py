@@ -42,7 +42,7 @@ class Mutation:
         return "\n".join(unified_diff(*lines, self.file, self.file, lineterm=""))
 
     def __str__(self) -> str:
-        """Where it is, and what it does."""
+        """Return the place and the kind of the mutation."""
         return f"{self.file}:{self.line} {type(self.operator).__name__}"
 
 
@@ -50,7 +50,7 @@ class RemoveStatement(Operator):  # type: ignore[misc]
     """Replaces a call, an assignment in a function, or a `raise` with `pass`."""
 
     def mutation_positions(self, node: Any) -> Iterator[tuple[Any, Any]]:
-        """Where a statement can be removed, as `((line, column), (line, column))`."""
+        """Return the places of removable statements, as `((line, column), (line, column))`."""
         if node.type == "simple_stmt":
             kind = node.children[0].type
             in_function = node.parent.type == "suite" and node.parent.parent.type != "classdef"
@@ -58,19 +58,19 @@ class RemoveStatement(Operator):  # type: ignore[misc]
                 yield node.children[0].start_pos, node.children[0].end_pos
 
     def mutate(self, node: Any, _index: int) -> Any:
-        """The node without the statement."""
+        """Return the node without the statement."""
         statement = node.children[0]
         node.children[0] = Keyword("pass", statement.start_pos, statement.get_first_leaf().prefix)
         return node
 
     @classmethod
     def examples(cls) -> tuple[()]:
-        """None: this operator is not in cosmic-ray's own list."""
+        """Return None: this operator is not in cosmic-ray's own list."""
         return ()
 
 
 def mutations_of(root: Path, file: Path) -> Iterator[Mutation]:
-    """Every mutation of a file, without those that change types, docstrings or log messages."""
+    """Return every mutation of a file, except those of types, docstrings and log messages."""
     source = file.read_text()
     skipped = [*_skipped(ast.parse(source))]
     nodes = [*ast_nodes(get_ast(source))]
@@ -94,7 +94,7 @@ def _operators() -> Iterator[Operator]:
 
 
 def _skipped(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where a change is of no effect: from the first position up to the second."""
+    """Return the places where a change has no effect: from the first position up to the second."""
     for node in ast.walk(tree):
         skipped: list[ast.AST | None] = []
         match node:

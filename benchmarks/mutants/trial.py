@@ -14,12 +14,12 @@ from .mutations import Mutation
 
 _COPIED = ("asgi_dbsession", "benchmarks", "docs", "example_app", "tests")
 _CACHES = shutil.ignore_patterns("__pycache__")
-# The timer is a thread, which ends the process: a mutant that waits for ever cannot be left.
+# The timer is a thread that ends the process: a mutant in an endless loop cannot be stopped.
 _PYTEST = (
     *("-m", "pytest", "-x", "-q", "-n0", "-p", "no:randomly", "-p", "no:cacheprovider"),
     "--timeout-method=thread",
 )
-# Which tests are close to the files of a room, next to the test of the same name: cheap ones first.
+# Tests for the files of each room, beside the test of the same name: the fast ones first.
 _ROOMS = {
     "session": ("silent_losses", "several_tasks", "several_databases", "two_phases"),
     "unit": ("on_commit", "database", "nesting", "several_databases", "two_phases"),
@@ -27,18 +27,18 @@ _ROOMS = {
     "database": ("database", "url", "health", "lifespan"),
 }
 _FEW_DRIVERS = "not sqlite-sync and not psycopg-sync"
-# Processes and tools around the package: slow, and their tests say nothing about a single line.
+# These tests start processes and tools: they are slow, and show nothing about a single line.
 _FAR = (
     *("servers", "frameworks", "test_benchmarks.py", "test_comparison.py", "test_example.py"),
     *("test_faults.py", "test_galera.py", "test_package.py", "test_site.py", "test_tutorial.py"),
 )
-# Seconds of one test, and of all of them: a busy machine must not kill a mutant.
+# Seconds for one test, and for all of them: a busy machine must not kill a mutant.
 _TEST_LIMIT, _LIMIT = 30, 900
-_MEMORY = 3 * 1024**3  # bytes of one process: a loop without an end must not fill the machine
+_MEMORY = 3 * 1024**3  # bytes of one process: an endless loop must not use all memory
 
 
 def copy(root: Path, folder: Path) -> None:
-    """Copy all that the tests need, so that edits meanwhile change no outcome."""
+    """Copy all files that the tests need, so that later edits do not change a result."""
     for each in _COPIED:
         shutil.copytree(root / each, folder / each, ignore=_CACHES)
     for each in ("README.md", "CHANGELOG.md", "pyproject.toml", "setup.cfg"):
@@ -46,7 +46,7 @@ def copy(root: Path, folder: Path) -> None:
 
 
 def survives(root: Path, mutation: Mutation, *, near_only: bool) -> bool:
-    """Whether all tests pass: first those close to the mutated file, then nearly all others."""
+    """Return True if all tests pass: first the tests of the mutated file, then the others."""
     with tempfile.TemporaryDirectory(prefix="mutant-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         copy(root, folder)
@@ -67,7 +67,7 @@ def _pass(folder: Path, arguments: tuple[str, ...]) -> bool:
     process = subprocess.Popen(  # noqa: S603
         [sys.executable, *_PYTEST, f"--timeout={_TEST_LIMIT}", *arguments],
         cwd=folder,
-        # In the folder, so that the servers of the tests can be found when the tests have crashed.
+        # Run in this folder, so that servers of the tests can be found after a crash.
         env={**os.environ, "PYTHONPATH": str(folder), "TMPDIR": str(folder)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -81,7 +81,7 @@ def _pass(folder: Path, arguments: tuple[str, ...]) -> bool:
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        for each in folder.rglob("postmaster.pid"):  # PostgreSQL has a session of its own
+        for each in folder.rglob("postmaster.pid"):  # PostgreSQL has its own session
             with suppress(ProcessLookupError):
                 os.kill(int(each.read_text().split()[0]), signal.SIGQUIT)
         process.wait()

@@ -79,5 +79,5 @@ async def transfer(session: Database, number: int, then: str = "") -> Response:
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return config.get_engine().pool

@@ -59,5 +59,5 @@ def write(session: Database, number: int, then: str = "") -> Response:
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return config.get_engine().pool

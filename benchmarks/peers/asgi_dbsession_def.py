@@ -45,5 +45,5 @@ def write(number: int, then: str = "") -> Response:
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return database.engine.pool

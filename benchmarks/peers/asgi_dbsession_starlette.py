@@ -47,5 +47,5 @@ app.add_middleware(DBSessionMiddleware, database)
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return database.engine.pool

@@ -12,5 +12,5 @@ app = application(database)
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return database.engine.pool

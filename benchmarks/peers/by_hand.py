@@ -94,5 +94,5 @@ async def transfer(number: int, then: str = "") -> Response:
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return engine.pool

@@ -1,4 +1,4 @@
-"""The application by hand again, and with a middleware that Starlette makes tasks for.
+"""The hand-written application, with a middleware that Starlette runs in tasks.
 
 What `@app.middleware("http")` adds runs the rest of the application in a task of its own.
 """

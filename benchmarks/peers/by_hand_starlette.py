@@ -63,5 +63,5 @@ app = Starlette(
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return engine.pool

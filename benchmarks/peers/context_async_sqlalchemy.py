@@ -109,5 +109,5 @@ async def transfer(number: int, then: str = "") -> Response:
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return engines[0].pool

@@ -86,5 +86,5 @@ async def transfer(db: Database, number: int, then: str = "") -> Response:
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return engine.pool

@@ -65,5 +65,5 @@ def write(db: Database, number: int, then: str = "") -> Response:
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return engine.pool

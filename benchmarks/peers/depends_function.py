@@ -1,4 +1,4 @@
-"""The same with `scope="function"`: what follows the `yield` runs before the response is sent.
+"""The application with `scope="function"`: code after `yield` runs before the response is sent.
 
 https://fastapi.tiangolo.com/tutorial/dependencies/dependencies-with-yield/
 """
@@ -57,7 +57,8 @@ async def ten(db: Database) -> Response:
 @app.get("/stream")
 async def stream() -> Response:
     async def rows() -> AsyncIterator[bytes]:
-        async with sessions() as db, db.begin():  # that of the request would be closed by then
+        # The session of the request would be closed by then.
+        async with sessions() as db, db.begin():
             async for row in work.rows(db):
                 yield row
 
@@ -67,7 +68,8 @@ async def stream() -> Response:
 @app.get("/export")
 async def export() -> Response:
     async def parts() -> AsyncIterator[bytes]:
-        async with sessions() as db, db.begin():  # that of the request would be closed by then
+        # The session of the request would be closed by then.
+        async with sessions() as db, db.begin():
             async for part in work.export(db):
                 yield part
 
@@ -95,5 +97,5 @@ async def transfer(db: Database, number: int, then: str = "") -> Response:
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return engine.pool

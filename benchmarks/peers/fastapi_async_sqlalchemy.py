@@ -50,7 +50,7 @@ async def ten() -> Response:
 @app.get("/stream")
 async def stream() -> Response:
     async def rows() -> AsyncIterator[bytes]:
-        async with db():  # as its documentation says of streams
+        async with db():  # as its documentation says for streams
             async for row in work.rows(db.session):
                 yield row
 
@@ -60,7 +60,7 @@ async def stream() -> Response:
 @app.get("/export")
 async def export() -> Response:
     async def parts() -> AsyncIterator[bytes]:
-        async with db():  # as its documentation says of streams
+        async with db():  # as its documentation says for streams
             async for part in work.export(db.session):
                 yield part
 
@@ -88,5 +88,5 @@ async def transfer(number: int, then: str = "") -> Response:
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return engine.pool

@@ -18,7 +18,7 @@ from fastapi_sqla.async_sqla import _async_session_factories
 
 from . import work
 
-# It logs whole tracebacks, and a `rich` that happens to be installed draws them for seconds.
+# It logs whole tracebacks; an installed `rich` needs seconds to draw them.
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 os.environ |= {"sqlalchemy_url": work.URL}
@@ -86,5 +86,5 @@ async def transfer(session: AsyncSession, number: int, then: str = "") -> Respon
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return _async_session_factories["default"].kw["bind"].pool

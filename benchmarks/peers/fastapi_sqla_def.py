@@ -18,7 +18,7 @@ from fastapi_sqla.sqla import _session_factories
 
 from . import work
 
-# It logs whole tracebacks, and a `rich` that happens to be installed draws them for seconds.
+# It logs whole tracebacks; an installed `rich` needs seconds to draw them.
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 os.environ |= {"sqlalchemy_url": work.URL}
@@ -66,5 +66,5 @@ def write(session: Session, number: int, then: str = "") -> Response:
 
 
 def pool() -> Any:
-    """Where the connections are."""
+    """Return the pool of the application."""
     return _session_factories["default"].kw["bind"].pool

@@ -1,4 +1,4 @@
-"""What every application here does with its session: the same statements, whoever opened it."""
+"""The work of every application: the same statements with any session."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-# The same database and the same pool for everyone.
+# Every application uses the same database and the same pool options.
 URL = os.environ["DATABASE_URL"]
 POOL: dict[str, Any] = {
     "pool_size": int(os.environ.get("POOL_SIZE", "8")),
@@ -57,7 +57,7 @@ async def insert(session: AsyncSession) -> Response:
 
 
 async def write(session: AsyncSession, number: int, then: str = "") -> Response:
-    """Store an entry, which has two halves, and see what happens `then`."""
+    """Store an entry, which has two halves, and then do what `then` says."""
     await session.execute(_ENTRY, {"number": number})
     if then.startswith("wait"):
         await _happen(session, then)
@@ -68,31 +68,31 @@ async def write(session: AsyncSession, number: int, then: str = "") -> Response:
 
 
 async def transfer(session: AsyncSession, number: int, then: str = "") -> Response:
-    """Move money between two accounts that follow from the number."""
+    """Move money between two accounts, which are chosen by the number."""
     source, target, amount = number % 20 + 1, number % 19 + 1, number % 7 + 1
     values = {"number": number, "source": source, "target": target, "amount": amount}
     await session.execute(_TRANSFER, values)
-    for account, change in sorted([(source, -amount), (target, amount)]):  # or they deadlock
+    for account, change in sorted([(source, -amount), (target, amount)]):  # otherwise they deadlock
         await session.execute(_ADD, {"id": account, "amount": change})
     await _happen(session, then)
     return _answer(then)
 
 
 async def rows(session: AsyncSession) -> AsyncIterator[bytes]:
-    """The body of a stream, which asks the database for every part of it."""
+    """The body of a stream, which sends a statement for every part."""
     for _ in range(10):
         yield f"{await session.scalar(_READ)}\n".encode()
 
 
 async def export(session: AsyncSession) -> AsyncIterator[bytes]:
-    """The body of an export: rows that are fetched by the hundred while it is sent."""
+    """The body of an export, which fetches hundreds of rows at a time while it is sent."""
     result = await session.stream(_EXPORT, execution_options={"yield_per": 100})
     async for rows in result.partitions():
         yield "".join(f"{row.number}\n" for row in rows).encode()
 
 
 async def download(session: AsyncSession) -> Response:
-    """Answer with a file of 400 kB, which one SELECT allows."""
+    """Answer with a file of 400 kB after one SELECT."""
     head = f"{await session.scalar(_READ)}\n".encode()
 
     async def parts() -> AsyncIterator[bytes]:
@@ -104,7 +104,7 @@ async def download(session: AsyncSession) -> Response:
 
 
 async def events(session: AsyncSession) -> Response:
-    """Answer with server-sent events that go on for ever, of which only the first needs data."""
+    """Answer with endless server-sent events, of which only the first one needs data."""
     first = f"data: {await session.scalar(_READ)}\n\n".encode()
 
     async def ticks() -> AsyncIterator[bytes]:

@@ -1,1 +1,1 @@
-"""What a request costs with each tool, and what it holds: `python -m benchmarks.speed`."""
+"""Measures the cost of a request with each tool: `python -m benchmarks.speed`."""

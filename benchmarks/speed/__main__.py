@@ -1,4 +1,4 @@
-"""Measures, and writes down what came out.
+"""Measures the tools, and writes the results.
 
     python -m benchmarks.speed                          a quarter of an hour, into docs/measured
     python -m benchmarks.speed --quick --write FOLDER   to see that it works
@@ -23,7 +23,7 @@ _FOLDER = Path(__file__).parents[2] / "docs" / "measured"
 
 
 def main(options: argparse.Namespace) -> None:
-    """Measure unless told otherwise, and write."""
+    """Measure, unless an option says otherwise, and write the document."""
     figures: Path = options.write / "speed.json"
     if not options.again:
         command = "python -m benchmarks.speed" + " --quick" * options.quick

@@ -1,4 +1,4 @@
-"""Many clients at once, who read fast, or slowly, or listen for ever."""
+"""Simulates many clients at once, which read fast or slowly, or listen to events."""
 
 import asyncio
 import socket
@@ -15,7 +15,7 @@ _SIP = 25_000  # bytes, at once
 
 
 async def read_fast(port: int, path: str, clients: int, coming: float, seconds: float) -> float:
-    """Responses per second to so many clients, each asking again as soon as it is answered.
+    """Return the responses per second for so many clients, each with one request after the other.
 
     Not counted while they come.
     """
@@ -30,14 +30,14 @@ async def read_fast(port: int, path: str, clients: int, coming: float, seconds: 
                 await _ask(reader, writer, path)
                 answered += start <= time.monotonic() < end
 
-    # Whoever is not answered by then is not waited for.
+    # Clients without an answer by then are not waited for.
     async with _at_work(be_client() for _ in range(clients)) as tasks:
         await asyncio.wait(tasks, timeout=coming + seconds + 0.1)
     return answered / seconds
 
 
 async def read_slowly(port: int, clients: int, coming: int, seconds: int) -> list[float]:
-    """Downloads per second that so many clients get who read 100 kB per second each.
+    """Return the downloads per second of so many clients that read 100 kB per second each.
 
     Counted by the byte, in each second but those in which they come and buffers fill.
     """
@@ -59,7 +59,7 @@ async def read_slowly(port: int, clients: int, coming: int, seconds: int) -> lis
 
 
 async def download_slowly(port: int, seconds: float) -> None:
-    """Make one download, at 100 kB per second, or leave after so many seconds."""
+    """Download once at 100 kB per second, or disconnect after so many seconds."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             async for _ in _sips(port):
@@ -68,7 +68,7 @@ async def download_slowly(port: int, seconds: float) -> None:
 
 @asynccontextmanager
 async def listening(port: int, listeners: int, seconds: float) -> AsyncIterator[int]:
-    """Have so many listen to `/events`; how many heard something within so many seconds."""
+    """Let so many clients listen to `/events`, and return how many got an event in time."""
     heard = 0
 
     async def be_listener() -> None:
@@ -87,7 +87,7 @@ async def listening(port: int, listeners: int, seconds: float) -> AsyncIterator[
 
 
 async def time_one(port: int, path: str, patience: float) -> float | None:
-    """Milliseconds that one request takes of one more client; None beyond so many seconds."""
+    """Return the milliseconds of one more request; None if it takes too long."""
     start = time.monotonic()
     try:
         async with asyncio.timeout(patience), _connected(port) as (reader, writer):
@@ -98,7 +98,7 @@ async def time_one(port: int, path: str, patience: float) -> float | None:
 
 
 async def ask_in_turn(port: int, requests: list[tuple[str, str]], clients: int) -> None:
-    """Make all these requests, methods and paths, with so many clients at once."""
+    """Send all these requests (method and path) with so many clients at once."""
     left = iter(requests)
 
     async def be_client() -> None:

@@ -1,4 +1,4 @@
-"""What each request costs, in process and over a server, and how long it holds a connection."""
+"""Measures the time of each request, and how long the request holds a connection."""
 
 import asyncio
 import json
@@ -11,11 +11,11 @@ from .servers import ROOT, Server, environment
 from .size import Size
 from .turns import SCENARIOS, Rounds, compare, in_turn, spread
 
-_POOL = 2  # one tool needs so many to start
+_POOL = 2  # one tool needs so many connections to start
 
 
 async def printed_by(url: str, pool_size: int, *arguments: str) -> Any:
-    """What a module of this benchmark prints as JSON, in a process of its own."""
+    """Return the JSON that a module of this benchmark prints in a separate process."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *arguments,
@@ -30,14 +30,14 @@ async def printed_by(url: str, pool_size: int, *arguments: str) -> Any:
 
 
 async def in_process(tools: list[str], size: Size, url: str) -> dict[str, Any]:
-    """Microseconds, with nothing but the application in the process."""
+    """Return the microseconds of a request, with only the application in the process."""
     arguments = ("benchmarks.speed.in_process", str(size.rounds), str(size.turn))
     found: dict[str, Rounds] = await printed_by(url, _POOL, "-m", *arguments, *tools)
     return {scenario: compare(rounds) for scenario, rounds in found.items()}
 
 
 async def over_http(servers: Mapping[str, Server], size: Size) -> dict[str, Any]:
-    """Microseconds, as a client sees it that is connected for good."""
+    """Return the microseconds of a request for a client that stays connected."""
     found = {}
     for scenario, (method, path) in SCENARIOS.items():
         asks = {tool: server.asking(method, path) for tool, server in servers.items()}
@@ -46,7 +46,7 @@ async def over_http(servers: Mapping[str, Server], size: Size) -> dict[str, Any]
 
 
 async def held(servers: Mapping[str, Server], size: Size) -> dict[str, Any]:
-    """Milliseconds for which a connection is out of the pool."""
+    """Return the milliseconds for which a connection is checked out."""
     found: dict[str, Any] = {}
     for scenario, (method, path) in list(SCENARIOS.items())[1:]:
         _forget(servers)
@@ -54,7 +54,7 @@ async def held(servers: Mapping[str, Server], size: Size) -> dict[str, Any]:
         await in_turn(asks, size.rounds // 4 + 1, size.turn)
         found[scenario] = _spreads(servers)
     _forget(servers)
-    # They mostly wait, so they can do it all at once.
+    # They mostly wait, so all of them can run at once.
     await asyncio.gather(*(download_slowly(each.port, size.download) for each in servers.values()))
     for server in servers.values():
         await server.settle()

@@ -1,4 +1,4 @@
-"""What was hoped for, and what came out."""
+"""Compares the goals with the results."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ from .tools import BY_HAND, OURS, TRANSACTION, title
 
 
 class Goal(NamedTuple):
-    """One of them.
+    """One goal with its result.
 
     Attributes:
         hoped: What was hoped for.
@@ -20,7 +20,7 @@ class Goal(NamedTuple):
 
 
 def goals(found: dict[str, Any]) -> list[Goal]:
-    """All of them, from the figures."""
+    """Return all goals, computed from the figures."""
     in_process = found["in process"]
     idle = in_process["Starlette alone"]["no database use"]
     more = idle[OURS]["taken"][1] - idle[BY_HAND]["taken"][1]
@@ -62,7 +62,7 @@ def _ratio(in_process: dict[str, Any], family: str, scenario: str, most: float) 
 
 
 def _rate(clients: str, figures: dict[str, Any]) -> Goal:
-    """Compare responses per second with the fastest of the other tools."""
+    """Compare the responses per second with those of the fastest other tool."""
     others = {
         tool: each["taken"][1] for tool, each in figures.items() if tool not in (OURS, TRANSACTION)
     }

@@ -44,7 +44,7 @@ async def alive(app: Any) -> AsyncIterator[None]:
 
 
 def asking(app: Any, method: str, path: str) -> Ask:
-    """What makes that request, and fails unless it is answered whole with a success."""
+    """Return a function that sends this request, and fails without a complete success response."""
     asked = {**_SCOPE, "method": method, "path": path, "raw_path": path.encode()}
 
     async def ask() -> None:
@@ -55,7 +55,7 @@ def asking(app: Any, method: str, path: str) -> Ask:
             if has_body:
                 has_body = False
                 return {"type": "http.request", "body": b"", "more_body": False}
-            await asyncio.get_running_loop().create_future()  # nobody hangs up
+            await asyncio.get_running_loop().create_future()  # no client disconnects
             raise RuntimeError("somebody did")
 
         async def send(message: Any) -> None:
@@ -73,7 +73,7 @@ def asking(app: Any, method: str, path: str) -> Ask:
 
 
 async def measure(rounds: int, seconds: float, tools: list[str]) -> dict[str, Rounds]:
-    """All scenarios, each tool in turn."""
+    """Measure all scenarios; the tools alternate."""
     found = {}
     async with AsyncExitStack() as stack:
         apps = {}

@@ -1,4 +1,4 @@
-"""How many requests are served by a small pool, to readers fast and slow."""
+"""Measures how many requests a small pool can serve, with fast and slow readers."""
 
 import asyncio
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from .servers import Server
 from .size import Size
 from .turns import Rounds, compare, spread
 
-_SOON = 100  # clients, who are there at once
-_FEW = 10  # clients who read slowly leave room for those of the other tools
+_SOON = 100  # clients at the same time
+_FEW = 10  # slow clients of one tool leave before those of the next tool come
 
 
 async def fast_readers(servers: Mapping[str, Server], size: Size) -> dict[str, Any]:
-    """Responses per second to one SELECT."""
+    """Return the responses per second with one SELECT."""
     found = {}
     for clients in size.clients:
         coming = size.coming if clients > _SOON else 0
@@ -30,7 +30,7 @@ async def fast_readers(servers: Mapping[str, Server], size: Size) -> dict[str, A
 
 
 async def slow_readers(servers: Mapping[str, Server], size: Size) -> dict[str, Any]:
-    """Downloads per second to clients who read 100 kB per second each."""
+    """Return the downloads per second to clients that read 100 kB per second each."""
     found = {}
     for clients in size.clients:
         rounds: Rounds = {}
@@ -48,7 +48,7 @@ async def slow_readers(servers: Mapping[str, Server], size: Size) -> dict[str, A
 
 
 async def event_streams(servers: Mapping[str, Server], size: Size) -> dict[str, Any]:
-    """How many of the listeners hear something, what they hold, and who is served meanwhile."""
+    """Return how many listeners get an event, what they hold, and how long others wait."""
     found = {}
     for tool, server in servers.items():
         async with listening(server.port, size.listeners, size.patience) as heard:

@@ -1,4 +1,4 @@
-"""What the figures were measured with, and on."""
+"""Describes the machine and the versions of a measurement."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from benchmarks.faults.tools import versions
 
 
 def described() -> dict[str, Any]:
-    """The date, versions, processors."""
+    """Return the date, the versions and the processors."""
     loop = ", ".join(f"{name} {version(name)}" for name in ("uvloop", "httptools", "psycopg"))
     return {
         "date": datetime.now(UTC).date().isoformat(),

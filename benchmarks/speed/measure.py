@@ -12,12 +12,12 @@ from .size import Size
 from .tools import FAMILIES, FASTAPI, OURS, OVER_UVICORN
 
 _POOL = 5
-# What the disk does is no tool's doing.
+# The database needs no durable disk writes, because the disk is not part of any tool.
 _SETTINGS = ("ALTER SYSTEM SET synchronous_commit = off", "SELECT pg_reload_conf()")
 
 
 async def measure(size: Size) -> dict[str, Any]:
-    """All of it, as what JSON can hold."""
+    """Return all results as JSON data."""
     async with running_cluster() as cluster:
         for setting in _SETTINGS:
             await cluster.query(setting)

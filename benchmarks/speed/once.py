@@ -1,4 +1,4 @@
-"""What is paid once: imports, start and shutdown; and what grows over many requests."""
+"""Measures imports, start and shutdown once, and the growth over many requests."""
 
 import asyncio
 from typing import Any
@@ -35,14 +35,14 @@ print((time.perf_counter() - start) * 1e3)
 
 
 async def long_run(server: Server, size: Size) -> list[dict[str, float]]:
-    """What the server holds after each tenth of the requests; the first are to warm it up."""
+    """Return the memory of the server after each tenth of the requests, after some to warm up."""
     found = []
     part = size.requests // _SAMPLES
     for number in range(_SAMPLES + 1):
         count = part if number else max(part // 10, 100)
         requests = list(_MIXTURE) * (count // len(_MIXTURE))
         await ask_in_turn(server.port, requests, _CLIENTS)
-        await asyncio.sleep(0.2)  # the server is told that the clients have left
+        await asyncio.sleep(0.2)  # the server notices that the clients have disconnected
         measured = await asyncio.to_thread(server.measured)
         del measured["held"]
         found.append({"requests": number * part, **measured})
@@ -50,7 +50,7 @@ async def long_run(server: Server, size: Size) -> list[dict[str, float]]:
 
 
 async def starts(tools: list[str], size: Size, url: str) -> dict[str, Any]:
-    """Milliseconds of startup and shutdown, each time in a new process."""
+    """Return the milliseconds of startup and shutdown, each time in a new process."""
     taken: dict[str, dict[str, list[float]]] = {tool: {} for tool in tools}
     for _ in range(size.starts):
         for tool in tools:
@@ -64,7 +64,7 @@ async def starts(tools: list[str], size: Size, url: str) -> dict[str, Any]:
 
 
 async def imports(tools: list[str], size: Size) -> dict[str, Any]:
-    """Milliseconds that importing a package takes, each time in a new process."""
+    """Return the milliseconds of importing a package, each time in a new process."""
     packages = [each for each in _PACKAGES if each.partition(".")[0] in tools]
     taken: dict[str, dict[str, list[float]]] = {each: {} for each in packages}
     for _ in range(size.starts):

@@ -1,4 +1,4 @@
-"""The same figures as a picture, on a background of its own for light and dark.
+"""Draws the figures as a picture, with a background for light and dark pages.
 
 On a page, its type is shown at the size that is written here: one column of panels is as wide as
 a telephone, and two are as wide as the text of a page on a desk.
@@ -24,7 +24,7 @@ line { stroke: var(--ink); } .one { stroke: var(--faint); stroke-dasharray: 3 3;
 
 
 class Panel(NamedTuple):
-    """One chart of bars.
+    """One bar chart.
 
     Attributes:
         head: What it shows.
@@ -40,7 +40,7 @@ class Panel(NamedTuple):
 
 
 def picture(found: dict[str, Any], columns: int) -> str:
-    """An SVG, with so many panels side by side."""
+    """Return an SVG with so many charts side by side."""
     panels = [_ratios(found, each) for each in ("no database use", "one SELECT", "one INSERT")]
     crowds = list(found["slow readers"].items())
     crowd, slow = next((each for each in crowds if each[0] == "100"), crowds[-1])

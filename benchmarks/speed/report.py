@@ -1,4 +1,4 @@
-"""The document: tables, and how their figures came to be."""
+"""Writes the document: the tables, and how the figures were measured."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,12 +9,12 @@ from .summary import costs, loses, wins
 from .tools import OURS, base, title
 
 _TEMPLATE = Path(__file__).parent / "document.md"
-# Lower quartile, median, upper quartile, as JSON has them.
+# The lower quartile, the median and the upper quartile, as in the JSON file.
 _Values = Sequence[float]
 
 
 def document(found: dict[str, Any]) -> str:
-    """All of it, in Markdown."""
+    """Return the whole document in Markdown."""
     before, after = found["load"]
     return _TEMPLATE.read_text().format(
         command=found["command"],

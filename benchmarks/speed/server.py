@@ -1,4 +1,4 @@
-"""Serves one application with uvicorn, and tells what it holds.
+"""Serves one application with uvicorn, and reports the connections that it holds.
 
     DATABASE_URL=... python -m benchmarks.speed.server TOOL
 
@@ -25,7 +25,7 @@ _ROOM = 8192  # bytes; Linux doubles it
 
 
 class Door:
-    """Answers `GET /measured` and `GET /forget` itself, and passes on everything else.
+    """Answers `GET /measured` and `GET /forget` itself, and passes on all other requests.
 
     Args:
         app: The application.
@@ -51,7 +51,7 @@ class Door:
         await send({"type": "http.response.body", "body": body})
 
     def measure(self) -> dict[str, Any]:
-        """What there is now, and how long connections were held since `/forget`."""
+        """Return the present state, and how long connections were held since `/forget`."""
         self._watch()
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -82,12 +82,13 @@ class Door:
 
 
 def main(tool: str) -> None:
-    """Serve until killed."""
+    """Serve until the process is killed."""
     listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)  # connections inherit it
+    # Connections inherit this option.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
     listener.bind(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
-    with Path(os.devnull).open("w") as nowhere:  # some print more, which nobody reads
+    with Path(os.devnull).open("w") as nowhere:  # some tools print more, which nobody reads
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
     peer: Any = import_module(f"benchmarks.peers.{tool}")
     config = uvicorn.Config(

@@ -1,4 +1,4 @@
-"""Server processes of the applications, and what can be asked of them."""
+"""Runs server processes for the applications, and sends them requests."""
 
 import asyncio
 import http.client
@@ -19,28 +19,28 @@ _PATIENCE = 30.0  # seconds
 
 
 def environment(url: str, pool_size: int) -> dict[str, str]:
-    """What the process of an application is given."""
+    """Return the environment of an application's process."""
     pool = {"POOL_SIZE": str(pool_size), "POOL_TIMEOUT": "60"}
     return os.environ | pool | {"DATABASE_URL": url, "PYTHONPATH": str(ROOT)}
 
 
 class Server:
-    """One of them; `port` is where it listens."""
+    """One server process; `port` is where it listens."""
 
     def __init__(self, port: int) -> None:
         self.port: int = port
 
     def measured(self, path: str = "/measured") -> Any:
-        """What it holds; see `server.Door`."""
+        """Return what the process holds; see `server.Door`."""
         with closing(http.client.HTTPConnection(HOST, self.port, timeout=_PATIENCE)) as connection:
             connection.request("GET", path)
             return json.load(connection.getresponse())
 
     def asking(self, method: str, path: str) -> Ask:
-        """What makes that request with the client of the standard library, connected for good."""
+        """Return a function that sends this request with `http.client` over one connection."""
         connection = http.client.HTTPConnection(HOST, self.port, timeout=_PATIENCE)
 
-        async def ask() -> None:  # in the way of nobody: there is nothing else on this loop
+        async def ask() -> None:  # blocks nothing, because nothing else runs on this loop
             connection.request(method, path)
             response = connection.getresponse()
             response.read()
@@ -50,7 +50,7 @@ class Server:
         return ask
 
     async def settle(self) -> None:
-        """Wait until those who have left are forgotten."""
+        """Wait until the server has noticed that clients disconnected."""
         for _ in range(200):
             if not (await asyncio.to_thread(self.measured))["checked out"]:
                 return
@@ -61,7 +61,7 @@ class Server:
 async def running_servers(
     tools: Iterable[str], url: str, pool_size: int
 ) -> AsyncIterator[dict[str, Server]]:
-    """A server for each, gone afterwards."""
+    """Run a server for each application inside the block."""
     tools = list(tools)
     async with AsyncExitStack() as stack:
         started = [stack.enter_async_context(_running(tool, url, pool_size)) for tool in tools]

@@ -1,4 +1,4 @@
-"""How much is measured."""
+"""The size of a measurement."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from .tools import FEW, is_installed
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything.
+    """The size of each part of a measurement.
 
     Attributes:
         rounds: How often it is each tool's turn with each kind of request.
@@ -40,7 +40,7 @@ class Size:
     starts: int = 5
 
     def chosen(self, tools: Iterable[str]) -> list[str]:
-        """Those of them that are measured here."""
+        """Return the tools that are installed here."""
         return [tool for tool in tools if is_installed(tool) and (tool in FEW or not self.few)]
 
 

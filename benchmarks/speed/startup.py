@@ -1,4 +1,4 @@
-"""Times what happens once: startup, the first request and shutdown.
+"""Measures startup, the first request and shutdown.
 
 DATABASE_URL=... python -m benchmarks.speed.startup TOOL
 """
@@ -13,7 +13,7 @@ from .in_process import alive, asking
 
 
 async def measure(tool: str) -> dict[str, float]:
-    """Milliseconds of each."""
+    """Return the milliseconds of each."""
     app = import_module(f"benchmarks.peers.{tool}").app
     begun = time.perf_counter()
     async with alive(app):

@@ -1,4 +1,4 @@
-"""What the document says first, in three plain sentences made from the figures."""
+"""Writes the first three sentences of the document from the figures."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ _STATEMENTS = ("one SELECT", "one INSERT")
 
 
 def costs(found: dict[str, Any]) -> str:
-    """What the package adds to a request."""
+    """Return a sentence about the time that the package adds to a request."""
     idle = found["in process"]["Starlette alone"]["no database use"]
     more = idle[OURS]["taken"][1] - idle[BY_HAND]["taken"][1]
     select, insert = (found["in process"]["FastAPI"][each][OURS] for each in _STATEMENTS)
@@ -20,7 +20,7 @@ def costs(found: dict[str, Any]) -> str:
 
 
 def wins(found: dict[str, Any]) -> str:
-    """What listeners of events get on a small pool."""
+    """Return a sentence about listeners of events on a small pool."""
     ours, other = (found["listeners"][each] for each in (OURS, DEPENDS))
     return (
         "a client that reads slowly holds no connection. On a pool of five connections, "
@@ -30,7 +30,7 @@ def wins(found: dict[str, Any]) -> str:
 
 
 def loses(found: dict[str, Any]) -> str:
-    """The fastest other tool over a server, and the handlers that the package makes slower."""
+    """Return a sentence about the fastest other tool, and about the handlers that become slower."""
     clients, figures = max(found["fast readers"].items(), key=_lag)
     fastest = _fastest(figures)
     theirs, ours = (round(figures[each]["taken"][1]) for each in (fastest, OURS))

@@ -1,4 +1,4 @@
-"""Who is measured beside whom, by the names of the modules in `benchmarks.peers`."""
+"""The measured tools, by the names of the modules in `benchmarks.peers`."""
 
 from importlib.util import find_spec
 
@@ -27,16 +27,16 @@ DEF = (
     "fastapi_sqla_def",
     "advanced_alchemy_def",
 )
-# Each is measured in turn within itself, in one process.
+# Each of these groups is compared within itself, in one process.
 FAMILIES = {
     "FastAPI": FASTAPI,
     "FastAPI with psycopg": FASTAPI,
     "Starlette alone": STARLETTE,
     "FastAPI, handlers with `def`": DEF,
 }
-# The families that are measured over a server too.
+# The groups that are measured over a server too.
 OVER_UVICORN = ("FastAPI", "FastAPI, handlers with `def`")
-# What a short run leaves out, besides what is not installed.
+# A short run leaves out these tools, and tools that are not installed.
 FEW = (
     BY_HAND,
     OURS,
@@ -58,16 +58,16 @@ _PACKAGES = (
 
 
 def base(tool: str) -> str:
-    """The tool of an application, whichever kind of handlers it has: a column of a table."""
+    """Return the tool of an application, for each kind of handlers: a column of a table."""
     return tool.removesuffix("_def").removesuffix("_starlette")
 
 
 def title(tool: str) -> str:
-    """What a table calls it."""
+    """Return the name of the tool in a table."""
     return _TITLES[base(tool)]
 
 
 def is_installed(tool: str) -> bool:
-    """Whether it can be measured here."""
+    """Return True if the tool is installed here."""
     package = base(tool).removesuffix("_asgi")
     return package not in _PACKAGES or find_spec(package) is not None

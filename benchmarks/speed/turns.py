@@ -1,4 +1,4 @@
-"""Measures several in turn, a few requests at a time, so that what else goes on meets them all."""
+"""Measures several tools alternately, so that other load on the machine affects all of them."""
 
 import gc
 import math
@@ -11,7 +11,7 @@ from .tools import base
 
 Ask: TypeAlias = Callable[[], Awaitable[None]]
 Rounds: TypeAlias = dict[str, list[float]]
-# Lower quartile, median, upper quartile.
+# The lower quartile, the median and the upper quartile.
 Spread: TypeAlias = tuple[float, float, float]
 
 SCENARIOS = {
@@ -24,7 +24,7 @@ SCENARIOS = {
 
 
 async def in_turn(asks: Mapping[str, Ask], rounds: int, seconds: float) -> Rounds:
-    """Microseconds per request: of each, as many as there are rounds.
+    """Return the microseconds per request of each tool, one value for each round.
 
     Args:
         asks: What makes one request, of each tool.
@@ -47,8 +47,8 @@ async def in_turn(asks: Mapping[str, Ask], rounds: int, seconds: float) -> Round
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """The median and the quartiles around it."""
-    if len(values) < 2:  # none: nobody was served at all
+    """Return the median and the two quartiles."""
+    if len(values) < 2:  # no figures, because no request was served
         value = values[0] if values else math.nan
         return value, value, value
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -56,7 +56,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def compare(rounds: Rounds) -> dict[str, dict[str, Spread]]:
-    """What each took, its ratio to `by_hand`, and the ratio of `asgi_dbsession` to it.
+    """Return the time of each tool, its ratio to `by_hand`, and this package's ratio to it.
 
     The ratios are those of each round, so that a round that was slow for everyone changes nothing.
     """
