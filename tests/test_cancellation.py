@@ -240,6 +240,7 @@ async def test_what_a_listener_awaits_during_commit_is_not_cancelled_either(
 
     async def wait() -> None:
         waits.append(None)
+        asyncio.get_running_loop().call_later(0.05, scope.cancel, context=Context())
         if awaiting == "in a thread":
             await anyio.to_thread.run_sync(lambda: threading.Event().wait(0.1))
         elif awaiting == "within a time limit":
@@ -257,7 +258,6 @@ async def test_what_a_listener_awaits_during_commit_is_not_cancelled_either(
 
     exchange = Exchange(DBSessionMiddleware(app, database))
     with anyio.CancelScope() as scope:
-        asyncio.get_running_loop().call_later(0.05, scope.cancel, context=Context())
         await exchange.run()
     assert scope.cancelled_caught
     task = asyncio.current_task()

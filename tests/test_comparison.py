@@ -312,6 +312,7 @@ def module(
         yield importlib.import_module(f"benchmarks.peers.{tool}")
         gc.collect()
     if tool != "asgi_dbsession":
+        caplog.get_records("call").clear()
         caplog.clear()  # garbage collection of objects that some tools leave behind
     # One tool allows one engine per process, and tests of other tools run in this process too.
     forget_modules("benchmarks.peers", "fastapi_async_sqlalchemy")
