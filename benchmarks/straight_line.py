@@ -41,7 +41,7 @@ class Count:
 
     Attributes:
         lines: The lines of this package, by file.
-        frames: The frames of this package below the application's `send`, at `Session.commit`.
+        frames: The frames of this package between the application's `send` and `Session.commit`.
     """
 
     def __init__(self) -> None:

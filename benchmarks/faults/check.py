@@ -81,8 +81,8 @@ class _Exchange:
     """Send one HTTP request, and return the status of the response; 500 if the application raised.
 
     Args:
-        asked: Method, path and query.
-        leave_at: The part of the body at which the client vanishes; never, where it is 0.
+        asked: The method, the path and the query.
+        leave_at: The number of the body part at which the client disconnects; 0 for never.
     """
 
     def __init__(self, asked: tuple[str, str, str], *, leave_at: int = 0) -> None:

@@ -17,11 +17,12 @@ class Request:
     """The request of a client, and how the client behaves.
 
     Attributes:
-        path: With its query.
-        method: How.
-        cancel_after: Seconds after which the server is to cancel it.
-        leave_after: Seconds after which the client vanishes, answer or not.
-        leave: Whether it vanishes while "sending" its request, or while "reading" the answer.
+        path: The path with its query.
+        method: The HTTP method.
+        cancel_after: Seconds after which the server must cancel the request.
+        leave_after: Seconds after which the client disconnects, with or without an answer.
+        leave: "sending" or "reading" if the client disconnects while it sends the request or reads
+            the answer.
     """
 
     path: str
@@ -39,7 +40,7 @@ class Request:
 async def ask(port: int, request: Request) -> int | None:
     """Send the request, and return the status; None without an answer.
 
-    `NOBODY_LISTENED` where the request did not even leave.
+    The result is `NOBODY_LISTENED` if the request could not be sent.
     """
     status: int | None = None
     try:

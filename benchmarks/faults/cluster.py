@@ -40,7 +40,7 @@ class Cluster:
     """A server on a free port, with its data in a temporary folder.
 
     Args:
-        primary: The running server to be a standby of; None makes an empty one.
+        primary: The running server of which this server is a standby; None makes an empty server.
     """
 
     def __init__(self, primary: "Cluster | None" = None) -> None:

@@ -25,11 +25,11 @@ class Failover:
     """The results of the failover.
 
     Attributes:
-        ledger: What the clients heard, before and after.
-        finding: What is found on the former standby.
-        before: How many writes had been acknowledged when the primary was killed.
-        promotion: Seconds from then until the standby said that it is the primary.
-        gap: Seconds from then until the first write was acknowledged again; None if none was.
+        ledger: The answers to the clients, before and after the failover.
+        finding: The rows that are found on the former standby.
+        before: How many writes were acknowledged when the primary was killed.
+        promotion: Seconds until the standby reported that it is the primary.
+        gap: Seconds until the first write was acknowledged again; None if no write was.
     """
 
     ledger: Ledger

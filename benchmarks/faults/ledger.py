@@ -70,11 +70,11 @@ class Ledger:
     """The numbers of the writes of one period, sorted by the answers to their clients.
 
     Attributes:
-        acknowledged: A status below 400.
-        refused: A status from 400 on: it promises that nothing was stored.
-        open: No answer at all, or an error while connections to the database die, of which
-            nobody can know whether COMMIT was still in time.
-        requests: How many there were, reads included.
+        acknowledged: Writes with a status below 400.
+        refused: Writes with a status of 400 or above, which promises that nothing was stored.
+        open: Writes without an answer, or with an error while connections to the database die.
+            Nobody can know if their COMMIT succeeded.
+        requests: The number of all requests, reads included.
     """
 
     acknowledged: set[int] = field(default_factory=set)
@@ -100,13 +100,13 @@ class Finding:
     """The findings of the reader; every number except `open_stored` should be 0.
 
     Attributes:
-        lost: Acknowledged, and not there.
-        twice: There more than once.
-        phantom: Refused, and there.
-        half: Entries of which only one half is there, and accounts that disagree with the
-            transfers that are there.
-        money: How much more money there is than at first.
-        open_stored: How many of the open ones are there.
+        lost: Acknowledged writes that are not stored.
+        twice: Writes that are stored more than once.
+        phantom: Refused writes that are stored.
+        half: Entries with only one of two halves, and accounts that disagree with the stored
+            transfers.
+        money: How much more money there is than at the start.
+        open_stored: How many of the open writes are stored.
     """
 
     lost: int

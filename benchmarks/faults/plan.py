@@ -32,14 +32,14 @@ class Fault:
     """One kind of fault.
 
     Attributes:
-        name: As the tables say it.
-        then: What the handlers of writes are told to do (see `benchmarks.peers.work`).
-        change: What becomes of a client's request.
-        strike: What happens meanwhile, for so many seconds.
-        leaves_open: Whether an error may answer a write that is stored all the same: a request
-            is cancelled, or a connection dies, between COMMIT and its answer.
-        clients: How many at once.
-        calm: The share of requests that are plain writes, which this fault leaves alone.
+        name: The name in the tables.
+        then: What the handlers of writes do after the write (see `benchmarks.peers.work`).
+        change: A function that changes the request of a client.
+        strike: A function that causes the fault for so many seconds.
+        leaves_open: True if an error may answer a write that is stored: a request is cancelled, or
+            a connection dies, between COMMIT and its answer.
+        clients: The number of parallel clients.
+        calm: The share of requests that are plain writes, which the fault does not affect.
     """
 
     name: str
@@ -52,9 +52,9 @@ class Fault:
 
 
 def faults_in_order(seed: int, seconds: float = 0) -> Iterator[Fault]:
-    """Return all faults in random order, again and again for the given time; first without a fault.
+    """Return all faults in random order, again and again for the given time.
 
-    It shows that nothing else is wrong.
+    The first period has no fault, to show that nothing else is wrong.
     """
     end = time.monotonic() + seconds
     order = Random(f"order {seed}")

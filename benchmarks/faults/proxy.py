@@ -13,13 +13,13 @@ class Proxy:
     """A proxy between an application and its database.
 
     Args:
-        port: Where the database listens.
+        port: The port of the database.
 
     Attributes:
-        cut: A function that decides for each COMMIT if its connection is cut `BEFORE` the
-            server gets it, `AFTER` the server has answered but before the client gets the
-            answer, or never (None).
-        cuts: How often it has done so.
+        cut: A function that decides for each COMMIT if its connection is cut `BEFORE` the server
+            gets it, `AFTER` the server has answered but before the client gets the answer, or never
+            (None).
+        cuts: How often a connection was cut.
     """
 
     def __init__(self, port: int) -> None:

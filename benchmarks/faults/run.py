@@ -24,14 +24,14 @@ class Result:
     """The results of a tool with one fault.
 
     Attributes:
-        fault: Its name.
-        faults: How many there were, requests that are one themselves included.
-        ledger: What the clients heard.
-        finding: What was found in the database.
-        held: Connections that were still out of a pool afterwards.
-        open: Transactions that were still open on the server afterwards.
-        recovered: Seconds until every worker stored again, from when the clients went; None
-            if one of them never did.
+        fault: The name of the fault.
+        faults: The number of faults, including requests that are faults themselves.
+        ledger: The answers to the clients.
+        finding: The rows that were found in the database.
+        held: The number of connections that were still checked out afterwards.
+        open: The number of transactions that were still open on the server afterwards.
+        recovered: Seconds until every worker stored rows again after the clients had left; None if
+            a worker never did.
     """
 
     fault: str

@@ -21,12 +21,12 @@ class Usage:
     """The resources that one worker process uses.
 
     Attributes:
-        acknowledged: How many writes had been acknowledged by then, by all workers.
-        pid: Which process it is.
-        memory: Resident, in MB.
-        descriptors: Open file descriptors.
-        tasks: asyncio tasks.
-        connections: In the pool.
+        acknowledged: The number of writes that all workers had acknowledged at this time.
+        pid: The process id.
+        memory: The resident memory, in MB.
+        descriptors: The number of open file descriptors.
+        tasks: The number of asyncio tasks.
+        connections: The number of connections in the pool.
     """
 
     acknowledged: int
@@ -42,11 +42,11 @@ class Soak:
     """The results with one driver.
 
     Attributes:
-        driver: Which.
-        seconds: How long it took.
-        results: One for each fault.
-        usage: Of the worker that is never killed: after the first turn, in between, and after
-            the last.
+        driver: The name of the driver.
+        seconds: The duration of the test.
+        results: One result for each fault.
+        usage: The resources of the worker that is never killed: after the first fault, in between,
+            and after the last.
     """
 
     driver: str
@@ -66,10 +66,10 @@ async def soak(
     """Run all faults until enough writes were acknowledged and enough faults happened.
 
     Args:
-        driver: Of the database URL.
+        driver: The driver of the database URL.
         cluster: The database.
-        seed: What all chance follows from.
-        seconds: For each turn of a fault.
+        seed: The seed of all random choices.
+        seconds: The duration of each fault.
         writes: How many acknowledged writes are enough.
         faults: How many faults are enough.
     """

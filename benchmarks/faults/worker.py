@@ -18,9 +18,9 @@ def application() -> Any:
 class Door:
     """Reports the state of the pool, and cancels requests that ask for it.
 
-    `GET /status` and `GET /usage` are answered here. A request with the header `x-cancel-after`
-    is cancelled after so many seconds, as by a middleware that limits the time of every request;
-    whatever had been stored by then, the answer is a 504.
+    `GET /status` and `GET /usage` are answered here. A request with the header `x-cancel-after` is
+    cancelled after so many seconds, as by a middleware with a time limit. The answer is then a 504,
+    even if work was stored before.
     """
 
     def __init__(self, app: Any, pool: Any) -> None:

@@ -19,10 +19,10 @@ class Workers:
     """Several uvicorn processes, each on a free port, as behind a load balancer.
 
     Args:
-        tool: A module of `benchmarks.peers`.
-        url: The `DATABASE_URL` they get.
-        count: How many.
-        spared: How many of them `signal_one` leaves alone.
+        tool: The name of a module of `benchmarks.peers`.
+        url: The `DATABASE_URL` of the processes.
+        count: The number of processes.
+        spared: The number of processes that `signal_one` leaves alone.
     """
 
     def __init__(self, tool: str, url: str, count: int = 2, spared: int = 0) -> None:
@@ -38,7 +38,7 @@ class Workers:
         """Start the processes, and wait until all of them serve requests.
 
         Raises:
-            RuntimeError: One does not, and why.
+            RuntimeError: A process does not serve; the text gives the reason.
         """
         self.log.parent.mkdir(exist_ok=True)
         self._supervisors = [asyncio.create_task(self._supervise(port)) for port in self.ports]

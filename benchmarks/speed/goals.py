@@ -9,9 +9,9 @@ class Goal(NamedTuple):
     """One goal with its result.
 
     Attributes:
-        hoped: What was hoped for.
-        measured: What came out.
-        is_met: Whether that is it.
+        hoped: The goal, as text.
+        measured: The result, as text.
+        is_met: True if the result meets the goal.
     """
 
     hoped: str

@@ -27,10 +27,10 @@ class Panel(NamedTuple):
     """One bar chart.
 
     Attributes:
-        head: What it shows.
-        unit: What its figures are.
-        values: Of each tool: lower quartile, median, upper quartile.
-        one: Whether 1 is what the others are compared with.
+        head: The title of the chart.
+        unit: The unit of the figures.
+        values: The lower quartile, the median and the upper quartile of each tool.
+        one: True if the chart shows ratios, with a line at 1.
     """
 
     head: str

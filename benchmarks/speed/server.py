@@ -29,7 +29,7 @@ class Door:
 
     Args:
         app: The application.
-        pool: What returns its pool, once it has started.
+        pool: A function that returns the pool of the started application.
     """
 
     def __init__(self, app: Any, pool: Any) -> None:

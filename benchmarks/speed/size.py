@@ -11,17 +11,18 @@ class Size:
     """The size of each part of a measurement.
 
     Attributes:
-        rounds: How often it is each tool's turn with each kind of request.
-        turn: Seconds that one turn takes, about.
-        few: Whether only those tools are measured that need no installing.
-        clients: How many at once, one after the other.
-        load: Seconds of load, in each of so many `load_rounds`.
-        load_rounds: How often it is each tool's turn with it.
-        slow: Seconds of slow readers, after `coming` seconds in which they come and buffers fill.
+        rounds: How often each tool is measured with each kind of request.
+        turn: Seconds for one tool in one round, approximately.
+        few: True to measure only the tools that need no installation.
+        clients: The numbers of parallel clients to measure, one after the other.
+        load: Seconds of load in each of the `load_rounds`.
+        load_rounds: How often each tool is measured with load.
+        slow: Seconds with slow readers, after `coming` seconds in which they connect and buffers
+            fill.
         patience: Seconds that a listener, and one more client, waits for an answer.
-        download: The most seconds that a slow download may take.
-        listeners: How many listen.
-        requests: How many in the long run.
+        download: The largest number of seconds for a slow download.
+        listeners: The number of listeners.
+        requests: The number of requests in the long run.
         starts: How often each tool is started.
     """
 

@@ -27,9 +27,9 @@ async def in_turn(asks: Mapping[str, Ask], rounds: int, seconds: float) -> Round
     """Return the microseconds per request of each tool, one value for each round.
 
     Args:
-        asks: What makes one request, of each tool.
-        rounds: How often it is each one's turn. Who begins changes from round to round.
-        seconds: About how long one turn takes.
+        asks: For each tool, a function that sends one request.
+        rounds: How often each tool is measured. Another tool begins in each round.
+        seconds: Seconds for one tool in one round, approximately.
     """
     requests = 1
     for ask in asks.values():
@@ -58,7 +58,7 @@ def spread(values: Sequence[float]) -> Spread:
 def compare(rounds: Rounds) -> dict[str, dict[str, Spread]]:
     """Return the time of each tool, its ratio to `by_hand`, and this package's ratio to it.
 
-    The ratios are those of each round, so that a round that was slow for everyone changes nothing.
+    Each ratio is computed within one round, so a round that is slow for all tools changes nothing.
     """
     by_base = {base(tool): values for tool, values in rounds.items()}
     return {
