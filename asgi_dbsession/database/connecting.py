@@ -1,7 +1,7 @@
-"""Opens the connections of an async engine in a context of their own.
+"""Opens the connections of an async engine in an empty context.
 
-The sockets of asyncio keep the context in which they were opened. A connection that a request opens
-lives as long as the pool, and would keep all context variables of the request.
+A socket of asyncio keeps the context in which it was opened. A connection that a request opens
+lives as long as the pool, and would keep all context variables of the request in memory.
 """
 
 import asyncio
@@ -19,8 +19,8 @@ from asgi_dbsession.session.completion import run_to_completion
 def connect_outside(engine: Engine) -> None:
     """Make an engine open its connections outside of the context of any request.
 
-    The driver is wrapped, and not the event `do_connect`: so all listeners of the application are
-    called as before, and `async_creator` connects like this too.
+    This function wraps the driver, not the event `do_connect`. So the listeners of the application
+    are called as before, and an `async_creator` connects in the empty context too.
     """
     driver: Any = engine.dialect.dbapi
     if engine.dialect.is_async and "connect" not in vars(driver):
@@ -28,7 +28,7 @@ def connect_outside(engine: Engine) -> None:
 
 
 def connect_as_before(engine: Engine) -> None:
-    """Undo `connect_outside`."""
+    """Remove the wrapper that `connect_outside` added to the driver."""
     driver: Any = engine.dialect.dbapi
     wrapper = vars(driver).get("connect")
     if isinstance(wrapper, partial) and wrapper.func is _connect:
@@ -45,9 +45,11 @@ async def _connect_in_task(dialect: Any, connect: Callable[[], Any]) -> Any:
     try:
         return await task
     except asyncio.CancelledError:
-        # The connection was ready just when the request was cancelled: nobody else can close it.
+        # The request was cancelled when the connection was ready. Only this code can close the
+        # connection.
         if task.done() and not task.cancelled() and task.exception() is None:
             await run_to_completion(greenlet_spawn(dialect.do_terminate, task.result()))
         raise
     finally:
-        del task  # an error would refer to itself: error, traceback, frame, task, error
+        # Without this line, an error would refer to itself through its traceback and the task.
+        del task

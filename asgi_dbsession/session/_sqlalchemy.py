@@ -68,7 +68,7 @@ def flush_for_commit(session: Session, *, prepare: bool) -> None:
 
 
 class NamingSession(Session):
-    """A session whose autobegun transactions are made by `transaction_class` too."""
+    """A session that makes all transactions with `transaction_class`, automatic ones too."""
 
     transaction_class: type[SessionTransaction] = SessionTransaction
 
@@ -81,12 +81,13 @@ class NamingSession(Session):
 
 
 class NamingTransaction(SessionTransaction):
-    """A transaction that the session names, for two-phase commit. The dialect would name it."""
+    """A transaction with a name from its session for two-phase commit, not from the dialect."""
 
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         session: Any = self.session
         names = session._companion.two_phases
-        # Only the first connection: SQLAlchemy prepares several `binds` in any order.
+        # Give the name to the first connection only: SQLAlchemy prepares several `binds` in any
+        # order.
         is_first = self.parent is None and not self._connections
         if names is not None and is_first and isinstance(bind, Engine):
             bind = _NamingEngine(bind, names.name(session))
@@ -95,7 +96,7 @@ class NamingTransaction(SessionTransaction):
 
 
 class _NamingEngine:
-    """An engine whose next two-phase transaction has a given name."""
+    """An engine that uses a given name for its next two-phase transaction."""
 
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine = engine

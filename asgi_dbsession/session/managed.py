@@ -75,7 +75,7 @@ class ManagedSession(Generic[S]):
         return True
 
     def flush(self, end: End) -> None:
-        """Do all steps before PREPARE and COMMIT that can fail.
+        """Flush, and do all other steps before PREPARE and COMMIT that can fail.
 
         The caller must call `end` afterwards.
 
@@ -86,7 +86,8 @@ class ManagedSession(Generic[S]):
         self.lock.acquire_for_end(end)
         try:
             if self.companion.two_phases is not None:
-                self.orm.connection()  # the deciding session may have no work of its own
+                # The deciding session needs a transaction, even if it has no work of its own.
+                self.orm.connection()
             flush_for_commit(self.orm, prepare=self.companion.two_phases is None)
             refuse_if_aborted(self.companion.open_connections)
         except BaseException:
@@ -138,9 +139,11 @@ class ManagedSession(Generic[S]):
                 self._roll_back()
         except BaseException:
             if self.in_doubt:
-                # If a listener raised the error after COMMIT, nothing is in doubt.
+                # A listener may raise an error after COMMIT has succeeded; then nothing is in
+                # doubt.
                 self.in_doubt = names_of(self.companion.open_connections)
-            if self.in_doubt:  # no ROLLBACK: another session may be committed already
+            # Do not send ROLLBACK, because another session may have committed already.
+            if self.in_doubt:
                 self.orm.invalidate()
             else:
                 # Roll back first. With SQLite, close() alone would give the pool a connection that
@@ -152,7 +155,7 @@ class ManagedSession(Generic[S]):
             self._release(end)
 
     def leave_in_doubt(self, end: End) -> None:
-        """Leave a prepared transaction to the operator. It survives when its connection closes."""
+        """Leave a prepared transaction to the operator; it stays when its connection is closed."""
         try:
             self.orm.invalidate()
         finally:
@@ -198,7 +201,8 @@ def _remember_connection(
     if connection.engine is not session.bind:
         watch(connection.engine)
     others = (each for each in companion.open_connections if each is not connection)
-    companion.connections = (*others, connection)  # SQLAlchemy calls this for savepoints too
+    # SQLAlchemy calls this listener for savepoints too, so the connection may be known already.
+    companion.connections = (*others, connection)
     is_shared = companion.reads.is_shared
     companion.writes.begin(connection, in_savepoint=transaction.nested, is_shared=is_shared)
     companion.reads.delay_begin(session, connection)

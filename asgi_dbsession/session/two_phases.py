@@ -1,4 +1,4 @@
-"""Two-phase commit: names the transactions of a unit of work, and says which one decides."""
+"""Two-phase commit: names the transactions of a unit of work, and tells which one decides."""
 
 import logging
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from asgi_dbsession.errors import ConfigurationError, TransactionAborted, withou
 _logger = logging.getLogger("asgi_dbsession")
 
 _PREFIX = "asgi_dbsession_"
-# After these errors, PREPARE may have arrived or not: the SQLSTATE classes of a lost connection and
-# of a server that shuts down, and the error numbers of MariaDB's client library.
+# After these errors, nobody knows if PREPARE reached the server: the SQLSTATE classes of a lost
+# connection and of a server shutdown, and the error numbers of MariaDB's client library.
 _UNKNOWN = ("08", "57")
 _CLIENT_ERRORS = range(2000, 3000)
 
@@ -52,9 +52,9 @@ class TwoPhases:
         return any(each._companion.open_connections for each in self._begun)
 
     def name(self, session: Session) -> str:
-        """The name for the next transaction of a session.
+        """Return the name for the next transaction of a session.
 
-        At most 64 bytes, as MariaDB demands. PostgreSQL allows 199.
+        The name has at most 64 bytes, which MariaDB requires. PostgreSQL allows 199 bytes.
         """
         if not self._is_under_way:
             self.renew()
@@ -64,7 +64,7 @@ class TwoPhases:
         return f"{_PREFIX}{self._unit}_{number}_{self._databases}"
 
     def renew(self) -> None:
-        """Start a new unit, so that transactions in doubt share no unit with later ones."""
+        """Start a new set of names, so that later transactions do not belong to those in doubt."""
         self._begun = []
         self._unit = token_hex(16)
 
@@ -74,7 +74,10 @@ class TwoPhases:
 
 
 def two_phases_of(unit: Any) -> TwoPhases:
-    """Return the names of a unit of work. Two threads may open its first sessions at once."""
+    """Return the names for the transactions of a unit of work.
+
+    Two threads may open the first sessions of the unit at the same time.
+    """
     names: TwoPhases = vars(unit).setdefault("_two_phases", TwoPhases(len(unit.databases)))
     return names
 

@@ -1,4 +1,4 @@
-"""Refuses writes in a transaction that may only read, and is a savepoint of `rolled_back`."""
+"""Refuses writes in a transaction that may only read, inside of `rolled_back`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +14,10 @@ from .transaction import SavepointTransaction
 def refusing_writes(
     connection: PoolProxiedConnection, dialect: Dialect, transaction: SavepointTransaction
 ) -> Iterator[None]:
-    """Have the database refuse the statement that is executed inside the block, if it writes.
+    """Let the database refuse the statement that is executed inside the block, if it writes.
 
-    A transaction that began inside this one may write, so nothing is refused for longer. MariaDB
-    has no savepoints that are read-only.
+    A nested transaction may write, so writes are refused only during this statement. MariaDB has no
+    read-only savepoints.
     """
     if dialect.name == "sqlite":
         send(connection, "PRAGMA query_only = ON")
@@ -27,7 +27,7 @@ def refusing_writes(
             send(connection, "PRAGMA query_only = OFF")
         return
     if dialect.name == "postgresql" and not transaction.read_only:
-        # PostgreSQL takes this back at the end of the savepoint.
+        # PostgreSQL allows writes again at the end of the savepoint.
         send(connection, "SET TRANSACTION READ ONLY")
         transaction.read_only = True
     yield

@@ -15,7 +15,8 @@ def unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[U
     around = current_unit.get()
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
     unit.read_only = read_only
-    # During the last flush of a unit, a listener still needs the closed unit around it.
+    # A listener of the last flush may call `begin()`. It still needs the closed outer unit, so do
+    # not remove this unit.
     if not current_end.get():
         _forget_hidden(unit)
     with made_current(unit):

@@ -24,7 +24,7 @@ async def end_together(sessions: Sessions, end: End) -> BaseException | None:
 
 
 async def flush_all(sessions: Sessions, end: End) -> BaseException | None:
-    """Flush sessions, in order, up to the first error."""
+    """Flush the sessions in order, and stop at the first error."""
     for each in sessions:
         try:
             await each.run(each.flush, end)
@@ -40,7 +40,7 @@ async def flush_all(sessions: Sessions, end: End) -> BaseException | None:
 async def roll_back_all(
     sessions: Sessions, end: End, failure: BaseException | None
 ) -> BaseException | None:
-    """Roll back sessions, in order, each although another one fails."""
+    """Roll back all sessions in order, even if the rollback of a session fails."""
     for each in sessions:
         try:
             await each.run(each.end, end, False)
@@ -50,7 +50,7 @@ async def roll_back_all(
 
 
 async def commit_all(sessions: Sessions, end: End) -> BaseException | None:
-    """Commit sessions, in order, up to the first error, and roll back the others."""
+    """Commit the sessions in order; after the first error, roll back the remaining sessions."""
     for number, each in enumerate(sessions):
         try:
             await each.run(each.end, end, True)
