@@ -81,7 +81,17 @@ def test_code_is_at_most_80_columns_wide() -> None:
     wide = [
         (page.path, line)
         for page in pages()
-        for language in ("python", "diff", "bash", "sql", "ini", "toml", "json")
+        for language in (
+            "python",
+            "diff",
+            "bash",
+            "sql",
+            "ini",
+            "toml",
+            "json",
+            "yaml",
+            "dockerfile",
+        )
         for block in page.blocks(language)
         for line in block.splitlines()
         if len(line) > 80
