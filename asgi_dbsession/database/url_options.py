@@ -78,7 +78,7 @@ def take_ssl_mode(options: UrlOptions, modes: Mapping[str, str]) -> str | None:
 
 
 def is_on(value: str | None) -> bool:
-    """Return True if the value means yes."""
+    """Return True if the value of an option means yes, such as `true` or `1`."""
     return value is not None and value.lower() in ("true", "1", "yes", "on")
 
 

@@ -96,7 +96,7 @@ class SessionStats:
 
     @property
     def waits_since(self) -> float | None:
-        """The time at which the session began to wait for a connection; None if it has one."""
+        """The time at which the session began to wait for a connection; None without a wait."""
         return self.asked if self.checkout is None and self.lock.is_busy else None
 
     def settle(self, end: End, now: float) -> Tally:

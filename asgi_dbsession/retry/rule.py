@@ -10,7 +10,7 @@ Rule: TypeAlias = Callable[[BaseException], bool]
 
 
 def rule_of(retry_on: RetryOn) -> Rule:
-    """Return a function that returns True for an error to retry like a conflict."""
+    """Return a function that decides if an error is retried like a conflict."""
     if retry_on is None:
         return lambda _: False
     if isinstance(retry_on, type | tuple):

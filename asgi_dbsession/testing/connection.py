@@ -14,7 +14,7 @@ from .transaction import SavepointTransaction, current_caller
 
 # The error number of MariaDB and MySQL for a savepoint that does not exist.
 _NO_SUCH_SAVEPOINT = 1305
-# Seconds to wait for a transaction that probably only the test itself will end.
+# Seconds to wait for a transaction that probably nobody but the test itself can end.
 _LIMIT_FOR_THE_TEST = 0.8
 
 

@@ -68,7 +68,7 @@ class SavepointTransaction:
         return not self.is_of_request and self.caller == self._test and not _is_done(self._test)
 
     def may_begin_inside(self, other: "SavepointTransaction") -> bool:
-        """Return True if `other` may wait for this transaction; then this one must not wait."""
+        """Return True if this transaction must not wait for `other`, which may wait for it."""
         unit = self.unit
         while unit is not None:
             if unit is other.unit:

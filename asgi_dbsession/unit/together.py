@@ -30,7 +30,7 @@ async def flush_all(sessions: Sessions, end: End) -> BaseException | None:
             await each.run(each.flush, end)
         except BaseException as error:
             if not isinstance(error, Exception):
-                # Do not touch this session again: its thread is still running, or has rolled back
+                # Do not roll back this session: its thread may still use it, or has rolled back
                 # already.
                 sessions.remove(each)
             return error
