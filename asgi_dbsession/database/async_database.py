@@ -39,6 +39,9 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         session_options: Arguments for the session class, and the class itself: `{"class_":
             MySession}`. The default of `expire_on_commit` is False.
         ping_on_startup: True to let the startup fail if the database does not answer.
+        on_engine: A plain function that is called with each engine that is built (the
+            `sqlalchemy.Engine`, for async engines too), before its first connection. Add listeners
+            of SQLAlchemy's events there.
         autocommit_reads: True to read without a transaction until the unit of work writes. None:
             only where the application sees no difference, on PostgreSQL at READ COMMITTED. False:
             never.
@@ -57,10 +60,12 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         *,
         session_options: AsyncSessionOptions[AnyAsyncSession] | None = None,
         ping_on_startup: bool = True,
+        on_engine: Callable[[Engine], object] | None = None,
         autocommit_reads: bool | None = None,
         **engine_options: Any,
     ) -> None:
-        super().__init__(url, session_options, ping_on_startup, autocommit_reads, engine_options)
+        options = session_options, ping_on_startup, autocommit_reads, engine_options
+        super().__init__(url, *options, on_engine=on_engine)
         session_class: type[AnyAsyncSession] = self._session_class(AsyncSession)
         self._guarded_class = guarded_async_class(session_class)
         default = session_class.sync_session_class

@@ -3,7 +3,7 @@
 import os
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -44,8 +44,10 @@ class Database(EngineLife[E], Generic[E, S]):
         ping_on_startup: bool,
         autocommit_reads: bool | None,
         engine_options: dict[str, Any],
+        *,
+        on_engine: Callable[[Engine], object] | None,
     ) -> None:
-        super().__init__(url, ping_on_startup, engine_options)
+        super().__init__(url, ping_on_startup, on_engine, engine_options)
         check_autocommit_reads(self, autocommit_reads, self.url.get_dialect().driver)
         self._reads = Reads(autocommit_reads)
         if not isinstance(session_options or {}, Mapping):

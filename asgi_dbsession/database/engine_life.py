@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from inspect import iscoroutinefunction
 from threading import Lock
 from types import TracebackType
 from typing import Any, Generic, NoReturn, TypeVar
@@ -38,13 +39,20 @@ class EngineLife(ABC, Generic[E]):
     is_async: bool
 
     def __init__(
-        self, url: str | URL, ping_on_startup: bool, engine_options: dict[str, Any]
+        self,
+        url: str | URL,
+        ping_on_startup: bool,
+        on_engine: Callable[[Engine], object] | None,
+        engine_options: dict[str, Any],
     ) -> None:
+        if on_engine is not None and (not callable(on_engine) or iscoroutinefunction(on_engine)):
+            raise ConfigurationError("on_engine takes a plain function (`def`) of an Engine.")
         named = url_with_driver(url, asynchronous=self.is_async)
         translated, engine_options = translate_options(named, engine_options)
         self.url: URL = translated
         self._engine_options = options_for_memory(self.url, engine_options)
         self._ping_on_startup = ping_on_startup
+        self._on_engine = on_engine
         self._engine: E | None = None
         self._owns_engine = True
         self._starts = 0
@@ -195,6 +203,8 @@ class EngineLife(ABC, Generic[E]):
         connect_outside(self._sync_engine(engine))
         for observer in self._observers:
             observer.engine_used(self._sync_engine(engine))
+        if self._on_engine is not None:
+            self._on_engine(self._sync_engine(engine))
         return engine
 
     def observe(self, observer: UnitObserver) -> None:

@@ -34,8 +34,8 @@ _DRIVERS = ("asyncpg", "psycopg", "asyncmy", "aiomysql", "pymysql", "sqlite3", "
 _ADVICE = "Is it running, and are host, port, name and credentials right?"
 _LOGIN_ADVICE = (
     "Are user and password right? Where the application prepares them only later (tokens, "
-    "secrets), write `ping_on_startup=False`, or set them in a `do_connect` listener on an engine "
-    "that is given to `from_engine`."
+    "secrets), write `ping_on_startup=False`, or set them in a `do_connect` listener that "
+    "`on_engine` adds."
 )
 _POOL_ADVICE = (
     "All connections of its pool are in use: start it before they are taken, or make the pool "

@@ -39,6 +39,8 @@ class SyncDatabase(Database[Engine, AnySession]):
         session_options: Arguments for the session class, and the class itself: `{"class_":
             MySession}`. The default of `expire_on_commit` is False.
         ping_on_startup: True to let the startup fail if the database does not answer.
+        on_engine: A plain function that is called with each engine that is built, before its first
+            connection. Add listeners of SQLAlchemy's events there.
         autocommit_reads: True to read without a transaction until the unit of work writes. See
             `AsyncDatabase` for None and False.
         **engine_options: Arguments for `sqlalchemy.create_engine`.
@@ -57,10 +59,12 @@ class SyncDatabase(Database[Engine, AnySession]):
         *,
         session_options: SessionOptions[AnySession] | None = None,
         ping_on_startup: bool = True,
+        on_engine: Callable[[Engine], object] | None = None,
         autocommit_reads: bool | None = None,
         **engine_options: Any,
     ) -> None:
-        super().__init__(url, session_options, ping_on_startup, autocommit_reads, engine_options)
+        options = session_options, ping_on_startup, autocommit_reads, engine_options
+        super().__init__(url, *options, on_engine=on_engine)
         self._class: type[AnySession] = guarded_class(self._session_class(Session))
         self._questions = ThreadQuestions(_select_one)
         self._check_session_options()
