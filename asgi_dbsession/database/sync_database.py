@@ -194,7 +194,7 @@ def _select_one(engine: Engine) -> None:
             connection.detach()
 
 
-async def _run_in_thread(function: Callable[..., None], *args: Any) -> None:
+async def _run_in_thread(function: Callable[..., T], *args: Any) -> T:
     # Use a separate limiter. With the shared limiter, a COMMIT would wait for handlers that wait
     # for the connection of this COMMIT.
-    await to_thread.run_sync(function, *args, limiter=CapacityLimiter(1))
+    return await to_thread.run_sync(function, *args, limiter=CapacityLimiter(1))

@@ -7,6 +7,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ._sqlalchemy import flush_for_commit, forget
+from .at_once import ends_at_once
 from .failures import failed_transactions, refuse_if_aborted, watch
 from .guard import Companion, GuardedSession
 from .lock import End, SessionLock
@@ -39,13 +40,13 @@ class ManagedSession(Generic[S]):
         session: S,
         orm: Session,
         companion: Companion,
-        run: Callable[..., Awaitable[None]],
+        run: Callable[..., Awaitable[Any]],
     ) -> None:
         self.session: S = session
         self.orm: Session = orm
         self.companion: Companion = companion
         self.lock: SessionLock = companion.lock
-        self.run: Callable[..., Awaitable[None]] = run
+        self.run: Callable[..., Awaitable[Any]] = run
         vars(orm)["_companion"] = companion
 
     @property
@@ -58,6 +59,11 @@ class ManagedSession(Generic[S]):
         is_changed = session.in_transaction() or session.identity_map.check_modified()
         is_added = lock.is_used and bool(session.new)
         return is_changed or is_added or lock.is_busy or self.companion.writes.refused is not None
+
+    @property
+    def ends_at_once(self) -> bool:
+        """True if `end` cannot block the calling thread; then it needs no other thread."""
+        return self.session is self.orm and ends_at_once(self.orm, self.companion)
 
     def close_if_idle(self) -> bool:
         """Close the session permanently if it has no work; send nothing to the database.

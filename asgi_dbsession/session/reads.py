@@ -103,6 +103,11 @@ def unwatch_reads(engine: Engine) -> None:
                 event.remove(engine, name, listener)
 
 
+def is_delayed(connection: Connection) -> bool:
+    """Return True if no transaction has begun on the server yet, because only reads were sent."""
+    return connection in _delayed
+
+
 def begin_now(connection: Connection) -> None:
     """Begin a delayed transaction, because the application may use the driver's connection."""
     if connection in _delayed:

@@ -145,7 +145,11 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
         if unit.two_phase and not unit.read_only and end.commit and working:
             end.failure = await commit_in_two_phases(unit, _in_order(unit, working), end)
         elif len(working) == 1:
-            await working[0].run(working[0].end, end, end.commit)
+            only = working[0]
+            if only.ends_at_once:
+                only.end(end, end.commit)
+            else:
+                await only.run(only.end, end, end.commit)
         elif working:
             end.failure = await end_together(_in_order(unit, working), end)
     except BaseException as error:

@@ -1,11 +1,14 @@
 """Commits or rolls back the sessions of several databases together."""
 
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
 
+from asgi_dbsession.session.completion import call_here, complete_here
 from asgi_dbsession.session.lock import End
 from asgi_dbsession.session.managed import ManagedSession
 
-Sessions = list[ManagedSession[Any]]
+Sessions: TypeAlias = list[ManagedSession[Any]]
+Run: TypeAlias = Callable[..., Awaitable[Any]]
 
 
 async def end_together(sessions: Sessions, end: End) -> BaseException | None:
@@ -17,17 +20,34 @@ async def end_together(sessions: Sessions, end: End) -> BaseException | None:
     Returns:
         The first error; None if there was none.
     """
-    failure = await flush_all(sessions, end) if end.commit else None
+    if all(each.ends_at_once for each in sessions):
+        return await _end_all(sessions, end, call_here)
+    if all(each.session is each.orm for each in sessions):
+        # All of them block. One change of thread is enough for all of them.
+        ending = _end_all(sessions, end, call_here)
+        failure: BaseException | None = await sessions[0].run(complete_here, ending)
+        return failure
+    return await _end_all(sessions, end)
+
+
+async def _end_all(sessions: Sessions, end: End, run: Run | None = None) -> BaseException | None:
+    failure = await flush_all(sessions, end, run) if end.commit else None
     if not end.commit or failure is not None:
-        return await roll_back_all(sessions, end, failure)
-    return await commit_all(sessions, end)
+        return await roll_back_all(sessions, end, failure, run)
+    return await commit_all(sessions, end, run)
 
 
-async def flush_all(sessions: Sessions, end: End) -> BaseException | None:
-    """Flush the sessions in order, and stop at the first error."""
+async def flush_all(sessions: Sessions, end: End, run: Run | None = None) -> BaseException | None:
+    """Flush the sessions in order, and stop at the first error.
+
+    Args:
+        sessions: The sessions to flush.
+        end: The end of the unit of work.
+        run: Calls the operations; None: as each session does.
+    """
     for each in sessions:
         try:
-            await each.run(each.flush, end)
+            await (run or each.run)(each.flush, end)
         except BaseException as error:
             if not isinstance(error, Exception):
                 # Do not roll back this session: its thread may still use it, or has rolled back
@@ -38,24 +58,24 @@ async def flush_all(sessions: Sessions, end: End) -> BaseException | None:
 
 
 async def roll_back_all(
-    sessions: Sessions, end: End, failure: BaseException | None
+    sessions: Sessions, end: End, failure: BaseException | None, run: Run | None = None
 ) -> BaseException | None:
     """Roll back all sessions in order, even if the rollback of a session fails."""
     for each in sessions:
         try:
-            await each.run(each.end, end, False)
+            await (run or each.run)(each.end, end, False)
         except BaseException as error:
             failure = failure or error
     return failure
 
 
-async def commit_all(sessions: Sessions, end: End) -> BaseException | None:
+async def commit_all(sessions: Sessions, end: End, run: Run | None = None) -> BaseException | None:
     """Commit the sessions in order; after the first error, roll back the remaining sessions."""
     for number, each in enumerate(sessions):
         try:
-            await each.run(each.end, end, True)
+            await (run or each.run)(each.end, end, True)
         except BaseException as error:
             # The databases before this one have committed already, and keep their work. Only
             # `two_phase` prevents this.
-            return await roll_back_all(sessions[number + 1 :], end, error)
+            return await roll_back_all(sessions[number + 1 :], end, error, run)
     return None

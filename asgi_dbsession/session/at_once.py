@@ -1,0 +1,57 @@
+"""Finds sessions whose end sends nothing to the database, so that it needs no other thread."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.orm import Session
+
+from .guard import Companion, GuardedSession
+from .reads import is_delayed
+
+# The events of a commit or rollback, for which an application may have listeners that wait.
+_OF_SESSIONS = (
+    "after_commit",
+    "after_rollback",
+    "after_soft_rollback",
+    "after_transaction_end",
+    "before_commit",
+)
+_OF_CONNECTIONS = ("commit", "rollback")
+_OF_POOLS = ("checkin", "reset")
+_METHODS = ("close", "commit", "rollback")
+
+
+def ends_at_once(session: Session, companion: Companion) -> bool:
+    """Return True if commit and rollback of a session cannot block the calling thread.
+
+    All that the session did is reading, and no transaction has begun on the server. Neither the
+    session class nor a listener of the application adds anything of its own.
+    """
+    if companion.lock.is_busy or session.new or session.deleted or session.dirty:
+        return False
+    if any(getattr(type(session), each) is not getattr(GuardedSession, each) for each in _METHODS):
+        return False
+    listeners = _listeners(session, _OF_SESSIONS)
+    return not _has_foreign(listeners) and all(map(_sends_nothing, companion.open_connections))
+
+
+def _sends_nothing(connection: Connection) -> bool:
+    if _has_foreign(_listeners(connection, _OF_CONNECTIONS)):
+        return False
+    if _has_foreign(_listeners(connection.engine.pool, _OF_POOLS)):
+        return False
+    if connection.dialect.name == "sqlite":
+        driver: Any = connection.connection.driver_connection
+        return not driver.in_transaction
+    return is_delayed(connection)
+
+
+def _listeners(target: Any, events: Iterable[str]) -> Iterable[Any]:
+    return (each for name in events for each in getattr(target.dispatch, name))
+
+
+def _has_foreign(listeners: Iterable[Any]) -> bool:
+    return any(
+        not str(getattr(each, "__module__", "")).startswith("asgi_dbsession.") for each in listeners
+    )
