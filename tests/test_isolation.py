@@ -17,7 +17,7 @@ from asgi import get, respond
 from conftest import ENTRY, Running, maria_database
 from fastapi import Depends, HTTPException
 from pages import Page
-from sqlalchemy import URL, create_engine, text
+from sqlalchemy import URL, create_engine, select, text
 from sqlalchemy.exc import DBAPIError, SAWarning
 from sqlalchemy.pool import NullPool
 
@@ -168,6 +168,32 @@ async def test_it_applies_through_pgbouncer(url: URL) -> None:
                     await session.connection(execution_options=SNAPSHOT)
                 seen.append(tuple((await session.execute(STATE)).one()))
     assert seen == [USUAL, ("repeatable read", "on")] * 10
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_unit_that_may_only_read_sends_no_more_than_another(url: URL, driver: str) -> None:
+    """READ ONLY is a part of BEGIN; a plain read needs neither BEGIN nor COMMIT."""
+    async with AsyncDatabase(url.set(drivername=f"postgresql+{driver}"), **ONE) as database:
+        async with statements() as plain, database.begin(read_only=True) as session:
+            await session.execute(select(ENTRY.c.id))
+        async with statements() as more, database.begin(read_only=True) as session:
+            assert tuple((await session.execute(STATE)).one()) == ("read committed", "on")
+    assert [each.split()[0] for each in plain] == ["SELECT"]
+    assert [each.split()[0] for each in more] == ["BEGIN", "SELECT", "COMMIT"]
+    assert "READ ONLY" in more[0]
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_reading_only_applies_through_pgbouncer(url: URL, driver: str) -> None:
+    """And to nobody else who gets the same connection of the server."""
+    through = pgbouncer.url_through(url.set(drivername=f"postgresql+{driver}"))
+    seen = []
+    async with AsyncDatabase(through.update_query_dict({"pgbouncer": "true"}), **ONE) as database:
+        for number in range(20):
+            async with database.begin(read_only=bool(number % 2)) as session:
+                await session.execute(select(ENTRY.c.id))
+                seen.append(tuple((await session.execute(STATE)).one()))
+    assert seen == [USUAL, ("read committed", "on")] * 10
 
 
 async def test_in_autocommit_a_select_is_all_that_is_sent(reports: Any) -> None:

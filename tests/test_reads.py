@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import pgbouncer
 import pytest
 from asgi import get, respond
-from conftest import ENTRY, Real, Running
+from conftest import ENTRY, Real, Running, real_database
 from sqlalchemy import (
     CTE,
     Column,
@@ -30,13 +32,23 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, joinedload, mapped_column, relationship
 from sqlalchemy.schema import ForeignKey
 
-from asgi_dbsession import AsyncDatabase, ConfigurationError, DBSessionMiddleware, SyncDatabase
+from asgi_dbsession import (
+    AsyncDatabase,
+    ConfigurationError,
+    DBSessionMiddleware,
+    SyncDatabase,
+    get_session,
+)
 
 pytestmark = pytest.mark.anyio
 KINDS = ("asyncpg", "psycopg", "psycopg-sync")
 
 OTHER = Table("entry", MetaData(), Column("id", Integer), Column("note", String))
-IS_OPEN = text("SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'")
+STATE = text(
+    "SELECT state, CASE WHEN xact_start IS NOT NULL THEN 'open' END, "
+    "(SELECT least(count(*), 1) FROM pg_locks WHERE pg_locks.pid = pg_stat_activity.pid) "
+    "FROM pg_stat_activity WHERE pid = :pid"
+)
 
 PLAIN: dict[str, Any] = {
     "columns": select(ENTRY.c.id, ENTRY.c.note),
@@ -90,9 +102,21 @@ class Watched:
     async def execute(self, statement: Any) -> bool:
         """Execute a statement, and return True if a transaction is open afterwards."""
         await self.running.execute(statement)
+        return is_in_transaction(self.connection)
+
+    @property
+    def connection(self) -> Any:
+        """What the session uses."""
         session: Any = self.running.database.get_session()
-        orm = getattr(session, "sync_session", session)
-        return is_in_transaction(orm._companion.connections[-1])
+        return getattr(session, "sync_session", session)._companion.connections[-1]
+
+    @property
+    def pid(self) -> int:
+        """The process of the server behind it."""
+        driver = self.connection.connection.driver_connection
+        if hasattr(driver, "get_server_pid"):
+            return int(driver.get_server_pid())
+        return int(driver.info.backend_pid)
 
 
 async def in_request(running: Running, work: Any, status: int = 200) -> Any:
@@ -283,18 +307,52 @@ def test_autocommit_reads_is_refused_where_it_cannot_work(url: str) -> None:
 
 
 async def test_a_request_that_reads_and_waits_is_not_idle_in_transaction(running: Running) -> None:
-    """Another connection checks the server meanwhile."""
+    """Another connection looks at the server meanwhile: no transaction, no snapshot, no lock."""
     seen = []
 
     async def work(watched: Watched) -> None:
-        await watched.execute(PLAIN["columns"])
-        await asyncio.sleep(0.05)
+        for _ in range(2):
+            await watched.execute(PLAIN["columns"])
+            await asyncio.sleep(0.05)
+            with running.real.reader.connect() as reader:
+                seen.append(tuple(reader.execute(STATE, {"pid": watched.pid}).one()))
+        await running.execute(OTHERS["now()"])
         with running.real.reader.connect() as reader:
-            seen.append(reader.execute(IS_OPEN).scalar())
-        await watched.execute(PLAIN["columns"])
+            seen.append(tuple(reader.execute(STATE, {"pid": watched.pid}).one()))
 
-    await in_request(running, work)
-    assert seen == [0]
+    exchange = await in_request(running, work)
+    assert exchange.error is None
+    assert seen == [("idle", None, 0), ("idle", None, 0), ("idle in transaction", "open", 1)]
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("wanted", [None, False])
+async def test_readers_that_wait_leave_the_connections_of_pgbouncer_to_others(
+    tmp_path: Path, driver: str, *, wanted: bool | None
+) -> None:
+    """Six readers at once on its three connections, which all of them keep for a transaction."""
+    real = real_database(driver, tmp_path)
+    url = pgbouncer.url_through(real.url).update_query_dict({"pgbouncer": "true"})
+    barrier = asyncio.Barrier(6)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = get_session()
+        await session.execute(PLAIN["columns"])
+        async with asyncio.timeout(20 if wanted is None else 0.5):
+            await barrier.wait()
+        await session.execute(PLAIN["aggregates"])
+        await session.execute(ENTRY.insert().values(note=scope["path"]))
+        await respond(send, 201)
+
+    async with AsyncDatabase(url, autocommit_reads=wanted, pool_size=6) as database:
+        middleware = DBSessionMiddleware(app, database)
+        asked = (get(middleware, f"/{number}") for number in range(6))
+        exchanges = await asyncio.gather(*asked)
+    if wanted is None:
+        assert [each.status for each in exchanges] == [201] * 6
+        assert sorted(real.stored()) == [f"/{number}" for number in range(6)]
+    else:
+        assert {type(each.error) for each in exchanges} & {TimeoutError, asyncio.BrokenBarrierError}
 
 
 class Base(DeclarativeBase):
