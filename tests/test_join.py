@@ -11,6 +11,7 @@ import pytest
 from anyio import to_thread
 from asgi import get, respond
 from conftest import ENTRY, WITH_MARIADB, Running
+from pages import Page
 from several import several_databases
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
@@ -721,3 +722,93 @@ def test_it_refuses_to_decorate_what_runs_later(function: Any) -> None:
     database = SyncDatabase("sqlite://")
     with pytest.raises(ConfigurationError, match=f"{function.__name__}.*inside of the function"):
         database.begin()(function)
+
+
+# What the page says about Spring and Django, row by row
+
+
+@pytest.mark.parametrize("error", [Refused, KeyboardInterrupt, asyncio.CancelledError])
+async def test_every_exception_rolls_the_block_back(
+    running: Running, error: type[BaseException]
+) -> None:
+    """A caught exception of any kind takes the work of the block with it."""
+
+    def write_then_raise(session: Session) -> None:
+        writing("lost")(session)
+        raise error
+
+    database: Any = running.database
+
+    async def handler() -> None:
+        await running.write("kept")
+        with pytest.raises(error):
+            if isinstance(database, AsyncDatabase):
+                async with database.begin(join=True):
+                    await running.write("lost")
+                    raise error
+            else:
+                await in_block(running, write_then_raise)
+
+    assert (await serve(running, handler)).status == 200
+    assert running.stored() == ["kept"]
+
+
+async def test_functions_of_one_module_join_each_other(running: Running) -> None:
+    """A decorated function that calls itself has a savepoint for each call."""
+    database: Any = running.database
+
+    if isinstance(database, SyncDatabase):
+
+        @database.begin(join=True)
+        def write_deeper(depth: int) -> None:
+            writing(f"depth {depth}")(database.get_session())
+            if depth == 0:
+                raise Refused
+            with suppress(Refused):
+                write_deeper(depth - 1)
+
+        async def handler() -> None:
+            await to_thread.run_sync(write_deeper, 2)
+
+    else:
+        assert isinstance(database, AsyncDatabase)
+
+        @database.begin(join=True)
+        async def write_deeper_async(depth: int) -> None:
+            await running.write(f"depth {depth}")
+            if depth == 0:
+                raise Refused
+            with suppress(Refused):
+                await write_deeper_async(depth - 1)
+
+        async def handler() -> None:
+            await write_deeper_async(2)
+
+    assert (await serve(running, handler)).status == 200
+    assert running.stored() == ["depth 2", "depth 1"]
+
+
+ROWS = {
+    "no transaction around it": test_outside_of_a_unit_it_opens_one,
+    "a transaction around it": test_what_joined_is_rolled_back_with_the_outer_unit,
+    "the inner function raises, the caller catches": (
+        test_an_error_rolls_back_to_the_savepoint_and_rises
+    ),
+    "which exceptions roll back": test_every_exception_rolls_the_block_back,
+    "what runs after COMMIT": (
+        test_on_commit_follows_the_outer_commit_and_is_dropped_with_the_savepoint
+    ),
+    '"roll back", said inside': test_set_rollback_inside_is_the_outer_units,
+    "`commit()` inside": test_commit_inside_ends_the_outer_transaction,
+    "a transaction of its own": test_begin_in_a_joined_block_is_a_unit_of_its_own,
+    "another task or thread": test_a_second_task_cannot_open_a_block_meanwhile,
+    "calls within one class or module": test_functions_of_one_module_join_each_other,
+}
+
+
+def test_each_row_of_the_comparison_has_a_test() -> None:
+    """A row without one must say that there is no such thing here."""
+    page = Page("docs/how-to/services.md").text.partition("## Compared with Spring and Django")[2]
+    cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    rows = {first.removeprefix("| "): ours for first, ours, *_ in cells}
+    assert {name for name, ours in rows.items() if ours != "not available"} == set(ROWS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from asgi import Exchange, Socket, get, respond
-from conftest import ENTRY, Running, real_database
+from conftest import ENTRY, WITH_MARIADB, Running, real_database
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from several import in_session
@@ -196,6 +196,7 @@ async def test_a_stale_version_at_the_flush_is_retried(postgresql: Running) -> N
     assert (exchange.status, len(runs), postgresql.stored()) == (200, 2, ["kept"])
 
 
+@pytest.mark.parametrize("real", WITH_MARIADB, indirect=True)
 async def test_a_get_or_create_that_50_clients_race_ends_with_one_row(running: Running) -> None:
     """All requests succeed: after a conflict, the retry finds the row of the other request."""
 

@@ -186,7 +186,6 @@ async def test_functions_given_to_on_commit_are_those_of_the_last_attempt(
     assert called == [3]
 
 
-@POSTGRESQL
 async def test_50_workers_that_get_or_create_make_one_row(running: Running) -> None:
     """All transactions succeed."""
 
