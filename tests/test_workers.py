@@ -1,12 +1,15 @@
 """Tests that each recipe for workers and shells works with the real tool."""
 
 import os
+import pty
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,6 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str) -> I
     monkeypatch.setenv("REDIS_URL", redis_url)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for name, code in PAGE.files().items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(code)
     with reader.begin() as connection:
         connection.execute(text("DROP TABLE IF EXISTS orders"))
@@ -50,7 +54,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redis_url: str) -> I
         connection.execute(text("INSERT INTO orders (state) VALUES ('new')"))
     yield tmp_path
     with reader.begin() as connection:
-        connection.execute(text("DROP TABLE orders"))
+        connection.execute(text("DROP TABLE IF EXISTS orders"))
 
 
 def states() -> list[str]:
@@ -100,7 +104,9 @@ def python(folder: Path, code: str) -> str:
 def test_celery_prefork_ships_orders(folder: Path) -> None:
     """The parent process may have used its engine before the fork; an error rolls back."""
     tasks = folder / "celery_tasks.py"
-    in_parent = "\nwith sync_database.begin() as session:\n    session.get(Order, 1)\n"
+    in_parent = (
+        "\nwith sync_database, sync_database.begin() as session:\n    session.get(Order, 1)\n"
+    )
     failing = (
         "\n@app.task\n@sync_database.begin()\ndef fail(number: int) -> None:\n"
         "    get_sync_session().get_one(Order, number).state = 'lost'\n    raise KeyError\n"
@@ -167,19 +173,81 @@ def test_taskiq_delivers_orders(folder: Path) -> None:
     assert states() == ["delivered"]
 
 
-@pytest.mark.skipif(
-    sys.version_info >= (3, 13), reason="the shell of Python 3.13 reads a pipe in another way"
-)
-def test_a_shell_commits_each_block(folder: Path) -> None:
-    """The code is pasted into `python -m asyncio`, as into a notebook."""
+def type_into_shell(folder: Path, code: str) -> str:
+    """Return what `python -m asyncio` prints for code that is typed."""
     finished = subprocess.run(
         [sys.executable, "-m", "asyncio"],
         cwd=folder,
-        input=PAGE.files()["shell.py"],
+        input=code,
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert re.search(r"2 new in the shell", finished.stdout), finished.stdout + finished.stderr
+    return finished.stdout + finished.stderr
+
+
+def paste_into_shell(folder: Path, code: str) -> str:
+    """Return the same on a terminal: since Python 3.13, only a terminal takes blocks of code."""
+    controller, terminal = pty.openpty()
+    with (
+        os.fdopen(controller, "r+b", buffering=0) as screen,
+        subprocess.Popen(
+            [sys.executable, "-m", "asyncio"],
+            cwd=folder,
+            env=os.environ | {"TERM": "xterm"},
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        ) as shell,
+    ):
+        os.close(terminal)
+        for block in [*code.strip().split("\n\n"), "exit()"]:
+            screen.write(f"\x1b[200~{block}\n\x1b[201~\r".encode())
+        shown = b""
+        with suppress(OSError):  # the shell has closed the terminal
+            while shown := shown + screen.read(65536):
+                continue
+        shell.wait(20)
+    return shown.decode()
+
+
+def test_a_shell_commits_each_block(folder: Path) -> None:
+    """The code is pasted into `python -m asyncio`, as into a notebook."""
+    enter = paste_into_shell if sys.version_info >= (3, 13) else type_into_shell
+    shown = enter(folder, PAGE.files()["shell.py"])
+    assert re.search(r"2 new in the shell", shown), shown
     assert states() == ["new", "new in the shell"]
+
+
+@pytest.mark.parametrize("migrations", ["migrations", "sync_migrations"])
+def test_alembic_makes_the_tables(folder: Path, migrations: str) -> None:
+    """Both files find the database of the application, and nothing is left to migrate."""
+
+    def alembic(*words: str) -> None:
+        finished = subprocess.run(
+            [sys.executable, "-m", "alembic", *words],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    reader = postgresql("guides")[1]
+    with reader.begin() as connection:
+        connection.execute(text("DROP TABLE orders"))
+    shutil.rmtree(folder / migrations)  # only its `env.py` is there
+    alembic("init", migrations)
+    (folder / migrations / "env.py").write_text(PAGE.files()[f"{migrations}/env.py"])
+    try:
+        for line in PAGE.commands("Alembic")[1:]:
+            alembic(*shlex.split(line)[1:])
+        with reader.begin() as connection:
+            connection.execute(text("INSERT INTO orders (state) VALUES ('migrated')"))
+        assert states() == ["migrated"]
+    finally:
+        with reader.begin() as connection:
+            connection.execute(text("DROP TABLE IF EXISTS alembic_version"))
