@@ -82,6 +82,7 @@ _SLOW = (
         "test_comparison.py",
     ),
     *("test_drivers.py", "test_example.py", "test_faults.py", "test_galera.py", "test_guides.py"),
+    *("test_hosting_providers.py", "test_postgresql_guide.py"),
     *(
         "test_live_in_a_browser.py",
         "test_matrix.py",
