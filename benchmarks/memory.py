@@ -171,8 +171,15 @@ async def abandoned(url: URL, reader: Engine, requests: int, show: Callable[...,
             with reader.connect() as connection:
                 transactions = connection.scalar(query)
             tasks = len(asyncio.all_tasks()) - 1
-            memory = resident("self") / 1024
-            show(requests * step // 4, f"{memory:.1f}", tasks, pool.checkedout(), transactions)
+            memory, objects = resident("self") / 1024, len(gc.get_objects())
+            show(
+                requests * step // 4,
+                f"{memory:.1f}",
+                objects,
+                tasks,
+                pool.checkedout(),
+                transactions,
+            )
 
 
 def row(*cells: object) -> None:
@@ -198,8 +205,8 @@ async def main(clients: int, requests: int) -> None:
         found = [await memory_per_client(way, url, clients, size * 1024) for size in sizes]
         row(way, *(f"{each:.1f}" for each in found))
     print()
-    row("abandoned requests", "MiB", "tasks", "connections in use", "open transactions")
-    row(*("---:" for _ in range(5)))
+    row("abandoned requests", "MiB", "objects", "tasks", "connections in use", "open transactions")
+    row(*("---:" for _ in range(6)))
     await abandoned(url, reader, requests, row)
     reader.dispose()
 
