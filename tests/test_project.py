@@ -1,6 +1,7 @@
 """Files for contributors and hosted services are complete, and grant few permissions."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,44 @@ def test_every_action_is_pinned_and_gets_the_least(workflow: Path) -> None:
     assert "\npermissions:\n  contents: read\n" in text
     assert text.count("actions/checkout@") == text.count("persist-credentials: false")
     assert "secrets." not in text
+
+
+def test_what_the_hosted_services_install_is_locked_by_hash() -> None:
+    """And the locks name no index. What a fresh install would bring is only audited."""
+    for workflow in WORKFLOWS:
+        for line in workflow.read_text().splitlines():
+            # Of a Python that is not supported yet; and of today's newest versions, to be audited.
+            is_unlocked = "-e '.[test]'" in line or "fresh/bin" in line
+            if re.search(r"pip (install|download) ", line) and not is_unlocked:
+                assert "--require-hashes" in line or "--no-deps --no-build-isolation" in line
+    assert 'PIP_NO_INDEX: "1"' in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    for lock in (ROOT / "requirements").glob("*.txt"):
+        text = lock.read_text()
+        assert "://" not in text
+        for requirement in re.split(r"\n(?=\w)", text.strip()):
+            assert re.match(r"[\w.-]+(\[[\w,-]+\])?==[\w.]+", requirement)
+            assert "--hash=sha256:" in requirement
+
+
+def test_the_lock_has_every_dependency() -> None:
+    """Else a job without an index would fail."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["test"] + extras["docs"] + extras["example"]
+    locked = (ROOT / "requirements" / "ci.txt").read_text()
+    names = {re.split(r"[^\w.-]", each)[0].lower() for each in wanted} - {"asgi-dbsession"}
+    assert [each for each in names if not re.search(rf"^{each}==", locked, re.MULTILINE)] == []
+
+
+def test_nobody_is_told_to_install_the_package_from_an_index() -> None:
+    """Before the name is claimed there, anyone could claim it."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    told = [
+        each
+        for each in pages
+        if re.search(r"pip install (?!-e )[^\n]*asgi.dbsession", each.read_text())
+    ]
+    assert told == []
 
 
 @pytest.mark.parametrize(
