@@ -170,7 +170,7 @@ class ForbiddenWrite(DBSessionError, RuntimeError):
 
     def __init__(self, database: object, what: str) -> None:
         super().__init__(
-            f"This unit of work may only read {database}, and tried to write {what}. To write, "
+            f"This unit of work may only read {database}, so {what} was refused. To write, "
             "open `database.begin()`, or change `read_only` where the unit of work begins (in "
             "DBSessionMiddleware, or in `begin`). To change an object in memory only, call "
             "`session.expunge(object)` first."

@@ -172,7 +172,7 @@ SEARCHES = {
     "expire_on_commit": "faq",
     "savepoint": "glossary",
     "two-phase commit": "how-to/several-databases",
-    "read-only": "how-to/isolation-levels-and-read-only",
+    "read-only": "how-to/read-only-requests",
     "uvicorn": "how-to/servers",
     "heroku": "how-to/hosting-providers",
     "neon": "how-to/hosting-providers",

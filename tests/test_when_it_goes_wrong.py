@@ -16,6 +16,7 @@ from asgi import get
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 import asgi_dbsession
 from asgi_dbsession import (
@@ -164,6 +165,23 @@ async def nothing(scope: Any, receive: Any, send: Any) -> None:
     """An application."""
 
 
+class Base(DeclarativeBase):
+    """For the product."""
+
+
+class Product(Base):
+    """What is written where only reading is allowed."""
+
+    __tablename__ = "product"
+    name: Mapped[str] = mapped_column(primary_key=True)
+
+
+async def written_while_reading() -> None:
+    database = AsyncDatabase("sqlite:///shop.db")
+    async with database, database.begin(read_only=True) as session:
+        session.add(Product(name="tea"))
+
+
 async def no_variable() -> None:
     app: Any = DBSessionMiddleware(nothing)
     await app({"type": "http"}, None, None)
@@ -231,6 +249,7 @@ WAYS = (
     unreachable,
     swallowed,
     deadlocked,
+    written_while_reading,
     no_variable,
     no_url,
     no_driver,

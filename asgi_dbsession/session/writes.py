@@ -144,17 +144,18 @@ def record_refusal(context: ExceptionContext) -> None:
 
 def _names_of_objects(session: Session) -> Iterator[str]:
     for each in session.new:
-        yield f"a new {type(each).__name__}"
+        yield f"an object of class {type(each).__name__} (new)"
     for each in session.deleted:
-        yield f"a {type(each).__name__} that was deleted"
+        yield f"an object of class {type(each).__name__} (deleted)"
     for each in session.dirty:
         if session.is_modified(each):
             changed = [one.key for one in inspect(each).attrs if one.history.has_changes()]
-            yield f"a {type(each).__name__} whose {', '.join(changed)} was changed"
+            names = ", ".join(changed)
+            yield f"an object of class {type(each).__name__} (changed: {names})"
 
 
 def _name_statement(statement: Any) -> str:
     kind = str(statement.__visit_name__).replace("_", " ").upper()
     table = getattr(statement, "table", None)
     name = getattr(table, "name", None)
-    return f"{kind} of {name}" if name else kind
+    return f"the statement {kind} ({name})" if name else f"the statement {kind}"
