@@ -19,21 +19,32 @@ async def read_fast(port: int, path: str, clients: int, coming: float, seconds: 
 
     Not counted while they come.
     """
+    return len(await ask_on(port, ("GET", path), clients, coming, seconds)) / seconds
+
+
+async def ask_on(
+    port: int, request: tuple[str, str], clients: int, coming: float, seconds: float
+) -> list[float]:
+    """The seconds that each response took to so many clients, who ask on and on.
+
+    Only of those that were answered after so many seconds of `coming`.
+    """
     start = time.monotonic() + coming
     end = start + seconds
-    answered = 0
+    taken: list[float] = []
+    method, path = request
 
     async def be_client() -> None:
-        nonlocal answered
         async with _connected(port) as (reader, writer):
-            while time.monotonic() < end:
-                await _ask(reader, writer, path)
-                answered += start <= time.monotonic() < end
+            while (asked := time.monotonic()) < end:
+                await _ask(reader, writer, path, method)
+                if start <= (answered := time.monotonic()) < end:
+                    taken.append(answered - asked)
 
     # Clients without an answer by then are not waited for.
     async with _at_work(be_client() for _ in range(clients)) as tasks:
         await asyncio.wait(tasks, timeout=coming + seconds + 0.1)
-    return answered / seconds
+    return taken
 
 
 async def read_slowly(port: int, clients: int, coming: int, seconds: int) -> list[float]:
@@ -165,5 +176,5 @@ async def _sips(port: int) -> AsyncIterator[int]:
         while left > 0 and (sip := await reader.read(_SIP)):
             left -= len(sip)
             yield len(sip)
-            due += len(sip) / SLOW
+            due = max(due, time.monotonic()) + len(sip) / SLOW  # who was late does not hurry
             await asyncio.sleep(due - time.monotonic())
