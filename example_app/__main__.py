@@ -9,7 +9,8 @@ from .app import app
 HOST = "127.0.0.1"
 WELCOME = """\
 The shop opens at {address}. Ctrl-C stops it. Order something with each of the
-three cards: only the approved card changes something. Or use another terminal:
+four cards: the busy card needs a second attempt, and the declined and the crashing
+card change nothing. Or use another terminal:
 
   curl {address}/api/products
   curl {address}/api/orders -d '{{"product": 1, "quantity": 2, "card": "approved"}}'

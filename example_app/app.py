@@ -16,14 +16,8 @@ from asgi_dbsession.live import LivePage
 
 from .databases import reports, shop
 from .models import Product, ReportBase, ShopBase
-from .shop import AlreadyPaid, Refusal
+from .shop import AlreadyPaid, ProviderBusy, Refusal, fill_shelf
 from .web import routes, show_failure
-
-SHELF = [
-    ("Teapot", 39_00, 12),
-    ("Cup", 9_50, 48),
-    ("The last biscuit", 2_50, 1),
-]
 
 
 @asynccontextmanager
@@ -35,9 +29,7 @@ async def prepare(_app: Starlette) -> AsyncIterator[None]:
             await connection.run_sync(base.metadata.create_all)
     async with shop.begin() as session:
         if await session.scalar(select(Product.id).limit(1)) is None:
-            session.add_all(
-                Product(name=name, price=price, stock=stock) for name, price, stock in SHELF
-            )
+            await fill_shelf()
     yield
 
 
@@ -62,6 +54,9 @@ app.add_middleware(
     shop,
     reports,
     on_commit_error=answer_conflict,
+    # An order that a busy provider refused is placed again, before the customer notices.
+    attempts=3,
+    retry_on=ProviderBusy,
     on_report=ServerTimingMiddleware.note,
 )
 app.add_middleware(ServerTimingMiddleware)  # the browser's network panel shows the header

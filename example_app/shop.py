@@ -10,19 +10,26 @@ from uuid import UUID
 
 from sqlalchemy import RowMapping, func, select, update
 
-from asgi_dbsession import get_session, on_commit
+from asgi_dbsession import current_attempt, get_session, on_commit
 
+from . import databases
 from .databases import reports
 from .models import Mail, Order, Payment, Product, Sale
 
 PAGE = 100
 LATEST = 20
+SHELF = [
+    ("Teapot", 39_00, 12),
+    ("Cup", 9_50, 48),
+    ("The last biscuit", 2_50, 1),
+]
 
 
 class Card(StrEnum):
     """How a customer pays."""
 
     APPROVED = "approved"
+    BUSY = "busy"
     DECLINED = "declined"
     CRASHING = "crashing"
 
@@ -74,6 +81,25 @@ class PaymentDeclined(Refusal):
     status = HTTPStatus.PAYMENT_REQUIRED
 
 
+class ProviderBusy(Exception):
+    """The payment provider wants to be asked again. The middleware retries the whole request."""
+
+
+@databases.shop.begin(join=True)
+async def fill_shelf() -> None:
+    """Put on the shelf what is missing there: products, and items of each.
+
+    In a request, or in another transaction, this is a part of it. Elsewhere it commits by itself.
+    """
+    session = get_session()
+    found = {each.name: each for each in await session.scalars(select(Product))}
+    for name, price, stock in SHELF:
+        if name not in found:
+            session.add(Product(name=name, price=price, stock=stock))
+        elif found[name].stock < stock:
+            found[name].stock = stock
+
+
 async def place_order(wish: Wish) -> Order:
     """Take the stock, write the order, count the sale, charge the card: all of it, or nothing.
 
@@ -87,6 +113,7 @@ async def place_order(wish: Wish) -> Order:
         UnknownProduct: The product does not exist.
         OutOfStock: The stock is smaller than the quantity.
         PaymentDeclined: The card was declined.
+        ProviderBusy: The order can be placed again at once.
     """
     product = await take_stock(wish.product_id, wish.quantity)
     order = await write_order(product, wish.quantity)
@@ -146,8 +173,11 @@ def charge(order: Order, card: Card, key: UUID) -> None:
 
     Raises:
         PaymentDeclined: The card was declined.
+        ProviderBusy: The card is busy, and this is the first attempt.
         ConnectionError: The card crashes.
     """
+    if card is Card.BUSY and current_attempt().number == 1:
+        raise ProviderBusy
     if card is Card.DECLINED:
         raise PaymentDeclined("The card was declined.")
     if card is Card.CRASHING:

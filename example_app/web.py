@@ -58,6 +58,12 @@ async def order_by_form(request: Request) -> Response:
     )
 
 
+async def fill_shelf(_request: Request) -> Response:
+    """Fill the shelf, and redirect the browser to the page."""
+    await shop.fill_shelf()
+    return RedirectResponse("/#shelf", status_code=HTTPStatus.SEE_OTHER)
+
+
 async def list_products(_request: Request) -> Response:
     """The shelf, as JSON."""
     return JSONResponse([product_as_json(product) for product in await shop.products()])
@@ -211,6 +217,7 @@ routes = [
     Route("/", show_shop),
     Route("/orders", order_by_form, methods=["POST"]),
     Route("/orders.csv", export_orders),
+    Route("/shelf", fill_shelf, methods=["POST"]),
     Route("/api/products", list_products),
     Route("/api/orders", list_orders),
     Route("/api/orders", order_by_json, methods=["POST"]),

@@ -335,7 +335,9 @@ def test_a_refused_engine_belongs_to_no_event_loop() -> None:
 
 
 # Without a shutdown, the driver warns about the open connection.
-@pytest.mark.filterwarnings("ignore:.*(deleted while still open|unclosed):ResourceWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*(while still open|before being closed|unclosed):ResourceWarning"
+)
 def test_a_loop_that_died_is_followed_by_a_new_one(real: Real) -> None:
     """A test suite that forgets the shutdown gets a new engine without the old connections."""
 
@@ -441,8 +443,10 @@ async def test_what_an_owner_adds_to_its_engine_stays(real: Real) -> None:
 
 
 # Without a dispose(), a closed loop leaves a warning of the driver.
-@pytest.mark.filterwarnings("ignore:.*(deleted while still open|unclosed):ResourceWarning")
-@pytest.mark.parametrize("real", ["asyncpg", "psycopg"], indirect=True)
+@pytest.mark.filterwarnings(
+    "ignore:.*(while still open|before being closed|unclosed):ResourceWarning"
+)
+@pytest.mark.parametrize("real", ["asyncpg", "psycopg", "asyncmy", "sqlite"], indirect=True)
 def test_an_engine_of_ones_own_serves_one_client_after_the_other(real: Real) -> None:
     """Tests often use a new event loop for each test, and close it afterwards."""
     serve_three_clients(real)
@@ -452,7 +456,7 @@ def test_an_engine_of_ones_own_serves_one_client_after_the_other(real: Real) -> 
 
 def serve_three_clients(real: Real) -> None:
     """Two event loops use one engine, one after the other."""
-    engine = create_async_engine(real.url)
+    engine = create_async_engine(real.describe().url)
     database = AsyncDatabase.from_engine(engine)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -12,6 +12,7 @@ from asgi_dbsession.testing import count_statements, rolled_back
 from example_app.app import app
 from example_app.databases import reports, shop
 from example_app.models import Product
+from example_app.shop import fill_shelf
 
 TEAPOT, CUP, BISCUIT = 1, 2, 3
 
@@ -72,6 +73,31 @@ def test_an_order_that_is_sent_twice_is_mailed_once(client: TestClient) -> None:
     key = str(uuid4())
     assert [order(client, CUP, key=key).status_code for _ in range(2)] == [201, 409]
     assert len(client.get("/api/mails").json()) == 1
+
+
+def test_a_busy_card_is_tried_again(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    """The first attempt leaves nothing, and the customer does not notice it."""
+    with caplog.at_level("INFO", "asgi_dbsession"):
+        assert order(client, TEAPOT, card="busy").status_code == 201
+    assert sum("ProviderBusy" in each.getMessage() for each in caplog.records) == 1
+    shown = look(client)
+    assert (shown["products"][0]["stock"], len(shown["mails"]), len(shown["sales"])) == (11, 1, 1)
+
+
+def test_the_shelf_is_filled_in_a_request_and_outside(client: TestClient) -> None:
+    """The request commits what the function does in it; outside, the function commits."""
+
+    def biscuits() -> int:
+        return int(client.get("/api/products").json()[BISCUIT - 1]["stock"])
+
+    order(client, BISCUIT)
+    assert biscuits() == 0
+    assert client.post("/shelf", follow_redirects=False).status_code == 303
+    assert biscuits() == 1
+    order(client, BISCUIT)
+    assert client.portal is not None
+    client.portal.call(fill_shelf)
+    assert biscuits() == 1
 
 
 def test_what_a_test_puts_on_the_shelf_is_sold(client: TestClient) -> None:
