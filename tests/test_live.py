@@ -181,6 +181,20 @@ async def test_under_load_it_names_the_guilty_line(served: Served) -> None:
     await asyncio.gather(*sleeping, *waiting)
 
 
+async def test_it_shows_which_units_may_only_read(served: Served) -> None:
+    """And which may write."""
+    shown = {}
+    for read_only in (True, False):
+        async with served.database.begin(read_only=read_only) as session:
+            await session.execute(ITEM.select())
+            facts = await served.facts()
+            lanes = [each for each in facts["now"][0]["connections"] if each["held"]]
+            shown[read_only] = [each["read_only"] for each in lanes]
+            page = (await served.ask("/db/")).body.decode()
+            assert ("no transaction, read-only" in page) is read_only
+    assert shown == {True: [True], False: [False]}
+
+
 async def test_afterwards_it_still_does(served: Served) -> None:
     """The page shows the time between two lines, and the statement that was sent thirty times."""
     await served.ask("/sleepy")

@@ -1,5 +1,6 @@
 """A request that may only read stores nothing, and fails loudly if it tries to write."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from asgi_dbsession import (
     safe_methods,
     set_rollback,
 )
-from asgi_dbsession.testing import rolled_back
+from asgi_dbsession.testing import count_statements, rolled_back
 
 pytestmark = pytest.mark.anyio
 KINDS = WITH_MARIADB
@@ -533,3 +534,55 @@ async def test_several_databases_may_only_be_read(kinds: str, tmp_path: Path) ->
         exchange = await get(middleware, "/write")
         assert (exchange.messages, type(exchange.error)) == ([], ForbiddenWrite)
         assert several.stored() == [[], []]
+
+
+async def test_cancelled_anywhere_it_leaves_a_connection_that_may_write(real: Real) -> None:
+    """What tells the database is taken back, however far it came."""
+    async with real.describe(pool_size=1, max_overflow=0) as database:
+        running = Running(real, database)
+
+        async def read() -> None:
+            await running.execute(text("SELECT 1"))
+
+        async def write() -> None:
+            await running.execute(INSERT)
+            await running.execute(ENTRY.delete())
+
+        for turns in range(0, 40, 2):
+            task = asyncio.create_task(serve(running, read))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            posted = await serve(running, write, "POST")
+            assert (posted.status, posted.error) == (200, None)
+        await real.assert_clean(database)
+
+
+async def test_a_connection_that_dies_is_replaced(real: Real) -> None:
+    """As in a unit that may write."""
+    if real.is_sqlite:
+        pytest.skip("SQLite has no server")
+    async with real.describe() as database:
+        running = Running(real, database)
+
+        async def read_and_die() -> None:
+            await running.execute(text("SELECT 1"))
+            real.kill()
+            await running.execute(text("SELECT 1"))
+
+        exchange = await serve(running, read_and_die)
+        assert (exchange.messages, isinstance(exchange.error, DBAPIError)) == ([], True)
+        assert (await serve(running, work_of(running))).status == 200
+        await real.assert_clean(database)
+
+
+async def test_what_makes_it_read_only_is_not_counted(real: Real) -> None:
+    """As BEGIN is not."""
+    async with real.describe() as database:
+        running = Running(real, database)
+        reports: list[UnitReport] = []
+        with count_statements(database) as statements:
+            await serve(running, work_of(running), on_report=reports.append)
+        assert len(statements) == 1
+        assert [each.databases[0].statements for each in reports] == [1]

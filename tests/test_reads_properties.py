@@ -206,6 +206,7 @@ class Case:
     steps: tuple[Step, ...]
     status: int = 201
     has_tenant: bool = False
+    read_only: bool = False
 
 
 STEPS = st.one_of(
@@ -223,6 +224,7 @@ CASES = st.builds(
         lambda parts: (*parts[0], *parts[1])
     ),
     st.sampled_from([201, 201, 201, 409, 0]),
+    st.sampled_from([False, False, False, True]),
     st.sampled_from([False, False, False, True]),
 )
 
@@ -290,7 +292,8 @@ class Run:
         if self.case.has_tenant:
             event.listen(Session, "after_begin", _set_tenant)
         try:
-            exchange = await get(DBSessionMiddleware(app, self.database))
+            rule = partial(_always, self.case.read_only)
+            exchange = await get(DBSessionMiddleware(app, self.database, read_only=rule))
         finally:
             if self.case.has_tenant:
                 event.remove(Session, "after_begin", _set_tenant)
@@ -336,6 +339,10 @@ def is_in_transaction(connection: Connection) -> bool:
     if hasattr(driver, "is_in_transaction"):
         return bool(driver.is_in_transaction())
     return bool(driver.info.transaction_status.name != "IDLE")
+
+
+def _always(answer: bool, _scope: Any) -> bool:
+    return answer
 
 
 def _set_tenant(_session: Any, _transaction: Any, connection: Connection) -> None:
@@ -399,6 +406,9 @@ def test_no_application_can_tell(bench: Bench) -> None:
                 counts["delayed"] += run.was_delayed
         counts["sequences"] += 1
         assert outcomes[True] == outcomes[False]
+        if case.read_only:
+            by_others = ("taken", "second", "third", "other")
+            assert all(each[1].startswith(by_others) for each in outcomes[True].stored)
 
     compare()
     print(f"BEGIN was delayed in {counts['delayed']} of {counts['sequences']} requests")  # noqa: T201

@@ -10,6 +10,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_dbsession.session.lock import End, SessionLock
 from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.read_only import PARTS_OF_BEGIN
 
 from .call_site import CallSite, find_call_site
 
@@ -201,7 +202,7 @@ class Checkout:
         # Use the compiled text: with values inside, an `IN` list would give another text for each
         # length.
         compiled = context.compiled
-        self.stats.tally.statements += 1
+        self.stats.tally.statements += statement not in PARTS_OF_BEGIN
         self.in_transaction = True
         self.begin("statement", statement if compiled is None else compiled.string)
 

@@ -13,6 +13,10 @@ from .reads import DRIVERS, is_in_transaction
 # https://mariadb.com/kb/en/mariadb-error-code-reference/ and https://www.sqlite.org/rescode.html
 _POSTGRESQL, _MARIADB, _SQLITE = "25006", 1792, 8
 
+_ON_MARIADB, _ON_POSTGRESQL = "START TRANSACTION READ ONLY", "SET TRANSACTION READ ONLY"
+# Statements of this module that belong to BEGIN, and so are not counted.
+PARTS_OF_BEGIN = frozenset((_ON_MARIADB, _ON_POSTGRESQL))
+
 
 def begin_read_only(connection: Connection) -> None:
     """Make a transaction that has just begun `READ ONLY`, until the connection is returned.
@@ -24,7 +28,7 @@ def begin_read_only(connection: Connection) -> None:
     if name == "postgresql":
         _begin_on_postgresql(connection)
     elif name in {"mysql", "mariadb"}:
-        connection.exec_driver_sql("START TRANSACTION READ ONLY")
+        connection.exec_driver_sql(_ON_MARIADB)
     elif name == "sqlite" and not isinstance(connection.engine.pool, StaticPool):
         _begin_on_sqlite(connection)
 
@@ -35,7 +39,7 @@ def set_savepoint_read_only(connection: Connection) -> None:
     Other databases cannot make a savepoint read-only.
     """
     if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+        connection.exec_driver_sql(_ON_POSTGRESQL)
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -49,7 +53,7 @@ def is_refusal(error: BaseException) -> bool:
 def _begin_on_postgresql(connection: Connection) -> None:
     dialect: Any = connection.dialect
     if dialect.driver not in DRIVERS or is_in_transaction(connection):
-        connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+        connection.exec_driver_sql(_ON_POSTGRESQL)
         return
     driver = connection.connection.dbapi_connection
     earlier = dialect.get_readonly(driver)

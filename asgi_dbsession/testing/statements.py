@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
+from asgi_dbsession.session.read_only import PARTS_OF_BEGIN
 
 from .engine import engines_of, root_of
 from .sessions import session_class_of
@@ -76,5 +77,7 @@ class _Recorder:
     def record(
         self, _connection: Any, _cursor: Any, statement: str, parameters: Any, *_others: Any
     ) -> None:
+        if statement in PARTS_OF_BEGIN:
+            return
         text = " ".join(statement.split())
         self._statements.append(f"{text}  {parameters!r}" if parameters else text)
