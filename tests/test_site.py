@@ -210,6 +210,8 @@ SEARCHES = {
     "comparison": "explanation/comparison",
     "cheat sheet": "cheat-sheet",
     "faq": "faq",
+    "slow uploads": "how-to/slow-uploads",
+    "threat model": "explanation/threat-model",
 }
 
 
