@@ -7,6 +7,7 @@ from .asgi.middleware import DBSessionMiddleware
 from .asgi.read_rule import safe_methods
 from .database.async_database import AsyncDatabase
 from .database.health import Health
+from .database.replicas import Replicas
 from .database.sync_database import SyncDatabase
 from .errors import (
     ConcurrentUse,
@@ -43,6 +44,7 @@ __all__ = [
     "Health",
     "NoSession",
     "PrematureClose",
+    "Replicas",
     "ServerTimingMiddleware",
     "SessionClosed",
     "SyncDatabase",

@@ -39,7 +39,7 @@ from sqlalchemy.pool import NullPool
 
 from asgi_dbsession import AsyncDatabase, SyncDatabase
 
-pytest_plugins = ["matrix"]
+pytest_plugins = ["matrix", "replicated_shop"]
 
 # By default each run uses the same examples; an environment variable asks for many new examples.
 settings.register_profile("short", max_examples=400, derandomize=True, deadline=None, database=None)
@@ -90,6 +90,8 @@ _SLOW = (
         "test_observability_guide.py",
         "test_package.py",
     ),
+    *("test_replicas.py", "test_replicas_at_work.py", "test_replicas_failover.py"),
+    "test_replicas_guide.py",
     *("test_readme.py", "test_shop.py", "test_site.py", "test_tenants.py", "test_testing_guide.py"),
     *("test_tutorial.py", "test_when_it_goes_wrong.py"),
 )

@@ -51,7 +51,8 @@ async def test_a_database_that_answers_is_well(running: Running) -> None:
     assert 0 < health.latency < 30
     pool: Any = running.database.engine.pool
     assert (health.pool_size, health.checked_out, health.overflow) == (pool.size(), 0, 0)
-    assert Health(**json.loads(json.dumps(dataclasses.asdict(health)))) == health
+    written = json.loads(json.dumps(dataclasses.asdict(health)))
+    assert Health(**written | {"replicas": tuple(written["replicas"])}) == health
 
 
 async def test_an_exhausted_pool_is_told_in_time(running: Running) -> None:

@@ -30,6 +30,7 @@ PUBLIC = {
     "Health",
     "NoSession",
     "PrematureClose",
+    "Replicas",
     "ServerTimingMiddleware",
     "SessionClosed",
     "SyncDatabase",

@@ -18,7 +18,7 @@ HOME = Path(asgi_dbsession.__file__).parent
 # Each room imports only from rooms before it. Optional rooms import no other optional room, except
 # for the live page, which shows reports.
 CORE = ("types", "errors", "session", "unit", "database", "asgi")
-OPTIONAL = ("retry", "reports", "testing")
+OPTIONAL = ("retry", "reports", "replicas", "testing")
 
 
 def room_of(module: str) -> str:

@@ -144,7 +144,7 @@ SEARCHES = {
     "notebook": "how-to/workers",
     "fork": "how-to/workers",
     "get_bind": "how-to/routing-sessions",
-    "replica": "how-to/routing-sessions",
+    "replica": "how-to/replicas",
     "retry": "how-to/retry",
     "deadlock": "how-to/retry",
     "serialization failure": "how-to/retry",

@@ -119,6 +119,17 @@ def _check_databases(given: Sequence[object]) -> None:
             )
     if len(set(databases)) < len(databases):
         raise ConfigurationError(f"The same database was given twice: {databases}.")
+    _check_cookies([each for each in databases if isinstance(each, AsyncDatabase | SyncDatabase)])
+
+
+def _check_cookies(databases: Sequence[AnyDatabase]) -> None:
+    sets = [each._replica_set for each in databases if each._replica_set is not None]
+    cookies = [each.options.cookie for each in sets if each.options.store is None]
+    if len(set(cookies)) < len(cookies):
+        raise ConfigurationError(
+            f"Several databases with replicas have the same cookie: {', '.join(cookies)}. Write "
+            '`replicas=Replicas(urls, cookie="...")` for one of them.'
+        )
 
 
 def _check_function(name: str, given: object) -> None:

@@ -17,7 +17,7 @@ from .arguments import AnyDatabase, application_first, no_application, usable_da
 from .commit_rule import CommitWhen, below_400, commit_rule
 from .exchange import Exchange
 from .lifespan import Startable, Unstartable, serve_lifespan
-from .optional import with_optional_rooms
+from .optional import with_optional_rooms, with_positions
 from .read_rule import ReadOnly, apply_read_rule
 from .websocket import SocketExchange
 
@@ -114,9 +114,9 @@ class DBSessionMiddleware:
             return
         self._startable = self.databases = usable
         self._commit_rule = commit_rule(commit_when)
-        self._serve = self._serve_one
+        self._serve = with_positions(self._serve_one, usable)
         self._serve_http, self._observers = with_optional_rooms(
-            self._serve_one,
+            self._serve,
             usable,
             attempts=attempts,
             retry_on=retry_on,

@@ -12,6 +12,16 @@ from .answer import serve_and_answer
 from .arguments import AnyDatabase
 
 
+def with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIApp:
+    """Wrap `serve` in what keeps the position of each client, if a database has replicas."""
+    servers = [each._replica_set for each in databases if each._replica_set is not None]
+    if not servers:
+        return serve
+    from asgi_dbsession.replicas.cookie import Positions
+
+    return Positions(serve, servers)
+
+
 def with_optional_rooms(
     serve: ASGIApp,
     databases: tuple[AnyDatabase, ...],

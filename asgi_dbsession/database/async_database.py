@@ -1,7 +1,7 @@
 """The database class for async engines."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -13,10 +13,10 @@ from sqlalchemy.util import greenlet_spawn
 from typing_extensions import TypeVarTuple, Unpack, override
 
 from asgi_dbsession.errors import ConfigurationError, DatabaseNotRunning
-from asgi_dbsession.session.guard import Companion, guarded_async_class, guarded_class
+from asgi_dbsession.session.companion import Companion
+from asgi_dbsession.session.guard import guarded_async_class, guarded_class
 from asgi_dbsession.session.lock import TaskLock
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.session.telling import telling_class
 from asgi_dbsession.session.writes import Writes
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.blocks import block_of
@@ -25,6 +25,7 @@ from asgi_dbsession.unit.retry_on import RetryOn
 from .base import Database
 from .options import AnyAsyncSession, AsyncSessionOptions
 from .questions import TaskQuestions
+from .replicas import Replicas
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -45,6 +46,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         autocommit_reads: True to read without a transaction until the unit of work writes. None:
             only where the application sees no difference, on PostgreSQL at READ COMMITTED. False:
             never.
+        replicas: The URLs of replicas of a PostgreSQL, or `Replicas(...)`. A unit of work that may
+            only read uses a replica that has replayed all that its client has seen.
         **engine_options: Arguments for `sqlalchemy.ext.asyncio.create_async_engine`.
 
     Raises:
@@ -62,6 +65,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         ping_on_startup: bool = True,
         on_engine: Callable[[Engine], object] | None = None,
         autocommit_reads: bool | None = None,
+        replicas: Sequence[str | URL] | Replicas = (),
         **engine_options: Any,
     ) -> None:
         options = session_options, ping_on_startup, autocommit_reads, engine_options
@@ -75,10 +79,11 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._questions = TaskQuestions(self._select_one)
         self._check_session_options()
+        self._add_replicas(url, replicas, {"on_engine": on_engine} | engine_options)
 
     @asynccontextmanager
     async def begin(
-        self, *, join: bool = False, read_only: bool = False
+        self, *, join: bool = False, read_only: bool = False, after: str | None = None
     ) -> AsyncIterator[AnyAsyncSession]:
         """Open a new unit of work: COMMIT on success, ROLLBACK on any error or cancellation.
 
@@ -97,7 +102,9 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
                 opened.
             read_only: True to refuse writes: in the session, and in the database. With `join`, the
                 block may only read, whatever the outer unit may do. Without it, a joined unit that
-                may only read stays so.
+                may only read stays so. Uses a replica, if the database has any.
+            after: With `read_only`: the `position` of a database that has replicas. The block then
+                sees all that was committed before.
 
         Yields:
             A new session, closed permanently at the end of the block. Inside the block,
@@ -110,6 +117,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             ForbiddenWrite: The block may only read, and tried to write.
             Exception: The exception of COMMIT; nothing was stored.
         """
+        self._see(after, join=join, read_only=read_only)
         async with block_of(self, join, read_only) as session:
             yield session
 
@@ -166,12 +174,6 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         await super().startup()
 
     @override
-    def open_session(
-        self, scope: Scope | None, *, read_only: bool
-    ) -> ManagedSession[AnyAsyncSession]:
-        return self._make_session(self.engine, scope, read_only)
-
-    @override
     def _make_session(
         self, engine: AsyncEngine | None, scope: Scope | None, read_only: bool
     ) -> ManagedSession[AnyAsyncSession]:
@@ -184,8 +186,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         return ManagedSession(session, orm, companion, greenlet_spawn)
 
     @override
-    def _tell_binds(self) -> None:
-        self._sync_class = telling_class(self._sync_class)
+    def _derive_session_class(self, derived: Callable[[type[Any]], type[Any]]) -> None:
+        self._sync_class = derived(self._sync_class)
 
     def _refuse_other_loop(self) -> None:
         try:

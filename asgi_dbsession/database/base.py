@@ -4,9 +4,11 @@ import os
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
+from anyio import create_task_group
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
@@ -23,15 +25,15 @@ from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
 from .borrowed import borrow
-from .engine_life import EngineLife
 from .health import Health
 from .questions import Questions
+from .replicated import ReplicatedLife
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 S = TypeVar("S")
 
 
-class Database(EngineLife[E], Generic[E, S]):
+class Database(ReplicatedLife[E], Generic[E, S]):
     """The methods that `AsyncDatabase` and `SyncDatabase` share."""
 
     _engine_class: type[E]
@@ -133,7 +135,25 @@ class Database(EngineLife[E], Generic[E, S]):
 
         Args:
             within: Seconds to wait for the answer.
+
+        Returns:
+            Also the health of each replica, which is asked at the same time. Only the primary
+            decides about `answers`.
         """
+        if not self.replicas:
+            return await self._health(within)
+        found: list[Health | None] = [None for _ in (self, *self.replicas)]
+
+        async def ask(number: int, database: Self) -> None:
+            found[number] = await database._health(within)
+
+        async with create_task_group() as tasks:
+            for number, each in enumerate((self, *self.replicas)):
+                tasks.start_soon(ask, number, each)
+        own, *replicas = (each for each in found if each is not None)
+        return replace(own, replicas=tuple(replicas))
+
+    async def _health(self, within: float) -> Health:
         start = perf_counter()
         try:
             answers = await self._questions.answers(self.engine, within)
@@ -171,9 +191,14 @@ class Database(EngineLife[E], Generic[E, S]):
         """
         return self.get_session()
 
-    @abstractmethod
     def open_session(self, scope: Scope | None, *, read_only: bool) -> ManagedSession[S]:
         """Open a session that a unit of work closes; applications call `get_session` or `begin`."""
+        engine: E | None = self.engine
+        if self._replica_set is None or self._reads.is_shared:
+            return self._make_session(engine, scope, read_only)
+        made = self._make_session(None if read_only else engine, scope, read_only)
+        self._replica_set.give_route(made)
+        return made
 
     @abstractmethod
     def _make_session(

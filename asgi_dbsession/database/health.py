@@ -17,6 +17,7 @@ class Health:
             does not count its connections.
         checked_out: How many connections are in use; None like `pool_size`.
         overflow: How many connections exist beyond `pool_size`; None like `pool_size`.
+        replicas: The health of each replica, in the order of the URLs.
     """
 
     answers: bool
@@ -25,3 +26,4 @@ class Health:
     pool_size: int | None
     checked_out: int | None
     overflow: int | None
+    replicas: "tuple[Health, ...]" = ()

@@ -1,6 +1,7 @@
 """The database class for blocking engines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -9,10 +10,10 @@ from sqlalchemy import URL, Engine, create_engine, select
 from sqlalchemy.orm import Session
 from typing_extensions import Self, TypeVarTuple, Unpack, override
 
-from asgi_dbsession.session.guard import Companion, guarded_class
+from asgi_dbsession.session.companion import Companion
+from asgi_dbsession.session.guard import guarded_class
 from asgi_dbsession.session.lock import current_task
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.session.telling import telling_class
 from asgi_dbsession.session.thread_lock import ThreadLock
 from asgi_dbsession.session.writes import Writes
 from asgi_dbsession.types import Scope
@@ -23,6 +24,7 @@ from .base import Database
 from .decorator import DecoratingBlock
 from .options import AnySession, SessionOptions
 from .questions import ThreadQuestions
+from .replicas import Replicas
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -43,6 +45,8 @@ class SyncDatabase(Database[Engine, AnySession]):
             connection. Add listeners of SQLAlchemy's events there.
         autocommit_reads: True to read without a transaction until the unit of work writes. See
             `AsyncDatabase` for None and False.
+        replicas: The URLs of replicas of a PostgreSQL, or `Replicas(...)`. A unit of work that may
+            only read uses a replica that has replayed all that its client has seen.
         **engine_options: Arguments for `sqlalchemy.create_engine`.
 
     Raises:
@@ -61,6 +65,7 @@ class SyncDatabase(Database[Engine, AnySession]):
         ping_on_startup: bool = True,
         on_engine: Callable[[Engine], object] | None = None,
         autocommit_reads: bool | None = None,
+        replicas: Sequence[str | URL] | Replicas = (),
         **engine_options: Any,
     ) -> None:
         options = session_options, ping_on_startup, autocommit_reads, engine_options
@@ -68,6 +73,7 @@ class SyncDatabase(Database[Engine, AnySession]):
         self._class: type[AnySession] = guarded_class(self._session_class(Session))
         self._questions = ThreadQuestions(_select_one)
         self._check_session_options()
+        self._add_replicas(url, replicas, {"on_engine": on_engine} | engine_options)
 
     def __enter__(self) -> Self:
         """Start the database in a script or worker without an event loop."""
@@ -75,6 +81,8 @@ class SyncDatabase(Database[Engine, AnySession]):
         try:
             if self._ping_on_startup:
                 _select_one(engine)
+            if self._replica_set is not None:
+                self._replica_set.start_here()
         except BaseException as error:
             self.__exit__(None, None, None)
             if isinstance(error, Exception):
@@ -91,15 +99,20 @@ class SyncDatabase(Database[Engine, AnySession]):
         engine = self._end_start()
         if engine is not None:
             engine.dispose()
+        if self._replica_set is not None and not self.is_running:
+            self._replica_set.shutdown_here()
 
-    def begin(self, *, join: bool = False, read_only: bool = False) -> DecoratingBlock[AnySession]:
+    def begin(
+        self, *, join: bool = False, read_only: bool = False, after: str | None = None
+    ) -> DecoratingBlock[AnySession]:
         """Open a new unit of work: COMMIT on success, ROLLBACK on any error.
 
         The block runs on the calling thread. Otherwise it works like `AsyncDatabase.begin`.
 
         Args:
             join: True to join the open unit of work, if it has this database.
-            read_only: True to refuse writes.
+            read_only: True to refuse writes. Uses a replica, if the database has any.
+            after: With `read_only`: a `position` that the block must see.
 
         Returns:
             A block for `with`, which gives a new session. The session is closed permanently at the
@@ -113,7 +126,13 @@ class SyncDatabase(Database[Engine, AnySession]):
             ForbiddenWrite: The block may only read, and tried to write.
             Exception: The exception of COMMIT; nothing was stored.
         """
-        return DecoratingBlock(lambda: blocking_block_of(self, join, read_only))
+        return DecoratingBlock(lambda: self._begin(join, read_only, after))
+
+    @contextmanager
+    def _begin(self, join: bool, read_only: bool, after: str | None) -> Iterator[AnySession]:
+        self._see(after, join=join, read_only=read_only)
+        with blocking_block_of(self, join, read_only) as session:
+            yield session
 
     def run_transaction(
         self,
@@ -150,10 +169,6 @@ class SyncDatabase(Database[Engine, AnySession]):
         return run_transaction_blocking(self, function, args, attempts, retry_on)
 
     @override
-    def open_session(self, scope: Scope | None, *, read_only: bool) -> ManagedSession[AnySession]:
-        return self._make_session(self.engine, scope, read_only)
-
-    @override
     def _make_session(
         self, engine: Engine | None, scope: Scope | None, read_only: bool
     ) -> ManagedSession[AnySession]:
@@ -165,8 +180,8 @@ class SyncDatabase(Database[Engine, AnySession]):
         return ManagedSession(session, session, companion, _run_in_thread)
 
     @override
-    def _tell_binds(self) -> None:
-        self._class = telling_class(self._class)
+    def _derive_session_class(self, derived: Callable[[type[Any]], type[Any]]) -> None:
+        self._class = derived(self._class)
 
     @override
     def _create_engine(self) -> Engine:

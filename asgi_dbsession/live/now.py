@@ -82,7 +82,7 @@ class Now:
         used: dict[Any, list[Connection]] = {each: [] for each in self._databases}
         waiting: dict[Any, list[Waiting]] = {each: [] for each in self._databases}
         for request, unit in self._observer.open_units():
-            for database, stats in unit.sessions:
+            for database, stats in unit.used():
                 checkout, since = stats.checkout, stats.waits_since
                 if checkout is not None:
                     lane = self._lanes[database].of(checkout.entry)

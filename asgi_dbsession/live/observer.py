@@ -42,6 +42,10 @@ class OpenUnit:
         self.route_by_quart: str = route_by_quart()
         self.sessions: tuple[tuple[Any, SessionStats], ...] = ()
 
+    def used(self) -> list[tuple[Any, SessionStats]]:
+        """Return the sessions, each with the database, or the replica, whose pool it uses."""
+        return [(_server_of(database, stats), stats) for database, stats in self.sessions]
+
 
 class EndedUnit(NamedTuple):
     """A unit of work that has ended, without a reference to its request or to statement values.
@@ -104,7 +108,7 @@ class LiveObserver(UnitObserver):
     @override
     def wait_failed(self, unit: Any, error: Exception) -> None:
         now, found = perf_counter(), self._open.get(unit)
-        for database, stats in found.sessions if found is not None else ():
+        for database, stats in found.used() if found is not None else ():
             if stats.asked is not None and stats.checkout is None:
                 stats.stop_waiting(now)
                 self.totals[database].timeouts += 1
@@ -117,7 +121,7 @@ class LiveObserver(UnitObserver):
         now, began = perf_counter(), found.began
         found.began = now
         tallies, is_used = [], False
-        for database, stats in found.sessions:
+        for database, stats in found.used():
             tally = stats.settle(end, now)
             tallies.append((database, tally))
             if tally.spans:
@@ -126,6 +130,13 @@ class LiveObserver(UnitObserver):
         if is_used:
             route = name_of(unit, self._route, found.route_by_quart)
             self.ended.append(_ended(route, began, now, end, tallies))
+
+
+def _server_of(database: Any, stats: SessionStats) -> Any:
+    for each in database.replicas:
+        if each.is_running and each.engine.pool is stats.pool:
+            return each
+    return database
 
 
 def _ended(

@@ -47,7 +47,7 @@ class LivePage:
     client sent, no parameter of a statement, no header and no body.
 
     Args:
-        *databases: Each `AsyncDatabase` or `SyncDatabase` to show.
+        *databases: Each `AsyncDatabase` or `SyncDatabase` to show, with its replicas.
         allow: A plain function that takes the ASGI scope of a request for the page, and returns
             True to show the page. None allows clients on the same machine that use the name
             `localhost` or its address, and no proxy.
@@ -65,10 +65,11 @@ class LivePage:
         route: RouteName | None = None,
     ) -> None:
         _check(databases, allow=allow, route=route)
-        self._databases: tuple[Any, ...] = databases
+        shown = tuple(each for given in databases for each in (given, *given.replicas))
+        self._databases: tuple[Any, ...] = shown
         self._allow: Allow = is_local if allow is None else allow
-        self._observer = LiveObserver(databases, route)
-        self._now = Now(databases, self._observer)
+        self._observer = LiveObserver(shown, route)
+        self._now = Now(shown, self._observer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request for the page."""

@@ -84,5 +84,6 @@ _QUOTED_NAMES = frozenset(
 def name(database: Any) -> str:
     """Return the kind of the database and its place, without user, password and options."""
     url = database.url
-    place = f"{url.host}/" if url.host else ""
+    port = f":{url.port}" if url.port else ""
+    place = f"{url.host}{port}/" if url.host else ""
     return f"{url.get_backend_name()} {place}{url.database or ''}".strip()

@@ -82,6 +82,7 @@ class SessionStats:
     Attributes:
         tally: The work since the last commit or rollback.
         checkout: The connection that the session holds now.
+        pool: The pool that the session asked last for a connection.
         asked: The time at which the session began to wait for a connection.
         keeps_spans: True if an observer needs the start and end of each operation.
     """
@@ -89,6 +90,7 @@ class SessionStats:
     keeps_spans: bool = False
     checkout: "Checkout | None" = None
     asked: float | None = None
+    pool: Any = None
     _settled: tuple[Callable[[], End | None], Tally] = (lambda: None, Tally())
 
     def __init__(self, lock: SessionLock) -> None:
@@ -142,14 +144,16 @@ def stats_of(opened: ManagedSession[Any]) -> SessionStats:
     if companion.stats is not None:
         found: SessionStats = companion.stats
         return found
-    own: Any = opened.orm.bind
     lock = opened.lock
     stats = companion.stats = SessionStats(lock)
+
+    own: Any = opened.orm.bind  # None: a replica is chosen at the first statement
 
     def record_bind(bind: Any) -> None:
         # Ignore calls of `get_bind` by the application itself: they happen outside of an operation.
         is_asked = stats.checkout is None and lock.is_busy
-        if is_asked and bind.engine.pool is own.engine.pool:
+        if is_asked and (own is None or bind.engine.pool is own.engine.pool):
+            stats.pool = bind.engine.pool
             stats.asked = perf_counter()
             asking.set(stats)
 

@@ -6,7 +6,8 @@ from typing import Any
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from .guard import Companion, GuardedSession
+from .companion import Companion
+from .guard import GuardedSession
 from .reads import is_delayed
 
 # The events of a commit or rollback, for which an application may have listeners that wait.

@@ -6,7 +6,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -18,11 +18,11 @@ from typing_extensions import override
 from asgi_dbsession.errors import ConfigurationError, PrematureClose
 
 from ._sqlalchemy import NamingSession, begin
+from .companion import Companion
 from .completion import run_to_completion
 from .lock import SessionLock
-from .reads import Reads, begin_before_savepoint, begin_now, begin_on_server
-from .two_phases import TwoPhases
-from .writes import Writes, refusing, refusing_all
+from .reads import begin_before_savepoint, begin_now, begin_on_server
+from .writes import refusing, refusing_all
 
 R = TypeVar("R")
 A = TypeVar("A", bound=AsyncSession)
@@ -50,49 +50,6 @@ _OPERATIONS = (
     "scalar",
     "scalars",
 )
-
-
-class Follower(Protocol):
-    """An object to call after each commit and rollback of a session."""
-
-    def record_commit(self, session: Session) -> None:
-        """Record that the work of the session was committed."""
-
-    def record_rollback(self, transaction: SessionTransaction) -> None:
-        """Record that the work of this transaction or savepoint was rolled back."""
-
-
-class Companion:
-    """The data that this package adds to a session; it has no reference to the session.
-
-    Attributes:
-        lock: The lock of the session.
-        reads: Decides if the session may read without a transaction.
-        writes: Decides if the session may write.
-        connections: The connections that the session used last; some of them are closed.
-        followers: The objects to call after each commit and rollback.
-        bind_asked: A function to call with each engine that SQLAlchemy requests from the session.
-        wait_failed: A function to call if no connection became free in time.
-        two_phases: The names of its transactions; None without two-phase commit.
-        stats: The measurements of the session, shared by all observers; None without observers.
-    """
-
-    connections: tuple[Connection, ...] = ()
-    bind_asked: Callable[[Any], None] | None = None
-    wait_failed: Callable[[PoolTimeout], None] | None = None
-    two_phases: TwoPhases | None = None
-    stats: Any = None
-
-    def __init__(self, lock: SessionLock, reads: Reads, writes: Writes) -> None:
-        self.lock: SessionLock = lock
-        self.reads: Reads = reads
-        self.writes: Writes = writes
-        self.followers: list[Follower] = []
-
-    @property
-    def open_connections(self) -> tuple[Connection, ...]:
-        """The open connections of the session."""
-        return tuple(each for each in self.connections if not each.closed)
 
 
 def guarded_class(session_class: type[S]) -> type[S]:

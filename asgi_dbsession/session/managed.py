@@ -8,8 +8,9 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from ._sqlalchemy import flush_for_commit, forget
 from .at_once import ends_at_once
+from .companion import Companion
 from .failures import failed_transactions, refuse_if_aborted, watch
-from .guard import Companion, GuardedSession
+from .guard import GuardedSession
 from .lock import End, SessionLock
 from .reads import begin_before_savepoint, begin_now
 from .transaction import LockedTransaction

@@ -5,7 +5,8 @@ from typing import Any
 from sqlalchemy.orm import SessionTransaction
 
 from ._sqlalchemy import NamingTransaction
-from .guard import Companion, locked
+from .companion import Companion
+from .guard import locked
 
 
 class LockedTransaction(NamingTransaction):

@@ -13,7 +13,7 @@ from asgi_dbsession.session.tasks import has_ended
 
 from .after_commit import AfterCommit
 from .shares import Living, sort_work
-from .together import end_together
+from .together import end_together, learn_positions
 from .two_phases import commit_in_two_phases
 from .unit_of_work import UnitOfWork, current_unit
 
@@ -83,7 +83,7 @@ async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None =
         _log_unsaved(unit, opened, _last_end(unit, commit, error))
     working = [each for each in opened if not each.close_if_idle()]
     try:
-        if working or unit.callbacks:
+        if working or unit.callbacks or any(each.companion.route for each in opened):
             ending = _end(unit, _last_end(unit, commit, error), working)
             await (ending if unit.is_blocking else run_to_completion(ending))
         elif unit.observers:
@@ -156,6 +156,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
         end.failure = error
     finally:
         current_end.reset(token)
+    await learn_positions(tuple(unit.sessions.values()))
     if isinstance(end.failure, Exception):
         unit.failure = unit.failure or end.failure
     if unit.callbacks:

@@ -1,6 +1,6 @@
 """Commits or rolls back the sessions of several databases together."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
 from asgi_dbsession.session.completion import call_here, complete_here
@@ -79,3 +79,11 @@ async def commit_all(sessions: Sessions, end: End, run: Run | None = None) -> Ba
             # `two_phase` prevents this.
             return await roll_back_all(sessions[number + 1 :], end, error, run)
     return None
+
+
+async def learn_positions(sessions: Iterable[ManagedSession[Any]]) -> None:
+    """Have sessions with replicas learn what their client has seen, once their work has ended."""
+    for each in sessions:
+        route = each.companion.route
+        if route is not None and not each.has_work and route.work_ended():
+            await each.run(route.learn)

@@ -1,0 +1,99 @@
+"""Adds the replicas of a database to the life of its engine."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import URL, Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+from typing_extensions import Self, override
+
+from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.session.telling import telling_class
+from asgi_dbsession.unit.observer import UnitObserver
+
+from .engine_life import EngineLife
+from .replicas import Replicas
+
+E = TypeVar("E", bound=Engine | AsyncEngine)
+
+
+class ReplicatedLife(EngineLife[E]):
+    """The engine of a database, and the engines of its replicas."""
+
+    # The `ReplicaSet` of the optional room `replicas`; None without replicas.
+    _replica_set: Any = None
+
+    @property
+    def replicas(self) -> tuple[Self, ...]:
+        """The replicas as databases: for their `engine`, `health()` and `ping()`."""
+        return self._replica_set.databases if self._replica_set is not None else ()
+
+    @property
+    def position(self) -> str | None:
+        """What the client of this context has seen of a database with replicas.
+
+        For a message to a worker, which gives it to `begin(read_only=True, after=position)`. Read
+        it after the block of `begin()`, or in a function given to `on_commit`. None: it has seen
+        nothing, or there are no replicas.
+        """
+        return self._replica_set.position if self._replica_set is not None else None
+
+    def _add_replicas(
+        self, url: str | URL, replicas: Sequence[str | URL] | Replicas, options: dict[str, Any]
+    ) -> None:
+        if not isinstance(replicas, Sequence) or isinstance(replicas, str) or replicas:
+            from asgi_dbsession.replicas.replica_set import ReplicaSet
+            from asgi_dbsession.replicas.route import routed_class
+
+            database: Any = self
+            self._replica_set = ReplicaSet(database, url, replicas, options)
+            self._derive_session_class(routed_class)
+
+    def _see(self, position: str | None, *, join: bool, read_only: bool) -> None:
+        if position is None:
+            return
+        if join or not read_only:
+            raise ConfigurationError(
+                "`after` is for a unit of work of its own that may only read. Write "
+                "`begin(read_only=True, after=position)`; all other work uses the primary."
+            )
+        if self._replica_set is not None:
+            self._replica_set.see(position)
+
+    @override
+    async def startup(self) -> None:
+        await super().startup()
+        if self._replica_set is not None:
+            try:
+                await self._replica_set.startup()
+            except BaseException:
+                await self.shutdown()
+                raise
+
+    @override
+    async def shutdown(self) -> None:
+        try:
+            await super().shutdown()
+        finally:
+            if self._replica_set is not None and not self.is_running:
+                await self._replica_set.shutdown()
+
+    @override
+    def after_fork(self) -> None:
+        super().after_fork()
+        if self._replica_set is not None:
+            self._replica_set.after_fork()
+
+    @override
+    def observe(self, observer: UnitObserver) -> None:
+        super().observe(observer)
+        for each in self.replicas:
+            each.observe(observer)
+
+    @override
+    def _tell_binds(self) -> None:
+        self._derive_session_class(telling_class)
+
+    @abstractmethod
+    def _derive_session_class(self, derived: Callable[[type[Any]], type[Any]]) -> None: ...

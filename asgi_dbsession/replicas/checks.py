@@ -1,0 +1,56 @@
+"""Refuses what cannot be a primary, or a replica."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from asgi_dbsession.errors import ConfigurationError
+
+
+def check_primary(database: Any) -> None:
+    """Refuse replicas where they cannot work.
+
+    Raises:
+        ConfigurationError: It is no PostgreSQL, or the session chooses engines itself.
+    """
+    if database.url.get_backend_name() != "postgresql":
+        raise ConfigurationError(
+            f"{database} cannot have replicas: their positions are known for PostgreSQL only. "
+            "Leave out `replicas`, or give the URL of a PostgreSQL."
+        )
+    if database._session_options.get("binds"):
+        raise ConfigurationError(
+            f"{database} has `binds` in session_options, which would pass by its replicas. Use a "
+            "database of its own for each of the other engines."
+        )
+
+
+def with_driver(url: str | URL, database: Any) -> str | URL:
+    """The URL of a replica with the driver of the primary, if it names none."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError, AttributeError):
+        return url  # the database class says what is wrong
+    if parsed.drivername in ("postgres", "postgresql"):
+        return parsed.set(drivername=database.url.drivername)
+    return parsed
+
+
+def check_replica(replica: Any, database: Any, others: Sequence[Any]) -> None:
+    """Refuse what cannot be a replica.
+
+    Raises:
+        ConfigurationError: It has another driver than the primary, or was given before.
+    """
+    if replica.url.drivername != database.url.drivername:
+        raise ConfigurationError(
+            f"{replica} is to be a replica of {database}, and has another driver. Leave the driver "
+            "out, or write the same one."
+        )
+    if any(replica.url == each.url for each in (database, *others)):
+        raise ConfigurationError(
+            f"{replica} was given twice. Give `replicas` the URL of each replica once, and not "
+            "that of the primary."
+        )

@@ -1,0 +1,112 @@
+"""How the position of a client comes with a request, and goes with the response."""
+
+import logging
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
+
+from .position import Seen
+from .replica_set import ReplicaSet
+from .seen_here import used_here
+
+_logger = logging.getLogger("asgi_dbsession")
+
+# Where a middleware further in finds what the client has seen.
+_KEY = "asgi_dbsession.seen"
+_SAFE = ("GET", "HEAD")
+_SHARED = re.compile(rb"(?i)\b(public|s-maxage)\b")
+
+
+class Positions:
+    """Has what each client has seen travel with it, in a cookie or in a store.
+
+    Args:
+        serve: Serves one request or WebSocket.
+        servers: The replicas of each database that has any.
+    """
+
+    def __init__(self, serve: ASGIApp, servers: Iterable[ReplicaSet]) -> None:
+        self._serve = serve
+        self._servers = tuple(servers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request or WebSocket."""
+        outer: dict[ReplicaSet, Seen] = scope.get(_KEY, {})
+        own = {each: await _load(each, scope) for each in self._servers if each not in outer}
+
+        async def tell_and_send(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.accept"):
+                message = await _tell(own, scope, message)
+            await send(message)
+
+        scope[_KEY] = outer | own
+        try:
+            with used_here(scope[_KEY]):
+                await self._serve(scope, receive, tell_and_send)
+        finally:
+            scope[_KEY] = outer
+            await _save(own, scope)  # what came after the response: a store can learn it
+
+
+async def _load(servers: ReplicaSet, scope: Scope) -> Seen:
+    options = servers.options
+    if options.store is not None:
+        try:
+            return Seen(await options.store.load(scope))
+        except Exception:
+            _logger.exception("The store of positions failed, so the primary is read from")
+            return Seen("")
+    found = list(_cookies(scope, options.cookie))
+    if not found:
+        return Seen()
+    text, *others = found
+    return Seen("" if others else text)  # of two, nobody knows which one is right
+
+
+def _cookies(scope: Scope, name: str) -> Iterable[str]:
+    for header, value in scope["headers"]:
+        if header == b"cookie" and name.encode() in value:
+            for each in value.decode("latin-1").split(";"):
+                found, _, text = each.strip().partition("=")
+                if found == name:
+                    yield text
+
+
+async def _save(own: dict[ReplicaSet, Seen], scope: Scope) -> None:
+    for servers, seen in own.items():
+        store = servers.options.store
+        if store is not None and (text := seen.news()) is not None:
+            try:
+                await store.save(scope, text)
+            except Exception:  # what was committed stays, and the response is true
+                _logger.exception("The store of positions failed: the next read may be stale")
+
+
+async def _tell(own: dict[ReplicaSet, Seen], scope: Scope, message: Message) -> Message:
+    await _save(own, scope)
+    headers: list[Any] = list(message.get("headers") or ())
+    if scope.get("method") in _SAFE and _is_for_all(headers):
+        return message
+    for servers, seen in own.items():
+        options = servers.options
+        if options.store is None and (text := seen.news()) is not None:
+            headers.append((b"set-cookie", _cookie(servers, text, scope).encode()))
+    return {**message, "headers": headers}
+
+
+def _cookie(servers: ReplicaSet, text: str, scope: Scope) -> str:
+    options = servers.options
+    secure = "; Secure" if scope.get("scheme") in ("https", "wss") else ""
+    return (
+        f"{options.cookie}={text}; Path={options.path}; Max-Age={options.lifetime}; HttpOnly; "
+        f"SameSite=Lax{secure}"
+    )
+
+
+def _is_for_all(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether shared caches may give the response to other clients."""
+    return any(
+        name.lower() == b"cache-control" and _SHARED.search(value) for name, value in headers
+    )

@@ -1,0 +1,225 @@
+"""The replicas of one database, and which server a client may read from."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import count
+from time import monotonic
+from typing import Any, TypeAlias
+
+from sqlalchemy import URL, Engine, event
+from sqlalchemy.engine import ExceptionContext
+from typing_extensions import override
+
+from asgi_dbsession.database.async_database import AsyncDatabase
+from asgi_dbsession.database.replicas import Replicas
+from asgi_dbsession.database.sync_database import SyncDatabase
+from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.unit.observer import UnitObserver
+
+from .checks import check_primary, check_replica, with_driver
+from .lag import Lag
+from .position import Position, Seen
+from .question import Answer
+from .route import Route
+from .seen_here import seen_here
+from .server import Server, TaskServer, ThreadServer
+
+AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
+
+# Seconds after which a replica is asked again if it was not far enough.
+_AGAIN = 0.005
+# What the one connection for questions has no use for.
+_POOL = (
+    "pool",
+    "poolclass",
+    "pool_size",
+    "max_overflow",
+    "pool_timeout",
+    "isolation_level",
+    "echo",
+)
+
+
+class ReplicaSet:
+    """The replicas of one database.
+
+    Args:
+        database: The primary.
+        url: The URL that it was given.
+        given: What its `replicas` is.
+        options: Its engine options.
+
+    Raises:
+        ConfigurationError: Its driver is not for PostgreSQL, or an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        database: AnyDatabase,
+        url: str | URL,
+        given: Sequence[str | URL] | Replicas,
+        options: dict[str, Any],
+    ) -> None:
+        self.options: Replicas = given if isinstance(given, Replicas) else Replicas(given)
+        check_primary(database)
+        self._database = database
+        self._lag = Lag(self.options.max_lag)
+        self._count = count(1)
+        self.primary: Server = self._server(database, with_driver(url, database), options)
+        self.replicas: list[Server] = []
+        kind = AsyncDatabase if isinstance(database, AsyncDatabase) else SyncDatabase
+        for each in self.options.urls:
+            its_url = with_driver(each, database)
+            replica = kind(its_url, ping_on_startup=False, **options)
+            check_replica(replica, database, self.databases)
+            server = self._server(replica, its_url, options)
+            replica.observe(_Losses(server))
+            self.replicas.append(server)
+
+    def _server(self, at: AnyDatabase, url: str | URL, options: dict[str, Any]) -> Server:
+        mine = {name: options[name] for name in options if name not in _POOL}
+        mine |= {"pool_size": 1, "max_overflow": 0, "isolation_level": "AUTOCOMMIT"}
+        if isinstance(at, AsyncDatabase):
+            return TaskServer(at, AsyncDatabase(url, ping_on_startup=False, **mine))
+        return ThreadServer(at, SyncDatabase(url, ping_on_startup=False, **mine))
+
+    @property
+    def databases(self) -> tuple[AnyDatabase, ...]:
+        """The replicas as databases, each with a pool of its own."""
+        return tuple(each.database for each in self.replicas)
+
+    @property
+    def position(self) -> str | None:
+        """What the client of this context has seen."""
+        return seen_here(self).text
+
+    async def startup(self) -> None:
+        """Build the engines; nothing is asked yet, so that a replica may be down."""
+        for each in self._lives:
+            await each.startup()
+
+    async def shutdown(self) -> None:
+        """Close every connection, however often they were started."""
+        for server in self._servers:
+            await server.stop()
+        for each in self._lives:
+            while each.is_running:
+                await each.shutdown()
+
+    def start_here(self) -> None:
+        """Build the engines of a `SyncDatabase` on the calling thread."""
+        for each in self._lives:
+            if isinstance(each, SyncDatabase):
+                each.__enter__()
+
+    def shutdown_here(self) -> None:
+        """Close every connection of a `SyncDatabase` on the calling thread."""
+        for server in self._servers:
+            if isinstance(server, ThreadServer):
+                server.stop_here()
+        for each in self._lives:
+            while isinstance(each, SyncDatabase) and each.is_running:
+                each.__exit__(None, None, None)
+
+    def after_fork(self) -> None:
+        """Forget the questions that threads of the parent process ask."""
+        for server in self._servers:
+            server.forget()
+
+    def observe(self, observer: UnitObserver) -> None:
+        """Tell an observer of the engines of the replicas, now and later."""
+        for each in self.databases:
+            each.observe(observer)
+
+    @property
+    def _servers(self) -> tuple[Server, ...]:
+        return (self.primary, *self.replicas)
+
+    @property
+    def _lives(self) -> tuple[AnyDatabase, ...]:
+        return (*self.databases, *(each.asker for each in self._servers))
+
+    def see(self, position: str | None) -> None:
+        """Have the client of this context see no older state than this one."""
+        seen_here(self).add(position)
+
+    def give_route(self, made: ManagedSession[Any]) -> None:
+        """Have a session take a route; one without an engine chooses a server by itself."""
+        made.companion.route = Route(self, seen_here(self), chooses=made.orm.bind is None)
+
+    def choose(self, seen: Seen) -> tuple[Engine, Callable[[], None] | None]:
+        """Return an engine to read from, and what to call before each read on a replica."""
+        chosen = self._choose(seen)
+        if chosen is None:
+            return self.primary.engine, None
+        server, answer = chosen
+        server.chosen = next(self._count)
+        lifetime = self.options.lifetime
+        return server.engine, partial(
+            seen.read_from_replica, server.name, answer.position, lifetime
+        )
+
+    def ask_primary(self) -> Position | None:
+        """Where the primary is now; None if it does not answer."""
+        answer = self.primary.answer_since(monotonic())
+        if answer is None:
+            return None
+        self._lag.record(answer)
+        return answer.position
+
+    def _choose(self, seen: Seen) -> tuple[Server, Answer] | None:
+        """The least busy of the replicas that have replayed what the client has seen, if any."""
+        now = monotonic()
+        needed = self._needed(seen, now)
+        if needed is None:
+            return None
+        allowed = [each for each in self.replicas if seen.replica in (None, each.name)]
+        far_enough = _far_enough(allowed, needed, lambda each: each.current(now))
+        if not far_enough:
+            for each in allowed:
+                each.ask()  # all of them, before the first one is waited for
+            again = now - _AGAIN
+            far_enough = _far_enough(allowed, needed, lambda each: each.answer_since(again))
+        least_busy = sorted(far_enough, key=lambda each: (each[0].checked_out, each[0].chosen))
+        return least_busy[0] if least_busy else None
+
+    def _needed(self, seen: Seen, now: float) -> Position | None:
+        """What a replica must have replayed; None if only the primary will do."""
+        if seen.users:
+            # Work of the same client, which may have been committed by the application itself.
+            seen.read_from_primary(self.ask_primary())
+        answer = self.primary.current(now)
+        if answer is not None:
+            self._lag.record(answer)
+        floor = self._lag.floor(now)
+        if floor is None or not seen.is_trusted:
+            return None
+        if seen.position is None or floor.includes(seen.position):
+            return floor
+        return seen.position if seen.position.includes(floor) else None
+
+
+def _far_enough(
+    servers: Iterable[Server], needed: Position, ask: Callable[[Server], Answer | None]
+) -> list[tuple[Server, Answer]]:
+    answers = [(each, ask(each)) for each in servers]
+    return [
+        (server, answer)
+        for server, answer in answers
+        if answer is not None and answer.is_standby and answer.position.includes(needed)
+    ]
+
+
+class _Losses(UnitObserver):
+    """Takes out a replica that loses a connection."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    @override
+    def engine_used(self, engine: Engine) -> None:
+        event.listen(engine, "handle_error", self._record)
+
+    def _record(self, context: ExceptionContext) -> None:
+        if context.is_disconnect or context.connection is None:
+            self._server.lost()

@@ -1,0 +1,210 @@
+"""Asks a server how far it is: one question at a time, shared by all who want to know."""
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from contextvars import Context
+from threading import Event, Lock, Thread
+from time import monotonic
+from typing import Any
+
+from anyio import to_thread
+from sqlalchemy import Engine
+from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
+from typing_extensions import override
+
+from .position import checksum
+from .question import QUESTION, Answer
+
+_logger = logging.getLogger("asgi_dbsession")
+
+# Seconds: the age from which an answer is renewed, and the age from which the new one is waited
+# for; how long that may take; and the pause before a server that did not answer is asked again.
+_FRESH, _STALE, _PATIENCE, _PAUSE = 0.05, 0.25, 1.0, 0.5
+# Seconds after which a question, which may have to connect first, is cancelled.
+_LIMIT = 5
+
+
+class Server(ABC):
+    """One server, and what is known of it.
+
+    Its methods are called where a session may block: in a thread or, for an async database, in a
+    greenlet of SQLAlchemy's. No question is cancelled with whoever wanted to know.
+
+    Args:
+        database: What units of work use of the server.
+        asker: The same server, with one connection for questions: those of the pool may be in use.
+    """
+
+    def __init__(self, database: Any, asker: Any) -> None:
+        self.database: Any = database
+        self.asker: Any = asker
+        url = database.url
+        self.name: str = checksum((url.host, url.query.get("host"), url.port, url.database))
+        self.chosen: int = 0
+        self.forget()
+
+    def __repr__(self) -> str:
+        return repr(self.database)
+
+    def forget(self) -> None:
+        """Know nothing, and ask nothing: after a fork, and before the first start."""
+        self._mutex = Lock()
+        self._question: Any = None
+        self._began = 0.0
+        self._last: Answer | None = None
+        self._failed: float | None = None
+        self._timeline = 0
+
+    @property
+    def engine(self) -> Engine:
+        """What units of work use of the server."""
+        engine: Any = self.database.engine
+        sync_engine: Engine = getattr(engine, "sync_engine", engine)
+        return sync_engine
+
+    @property
+    def checked_out(self) -> int:
+        """How many units of work use it now."""
+        pool: Any = self.engine.pool
+        return pool.checkedout() if hasattr(pool, "checkedout") else 0
+
+    def current(self, now: float) -> Answer | None:
+        """What is known of the server, without waiting where that can be helped."""
+        last = self._last
+        if self._failed is not None:
+            if now - self._failed > _PAUSE:
+                self.ask()
+            return None
+        if last is None or now - last.asked > _STALE:
+            return self.answer_since(now - _STALE)
+        if now - last.asked > _FRESH:
+            self.ask()
+        return last
+
+    def answer_since(self, moment: float) -> Answer | None:
+        """The answer to a question that was sent after that moment; None if there is none soon."""
+        while True:
+            with self._mutex:
+                if self._last is not None and self._last.asked >= moment:
+                    return self._last
+                if self._failed is not None and self._failed >= moment:
+                    return None
+            question = self.ask()
+            left = self._began + _PATIENCE - monotonic()
+            if left <= 0 or not self._wait(question, left):
+                return None
+
+    def lost(self) -> None:
+        """A connection to it was lost, or could not be made."""
+        self._fail(monotonic(), "a connection was lost")
+        self.ask()
+
+    def ask(self) -> Any:
+        """Ask, without waiting for the answer; the question that is under way, if there is one."""
+        with self._mutex:
+            if self._question is None:
+                self._began = monotonic()
+                self._question = self._begin()
+            return self._question
+
+    def _answered(self, row: Any) -> None:
+        answer = Answer.of(row, self._began, self._timeline)
+        with self._mutex:
+            self._last, self._timeline = answer, answer.position.timeline
+            was_lost, self._failed = self._failed is not None, None
+        if was_lost:
+            _logger.info("%s answers again", self)
+
+    def _fail(self, moment: float, reason: object) -> None:
+        with self._mutex:
+            was_lost, self._failed, self._last = self._failed is not None, moment, None
+        if not was_lost:
+            _logger.warning("%s is not read from until it answers: %s", self, reason)
+
+    def _unanswered(self, error: BaseException) -> None:
+        reason = type(error).__name__  # the text of a driver may hold a secret
+        self._fail(self._began, reason)
+
+    @abstractmethod
+    def _begin(self) -> Any: ...
+
+    @abstractmethod
+    def _wait(self, question: Any, seconds: float) -> bool: ...
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Wait until no question is under way."""
+
+
+class TaskServer(Server):
+    """Asked by a task."""
+
+    @override
+    def _begin(self) -> "asyncio.Task[None]":
+        # Without the context of this request: some drivers keep it for as long as the connection.
+        return asyncio.get_running_loop().create_task(self._ask(), context=Context())
+
+    async def _ask(self) -> None:
+        try:
+            async with asyncio.timeout(_LIMIT), self.asker.engine.connect() as connection:
+                row = (await connection.exec_driver_sql(QUESTION)).one()
+            self._answered(row)
+        except Exception as error:
+            self._unanswered(error)
+        finally:
+            self._question = None
+
+    @override
+    def _wait(self, question: "asyncio.Task[None]", seconds: float) -> bool:
+        if not in_greenlet():  # the application has called `get_bind` itself
+            return False
+        await_only(asyncio.wait([question], timeout=seconds))
+        return question.done()
+
+    @override
+    async def stop(self) -> None:
+        question: asyncio.Task[None] | None = self._question
+        if question is not None and question.get_loop() is asyncio.get_running_loop():
+            question.cancel()
+            await asyncio.wait([question])
+        self.forget()
+
+
+class ThreadServer(Server):
+    """Asked by a thread."""
+
+    @override
+    def _begin(self) -> Event:
+        done = Event()
+        # Without the context of this request; and not one of the pool's threads, which may be few.
+        Thread(target=Context().run, args=(self._ask, done), daemon=True).start()
+        return done
+
+    def _ask(self, done: Event) -> None:
+        try:
+            engine: Engine = self.asker.engine
+            with engine.connect() as connection:
+                row = connection.exec_driver_sql(QUESTION).one()
+            self._answered(row)
+        except Exception as error:
+            self._unanswered(error)
+        finally:
+            self._question = None
+            done.set()
+
+    @override
+    def _wait(self, question: Event, seconds: float) -> bool:
+        return question.wait(seconds)
+
+    @override
+    async def stop(self) -> None:
+        await to_thread.run_sync(self.stop_here)
+
+    def stop_here(self) -> None:
+        """Wait on the calling thread."""
+        question: Event | None = self._question
+        if question is not None:
+            question.wait(_PATIENCE)
+        self.forget()

@@ -1,0 +1,72 @@
+"""The data that this package adds to a session."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session, SessionTransaction
+
+from .lock import SessionLock
+from .reads import Reads
+from .two_phases import TwoPhases
+from .writes import Writes
+
+
+class Follower(Protocol):
+    """An object to call after each commit and rollback of a session."""
+
+    def record_commit(self, session: Session) -> None:
+        """Record that the work of the session was committed."""
+
+    def record_rollback(self, transaction: SessionTransaction) -> None:
+        """Record that the work of this transaction or savepoint was rolled back."""
+
+
+class SessionRoute(Protocol):
+    """Chooses the server that a session uses, for the optional room `replicas`."""
+
+    def choose(self, session: Session) -> None:
+        """Set the engine of the session; called before each statement."""
+
+    def work_ended(self) -> bool:
+        """Record the end of the work; return True if `learn` must be called."""
+        ...
+
+    def learn(self) -> None:
+        """Ask the server about the work that has ended; may block."""
+
+
+class Companion:
+    """The data that this package adds to a session; it has no reference to the session.
+
+    Attributes:
+        lock: The lock of the session.
+        reads: Decides if the session may read without a transaction.
+        writes: Decides if the session may write.
+        connections: The connections that the session used last; some of them are closed.
+        followers: The objects to call after each commit and rollback.
+        bind_asked: A function to call with each engine that SQLAlchemy requests from the session.
+        wait_failed: A function to call if no connection became free in time.
+        two_phases: The names of its transactions; None without two-phase commit.
+        route: The object that chooses the server; None if there is only one.
+        stats: The measurements of the session, shared by all observers; None without observers.
+    """
+
+    connections: tuple[Connection, ...] = ()
+    bind_asked: Callable[[Any], None] | None = None
+    wait_failed: Callable[[PoolTimeout], None] | None = None
+    two_phases: TwoPhases | None = None
+    route: SessionRoute | None = None
+    stats: Any = None
+
+    def __init__(self, lock: SessionLock, reads: Reads, writes: Writes) -> None:
+        self.lock: SessionLock = lock
+        self.reads: Reads = reads
+        self.writes: Writes = writes
+        self.followers: list[Follower] = []
+
+    @property
+    def open_connections(self) -> tuple[Connection, ...]:
+        """The open connections of the session."""
+        return tuple(each for each in self.connections if not each.closed)
