@@ -586,3 +586,20 @@ async def test_what_makes_it_read_only_is_not_counted(real: Real) -> None:
             await serve(running, work_of(running), on_report=reports.append)
         assert len(statements) == 1
         assert [each.databases[0].statements for each in reports] == [1]
+
+
+async def test_what_is_refused_in_another_unit_is_not_blamed_on_it(real: Real) -> None:
+    """On the same connection, whose own transaction the application has made read-only."""
+    if not real.is_postgresql:
+        pytest.skip("one database says it all")
+    async with real.describe(pool_size=1, max_overflow=0) as database:
+        running = Running(real, database)
+
+        async def write() -> None:
+            await running.execute(text("SET TRANSACTION READ ONLY"))
+            await running.execute(text("INSERT INTO entry (note) VALUES ('new')"))
+
+        await serve(running, work_of(running))
+        exchange = await serve(running, write, "POST")
+    assert "read-only transaction" in str(exchange.error)
+    assert not getattr(exchange.error, "__notes__", ())

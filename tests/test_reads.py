@@ -9,6 +9,7 @@ import pgbouncer
 import pytest
 from asgi import get, respond
 from conftest import ENTRY, Real, Running, real_database
+from several import Entry
 from sqlalchemy import (
     CTE,
     Column,
@@ -269,6 +270,29 @@ async def test_a_listener_of_the_application_begins_the_transaction(running: Run
     finally:
         event.remove(Session, "after_begin", set_tenant)
     assert found == [True, "7"]
+
+
+async def test_a_flush_begins_the_transaction_before_its_listeners(running: Running) -> None:
+    """A listener of the mapper may write with the driver's own connection."""
+
+    def write(_mapper: Any, connection: Any, _target: Any) -> None:
+        cursor = connection.connection.cursor()
+        cursor.execute("INSERT INTO entry (note) VALUES ('raw')")
+        cursor.close()
+
+    async def work(watched: Watched) -> None:
+        await watched.execute(PLAIN["columns"])
+        session: Any = running.database.get_session()
+        session.add(Entry("added"))
+        await running.call("flush")
+
+    event.listen(Entry, "before_insert", write)
+    try:
+        exchange = await in_request(running, work, 409)
+    finally:
+        event.remove(Entry, "before_insert", write)
+    assert exchange.error is None
+    assert running.stored() == []
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])

@@ -11,6 +11,7 @@ import pytest
 from anyio import to_thread
 from asgi import get, respond
 from conftest import ENTRY, Real, real_database
+from several import Entry
 from sqlalchemy import event, func, select
 from sqlalchemy.orm import Session
 
@@ -92,6 +93,29 @@ async def test_a_write_is_committed_in_another_thread(real: Real, work: Any) -> 
     async with describe(real) as database:
         assert await ends_by(work, database) == [False]
     assert len(real.stored()) == 1
+
+
+@pytest.mark.parametrize("what", ["new", "changed", "deleted"])
+async def test_what_is_not_flushed_yet_is_committed_in_another_thread(
+    real: Real, what: str
+) -> None:
+    """The flush blocks too."""
+    with real.reader.begin() as connection:
+        connection.execute(ENTRY.insert().values(note="old"))
+
+    def work(session: Session) -> None:
+        entry = session.scalars(select(Entry)).one()
+        if what == "new":
+            session.add(Entry("new"))
+        elif what == "changed":
+            entry.note = "changed"
+        else:
+            session.delete(entry)
+
+    async with describe(real) as database:
+        assert await ends_by(work, database) == [False]
+    expected = {"new": ["old", "new"], "changed": ["changed"], "deleted": []}
+    assert real.stored() == expected[what]
 
 
 async def test_a_transaction_that_reads_is_ended_in_another_thread(real: Real) -> None:
