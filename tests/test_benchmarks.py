@@ -57,3 +57,17 @@ def test_document_and_picture_come_from_the_kept_figures(written: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.speed", "--again", "--write", str(written)]
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     assert {each: each.read_text() for each in written.iterdir()} == before
+
+
+def test_memory_is_measured_and_nothing_is_left_behind() -> None:
+    """The short form of `python -m benchmarks.memory`: a figure for each way, and zeros."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--clients", "20", "--requests", "200"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=True
+    )
+    streaming, abandoned = done.stdout.strip().split("\n\n")
+    for way in ("without the middleware", "with the middleware", "with `attempts=3`"):
+        assert re.search(rf"^\| {way}( \| [\d.-]+){{3}} \|$", streaming, re.MULTILINE)
+    rows = abandoned.splitlines()[2:]
+    assert len(rows) == 5
+    assert all(each.endswith("| 0 | 0 | 0 |") for each in rows)
