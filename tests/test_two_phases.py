@@ -333,6 +333,20 @@ async def test_what_began_first_decides_although_it_was_rolled_back_since(
         assert several.stored() == [["kept"], [], ["kept"]]
 
 
+async def test_databases_that_begin_at_once_are_one_unit(several: Several) -> None:
+    """Two tasks, or threads, may open the first connection of each database together."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.gather(*(each.write(scope["path"]) for each in several.each))
+        await respond(send)
+
+    middleware = DBSessionMiddleware(app, *several.databases, two_phase=True)
+    paths = [f"/{number}" for number in range(5)]
+    for path in paths:
+        assert (await get(middleware, path)).error is None
+    assert several.stored() == [paths, paths]
+
+
 async def test_each_commit_of_a_request_is_a_unit_of_its_own(tmp_path: Path) -> None:
     """Transactions in doubt of one COMMIT are not mixed with those of the next."""
     units: list[str] = []

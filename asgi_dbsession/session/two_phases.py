@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from secrets import token_hex
+from threading import Lock
 from typing import Any
 
 from sqlalchemy import URL, Connection
@@ -39,29 +40,28 @@ class TwoPhases:
 
     def __init__(self, databases: int) -> None:
         self._databases = databases
-        self._begun: list[Any] = []
+        self._begun: list[Session] = []
         self._unit = token_hex(16)
+        self._mutex = Lock()  # several threads may begin transactions at the same time
 
     @property
     def deciding(self) -> Session | None:
         """The session whose transaction decides; None before the first transaction."""
-        return self._begun[0] if self._is_under_way else None
-
-    @property
-    def _is_under_way(self) -> bool:
-        return any(each._companion.open_connections for each in self._begun)
+        begun = self._begun
+        return begun[0] if any(each.in_transaction() for each in begun) else None
 
     def name(self, session: Session) -> str:
         """Return the name for the next transaction of a session.
 
         The name has at most 64 bytes, which MariaDB requires. PostgreSQL allows 199 bytes.
         """
-        if not self._is_under_way:
-            self.renew()
-        if session not in self._begun:
-            self._begun.append(session)
-        number = self._begun.index(session) + 1
-        return f"{_PREFIX}{self._unit}_{number}_{self._databases}"
+        with self._mutex:
+            if not any(each.in_transaction() for each in self._begun if each is not session):
+                self.renew()
+            if session not in self._begun:
+                self._begun.append(session)
+            number = self._begun.index(session) + 1
+            return f"{_PREFIX}{self._unit}_{number}_{self._databases}"
 
     def renew(self) -> None:
         """Start a new set of names, so that later transactions do not belong to those in doubt."""
