@@ -603,3 +603,15 @@ async def test_what_is_refused_in_another_unit_is_not_blamed_on_it(real: Real) -
         exchange = await serve(running, write, "POST")
     assert "read-only transaction" in str(exchange.error)
     assert not getattr(exchange.error, "__notes__", ())
+
+
+async def decide_later(_: Any) -> bool:
+    """What no rule may be."""
+    return True
+
+
+@pytest.mark.parametrize("rule", [True, "GET", decide_later])
+def test_a_rule_that_is_no_plain_function_is_refused(rule: Any) -> None:
+    """When the middleware is made."""
+    with pytest.raises(ConfigurationError, match="read_only takes a plain function"):
+        DBSessionMiddleware(decide_later, "sqlite:///shop.db", read_only=rule)
