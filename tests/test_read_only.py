@@ -613,5 +613,6 @@ async def decide_later(_: Any) -> bool:
 @pytest.mark.parametrize("rule", [True, "GET", decide_later])
 def test_a_rule_that_is_no_plain_function_is_refused(rule: Any) -> None:
     """When the middleware is made."""
+    app: Any = decide_later
     with pytest.raises(ConfigurationError, match="read_only takes a plain function"):
-        DBSessionMiddleware(decide_later, "sqlite:///shop.db", read_only=rule)
+        DBSessionMiddleware(app, "sqlite:///shop.db", read_only=rule)
