@@ -1,5 +1,6 @@
 """Tests the speed measurements in their short form: `python -m benchmarks.speed`."""
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+
+from benchmarks.speed.clients import read_slowly
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,3 +74,20 @@ def test_memory_is_measured_and_nothing_is_left_behind() -> None:
     rows = abandoned.splitlines()[2:]
     assert len(rows) == 5
     assert all(each.endswith("| 0 | 0 | 0 |") for each in rows)
+
+
+def test_a_slow_reader_who_has_waited_does_not_hurry() -> None:
+    """Otherwise, a server that lets readers wait is measured as fast as one that does not."""
+
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(1.5)
+        writer.write(bytes(400_000))
+
+    async def read() -> float:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port: int = server.sockets[0].getsockname()[1]
+        (rate,) = await read_slowly(port, 1, coming=1, seconds=1)
+        server.close()
+        return rate
+
+    assert 0 < asyncio.run(read()) < 0.3
