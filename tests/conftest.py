@@ -79,6 +79,7 @@ _SLOW = (
         "libraries",
         "test_audit.py",
         "test_benchmarks.py",
+        "test_capacity.py",
         "test_comparison.py",
     ),
     *("test_drivers.py", "test_example.py", "test_faults.py", "test_galera.py", "test_guides.py"),

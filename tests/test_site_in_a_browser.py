@@ -63,7 +63,10 @@ def show(browser: Any, url: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [390, 768, 1024, 1280])
-@pytest.mark.parametrize("page", ["index", "explanation/concepts", "measured/speed"])
+@pytest.mark.parametrize(
+    "page",
+    ["index", "explanation/concepts", "explanation/how-many-connections", "measured/speed"],
+)
 def test_the_type_of_a_chart_is_large_enough(
     browser: Any, address: str, page: str, width: int
 ) -> None:

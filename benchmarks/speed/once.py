@@ -44,7 +44,7 @@ async def long_run(server: Server, size: Size) -> list[dict[str, float]]:
         await ask_in_turn(server.port, requests, _CLIENTS)
         await asyncio.sleep(0.2)  # the server notices that the clients have disconnected
         measured = await asyncio.to_thread(server.measured)
-        del measured["held"]
+        del measured["held"], measured["pid"]
         found.append({"requests": number * part, **measured})
     return found
 

@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 from .tools import OURS, title
 
 _ROW, _HEAD, _FOOT, _PANEL, _BAR, _EDGE = 34, 58, 18, 344, 250, 14
-_STYLE = """
+STYLE = """
 :root { --ground: #ffffff; --ink: #24292f; --faint: #59636e; --bar: #b6c2cf; --ours: #2f6f9f; }
 @media (prefers-color-scheme: dark) {
   :root { --ground: #1b1f24; --ink: #e6edf3; --faint: #9198a1; --bar: #4a5563; --ours: #58a6d6; }
@@ -52,7 +52,7 @@ def picture(found: dict[str, Any], columns: int) -> str:
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
-        f"<title>What a request costs with each tool</title><style>{_STYLE}</style>",
+        f"<title>What a request costs with each tool</title><style>{STYLE}</style>",
         f'<rect class="ground" width="{width}" height="{height}" rx="8"/>',
     ]
     for number, panel in enumerate(panels):
@@ -70,15 +70,15 @@ def _ratios(found: dict[str, Any], scenario: str) -> Panel:
 def _drawn(panel: Panel, left: float, top: float) -> list[str]:
     most = max(high for _, _, high in panel.values.values()) or 1
     scale = _BAR / most
-    parts = [_text(left, top + 26, panel.head, "panel"), _text(left, top + 44, panel.unit, "small")]
+    parts = [text(left, top + 26, panel.head, "panel"), text(left, top + 44, panel.unit, "small")]
     for number, (tool, (low, middle, high)) in enumerate(panel.values.items()):
         y = top + _HEAD + number * _ROW
         name = escape(title(tool).replace("`", ""))
         parts += [
-            _text(left, y + 12, name, "head" if tool == OURS else ""),
-            _bar(left, y + 17, middle * scale, "ours" if tool == OURS else "bar"),
+            text(left, y + 12, name, "head" if tool == OURS else ""),
+            bar(left, y + 17, middle * scale, "ours" if tool == OURS else "bar"),
             _line(left + low * scale, left + high * scale, y + 22),
-            _text(left + max(middle, high) * scale + 6, y + 27, f"{middle:.2f}", "small"),
+            text(left + max(middle, high) * scale + 6, y + 27, f"{middle:.2f}", "small"),
         ]
     if panel.one:
         x = left + scale
@@ -90,11 +90,13 @@ def _drawn(panel: Panel, left: float, top: float) -> list[str]:
     return parts
 
 
-def _text(x: float, y: float, words: str, kind: str) -> str:
+def text(x: float, y: float, words: str, kind: str) -> str:
+    """Words, which begin there."""
     return f'<text x="{x:.1f}" y="{y}" class="{kind}">{words}</text>'
 
 
-def _bar(x: float, y: float, width: float, kind: str) -> str:
+def bar(x: float, y: float, width: float, kind: str) -> str:
+    """A bar, ten pixels high."""
     return f'<rect class="{kind}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="10" rx="2"/>'
 
 

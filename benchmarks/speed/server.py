@@ -62,6 +62,7 @@ class Door:
             "tasks": len(asyncio.all_tasks()),
             "descriptors": sum(1 for _ in Path("/proc/self/fd").iterdir()),
             "memory": pages * 4096 / 1e6,
+            "pid": os.getpid(),
         }
 
     def _watch(self) -> None:

@@ -1,0 +1,1 @@
+"""How many connections an application needs, simulated: `python -m benchmarks.capacity`."""
