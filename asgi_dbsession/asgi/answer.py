@@ -13,7 +13,7 @@ async def serve_and_answer(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Serve a request, and answer it if its COMMIT failed."""
+    """Serve a request, and send an error response or raise the error if its COMMIT failed."""
     try:
         await serve(scope, receive, send)
     except AbortRequest as abort:
@@ -32,13 +32,16 @@ async def answer_or_raise(
 ) -> None:
     """Send the response of `on_commit_error`, or raise the error of the COMMIT.
 
-    Do not call this function in an `except` block: the error would get itself as its context.
+    Call this function outside of an `except` block: otherwise Python sets `__context__` of the
+    error.
     """
-    # Without a failure, an outer middleware has stopped the request, and must answer it.
+    # There is no error of a COMMIT, so an outer middleware has stopped the request, and that
+    # middleware answers it.
     if failure is None:
         raise AbortRequest
     answer: ASGIApp | None = None
-    is_mistake = isinstance(failure, ConfigurationError | ForbiddenWrite)  # of the application
+    # mistakes of the application
+    is_mistake = isinstance(failure, ConfigurationError | ForbiddenWrite)
     if on_commit_error is not None and not is_mistake:
         try:
             answer = on_commit_error(failure)
@@ -51,7 +54,7 @@ async def answer_or_raise(
 
 
 def add_note(failure: Exception, error: BaseException) -> None:
-    """Add a note to `failure` about an exception that the stopped application raised."""
+    """Add a note to `failure` about an exception that the application raised when stopped."""
     if isinstance(error, AbortRequest) or error is failure:
         return
     if isinstance(error, BaseExceptionGroup) and error.split(AbortRequest)[1] is None:

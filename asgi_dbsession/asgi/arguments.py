@@ -23,7 +23,7 @@ D = TypeVar("D")
 
 
 async def no_application(scope: Scope, receive: Receive, send: Send) -> None:
-    """Take the place of a missing application argument; this function is never called."""
+    """The default for the argument `app`, to detect a missing application; never called."""
 
 
 def application_first(
@@ -48,11 +48,11 @@ def usable_databases(
     options: Mapping[str, Any],
     made_by: type,
 ) -> tuple[AnyDatabase, ...] | Unstartable:
-    """Return the databases to use, or an `Unstartable` if they cannot be used.
+    """Return the databases to use, or an `Unstartable` if an argument is wrong.
 
-    An `Unstartable` makes the startup and each request fail. In an event loop an exception would be
-    hidden: frameworks create their middleware during the lifespan. If an exception is raised there,
-    servers assume that the application has no lifespan, and answer each request with 500.
+    An `Unstartable` makes the startup and each request fail with the reason. Frameworks create
+    their middleware during the lifespan. If an exception were raised then, servers would assume
+    that the application has no lifespan, and would hide the reason.
 
     Raises:
         ConfigurationError: An argument is wrong, and no event loop is running.
@@ -153,9 +153,9 @@ def _check_retry_on(given: object, attempts: int) -> None:
 
 
 def _check_number(name: str, given: object) -> None:
-    # Compare the type exactly, because `isinstance(True, int)` is True.
+    # Compare the type exactly, because True and False are of type int for `isinstance`.
     if type(given) is not int:
-        # Do not show the value: it may be a secret that was given in the wrong place.
+        # Do not show the value, which may be a secret that was given to the wrong argument.
         raise ConfigurationError(
             f"{name} takes a whole number from 1 on, not something of type {type(given).__name__}."
         )

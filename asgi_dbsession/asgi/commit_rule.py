@@ -13,13 +13,13 @@ from .answer import checked
 CommitWhen: TypeAlias = Callable[[int], bool] | Callable[[int, Scope], bool]
 CommitRule: TypeAlias = Callable[[int, Scope], bool]
 
-# Convert the enumeration to an int once, because comparing with an enumeration is slow.
+# Convert the status to an int once, because each comparison with an enumeration is slow.
 _BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def below_400(status: int) -> bool:
-    """Return True if the status is below 400; the default of `commit_when`."""
+    """Return True for a status below 400: commit then. This is the default of `commit_when`."""
     return status < _BAD_REQUEST
 
 
@@ -42,7 +42,7 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
 def _takes_scope(rule: Callable[..., object]) -> bool:
     try:
         parameters = signature(rule).parameters.values()
-    # A builtin function may have no signature; call it with the status alone.
+    # A builtin function may have no signature, so call it with the status and without the scope.
     except (TypeError, ValueError):
         return False
     positional = [each for each in parameters if each.kind in _POSITIONAL]

@@ -11,7 +11,7 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 from .commit_rule import CommitRule
 
-# The types of the last message of a response; `more_body` is False in the last one.
+# The types of messages that can end a response: a message does so if its `more_body` is False.
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
 
 
@@ -35,7 +35,7 @@ class Exchange:
 
     @property
     def may_commit(self) -> bool:
-        """True if the response is complete, so that work after it may be committed."""
+        """True if the response is complete, so that work in a background task may be committed."""
         return self._progress is _Progress.COMPLETE
 
     async def send(self, message: Message) -> None:
@@ -51,7 +51,7 @@ class Exchange:
                 except Exception as error:
                     unit.failure = unit.failure or error
                     raise AbortRequest from error
-                # Another task may have sent a start message meanwhile, and its COMMIT has failed.
+                # The response of another task of the request may have failed at COMMIT meanwhile.
                 if unit.failure is not None:
                     raise AbortRequest
             unit.rollback = None
@@ -74,7 +74,8 @@ class Exchange:
             except Exception as error:
                 raise AbortRequest from error
         self._progress = _Progress.COMPLETE
-        # uvicorn starts the next request of a client in this context: remove the unit from it.
+        # uvicorn starts the next request of the connection in this context, so remove the unit of
+        # work from the context while the message is sent.
         token = current_unit.set(None)
         try:
             await self._send(message)

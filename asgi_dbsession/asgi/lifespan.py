@@ -1,4 +1,4 @@
-"""Starts and stops the databases, even if the application ignores the lifespan."""
+"""Starts and stops the databases with the application, even if it ignores the lifespan."""
 
 import logging
 from collections.abc import Sequence
@@ -12,22 +12,23 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 class Startable(Protocol):
-    """An object to start and stop together with the application."""
+    """An object, such as a database, to start and stop together with the application."""
 
     async def startup(self) -> None:
-        """Start; if an error is raised, leave nothing open."""
+        """Start the object; if an error is raised, leave no connection open."""
         ...
 
     async def shutdown(self) -> None:
-        """Stop, and close everything that `startup` has opened."""
+        """Stop the object, and close all connections that it opened since `startup`."""
         ...
 
 
 class Unstartable:
     """Takes the place of databases that cannot be used, and makes the startup fail with the reason.
 
-    Frameworks create their middleware during the lifespan. If an exception is raised there, servers
-    assume that the application has no lifespan, start, and answer each request with 500.
+    Frameworks create their middleware during the lifespan. If an exception is raised during the
+    lifespan, servers assume that the application has no lifespan, start, and answer each request
+    with 500.
     """
 
     def __init__(self, reason: Exception) -> None:
@@ -38,7 +39,7 @@ class Unstartable:
         await self.refuse()
 
     async def shutdown(self) -> None:
-        """Do nothing, because nothing was started."""
+        """Do nothing, because `startup` has started nothing."""
 
     async def refuse(self, *_: object) -> NoReturn:
         """Raise the reason why the databases cannot be used, for any ASGI scope."""
@@ -52,8 +53,8 @@ async def serve_lifespan(
 
     The databases are stopped before the server gets the result of the shutdown, even after an
     error. If the application raises before it receives the startup message, it has no lifespan: its
-    requests are served without a lifespan. If the application raises after that, the startup has
-    failed, and the server gets `startup.failed`.
+    requests are served without a lifespan. If the application raises after the startup message, the
+    startup has failed, and the server gets `startup.failed`.
     """
     lifespan = _Lifespan(databases, receive, send)
     try:
@@ -81,12 +82,12 @@ class _Lifespan:
         failure = await self._start_each()
         if failure is None:
             return
-        # Send the failure outside of an `except` block. If `send` raises (as in hypercorn), Python
-        # would otherwise add this failure to the traceback of the other exception.
+        # `startup.failed` is sent outside of an `except` block. If `send` raises (as in hypercorn),
+        # the traceback of that exception would otherwise show the failure of the database too.
         await self.stop()
         await self._send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
-        # Servers need no exception after `startup.failed`. A test client does: without the
-        # exception, it would run the test and then wait forever for the end of the shutdown.
+        # Raise the failure for test clients: without an exception, a test client would run the
+        # test, and then wait forever for the end of the shutdown.
         raise failure
 
     async def _start_each(self) -> Exception | None:
@@ -116,13 +117,13 @@ class _Lifespan:
             await self.send({"type": "lifespan.shutdown.complete"})
 
     async def _fail_startup(self, failure: Exception) -> NoReturn:
-        # Log the traceback, because servers show only the message.
+        # Log the traceback, because servers show only the message of `startup.failed`.
         _logger.error("The startup of the application failed", exc_info=failure)
         await self.send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
         raise failure
 
     async def _serve_after_return(self) -> None:
-        """Answer the server for an application that returned early from its lifespan."""
+        """Receive and answer the server's messages after the application has returned too early."""
         if not self._answered_startup:
             await self.send({"type": "lifespan.startup.complete"})
         while not (self._finished or self._heard_shutdown):
@@ -151,7 +152,7 @@ class _Lifespan:
         await self._send(message)
 
     async def stop(self) -> list[Exception]:
-        """Stop all running databases, even if the caller is cancelled or one of them fails."""
+        """Stop all running databases, even after a cancellation or if a database fails to stop."""
         return await run_to_completion(self._stop_each()) if self._running else []
 
     async def _stop_each(self) -> list[Exception]:

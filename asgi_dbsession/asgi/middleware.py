@@ -21,7 +21,7 @@ from .optional import with_optional_rooms, with_positions
 from .read_rule import ReadOnly, apply_read_rule
 from .websocket import SocketExchange
 
-# The key of the unit of work in the scope. An inner middleware finds the unit there and joins it.
+# The key of the unit of work in the ASGI scope, where an inner middleware finds and joins the unit.
 _KEY = "asgi_dbsession"
 
 
@@ -50,29 +50,31 @@ class DBSessionMiddleware:
             status, or the status and the ASGI scope of the request: `def rule(status, scope)`. It
             must return True or False; any other value is an error, and rolls back.
         on_commit_error: A plain function that takes the error of a failed COMMIT and returns the
-            response: an ASGI application, such as a Starlette `Response`. If it returns None, or is
-            None, the error is raised to the server.
+            response: an ASGI application, such as a Starlette `Response`. If the function returns
+            None, or without a function, the error is raised to the server.
         attempts: How often a request may run. If the database reports a conflict (serialization
             failure, deadlock, busy SQLite, or a statement outdated by a migration), the request
             runs again from the start, with the same body, after at most a second. There is no retry
-            after something was sent, or committed on a database of this package; with AUTOCOMMIT;
-            with a body over 1 MiB, or while 32 MiB of other bodies are kept; or after a
-            cancellation. Other effects of the handler are repeated.
+            after a message was sent, after a COMMIT on a database of this package, after a
+            statement with AUTOCOMMIT, or after a cancellation; nor with a body over 1 MiB, or while
+            32 MiB of other bodies are in memory. Effects of the handler outside of the database are
+            repeated.
         retry_on: Other errors to retry like a conflict: an exception class, a tuple of classes, or
-            a plain function that takes an exception and returns True or False. It gets errors of
-            the database, and exceptions that the application raises or answers with 400 or above.
+            a plain function that takes an exception and returns True or False. The function gets
+            errors of the database, and exceptions that the application raises or answers with 400
+            or above.
         retry_after: Seconds. If no connection becomes free within the engine's `pool_timeout`, and
             the request ends with this error or a status of 500, the response is 503 with this
             `Retry-After`. None: the application gets the error of the pool.
         read_only: A plain function that takes the ASGI scope and returns True if the request may
             only read, such as `safe_methods`. The session and the database then refuse writes, and
             `ForbiddenWrite` is raised to the server. None: all requests may write.
-        two_phase: True to commit the sessions of a request in two phases, so that a COMMIT cannot
-            fail after another one succeeded. The drivers must support it.
+        two_phase: True to commit the sessions of a request in two phases, so that no COMMIT can
+            fail after another COMMIT has succeeded. The drivers must support it.
         on_report: A plain function to call at the end of each unit of work: before the status is
             sent, after the body or background task, and after each `begin()` and `on_commit`
-            function. It runs on the event loop (for `SyncDatabase.begin()`, on its thread), so it
-            must be fast. Its exceptions are logged.
+            function. The function runs on the event loop (for `SyncDatabase.begin()`, on its
+            thread), so it must be fast. Its exceptions are logged.
 
     Raises:
         ConfigurationError: An argument is wrong. In a running event loop, where frameworks create
@@ -126,11 +128,11 @@ class DBSessionMiddleware:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI scope."""
+        """Serve one request, WebSocket or lifespan of the server."""
         kind = scope["type"]
         if kind == "http":
-            # If an outer middleware serves this request too, only the outer one retries and answers
-            # 503.
+            # If an outer middleware serves this request too, leave retries and the answer 503 to
+            # it.
             serve = self._serve_http if scope.get(_KEY) is None else self._serve
             try:
                 await serve(scope, receive, send)
@@ -167,8 +169,8 @@ class DBSessionMiddleware:
                 raise
             add_note(unit.failure, error)
         else:
-            # A handler that returns has not always succeeded: if the client disconnects, a
-            # streaming body just ends. So commit only if the response is complete.
+            # The application may return without success: if the client disconnects, a streaming
+            # body just ends. So commit only if the response is complete.
             unit.closed = True
             if unit.is_used:
                 commit = exchange.may_commit and not unit.rollback and unit.failure is None
@@ -176,11 +178,12 @@ class DBSessionMiddleware:
         finally:
             current_unit.reset(token)
             scope[_KEY] = outer
-            # A task that outlives the request must not use the scope of the request.
+            # Remove the scope: a task that outlives the request must not use the scope of the
+            # request.
             unit.scope = None
             failure = unit.failure
             if failure is not None:
-                unit.failure = RuntimeError()  # without the frames of the request
+                unit.failure = RuntimeError()  # a new error: the old error refers to the request
         if failure is not None:
             if unit.is_answered:
                 raise failure

@@ -1,4 +1,4 @@
-"""Adds the optional parts of the package that the options of a middleware need, and no others."""
+"""Adds the optional packages (retry, reports) that the options of a middleware need."""
 
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +32,7 @@ def with_optional_rooms(
     on_commit_error: Callable[[Exception], ASGIApp | None] | None,
     on_report: Callable[[UnitReport], object] | None,
 ) -> tuple[ASGIApp, tuple[UnitObserver, ...]]:
-    """Wrap `serve` in the optional parts that the options need, and add their observers.
+    """Wrap `serve` in the optional packages that the options need, and add their observers.
 
     Returns:
         The application that serves HTTP requests, and the observers of its units of work.

@@ -17,7 +17,7 @@ _SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
 def safe_methods(scope: Scope) -> bool:
     """Return True for the HTTP methods that must not change data: GET, HEAD, OPTIONS and TRACE.
 
-    Use it as `DBSessionMiddleware(app, database, read_only=safe_methods)`. A WebSocket has no such
+    Write `DBSessionMiddleware(app, database, read_only=safe_methods)`. A WebSocket has no HTTP
     method, so a WebSocket may write.
     Source: https://www.rfc-editor.org/rfc/rfc9110#section-9.2.1
 
@@ -28,7 +28,7 @@ def safe_methods(scope: Scope) -> bool:
 
 
 def apply_read_rule(rule: ReadOnly, unit: UnitOfWork, scope: Scope) -> None:
-    """Call the rule for a request, and store its result in the unit of work.
+    """Call the rule `read_only` for a request, and store the result in the unit of work.
 
     Raises:
         ConfigurationError: The rule returned neither True nor False. Or the request may only read,

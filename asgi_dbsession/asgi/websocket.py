@@ -1,4 +1,4 @@
-"""Commits or rolls back the work of a WebSocket before each message, and before a wait for one."""
+"""Commits or rolls back the work of a task before it sends or awaits a WebSocket message."""
 
 from contextlib import suppress
 
@@ -8,7 +8,8 @@ from asgi_dbsession.types import Message, Receive, Send
 from asgi_dbsession.unit.ending import end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
-# The messages that tell something to the client; the last type is a denial.
+# The messages that the client can observe; the last type denies the connection with an HTTP
+# response.
 _OBSERVED = (
     "websocket.accept",
     "websocket.send",
@@ -18,16 +19,16 @@ _OBSERVED = (
 # The close codes for "normal closure" and "going away"; all other close codes roll back. Source:
 # https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
 _REGULAR_CLOSE = (1000, 1001)
-# The close codes for an internal error, to be tried in order: daphne refuses all codes below 3000
-# except 1000.
+# The close codes for an internal error. The first code is for most servers; daphne refuses all
+# codes below 3000 except 1000, so the second code follows.
 _INTERNAL_ERROR = (1011, 4500)
 
 
 class SocketExchange:
     """The messages of one WebSocket, and the commits and rollbacks that they cause.
 
-    The work of a task is committed before the task sends a message or waits for one. A denial or a
-    close because of an error rolls back instead.
+    The work of a task is committed before the task sends or awaits a message. A denial or a close
+    because of an error rolls back instead.
 
     Attributes:
         may_commit: True if the socket was accepted, and not closed because of an error.
@@ -45,7 +46,7 @@ class SocketExchange:
         self._waiting = 0
 
     async def receive(self) -> Message:
-        """Commit the work of the task that waits, so that it holds no connection while it waits."""
+        """Commit the work of the calling task, so that it holds no connection while it waits."""
         await self._end_work(commit=True)
         self._waiting += 1
         try:
@@ -54,7 +55,7 @@ class SocketExchange:
             self._waiting -= 1
 
     async def send(self, message: Message) -> None:
-        """Commit or roll back the work of the task that sends, and then send the message."""
+        """Commit or roll back the work of the calling task, and then send the message."""
         kind = message["type"]
         if kind == "websocket.accept":
             self.may_commit = True
@@ -84,15 +85,15 @@ class SocketExchange:
                 raise AbortRequest from error
 
     async def _wake_waiting(self) -> None:
-        """Close the socket if another task waits for a message of the client.
+        """Close the socket after an error if another task waits for a message of the client.
 
-        The client may wait for the message that was not sent, so both would wait forever.
+        The client may wait for the message that was not sent, so that both would wait forever.
         """
         if self._waiting and self.may_commit:
             self.may_commit = False
             for code in _INTERNAL_ERROR:
                 # Ignore errors of this close message: the client may have disconnected, and the
-                # error of the COMMIT is more important.
+                # error of the COMMIT, which is raised next, is more important.
                 with suppress(Exception):
                     await self._send({"type": "websocket.close", "code": code})
                     return

@@ -130,16 +130,16 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     ) -> T:
         """Call a function in a new unit of work, and call it again after a conflict.
 
-        For workers and scripts, where no request can be retried. Each attempt runs the whole
-        function, so its other side effects happen again. There is no retry after another COMMIT
-        inside the function: `session.commit()`, or a `begin()` of any database. Each retry waits
-        for a random time of at most a second, and is logged.
+        Use `run_transaction` in workers and scripts, where no request can be retried. Each attempt
+        runs the whole function, so side effects outside of the database happen again. There is no
+        retry after another COMMIT inside the function: `session.commit()`, or a `begin()` of any
+        database. Each retry waits for a random time of at most a second, and is logged.
 
         Args:
             function: A coroutine function. Inside it, `get_session()` returns the session of the
                 unit.
             *args: The arguments for the function.
-            attempts: How often the function may run.
+            attempts: How often the function may run, the first time included.
             retry_on: Other errors to retry like a conflict: an exception class, a tuple of classes,
                 or a plain function that takes an exception and returns True or False.
 
@@ -167,8 +167,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     @override
     async def startup(self) -> None:
         if self._owns_engine and self._loop is not None and self._loop.is_closed():
-            # The connections of this engine belong to a closed event loop and cannot be used any
-            # more.
+            # The event loop of this engine was closed, and its connections cannot be used in
+            # another loop.
             self._forget_engine()
         self._refuse_other_loop()
         await super().startup()
@@ -192,7 +192,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _refuse_other_loop(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        # A worker thread has no event loop, so there is nothing to check.
+        # No event loop runs in a worker thread, so this is no use from another event loop.
         except RuntimeError:
             return
         if self._loop is loop:
@@ -234,7 +234,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         pool = engine.pool
         async with engine.connect() as connection:
             await connection.execute(select(1))
-            # The engine was disposed meanwhile, so nobody would close this connection later.
+            # The engine was disposed during the statement, so nobody would close this connection
+            # later.
             if engine.pool is not pool:
                 await connection.invalidate()
 

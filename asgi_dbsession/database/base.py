@@ -100,15 +100,15 @@ class Database(ReplicatedLife[E], Generic[E, S]):
     ) -> Self:
         """Make a database from an existing engine; the database never disposes this engine.
 
-        The database is running at once. This package adds listeners to the engine, and removes them
-        when the last database that uses the engine is garbage collected. An async engine belongs to
-        the event loop that uses it first. After that loop was closed, the next loop gets new
-        connections. Several loops at once need `poolclass=NullPool`.
+        The database is running at once, without a startup. This package adds listeners to the
+        engine, and removes them when the last database that uses the engine is garbage collected.
+        An async engine belongs to the event loop that uses it first. After that loop was closed,
+        the next loop gets new connections. Several loops at once need `poolclass=NullPool`.
 
         Args:
             engine: An `AsyncEngine` for `AsyncDatabase`, an `Engine` for `SyncDatabase`.
-            session_options: The same value as for the class.
-            ping_on_startup: The same value as for the class.
+            session_options: The same dictionary as for `AsyncDatabase(...)` or `SyncDatabase(...)`.
+            ping_on_startup: True to let the startup fail if the database does not answer.
 
         Raises:
             ConfigurationError: `engine` is not an engine, or an engine of the other kind.
@@ -178,16 +178,16 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         Raises:
             NoSession: This code runs outside of a request that serves this database, and outside of
                 `begin()`.
-            SessionClosed: The request that this task belongs to has ended.
+            SessionClosed: The request that started the calling task has ended.
             DatabaseNotRunning: The database has not been started.
         """
         return unit_that_manages(self).open(self)
 
     async def session_dependency(self) -> S:
-        """Return `get_session()`; for `Depends` (FastAPI), `Provide` (Litestar), other injectors.
+        """Return what `get_session()` returns, for `Depends` (FastAPI) or `Provide` (Litestar).
 
-        This is a coroutine function, so that frameworks do not run it in a thread. It has no
-        parameters, because frameworks would take a parameter for a query parameter.
+        This method is a coroutine function, so that frameworks do not run it in a thread. It has no
+        parameters, because frameworks would fill a parameter from the query of the URL.
         """
         return self.get_session()
 
@@ -209,7 +209,8 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         """Add an observer of the units of work that open a session of this database.
 
         Args:
-            observer: The object to call at each later event, and now with the engines.
+            observer: The object to call at each event of these units, and at once with the running
+                engine.
         """
         self.observers = (*self.observers, observer)
         self.observe(observer)

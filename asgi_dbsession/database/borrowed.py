@@ -1,4 +1,4 @@
-"""Adds listeners to engines of the application, and removes them after the last use."""
+"""Adds listeners to engines of the application, and removes them when the last use ends."""
 
 from collections import Counter
 from threading import RLock
@@ -12,16 +12,16 @@ from asgi_dbsession.unit.observer import UnitObserver
 
 from .connecting import connect_as_before, connect_outside
 
-# This lock is an RLock, because the garbage collector may run `_release` during `borrow`.
+# An RLock, because the garbage collector may call `_release` while `borrow` holds the lock.
 _mutex = RLock()
-# For each engine: how many databases own the engine, and how many only borrow it.
+# For each engine: how many databases have built it, and how many use it after `from_engine`.
 _users: WeakKeyDictionary[Engine, Counter[str]] = WeakKeyDictionary()
 # For each engine: the observers of garbage-collected databases that used the engine.
 _observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
 
 
 def own(engine: Engine) -> None:
-    """Count a database that has built the engine; the listeners then stay on the engine."""
+    """Count a database that has built the engine, so that the engine keeps its listeners."""
     with _mutex:
         _users.setdefault(engine, Counter())["owners"] += 1
 

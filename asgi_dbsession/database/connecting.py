@@ -1,7 +1,7 @@
 """Opens the connections of an async engine in an empty context.
 
-A socket of asyncio keeps the context in which it was opened. A connection that a request opens
-lives as long as the pool, and would keep all context variables of the request in memory.
+A socket of asyncio keeps the context in which it was opened. A pool keeps the connection after the
+request that opened it, and so would keep all context variables of the request in memory.
 """
 
 import asyncio
@@ -45,11 +45,12 @@ async def _connect_in_task(dialect: Any, connect: Callable[[], Any]) -> Any:
     try:
         return await task
     except asyncio.CancelledError:
-        # The request was cancelled when the connection was ready. Only this code can close the
-        # connection.
+        # The request was cancelled just when the connection was ready. Nobody else knows the
+        # connection, so close it now.
         if task.done() and not task.cancelled() and task.exception() is None:
             await run_to_completion(greenlet_spawn(dialect.do_terminate, task.result()))
         raise
     finally:
-        # Without this line, an error would refer to itself through its traceback and the task.
+        # Drop the task: otherwise an error would refer to the task and the task to the error, a
+        # circle that only the garbage collector can free.
         del task

@@ -91,15 +91,14 @@ class EngineLife(ABC, Generic[E]):
         Raises:
             DatabaseUnavailable: The database did not answer; the engine was disposed.
             ConfigurationError: SQLAlchemy or the driver refused the options.
-            DatabaseNotRunning: The database was shut down meanwhile.
+            DatabaseNotRunning: Another caller shut the database down during the startup.
         """
         engine = self._begin_start()
         try:
             if self._ping_on_startup:
                 await self.ping()
         except BaseException:
-            # If the engine has changed, another caller has shut the database down already; do not
-            # do it twice.
+            # If the engine has changed, another caller has shut the database down already.
             if self._engine is engine:
                 await self.shutdown()
             raise
@@ -116,7 +115,7 @@ class EngineLife(ABC, Generic[E]):
             await run_to_completion(self._dispose(engine))
 
     def _begin_start(self) -> E:
-        """Count one more user of the engine, and build the engine for the first user."""
+        """Count one more `startup` of the database, and build the engine at the first."""
         with self._starting:
             if self._engine is None:
                 self._engine = self._build_engine()
@@ -124,7 +123,7 @@ class EngineLife(ABC, Generic[E]):
             return self._engine
 
     def _end_start(self) -> E | None:
-        """Count one user less, and return the engine for disposal after the last user."""
+        """Count one `startup` less, and return the engine if the caller must dispose it."""
         with self._starting:
             self._starts = max(0, self._starts - 1)
             if self._starts > 0 or not self._owns_engine or self._engine is None:
@@ -144,7 +143,7 @@ class EngineLife(ABC, Generic[E]):
         if self._engine is None:
             return
         engine = self._sync_engine(self._engine)
-        # A database in memory has no server, so parent and child share no connection.
+        # A database in memory has no server, so its connections need no replacement after a fork.
         if not is_in_memory(engine.url):
             inherited_pools.append(engine.pool)
             engine.dispose(close=False)
@@ -181,8 +180,8 @@ class EngineLife(ABC, Generic[E]):
         except Exception as error:
             self._raise_failure(error)
         finally:
-            # If the database was shut down meanwhile, close the connection that was opened since
-            # then.
+            # If the database was shut down during the statement, nobody else would close the new
+            # connection.
             if self._engine is not engine:
                 await run_to_completion(self._dispose(engine))
 
@@ -191,7 +190,8 @@ class EngineLife(ABC, Generic[E]):
             engine = self._create_engine()
         except DBSessionError:
             raise
-        # Wrong options raise ArgumentError, but sometimes also KeyError, AttributeError or others.
+        # SQLAlchemy and drivers raise many kinds of errors for wrong options: ArgumentError,
+        # KeyError, AttributeError and others.
         except Exception as error:
             reason = reason_of(error, secrets_of(self.url, self._engine_options))
             raise ConfigurationError(

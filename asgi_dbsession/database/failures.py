@@ -44,13 +44,14 @@ _POOL_ADVICE = (
 
 
 def failure_of(database: object, error: Exception, secrets: set[str]) -> Exception:
-    """Return an error that explains why a ping failed; return `error` itself if no reason is found.
+    """Return an error that explains why a ping failed, or `error` itself without a known reason.
 
     `DatabaseUnavailable` is returned only if the driver could not connect or log in.
     """
     chain = list(_chain(error))
     for each in chain:
-        # An error of this package, for example of `rolled_back()`, may be wrapped by SQLAlchemy.
+        # SQLAlchemy may have wrapped an error of this package (of `rolled_back()`, say). Return the
+        # inner error, which explains the cure.
         if isinstance(each, DBSessionError):
             return each if each is error else copy(each)
     if any(name in str(each) for each in chain for name in _OTHER_LOOP):
@@ -63,7 +64,8 @@ def failure_of(database: object, error: Exception, secrets: set[str]) -> Excepti
         )
     if any(map(_keeps_from_connecting, chain)):
         return DatabaseUnavailable(database, reason, _advice_for(chain))
-    # This error says nothing about the database; a listener of the application may have raised it.
+    # The error does not come from the database. A listener of the application may have raised it,
+    # so return it unchanged.
     return error
 
 
@@ -74,7 +76,7 @@ def _refuses_options(chain: list[BaseException]) -> bool:
 
 
 def _keeps_from_connecting(error: BaseException) -> bool:
-    # Some drivers raise errors of their own while they connect, which SQLAlchemy does not wrap.
+    # While some drivers connect, they raise errors of their own, which SQLAlchemy does not wrap.
     module = type(error).__module__.partition(".")[0]
     return isinstance(error, DBAPIError | OSError | PoolTimeout) or module in _DRIVERS
 
@@ -87,7 +89,7 @@ def _advice_for(chain: list[BaseException]) -> str:
 
 
 def reason_of(error: Exception, secrets: set[str]) -> str:
-    """Return the message of the driver in one line; only its class if it may contain a secret."""
+    """Return the driver's message in one line; only its class if the message may tell a secret."""
     original = getattr(error, "orig", None) or error
     text = " ".join(str(original).split()) or type(original).__name__
     if tells_a_secret(text, secrets):

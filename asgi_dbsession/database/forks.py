@@ -10,22 +10,22 @@ from asgi_dbsession.unit.unit_of_work import current_unit
 
 
 class Forked(Protocol):
-    """An object with connections that a fork would share."""
+    """An object with connections that a child process must not use after a fork."""
 
     def after_fork(self) -> None:
-        """Stop using the connections of the parent process."""
+        """Stop using the connections of the parent process, in the child process."""
         ...
 
 
-# In a child process: the pools of the parent process. This list keeps them alive, because their
-# garbage collection would close connections that the parent process uses.
+# In a child process, the pools of the parent process. This list prevents their garbage collection,
+# which would close connections that the parent process still uses.
 inherited_pools: list[Pool] = []
 
 _databases: WeakSet[Forked] = WeakSet()
 
 
 def notice_forks(database: Forked) -> None:
-    """Call `database.after_fork` in each child process, before any other code runs there.
+    """Call `database.after_fork` in each child process, before other code of the child runs.
 
     Source: https://docs.sqlalchemy.org/en/20/core/pooling.html#pooling-multiprocessing
     """

@@ -22,7 +22,8 @@ _MODES = {
 def for_mysql(options: UrlOptions) -> None:
     """Translate URL options for asyncmy, aiomysql and PyMySQL.
 
-    aiomysql cannot require TLS, so a mode that requires TLS is refused for it.
+    A TLS mode of a URL for aiomysql is refused, because aiomysql goes on without TLS if the server
+    has none.
     """
     if (charset := options.take("encoding")) is not None:
         options.query["charset"] = charset

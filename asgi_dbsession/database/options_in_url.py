@@ -44,12 +44,12 @@ _KNOWN: dict[str, Callable[[], set[str]]] = {
 def translate_options(url: URL, given: dict[str, Any]) -> tuple[URL, dict[str, Any]]:
     """Translate the options in a URL for its driver.
 
-    An option with another name for the same thing is translated. So URLs from Heroku, Neon,
+    An option that the driver knows under another name is renamed. So URLs from Heroku, Neon,
     Supabase, Render, Railway, DigitalOcean, Aiven, Azure and Prisma work without changes.
 
     Args:
         url: A URL with a driver.
-        given: The engine options. Their `connect_args` replace options of the URL.
+        given: The engine options. Their `connect_args` win over options of the URL.
 
     Returns:
         The URL and the engine options to use.

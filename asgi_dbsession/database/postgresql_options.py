@@ -22,7 +22,7 @@ _MODES = {
     "strict": "verify-full",
     "accept_invalid_certs": "require",
 }
-# asyncpg reads these options only from a DSN. They have the same meaning as in libpq.
+# asyncpg reads these options only from its argument `dsn`. They have the same meaning as in libpq.
 _DSN_ONLY = (
     "application_name",
     "options",
@@ -50,7 +50,8 @@ def for_asyncpg(options: UrlOptions) -> None:
     if mode is not None:
         options.query["ssl"] = mode
     if options.query.get("channel_binding") in ("disable", "prefer"):
-        # asyncpg never uses channel binding, so it needs no option to switch channel binding off.
+        # asyncpg never uses channel binding (a check of the TLS connection), and has no option for
+        # it.
         options.take("channel_binding")
     if is_on(options.take("pgbouncer")):
         options.arguments |= {
@@ -85,7 +86,8 @@ def for_psycopg(options: UrlOptions) -> None:
 
 
 def _no_name() -> str:
-    # A prepared statement without a name is replaced by the next one, which PgBouncer needs.
+    # PgBouncer needs prepared statements without a name, because the next such statement replaces
+    # the last one on any server connection.
     return ""
 
 

@@ -11,9 +11,9 @@ from anyio import move_on_after, sleep
 from sqlalchemy import Engine
 from typing_extensions import override
 
-# The largest number of threads that still wait for the database although no caller waits for them.
+# How many checks may still wait for the database, each in a thread, after their callers gave up.
 _MAX_ABANDONED = 3
-# The shortest and the longest pause, in seconds, before asking again if a thread has finished.
+# The first and the longest pause, in seconds, between two looks at whether the thread has finished.
 _FIRST_LOOK, _LAST_LOOK = 0.0005, 0.02
 
 
@@ -24,7 +24,7 @@ class Questions(ABC):
     async def answers(self, engine: Any, seconds: float) -> bool:
         """Return True if the engine runs a statement within the given seconds.
 
-        After a time-out, the check is no longer shared: the next caller starts a new check.
+        After a time-out, no later caller shares this check: the next caller starts a new check.
 
         Raises:
             Exception: The exception that the statement raised.
@@ -35,7 +35,7 @@ class TaskQuestions(Questions):
     """Checks an async database in a task; the task is cancelled when its last caller stops waiting.
 
     Args:
-        ask: A coroutine function that runs a statement.
+        ask: A coroutine function that runs a statement on the engine that it gets.
     """
 
     def __init__(self, ask: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
@@ -59,8 +59,8 @@ class TaskQuestions(Questions):
     def _current_or_new(self, engine: object) -> "asyncio.Task[None]":
         if self._current is not None and self._current[0] is engine:
             return self._current[1]
-        # Use an empty context: some drivers keep the context of this request as long as the
-        # connection.
+        # Run the check in an empty context, because some drivers keep the context of the request as
+        # long as the connection.
         loop = asyncio.get_running_loop()
         task = loop.create_task(self._ask(engine), context=Context())
         task.add_done_callback(self._forget)
@@ -72,8 +72,8 @@ class TaskQuestions(Questions):
             return
         self._callers[task] -= 1
         if self._callers[task] == 0:
-            # Do not await the cancelled task: connecting to an unreachable server takes long to
-            # stop.
+            # Do not await the cancelled task, because an attempt to reach a dead server ends only
+            # slowly.
             self._abandon(task)
             task.cancel()
 
@@ -95,7 +95,7 @@ class ThreadQuestions(Questions):
     Callers may run on several threads and event loops, also on trio.
 
     Args:
-        ask: A function that runs a statement.
+        ask: A function that runs a statement on the engine that it gets.
     """
 
     def __init__(self, ask: Callable[[Engine], None]) -> None:
@@ -126,14 +126,14 @@ class ThreadQuestions(Questions):
         with self._mutex:
             if self._current is not None and self._current.engine is engine:
                 return self._current
-            # The engine was replaced by a new engine, so a check of the old engine is not shared.
+            # The running check is of an engine that was replaced since, so do not share this check.
             if self._current is not None:
                 self._abandon(self._current)
             if self._abandoned >= _MAX_ABANDONED:
                 return None
             question = self._current = _Question(engine)
-        # Use an empty context, because drivers may keep the context of this request. Use a new
-        # thread, because the thread pool may be full.
+        # Run the check in an empty context, because drivers may keep the context of the request.
+        # Use a new thread, because the thread pool may be full.
         Thread(target=Context().run, args=(self._run, question), daemon=True).start()
         return question
 
@@ -157,7 +157,7 @@ class ThreadQuestions(Questions):
 
 
 class _Question:
-    """One check that runs in a thread."""
+    """One check of a blocking database, which runs in a thread."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

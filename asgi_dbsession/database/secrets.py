@@ -10,7 +10,8 @@ from sqlalchemy import URL
 _SECRET_NAMES = re.compile(
     r"pass(?!file)|pwd|secret|token|credential|api_?key|access_?key", re.IGNORECASE
 )
-# A shorter secret is part of many words. Hiding each of these words would reveal the secret.
+# A shorter secret is part of many words, and hiding all these words would reveal the secret. So a
+# shorter secret must be a whole word.
 _SHORTEST_PART = 4
 
 
@@ -31,7 +32,7 @@ def tells_a_secret(text: str, secrets: set[str]) -> bool:
         pattern = part if len(secret) >= _SHORTEST_PART else rf"(?<!\w){part}(?!\w)"
         if re.search(pattern, text):
             return True
-    # Also find a password in any other URL that the text contains.
+    # The text may contain the URL of another database, with a password that is not in `secrets`.
     return re.search(r"://[^\s/@]*:(?!\*\*\*@)[^\s@]*@", text) is not None
 
 

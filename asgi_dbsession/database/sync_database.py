@@ -76,7 +76,7 @@ class SyncDatabase(Database[Engine, AnySession]):
         self._add_replicas(url, replicas, {"on_engine": on_engine} | engine_options)
 
     def __enter__(self) -> Self:
-        """Start the database in a script or worker without an event loop."""
+        """Start the database for `with database:`, in a script or worker without an event loop."""
         engine = self._begin_start()
         try:
             if self._ping_on_startup:
@@ -143,16 +143,16 @@ class SyncDatabase(Database[Engine, AnySession]):
     ) -> T:
         """Call a function in a new unit of work, and call it again after a conflict.
 
-        For workers and scripts, where no request can be retried. Each attempt runs the whole
-        function, so its other side effects happen again. There is no retry after another COMMIT
-        inside the function: `session.commit()`, or a `begin()` of any database. Each retry waits
-        for a random time of at most a second, and is logged.
+        Use `run_transaction` in workers and scripts, where no request can be retried. Each attempt
+        runs the whole function, so side effects outside of the database happen again. There is no
+        retry after another COMMIT inside the function: `session.commit()`, or a `begin()` of any
+        database. Each retry waits for a random time of at most a second, and is logged.
 
         Args:
             function: A plain function. Inside it, `get_sync_session()` returns the session of the
                 unit.
             *args: The arguments for the function.
-            attempts: How often the function may run.
+            attempts: How often the function may run, the first time included.
             retry_on: Other errors to retry like a conflict: an exception class, a tuple of classes,
                 or a plain function that takes an exception and returns True or False.
 
@@ -204,12 +204,13 @@ def _select_one(engine: Engine) -> None:
     pool = engine.pool
     with engine.connect() as connection:
         connection.execute(select(1))
-        # The engine was disposed meanwhile, so nobody would close this connection later.
+        # The engine was disposed during the statement, so nobody would close this connection later.
         if engine.pool is not pool:
             connection.detach()
 
 
 async def _run_in_thread(function: Callable[..., T], *args: Any) -> T:
-    # Use a separate limiter. With the shared limiter, a COMMIT would wait for handlers that wait
-    # for the connection of this COMMIT.
+    # Give each call a limiter of its own, not anyio's shared limiter: handlers that wait for a
+    # connection may fill the shared limiter, and the COMMIT that frees a connection would never
+    # run.
     return await to_thread.run_sync(function, *args, limiter=CapacityLimiter(1))

@@ -9,7 +9,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 
 from asgi_dbsession.errors import ConfigurationError, without_secrets
 
-# For a URL without a driver, the first installed driver of these lists is used.
+# The drivers to look for if a URL names none; the first installed driver is used.
 _ASYNC_DRIVERS: dict[str, tuple[str, ...]] = {
     "postgresql": ("asyncpg", "psycopg"),
     "mysql": ("asyncmy", "aiomysql"),
@@ -26,7 +26,7 @@ _SYNC_DRIVERS: dict[str, tuple[str, ...]] = {
     "oracle": ("oracledb",),
     "mssql": ("pyodbc", "pymssql"),
 }
-# Drivers whose module or PyPI package has another name than the driver.
+# The names of modules and PyPI packages that differ from the name of the driver.
 _MODULES: dict[str, str] = {
     "mysqldb": "MySQLdb",
     "mariadbconnector": "mariadb",
@@ -58,7 +58,7 @@ def url_with_driver(url: str | URL, *, asynchronous: bool) -> URL:
 
 
 def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
-    """Return engine options that make an SQLite database in memory safe; keep all other options.
+    """Return engine options under which several sessions can use an SQLite database in memory.
 
     By default, all sessions share the one connection of such a database, and so one transaction: a
     rollback of one request would remove committed work of others. With these options, sessions wait
@@ -70,8 +70,8 @@ def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
     options = dict(given)
     arguments = given.get("connect_args", {})
     if not asynchronous and isinstance(arguments, dict):
-        # COMMIT runs in another thread than the statements, which SQLite refuses by default. Two
-        # threads never use the connection at the same time, so this is safe.
+        # COMMIT runs in another thread than the statements, which SQLite refuses by default. Allow
+        # this, because two threads never use the connection at the same time.
         options["connect_args"] = {"check_same_thread": False} | arguments
     if "poolclass" not in given and "pool" not in given:
         options["poolclass"] = AsyncAdaptedQueuePool if asynchronous else QueuePool
@@ -88,15 +88,15 @@ def is_in_memory(url: URL) -> bool:
 
 
 def _parse(url: str | URL) -> URL:
-    # A URL that was read from a file of secrets may end with a line break.
+    # Remove a line break at the end of the URL, which a file of secrets often adds.
     text = url.strip() if isinstance(url, str) else ""
     try:
         parsed = make_url(text or url)
     except (ArgumentError, ValueError):
         parsed = None
     if parsed is None or not text.isprintable() or _is_misread(parsed, text):
-        # Raise outside of an `except` block: the traceback would show SQLAlchemy's message, which
-        # may contain the password.
+        # Raise outside of the `except` block, because a traceback of both errors would show
+        # SQLAlchemy's message, which may contain the password.
         subject = "None" if url is None else "This"
         raise ConfigurationError(
             f"{subject} is not a database URL. Write `dialect://user:password@host:port/name`, for "
@@ -120,7 +120,7 @@ def _choose_driver(url: URL, *, asynchronous: bool) -> str:
         if find_spec(_MODULES.get(driver, driver)) is not None:
             return f"{url.drivername}+{driver}"
     if not drivers:
-        # A dialect of another package knows its own default driver.
+        # The dialect comes from another package, which knows its own default driver.
         return url.drivername
     kind = "asyncio" if asynchronous else "blocking"
     installs = " or ".join(map(_install, drivers))
@@ -131,7 +131,8 @@ def _check_driver(url: URL, *, asynchronous: bool) -> None:
     shown = without_secrets(url)
     try:
         dialect = url.get_dialect()
-    # SQLAlchemy raises ValueError for a URL like `postgresql+a+b://`.
+    # SQLAlchemy raises NoSuchModuleError for an unknown dialect or driver, and ValueError for a URL
+    # like `postgresql+a+b://`.
     except (NoSuchModuleError, ValueError):
         raise ConfigurationError(
             f"SQLAlchemy knows no dialect and driver for {shown}. Check the part before `://`; "

@@ -44,13 +44,13 @@ class UrlOptions:
             try:
                 self.arguments[to or name] = of(value)
             except ValueError:
-                # The error does not show the value, and is raised without the ValueError, whose
-                # message shows it.
+                # The new error leaves out the ValueError, whose message shows the value.
                 self.refuse(name, "It takes a number.")
 
     def refuse(self, name: str, cure: str) -> None:
-        """Raise a ConfigurationError that names the option and says what to write."""
-        # Hide an unusual name: it may be a part of a password that is not percent-encoded.
+        """Raise a ConfigurationError that names the option, and says what to write instead."""
+        # Do not show an unusual name, which may be a part of a password that is not
+        # percent-encoded.
         shown = name if re.fullmatch(r"[A-Za-z][\w.-]{1,30}", name) else "(not shown)"
         raise ConfigurationError(
             f"The option {shown} in the URL of {without_secrets(self.url)} does not suit the "
@@ -63,7 +63,7 @@ def take_ssl_mode(options: UrlOptions, modes: Mapping[str, str]) -> str | None:
     value = options.take(*_SSL_MODE)
     if value is None:
         return None
-    # PlanetScale writes this option as JSON, for Node.js.
+    # The TLS option in a URL of PlanetScale is JSON, as its driver for Node.js expects.
     if value.startswith("{"):
         try:
             strict = json.loads(value).get("rejectUnauthorized", True)
@@ -83,7 +83,7 @@ def is_on(value: str | None) -> bool:
 
 
 def known_to(module: str, function: str, *more: str) -> Callable[[], set[str]]:
-    """Return a function that lists the argument names of a driver's connect function."""
+    """Return a function that lists the option names of a driver: the arguments of `function`."""
 
     def names() -> set[str]:
         connect = getattr(import_module(module), function)

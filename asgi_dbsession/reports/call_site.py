@@ -10,27 +10,28 @@ from asgi_dbsession.session.lock import current_end
 # Import greenlet with `import_module`: it has no type annotations, so mypy refuses `import`.
 _greenlet: Any = import_module("greenlet")
 
-# A file and a line number. The text is made only when the line is shown, which saves time.
+# The file and the line number of code that uses a session. The text `file:line` is made only when
+# it is shown, which saves time.
 CallSite: TypeAlias = tuple[str, int] | None
 
-# The packages between the application and the database. Their lines are skipped.
+# The packages between the application and the database, whose lines are never reported.
 _BETWEEN = frozenset(
     ("sqlalchemy", "asgi_dbsession", "sqlmodel", "greenlet", "contextlib", "functools", "asyncio")
 )
-# True for code objects of the application, False for others. This cache saves finding the module of
-# a frame each time, which is slow.
+# For each code object: True if it belongs to the application. This cache saves finding the module
+# of a frame again, which is slow.
 _is_application: dict[CodeType, bool] = {}
 _MOST_CODE = 10_000
-# The number of frames between this function and SQLAlchemy's `exec_driver_sql`; skipping them saves
-# time.
+# How many stack frames lie between `find_call_site` and SQLAlchemy's `exec_driver_sql`. None of
+# these frames is of the application, so skipping them saves time.
 _NEVER_APPLICATION = 6
 
 
 def find_call_site() -> CallSite:
-    """Return the innermost line of the application that led to this call.
+    """Return the innermost line of the application that led to the running database operation.
 
-    Return None during the commit or rollback at the end of a unit of work: no line of the
-    application uses the session then.
+    Return None during the commit or rollback at the end of a unit of work, which no line of the
+    application requests.
     """
     if current_end.get() is not None:
         return None
@@ -52,7 +53,7 @@ def find_call_site() -> CallSite:
 
 
 def _remember(code: CodeType, module: str) -> bool:
-    # Empty the cache if it is too large: some applications create code objects at run time.
+    # Empty the cache if it is too large, because some applications create code objects at run time.
     if len(_is_application) > _MOST_CODE:
         _is_application.clear()
     found = _is_application[code] = module.partition(".")[0] not in _BETWEEN

@@ -1,4 +1,4 @@
-"""Warns if a request holds a connection while it does something else."""
+"""Warns if a request holds a connection without using it."""
 
 import logging
 from collections.abc import Callable
@@ -9,7 +9,7 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 def warn_when_idle(seconds: float = 1) -> Callable[[UnitReport], None]:
-    """Return a function that logs a warning about each connection that was held idle.
+    """Return a function that logs a warning about each connection that was held without use.
 
     Give the function to `DBSessionMiddleware(on_report=...)`, or call it in your own function. The
     logger `asgi_dbsession` names the lines of code. For example, an HTTP call inside a transaction

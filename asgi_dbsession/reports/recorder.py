@@ -26,7 +26,7 @@ _logger = logging.getLogger("asgi_dbsession")
 
 @dataclass
 class _Record:
-    """The data about one unit of work since its last report."""
+    """The time and cost of one unit of work since its last commit or rollback."""
 
     start_time: float = field(default_factory=time)
     start: float = field(default_factory=perf_counter)
@@ -108,7 +108,7 @@ def outcome_of(end: End, tallies: Iterable[Tally]) -> Outcome:
 
 
 def reason_of(end: End) -> Reason | None:
-    """Return why the work was not committed; None if there was no reason."""
+    """Return why the work was not committed; None if it was committed."""
     if not end.commit:
         return end.reason
     return None if end.failure is None else "commit_failed"

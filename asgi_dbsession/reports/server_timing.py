@@ -8,8 +8,8 @@ from asgi_dbsession.unit.report import UnitReport
 
 class _Header:
     def __init__(self) -> None:
-        # The reports are kept only until the header is sent. Later reports of a long stream or task
-        # would only fill the memory.
+        # The reports for the header; None after the header was sent, because later reports of a
+        # long stream would only fill the memory.
         self.noted: list[UnitReport] | None = []
 
 
@@ -19,11 +19,11 @@ _current: ContextVar[_Header | None] = ContextVar("asgi_dbsession.server_timing"
 class ServerTimingMiddleware:
     """Add a `Server-Timing` header to each response; browsers show it in their network view.
 
-    Wrap it around `DBSessionMiddleware(..., on_report=ServerTimingMiddleware.note)`. The header is
-    sent with the status, so it includes only units that have ended before: the unit of the
-    response, and earlier `begin()` blocks and `on_commit` functions. `db` is the time that the
-    databases worked; `db_wait` is the time spent waiting for connections. A response without a
-    session gets no header.
+    Wrap this middleware around `DBSessionMiddleware(..., on_report=ServerTimingMiddleware.note)`.
+    The header is sent with the status, so it includes only units of work that ended before the
+    status: the unit of the response, and earlier `begin()` blocks and `on_commit` functions. `db`
+    is the time that the databases worked; `db_wait` is the time spent waiting for connections. A
+    response without a session gets no header.
     Source: https://www.w3.org/TR/server-timing/
 
     Args:
@@ -35,14 +35,14 @@ class ServerTimingMiddleware:
 
     @staticmethod
     def note(report: UnitReport) -> None:
-        """Keep a report for the header of its request; do nothing after the header was sent."""
+        """Add a report to the header of the running request; ignore it if the header was sent."""
         header = _current.get()
         noted = header.noted if header is not None else None
         if noted is not None:
             noted.append(report)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI scope."""
+        """Serve one ASGI scope, and add the header if the scope is an HTTP request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

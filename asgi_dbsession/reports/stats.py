@@ -14,16 +14,16 @@ from asgi_dbsession.session.read_only import PARTS_OF_BEGIN
 
 from .call_site import CallSite, find_call_site
 
-# What the time was used for. `hold` is the time from checkout to checkin; it includes all other
-# kinds except `wait`.
+# What a session used a measured time for. `hold` is the time from checkout to checkin of a
+# connection, which includes all other kinds except `wait` (for a connection).
 Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 
-# The largest number of spans to keep for one unit of work.
+# The largest number of measured times to store for one unit of work.
 _MOST_SPANS = 200
 
 
 class Span(NamedTuple):
-    """A measured span of time, of one kind; all times are from `perf_counter`.
+    """A measured time from `start` to `stop`, both from `perf_counter`, of one `kind`.
 
     Attributes:
         call_site: The line of the application that caused the operation.
@@ -41,10 +41,10 @@ _Span: TypeAlias = tuple[Kind, float, float, CallSite, str]
 
 
 class Tally:
-    """The totals of the work between two commits or rollbacks; times in seconds.
+    """The statements and times between two commits or rollbacks of a session, in seconds.
 
     Attributes:
-        spans: The spans in the order of their ends; empty unless `keeps_spans` is True.
+        spans: The measured times, in the order in which they ended; only with `keeps_spans`.
     """
 
     # These defaults are class attributes, so that a session does not spend time on setting them.
@@ -59,7 +59,7 @@ class Tally:
     spans: list[_Span] | tuple[()] = ()
 
     def keep(self, span: _Span) -> None:
-        """Keep a measured span of time, or drop it if there are too many."""
+        """Store a measured time, unless too many are stored already."""
         spans = self.spans
         if not spans:
             self.spans = [span]
@@ -67,7 +67,7 @@ class Tally:
             spans.append(span)
 
     def all_spans(self) -> list[Span]:
-        """Return the measured spans of time as named tuples; storing plain tuples is faster."""
+        """Return the measured times as named tuples; to store plain tuples is faster."""
         return [Span(*each) for each in self.spans]
 
 
@@ -103,18 +103,18 @@ class SessionStats:
         return self.asked if self.checkout is None and self.lock.is_busy else None
 
     def settle(self, end: End, now: float) -> Tally:
-        """Return the totals of the work until this commit or rollback, and start new totals.
+        """Return the totals until the commit or rollback `end`, and start new totals.
 
-        Each observer that calls this for the same `end` gets the same tally.
+        Each observer that calls this method with one `end` gets one and the same tally.
         """
         settled_by, tally = self._settled
         if settled_by() is not end:
-            # The session may have waited without success: the pool is full, or the database
+            # The session may still wait for a connection: the pool is full, or the database
             # unreachable.
             self.stop_waiting(now)
             tally = self.tally
-            # A strong reference would make a circle: the error in `end` refers to the request, and
-            # the request to these statistics.
+            # Use a weak reference, because a strong reference would make a circle: `end` refers to
+            # its error, the error to the request, and the request to these statistics.
             self._settled = ref(end), tally
             self.tally = Tally()
         return tally
@@ -129,16 +129,16 @@ class SessionStats:
                 self.tally.keep(("wait", asked, now, None, ""))
 
 
-# The statistics of the session that waits for a connection now. The pool reports a checkout, but
-# not the session.
+# The statistics of the session that is about to check out a connection. The pool reports each
+# checkout, but not the session that caused it.
 asking: ContextVar[SessionStats | None] = ContextVar("asgi_dbsession.asking", default=None)
 
 
 def stats_of(opened: ManagedSession[Any]) -> SessionStats:
     """Return the statistics of a session; the first call creates them.
 
-    SQLAlchemy calls the session's `get_bind` just before a checkout, but reports the checkout only
-    after it.
+    A wait for a connection begins when SQLAlchemy calls the session's `get_bind`; SQLAlchemy
+    reports the checkout only at the end of the wait.
     """
     companion = opened.companion
     if companion.stats is not None:
@@ -150,7 +150,8 @@ def stats_of(opened: ManagedSession[Any]) -> SessionStats:
     own: Any = opened.orm.bind  # None: a replica is chosen at the first statement
 
     def record_bind(bind: Any) -> None:
-        # Ignore calls of `get_bind` by the application itself: they happen outside of an operation.
+        # Only a call of `get_bind` during an operation begins a wait. The application may call
+        # `get_bind` itself, outside of any operation.
         is_asked = stats.checkout is None and lock.is_busy
         if is_asked and (own is None or bind.engine.pool is own.engine.pool):
             stats.pool = bind.engine.pool
@@ -173,8 +174,8 @@ class Checkout:
         since: The time of the checkout.
         busy_since: The start of the running operation; None if no operation runs.
         idle_since: The end of the last operation.
-        call_site: The line that caused the running operation, or the last operation.
-        statement: The statement of this operation.
+        call_site: The line of the application that caused the running or the last operation.
+        statement: The SQL text of the running or the last operation.
         in_transaction: True if a statement was sent since the last COMMIT or ROLLBACK.
     """
 
@@ -203,15 +204,15 @@ class Checkout:
 
     def begin_statement(self, context: Any, statement: str) -> None:
         """Record the start of a statement."""
-        # Use the compiled text: with values inside, an `IN` list would give another text for each
-        # length.
+        # Use the compiled text, because the final text of an `IN` list differs for each number of
+        # values.
         compiled = context.compiled
         self.stats.tally.statements += statement not in PARTS_OF_BEGIN
         self.in_transaction = True
         self.begin("statement", statement if compiled is None else compiled.string)
 
     def begin(self, kind: Kind, statement: str = "") -> None:
-        """Record the start of an operation."""
+        """Record the start of a statement, COMMIT or ROLLBACK."""
         now, stats = perf_counter(), self.stats
         stats.asked = None
         tally, call_site = stats.tally, find_call_site()

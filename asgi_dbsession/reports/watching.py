@@ -12,13 +12,13 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from .stats import Checkout, asking
 
-# The key under which a connection keeps its `Checkout` object.
+# The key of `connection.info` for the `Checkout` object of the connection.
 _KEY = "asgi_dbsession.checkout"
 _watched: WeakSet[Dialect] = WeakSet()
 
 
 def watch_usage(engine: Engine) -> None:
-    """Measure the operations of `engine`; a second call does nothing.
+    """Measure the operations of `engine`; a second call for the engine does nothing.
 
     This function wraps methods of the dialect, because SQLAlchemy's connection events would take
     three times as much time in each request.
@@ -49,7 +49,8 @@ def _check_out(_connection: object, entry: ConnectionPoolEntry, _proxy: object) 
     if stats is not None and stats.asked is not None:
         now = perf_counter()
         stats.stop_waiting(now)
-        # If the pool uses another pool, both pools report the checkout; measure from here again.
+        # If a pool takes its connections from another pool, both pools report the checkout. So
+        # measure the wait for the second pool from here.
         stats.asked = now
         stats.checkout = entry.info[_KEY] = Checkout(stats, now, entry)
 
@@ -61,7 +62,7 @@ def _check_in(_connection: object, entry: ConnectionPoolEntry) -> None:
 
 
 def _execute(dialect: Any, name: str, cursor: Any, statement: str, *values: Any) -> None:
-    # Get the method at each call, because tests replace the class of the dialect.
+    # Look up the method at each call, because tests may replace the class of the dialect.
     method = getattr(type(dialect), name)
     context: Any = values[-1]
     checkout = _checkout_of(context.root_connection) if context is not None else None
@@ -78,8 +79,8 @@ def _execute(dialect: Any, name: str, cursor: Any, statement: str, *values: Any)
 def _end(dialect: Any, name: str, connection: Any, *args: Any, **options: Any) -> None:
     method = getattr(type(dialect), name)
     checkout = _checkout_of(connection)
-    # The pool sends ROLLBACK each time a connection is returned. Count it only if a transaction was
-    # open.
+    # The pool sends ROLLBACK whenever a connection is returned. Count this ROLLBACK only if a
+    # transaction was open.
     if checkout is None or not checkout.in_transaction:
         method(dialect, connection, *args, **options)
         return
@@ -96,7 +97,7 @@ def _end(dialect: Any, name: str, connection: Any, *args: Any, **options: Any) -
 def _checkout_of(connection: Any) -> Checkout | None:
     try:
         checkout: Checkout | None = connection.info.get(_KEY)
-    # SQLAlchemy opens the first connection of an engine without a session.
+    # SQLAlchemy opens the first connection of an engine without a session, so nothing is measured.
     except NotImplementedError:
         return None
     return checkout

@@ -17,8 +17,8 @@ class RequestAttempt(Withholding):
     """One attempt to serve a request; another attempt may follow.
 
     Args:
-        body: The messages of the client, kept for the next attempt.
-        watched: The conflicts and COMMITs of this attempt.
+        body: The messages of the client, stored for the next attempt.
+        watched: The object that records the conflicts and COMMITs of this attempt.
     """
 
     def __init__(self, body: Replay, watched: WatchedAttempt) -> None:
@@ -52,8 +52,8 @@ class RequestAttempt(Withholding):
 
     @override
     def withholds_message(self, message: Message) -> bool:
-        # A success status means that the application has handled the error, so send the response.
-        # Any other response comes from the error.
+        # A success status means that the application has handled the error, so send the response. A
+        # response with another status reports the error, so a retry may replace the response.
         if _is_success(message):
             return False
         self.watched.record_handled_error()
@@ -68,7 +68,7 @@ class RequestAttempt(Withholding):
 def unless_retried(
     on_commit_error: Callable[[Exception], ASGIApp | None],
 ) -> Callable[[Exception], ASGIApp | None]:
-    """Wrap `on_commit_error`, so that it does not answer if the request runs again."""
+    """Wrap `on_commit_error`, so that no response is sent if the request runs again."""
 
     def answer_last(failure: Exception) -> ASGIApp | None:
         attempt = running_attempt.get()

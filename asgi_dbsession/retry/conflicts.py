@@ -17,13 +17,13 @@ from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
 from .causes import causes
 from .rule import Rule
 
-# SQLSTATEs that begin with 40 mean that the database rolled back the transaction. 40003 is the
-# exception: COMMIT may have succeeded. Source:
+# SQLSTATEs that begin with 40 mean that the database rolled back the transaction, so a retry is
+# safe. 40003 is different: COMMIT may have succeeded. Source:
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _ROLLBACK, _UNKNOWN = "40", "40003"
-# A migration changed the type of a column that a prepared statement returns. After ROLLBACK the
-# driver prepares the statement again, so a retry succeeds. asyncpg has a class for this error; use
-# the class, because the text depends on the language of the server.
+# The error after a migration changed the type of a column that a prepared statement returns. After
+# ROLLBACK the driver prepares the statement again, so a retry succeeds. For asyncpg, test the class
+# of the error, because the text depends on the language of the server.
 _NOT_SUPPORTED, _STALE_PLAN = "0A000", "cached plan must not change result type"
 _STALE_PLAN_CLASS = "InvalidCachedStatementError"
 # MySQL's error numbers of a deadlock, a lock wait timeout, and a row that changed after it was
@@ -39,16 +39,16 @@ class WatchedAttempt(RunningAttempt):
 
     Args:
         attempt: The attempt that `current_attempt()` returns to the application.
-        counts: Returns True for further errors to retry like a conflict.
+        counts: A function that returns True for another error to retry like a conflict.
 
     Attributes:
-        conflict: The last conflict.
+        conflict: The exception of the last conflict; None without a conflict.
         reason: The text about the conflict for the log.
-        committing: The connection of the last COMMIT, which may have succeeded or not.
+        committing: The connection of the last COMMIT, whose result is not known yet.
         has_committed: True if an earlier COMMIT succeeded, as far as known. A statement with
             AUTOCOMMIT counts as a COMMIT.
         stored: A function to call when a COMMIT has succeeded for certain.
-        is_final: True if no attempt can follow. The task may run longer than its attempt.
+        is_final: True if no attempt can follow, so that later conflicts are not recorded.
     """
 
     def __init__(self, attempt: Attempt, counts: Rule) -> None:
@@ -87,7 +87,7 @@ class WatchedAttempt(RunningAttempt):
                 self.record_conflict(found, _text(found))
 
     def record_handled_error(self) -> None:
-        """Record the error that the application handles while it sends its answer."""
+        """Record the exception that the application handles while it sends its response."""
         self.record_error(sys.exception())
 
     def record_conflict(self, error: BaseException, reason: str) -> None:
@@ -96,14 +96,14 @@ class WatchedAttempt(RunningAttempt):
             self.conflict, self.reason = error, reason
 
     def is_conflict(self, context: ExceptionContext) -> bool:
-        """Return True if the error of the driver counts as a conflict."""
+        """Return True if an error of the driver is a reason to retry."""
         found = context.sqlalchemy_exception or context.original_exception
         return is_conflict(context.original_exception) or self._counts(found)
 
     def enclosing(self) -> "list[WatchedAttempt]":
         """Return this attempt and the attempts around it that can still be retried.
 
-        A `run_transaction` in a request is an attempt inside an attempt.
+        A `run_transaction` in a request is an attempt inside the attempt of the request.
         """
         outer = self._outer
         rest = outer.enclosing() if isinstance(outer, WatchedAttempt) else []
@@ -138,7 +138,7 @@ def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
     if connection is not None and _is_autocommit(connection):
         attempt.has_committed = True
     elif context.statement is None and attempt.committing is connection:
-        # The error came from this COMMIT, so nothing was committed.
+        # COMMIT itself raised this error, so nothing was committed.
         attempt.committing = None
 
 
@@ -156,7 +156,7 @@ def watch_sessions() -> None:
 
 
 def _record_stored(session: Session) -> None:
-    # SQLAlchemy also calls this listener for the release of a savepoint, which is no COMMIT.
+    # SQLAlchemy also calls this listener when a savepoint is released, which commits nothing.
     if session.in_nested_transaction():
         return
     for attempt in _under_way():
@@ -167,7 +167,7 @@ def _record_stored(session: Session) -> None:
 
 
 def _under_way() -> list[WatchedAttempt]:
-    """Return the attempts that the running code belongs to."""
+    """Return the attempts (`run_transaction` and request) that the running code belongs to."""
     attempt = running_attempt.get()
     return attempt.enclosing() if isinstance(attempt, WatchedAttempt) else []
 
@@ -181,10 +181,11 @@ _LISTENERS: dict[str, Any] = {
 
 def is_conflict(error: Any) -> bool:
     """Return True if the error is a serialization failure, a deadlock, a busy SQLite or similar."""
-    # Test the number first: the SQLSTATE of MySQL's error 1205 does not name a conflict.
+    # Test the number before the SQLSTATE, because the SQLSTATE of MySQL's error 1205 (lock wait
+    # timeout) does not name a conflict.
     if error.args and error.args[0] in _MYSQL:
         return True
-    # Some versions of asyncpg raise this error without an SQLSTATE.
+    # Some versions of asyncpg raise the error of an outdated statement without an SQLSTATE.
     if type(error).__name__ == _STALE_PLAN_CLASS:
         return True
     # psycopg2 calls the SQLSTATE `pgcode`.

@@ -1,4 +1,4 @@
-"""Answers 503 if a request got no connection in time."""
+"""Answers 503 if no connection of the pool became free for a request in time."""
 
 import logging
 from contextvars import ContextVar
@@ -18,7 +18,7 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 class Overload(UnitObserver):
-    """Sends 503 instead of the pool's error, or instead of the application's response 500 to it.
+    """Answers 503 if the pool's time-out ended a request, or made the application answer 500.
 
     Args:
         app: The application that serves the request.
@@ -30,7 +30,7 @@ class Overload(UnitObserver):
         self._retry_after = retry_after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+        """Serve one HTTP request."""
         wait = _Wait()
         token = _current.set(wait)
         try:
@@ -49,7 +49,10 @@ class Overload(UnitObserver):
 
 
 class _Wait(Withholding):
-    """One request that may wait for a connection; inner tasks find it in the context variable."""
+    """An HTTP request that may get no connection from the pool.
+
+    The context variable `_current` holds this object, so that each task of the request can mark it.
+    """
 
     has_failed: bool = False
 
@@ -68,7 +71,8 @@ _current: ContextVar[_Wait | None] = ContextVar("asgi_dbsession.wait", default=N
 
 
 async def _send_unavailable(retry_after: int, send: Send) -> None:
-    # This is the form of a 503 response: https://www.rfc-editor.org/rfc/rfc9110#section-15.6.4
+    # The response has the header `Retry-After`, as
+    # https://www.rfc-editor.org/rfc/rfc9110#section-15.6.4 describes.
     headers = [(b"content-type", b"text/plain"), (b"retry-after", str(retry_after).encode())]
     status = HTTPStatus.SERVICE_UNAVAILABLE
     await send({"type": "http.response.start", "status": int(status), "headers": headers})

@@ -4,9 +4,9 @@ from threading import Lock
 
 from asgi_dbsession.types import Message, Receive
 
-# The largest body to keep for another attempt, in bytes. A request with a larger body runs once.
+# The largest body to store for another attempt, in bytes. A request with a larger body runs once.
 BODY_LIMIT = 1_048_576
-# The largest number of bytes that one middleware keeps for all requests together. A request whose
+# The largest number of bytes that one middleware stores for all requests together. A request whose
 # body does not fit runs only once.
 ROOM = 32 * BODY_LIMIT
 
@@ -15,8 +15,8 @@ class Room:
     """The memory limit for the bodies of all requests of one middleware.
 
     Attributes:
-        free: The number of bytes that may still be used.
-        mutex: A lock for `free`, because a COMMIT in another thread frees a body.
+        free: The number of bytes that further bodies may use.
+        mutex: A lock for `free`, because a COMMIT in another thread may free a body.
     """
 
     def __init__(self) -> None:
@@ -25,14 +25,14 @@ class Room:
 
 
 class Replay:
-    """The messages of the client, received from the start in each attempt.
+    """The messages of the client; each attempt receives them from the start.
 
     Args:
         receive: The `receive` function of the server.
-        room: The memory that all requests share.
+        room: The memory limit that all requests share.
 
     Attributes:
-        is_kept: True if the whole body so far is kept, and the client is still connected.
+        is_kept: True if the whole body so far is in memory, and the client is still connected.
         is_client_gone: True if the client has disconnected.
     """
 
@@ -43,7 +43,8 @@ class Replay:
         self._body = bytearray()
         self._has_begun = False
         self._has_more = True
-        # The attempt that has not received the kept body yet.
+        # A mark for the attempt that must still receive the stored body; None if the body was
+        # received.
         self._pending: object = None
         self.is_kept: bool = True
         self.is_client_gone: bool = False
@@ -52,7 +53,7 @@ class Replay:
         """Return a `receive` function that first returns the part of the body received so far.
 
         Args:
-            last: True if no other attempt follows, so that nothing needs to be kept.
+            last: True if no other attempt follows, so that the body need not stay in memory.
         """
         attempt = object()
         self._pending = attempt if self._has_begun else None
@@ -72,13 +73,13 @@ class Replay:
         return receive_again
 
     def let_go(self) -> None:
-        """Free the kept body, because no other attempt follows."""
+        """Free the stored body as soon as the running attempt has received it."""
         self.is_kept = False
         if self._pending is None:
             self._release()
 
     def close(self) -> None:
-        """Free the kept body, because the request has ended."""
+        """Free the stored body at once, because the request has ended."""
         self._pending = None
         self.let_go()
 

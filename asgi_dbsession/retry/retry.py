@@ -22,8 +22,8 @@ from .rule import rule_of
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# Seconds. The first number is the longest pause before the second attempt; it doubles for each
-# later attempt, up to the second number.
+# Two pauses in seconds: the longest pause before the second attempt, which doubles for each later
+# attempt, and the limit for the doubled pause.
 _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
 
 
@@ -32,8 +32,8 @@ class Retry:
 
     Args:
         app: The application that serves the request.
-        attempts: How often the request may run.
-        retry_on: Other errors to retry like a conflict.
+        attempts: How often the request may run, the first time included.
+        retry_on: Other errors to retry like a conflict, as `DBSessionMiddleware` takes them.
     """
 
     def __init__(self, app: ASGIApp, attempts: int, retry_on: RetryOn) -> None:
@@ -45,7 +45,7 @@ class Retry:
         watch_sessions()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+        """Serve one HTTP request, in one or several attempts."""
         body = Replay(receive, self._room)
         try:
             await self._serve(scope, body, send)
@@ -61,15 +61,17 @@ class Retry:
             try:
                 await (serve() if number == 1 else _run_in(context, serve))
                 if not attempt.can_retry:
-                    # The response was withheld, but then a COMMIT or a large body made a retry
-                    # impossible. So raise the error.
+                    # The response with the error was not sent, because a retry seemed possible.
+                    # Then a COMMIT or a large body made the retry impossible, so raise the error.
                     if watched.conflict is not None and attempt.owes_answer:
                         raise watched.conflict
                     return
             finally:
-                # A task that runs longer than the attempt keeps the attempt in its context.
+                # A task may run longer than the attempt, and must not record a conflict in it any
+                # more.
                 watched.make_final()
-            # The task was cancelled, but the application caught this and answered with an error.
+            # The request was cancelled, and the application answered the cancellation with an
+            # error. Do not retry a cancelled request.
             if _is_cancelled():
                 raise asyncio.CancelledError
             pause = pause_after(number)
@@ -91,12 +93,12 @@ def pause_after(number: int) -> float:
 
 
 def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
-    """Log that another attempt follows, and its reason."""
+    """Log the number of the next attempt, and the conflict that caused it."""
     number, remaining = failed.attempt.number, failed.attempt.remaining
     _logger.info(
         "Attempt %d of %d of %a begins after a pause of %.0f ms, because of a conflict: %a",
         number + 1,
-        # `%a` escapes the path, because the client chose it.
+        # `%a` escapes control characters in the path, which the client chose
         number + remaining,
         what,
         pause * 1000,
@@ -107,14 +109,14 @@ def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
 def _is_cancelled() -> bool:
     try:
         task = asyncio.current_task()
-    # This is trio: a cancelled scope raises again at the next await, so there is nothing to do.
+    # This is trio, where a cancelled scope raises at the next await, so no check is needed.
     except RuntimeError:
         return False
     return task is not None and task.cancelling() > 0
 
 
 async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> None:
-    """Await the function in a copy of the context, without changes of earlier attempts."""
+    """Await the function in `context`, without the context variables that earlier attempts set."""
     failure: BaseException | None = None
 
     async def run() -> None:
@@ -122,8 +124,8 @@ async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> 
         try:
             await function()
         except (*ABORTED, asyncio.CancelledError) as error:
-            # Catch the exception here: the task group would wrap it in an ExceptionGroup, and would
-            # suppress a cancellation that the application raised itself.
+            # Pass the exception around the task group, which would wrap it in an ExceptionGroup,
+            # and would suppress a cancellation that the application raised itself.
             failure = error
 
     async with anyio.create_task_group() as group:
@@ -133,9 +135,9 @@ async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> 
 
 
 def _keep_contents(scope: Scope) -> Callable[[], None]:
-    """Return a function that restores the scope with its lists and dictionaries (`state`).
+    """Return a function that undoes changes of the scope and of its lists and dictionaries.
 
-    The contents are restored in place, because outer middleware uses the same objects.
+    The function changes the objects in place, because outer middleware uses the same objects.
     """
     entries = dict(scope)
     kept = [(each, each.copy()) for each in scope.values() if isinstance(each, dict | list)]

@@ -39,7 +39,7 @@ async def run_transaction(
                     raise _refusal(function, "a coroutine function. Write it with `async def`")
                 return await result
         await anyio.sleep(_pause_and_log(function, attempt))
-    # This line never runs: the last attempt returns or raises.
+    # Never reached, because the last attempt returns or raises.
     raise AssertionError
 
 
@@ -63,7 +63,7 @@ def run_transaction_blocking(
                     raise _refusal(function, "a plain function. Write it with `def`")
             return result
         time.sleep(_pause_and_log(function, attempt))
-    # This line never runs: the last attempt returns or raises.
+    # Never reached, because the last attempt returns or raises.
     raise AssertionError
 
 
@@ -79,7 +79,7 @@ def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:
 
 @contextmanager
 def _retrying(attempt: WatchedAttempt) -> Iterator[None]:
-    """Suppress the exception of the block if another attempt follows."""
+    """Suppress the exception of one attempt if another attempt follows."""
     token = running_attempt.set(attempt)
     try:
         yield

@@ -7,10 +7,10 @@ from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class Withholding(ABC):
-    """One attempt to serve a request; its response or error may be withheld.
+    """One attempt to serve a request; its response or error may be withheld (not sent, not raised).
 
     Attributes:
-        is_answered: True if a message was sent.
+        is_answered: True if a message of a response was sent to the client.
         is_withheld: True if a response or an error was withheld.
     """
 

@@ -32,7 +32,8 @@ def begin(session: Any, made_by: type[SessionTransaction], *, nested: bool) -> S
             return transaction
     outer: Any = session.get_nested_transaction() or session.get_transaction()
     if not nested or outer._state is not SessionTransactionState.ACTIVE:
-        # No transaction can begin in this state; SQLAlchemy's own method raises the right error.
+        # A transaction has begun already, or has ended: SQLAlchemy's own `begin` raises the right
+        # error.
         return Session.begin(session, nested)
     inner = made_by(session, SessionTransactionOrigin.BEGIN_NESTED, session._transaction)
     session._nested_transaction = inner
@@ -50,13 +51,14 @@ def forget(session: Session) -> None:
 
 
 def flush_for_commit(session: Session, *, prepare: bool) -> None:
-    """Flush, release savepoints and (with two-phase commit) send PREPARE, as COMMIT does first.
+    """Do all that SQLAlchemy does before COMMIT: flush, release savepoints, send PREPARE.
 
-    `Session.prepare` would not do: it needs two-phase commit, and refuses open savepoints.
+    `Session.prepare` cannot be used: it refuses open savepoints, and needs two-phase commit.
 
     Args:
-        session: The session. The next operation must be COMMIT or ROLLBACK.
-        prepare: False if the caller sends PREPARE.
+        session: The session to flush. Its next operation must be COMMIT or ROLLBACK.
+        prepare: True to send PREPARE if the session uses two-phase commit; False if the caller
+            sends PREPARE.
     """
     transaction = session.get_transaction() or session.begin()
     is_in_two_phases = session.twophase
@@ -68,7 +70,10 @@ def flush_for_commit(session: Session, *, prepare: bool) -> None:
 
 
 class NamingSession(Session):
-    """A session that makes all transactions with `transaction_class`, automatic ones too."""
+    """A session that makes all transactions of a two-phase commit with `transaction_class`.
+
+    SQLAlchemy itself would use `SessionTransaction` for a transaction that begins automatically.
+    """
 
     transaction_class: type[SessionTransaction] = SessionTransaction
 
@@ -81,13 +86,13 @@ class NamingSession(Session):
 
 
 class NamingTransaction(SessionTransaction):
-    """A transaction with a name from its session for two-phase commit, not from the dialect."""
+    """A transaction that this package names for two-phase commit; SQLAlchemy's names are random."""
 
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         session: Any = self.session
         names = session._companion.two_phases
-        # Give the name to the first connection only: SQLAlchemy prepares several `binds` in any
-        # order.
+        # Name only the transaction of the session's first connection. With several `binds`,
+        # SQLAlchemy prepares the other connections in any order, so numbered names would be wrong.
         is_first = self.parent is None and not self._connections
         if names is not None and is_first and isinstance(bind, Engine):
             bind = _NamingEngine(bind, names.name(session))
@@ -96,7 +101,7 @@ class NamingTransaction(SessionTransaction):
 
 
 class _NamingEngine:
-    """An engine that uses a given name for its next two-phase transaction."""
+    """An engine that gives a chosen name to its next two-phase transaction."""
 
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine = engine
@@ -156,7 +161,7 @@ def isolation_level_on_connect(connection: Connection) -> str | None:
 
 
 def on_checkin(connection: Connection, function: Callable[[Any], object]) -> None:
-    """Call `function` once with the driver's connection, before it returns to its pool."""
+    """Call `function` once with the driver's connection when it returns to its pool."""
     record = connection.connection._connection_record
     if record is not None:
         record.finalize_callback.append(function)

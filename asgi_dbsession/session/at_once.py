@@ -1,4 +1,4 @@
-"""Finds sessions whose end sends nothing to the database, so that it needs no other thread."""
+"""Finds sessions whose commit or rollback sends nothing to the database, and so cannot block."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,8 @@ from .companion import Companion
 from .guard import GuardedSession
 from .reads import is_delayed
 
-# The events of a commit or rollback, for which an application may have listeners that wait.
+# The events of a commit or rollback. If the application listens to such an event, the listener may
+# block the thread.
 _OF_SESSIONS = (
     "after_commit",
     "after_rollback",
@@ -26,8 +27,8 @@ _METHODS = ("close", "commit", "rollback")
 def ends_at_once(session: Session, companion: Companion) -> bool:
     """Return True if commit and rollback of a session cannot block the calling thread.
 
-    All that the session did is reading, and no transaction has begun on the server. Neither the
-    session class nor a listener of the application adds anything of its own.
+    The session has only read, and no transaction has begun on the server. The application has added
+    no code that may block: no overridden method and no listener.
     """
     if companion.lock.is_busy or session.new or session.deleted or session.dirty:
         return False

@@ -26,13 +26,15 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     """
     try:
         loop = asyncio.get_running_loop()
-    # There is no asyncio loop, so this is trio, where only a cancel scope can cancel.
+    # No asyncio event loop is running, so trio is. Under trio only a cancel scope can cancel a
+    # task, so a shielded scope is enough.
     except RuntimeError:
         with anyio.CancelScope(shield=True):
             return await work
-        # This line never runs, but type checkers believe that the scope may suppress an exception.
+        # Never reached. Type checkers believe that the scope may suppress an exception, and would
+        # then miss a return value.
         raise
-    # A cancellation of the caller cancels this future instead of the work.
+    # The caller waits for this future, so that a cancellation cancels the future and not `work`.
     finished = loop.create_future()
 
     async def work_to_the_end() -> T:
@@ -46,8 +48,8 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     try:
         await finished
     except asyncio.CancelledError as cancelled:
-        # The future protects the work from task.cancel(). The shielded scope protects this loop
-        # from anyio, which would otherwise cancel the wait again and again.
+        # The cancelled caller still waits until `work` has ended. Without the shielded scope, anyio
+        # would cancel this wait again at each turn of the event loop.
         with anyio.CancelScope(shield=True):
             while not task.done():
                 try:
@@ -61,7 +63,7 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def call_here(function: Callable[..., T], *args: Any) -> T:
-    """Call a function, which may block, on the current thread."""
+    """Call a function on the current thread, even if the function blocks."""
     return function(*args)
 
 
@@ -81,7 +83,7 @@ def complete_here(work: Coroutine[Any, Any, T]) -> T:
     except StopIteration as finished:
         result: T = finished.value
         return result
-    # The coroutine has waited although there is no event loop: a bug in this package.
+    # The coroutine waits, and no event loop can resume it: a bug in this package.
     raise RuntimeError(f"{work!r} waits")
 
 

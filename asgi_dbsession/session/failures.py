@@ -16,29 +16,27 @@ from ._sqlalchemy import is_prepared
 from .completion import run_to_completion
 from .writes import record_refusal
 
-# The transactions in which a statement failed. Each value is the driver's message, and True if the
-# database rolled back the whole transaction at this error. The database cannot tell this later: for
-# the database, the next statement began a new transaction. A savepoint has its own entry, which no
-# longer matters after a rollback to the savepoint.
-# This is not a WeakKeyDictionary, because each COMMIT tests if the dictionary is empty, and a
-# WeakKeyDictionary is slow at that.
+# Each transaction or savepoint in which a statement failed. The value is the driver's message, and
+# True if the database rolled back the whole transaction at the error. The database cannot report
+# such a rollback later: the next statement has begun a new transaction. A plain dictionary, because
+# each COMMIT tests if it is empty, and a WeakKeyDictionary is slow at this test.
 failed_transactions: dict[ref[Transaction], tuple[str, bool]] = {}
 
-# At these errors InnoDB rolls back the whole transaction, savepoints included: a deadlock, an old
-# snapshot (MariaDB), a full lock table. Source:
+# The errors at which InnoDB rolls back the whole transaction, savepoints included: a deadlock, an
+# old snapshot (MariaDB), a full lock table. Source:
 # https://dev.mysql.com/doc/refman/8.4/en/innodb-error-handling.html
 _ROLLING_BACK = (1213, 1020, 1206)
 
 
-# The engines that have the listeners of this module, and the functions that add and remove the
-# listeners of other modules. An engine and its copies with other options share one dialect.
+# The engines whose failed statements are recorded; their dialects, because an engine and its copies
+# with other options share one dialect; and the functions given to `watch_all`.
 _watched: WeakSet[Engine] = WeakSet()
 _dialects: WeakSet[Dialect] = WeakSet()
 _watchers: dict[Callable[[Engine], None], Callable[[Engine], None]] = {}
 
 
 def watch(engine: Engine) -> None:
-    """Record the statements that fail on `engine`; a second call does nothing."""
+    """Record the statements that fail on `engine`; a second call for the engine does nothing."""
     if engine.dialect not in _dialects:
         event.listen(engine, "handle_error", _record_failure)
         _dialects.add(engine.dialect)
@@ -100,25 +98,25 @@ def _record_failure(context: ExceptionContext) -> None:
 
 
 def _is_unusable_after(context: ExceptionContext, transaction: Transaction | None) -> bool:
-    """Return True if the state of the connection is unknown after this error."""
+    """Return True if the error leaves the connection in an unknown state: it must be closed."""
     ends_or_begins = context.statement is None and context.execution_context is None
     if ends_or_begins and not _was_answered(context.sqlalchemy_exception):
-        # The driver could not send BEGIN, COMMIT or ROLLBACK. asyncpg, for example, then reports
-        # that the transaction has ended, and the pool would give this connection to the next
-        # request.
+        # The server did not answer BEGIN, COMMIT or ROLLBACK, so its transaction may still be open.
+        # asyncpg, for example, reports the transaction as ended, and the pool would give the
+        # connection to the next request.
         return True
     if not isinstance(transaction, TwoPhaseTransaction):
         return False
-    # Another connection can end a prepared transaction. If MariaDB refuses to end it, MariaDB
-    # releases it only after the connection is closed. After a failed PREPARE, psycopg reports the
-    # transaction as prepared.
+    # Close the connection of a prepared transaction, because another connection can commit or roll
+    # back the transaction. MariaDB allows this only after the close. After a failed PREPARE,
+    # psycopg still reports the transaction as prepared.
     statement = context.statement
     return is_prepared(transaction) or statement is None or statement.startswith("XA ")
 
 
 def _was_answered(error: Exception | None) -> bool:
-    # Drivers raise these two errors themselves: if the connection is busy, or if they do not know
-    # what the server did.
+    # InterfaceError and InternalError come from the driver, not from the server: the connection is
+    # busy, or the driver does not know what the server did.
     return isinstance(error, DBAPIError) and not isinstance(error, InterfaceError | InternalError)
 
 
@@ -135,7 +133,7 @@ def _remember(connection: Connection, transaction: Transaction, error: BaseExcep
 
 
 def forbid_commit(connections: tuple[Connection, ...], error: Exception) -> None:
-    """Refuse to commit these transactions, because a part of them could not be rolled back."""
+    """Make COMMIT fail on these connections: a part of the work could not be rolled back."""
     for connection in connections:
         transaction = connection.get_transaction()
         if transaction is not None:
@@ -146,8 +144,7 @@ def forbid_commit(connections: tuple[Connection, ...], error: Exception) -> None
 
 def _listen_for_commit(connection: Connection) -> None:
     for name in ("commit", "prepare_twophase"):
-        # Add the listener to this connection only. On the engine, it would slow down each
-        # statement.
+        # Listen on the connection, because a listener on the engine would slow down each statement.
         if not event.contains(connection, name, _refuse_at_the_last_moment):
             event.listen(connection, name, _refuse_at_the_last_moment)
 
@@ -166,23 +163,26 @@ def _refuse_if_aborted(connection: Connection) -> None:
     if is_rolled_back:
         raise TransactionAborted(database, message, rolled_back=True)
     try:
-        # Only the database knows if the error aborted the transaction.
+        # Only the database knows if the failed statement aborted the transaction: send a SELECT to
+        # see.
         connection.execute(select(1))
     except DBAPIError as error:
         raise TransactionAborted(database, message) from error
 
 
 def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
-    # A statement may fail after `before_commit`, in a listener of the last flush that catches the
-    # error. So test again just before COMMIT.
+    # During the flush before COMMIT, a listener of the application may send a statement and catch
+    # its error. The event `before_commit` is too early to see this error, so check just before
+    # COMMIT.
     try:
         _refuse_if_aborted(connection)
     except TransactionAborted:
-        # SQLAlchemy believes that COMMIT has failed, and so would not roll back. Roll back here.
+        # Send ROLLBACK, because SQLAlchemy takes this error for a failed COMMIT and sends nothing.
         if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
             try:
                 connection.dialect.do_rollback(connection.connection)
-            # The task was cancelled, so ROLLBACK may not have reached the server.
+            # ROLLBACK failed or was cancelled, so it may not have reached the server: close the
+            # connection.
             except BaseException:
                 _discard(connection)
                 raise
@@ -199,8 +199,9 @@ def _discard(connection: Connection) -> None:
 
 def _throw_away(connection: Connection) -> None:
     if connection.dialect.name == "sqlite":
-        # Without ROLLBACK, a closed SQLite connection keeps its locks until the garbage collector
-        # frees its cursors. An error here must not replace the cancellation.
+        # Roll back before the close. Otherwise SQLite keeps the locks of the connection until the
+        # garbage collector frees the cursors. An error of ROLLBACK must not replace the
+        # cancellation.
         with suppress(Exception):
             connection.dialect.do_rollback(connection.connection)
     connection.invalidate()

@@ -1,4 +1,4 @@
-"""Session classes that hold the lock of the session during each operation."""
+"""Session classes that hold the session's lock during each operation, so that only one runs."""
 
 import asyncio
 import functools
@@ -29,7 +29,7 @@ A = TypeVar("A", bound=AsyncSession)
 S = TypeVar("S", bound=Session)
 T = TypeVar("T")
 
-# The session methods that may talk to the database. Old versions of SQLAlchemy lack some of them.
+# The session methods that may send statements. Old versions of SQLAlchemy lack some of these.
 _OPERATIONS = (
     "bulk_insert_mappings",
     "bulk_save_objects",
@@ -53,7 +53,7 @@ _OPERATIONS = (
 
 
 def guarded_class(session_class: type[S]) -> type[S]:
-    """Derive a session class that holds the lock during each operation, lazy loading included."""
+    """Derive a session class that holds its lock during each operation, lazy loading included."""
     bases = (GuardedSession,) if session_class is Session else (session_class, GuardedSession)
     return derive(session_class, bases, {})
 
@@ -61,7 +61,7 @@ def guarded_class(session_class: type[S]) -> type[S]:
 def guarded_async_class(session_class: type[A]) -> type[A]:
     """Derive an async session class whose methods raise an error in a `def` function.
 
-    Without the error, `session.execute(…)` there would return a coroutine that nobody awaits.
+    Without the error, `session.execute(…)` would return a coroutine that nobody awaits.
     """
     methods = {
         name: _on_event_loop(method)
@@ -81,7 +81,7 @@ def derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, A
 
 
 def locked(operation: Callable[..., R]) -> Callable[..., R]:
-    """Wrap a method of a session or transaction: the method then holds the lock of the session."""
+    """Wrap a method of a session or transaction, so that it holds the session's lock as it runs."""
 
     @functools.wraps(operation)
     def operate_locked(self: Any, *args: Any, **kwargs: Any) -> R:
@@ -115,7 +115,7 @@ def _on_event_loop(method: Callable[..., R]) -> Callable[..., R]:
 
 
 class _ClosingAsyncSession(AsyncSession):
-    """An async session that lets an error of the application pass through `async with session:`."""
+    """An async session that never replaces an error of the application by an error of its own."""
 
     @override
     async def close(self) -> None:
@@ -142,10 +142,10 @@ class _ClosingAsyncSession(AsyncSession):
 
 
 class GuardedSession(NamingSession):
-    """The base class of all guarded sessions; `_companion` is set after `__init__`."""
+    """The base class of sessions that hold a lock; `ManagedSession` sets `_companion` later."""
 
     _companion: Companion
-    # `managed.py` sets `transaction_class` to `LockedTransaction`; an import would be circular.
+    # `managed.py` sets `transaction_class`, because importing the class here would be circular.
 
     @override
     def add(self, instance: object, *args: Any, **kwargs: Any) -> None:
@@ -155,7 +155,7 @@ class GuardedSession(NamingSession):
     @override
     @locked
     def begin(self, nested: bool = False) -> SessionTransaction:
-        # Hold the lock, because RELEASE SAVEPOINT must not run during a commit or rollback.
+        # Hold the lock, because SAVEPOINT must not be sent in the middle of a commit or rollback.
         if nested:
             for connection in self._companion.open_connections:
                 begin_before_savepoint(connection)
@@ -185,8 +185,8 @@ class GuardedSession(NamingSession):
     @locked
     def reset(self) -> None:
         if self.in_transaction():
-            # The application called `close()` or left `async with session:`. The work would be
-            # lost, but the client would get a success status.
+            # The application called `close()` or left `async with session:` with uncommitted work.
+            # The work would be lost, and the client would still get a success status.
             raise PrematureClose(self._companion.lock.database)
         super().reset()
 

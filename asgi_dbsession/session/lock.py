@@ -24,7 +24,7 @@ def current_task() -> object:
         return asyncio.current_task()
     except RuntimeError:
         trio: Any = sys.modules.get("trio")
-        if trio is None:  # trio is not imported: a worker thread
+        if trio is None:  # neither asyncio nor trio: a worker thread, which has no task
             return None
     try:
         task: object = trio.lowlevel.current_task()
@@ -40,21 +40,21 @@ Reason: TypeAlias = Literal[
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class End:
-    """One commit or rollback of the work of a unit; it may run in several threads.
+    """One commit or rollback of a unit of work; its steps may run in several threads.
 
     Args:
         commit: True to commit, False to roll back.
-        reason: The reason why the work is not committed.
+        reason: Why the work is not committed, for reports.
         close: True to close the sessions permanently afterwards.
         task: The task whose work is committed or rolled back; None for the work of all tasks.
         error: The exception that the application raised.
 
     Attributes:
-        handled: The exception that the application was handling when this object was made.
+        handled: The exception that an `except` block of the application handles meanwhile.
         requested_by: The task and the thread that wait for this commit or rollback. If they still
             hold the lock, an exception from a signal handler interrupted their operation.
         had_work: True if there was work to commit or roll back.
-        failure: The exception that the commit or rollback raised.
+        failure: The exception that the commit or rollback raised; None if it succeeded.
     """
 
     commit: bool
@@ -69,11 +69,11 @@ class End:
 
     @property
     def succeeded(self) -> bool:
-        """True if the work was committed."""
+        """True if the work was committed; False after a rollback or an error."""
         return self.commit and self.failure is None
 
 
-# The commit or rollback that runs now, for listeners that SQLAlchemy calls during it.
+# The commit or rollback that is running; listeners that SQLAlchemy calls meanwhile read it.
 current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=None)
 
 
@@ -83,14 +83,14 @@ class SessionLock(ABC):
     If an operation begins while another operation runs, the lock raises ConcurrentUse. A commit or
     rollback waits for the running operation. New operations wait for a commit or rollback. The
     mutex is an `RLock`, because a signal handler may use the session while its own thread holds the
-    mutex. An exception always releases the mutex, because `with` runs no Python code of its own.
+    mutex. An exception cannot leave the mutex locked: `with` runs no Python code.
 
     Attributes:
         is_closed: True if no operation may begin any more.
         users: Running tasks that used the session since the last commit or rollback.
-        has_finished_work: True if a task with work here has returned, or its task is unknown.
-        has_failed_work: True if a task with work here has raised an exception.
-        admit: A function that raises if the caller may not use the session; for `begin(join=True)`.
+        has_finished_work: True if a task that used the session has returned, or is unknown.
+        has_failed_work: True if a task that used the session has raised an exception.
+        admit: A function that raises an error outside of the open `begin(join=True)` block.
     """
 
     admit: Callable[[], None] | None = None
@@ -99,7 +99,7 @@ class SessionLock(ABC):
     has_failed_work: bool = False
     _is_held_by_end = False
     _holder: object = None
-    _ends = 0  # commits and rollbacks that run or wait
+    _ends = 0  # how many commits and rollbacks run or wait for the lock
     _waiters: "tuple[Future[None], ...]" = ()
 
     def __init__(self, database: object) -> None:
@@ -128,7 +128,7 @@ class SessionLock(ABC):
             SessionClosed: The unit of work has ended.
         """
         caller = self._caller()
-        if self._holder == caller:  # safe without mutex: only the caller can set it
+        if self._holder == caller:  # no mutex needed: only the caller sets this value
             return False
         while True:
             with self.mutex:
@@ -161,7 +161,7 @@ class SessionLock(ABC):
                         return
                     released = self._new_waiter()
                 self._wait(released)
-        except BaseException:  # the task was cancelled while it waited
+        except BaseException:  # cancelled while waiting: let the other waiting callers go on
             with self.mutex:
                 self._ends -= 1
                 self._wake_all()
@@ -193,7 +193,7 @@ class SessionLock(ABC):
             self._add_user(caller)
 
     def sort_out_users(self) -> None:
-        """Remove ended tasks from `users`, and record in the two flags how these tasks ended."""
+        """Drop ended tasks from `users`; record in `has_…_work` if they returned or raised."""
         with self.mutex:
             for task in [each for each in self.users if has_ended(each)]:
                 self.users.discard(task)
@@ -209,7 +209,7 @@ class SessionLock(ABC):
     def _add_user(self, task: object) -> None:
         if task not in self.users:
             if self.users:
-                # Drop ended tasks, because the helper tasks of a long stream would fill the memory.
+                # Drop ended tasks: a long stream may start many tasks, which would fill the memory.
                 self.sort_out_users()
             self.users.add(task)
 
@@ -221,7 +221,7 @@ class SessionLock(ABC):
     def _wake_all(self) -> None:
         waiters, self._waiters = self._waiters, ()
         for released in waiters:
-            if released.set_running_or_notify_cancel():  # skip cancelled tasks
+            if released.set_running_or_notify_cancel():  # False if its task was cancelled
                 released.set_result(None)
 
     @abstractmethod

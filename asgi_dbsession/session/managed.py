@@ -25,12 +25,12 @@ class ManagedSession(Generic[S]):
     Args:
         session: The session that the application uses, made by a class from `guarded_class`.
         orm: The `sqlalchemy.orm.Session` inside of an `AsyncSession`; otherwise `session` itself.
-        companion: The companion to attach to the session.
-        run: Calls a function in a place where it may block; differs for async and sync sessions.
+        companion: The data of this package to attach to the session.
+        run: A function that calls a blocking function, in a greenlet (async) or a thread (sync).
 
     Attributes:
-        is_flushed: True if `flush` was called. The session then holds the lock until `end`.
-        in_doubt: The transactions that got PREPARE and may still be prepared.
+        is_flushed: True after `flush`, which acquires the lock and leaves the release to `end`.
+        in_doubt: The names of transactions that may be prepared (two-phase commit) on the server.
     """
 
     is_flushed: bool = False
@@ -53,9 +53,9 @@ class ManagedSession(Generic[S]):
     @property
     def has_work(self) -> bool:
         """True if the session has work to commit or roll back, or if an operation runs."""
-        # in_transaction() finds flushed work and Core statements. The other checks find objects
-        # that another task changed or added during an earlier COMMIT. A refused write counts as
-        # work too: the unit of work must fail even if the application caught the error.
+        # `in_transaction()` finds flushed objects and Core statements. The other checks find
+        # objects that another task changed or added during an earlier COMMIT. A refused write
+        # counts as work: the unit of work must fail even if the application caught the error.
         session, lock = self.orm, self.lock
         is_changed = session.in_transaction() or session.identity_map.check_modified()
         is_added = lock.is_used and bool(session.new)
@@ -63,7 +63,7 @@ class ManagedSession(Generic[S]):
 
     @property
     def ends_at_once(self) -> bool:
-        """True if `end` cannot block the calling thread; then it needs no other thread."""
+        """True if commit and rollback cannot block, so that `end` needs no worker thread."""
         return self.session is self.orm and ends_at_once(self.orm, self.companion)
 
     def close_if_idle(self) -> bool:
@@ -93,7 +93,7 @@ class ManagedSession(Generic[S]):
         self.lock.acquire_for_end(end)
         try:
             if self.companion.two_phases is not None:
-                # The deciding session needs a transaction, even if it has no work of its own.
+                # The session that decides needs a transaction, even without work.
                 self.orm.connection()
             flush_for_commit(self.orm, prepare=self.companion.two_phases is None)
             refuse_if_aborted(self.companion.open_connections)
@@ -106,11 +106,11 @@ class ManagedSession(Generic[S]):
         self.is_flushed = True
 
     def prepare(self) -> None:
-        """Send PREPARE after `flush`. The caller must call `end` afterwards, also after an error.
+        """Send PREPARE (two-phase commit) for the flushed session; then the caller must call `end`.
 
         Raises:
             TransactionAborted: The application caught an error that aborted the transaction.
-            Exception: The exception of PREPARE.
+            Exception: The exception of PREPARE. The caller must call `end` even so.
         """
         connections = self.companion.open_connections
         self.in_doubt = names_of(connections)
@@ -123,9 +123,9 @@ class ManagedSession(Generic[S]):
             raise
 
     def end(self, end: End, commit: bool) -> None:
-        """Commit or roll back the work of the session, after the running operation.
+        """Commit or roll back the work of the session, once the running operation has ended.
 
-        In every case the connection is then back in its pool, or closed.
+        Afterwards, even after an error, the connection is back in its pool or closed.
 
         Args:
             end: The commit or rollback of the unit of work.
@@ -146,23 +146,23 @@ class ManagedSession(Generic[S]):
                 self._roll_back()
         except BaseException:
             if self.in_doubt:
-                # A listener may raise an error after COMMIT has succeeded; then nothing is in
-                # doubt.
+                # The error may come from a listener after a successful COMMIT. So ask the
+                # connections which transactions are still prepared.
                 self.in_doubt = names_of(self.companion.open_connections)
-            # Do not send ROLLBACK, because another session may have committed already.
+            # Close the connection of a prepared transaction without ROLLBACK, because another
+            # session may have committed already.
             if self.in_doubt:
                 self.orm.invalidate()
             else:
-                # Roll back first. With SQLite, close() alone would give the pool a connection that
-                # is still inside the transaction, and the next request would see rows that do not
-                # exist.
+                # Roll back before the close. With SQLite, close() alone would give the pool a
+                # connection inside its transaction, with rows that the next request must not see.
                 _roll_back(self.orm)
             raise
         finally:
             self._release(end)
 
     def leave_in_doubt(self, end: End) -> None:
-        """Leave a prepared transaction to the operator; it stays when its connection is closed."""
+        """Close the connection; its prepared transaction stays on the server for the operator."""
         try:
             self.orm.invalidate()
         finally:
@@ -190,8 +190,8 @@ def _roll_back(session: Session) -> bool:
     try:
         session.rollback()
     except Exception:
-        # SQLAlchemy has closed the dead connection, so the server rolls back by itself, unless the
-        # transaction is prepared.
+        # The connection is dead, and SQLAlchemy has closed it. The server then rolls back by
+        # itself, unless the transaction is prepared.
         if session.in_transaction():
             session.invalidate()
         return False
@@ -204,11 +204,11 @@ def _remember_connection(
     companion: Companion = session._companion
     if not transaction.nested and session.in_nested_transaction():
         begin_before_savepoint(connection)
-    # The engine comes from `binds` or `bind_arguments`, so it may have no listeners yet.
+    # An engine from `binds` or `bind_arguments` may have no listeners of this package yet.
     if connection.engine is not session.bind:
         watch(connection.engine)
     others = (each for each in companion.open_connections if each is not connection)
-    # SQLAlchemy calls this listener for savepoints too, so the connection may be known already.
+    # SQLAlchemy calls this listener at each savepoint too. Store each connection once.
     companion.connections = (*others, connection)
     is_shared = companion.reads.is_shared
     companion.writes.begin(connection, in_savepoint=transaction.nested, is_shared=is_shared)
@@ -217,7 +217,8 @@ def _remember_connection(
 
 def _refuse_or_begin(session: Any, *_: object) -> None:
     session._companion.writes.check_flush(session)
-    # Begin a delayed transaction: a mapper listener may write with the driver's own connection.
+    # Begin the transaction now, even if the session has only read: a mapper listener may write with
+    # the driver's own connection, unseen, and the write must be rolled back with the rest.
     for connection in session._companion.open_connections:
         begin_now(connection)
 
@@ -230,7 +231,7 @@ def _refuse_to_commit(session: Any) -> None:
 
 def _record_commit(session: Any) -> None:
     for follower in tuple(session._companion.followers):
-        # SQLAlchemy calls this listener for savepoints too, which are no COMMIT.
+        # SQLAlchemy calls this listener when a savepoint is released too, which commits nothing.
         if not session.in_nested_transaction():
             follower.record_commit(session)
 

@@ -1,4 +1,4 @@
-"""Decides if a statement only reads: from its parts, never from its SQL text."""
+"""Decides if a statement only reads, from its SQLAlchemy parts and never from its SQL text."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +15,8 @@ from sqlalchemy.sql.visitors import iterate
 
 from ._sqlalchemy import has_additions, is_orm_enabled, is_server_side, renders_expressions
 
-# These parts of a statement are known to have no side effect. All others may have one: functions,
-# FOR UPDATE, text, literal columns, common table expressions, and new parts of later SQLAlchemy
-# versions.
+# The parts of a statement that cannot write. All other parts may write: functions, FOR UPDATE,
+# text, literal columns, common table expressions, and new parts of later SQLAlchemy versions.
 _PLAIN = frozenset(
     {
         Column,
@@ -73,7 +72,8 @@ def is_plain_read(context: ExecutionContext) -> bool:
 
 def _elements_of(compiled: Compiled) -> Iterator[Any]:
     yield from iterate(compiled.statement)
-    # Check also the statement that the ORM made from the given one: eager loading adds joins.
+    # For eager loading, the ORM makes a second statement with joins. Check the parts of both
+    # statements.
     state: Any = getattr(compiled, "compile_state", None)
     made = getattr(state, "statement", None)
     if made is not None and made is not compiled.statement:
@@ -83,17 +83,18 @@ def _elements_of(compiled: Compiled) -> Iterator[Any]:
 def _is_plain_element(element: Any, compiled: Compiled) -> bool:
     kind = next(each for each in type(element).__mro__ if not issubclass(each, Annotated))
     if kind is elements.ColumnClause and element.is_literal:
-        # A star is harmless: COUNT(*) and EXISTS (SELECT *) only read.
+        # The only literal column that cannot write is `*`, as in COUNT(*) and EXISTS (SELECT *).
         return bool(element.name == "*")
-    # SQLAlchemy has subclasses of these two: LIMIT and OFFSET have their own BindParameter, and the
-    # ORM has its own Join.
+    # SQLAlchemy's own subclasses cannot write either: of BindParameter for LIMIT and OFFSET, of
+    # Join for the ORM.
     is_variant = issubclass(kind, elements.BindParameter | Join) and _is_of_sqlalchemy(kind)
     if kind not in _PLAIN and not is_variant:
         return False
     if isinstance(getattr(element, "operator", None), custom_op) or has_additions(element):
         return False
     if kind is Select and element is not compiled.statement and is_orm_enabled(element):
-        # The ORM replaces an inner SELECT only when it compiles it, so its parts are not known yet.
+        # The ORM replaces an inner SELECT later, when it compiles the SELECT. The new parts are
+        # unknown here, and may write.
         return False
     if any(_is_unquoted(getattr(element, name, None)) for name in ("name", "schema")):
         return False

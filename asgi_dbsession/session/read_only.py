@@ -19,10 +19,10 @@ PARTS_OF_BEGIN = frozenset((_ON_MARIADB, _ON_POSTGRESQL))
 
 
 def begin_read_only(connection: Connection) -> None:
-    """Make a transaction that has just begun `READ ONLY`, until the connection is returned.
+    """Let the database refuse writes in a transaction that has just begun on the connection.
 
-    On PostgreSQL this is part of BEGIN. On MySQL and MariaDB it costs a round trip. SQLite refuses
-    writes too; all other databases accept them.
+    PostgreSQL receives `READ ONLY` as a part of BEGIN. MySQL and MariaDB need a round trip. SQLite
+    refuses writes with `PRAGMA query_only`. All other databases accept writes.
     """
     name = connection.dialect.name
     if name == "postgresql":

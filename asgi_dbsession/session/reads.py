@@ -1,4 +1,4 @@
-"""Delays BEGIN until a session does more than plain reads."""
+"""Sends BEGIN only when a session does more than plain reads (SELECTs that cannot write)."""
 
 from typing import Any
 from weakref import WeakSet
@@ -13,12 +13,13 @@ from asgi_dbsession.errors import ConfigurationError
 from ._sqlalchemy import is_flushing, isolation_level_on_connect
 from .plain_reads import is_plain_read
 
-# The connections whose BEGIN is delayed, and the key that marks such a connection in its pool.
+# The connections that read in autocommit, so that no BEGIN was sent yet. The key marks such a
+# connection, so that its pool switches autocommit off.
 _delayed: WeakSet[Connection] = WeakSet()
 _KEY = "asgi_dbsession.delayed_begin"
 
-# The dialects of the engines that have the listeners of this module. An engine and its copies with
-# other options share one dialect and one pool.
+# The dialects of the engines that have the listeners of this module. Dialects, because an engine
+# and its copies with other options share one dialect and one pool.
 _watched: WeakSet[Dialect] = WeakSet()
 
 # The drivers that can switch autocommit on and off without a round trip to the server.
@@ -32,20 +33,22 @@ class Reads:
     useless round trips. Source: https://www.postgresql.org/docs/current/transaction-iso.html
 
     Args:
-        wanted: True: at all isolation levels. False: never. None: only at READ COMMITTED.
+        wanted: True to read without a transaction at all isolation levels, False to do so never,
+            None to do so only at READ COMMITTED.
     """
 
     def __init__(self, wanted: bool | None) -> None:
         self._wanted = wanted
-        # True inside `rolled_back()`, where all sessions share one transaction.
+        # True inside `testing.rolled_back()`, where all sessions share one transaction, reads
+        # included.
         self.is_shared: bool = False
 
     def delay_begin(self, session: Session, connection: Connection) -> None:
-        """Switch the connection to autocommit until a statement needs a transaction."""
+        """Switch the connection to autocommit, until a statement needs a transaction."""
         if self._wanted is False or self.is_shared or not self._can_delay(session, connection):
             return
-        # Mark the connection first: if a signal handler raises between two lines, the pool still
-        # resets the connection.
+        # Mark the connection before the switch: if a signal handler raises an exception between the
+        # lines, the pool sees the mark and resets the connection.
         connection.info[_KEY] = True
         _delayed.add(connection)
         _set_autocommit(connection, True)
@@ -56,14 +59,14 @@ class Reads:
             return False
         if is_flushing(session) or is_in_transaction(connection):
             return False
-        # A savepoint is inside a transaction that has begun already.
+        # A savepoint is inside a transaction that has begun already, so autocommit is impossible.
         if connection.in_nested_transaction():
             return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
         if len(list(session.dispatch.after_begin)) > 1 or list(connection.dispatch.begin):
             # A listener of the application (for `SET LOCAL`, say) may use the driver's own
-            # connection. This package cannot see such a use, so do not delay BEGIN.
+            # connection, unseen by this package, and may need a transaction.
             return False
         level = connection.get_execution_options().get("isolation_level")
         level = level or isolation_level_on_connect(connection) or dialect.default_isolation_level
@@ -104,12 +107,12 @@ def unwatch_reads(engine: Engine) -> None:
 
 
 def is_delayed(connection: Connection) -> bool:
-    """Return True if no transaction has begun on the server yet, because only reads were sent."""
+    """Return True if no BEGIN was sent on the connection yet, because the session has only read."""
     return connection in _delayed
 
 
 def begin_now(connection: Connection) -> None:
-    """Begin a delayed transaction, because the application may use the driver's connection."""
+    """End autocommit, so that the next statement begins a transaction if none has begun yet."""
     if connection in _delayed:
         _set_autocommit(connection, False)
         connection.info.pop(_KEY, None)
@@ -132,8 +135,9 @@ def begin_on_server(connection: Connection) -> None:
 def begin_before_savepoint(connection: Connection) -> None:
     """Send BEGIN to SQLite before the first savepoint of a transaction.
 
-    Python's driver sends BEGIN only before the first write, and never after a savepoint. Without
-    BEGIN, RELEASE of that savepoint is a COMMIT, and a later ROLLBACK has nothing to roll back.
+    The module `sqlite3` sends BEGIN only before the first write, and never after a savepoint.
+    Without BEGIN, RELEASE of that savepoint is a COMMIT, and a later ROLLBACK has nothing to roll
+    back.
     """
     if connection.dialect.name == "sqlite":
         driver: Any = connection.connection.driver_connection
@@ -171,7 +175,7 @@ def is_in_transaction(connection: Connection) -> bool:
     driver: Any = connection.connection.driver_connection
     if connection.dialect.driver == "asyncpg":
         return bool(driver.is_in_transaction())
-    # 0 is libpq's PQTRANS_IDLE: no transaction.
+    # libpq calls 0 PQTRANS_IDLE: the connection is not in a transaction.
     return bool(driver.info.transaction_status != 0)
 
 

@@ -15,8 +15,8 @@ def has_ended(task: Any) -> bool:
 def has_failed(task: Any) -> bool:
     """Return True if an ended task was cancelled or raised an exception.
 
-    On trio the result is always False, because trio does not store how a task ended. There, the
-    exception is raised in the task that opened the nursery, and that task must handle it.
+    On trio the result is always False, because trio does not store how a task ended. Under trio,
+    the exception is raised in the task that opened the nursery, and that task must handle it.
     """
     if not isinstance(task, asyncio.Future):
         return False

@@ -12,7 +12,7 @@ S = TypeVar("S", bound=Session)
 
 
 def telling_class(guarded: type[S]) -> type[S]:
-    """Derive a session class that calls `bind_asked` with each engine that SQLAlchemy requests."""
+    """Derive a session class that calls `bind_asked` with each engine before using the engine."""
     return derive(guarded, (guarded,), {"get_bind": _telling(guarded.get_bind)})
 
 

@@ -11,7 +11,7 @@ from .lock import SessionLock, current_end, current_task
 class ThreadLock(SessionLock):
     """The lock of a sync session, which counts each thread as one caller.
 
-    A commit or rollback may run in several threads. Then its `End` object is the caller.
+    A commit or rollback may run in several threads. They count as one caller, its `End` object.
 
     Args:
         database: The database of the session, for error texts.

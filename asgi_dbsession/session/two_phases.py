@@ -1,4 +1,4 @@
-"""Two-phase commit: names the transactions of a unit of work, and tells which one decides."""
+"""Names the transactions of a two-phase commit; one of them decides about all the others."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from asgi_dbsession.errors import ConfigurationError, TransactionAborted, withou
 _logger = logging.getLogger("asgi_dbsession")
 
 _PREFIX = "asgi_dbsession_"
-# After these errors, nobody knows if PREPARE reached the server: the SQLSTATE classes of a lost
+# The errors after which nobody knows if PREPARE reached the server: the SQLSTATE classes of a lost
 # connection and of a server shutdown, and the error numbers of MariaDB's client library.
 _UNKNOWN = ("08", "57")
 _CLIENT_ERRORS = range(2000, 3000)
@@ -27,12 +27,13 @@ class TwoPhases:
     """Names the transactions of one unit of work before they begin.
 
     A name contains the unit, the number of the transaction in the unit, and the number of databases
-    that the unit has. Number 1 decides: it is prepared first, committed first, and rolled back
-    last. While it is prepared, no other transaction of the unit is committed. If it is no longer
-    prepared, every other prepared transaction of the unit must be committed.
+    that the unit has. Transaction number 1 decides about all: it is prepared first, committed
+    first, and rolled back last. While it is prepared, no other transaction of the unit is
+    committed. If it is no longer prepared, every other prepared transaction of the unit must be
+    committed.
 
-    MariaDB needs the name before the first statement, when the sessions that will take part are
-    not known yet. So number 1 is the session that begins first.
+    MariaDB needs the name before the first statement, when the sessions that will take part are not
+    known yet. So number 1 is the session that begins first.
 
     Args:
         databases: How many databases the unit has.
@@ -46,7 +47,7 @@ class TwoPhases:
 
     @property
     def deciding(self) -> Session | None:
-        """The session whose transaction decides; None before the first transaction."""
+        """The session whose COMMIT decides about all other sessions; None if none has begun."""
         begun = self._begun
         return begun[0] if any(each.in_transaction() for each in begun) else None
 
@@ -64,19 +65,19 @@ class TwoPhases:
             return f"{_PREFIX}{self._unit}_{number}_{self._databases}"
 
     def renew(self) -> None:
-        """Start a new set of names, so that later transactions do not belong to those in doubt."""
+        """Start new names, so that no later transaction resembles a transaction in doubt."""
         self._begun = []
         self._unit = token_hex(16)
 
     def has_renewed(self, transactions: str) -> bool:
-        """Return True if one of the transactions was named before the last `renew`."""
+        """Return True if one of `transactions` got its name before the last `renew`."""
         return transactions.count(_PREFIX) > transactions.count(_PREFIX + self._unit)
 
 
 def two_phases_of(unit: Any) -> TwoPhases:
-    """Return the names for the transactions of a unit of work.
+    """Return the object that names the transactions of a unit of work.
 
-    Two threads may open the first sessions of the unit at the same time.
+    If two threads open the first sessions of the unit at the same time, both get one object.
     """
     names: TwoPhases = vars(unit).setdefault("_two_phases", TwoPhases(len(unit.databases)))
     return names
@@ -125,5 +126,5 @@ def names_of(connections: Sequence[Connection]) -> str:
 
 
 def log_doubt(transactions: str, error: BaseException) -> None:
-    """Log the transactions that may still be prepared on the server."""
+    """Log the transactions that may still be prepared on the server, for an operator to end."""
     _logger.error("In doubt: %s", transactions, exc_info=error)

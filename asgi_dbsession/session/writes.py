@@ -17,7 +17,7 @@ from .read_only import begin_read_only, is_refusal, set_savepoint_read_only
 
 R = TypeVar("R")
 
-# The key under which a connection keeps the `Writes` object of its session.
+# The key of `connection.info` for the `Writes` object of the session that uses the connection.
 _KEY = "asgi_dbsession.writes"
 
 
@@ -31,7 +31,7 @@ class Writes:
     Attributes:
         forbidden: True if the session may only read now; a block of `begin(join=True,
             read_only=True)` changes this value.
-        in_block: True if only such a block may not write, and the rest of the session may.
+        in_block: True if writes are forbidden only inside such a block.
         refused: The error of the first refused write. COMMIT raises it again, because the
             application may have caught it.
     """
@@ -71,12 +71,12 @@ class Writes:
             raise self.refused
 
     def begin(self, connection: Connection, *, in_savepoint: bool, is_shared: bool) -> None:
-        """Let the database refuse writes too, in a transaction or savepoint that has just begun.
+        """Let the database refuse writes in a transaction or savepoint that has just begun.
 
         Args:
             connection: The connection of the session.
             in_savepoint: True if a savepoint has begun.
-            is_shared: True if `rolled_back` shares the connection and refuses writes itself.
+            is_shared: True inside `testing.rolled_back()`, which refuses writes itself.
         """
         if not self.forbidden or in_savepoint is not self.in_block:
             return
@@ -91,19 +91,19 @@ class Writes:
             begin_read_only(connection)
 
     def allow(self) -> None:
-        """Allow writes again at the end of a block."""
+        """Allow writes again at the end of a `begin(join=True, read_only=True)` block."""
         self.forbidden = self.in_block = False
         self.refused = None
 
     def refuse(self, name: str) -> ForbiddenWrite:
-        """Return the error for a write, and remember the first error."""
+        """Return the error for a refused write, and remember the first error for COMMIT."""
         error = ForbiddenWrite(self._database, name)
         self.refused = self.refused or error
         return error
 
 
 def refusing(operation: Callable[..., R]) -> Callable[..., R]:
-    """Wrap a method of a session, so that it refuses statements that write."""
+    """Wrap a session method: it refuses statements that write if the session may only read."""
 
     @functools.wraps(operation)
     def operate(self: Any, statement: Any, *args: Any, **kwargs: Any) -> R:
@@ -114,7 +114,7 @@ def refusing(operation: Callable[..., R]) -> Callable[..., R]:
 
 
 def refusing_all(operation: Callable[..., R]) -> Callable[..., R]:
-    """Wrap a method that only writes and uses no flush, so that it refuses all calls."""
+    """Wrap a session method that only writes: it raises an error if the session may only read."""
 
     @functools.wraps(operation)
     def operate(self: Any, *args: Any, **kwargs: Any) -> R:

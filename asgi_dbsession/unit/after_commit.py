@@ -24,13 +24,13 @@ class AfterCommit:
     Args:
         function: A function without arguments; its result may be awaitable.
         databases: The databases whose sessions the caller of `on_commit` could use.
-        in_thread: True if `on_commit` was called in a worker thread; then the function is called in
-            one too.
+        in_thread: True if `on_commit` was called in a worker thread; the function is then called in
+            a worker thread.
         given_by: The task that called `on_commit`; None in a worker thread.
         read_only: True if `on_commit` was called where the unit of work may only read.
 
     Attributes:
-        committed: True if all of the work was committed, also if the application did it itself.
+        committed: True if all work was committed, by this package or by the application.
         rolled_back: True if a part of the work was rolled back, also if only to a savepoint.
     """
 
@@ -46,7 +46,7 @@ class AfterCommit:
     _transactions: set[SessionTransaction] = field(default_factory=set)
 
     def attach(self, opened: ManagedSession[Any]) -> None:
-        """Watch if the current transaction of the session, with its savepoints, is committed."""
+        """Watch the current transaction and savepoints of the session for COMMIT and ROLLBACK."""
         session = opened.orm
         if session.in_transaction():
             self._pending.add(session)
@@ -58,7 +58,7 @@ class AfterCommit:
         opened.companion.followers.append(self)
 
     def detach(self) -> None:
-        """Remove the references to the sessions; otherwise they wait for the garbage collector."""
+        """Drop the references to the sessions, which otherwise wait for the garbage collector."""
         for opened in self._attached:
             opened.companion.followers.remove(self)
         self._attached.clear()
@@ -66,22 +66,23 @@ class AfterCommit:
         self._transactions.clear()
 
     def waits_for_others(self, sessions: Iterable[ManagedSession[Any]]) -> bool:
-        """Return True if the function also waits for uncommitted work in other sessions."""
+        """Return True if the function also waits for uncommitted work outside of `sessions`."""
         others = self._pending.difference(each.orm for each in sessions)
         return any(each.in_transaction() for each in others)
 
     def should_run(self, *, success: bool) -> bool:
         """Return True if the function must be called now.
 
-        Either its work was committed, or the function waits for no work and the unit has succeeded.
+        Either the work that the function waits for was committed, or the function waits for no work
+        and `success` is True.
         """
         return self.committed or (success and not self.rolled_back and not self._pending)
 
     def record_commit(self, session: Session) -> None:
         """Record that the work of the session was committed."""
         if session in self._pending and session.get_transaction() not in self._transactions:
-            # The session has left its transaction without a COMMIT, which SQLAlchemy does not
-            # report.
+            # The session has left the watched transaction without a COMMIT, which SQLAlchemy does
+            # not report.
             self.rolled_back = True
         self._pending.discard(session)
         self.committed = self.committed or not (self._pending or self.rolled_back)
@@ -92,7 +93,7 @@ class AfterCommit:
             self.rolled_back = not self.committed
 
     async def call(self) -> None:
-        """Call the function on the event loop or, if it was given there, in a worker thread."""
+        """Call the function on the event loop, or in a thread if a thread called `on_commit`."""
         result = await to_thread.run_sync(self.function) if self.in_thread else self.function()
         if isawaitable(result):
             await result
@@ -123,6 +124,6 @@ def refusal_to_await(function: Function) -> ConfigurationError:
 
 
 def name_of(function: object) -> str:
-    """Return the name of a function, without arguments: those of a `partial` may be secret."""
+    """Return the name of a function without its arguments, which may be secret in a `partial`."""
     inner = getattr(function, "func", function)
     return getattr(inner, "__qualname__", type(inner).__name__)

@@ -31,7 +31,7 @@ class RunningAttempt:
         self.attempt: Attempt = attempt
 
     def will_retry(self, _end: End) -> bool:
-        """Return True if a retry follows this commit or rollback, as far as known now."""
+        """Return True if, as far as known now, a new attempt follows this commit or rollback."""
         return False
 
 

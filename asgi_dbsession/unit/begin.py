@@ -11,12 +11,12 @@ from .unit_of_work import SessionSource, UnitOfWork, current_unit
 
 @contextmanager
 def unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[UnitOfWork]:
-    """Open a unit of work for one database, current inside the block; the block must close it."""
+    """Open a unit of work for one database, current inside the `with` block that must close it."""
     around = current_unit.get()
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
     unit.read_only = read_only
-    # A listener of the last flush may call `begin()`. It still needs the closed outer unit, so do
-    # not remove this unit.
+    # While a unit is committed, a listener may call `begin()`, although the unit counts as closed.
+    # The listener still needs this unit, so do not remove it.
     if not current_end.get():
         _forget_hidden(unit)
     with made_current(unit):
@@ -25,23 +25,22 @@ def unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[U
 
 @contextmanager
 def made_current(unit: UnitOfWork) -> Iterator[None]:
-    """Make `unit` the current unit of work inside the block."""
+    """Make `unit` the current unit of work inside the `with` block."""
     around = current_unit.get()
     was_closed = around is not None and around.closed
     current_unit.set(unit)
     try:
         yield
     finally:
-        # A unit that began later may still be open; then that unit stays the current one.
+        # If the `with` block has left a later unit open, the later unit stays the current unit.
         if current_unit.get() is unit:
             current_unit.set(around if was_closed else _nearest_open(around))
 
 
 def _forget_hidden(unit: UnitOfWork) -> None:
-    """Remove closed outer units that no search for a database can find.
+    """Remove closed outer units that `get_session()` can no longer reach.
 
-    Without this, a chain of jobs that each start the next job inside `begin()` would fill the
-    memory.
+    Otherwise a chain of jobs that each start the next job inside `begin()` would fill the memory.
     """
     hidden = set(unit.databases)
     while (enclosing := unit.enclosing) is not None:

@@ -14,7 +14,7 @@ S = TypeVar("S")
 
 @asynccontextmanager
 async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> AsyncIterator[S]:
-    """Run an async block with a session of the database."""
+    """Run an `async with database.begin()` block, with a session of the database."""
     outer = unit_to_join(database) if join else None
     if outer is not None:
         async with joined(outer, database, read_only) as session:
@@ -32,7 +32,7 @@ async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> A
 
 @contextmanager
 def blocking_block_of(database: SessionSource[S], join: bool, read_only: bool) -> Iterator[S]:
-    """Run a block with a session of the database on the current thread."""
+    """Run a `with database.begin()` block on the current thread, with a session of the database."""
     outer = unit_to_join(database) if join else None
     if outer is not None:
         with joined_blocking(outer, database, read_only) as session:

@@ -21,7 +21,7 @@ def set_rollback(rollback: bool) -> None:
             application, the unit is always rolled back.
 
     Raises:
-        NoSession: No unit of work is open here.
+        NoSession: The caller is not inside a unit of work.
         SessionClosed: The request that this task belongs to has ended.
         ConfigurationError: `rollback` is neither True nor False.
     """
@@ -35,22 +35,23 @@ def set_rollback(rollback: bool) -> None:
 def on_commit(function: Function) -> None:
     """Call a function after the current work is committed, and before the response is sent.
 
-    The function is dropped if this work is rolled back: by this package, by the application, or to
-    a savepoint that was open at the call of `on_commit`. So call `on_commit` after the work. If the
-    application commits itself, the function is called when the unit of work ends.
+    The function is dropped if the current work is rolled back, by this package or by the
+    application, completely or to a savepoint that was open at the call of `on_commit`. So call
+    `on_commit` after the work. If the application commits itself, the function is called when the
+    unit of work ends.
 
     Functions are called in order, and run to completion even if the request is cancelled. The
     logger `asgi_dbsession` logs an exception of a function: the COMMIT stays, and the next
-    functions are called. Each function has a new unit of work. There `get_session()` returns
-    another session, which is committed when the function returns. The function may call `on_commit`
-    too.
+    functions are called. Each function has a new unit of work. In the function, `get_session()`
+    returns another session, which is committed when the function returns. The function may call
+    `on_commit` too.
 
     Args:
         function: A function without arguments. A coroutine function is awaited. A plain function is
-            called on the event loop, or in a worker thread if a `def` handler gave it.
+            called on the event loop, or in a worker thread if a `def` handler called `on_commit`.
 
     Raises:
-        NoSession: No unit of work is open here.
+        NoSession: The caller is not inside a unit of work.
         SessionClosed: The request that this task belongs to has ended.
         ConfigurationError: `function` is not a function, or is a coroutine function inside of
             `SyncDatabase.begin()`.
@@ -65,14 +66,15 @@ def on_commit(function: Function) -> None:
     read_only = any(each.read_only for each in units)
     callback = AfterCommit(function, databases, in_thread, current_task(), read_only)
     for each in units:
-        # Use a copy, because another thread may open a session at the same time.
+        # Copy the sessions: another thread may open a session, which changes the dictionary.
         for opened in tuple(each.sessions.values()):
             callback.attach(opened)
     outermost = units[-1]
     outermost.is_used = True
     outermost.callbacks.append(callback)
     if outermost.closed and not current_end.get():
-        # Another thread has ended the unit. If it has not called the function, nobody will call it.
+        # Another thread has ended the unit. If the function is still in the list, nobody will call
+        # it.
         with suppress(ValueError):
             outermost.callbacks.remove(callback)
             raise SessionClosed("any database")
@@ -96,8 +98,8 @@ def _unit(*, also_at_end: bool = False) -> UnitOfWork:
     unit = current_unit.get()
     if unit is None:
         raise NoSession("any database")
-    # A listener of the last flush may still use the closed unit. A task that the listener started
-    # may not use it.
+    # While a unit is committed, a listener may still use the unit, which counts as closed. A task
+    # that the listener started may not use the unit.
     is_closed = unit.closed or (unit.joined is not None and unit.outermost.closed)
     if is_closed and not (also_at_end and current_end.get() and unit.outermost.sessions):
         raise SessionClosed("any database")

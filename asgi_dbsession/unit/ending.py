@@ -1,4 +1,4 @@
-"""Commits or rolls back the work of a unit: all of it, or the work of one task."""
+"""Commits or rolls back all work of a unit, or only the work of one task."""
 
 import logging
 from asyncio import CancelledError
@@ -27,11 +27,11 @@ Sessions: TypeAlias = list[ManagedSession[Any]]
 
 
 def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
-    """Commit or roll back all work so far, in declared order. The sessions stay usable.
+    """Commit or roll back all work of the unit so far. The sessions stay usable.
 
-    All sessions are flushed before the first COMMIT. If a COMMIT fails, the remaining sessions are
-    rolled back. Then the functions given to `on_commit` are called. The caller must run the
-    coroutine to completion.
+    All sessions are flushed, and then committed in declared order. If a COMMIT fails, the remaining
+    sessions are rolled back. Then the functions given to `on_commit` are called. The caller must
+    run the coroutine to completion.
 
     Raises:
         Exception: The exception of the flush or of COMMIT, also kept in `unit.failure`.
@@ -42,7 +42,7 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
 
 
 async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: Living) -> None:
-    """Commit or roll back the work of `task`, before it sends a message or waits for one.
+    """Commit or roll back the work of `task`, before `task` sends or awaits a message.
 
     If the application called `set_rollback`, its value replaces `commit`.
 
@@ -60,7 +60,8 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
     own, failed = _sort(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
     if unit.rollback is not None and _is_of(unit.rollback_set_by, task):
-        # Reset `rollback` even if there is no work, so that it does not apply to later work.
+        # Reset `rollback` even if there is no work, so that `set_rollback` does not apply to later
+        # work.
         commit, unit.rollback, reason = not unit.rollback, None, "set_rollback"
     if failed:
         await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
@@ -77,7 +78,7 @@ async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None =
         error: The exception that the application raised.
     """
     unit.closed = True
-    # Use a copy, because another thread may open a session at the same time.
+    # Copy the sessions: another thread may open a session, which changes the dictionary.
     opened = tuple(unit.sessions.values())
     if unit.is_answered and not commit:
         _log_unsaved(unit, opened, _last_end(unit, commit, error))
@@ -108,7 +109,7 @@ async def close_returned(unit: UnitOfWork, *, commit: bool) -> None:
 
 
 def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
-    """Close a unit with `is_blocking` on the current thread, without an event loop."""
+    """Close a unit whose `is_blocking` is True on the current thread, without an event loop."""
     complete_here(close(unit, commit=commit, error=error))
 
 
@@ -124,12 +125,12 @@ def _sort(
 
 def _with_work(unit: UnitOfWork) -> Sessions:
     working = []
-    # Use a copy, because another thread may open a session at the same time.
+    # Copy the sessions: another thread may open a session, which changes the dictionary.
     for each in tuple(unit.sessions.values()):
         if each.has_work:
             working.append(each)
-        # The application itself has committed or rolled back, so the next work may be of another
-        # task.
+        # The application itself has committed or rolled back the session. So forget which tasks
+        # used the session: its next work may be of another task.
         else:
             each.lock.forget_users()
     return working
@@ -137,7 +138,8 @@ def _with_work(unit: UnitOfWork) -> Sessions:
 
 async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     given = tuple(unit.callbacks)
-    # The functions whose work the application itself has committed already.
+    # The `on_commit` functions whose work the application itself has committed already. These
+    # functions are called even if this commit fails.
     stored = [each for each in given if each.committed]
     end.had_work = bool(working)
     token = current_end.set(end)
@@ -178,7 +180,7 @@ def _last_end(unit: UnitOfWork, commit: bool, error: BaseException | None) -> En
 
 
 def _log_unsaved(unit: UnitOfWork, opened: tuple[ManagedSession[Any], ...], end: End) -> None:
-    """Log objects that a handler added after the client had disconnected, as in `finally`."""
+    """Log the loss of objects that a handler added after the client had disconnected."""
     unsaved = sum(
         len(each.orm.new) + len(each.orm.dirty) + len(each.orm.deleted) for each in opened
     )
@@ -194,11 +196,11 @@ def _in_order(unit: UnitOfWork, working: Sessions) -> Sessions:
 def _settle(
     unit: UnitOfWork, end: End, given: tuple[AfterCommit, ...], working: Sessions
 ) -> list[AfterCommit]:
-    """Drop the functions whose work was rolled back, and return the functions to call now."""
+    """Drop the `on_commit` functions whose work was rolled back; return those to call now."""
     due: list[AfterCommit] = []
     for each in tuple(unit.callbacks):
-        # Keep functions that were given during the COMMIT or by another task: they may belong to
-        # later work.
+        # Keep functions that were given to `on_commit` during the COMMIT or by another task: their
+        # work may be committed later.
         is_concerned = each in given and _is_of(each.given_by, end.task)
         ends = unit.closed or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):
@@ -211,7 +213,7 @@ def _settle(
 
 
 async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
-    """Call a function in a new unit of work, and log its error."""
+    """Call an `on_commit` function in a new unit of work, and log an error of the function."""
     inner = unit.within(callback.databases)
     inner.read_only = callback.read_only
     inner.is_blocking, inner.two_phase = unit.is_blocking, unit.two_phase
@@ -234,7 +236,7 @@ async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
 
 
 def _is_of(task: object, asking: object) -> bool:
-    """Return True if a commit for the task `asking` covers the work of `task` (None: all tasks)."""
+    """Return True if work of `task` belongs to a commit for `asking`; None means all tasks."""
     return asking is None or task is None or task is asking or has_ended(task)
 
 

@@ -1,4 +1,4 @@
-"""Blocks of code that join the unit of work around them, for `database.begin(join=True)`."""
+"""The blocks of `database.begin(join=True)`, which join the unit of work around them."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -19,7 +19,7 @@ S = TypeVar("S")
 
 
 def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
-    """Return the unit of work whose session `get_session()` would return; None if it is closed."""
+    """Return the open unit of work that a `begin(join=True)` block must join; None without one."""
     innermost = current_unit.get()
     for unit in innermost.chain() if innermost is not None else ():
         if unit.joined is not None and unit.closed and database in unit.databases:
@@ -31,7 +31,7 @@ def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
 
 @asynccontextmanager
 async def joined(unit: UnitOfWork, database: SessionSource[S], read_only: bool) -> AsyncIterator[S]:
-    """Run a block in a savepoint of the unit's session; the savepoint always ends completely."""
+    """Run an `async with` block in a savepoint, which ends completely even after a cancellation."""
     session = unit.open(database)
     block = _Block(unit, database, read_only)
     await greenlet_spawn(block.begin)
@@ -49,7 +49,7 @@ async def joined(unit: UnitOfWork, database: SessionSource[S], read_only: bool) 
 
 @contextmanager
 def joined_blocking(unit: UnitOfWork, database: SessionSource[S], read_only: bool) -> Iterator[S]:
-    """Run a block in a savepoint of the unit's session, on the current thread."""
+    """Run a `with` block in a savepoint of the unit's session, on the current thread."""
     session = unit.open(database)
     block = _Block(unit, database, read_only)
     block.begin()
@@ -66,8 +66,8 @@ def joined_blocking(unit: UnitOfWork, database: SessionSource[S], read_only: boo
 class _Blocks:
     """The open `begin(join=True)` blocks of one session, the innermost last.
 
-    Only the innermost block may use the session. Work of another task would be kept or rolled back
-    together with the block.
+    Only the innermost block may use the session. Otherwise work of another task would be committed
+    or rolled back together with the block.
     """
 
     def __init__(self, unit: UnitOfWork, database: SessionSource[Any]) -> None:
@@ -94,10 +94,10 @@ class _Blocks:
         return unit.joined is self._unit and self._database in unit.databases
 
     def close(self, unit: UnitOfWork) -> bool:
-        """Close a block, and all blocks that tasks have left open inside of it.
+        """Close a block, and all blocks that tasks have left open inside of this block.
 
         Returns:
-            True if no blocks were open inside of it.
+            True if no blocks were open inside of the block.
         """
         number = self.open.index(unit)
         for each in self.open[number:]:
@@ -113,7 +113,7 @@ class _Block:
     Args:
         joined: The unit of work that the block joins.
         database: The database of the block; `joined` manages its session.
-        read_only: True if the block may only read, whatever the unit may do.
+        read_only: True if the block may only read, even if the unit may write.
 
     Attributes:
         unit: The unit of work that is current inside the block. It has no sessions, and passes all
@@ -134,11 +134,12 @@ class _Block:
         self._blocks = admit if isinstance(admit, _Blocks) else _Blocks(joined, database)
 
     def begin(self) -> None:
-        """Begin the savepoint, which is sent together with the first statement."""
+        """Begin the block's savepoint; SAVEPOINT is sent together with the first statement."""
         lock = self._opened.lock
         is_outermost = lock.acquire()
         try:
-            # SQLAlchemy flushes earlier changes first, so they do not belong to the savepoint.
+            # SQLAlchemy flushes earlier changes first, so a rollback of the block does not undo
+            # them.
             self._savepoint = self._opened.orm.begin_nested()
             self._forbids_writes = self._forbids_writes and not self._writes.forbidden
             if self._forbids_writes:
@@ -151,7 +152,7 @@ class _Block:
                 lock.release()
 
     def end(self, end: End, error: BaseException | None) -> None:
-        """Release the savepoint or roll back to it, after the running operation.
+        """Release the block's savepoint or roll back to it, once the running operation has ended.
 
         Raises:
             ConcurrentUse: A task is still inside a block that it opened inside this block.
@@ -164,7 +165,8 @@ class _Block:
         except SessionClosed:
             if error is None:
                 raise
-            # The unit has ended, and has committed or rolled back this work already.
+            # The unit of work has ended first, and has committed or rolled back the work of the
+            # block.
             return
         was_closed = self.unit.closed
         try:
@@ -196,13 +198,13 @@ class _Block:
         try:
             if self._is_open:
                 self._savepoint.rollback()
-            # The savepoint is gone, because the application committed inside the block. Roll back
-            # all later work, which belongs to the block.
+            # The application committed inside the block, which ended the savepoint. Roll back all
+            # work since that COMMIT, because the work belongs to the block.
             else:
                 self._opened.orm.rollback()
         except Exception as failure:
-            # At a deadlock, MariaDB drops the savepoints. So refuse the outer COMMIT, which would
-            # store only a part of the work.
+            # The savepoint is lost: at a deadlock, MariaDB drops the savepoints. So refuse the
+            # outer COMMIT, which would store only a part of the work.
             forbid_commit(self._opened.companion.open_connections, failure)
 
     @property

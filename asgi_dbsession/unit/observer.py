@@ -11,15 +11,15 @@ from asgi_dbsession.session.managed import ManagedSession
 class UnitObserver:
     """The base class of objects that are called at each event of a unit of work.
 
-    The methods must be fast and must not raise. `unit` is a `UnitOfWork`, a class that this module
-    cannot import.
+    The methods must be fast and must not raise. The argument `unit` is a `UnitOfWork`; importing
+    this class would be circular.
     """
 
     def engine_used(self, engine: Engine) -> None:
         """Called when sessions use `engine` for the first time, maybe once for each database."""
 
     def engine_left(self, engine: Engine) -> None:
-        """Called when this package stops using `engine`: remove your listeners from it."""
+        """Called when this package stops using `engine`, so that you can remove your listeners."""
 
     def unit_began(self, unit: Any) -> None:
         """Called when a unit of work begins."""

@@ -24,7 +24,7 @@ class DatabaseReport:
         idle_time: The longest part of `use_time` in which no operation ran. The application did
             something else, while other requests may have waited for the connection.
         idle_after: The place in the application (`file:line`) that used the session before the idle
-            time. None if nothing in the application did.
+            time. None if no code of the application used the session.
         idle_before: The place that used the session after the idle time. None if the unit ended.
     """
 
@@ -52,7 +52,7 @@ class UnitReport:
             client disconnected, a time-out, or a new attempt of the request. `unfinished`: the
             response was not completed. `commit_failed`: COMMIT failed, but databases before it may
             be `committed`. Later versions may add reasons.
-        error: The exception of the application or of COMMIT.
+        error: The exception of the application or of COMMIT; None if there was none.
         start_time: The start of the unit, in seconds since the epoch: the start of the request, or
             the end of the unit before it.
         duration: Seconds until the end of the unit, `on_commit` functions included.
@@ -63,10 +63,10 @@ class UnitReport:
         read_only: True if the unit was only allowed to read.
     """
 
-    scope: Scope = field(repr=False)  # not in the repr: it contains headers of the client
+    scope: Scope = field(repr=False)  # no repr: headers may be secret
     outcome: Outcome
     reason: Reason | None
-    error: BaseException | None = field(repr=False)  # not in the repr: its text may contain values
+    error: BaseException | None = field(repr=False)  # no repr: the text may contain values
     start_time: float
     duration: float
     databases: tuple[DatabaseReport, ...]

@@ -9,9 +9,9 @@ from asgi_dbsession.session.tasks import is_waiting_for
 
 Sessions: TypeAlias = list[ManagedSession[Any]]
 
-# What to do if another task, which is still running, has work in the same session. "refuse" raises
-# ConcurrentUse (on a WebSocket). "leave" does not commit this session yet (in a response body).
-# "include" commits the work of all tasks (after the application has returned).
+# What to do with a session in which another task, still running, has uncommitted work. "refuse"
+# raises ConcurrentUse (on a WebSocket). "leave" does not commit the session yet (in a response
+# body). "include" commits the work of all tasks (after the application has returned).
 Living: TypeAlias = Literal["refuse", "leave", "include"]
 
 
@@ -53,5 +53,8 @@ def _speaks_for(task: object, user: object) -> bool:
 
 
 def _is_in_memory(lock: SessionLock) -> bool:
-    """Return True if objects have changed attributes, but no operation used the session."""
+    """Return True if objects have changed attributes, but no operation used the session.
+
+    Such a change names no task, so it counts as work of the task that sends the message.
+    """
     return not lock.is_used and not lock.is_busy

@@ -23,7 +23,8 @@ async def end_together(sessions: Sessions, end: End) -> BaseException | None:
     if all(each.ends_at_once for each in sessions):
         return await _end_all(sessions, end, call_here)
     if all(each.session is each.orm for each in sessions):
-        # All of them block. One change of thread is enough for all of them.
+        # All sessions are sync, and block. Run all of them in one worker thread, to change the
+        # thread only once.
         ending = _end_all(sessions, end, call_here)
         failure: BaseException | None = await sessions[0].run(complete_here, ending)
         return failure
@@ -42,16 +43,16 @@ async def flush_all(sessions: Sessions, end: End, run: Run | None = None) -> Bas
 
     Args:
         sessions: The sessions to flush.
-        end: The end of the unit of work.
-        run: Calls the operations; None: as each session does.
+        end: The commit of the unit of work, for which the sessions are flushed.
+        run: A function that calls the `flush` of each session; None for the session's own `run`.
     """
     for each in sessions:
         try:
             await (run or each.run)(each.flush, end)
         except BaseException as error:
             if not isinstance(error, Exception):
-                # Do not roll back this session: its thread may still use it, or has rolled back
-                # already.
+                # The task was cancelled. Do not roll back this session: its thread may still use
+                # the session, or has rolled back already.
                 sessions.remove(each)
             return error
     return None
@@ -75,8 +76,8 @@ async def commit_all(sessions: Sessions, end: End, run: Run | None = None) -> Ba
         try:
             await (run or each.run)(each.end, end, True)
         except BaseException as error:
-            # The databases before this one have committed already, and keep their work. Only
-            # `two_phase` prevents this.
+            # The databases earlier in the list have committed already, and keep their work. Only
+            # `two_phase=True` prevents such a partial COMMIT.
             return await roll_back_all(sessions[number + 1 :], end, error, run)
     return None
 

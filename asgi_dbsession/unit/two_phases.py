@@ -1,9 +1,9 @@
 """Commits the sessions of one unit of work in two phases.
 
-An operator who resolves transactions in doubt sees only the prepared ones. So this order holds,
+An operator who resolves transactions in doubt sees only prepared transactions. So this order holds,
 wherever the process is killed or a connection is lost:
 
-1. The deciding session is prepared before the others.
+1. The session that decides about all others is prepared before them.
 2. It is committed before the others. If that COMMIT fails, no other session is committed.
 3. It is rolled back after the others, and only if no other session may still be prepared.
 """
@@ -27,7 +27,7 @@ async def commit_in_two_phases(
         end: The commit of the unit.
 
     Returns:
-        The first error; None if there was none.
+        The first exception; None if all COMMITs succeeded.
     """
     try:
         _add_deciding(unit, sessions)
@@ -54,10 +54,10 @@ async def commit_in_two_phases(
 
 
 def _add_deciding(unit: UnitOfWork, sessions: Sessions) -> None:
-    """Add the deciding session to `sessions` if it has no work of its own.
+    """Add the session that decides about all others to `sessions` if it has no work of its own.
 
     Raises:
-        ConcurrentUse: It has work that must not be committed now.
+        ConcurrentUse: The deciding session has work of another task, which must not be committed.
     """
     deciding = two_phases_of(unit).deciding
     for each in tuple(unit.sessions.values()):

@@ -27,7 +27,7 @@ class SessionSource(Protocol[S]):
     observers: tuple[UnitObserver, ...]
 
     def open_session(self, scope: Scope | None, *, read_only: bool) -> ManagedSession[S]:
-        """Return a new session; its first statement checks out a connection."""
+        """Return a new session, which checks out a connection at its first statement."""
         ...
 
 
@@ -35,14 +35,14 @@ class UnitOfWork:
     """The sessions of one request, or of one `begin()`; committed or rolled back together.
 
     The context variable gets the empty unit at the start of the request, and inner code opens
-    sessions in it. A value that an inner task or worker thread sets is not visible in the outer
-    code.
+    sessions in this unit. A value that an inner task or worker thread sets is not visible in the
+    outer code.
 
     Args:
         databases: The databases whose sessions the unit opens; the first one of each kind is the
             default.
         scope: The ASGI scope for `session.info["scope"]`. None after the end of the request.
-        enclosing: The unit around this unit; other databases are searched there.
+        enclosing: The unit around this unit; a database that is missing here is searched there.
         observers: The objects to call at each event. When a session is opened, the observers of its
             database are added.
 
@@ -50,10 +50,10 @@ class UnitOfWork:
         is_inner: True if `within` made the unit, so that the request belongs to an outer unit.
         joins_outer_unit: True if `enclosing` belongs to the same request and keeps its databases.
         joined: The unit whose session `begin(join=True)` uses; None for any other unit.
-        rollback: The value of `set_rollback` since the last commit or rollback.
+        rollback: The last argument of `set_rollback`; None without a call since the last commit.
         rollback_set_by: The task that called `set_rollback`.
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
-        failure: The first error of a commit or rollback. After it, nothing may be sent.
+        failure: The first error of a commit or rollback. After this error, nothing may be sent.
         callbacks: The functions given to `on_commit` that wait for COMMIT.
         two_phase: True if the sessions use two-phase commit.
         read_only: True if the sessions may only read; set before the first session is opened.
@@ -143,14 +143,14 @@ class UnitOfWork:
         self.is_used = True
         made = database.open_session(self.scope, read_only=self.read_only)
         opened = self.sessions.setdefault(database, made)
-        # Another thread has opened the session at the same time; use the session of that thread.
+        # If another thread has opened the session at the same time, use the session of that thread.
         if opened is not made:
             return opened
         if self.two_phase and not self.read_only:
             made.orm.twophase, made.companion.two_phases = True, two_phases_of(self)
         if self.is_blocking:
             made.run = call_here
-        # Another thread has closed the unit meanwhile, so close the new session too.
+        # Another thread has closed the unit meanwhile, so the new session must be closed too.
         if self.closed:
             made.close_if_idle()
             raise SessionClosed(database)
@@ -166,7 +166,7 @@ class UnitOfWork:
         return opened
 
     def _add_observer(self, observer: UnitObserver) -> None:
-        # An outer unit may have added the observer already.
+        # A unit around this unit may have passed on the same observer already.
         if observer not in self.observers:
             self.observers = (*self.observers, observer)
             observer.unit_began(self)
@@ -183,7 +183,7 @@ def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
     """Return the nearest unit of work that manages the session of the database.
 
     Raises:
-        NoSession: No unit of work here manages this database.
+        NoSession: The caller is in no unit of work that manages the database.
         SessionClosed: The `begin(join=True)` block that started this task has ended.
     """
     innermost = current_unit.get()
@@ -223,7 +223,7 @@ def get_sync_session() -> Session:
 
 
 async def session_dependency() -> AsyncSession:
-    """Return `get_session()`; for `Annotated[AsyncSession, Depends(session_dependency)]`.
+    """Return what `get_session()` returns, for `Depends(session_dependency)` and other injectors.
 
     `AsyncDatabase.session_dependency` explains why this is a coroutine function without parameters.
     """
