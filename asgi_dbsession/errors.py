@@ -15,12 +15,12 @@ class DBSessionError(Exception):
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the finished error text, because `__init__` takes other arguments."""
+        """Pickle the finished error text, because `__init__` takes other arguments than a text."""
         return _restore_error, (type(self), self.args), vars(self)
 
 
 class NoSession(DBSessionError, LookupError):
-    """A session was requested in code that no unit of work is open for."""
+    """A session was requested where no unit of work that manages its database is open."""
 
     def __init__(self, database: object) -> None:
         if _is_in_bare_thread():
@@ -184,8 +184,8 @@ class ConfigurationError(DBSessionError, ValueError):
 class AbortRequest(BaseException):
     """Stops an application whose response must not be sent, for example after a failed COMMIT.
 
-    This class is not an `Exception`, so that no exception handler of the application catches it and
-    sends an answer. The middleware raises the original error instead of it.
+    This class is not an `Exception`, so that no exception handler of the application catches an
+    AbortRequest and sends a response. The middleware then raises the original error.
 
     Args:
         failure: The error of the COMMIT, which the middleware must answer.
@@ -196,15 +196,15 @@ class AbortRequest(BaseException):
         self.failure: Exception | None = failure
 
 
-# The exceptions to catch, because frameworks and task groups may convert an AbortRequest into
-# another exception.
+# Catch these exceptions wherever an AbortRequest may arrive, because frameworks and task groups may
+# convert an AbortRequest into another exception.
 ABORTED = (AbortRequest, Exception, BaseExceptionGroup)
 
 
 def without_secrets(url: URL) -> str:
-    """Return the URL for logs: password hidden, options removed (they may be secret too)."""
-    # The user wrote the colon before the password as `%3A`, so SQLAlchemy found no password to
-    # hide.
+    """Return the URL for logs: password hidden, options removed (an option may be a secret)."""
+    # If the colon before the password is written as `%3A`, SQLAlchemy reads the password as a part
+    # of the user name. Separate the two, so that the password is hidden.
     if url.username and ":" in url.username:
         user, _, password = url.username.partition(":")
         url = url.set(username=user, password=password)

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
-# These two types are `Any`, because Starlette, httpx and uvicorn describe the same dictionaries
+# Scope and Message are `Any`, because Starlette, httpx and uvicorn describe the same dictionaries
 # with types that exclude each other. All three libraries accept `Any`.
 Scope: TypeAlias = Any
 Message: TypeAlias = Any

@@ -32,7 +32,7 @@ def is_local(scope: Scope) -> bool:
 def _is_loopback(client: Any) -> bool:
     try:
         address = ip_address(client[0])
-    # The server gives no client address, for example on a Unix socket.
+    # Without a client address (on a Unix socket, say), the client does not count as local.
     except (TypeError, ValueError, LookupError):
         return False
     mapped = getattr(address, "ipv4_mapped", None)

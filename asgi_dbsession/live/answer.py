@@ -3,7 +3,7 @@
 from asgi_dbsession.types import Send
 
 _NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-# This policy allows the style, the script and the event stream of the page itself.
+# A content security policy that allows only the style, the script and the event stream of the page.
 CSS_AND_SCRIPT = (
     _NOTHING + "; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'"
 )
@@ -30,7 +30,7 @@ async def answer(
     """Send a complete HTTP response.
 
     Args:
-        send: The ASGI callable.
+        send: The ASGI function `send` of the request.
         status: The HTTP status.
         text: The body.
         media_type: The media type without a charset; the charset is UTF-8.

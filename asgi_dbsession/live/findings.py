@@ -6,7 +6,8 @@ from typing import TypedDict
 from .now import Connection, DatabaseNow
 from .recent import Recent
 
-# Seconds: a connection that is idle or works for longer is shown as a finding.
+# A connection that is idle, or executes one statement, for more seconds than this number is shown
+# as a problem.
 _LONG = 0.5
 _MOST_OF_A_KIND = 2
 

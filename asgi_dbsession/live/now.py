@@ -1,4 +1,4 @@
-"""Finds which unit of work holds which connection now, and which units wait for one."""
+"""Finds which unit of work holds which connection now, and which units wait for a connection."""
 
 from time import perf_counter
 from typing import Any, TypedDict
@@ -49,7 +49,7 @@ class DatabaseNow(TypedDict):
 
 
 class Lanes:
-    """Gives each connection of a pool a permanent number."""
+    """Gives each connection of a pool a permanent number, which is its row on the page."""
 
     def __init__(self) -> None:
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -106,7 +106,7 @@ class Now:
         shown = max(size, checked_out, self._shown[database], *lanes, 0)
         if most is not None:
             shown = max(min(shown, most), *lanes, 0)
-        # Keep showing a connection once it was shown, so that the rows of the page do not jump.
+        # Keep all rows that the page has shown, so that the rows do not jump.
         self._shown[database] = shown
         others = max(0, checked_out - len(used))
         connections = []
@@ -145,12 +145,12 @@ def _connection(
         "line": line(checkout.call_site),
         "statement": without_values(checkout.statement, dialect) or checkout.kind.upper(),
         "in_transaction": checkout.in_transaction and not _is_in_autocommit(checkout),
-        "read_only": False,  # unless the unit says so
+        "read_only": False,  # `look` sets the real value
     }
 
 
 def _is_in_autocommit(checkout: Checkout) -> bool:
-    """Return True if the driver is in autocommit mode, for example until a delayed BEGIN."""
+    """Return True if the driver is in autocommit mode, so that no transaction is open."""
     return getattr(checkout.entry.dbapi_connection, "autocommit", None) is True
 
 

@@ -21,7 +21,7 @@ from asgi_dbsession.unit.report import Outcome
 from .route import RouteName, name_of, route_by_quart
 from .totals import Totals
 
-# How many ended units of work are kept for the page.
+# The largest number of ended units of work that the page remembers.
 _MOST_UNITS = 400
 
 
@@ -73,7 +73,7 @@ class LiveObserver(UnitObserver):
 
     Args:
         databases: The databases to observe.
-        route: A function that names a request; None for the route of the framework.
+        route: A function that names a request; None to use the route that the framework declares.
     """
 
     def __init__(self, databases: tuple[Any, ...], route: RouteName | None) -> None:
@@ -86,7 +86,7 @@ class LiveObserver(UnitObserver):
 
     def open_units(self) -> Iterator[tuple[str, OpenUnit]]:
         """Iterate over the open units, each with the name of its request."""
-        # Use a copy, because threads open units meanwhile.
+        # Copy the units: another thread may open a unit, which changes the dictionary.
         for unit, found in tuple(self._open.items()):
             yield name_of(unit, self._route, found.route_by_quart), found
 
@@ -96,7 +96,7 @@ class LiveObserver(UnitObserver):
 
     @override
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
-        # The page shows only its own databases; a unit may use others too.
+        # A unit of work may also use databases that the page does not show. Ignore these databases.
         if database in self.totals:
             stats = stats_of(opened)
             stats.keeps_spans = True

@@ -28,8 +28,8 @@ from .timeline import draw
 
 # Seconds between two updates of the page.
 _PERIOD = 1.0
-# Seconds until the browser must open a new stream. A server that shuts down waits for the stream,
-# but not longer than this.
+# Seconds until a stream of updates ends and the browser opens a new stream. A server that shuts
+# down waits for the end of the stream.
 _STREAM = 10.0
 
 _REFUSAL = "This page is for clients on the same machine. LivePage(allow=...) lets others in.\n"
@@ -79,7 +79,8 @@ class LivePage:
         if scope["type"] != "http":
             raise ConfigurationError("LivePage serves HTTP alone. Mount it in an application.")
         reply = partial(answer, send, has_body=scope["method"] != "HEAD")
-        # An `async def` function returns a coroutine, which must not count as a permission.
+        # Compare with True, because an `async def` function returns a coroutine, which is no
+        # permission.
         if self._allow(scope) is not True:
             await reply(403, _REFUSAL)
         elif scope["method"] not in ("GET", "HEAD"):
@@ -148,7 +149,10 @@ class LivePage:
 
 
 def _wanted(scope: Scope) -> str:
-    """Return the last part of the path, or the query, because links need no final slash."""
+    """Return which form of the page is requested: the last part of the path, or else the query.
+
+    Links of the page use the query (`?json`), which works with and without a slash after the path.
+    """
     last = scope["path"].rstrip("/").rpartition("/")[2]
     query: str = scope.get("query_string", b"").decode("latin-1")
     return last if last in ("events", "json", "metrics") else query

@@ -10,9 +10,9 @@ from asgi_dbsession.reports.stats import Tally
 from .observer import EndedUnit
 from .shown import line, name, without_values
 
-# The page shows a line that sends the same statement at least so many times in one unit.
+# The smallest number of repetitions of a statement, by one line in one unit of work, to show.
 _REPEATED = 5
-# The page shows the lines around a connection that was idle for at least so many seconds.
+# The shortest idle time of a connection, in seconds, to show.
 _IDLE = 0.05
 _MOST_SHOWN = 8
 
@@ -36,8 +36,8 @@ class Route(TypedDict):
 class Repeated(TypedDict):
     """A statement that one line sent many times in one unit (N+1).
 
-    `times` is the largest number in one unit. The real number may be higher, because a unit keeps a
-    limited number of statements.
+    `times` is the largest number in one unit. The real number may be higher, because only a limited
+    number of statements of each unit is stored.
     """
 
     route: str
@@ -48,7 +48,7 @@ class Repeated(TypedDict):
 
 
 class Idle(TypedDict):
-    """Two lines between which units held a connection idle; times in seconds."""
+    """Two lines between which units of work held a connection without use; times in seconds."""
 
     route: str
     database: str

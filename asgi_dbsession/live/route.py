@@ -31,14 +31,14 @@ def name_of(unit: Any, route: RouteName | None, hint: str = "") -> str:
     kind = scope.get("method", "WebSocket")
     name = kind if kind in _METHODS or kind == "WebSocket" else "Other"
     found = (route_of(scope) or hint or "(no route)") if route is None else _call(route, scope)
-    # A `begin()` inside a request holds a separate connection, so the name shows it.
+    # A `begin()` inside a request holds a connection of its own, so name the `begin()` too.
     return f"{name} {found}" if unit.enclosing is None else f"{name} {found} › begin()"
 
 
 def _call(route: RouteName, scope: Scope) -> str:
     try:
         return str(route(scope))
-    # Show the request without a route: an error of this function must not fail the request.
+    # An error of the function `route` must not fail the request, so log the error.
     except Exception:
         _logger.exception("%r failed; the request is shown without a route.", route)
         return "(route failed)"
@@ -54,7 +54,7 @@ def route_of(scope: Scope) -> str:
 
 
 def route_by_quart() -> str:
-    """Return the route of Quart's current request; an empty string if there is none."""
+    """Return the route of Quart's current request; an empty string outside of such a request."""
     quart: Any = sys.modules.get("quart")
     if quart is None or not quart.has_request_context():
         return ""

@@ -12,9 +12,10 @@ _LONGEST = 400
 # MySQL.
 _MARK = re.compile(r"'|--|/\*|\$(?:[A-Za-z_]\w*)?\$")
 _MARK_OR_HASH = re.compile(_MARK.pattern + "|#")
-# Numbers, except numbers of parameters (`$1`, `:id_1`) and numbers in names.
+# Numbers, which may be secret values. Numbers of parameters (`$1`, `:id_1`) and numbers in names
+# are not secret.
 _NUMBER = re.compile(r"(?<![\w$:.%])\d[\w.]*")
-# In these dialects, double quotes may enclose a string; in all others they enclose a name.
+# In SQLite and MySQL, double quotes may enclose a string; in all other dialects, a name.
 _DOUBLE_QUOTED = re.compile(r'"[^"]*"|".*\Z', re.DOTALL)
 _TEXT_IN_DOUBLE_QUOTES = ("sqlite", "mysql", "mariadb")
 
@@ -44,7 +45,8 @@ def without_values(statement: str, dialect: str) -> str:
 
     Args:
         statement: The compiled statement.
-        dialect: The name of the SQLAlchemy dialect, because quotes differ.
+        dialect: The name of the SQLAlchemy dialect, because the meaning of quotes depends on the
+            dialect.
     """
     is_mysql = dialect in _TEXT_IN_DOUBLE_QUOTES[1:]
     marks = list((_MARK_OR_HASH if is_mysql else _MARK).finditer(statement))
@@ -59,7 +61,7 @@ def _cut(statement: str, marks: list[re.Match[str]], *, may_quote_twice: bool) -
     """Replace everything from the first quote to the last quote.
 
     Where a string ends depends on the dialect and its settings, so nothing between two quotes is
-    shown. If the statement has comments or other quotes, everything after the first of them is
+    shown. If the statement has comments or other quotes, everything after the first such mark is
     removed.
     """
     if not marks:
@@ -72,7 +74,8 @@ def _cut(statement: str, marks: list[re.Match[str]], *, may_quote_twice: bool) -
 
 
 def _name_or_nothing(found: re.Match[str]) -> str:
-    # Keep these names: SQLAlchemy writes them in double quotes, because they are words of SQL.
+    # Show the names of `_QUOTED_NAMES`. They are no values: SQLAlchemy writes them in double quotes
+    # because they are words of SQL.
     return found.group() if found.group()[1:-1] in _QUOTED_NAMES else '"…"'
 
 
@@ -82,7 +85,7 @@ _QUOTED_NAMES = frozenset(
 
 
 def name(database: Any) -> str:
-    """Return the kind of the database and its place, without user, password and options."""
+    """Return the kind, host and name of a database, without user, password and options."""
     url = database.url
     port = f":{url.port}" if url.port else ""
     place = f"{url.host}{port}/" if url.host else ""

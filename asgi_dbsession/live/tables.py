@@ -25,7 +25,7 @@ def summary(databases: list[DatabaseNow]) -> str:
 
 
 def findings(found: list[Finding]) -> str:
-    """Return the list of lines to look at first."""
+    """Return an HTML list of the lines of code to look at first."""
     if not found:
         return "<p class=calm>Nothing stands out.</p>"
     items = "".join(
@@ -37,7 +37,7 @@ def findings(found: list[Finding]) -> str:
 
 
 def now(databases: list[DatabaseNow]) -> str:
-    """Return a table of connections for each database."""
+    """Return an HTML table of the connections of each database."""
     return "".join(_database(each) for each in databases)
 
 
@@ -88,7 +88,7 @@ def _waiting(database: DatabaseNow) -> str:
 
 
 def recent(found: Recent) -> str:
-    """Return the tables of the ended units of work."""
+    """Return the HTML tables about the ended units of work."""
     return f"{_routes(found)}{_repeated(found)}{_idle(found)}"
 
 

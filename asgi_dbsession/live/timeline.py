@@ -1,4 +1,4 @@
-"""Draws units of work on a time axis."""
+"""Draws the ended units of work on a time axis."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -11,9 +11,9 @@ _WIDTH = 1200
 _HEIGHT = 300
 # The allowed numbers of rows; the picture uses the smallest number that is enough.
 _ROWS = (12, 30, 75)
-# The length of the time axis in seconds; older units would be too small to see.
+# The length of the time axis in seconds; on a longer axis, units would be too narrow to see.
 _SECONDS = 30.0
-# The smallest width of a bar that is still visible.
+# The smallest visible width of a bar, in units of the SVG.
 _LEAST = 1.5
 # The order of drawing the kinds of time: a later kind covers an earlier kind.
 _ORDER: tuple[Kind, ...] = ("wait", "hold", "statement", "rollback", "commit")

@@ -4,7 +4,8 @@ from bisect import bisect_left
 
 from asgi_dbsession.reports.stats import Tally
 
-# The upper bounds, in seconds, which OpenTelemetry recommends for `db.client.operation.duration`.
+# The upper bounds of each histogram, in seconds, which OpenTelemetry recommends for
+# `db.client.operation.duration`.
 BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
 
 
@@ -32,7 +33,7 @@ class Totals:
     Attributes:
         timeouts: How often no connection became free in time.
         waited: How long units waited for connections; only units that waited are counted.
-        used: How long units held connections; only units that held one are counted.
+        used: How long units held connections; only units that held a connection are counted.
     """
 
     def __init__(self) -> None:

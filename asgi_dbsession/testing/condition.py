@@ -15,7 +15,7 @@ class Condition:
 
     Args:
         asynchronous: True if the callers are tasks, inside SQLAlchemy's greenlets.
-        timeout: Seconds to wait.
+        timeout: Seconds after which a waiting caller gets an error.
     """
 
     def __init__(self, *, asynchronous: bool, timeout: float) -> None:
@@ -27,7 +27,7 @@ class Condition:
 
     @contextmanager
     def alone(self, when: Callable[[], bool], timeout: float | None = None) -> Iterator[None]:
-        """Wait until no other caller is inside such a block and `when()` returns True.
+        """Wait until `when()` returns True and no other caller is inside an `alone` block.
 
         Args:
             when: A function that is called again after each block and at each `wake()`.

@@ -46,7 +46,7 @@ class SharedConnection:
         self._known = violations(connection, dialect)
 
     def begin(self, transaction: SavepointTransaction) -> None:
-        """Wait for open transactions that must end before `transaction`, and begin it."""
+        """Begin `transaction`, after the open transactions that must end first."""
         transaction.caller = current_caller()
         transaction.aborted = False
 
@@ -58,17 +58,18 @@ class SharedConnection:
             below = self._open[-1] if self._open else None
             try:
                 if below is not None and below.saved and not below.wrote:
-                    # The outer transaction has sent nothing that can be rolled back. Without its
-                    # savepoint, a later rollback of it keeps the work that this transaction
-                    # commits.
+                    # The outer transaction has written nothing yet, so remove its savepoint.
+                    # Otherwise a rollback to this savepoint would also undo the work that the inner
+                    # transaction commits.
                     self._release(below)
                 self._save(transaction)
             except self._error as error:
                 if below is None or not below.saved:
                     self.lose(error)
                     raise
-                # PostgreSQL has aborted the outer transaction. On separate connections, this
-                # transaction would not be affected, so roll back the outer one and continue.
+                # PostgreSQL has aborted the outer transaction, which would not affect the inner one
+                # on a separate connection. So roll back the outer transaction, and begin the inner
+                # transaction.
                 self._undo(below)
                 below.aborted = True
                 self._save(transaction)
@@ -85,7 +86,8 @@ class SharedConnection:
         """
         self.refuse_if_lost()
         if transaction not in self._open:
-            # SQLAlchemy's recipe for SQLite sends its own BEGIN before the BEGIN of this package.
+            # An application that follows SQLAlchemy's recipe for SQLite sends BEGIN itself. Do not
+            # send this BEGIN, because the shared connection is in a transaction already.
             yield not statement.lstrip().upper().startswith("BEGIN")
             return
         with self._on_top(transaction):
@@ -108,7 +110,7 @@ class SharedConnection:
                 check_as_commit_would(self.connection, self._dialect, self._known)
 
     def commit(self, transaction: SavepointTransaction) -> None:
-        """Check deferred constraints as COMMIT does, and keep the work during the test."""
+        """Check deferred constraints as COMMIT does; keep the work until the end of the test."""
         with self._on_top(transaction):
             try:
                 if transaction.wrote:
@@ -141,7 +143,7 @@ class SharedConnection:
             self._open.remove(transaction)
 
     def abandon(self, transaction: SavepointTransaction) -> None:
-        """Roll back an unfinished transaction; if that fails, mark the connection as lost."""
+        """Roll back an unfinished transaction; after an error, mark the connection as lost."""
         try:
             self.roll_back(transaction)
         except BaseException as error:

@@ -5,8 +5,8 @@ from typing import Any
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
-# This checks all deferred constraints, and then restores the mode that each table declares. SET
-# CONSTRAINTS ALL DEFERRED would also defer constraints that are INITIALLY IMMEDIATE.
+# The statement checks all deferred constraints, and then restores the mode that each table
+# declares. SET CONSTRAINTS ALL DEFERRED would also defer constraints that are INITIALLY IMMEDIATE.
 _POSTGRESQL = """
 DO $$
 DECLARE
@@ -37,7 +37,7 @@ def send(connection: PoolProxiedConnection, statement: str) -> list[Any]:
 
 
 def violations(connection: PoolProxiedConnection, dialect: Dialect) -> set[Any]:
-    """Return the rows that break a foreign key, if this is an SQLite that enforces foreign keys."""
+    """Return the rows that break a foreign key; empty unless SQLite enforces foreign keys."""
     if dialect.name != "sqlite" or send(connection, "PRAGMA foreign_keys") != [(1,)]:
         return set()
     return set(send(connection, "PRAGMA foreign_key_check"))

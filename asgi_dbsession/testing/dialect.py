@@ -1,4 +1,4 @@
-"""A dialect that uses savepoints instead of transactions."""
+"""A dialect that uses savepoints instead of transactions, so that a test can roll back all work."""
 
 import types
 from collections.abc import Mapping

@@ -23,7 +23,7 @@ def share(engine: Engine, isolation: Isolation) -> None:
     event listeners are called.
 
     Args:
-        engine: The engine to change; it is changed in place, because other code refers to it.
+        engine: The engine to change in place, because other code refers to the same object.
         isolation: The state of the `rolled_back` block.
 
     Raises:
@@ -35,7 +35,9 @@ def share(engine: Engine, isolation: Isolation) -> None:
             f"{name} is inside of `rolled_back` already: use it once for each test."
         )
     dialect = engine.dialect
-    # The dialect has the class already if work of an earlier test still uses a connection.
+    # The dialect is a `SavepointDialect` already if work of an earlier test still uses a
+    # connection. A second derived class would stay after the test, because `unshare` removes only
+    # one class.
     if not isinstance(dialect, SavepointDialect):
         dialect.__class__ = with_savepoints(type(dialect))
     engine.pool = SharedPool(engine.pool, dialect, name, isolation)
@@ -49,14 +51,14 @@ def unshare(engine: Engine) -> None:
             pool.roll_back()
         finally:
             engine.pool = pool.source
-            # Keep the class while connections are checked out: their statements must go on to
-            # raise errors.
+            # Keep the class `SavepointDialect` while connections are checked out, so that
+            # statements after the end of the test raise errors.
             if pool.checkedout() == 0:
                 dialect.__class__ = type(dialect).__bases__[1]
 
 
 def home_of(engine: Engine) -> asyncio.AbstractEventLoop | None:
-    """Return the event loop of the shared connection; None if it needs no event loop."""
+    """Return the event loop of the shared connection; None for a blocking connection."""
     return engine.pool.loop if isinstance(engine.pool, SharedPool) else None
 
 

@@ -57,13 +57,13 @@ class Isolation:
 
     Args:
         timeout: Seconds that a transaction waits for another transaction.
-        test: The caller that entered the block.
+        test: The task or thread that entered the block.
 
     Attributes:
         violations: Errors about work that would have ended differently on several connections.
         has_ended: True if the block has ended.
         threads: The threads that ran before the first block around these databases.
-        tasks: The tasks that used a session inside such a block.
+        tasks: The tasks that used a session inside a `rolled_back` block.
     """
 
     timeout: float

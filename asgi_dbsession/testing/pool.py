@@ -80,7 +80,7 @@ class SharedPool(Pool):
         finally:
             self._cut_off(reason)
             if shared.connection.is_valid:
-                # Closing the connection makes the database roll back its transaction.
+                # Close the connection, so that the database rolls back the transaction.
                 shared.connection.invalidate(shared.lost)
 
     def _give_back(self, shared: SharedConnection) -> None:
@@ -125,13 +125,13 @@ class SharedPool(Pool):
             dialect.set_isolation_level(_dbapi(connection), level)
         driver: Any = connection.driver_connection
         if dialect.name == "sqlite" and not driver.in_transaction:
-            # Without BEGIN, the release of a savepoint would be a COMMIT.
+            # Send BEGIN, because without BEGIN the release of a savepoint is a COMMIT on SQLite.
             send(connection, "BEGIN")
         return SharedConnection(connection, dialect, self._database, self.isolation)
 
 
 class SharedRecord(_ConnectionRecord):
-    """Takes the place of a separate connection for one caller."""
+    """The pool entry of one caller, with the shared connection instead of a separate connection."""
 
     def __init__(
         self, pool: Pool, shared: SharedConnection, transaction: SavepointTransaction
@@ -142,7 +142,7 @@ class SharedRecord(_ConnectionRecord):
         self.transaction = transaction
 
     def cut_off(self, reason: Exception) -> None:
-        """Give errors to all callers that still use this record, instead of the real connection."""
+        """Replace the connection of this record by an object that raises `reason` at each use."""
         connection: Any = CutOffConnection(reason)
         self.dbapi_connection = connection
         proxy: Any = self.fairy_ref() if self.fairy_ref is not None else None
@@ -164,7 +164,7 @@ class CutOffConnection:
         raise self._reason.with_traceback(None)
 
     def cursor(self, *_: object, **__: object) -> "CutOffCursor":
-        """Return a cursor that can only be closed; its statements raise the error."""
+        """Return a cursor that can only be closed; each statement raises `reason`."""
         return CutOffCursor(self._reason)
 
     def rollback(self) -> None:
@@ -175,7 +175,7 @@ class CutOffConnection:
 
 
 class CutOffCursor:
-    """The cursor of a `CutOffConnection`; its statements raise the error."""
+    """The cursor of a `CutOffConnection`; each statement raises `reason`."""
 
     def __init__(self, reason: Exception) -> None:
         self._reason = reason

@@ -14,7 +14,7 @@ from .transaction import SavepointTransaction
 def refusing_writes(
     connection: PoolProxiedConnection, dialect: Dialect, transaction: SavepointTransaction
 ) -> Iterator[None]:
-    """Let the database refuse the statement that is executed inside the block, if it writes.
+    """Let the database refuse writes of the one statement that the block executes.
 
     A nested transaction may write, so writes are refused only during this statement. MariaDB has no
     read-only savepoints.
@@ -27,7 +27,8 @@ def refusing_writes(
             send(connection, "PRAGMA query_only = OFF")
         return
     if dialect.name == "postgresql" and not transaction.read_only:
-        # PostgreSQL allows writes again at the end of the savepoint.
+        # Once for each savepoint, because PostgreSQL allows writes again at the end of the
+        # savepoint.
         send(connection, "SET TRANSACTION READ ONLY")
         transaction.read_only = True
     yield

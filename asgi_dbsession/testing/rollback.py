@@ -41,12 +41,12 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
     and in the test.
 
     Transactions of different requests run one after the other. A transaction is nested in another
-    one if it begins while the test has a transaction open, or inside another transaction of its
-    request.
+    transaction if it begins while the test has a transaction open, or inside another transaction of
+    its request.
 
     `async with` also starts the databases, for clients that send no lifespan. Plain `with` is for
     tests written with `def`: the databases are started by Starlette's `with TestClient(app):`,
-    inside or around the block. A `SyncDatabase` is started by both.
+    inside or around the block. Both `with` and `async with` start a `SyncDatabase`.
 
     Engines in `session_options["binds"]` are included. A session that uses another engine (from its
     `get_bind`, for example) is refused, unless `from_engine(engine)` is among the databases. Tasks,
@@ -64,8 +64,8 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
         NotIsolated: Several connections would have led to another result, or the connection was
             lost, or MariaDB has committed by itself. Raised in the request and at the end of the
             block.
-        ConfigurationError: A database is in such a block already, or plain `with` is used in a
-            coroutine.
+        ConfigurationError: A database is in a `rolled_back` block already, or plain `with` is used
+            in a coroutine.
         DatabaseUnavailable: A database did not answer.
     """
     return RolledBack(databases, timeout)
@@ -151,7 +151,8 @@ def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
     try:
         yield
     finally:
-        # Set this here too, because a database may have failed to start.
+        # Set `has_ended` also if a database failed to start, because `leave_block` was not called
+        # then.
         isolation.has_ended = True
         database._prepare = watch
         database._reads.is_shared = False
@@ -184,7 +185,8 @@ def _unshare(database: AnyDatabase) -> None:
         loop = home_of(engine)
         if loop is None:
             unshare(engine)
-        # The event loop runs in another thread, which serves the application.
+        # The event loop runs in another thread, which serves the application, so run `unshare`
+        # there.
         elif loop.is_running():
             asyncio.run_coroutine_threadsafe(greenlet_spawn(unshare, engine), loop).result()
         elif not loop.is_closed():

@@ -24,7 +24,7 @@ _block: ContextVar[Isolation | None] = ContextVar("asgi_dbsession.testing", defa
 _latest: WeakKeyDictionary[Database[Any, Any], Isolation] = WeakKeyDictionary()
 _block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
 
-# Threads of these pools serve many callers, so they do not belong to one test.
+# The modules of thread pools whose threads serve many callers, and so do not belong to one test.
 _POOLS = ("anyio.", "trio.")
 
 
@@ -32,12 +32,10 @@ def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
     """Check each session of the database when it begins a transaction."""
     earlier = _latest.get(database)
     if earlier is None:
-        # This listener is never removed, so that it also refuses work that continues after its
-        # test.
+        # Never remove this listener, so that work which continues after its test is refused too.
         event.listen(session_class_of(database), "after_begin", _Check(database))
     else:
-        # Forget tasks and threads of an earlier test that still run: they do not belong to this
-        # test.
+        # Tasks and threads that an earlier test left running do not belong to this test.
         isolation.threads.intersection_update(earlier.threads)
         isolation.tasks.update(earlier.tasks)
     _latest[database] = isolation
@@ -110,7 +108,7 @@ def _refuse(connection: Connection, error: NotIsolated) -> NoReturn:
     def refuse(*_: object) -> NoReturn:
         raise error.with_traceback(None)
 
-    # Refuse later statements too: the application may catch the error and use the connection again.
+    # Refuse later statements on the connection too, because the application may catch the error.
     for name in ("before_cursor_execute", "commit", "prepare_twophase", "commit_twophase"):
         event.listen(connection, name, refuse)
     raise error

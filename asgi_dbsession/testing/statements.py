@@ -21,9 +21,9 @@ def count_statements(
 ) -> Iterator[list[str]]:
     """Record each statement that is sent to the databases, savepoints included.
 
-    Use plain `with`, in async tests too. It works with and without `rolled_back`; savepoints of
-    `rolled_back` are not counted. BEGIN, COMMIT and ROLLBACK are not counted. All engines that a
-    session of the databases uses are included, such as those in `binds`.
+    Use plain `with`, in async tests too. `count_statements` works with and without `rolled_back`;
+    savepoints of `rolled_back` are not counted. BEGIN, COMMIT and ROLLBACK are not counted. All
+    engines that a session of the databases uses are included, such as those in `binds`.
 
     Args:
         *databases: The databases to watch; they must be running.
@@ -41,7 +41,8 @@ def count_statements(
     with ExitStack() as stack:
         recorder = _Recorder(statements, stack)
         for database in databases:
-            # This access raises DatabaseNotRunning if the database is not started.
+            # Read the engine, because this raises DatabaseNotRunning if the database is not
+            # started.
             _ = database.engine
             for engine in engines_of(database):
                 recorder.listen(engine)
@@ -56,7 +57,7 @@ def count_statements(
 
 
 class _Recorder:
-    """Records the statements of engines until the end of the block."""
+    """Records the statements of engines until the end of the `count_statements` block."""
 
     def __init__(self, statements: list[str], stack: ExitStack) -> None:
         self._statements = statements

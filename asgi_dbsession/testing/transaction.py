@@ -8,7 +8,7 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 
 def current_caller() -> object:
-    """Return the running task; if there is none, the identifier of the thread."""
+    """Return the running task; outside of a task, the identifier of the thread."""
     return current_task() or get_ident()
 
 
@@ -17,7 +17,7 @@ class SavepointTransaction:
 
     Args:
         number: The number in the name of the savepoint.
-        test: The caller that entered `rolled_back`: the test, or its fixture.
+        test: The task or thread that entered `rolled_back`: the test, or its fixture.
 
     Attributes:
         unit: The unit of work that the transaction belongs to. None if the application took the
