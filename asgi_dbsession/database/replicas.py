@@ -1,4 +1,4 @@
-"""The option `replicas` of a database."""
+"""The option `replicas` of a database, which lists its replicas and stores positions of clients."""
 
 import re
 from collections.abc import Sequence
@@ -9,44 +9,46 @@ from sqlalchemy import URL
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.types import Scope
 
-_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 6265, 4.1.1
+# the characters of a cookie's name: RFC 6265, 4.1.1
+_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _PATH = re.compile(r"/[^;\s\x00-\x1f\x7f]*")
 
 
 class PositionStore(Protocol):
-    """Keeps what each client has seen, in place of a cookie: in Redis, say.
+    """An object, such as one that uses Redis, that stores the position of each client.
 
-    Which client a request is of is for the store to find out, from the ASGI scope.
+    The store replaces the cookie, and finds the client of a request in the ASGI scope.
     """
 
     async def load(self, scope: Scope) -> str | None:
-        """What was saved last for the client; None if nothing was, or it has expired."""
+        """Return the text that was saved last for the client; None without a stored text."""
 
     async def save(self, scope: Scope, position: str) -> None:
-        """Keep what the client has seen, unless a greater text is there.
+        """Store the position that the client has seen, unless a greater text is stored already.
 
         Args:
             scope: The ASGI scope of the request.
-            position: At most 50 ASCII characters. They may be forgotten after `lifetime` seconds.
+            position: At most 50 ASCII characters. The store may delete them after `lifetime`
+                seconds.
         """
 
 
 class Replicas:
-    """The replicas of a database, and how the position of a client travels.
+    """The replicas of a database, and how a client keeps the position that it has seen.
 
     Args:
-        urls: One URL for each replica; not one for all of them, behind a load balancer. A URL that
-            names no driver gets that of the primary.
+        urls: One URL for each replica, not one URL of a load balancer. A URL without a driver gets
+            the driver of the primary.
         max_lag: Seconds. A replica that is further behind the primary is not read from.
-        cookie: The name of the cookie with the position of a client.
+        cookie: The name of the cookie for the position of a client.
         path: The path of the cookie.
-        store: Keeps the positions of clients in place of the cookie.
+        store: An object that stores the positions of clients; None to use the cookie.
 
     Attributes:
-        lifetime: Seconds for which the position of a client is kept: four times `max_lag`.
+        lifetime: Seconds for which the position of a client is stored: four times `max_lag`.
 
     Raises:
-        ConfigurationError: An argument is not what it should be.
+        ConfigurationError: An argument is wrong.
     """
 
     def __init__(

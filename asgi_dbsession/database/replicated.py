@@ -1,4 +1,4 @@
-"""Adds the replicas of a database to the life of its engine."""
+"""Starts and stops the replicas of a database together with its engine."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -19,23 +19,23 @@ E = TypeVar("E", bound=Engine | AsyncEngine)
 
 
 class ReplicatedLife(EngineLife[E]):
-    """The engine of a database, and the engines of its replicas."""
+    """The engine of a database, started and stopped together with the engines of its replicas."""
 
-    # The `ReplicaSet` of the optional room `replicas`; None without replicas.
+    # The `ReplicaSet` of the optional package `replicas`; None without replicas.
     _replica_set: Any = None
 
     @property
     def replicas(self) -> tuple[Self, ...]:
-        """The replicas as databases: for their `engine`, `health()` and `ping()`."""
+        """The replicas as databases, each with its own `engine`, `health()` and `ping()`."""
         return self._replica_set.databases if self._replica_set is not None else ()
 
     @property
     def position(self) -> str | None:
-        """What the client of this context has seen of a database with replicas.
+        """The position that the client of this context has seen of a database with replicas.
 
-        For a message to a worker, which gives it to `begin(read_only=True, after=position)`. Read
-        it after the block of `begin()`, or in a function given to `on_commit`. None: it has seen
-        nothing, or there are no replicas.
+        Send the position in a message to a worker, which calls `begin(read_only=True,
+        after=position)`. Read the position after the block of `begin()`, or in a function given to
+        `on_commit`. None if the client has seen nothing, or without replicas.
         """
         return self._replica_set.position if self._replica_set is not None else None
 

@@ -1,4 +1,4 @@
-"""Which server of a database a unit of work may read from."""
+"""Chooses the server that a unit of work reads from: the primary or a replica (optional)."""
 
 from asgi_dbsession.database.replicas import PositionStore, Replicas
 

@@ -1,4 +1,4 @@
-"""Refuses what cannot be a primary, or a replica."""
+"""Checks that a database may have replicas, and that each URL may be a replica's."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,11 @@ from asgi_dbsession.errors import ConfigurationError
 
 
 def check_primary(database: Any) -> None:
-    """Refuse replicas where they cannot work.
+    """Refuse replicas for a database where they cannot work.
 
     Raises:
-        ConfigurationError: It is no PostgreSQL, or the session chooses engines itself.
+        ConfigurationError: The database is not PostgreSQL, or the session chooses among several
+            engines.
     """
     if database.url.get_backend_name() != "postgresql":
         raise ConfigurationError(
@@ -28,21 +29,21 @@ def check_primary(database: Any) -> None:
 
 
 def with_driver(url: str | URL, database: Any) -> str | URL:
-    """The URL of a replica with the driver of the primary, if it names none."""
+    """Return the URL of a replica; without a driver in the URL, with the driver of the primary."""
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError, AttributeError):
-        return url  # the database class says what is wrong
+        return url  # `AsyncDatabase` or `SyncDatabase` explains the error
     if parsed.drivername in ("postgres", "postgresql"):
         return parsed.set(drivername=database.url.drivername)
     return parsed
 
 
 def check_replica(replica: Any, database: Any, others: Sequence[Any]) -> None:
-    """Refuse what cannot be a replica.
+    """Refuse a database that cannot be a replica of `database`.
 
     Raises:
-        ConfigurationError: It has another driver than the primary, or was given before.
+        ConfigurationError: The replica has another driver than the primary, or was given before.
     """
     if replica.url.drivername != database.url.drivername:
         raise ConfigurationError(

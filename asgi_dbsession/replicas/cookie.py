@@ -1,4 +1,4 @@
-"""How the position of a client comes with a request, and goes with the response."""
+"""Receives the WAL position that a client has seen with a request, and sends the new position."""
 
 import logging
 import re
@@ -13,18 +13,18 @@ from .seen_here import used_here
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# Where a middleware further in finds what the client has seen.
+# The key in the ASGI scope for what the client has seen, so that an inner middleware uses it too.
 _KEY = "asgi_dbsession.seen"
 _SAFE = ("GET", "HEAD")
 _SHARED = re.compile(rb"(?i)\b(public|s-maxage)\b")
 
 
 class Positions:
-    """Has what each client has seen travel with it, in a cookie or in a store.
+    """Loads and saves, for each request, what the client has seen: in a cookie or in a store.
 
     Args:
-        serve: Serves one request or WebSocket.
-        servers: The replicas of each database that has any.
+        serve: The application that serves a request or WebSocket.
+        servers: The replica set of each database that has replicas.
     """
 
     def __init__(self, serve: ASGIApp, servers: Iterable[ReplicaSet]) -> None:
@@ -47,7 +47,8 @@ class Positions:
                 await self._serve(scope, receive, tell_and_send)
         finally:
             scope[_KEY] = outer
-            await _save(own, scope)  # what came after the response: a store can learn it
+            # Save what the client has seen after the response, which only a store can still save.
+            await _save(own, scope)
 
 
 async def _load(servers: ReplicaSet, scope: Scope) -> Seen:
@@ -62,7 +63,7 @@ async def _load(servers: ReplicaSet, scope: Scope) -> Seen:
     if not found:
         return Seen()
     text, *others = found
-    return Seen("" if others else text)  # of two, nobody knows which one is right
+    return Seen("" if others else text)  # With two such cookies, nobody knows which is right.
 
 
 def _cookies(scope: Scope, name: str) -> Iterable[str]:
@@ -80,7 +81,7 @@ async def _save(own: dict[ReplicaSet, Seen], scope: Scope) -> None:
         if store is not None and (text := seen.news()) is not None:
             try:
                 await store.save(scope, text)
-            except Exception:  # what was committed stays, and the response is true
+            except Exception:  # go on, because the work was committed
                 _logger.exception("The store of positions failed: the next read may be stale")
 
 
@@ -106,7 +107,7 @@ def _cookie(servers: ReplicaSet, text: str, scope: Scope) -> str:
 
 
 def _is_for_all(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether shared caches may give the response to other clients."""
+    """Return True if shared caches may give the response to other clients."""
     return any(
         name.lower() == b"cache-control" and _SHARED.search(value) for name, value in headers
     )

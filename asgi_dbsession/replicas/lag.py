@@ -1,4 +1,4 @@
-"""How far a replica may be behind its primary."""
+"""Limits how many seconds a replica may be behind its primary."""
 
 from collections import deque
 from threading import Lock
@@ -8,10 +8,12 @@ from .question import Answer
 
 
 class Lag:
-    """Where the primary was, and when: so no clock of a server is needed.
+    """The positions of the primary in the last seconds, by the clock of this process.
+
+    The clocks of the servers are not used, because they may differ.
 
     Args:
-        most: Seconds that a replica may be behind.
+        most: How many seconds a replica may be behind the primary.
     """
 
     def __init__(self, most: float) -> None:
@@ -20,22 +22,22 @@ class Lag:
         self._mutex = Lock()
 
     def record(self, answer: Answer) -> None:
-        """Remember where the primary was; a tenth of `most` is fine enough."""
+        """Record a position of the primary, but not more often than ten times in `most` seconds."""
         with self._mutex:
             history = self._history
             if history:
                 last = history[-1]
                 passed = answer.asked - last.asked
                 if passed > self._most / 2 or not answer.position.includes(last.position):
-                    history.clear()  # nobody asked for long, or a replica was promoted
+                    history.clear()  # the gap is too long, or a replica was promoted
                 elif passed < self._most / 10:
                     return
             history.append(answer)
 
     def floor(self, now: float) -> Position | None:
-        """What a replica must have replayed; None if nothing is known of the primary.
+        """Return the position that a replica must have replayed; None if no position is known.
 
-        While the primary is down, that comes to be the last position that is known of it.
+        While the primary is down, this position rises up to the last known position of the primary.
         """
         with self._mutex:
             history = self._history

@@ -1,25 +1,28 @@
-"""A position in the write-ahead log (WAL), and what a client has seen of it."""
+"""A position in the write-ahead log (WAL) of PostgreSQL, and which positions a client has seen."""
 
 import re
 from time import time
 from typing import Any, NamedTuple
 from zlib import crc32
 
-# Fixed widths, so that of two texts of one cluster the later position is the greater text.
+# Position, cluster, and replica as text. The numbers have fixed widths, so that the text of the
+# later position in a cluster is the greater text.
 _TEXT = re.compile(
     r"([0-9a-f]{8})\.([0-9a-f]{16})\.([0-9a-f]{8})(?:\.([0-9a-f]{8})\.([0-9a-f]{1,10}))?"
 )
-# What a client is given when the primary did not answer after COMMIT: it is no position.
+# A text for the client instead of a position, if the primary did not answer after COMMIT. The
+# client then reads from the primary.
 _UNKNOWN = "unknown"
 
 
 class Position(NamedTuple):
-    """How far a server has written, or replayed, the WAL.
+    """How far a server has written (primary) or replayed (replica) the write-ahead log (WAL).
 
     Attributes:
-        timeline: Grows with each promotion. A position says nothing about another timeline.
-        lsn: The byte in the WAL.
-        cluster: A checksum of the identifier that a primary shares with its replicas alone.
+        timeline: A number that grows with each promotion. Positions of two timelines cannot be
+            compared.
+        lsn: The number of the byte in the WAL.
+        cluster: A checksum of the identifier that only a primary and its replicas share.
     """
 
     timeline: int
@@ -27,25 +30,25 @@ class Position(NamedTuple):
     cluster: str
 
     def includes(self, other: "Position") -> bool:
-        """Whether a server that is here has replayed all that `other` stands for."""
+        """Return True if a server at this position has replayed all changes up to `other`."""
         return self[::2] == other[::2] and self.lsn >= other.lsn
 
 
 class Seen:
-    """What one client has seen of one database.
+    """What one client has seen of one database, so that the client never reads an older state.
 
-    A client that read from the primary has seen its position. A client that read from a replica may
-    have seen more than any position tells, and so goes on with that replica.
+    After a read from the primary, the client has seen the primary's position. After a read from a
+    replica, the client may have seen more than the known position, and so stays with the replica.
 
     Args:
-        text: What the client says it has seen. Anything but a position that `text` has made is not
-            trusted, so that the client reads from the primary next.
+        text: The text that the client sent. If the text is not one that the property `text`
+            returned, the client reads from the primary next.
 
     Attributes:
-        position: What a server must have replayed.
-        replica: The name of the replica that the client reads from.
-        users: What uses the primary for this client now, or has used it and not asked for its
-            position since.
+        position: The position that a server must have replayed.
+        replica: The name of the replica that the client stays with; None without such a replica.
+        users: The sessions of this client that use the primary, or used it without asking for its
+            position afterwards.
     """
 
     __slots__ = ("_instead", "_since", "_told", "position", "replica", "users")
@@ -55,7 +58,7 @@ class Seen:
         self.replica: str | None = None
         self.users: set[Any] = set()
         self._since = 0
-        self._instead: str | None = None  # what the client has in place of a position
+        self._instead: str | None = None  # the text instead of a position
         self._told: str | None = text
         if text is not None:
             self._read(text)
@@ -71,12 +74,12 @@ class Seen:
 
     @property
     def is_trusted(self) -> bool:
-        """Whether a replica may be used, if it is far enough."""
+        """True if a replica may be used that has replayed `position`."""
         return self._instead is None
 
     @property
     def text(self) -> str | None:
-        """What the client must say next time; None if it has seen nothing."""
+        """The text that the client must send next time; None if the client has seen nothing."""
         if self._instead is not None:
             return self._instead
         if self.position is None:
@@ -86,7 +89,7 @@ class Seen:
         return text if self.replica is None else f"{text}.{self.replica}.{self._since:x}"
 
     def news(self) -> str | None:
-        """What to tell the client; None if it knows already."""
+        """Return the text for the client; None if the client has this text already."""
         text = self.text
         if text == self._told:
             return None
@@ -94,23 +97,24 @@ class Seen:
         return text
 
     def read_from_replica(self, name: str, position: Position, lifetime: float) -> None:
-        """The client reads from a replica, which has replayed at least that position.
+        """Record that the client reads from a replica.
 
         Args:
             name: The name of the replica.
-            position: Its position.
-            lifetime: Seconds for which the client remembers. The name is told again after half of
-                them, so that it is not forgotten while the client reads.
+            position: A position that the replica has replayed.
+            lifetime: Seconds for which the client stores its text. After half of the time the text
+                is sent again, so that it does not expire while the client reads.
         """
         now = int(time())
         if self.replica not in (None, name):
-            self._instead = _UNKNOWN  # of two replicas, nobody knows which one is further
+            # The client has read from two replicas, and nobody knows which replica is further.
+            self._instead = _UNKNOWN
         elif self.replica is None or not 0 <= now - self._since <= lifetime / 2:
             self.replica, self._since = name, now
             self.position = self.position or position
 
     def add(self, text: str | None) -> None:
-        """The client has seen this too; text that cannot be compared is not trusted."""
+        """Record what the client has seen elsewhere; if that is unclear, use the primary next."""
         if text is None or not self.is_trusted:
             return
         other = Seen(text)
@@ -125,11 +129,11 @@ class Seen:
             self._instead = _UNKNOWN
 
     def read_from_primary(self, position: Position | None) -> None:
-        """The client has used the primary, which is at that position; None: it did not answer."""
+        """Record that the client has used the primary at `position`; None if that is unknown."""
         self.replica, self._instead = None, None if position is not None else _UNKNOWN
         self.position = position or self.position
 
 
 def checksum(text: object) -> str:
-    """Eight characters that stand for a text."""
+    """Return a checksum of a text, in eight characters."""
     return f"{crc32(str(text).encode()):08x}"

@@ -1,10 +1,10 @@
-"""The question to a server how far it is, and the answer."""
+"""The SQL statement that asks a server for its WAL position, and the answer."""
 
 from typing import Any, NamedTuple
 
 from .position import Position, checksum
 
-# On a standby, the timeline of what it receives is shown to roles with `pg_read_all_stats`. Others
+# A replica shows the timeline that it receives only to roles with `pg_read_all_stats`. Other roles
 # see the timeline of the last restart point, which follows a promotion some minutes later.
 QUESTION = """
 SELECT standby,
@@ -19,17 +19,17 @@ SELECT standby,
 FROM (SELECT pg_is_in_recovery() AS standby OFFSET 0) AS server
 """
 
-# Bytes at the start of each page of the WAL.
+# The number of bytes in the header of each WAL page.
 _PAGE_HEADER = 24
 
 
 class Answer(NamedTuple):
-    """How far a server was.
+    """The WAL position of a server at one time.
 
     Attributes:
-        asked: When the question was sent, as of `monotonic`.
-        position: What it had written, or replayed.
-        is_standby: Whether it replays what another server writes.
+        asked: The time of the question, from `monotonic`.
+        position: The position that the server had written or replayed.
+        is_standby: True if the server replays the WAL of another server.
     """
 
     asked: float
@@ -38,17 +38,17 @@ class Answer(NamedTuple):
 
     @classmethod
     def of(cls, row: Any, asked: float, timeline: int) -> "Answer":
-        """Read the row that a server has answered.
+        """Convert the row that a server returned for `QUESTION`.
 
         Args:
             row: The row.
-            asked: When it was asked.
-            timeline: The timeline of an earlier answer; timelines only grow.
+            asked: The time of the question, from `monotonic`.
+            timeline: The timeline of an earlier answer, which can only grow.
         """
         is_standby, lsn, current, checkpoint, cluster, block = row
         high, _, low = (lsn or "0/0").partition("/")
         number = (int(high, 16) << 32) + int(low, 16)
         if not is_standby and number % block == _PAGE_HEADER:
-            number -= _PAGE_HEADER  # a page without a record: replicas do not replay its header yet
+            number -= _PAGE_HEADER  # replicas replay a page header only with its first record
         timeline = max(timeline, current or checkpoint)
         return cls(asked, Position(timeline, number, checksum(cluster)), is_standby)

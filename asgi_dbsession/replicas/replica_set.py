@@ -1,4 +1,4 @@
-"""The replicas of one database, and which server a client may read from."""
+"""The replicas of one database, and the choice of the server that a client reads from."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -26,9 +26,9 @@ from .server import Server, TaskServer, ThreadServer
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
-# Seconds after which a replica is asked again if it was not far enough.
+# Seconds after which a replica that was not far enough is asked for its position again.
 _AGAIN = 0.005
-# What the one connection for questions has no use for.
+# Engine options that do not fit the one connection that asks for positions.
 _POOL = (
     "pool",
     "poolclass",
@@ -45,12 +45,12 @@ class ReplicaSet:
 
     Args:
         database: The primary.
-        url: The URL that it was given.
-        given: What its `replicas` is.
-        options: Its engine options.
+        url: The URL that the application gave for the primary.
+        given: The value of the option `replicas`.
+        options: The engine options of the primary, which the replicas share.
 
     Raises:
-        ConfigurationError: Its driver is not for PostgreSQL, or an argument does not fit.
+        ConfigurationError: The driver is not for PostgreSQL, or an argument is wrong.
     """
 
     def __init__(
@@ -90,16 +90,16 @@ class ReplicaSet:
 
     @property
     def position(self) -> str | None:
-        """What the client of this context has seen."""
+        """The position that the client of this context has seen, as text."""
         return seen_here(self).text
 
     async def startup(self) -> None:
-        """Build the engines; nothing is asked yet, so that a replica may be down."""
+        """Build the engines of the replicas, and connect to none: a replica may be down."""
         for each in self._lives:
             await each.startup()
 
     async def shutdown(self) -> None:
-        """Close every connection, however often they were started."""
+        """Close all connections to the replicas, even if they were started several times."""
         for server in self._servers:
             await server.stop()
         for each in self._lives:
@@ -107,13 +107,13 @@ class ReplicaSet:
                 await each.shutdown()
 
     def start_here(self) -> None:
-        """Build the engines of a `SyncDatabase` on the calling thread."""
+        """Build the engines of the replicas of a `SyncDatabase`, on the calling thread."""
         for each in self._lives:
             if isinstance(each, SyncDatabase):
                 each.__enter__()
 
     def shutdown_here(self) -> None:
-        """Close every connection of a `SyncDatabase` on the calling thread."""
+        """Close all connections to the replicas of a `SyncDatabase`, on the calling thread."""
         for server in self._servers:
             if isinstance(server, ThreadServer):
                 server.stop_here()
@@ -122,12 +122,12 @@ class ReplicaSet:
                 each.__exit__(None, None, None)
 
     def after_fork(self) -> None:
-        """Forget the questions that threads of the parent process ask."""
+        """Forget running questions, because their threads exist only in the parent process."""
         for server in self._servers:
             server.forget()
 
     def observe(self, observer: UnitObserver) -> None:
-        """Tell an observer of the engines of the replicas, now and later."""
+        """Call an observer with each engine of the replicas, existing and future."""
         for each in self.databases:
             each.observe(observer)
 
@@ -140,15 +140,15 @@ class ReplicaSet:
         return (*self.databases, *(each.asker for each in self._servers))
 
     def see(self, position: str | None) -> None:
-        """Have the client of this context see no older state than this one."""
+        """Let the client of this context read no older state than `position`."""
         seen_here(self).add(position)
 
     def give_route(self, made: ManagedSession[Any]) -> None:
-        """Have a session take a route; one without an engine chooses a server by itself."""
+        """Give a session its route, which chooses a server for a session without an engine."""
         made.companion.route = Route(self, seen_here(self), chooses=made.orm.bind is None)
 
     def choose(self, seen: Seen) -> tuple[Engine, Callable[[], None] | None]:
-        """Return an engine to read from, and what to call before each read on a replica."""
+        """Return the engine to read from; for a replica also a function to call before a read."""
         chosen = self._choose(seen)
         if chosen is None:
             return self.primary.engine, None
@@ -160,7 +160,7 @@ class ReplicaSet:
         )
 
     def ask_primary(self) -> Position | None:
-        """Where the primary is now; None if it does not answer."""
+        """Return the present position of the primary; None if the primary does not answer."""
         answer = self.primary.answer_since(monotonic())
         if answer is None:
             return None
@@ -168,7 +168,7 @@ class ReplicaSet:
         return answer.position
 
     def _choose(self, seen: Seen) -> tuple[Server, Answer] | None:
-        """The least busy of the replicas that have replayed what the client has seen, if any."""
+        """Return the least busy replica that has replayed what the client has seen, if any."""
         now = monotonic()
         needed = self._needed(seen, now)
         if needed is None:
@@ -177,16 +177,16 @@ class ReplicaSet:
         far_enough = _far_enough(allowed, needed, lambda each: each.current(now))
         if not far_enough:
             for each in allowed:
-                each.ask()  # all of them, before the first one is waited for
+                each.ask()  # ask all replicas before waiting for the first
             again = now - _AGAIN
             far_enough = _far_enough(allowed, needed, lambda each: each.answer_since(again))
         least_busy = sorted(far_enough, key=lambda each: (each[0].checked_out, each[0].chosen))
         return least_busy[0] if least_busy else None
 
     def _needed(self, seen: Seen, now: float) -> Position | None:
-        """What a replica must have replayed; None if only the primary will do."""
+        """Return the position that a replica must have replayed; None to use the primary."""
         if seen.users:
-            # Work of the same client, which may have been committed by the application itself.
+            # Another session of the client has used the primary, and may have committed there.
             seen.read_from_primary(self.ask_primary())
         answer = self.primary.current(now)
         if answer is not None:
@@ -211,7 +211,7 @@ def _far_enough(
 
 
 class _Losses(UnitObserver):
-    """Takes out a replica that loses a connection."""
+    """Stops reads from a replica that lost a connection, until the replica answers again."""
 
     def __init__(self, server: Server) -> None:
         self._server = server

@@ -1,4 +1,4 @@
-"""Which server one session talks to."""
+"""Chooses the server that a session talks to."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -14,23 +14,23 @@ S = TypeVar("S", bound=Session)
 
 
 class Servers(Protocol):
-    """What a session needs of a `ReplicaSet`."""
+    """The methods of a `ReplicaSet` that a session needs."""
 
     def choose(self, seen: Seen) -> tuple[Engine, Callable[[], None] | None]:
-        """Return an engine to read from, and what to call before each read on a replica."""
+        """Return the engine to read from; for a replica also a function to call before a read."""
         ...
 
     def ask_primary(self) -> Position | None:
-        """Where the primary is now; None if it does not answer."""
+        """Return the present position of the primary; None if the primary does not answer."""
 
 
 class Route:
-    """The route of one session: a replica for a unit of work that may only read, or the primary.
+    """The server of one session: a replica if its unit of work may only read, or the primary.
 
     Args:
         servers: The servers to choose from.
-        seen: What the client has seen.
-        chooses: False if the session has the engine of the primary already.
+        seen: What the client of the session has seen.
+        chooses: False if the session always uses the engine of the primary.
     """
 
     def __init__(self, servers: Servers, seen: Seen, *, chooses: bool) -> None:
@@ -41,7 +41,7 @@ class Route:
         self._has_ended = False
 
     def choose(self, session: Session) -> None:
-        """Choose a server at the first statement of the work, and keep to it."""
+        """Choose a server at the first statement of a unit of work, for the whole unit."""
         if self._chooses and (session.bind is None or self._has_ended):
             self._has_ended = False
             session.bind, self._read_from_replica = self._servers.choose(self._seen)
@@ -51,18 +51,18 @@ class Route:
             self._seen.users.add(self)
 
     def work_ended(self) -> bool:
-        """Record that the work was committed or rolled back; return True to have `learn` called."""
+        """Record a commit or rollback; return True if the caller must call `learn`."""
         self._has_ended = True
         return self in self._seen.users
 
     def learn(self) -> None:
-        """Learn what the client has seen on the primary."""
-        self._seen.users.discard(self)  # first: another thread may begin now
+        """Ask the primary for its position, which the client has now seen."""
+        self._seen.users.discard(self)  # remove first: another thread may add the route again
         self._seen.read_from_primary(self._servers.ask_primary())
 
 
 def routed_class(guarded: type[S]) -> type[S]:
-    """Derive a class that has the route of the session choose the engine."""
+    """Derive a session class whose route chooses the engine of each statement."""
     return derive(guarded, (guarded,), {"get_bind": _routing(guarded.get_bind)})
 
 

@@ -1,4 +1,4 @@
-"""What the client that this code works for has seen."""
+"""Stores, for the running code, what its client has seen of each database with replicas."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +7,14 @@ from typing import Any
 
 from .position import Seen
 
-# Of each database with replicas. A request has its own; a worker begins one with its first unit.
+# What the client has seen, for each replica set. Each request sets a value of its own; a worker
+# without a request gets a value at its first unit of work.
 _here: ContextVar[dict[Any, Seen] | None] = ContextVar("asgi_dbsession.seen", default=None)
 
 
 @contextmanager
 def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
-    """Have the code of the block work for a client that has seen this."""
+    """Let the code inside the block work for a client that has seen `seen`."""
     token = _here.set(seen)
     try:
         yield
@@ -22,7 +23,7 @@ def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
 
 
 def seen_here(servers: Any) -> Seen:
-    """What the client of this context has seen of a database, by its `ReplicaSet`."""
+    """Return what the client of this context has seen of the database with these replicas."""
     found = _here.get()
     if found is None:
         found = {}

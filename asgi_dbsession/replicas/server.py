@@ -1,4 +1,4 @@
-"""Asks a server how far it is: one question at a time, shared by all who want to know."""
+"""Asks a server for its WAL position: one question at a time, whose answer all callers share."""
 
 import asyncio
 import logging
@@ -19,22 +19,23 @@ from .question import QUESTION, Answer
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# Seconds: the age from which an answer is renewed, and the age from which the new one is waited
-# for; how long that may take; and the pause before a server that did not answer is asked again.
+# Seconds: the age at which an answer is renewed, the age at which callers wait for the new answer,
+# the longest wait, and the pause before a server that did not answer is asked again.
 _FRESH, _STALE, _PATIENCE, _PAUSE = 0.05, 0.25, 1.0, 0.5
-# Seconds after which a question, which may have to connect first, is cancelled.
+# Seconds after which a question (connecting included) is cancelled.
 _LIMIT = 5
 
 
 class Server(ABC):
-    """One server, and what is known of it.
+    """One server, primary or replica, and its last known WAL position.
 
-    Its methods are called where a session may block: in a thread or, for an async database, in a
-    greenlet of SQLAlchemy's. No question is cancelled with whoever wanted to know.
+    The methods are called where a session may block: in a thread, or in a greenlet of SQLAlchemy.
+    If a caller is cancelled, its question continues, because other callers share the answer.
 
     Args:
-        database: What units of work use of the server.
-        asker: The same server, with one connection for questions: those of the pool may be in use.
+        database: The database whose pool units of work use.
+        asker: The same server with one extra connection for questions, because all connections of
+            the pool may be in use.
     """
 
     def __init__(self, database: Any, asker: Any) -> None:
@@ -49,7 +50,7 @@ class Server(ABC):
         return repr(self.database)
 
     def forget(self) -> None:
-        """Know nothing, and ask nothing: after a fork, and before the first start."""
+        """Forget all answers and the running question: after a fork, and before the first start."""
         self._mutex = Lock()
         self._question: Any = None
         self._began = 0.0
@@ -59,19 +60,19 @@ class Server(ABC):
 
     @property
     def engine(self) -> Engine:
-        """What units of work use of the server."""
+        """The engine that units of work use for this server."""
         engine: Any = self.database.engine
         sync_engine: Engine = getattr(engine, "sync_engine", engine)
         return sync_engine
 
     @property
     def checked_out(self) -> int:
-        """How many units of work use it now."""
+        """How many connections to this server units of work use now."""
         pool: Any = self.engine.pool
         return pool.checkedout() if hasattr(pool, "checkedout") else 0
 
     def current(self, now: float) -> Answer | None:
-        """What is known of the server, without waiting where that can be helped."""
+        """Return the last answer of the server; wait only if the answer is too old."""
         last = self._last
         if self._failed is not None:
             if now - self._failed > _PAUSE:
@@ -84,7 +85,7 @@ class Server(ABC):
         return last
 
     def answer_since(self, moment: float) -> Answer | None:
-        """The answer to a question that was sent after that moment; None if there is none soon."""
+        """Return the answer to a question sent after `moment`; None if no answer comes in time."""
         while True:
             with self._mutex:
                 if self._last is not None and self._last.asked >= moment:
@@ -97,12 +98,12 @@ class Server(ABC):
                 return None
 
     def lost(self) -> None:
-        """A connection to it was lost, or could not be made."""
+        """Record that a connection to the server was lost, or could not be made."""
         self._fail(monotonic(), "a connection was lost")
         self.ask()
 
     def ask(self) -> Any:
-        """Ask, without waiting for the answer; the question that is under way, if there is one."""
+        """Start a question without waiting for the answer, or return the running question."""
         with self._mutex:
             if self._question is None:
                 self._began = monotonic()
@@ -124,7 +125,7 @@ class Server(ABC):
             _logger.warning("%s is not read from until it answers: %s", self, reason)
 
     def _unanswered(self, error: BaseException) -> None:
-        reason = type(error).__name__  # the text of a driver may hold a secret
+        reason = type(error).__name__  # the text of a driver may be secret
         self._fail(self._began, reason)
 
     @abstractmethod
@@ -135,15 +136,16 @@ class Server(ABC):
 
     @abstractmethod
     async def stop(self) -> None:
-        """Wait until no question is under way."""
+        """Wait until no question is running."""
 
 
 class TaskServer(Server):
-    """Asked by a task."""
+    """A server of an async database, which a task asks for its position."""
 
     @override
     def _begin(self) -> "asyncio.Task[None]":
-        # Without the context of this request: some drivers keep it for as long as the connection.
+        # Ask in an empty context, because some drivers keep the context of the request as long as
+        # the connection.
         return asyncio.get_running_loop().create_task(self._ask(), context=Context())
 
     async def _ask(self) -> None:
@@ -158,7 +160,7 @@ class TaskServer(Server):
 
     @override
     def _wait(self, question: "asyncio.Task[None]", seconds: float) -> bool:
-        if not in_greenlet():  # the application has called `get_bind` itself
+        if not in_greenlet():  # the application itself called `get_bind`
             return False
         await_only(asyncio.wait([question], timeout=seconds))
         return question.done()
@@ -173,12 +175,13 @@ class TaskServer(Server):
 
 
 class ThreadServer(Server):
-    """Asked by a thread."""
+    """A server of a blocking database, which a thread asks for its position."""
 
     @override
     def _begin(self) -> Event:
         done = Event()
-        # Without the context of this request; and not one of the pool's threads, which may be few.
+        # Ask in an empty context, because drivers may keep the context of the request. Use a new
+        # thread, because the threads of the pool may all be busy.
         Thread(target=Context().run, args=(self._ask, done), daemon=True).start()
         return done
 
@@ -203,7 +206,7 @@ class ThreadServer(Server):
         await to_thread.run_sync(self.stop_here)
 
     def stop_here(self) -> None:
-        """Wait on the calling thread."""
+        """Wait on the calling thread until no question is running."""
         question: Event | None = self._question
         if question is not None:
             question.wait(_PATIENCE)

@@ -14,7 +14,7 @@ from .writes import Writes
 
 
 class Follower(Protocol):
-    """An object to call after each commit and rollback of a session."""
+    """The interface of objects that a session calls after each commit and rollback."""
 
     def record_commit(self, session: Session) -> None:
         """Record that the work of the session was committed."""
@@ -24,17 +24,17 @@ class Follower(Protocol):
 
 
 class SessionRoute(Protocol):
-    """Chooses the server that a session uses, for the optional room `replicas`."""
+    """Chooses the server that a session uses, for the optional package `replicas`."""
 
     def choose(self, session: Session) -> None:
         """Set the engine of the session; called before each statement."""
 
     def work_ended(self) -> bool:
-        """Record the end of the work; return True if `learn` must be called."""
+        """Record a commit or rollback; return True if the caller must call `learn`."""
         ...
 
     def learn(self) -> None:
-        """Ask the server about the work that has ended; may block."""
+        """Ask the server for its position after the commit or rollback; this may block."""
 
 
 class Companion:
@@ -42,14 +42,14 @@ class Companion:
 
     Attributes:
         lock: The lock of the session.
-        reads: Decides if the session may read without a transaction.
-        writes: Decides if the session may write.
+        reads: The object that decides if the session may read without a transaction.
+        writes: The object that refuses writes if the session may only read.
         connections: The connections that the session used last; some of them are closed.
         followers: The objects to call after each commit and rollback.
-        bind_asked: A function to call with each engine that SQLAlchemy requests from the session.
-        wait_failed: A function to call if no connection became free in time.
-        two_phases: The names of its transactions; None without two-phase commit.
-        route: The object that chooses the server; None if there is only one.
+        bind_asked: A function to call with each engine before the session uses it.
+        wait_failed: A function to call with the error if no connection became free in time.
+        two_phases: The object that names the session's transactions; None without two-phase commit.
+        route: The object that chooses the server of the session; None without replicas.
         stats: The measurements of the session, shared by all observers; None without observers.
     """
 
