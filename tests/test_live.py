@@ -44,7 +44,7 @@ ITEM = Table(
     "item", MetaData(), Column("id", Integer, primary_key=True), Column("note", String(80))
 )
 SECRET = "hunter2secret"
-IDLE_LINE, LOOP_LINE = "# the connection idles after this line", "# a statement for each item"
+IDLE_LINE, LOOP_LINE = "# the connection is idle after this line", "# one statement for each item"
 EVENTS = b"events"
 
 
