@@ -205,3 +205,31 @@ async def test_functions_given_to_on_commit_are_called_all_the_same(real: Real) 
         assert await ends_by(work, database) == [True]
     assert len(called) == 1
     assert threading.get_ident() not in called
+
+
+def interrupt() -> None:
+    """Raise what a signal handler raises in the middle of a statement."""
+    raise KeyboardInterrupt
+
+
+async def test_an_interrupted_statement_leaves_no_connection_behind(real: Real) -> None:
+    """SQLAlchemy has thrown the connection away, so nobody can ask it about its transaction."""
+
+    def work(session: Session) -> None:
+        event.listen(database.engine, "before_cursor_execute", lambda *_: interrupt(), once=True)
+        with pytest.raises(KeyboardInterrupt):
+            session.execute(select(ENTRY))
+
+    async with describe(real) as database:
+        await ends_by(work, database, status=400)
+        assert database.engine.pool.checkedout() == 0
+        with database.begin() as session:
+            work(session)
+            session.rollback()
+        with pytest.raises(KeyboardInterrupt), database.begin() as session:
+            event.listen(
+                database.engine, "before_cursor_execute", lambda *_: interrupt(), once=True
+            )
+            session.execute(select(ENTRY))
+        assert database.engine.pool.checkedout() == 0
+        assert await ends_by(READ, database) == [True]

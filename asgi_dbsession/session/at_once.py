@@ -43,6 +43,8 @@ def _sends_nothing(connection: Connection) -> bool:
         return False
     if _has_foreign(_listeners(connection.engine.pool, _OF_POOLS)):
         return False
+    if connection.invalidated:  # its driver's connection cannot be asked
+        return False
     if connection.dialect.name == "sqlite":
         driver: Any = connection.connection.driver_connection
         return not driver.in_transaction

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from ._sqlalchemy import flush_for_commit, forget
 from .at_once import ends_at_once
 from .companion import Companion
+from .completion import call_here
 from .failures import failed_transactions, refuse_if_aborted, watch
 from .guard import GuardedSession
 from .lock import End, SessionLock
@@ -37,11 +38,7 @@ class ManagedSession(Generic[S]):
     in_doubt: str = ""
 
     def __init__(
-        self,
-        session: S,
-        orm: Session,
-        companion: Companion,
-        run: Callable[..., Awaitable[Any]],
+        self, session: S, orm: Session, companion: Companion, run: Callable[..., Awaitable[Any]]
     ) -> None:
         self.session: S = session
         self.orm: Session = orm
@@ -64,7 +61,9 @@ class ManagedSession(Generic[S]):
     @property
     def ends_at_once(self) -> bool:
         """True if commit and rollback cannot block, so that `end` needs no worker thread."""
-        return self.session is self.orm and ends_at_once(self.orm, self.companion)
+        if self.session is not self.orm or self.run is call_here:  # `end` needs none anyway
+            return False
+        return ends_at_once(self.orm, self.companion)
 
     def close_if_idle(self) -> bool:
         """Close the session permanently if it has no work; send nothing to the database.
