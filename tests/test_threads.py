@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from anyio import to_thread
 from asgi import get, respond
-from conftest import ENTRY, Real, real_database
+from conftest import ENTRY, Real, checked_out, real_database
 from several import Entry
 from sqlalchemy import event, func, select
 from sqlalchemy.orm import Session
@@ -222,7 +222,7 @@ async def test_an_interrupted_statement_leaves_no_connection_behind(real: Real) 
 
     async with describe(real) as database:
         await ends_by(work, database, status=400)
-        assert database.engine.pool.checkedout() == 0
+        assert checked_out(database) == 0
         with database.begin() as session:
             work(session)
             session.rollback()
@@ -231,5 +231,5 @@ async def test_an_interrupted_statement_leaves_no_connection_behind(real: Real) 
                 database.engine, "before_cursor_execute", lambda *_: interrupt(), once=True
             )
             session.execute(select(ENTRY))
-        assert database.engine.pool.checkedout() == 0
+        assert checked_out(database) == 0
         assert await ends_by(READ, database) == [True]
