@@ -69,7 +69,7 @@ class PrematureClose(DBSessionError, RuntimeError):
 
 
 class ConcurrentUse(DBSessionError, RuntimeError):
-    """Two tasks (or threads) used one session at the same time, or mixed their work in it.
+    """Two tasks (or threads) used one session at the same time, or mixed work in it.
 
     Args:
         database: The database of the session.

@@ -32,15 +32,14 @@ async def answer_or_raise(
 ) -> None:
     """Send the response of `on_commit_error`, or raise the error of the COMMIT.
 
-    Call this function outside of an `except` block: otherwise Python sets `__context__` of the
-    error.
+    Call this function outside of an `except` block, so that the traceback shows no AbortRequest.
     """
     # There is no error of a COMMIT, so an outer middleware has stopped the request, and that
     # middleware answers it.
     if failure is None:
         raise AbortRequest
     answer: ASGIApp | None = None
-    # mistakes of the application
+    # mistakes of the application, which must not be hidden
     is_mistake = isinstance(failure, ConfigurationError | ForbiddenWrite)
     if on_commit_error is not None and not is_mistake:
         try:

@@ -51,7 +51,7 @@ class Exchange:
                 except Exception as error:
                     unit.failure = unit.failure or error
                     raise AbortRequest from error
-                # The response of another task of the request may have failed at COMMIT meanwhile.
+                # Another task of the request may have failed at COMMIT meanwhile, so send nothing.
                 if unit.failure is not None:
                     raise AbortRequest
             unit.rollback = None

@@ -1,4 +1,4 @@
-"""Starts and stops the databases with the application, even if it ignores the lifespan."""
+"""Starts and stops the databases with the application, even if the application has no lifespan."""
 
 import logging
 from collections.abc import Sequence

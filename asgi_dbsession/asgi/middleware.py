@@ -131,8 +131,8 @@ class DBSessionMiddleware:
         """Serve one request, WebSocket or lifespan of the server."""
         kind = scope["type"]
         if kind == "http":
-            # If an outer middleware serves this request too, leave retries and the answer 503 to
-            # it.
+            # If an outer middleware serves this request too, only the outer middleware retries and
+            # answers 503.
             serve = self._serve_http if scope.get(_KEY) is None else self._serve
             try:
                 await serve(scope, receive, send)
@@ -183,7 +183,8 @@ class DBSessionMiddleware:
             unit.scope = None
             failure = unit.failure
             if failure is not None:
-                unit.failure = RuntimeError()  # a new error: the old error refers to the request
+                # a new error, because the old error refers to the request
+                unit.failure = RuntimeError()
         if failure is not None:
             if unit.is_answered:
                 raise failure

@@ -15,15 +15,7 @@ _SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
 
 
 def safe_methods(scope: Scope) -> bool:
-    """Return True for the HTTP methods that must not change data: GET, HEAD, OPTIONS and TRACE.
-
-    Write `DBSessionMiddleware(app, database, read_only=safe_methods)`. A WebSocket has no HTTP
-    method, so a WebSocket may write.
-    Source: https://www.rfc-editor.org/rfc/rfc9110#section-9.2.1
-
-    Args:
-        scope: The ASGI scope of the request.
-    """
+    """Return True for requests whose method must not change data: GET, HEAD, OPTIONS and TRACE."""
     return scope["type"] == "http" and scope["method"] in _SAFE_METHODS
 
 

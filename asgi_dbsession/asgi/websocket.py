@@ -1,4 +1,4 @@
-"""Commits or rolls back the work of a task before it sends or awaits a WebSocket message."""
+"""Commits or rolls back the work of a task, before the task sends or awaits a message."""
 
 from contextlib import suppress
 

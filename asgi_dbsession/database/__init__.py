@@ -1,1 +1,1 @@
-"""Databases: their URLs, options, engines, startup and shutdown."""
+"""The databases of an application: URLs, options, engines, startup and shutdown."""

@@ -42,12 +42,12 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         ping_on_startup: True to let the startup fail if the database does not answer.
         on_engine: A plain function that is called with each engine that is built (the
             `sqlalchemy.Engine`, for async engines too), before its first connection. Add listeners
-            of SQLAlchemy's events there.
-        autocommit_reads: True to read without a transaction until the unit of work writes. None:
-            only where the application sees no difference, on PostgreSQL at READ COMMITTED. False:
-            never.
+            of SQLAlchemy's events in it.
+        autocommit_reads: True to read without a transaction until the unit of work writes. False:
+            never. None: only on PostgreSQL at READ COMMITTED, where the application sees no
+            difference.
         replicas: The URLs of replicas of a PostgreSQL, or `Replicas(...)`. A unit of work that may
-            only read uses a replica that has replayed all that its client has seen.
+            only read uses a replica that has replayed all changes that its client has seen.
         **engine_options: Arguments for `sqlalchemy.ext.asyncio.create_async_engine`.
 
     Raises:
@@ -94,17 +94,18 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         Also usable as a decorator: `@database.begin()` above an `async def` function.
 
         Args:
-            join: True to join the open unit of work, if it has this database: the block then runs
-                in a savepoint of the session that `database.get_session()` returns. An error rolls
-                back to the savepoint and is raised; after a success, the outer unit commits.
+            join: True to join the open unit of work, if that unit has this database: the block then
+                runs in a savepoint of the session that `database.get_session()` returns. An error
+                rolls back to the savepoint and is raised; after a success, the outer unit commits.
                 `on_commit` and `set_rollback` apply to the outer unit. While the block is open,
                 only code inside the block may use the session. If no unit is open, a new unit is
                 opened.
             read_only: True to refuse writes: in the session, and in the database. With `join`, the
-                block may only read, whatever the outer unit may do. Without it, a joined unit that
-                may only read stays so. Uses a replica, if the database has any.
-            after: With `read_only`: the `position` of a database that has replicas. The block then
-                sees all that was committed before.
+                block may only read, even if the outer unit may write. Without `join`, the block
+                uses a replica, if the database has replicas. False: a joined unit that may only
+                read stays read-only.
+            after: A value of the property `position`, for `read_only=True` and a database with
+                replicas. The block then sees all changes that were committed before this position.
 
         Yields:
             A new session, closed permanently at the end of the block. Inside the block,
@@ -192,7 +193,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _refuse_other_loop(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        # No event loop runs in a worker thread, so this is no use from another event loop.
+        # A worker thread has no event loop, so the engine is not used in another event loop.
         except RuntimeError:
             return
         if self._loop is loop:

@@ -84,8 +84,8 @@ class Database(ReplicatedLife[E], Generic[E, S]):
             )
         url = os.environ.get(variable)
         if not url:
-            # Show the value only if it looks like the name of a variable: otherwise it may be a
-            # secret.
+            # Show the value only if it looks like the name of a variable, because another value may
+            # be a secret.
             name = variable if re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) else "The variable"
             raise ConfigurationError(
                 f"{name} is not set. Set it to a database URL, for example "
@@ -134,11 +134,11 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         is started.
 
         Args:
-            within: Seconds to wait for the answer.
+            within: The time limit in seconds.
 
         Returns:
-            Also the health of each replica, which is asked at the same time. Only the primary
-            decides about `answers`.
+            The health of the database and, in `replicas`, of each replica, which is checked at the
+            same time. `answers` is about the primary only.
         """
         if not self.replicas:
             return await self._health(within)
@@ -234,7 +234,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
 
 
 def _kind_of(given: object) -> str:
-    # Do not show the value: it may be a secret that was given in the wrong place.
+    # Do not show the value, which may be a secret that was given to the wrong argument.
     return (
         given.__name__ if isinstance(given, type) else f"something of type {type(given).__name__}"
     )

@@ -12,11 +12,13 @@ from asgi_dbsession.unit.observer import UnitObserver
 
 from .connecting import connect_as_before, connect_outside
 
-# An RLock, because the garbage collector may call `_release` while `borrow` holds the lock.
+# An RLock, because the garbage collector may call `_release` while `borrow` holds the lock in the
+# same thread.
 _mutex = RLock()
 # For each engine: how many databases have built it, and how many use it after `from_engine`.
 _users: WeakKeyDictionary[Engine, Counter[str]] = WeakKeyDictionary()
-# For each engine: the observers of garbage-collected databases that used the engine.
+# For each engine: the observers of garbage-collected databases, to be told when the engine's last
+# user is gone.
 _observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
 
 
@@ -27,7 +29,7 @@ def own(engine: Engine) -> None:
 
 
 def borrow(engine: Engine, database: object, observers: list[UnitObserver]) -> None:
-    """Add listeners to an engine until the database, which does not own it, is garbage collected.
+    """Add listeners to an engine of the application, until the database is garbage collected.
 
     Args:
         engine: The engine of the application.

@@ -1,4 +1,4 @@
-"""The block that `SyncDatabase.begin()` returns: a context manager and a decorator."""
+"""The object that `SyncDatabase.begin()` returns: a context manager and a decorator."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

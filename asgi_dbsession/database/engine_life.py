@@ -62,7 +62,8 @@ class EngineLife(ABC, Generic[E]):
         notice_forks(self)
 
     def __repr__(self) -> str:
-        # A traceback may show a database whose `__init__` failed before the URL was set.
+        # A traceback may show a database whose `__init__` failed before the URL was set, so `repr`
+        # must not fail.
         url = getattr(self, "url", None)
         shown = repr(without_secrets(url)) if url is not None else "…"
         return f"{type(self).__name__}({shown})"
@@ -98,7 +99,8 @@ class EngineLife(ABC, Generic[E]):
             if self._ping_on_startup:
                 await self.ping()
         except BaseException:
-            # If the engine has changed, another caller has shut the database down already.
+            # If the engine has changed, another caller has shut the database down already, so do
+            # not repeat the shutdown.
             if self._engine is engine:
                 await self.shutdown()
             raise
@@ -123,7 +125,7 @@ class EngineLife(ABC, Generic[E]):
             return self._engine
 
     def _end_start(self) -> E | None:
-        """Count one `startup` less, and return the engine if the caller must dispose it."""
+        """Count one `startup` less; return the engine if the caller must dispose the engine."""
         with self._starting:
             self._starts = max(0, self._starts - 1)
             if self._starts > 0 or not self._owns_engine or self._engine is None:
@@ -208,7 +210,7 @@ class EngineLife(ABC, Generic[E]):
         return engine
 
     def observe(self, observer: UnitObserver) -> None:
-        """Add an observer, and call it with each engine that sessions of this database use."""
+        """Add an observer, and call the observer with each engine that the database uses."""
         if not self._observers:
             self._tell_binds()
         self._observers.append(observer)

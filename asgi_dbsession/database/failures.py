@@ -20,7 +20,7 @@ from asgi_dbsession.errors import (
 
 from .secrets import tells_a_secret
 
-# The errors that drivers raise for options that they do not know or cannot read.
+# The errors that drivers raise for options with an unknown name or a wrong value.
 _REFUSED = (TypeError, ValueError, AttributeError, ArgumentError, NoSuchModuleError)
 _OTHER_LOOP = ("different loop", "different event loop", "Event loop is closed")
 _LOGIN = (

@@ -39,6 +39,6 @@ def _after_fork() -> None:
         database.after_fork()
 
 
-# Windows has no `fork`, and so no `register_at_fork`.
+# Windows has no `fork`, so nothing is registered on Windows.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

@@ -11,12 +11,13 @@ class Health:
         answers: True if the database ran a statement within the time limit.
         latency: Seconds until the answer, including the wait for a connection; None without an
             answer.
-        reason: Why the database did not answer. The text has no password, but the name of the
-            server, so show it in logs only.
-        pool_size: How many connections the pool keeps. None before startup, and for a pool that
-            does not count its connections.
-        checked_out: How many connections are in use; None like `pool_size`.
-        overflow: How many connections exist beyond `pool_size`; None like `pool_size`.
+        reason: Why the database did not answer. The text contains no password, but it contains the
+            name of the server, so show it in logs only.
+        pool_size: How many connections the pool keeps. None before startup, or if the pool does not
+            count its connections.
+        checked_out: How many connections are in use; None in the same cases as `pool_size`.
+        overflow: How many connections exist beyond `pool_size`; None in the same cases as
+            `pool_size`.
         replicas: The health of each replica, in the order of the URLs.
     """
 

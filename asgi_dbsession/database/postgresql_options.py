@@ -22,7 +22,7 @@ _MODES = {
     "strict": "verify-full",
     "accept_invalid_certs": "require",
 }
-# asyncpg reads these options only from its argument `dsn`. They have the same meaning as in libpq.
+# Options of libpq that asyncpg reads only from its argument `dsn`.
 _DSN_ONLY = (
     "application_name",
     "options",

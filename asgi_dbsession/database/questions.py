@@ -35,7 +35,7 @@ class TaskQuestions(Questions):
     """Checks an async database in a task; the task is cancelled when its last caller stops waiting.
 
     Args:
-        ask: A coroutine function that runs a statement on the engine that it gets.
+        ask: A coroutine function that takes an engine and runs a statement on the engine.
     """
 
     def __init__(self, ask: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
@@ -95,7 +95,7 @@ class ThreadQuestions(Questions):
     Callers may run on several threads and event loops, also on trio.
 
     Args:
-        ask: A function that runs a statement on the engine that it gets.
+        ask: A function that takes an engine and runs a statement on the engine.
     """
 
     def __init__(self, ask: Callable[[Engine], None]) -> None:
@@ -126,7 +126,8 @@ class ThreadQuestions(Questions):
         with self._mutex:
             if self._current is not None and self._current.engine is engine:
                 return self._current
-            # The running check is of an engine that was replaced since, so do not share this check.
+            # Another engine has replaced the engine of the running check, so callers do not share
+            # this check.
             if self._current is not None:
                 self._abandon(self._current)
             if self._abandoned >= _MAX_ABANDONED:

@@ -9,7 +9,7 @@ from sqlalchemy import URL
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.types import Scope
 
-# the characters of a cookie's name: RFC 6265, 4.1.1
+# the characters that a cookie's name may have: RFC 6265, 4.1.1
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _PATH = re.compile(r"/[^;\s\x00-\x1f\x7f]*")
 
@@ -39,7 +39,8 @@ class Replicas:
     Args:
         urls: One URL for each replica, not one URL of a load balancer. A URL without a driver gets
             the driver of the primary.
-        max_lag: Seconds. A replica that is further behind the primary is not read from.
+        max_lag: How many seconds a replica may be behind the primary; beyond, no unit of work reads
+            from the replica.
         cookie: The name of the cookie for the position of a client.
         path: The path of the cookie.
         store: An object that stores the positions of clients; None to use the cookie.

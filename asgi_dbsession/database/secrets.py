@@ -32,7 +32,7 @@ def tells_a_secret(text: str, secrets: set[str]) -> bool:
         pattern = part if len(secret) >= _SHORTEST_PART else rf"(?<!\w){part}(?!\w)"
         if re.search(pattern, text):
             return True
-    # The text may contain the URL of another database, with a password that is not in `secrets`.
+    # Also find the password in the URL of another database, which is not in `secrets`.
     return re.search(r"://[^\s/@]*:(?!\*\*\*@)[^\s@]*@", text) is not None
 
 

@@ -42,11 +42,12 @@ class SyncDatabase(Database[Engine, AnySession]):
             MySession}`. The default of `expire_on_commit` is False.
         ping_on_startup: True to let the startup fail if the database does not answer.
         on_engine: A plain function that is called with each engine that is built, before its first
-            connection. Add listeners of SQLAlchemy's events there.
+            connection. Add listeners of SQLAlchemy's events in this function.
         autocommit_reads: True to read without a transaction until the unit of work writes. See
             `AsyncDatabase` for None and False.
         replicas: The URLs of replicas of a PostgreSQL, or `Replicas(...)`. A unit of work that may
-            only read uses a replica that has replayed all that its client has seen.
+            only read uses a replica, but only a replica that has replayed all changes that the
+            client has seen.
         **engine_options: Arguments for `sqlalchemy.create_engine`.
 
     Raises:
@@ -107,12 +108,15 @@ class SyncDatabase(Database[Engine, AnySession]):
     ) -> DecoratingBlock[AnySession]:
         """Open a new unit of work: COMMIT on success, ROLLBACK on any error.
 
-        The block runs on the calling thread. Otherwise it works like `AsyncDatabase.begin`.
+        The block runs on the calling thread. Otherwise the block works like that of
+        `AsyncDatabase.begin`.
 
         Args:
-            join: True to join the open unit of work, if it has this database.
-            read_only: True to refuse writes. Uses a replica, if the database has any.
-            after: With `read_only`: a `position` that the block must see.
+            join: True to run in a savepoint of the open unit of work, if that unit has this
+                database.
+            read_only: True to refuse writes, and to use a replica, if the database has replicas.
+            after: A value of the property `position`, for `read_only=True` and a database with
+                replicas. The block then sees all changes that were committed before this position.
 
         Returns:
             A block for `with`, which gives a new session. The session is closed permanently at the

@@ -120,7 +120,7 @@ def _choose_driver(url: URL, *, asynchronous: bool) -> str:
         if find_spec(_MODULES.get(driver, driver)) is not None:
             return f"{url.drivername}+{driver}"
     if not drivers:
-        # The dialect comes from another package, which knows its own default driver.
+        # The dialect comes from another package, which chooses its own default driver.
         return url.drivername
     kind = "asyncio" if asynchronous else "blocking"
     installs = " or ".join(map(_install, drivers))

@@ -44,7 +44,7 @@ class UrlOptions:
             try:
                 self.arguments[to or name] = of(value)
             except ValueError:
-                # The new error leaves out the ValueError, whose message shows the value.
+                # raised without the ValueError, whose message shows the value
                 self.refuse(name, "It takes a number.")
 
     def refuse(self, name: str, cure: str) -> None:
@@ -63,7 +63,7 @@ def take_ssl_mode(options: UrlOptions, modes: Mapping[str, str]) -> str | None:
     value = options.take(*_SSL_MODE)
     if value is None:
         return None
-    # The TLS option in a URL of PlanetScale is JSON, as its driver for Node.js expects.
+    # PlanetScale's URLs contain the TLS option as JSON, for its driver for Node.js.
     if value.startswith("{"):
         try:
             strict = json.loads(value).get("rejectUnauthorized", True)

@@ -50,7 +50,7 @@ async def answer(
 
 
 async def begin_events(send: Send) -> None:
-    """Start an event stream, with a header that stops proxies from buffering it."""
+    """Start an event stream, with a header that stops proxies from buffering the stream."""
     own = {
         "content-type": "text/event-stream",
         "content-security-policy": _NOTHING,

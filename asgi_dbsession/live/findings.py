@@ -13,10 +13,7 @@ _MOST_OF_A_KIND = 2
 
 
 class Finding(TypedDict):
-    """A line of the application, and the problem with it.
-
-    `kind` is `idle now`, `slow now`, `idle` or `repeated`.
-    """
+    """A line of the application, and the problem that the line causes."""
 
     kind: str
     line: str

@@ -14,10 +14,7 @@ from .shown import line, name, without_values
 
 
 class Connection(TypedDict):
-    """One connection of a pool, as the live page shows it; times in seconds.
-
-    `state` is `free`, `working`, `idle` (held, but not used) or `other` (used without a session).
-    """
+    """One connection of a pool, as the live page shows the connection; times in seconds."""
 
     lane: int
     state: str
@@ -145,7 +142,7 @@ def _connection(
         "line": line(checkout.call_site),
         "statement": without_values(checkout.statement, dialect) or checkout.kind.upper(),
         "in_transaction": checkout.in_transaction and not _is_in_autocommit(checkout),
-        "read_only": False,  # `look` sets the real value
+        "read_only": False,  # `look` replaces this value by that of the unit of work
     }
 
 

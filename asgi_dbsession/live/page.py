@@ -37,11 +37,12 @@ _NO_METRICS = "Install prometheus-client for metrics: pip install prometheus-cli
 
 
 class LivePage:
-    """Show who holds which connection, who waits for one, and what the last units of work did.
+    """Show who holds which connection, who waits, and what the last units of work did.
 
     Mount the page anywhere: `app.mount("/db", LivePage(database))`. The page observes its databases
-    from its creation on, and holds no connection. Below its own path, `/json` returns the same data
-    for scripts. `/metrics` returns metrics for Prometheus, if `prometheus-client` is installed.
+    from its creation on, and holds no connection. Below the path of the page, `/json` returns the
+    same data for scripts. `/metrics` returns metrics for Prometheus, if `prometheus-client` is
+    installed.
 
     The page shows methods, routes, lines of code and statements, but no values: no path that a
     client sent, no parameter of a statement, no header and no body.
@@ -79,8 +80,8 @@ class LivePage:
         if scope["type"] != "http":
             raise ConfigurationError("LivePage serves HTTP alone. Mount it in an application.")
         reply = partial(answer, send, has_body=scope["method"] != "HEAD")
-        # Compare with True, because an `async def` function returns a coroutine, which is no
-        # permission.
+        # Compare with True: the coroutine that an `async def` function returns would count as true
+        # too.
         if self._allow(scope) is not True:
             await reply(403, _REFUSAL)
         elif scope["method"] not in ("GET", "HEAD"):

@@ -10,9 +10,9 @@ from asgi_dbsession.reports.stats import Tally
 from .observer import EndedUnit
 from .shown import line, name, without_values
 
-# The smallest number of repetitions of a statement, by one line in one unit of work, to show.
+# A statement is shown if one line sent it at least this number of times in one unit of work.
 _REPEATED = 5
-# The shortest idle time of a connection, in seconds, to show.
+# The shortest idle time of a connection that is shown, in seconds.
 _IDLE = 0.05
 _MOST_SHOWN = 8
 

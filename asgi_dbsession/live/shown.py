@@ -12,10 +12,11 @@ _LONGEST = 400
 # MySQL.
 _MARK = re.compile(r"'|--|/\*|\$(?:[A-Za-z_]\w*)?\$")
 _MARK_OR_HASH = re.compile(_MARK.pattern + "|#")
-# Numbers, which may be secret values. Numbers of parameters (`$1`, `:id_1`) and numbers in names
-# are not secret.
+# Hide numbers in a statement, which may be secret values, except numbers of parameters (`$1`,
+# `:id_1`) and numbers in names.
 _NUMBER = re.compile(r"(?<![\w$:.%])\d[\w.]*")
-# In SQLite and MySQL, double quotes may enclose a string; in all other dialects, a name.
+# Text in double quotes: in SQLite and MySQL it may be a string, which may be secret; in all other
+# dialects it is a name.
 _DOUBLE_QUOTED = re.compile(r'"[^"]*"|".*\Z', re.DOTALL)
 _TEXT_IN_DOUBLE_QUOTES = ("sqlite", "mysql", "mariadb")
 

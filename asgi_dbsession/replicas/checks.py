@@ -33,7 +33,7 @@ def with_driver(url: str | URL, database: Any) -> str | URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError, AttributeError):
-        return url  # `AsyncDatabase` or `SyncDatabase` explains the error
+        return url  # `AsyncDatabase` or `SyncDatabase` will raise an error about the URL
     if parsed.drivername in ("postgres", "postgresql"):
         return parsed.set(drivername=database.url.drivername)
     return parsed

@@ -13,14 +13,15 @@ from .seen_here import used_here
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# The key in the ASGI scope for what the client has seen, so that an inner middleware uses it too.
+# The key in the ASGI scope for what the client has seen, so that an inner middleware finds the same
+# object.
 _KEY = "asgi_dbsession.seen"
 _SAFE = ("GET", "HEAD")
 _SHARED = re.compile(rb"(?i)\b(public|s-maxage)\b")
 
 
 class Positions:
-    """Loads and saves, for each request, what the client has seen: in a cookie or in a store.
+    """Loads and saves the WAL position that each client has seen, in a cookie or in a store.
 
     Args:
         serve: The application that serves a request or WebSocket.
@@ -47,7 +48,8 @@ class Positions:
                 await self._serve(scope, receive, tell_and_send)
         finally:
             scope[_KEY] = outer
-            # Save what the client has seen after the response, which only a store can still save.
+            # Reads after the response also change what the client has seen; only a store can still
+            # save this.
             await _save(own, scope)
 
 
@@ -63,7 +65,8 @@ async def _load(servers: ReplicaSet, scope: Scope) -> Seen:
     if not found:
         return Seen()
     text, *others = found
-    return Seen("" if others else text)  # With two such cookies, nobody knows which is right.
+    # With two such cookies, nobody knows which is right, so trust neither.
+    return Seen("" if others else text)
 
 
 def _cookies(scope: Scope, name: str) -> Iterable[str]:
@@ -81,7 +84,8 @@ async def _save(own: dict[ReplicaSet, Seen], scope: Scope) -> None:
         if store is not None and (text := seen.news()) is not None:
             try:
                 await store.save(scope, text)
-            except Exception:  # go on, because the work was committed
+            # An error of the store must not fail a request whose work was committed.
+            except Exception:
                 _logger.exception("The store of positions failed: the next read may be stale")
 
 

@@ -29,7 +29,8 @@ class Lag:
                 last = history[-1]
                 passed = answer.asked - last.asked
                 if passed > self._most / 2 or not answer.position.includes(last.position):
-                    history.clear()  # the gap is too long, or a replica was promoted
+                    # Start again: there was no question for too long, or a replica was promoted.
+                    history.clear()
                 elif passed < self._most / 10:
                     return
             history.append(answer)

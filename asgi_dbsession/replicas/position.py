@@ -58,7 +58,7 @@ class Seen:
         self.replica: str | None = None
         self.users: set[Any] = set()
         self._since = 0
-        self._instead: str | None = None  # the text instead of a position
+        self._instead: str | None = None  # a text that is not a position
         self._told: str | None = text
         if text is not None:
             self._read(text)
@@ -74,12 +74,12 @@ class Seen:
 
     @property
     def is_trusted(self) -> bool:
-        """True if a replica may be used that has replayed `position`."""
+        """False if the client must read from the primary, because nobody knows what it has seen."""
         return self._instead is None
 
     @property
     def text(self) -> str | None:
-        """The text that the client must send next time; None if the client has seen nothing."""
+        """The text that the client must send next; None if the client has seen nothing."""
         if self._instead is not None:
             return self._instead
         if self.position is None:
@@ -107,7 +107,8 @@ class Seen:
         """
         now = int(time())
         if self.replica not in (None, name):
-            # The client has read from two replicas, and nobody knows which replica is further.
+            # The client has read from two replicas, and nobody knows which is further, so trust
+            # neither.
             self._instead = _UNKNOWN
         elif self.replica is None or not 0 <= now - self._since <= lifetime / 2:
             self.replica, self._since = name, now

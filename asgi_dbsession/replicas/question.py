@@ -49,6 +49,8 @@ class Answer(NamedTuple):
         high, _, low = (lsn or "0/0").partition("/")
         number = (int(high, 16) << 32) + int(low, 16)
         if not is_standby and number % block == _PAGE_HEADER:
-            number -= _PAGE_HEADER  # replicas replay a page header only with its first record
+            # A primary counts the header of a new page at once, but a replica only with the first
+            # record of the page, so leave the header out.
+            number -= _PAGE_HEADER
         timeline = max(timeline, current or checkpoint)
         return cls(asked, Position(timeline, number, checksum(cluster)), is_standby)

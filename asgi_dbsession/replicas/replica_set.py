@@ -26,9 +26,9 @@ from .server import Server, TaskServer, ThreadServer
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
-# Seconds after which a replica that was not far enough is asked for its position again.
+# Seconds after which a replica whose position was too low is asked for its position again.
 _AGAIN = 0.005
-# Engine options that do not fit the one connection that asks for positions.
+# Engine options that are left out for the single connection that asks for positions.
 _POOL = (
     "pool",
     "poolclass",
@@ -177,7 +177,8 @@ class ReplicaSet:
         far_enough = _far_enough(allowed, needed, lambda each: each.current(now))
         if not far_enough:
             for each in allowed:
-                each.ask()  # ask all replicas before waiting for the first
+                # Ask all replicas before waiting for the first answer, to wait only once.
+                each.ask()
             again = now - _AGAIN
             far_enough = _far_enough(allowed, needed, lambda each: each.answer_since(again))
         least_busy = sorted(far_enough, key=lambda each: (each[0].checked_out, each[0].chosen))
@@ -186,7 +187,8 @@ class ReplicaSet:
     def _needed(self, seen: Seen, now: float) -> Position | None:
         """Return the position that a replica must have replayed; None to use the primary."""
         if seen.users:
-            # Another session of the client has used the primary, and may have committed there.
+            # A session of the client uses the primary, and may have committed there, so ask for the
+            # position.
             seen.read_from_primary(self.ask_primary())
         answer = self.primary.current(now)
         if answer is not None:

@@ -57,7 +57,9 @@ class Route:
 
     def learn(self) -> None:
         """Ask the primary for its position, which the client has now seen."""
-        self._seen.users.discard(self)  # remove first: another thread may add the route again
+        # Remove the route first, because another thread may begin new work with it during the
+        # question.
+        self._seen.users.discard(self)
         self._seen.read_from_primary(self._servers.ask_primary())
 
 

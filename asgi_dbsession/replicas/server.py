@@ -50,7 +50,7 @@ class Server(ABC):
         return repr(self.database)
 
     def forget(self) -> None:
-        """Forget all answers and the running question: after a fork, and before the first start."""
+        """Forget all answers and the running question, after a fork and before the first start."""
         self._mutex = Lock()
         self._question: Any = None
         self._began = 0.0
@@ -125,7 +125,7 @@ class Server(ABC):
             _logger.warning("%s is not read from until it answers: %s", self, reason)
 
     def _unanswered(self, error: BaseException) -> None:
-        reason = type(error).__name__  # the text of a driver may be secret
+        reason = type(error).__name__  # class only, because the text of a driver may be secret
         self._fail(self._began, reason)
 
     @abstractmethod
@@ -160,7 +160,8 @@ class TaskServer(Server):
 
     @override
     def _wait(self, question: "asyncio.Task[None]", seconds: float) -> bool:
-        if not in_greenlet():  # the application itself called `get_bind`
+        # `get_bind` was called by the application, where nothing can be awaited
+        if not in_greenlet():
             return False
         await_only(asyncio.wait([question], timeout=seconds))
         return question.done()

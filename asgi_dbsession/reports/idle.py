@@ -1,4 +1,4 @@
-"""Warns if a request holds a connection without using it."""
+"""Warns if a request holds a connection for long without using the connection."""
 
 import logging
 from collections.abc import Callable

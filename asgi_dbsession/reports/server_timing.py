@@ -35,7 +35,7 @@ class ServerTimingMiddleware:
 
     @staticmethod
     def note(report: UnitReport) -> None:
-        """Add a report to the header of the running request; ignore it if the header was sent."""
+        """Add a report to the header of the running request; drop later reports."""
         header = _current.get()
         noted = header.noted if header is not None else None
         if noted is not None:

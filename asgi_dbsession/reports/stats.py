@@ -74,16 +74,16 @@ class Tally:
 class SessionStats:
     """The statistics of a session since its last commit or rollback.
 
-    All observers of a session share one object: see `stats_of`.
+    All observers of a session share one object, which `stats_of` creates.
 
     Args:
         lock: The lock of the session.
 
     Attributes:
-        tally: The work since the last commit or rollback.
-        checkout: The connection that the session holds now.
+        tally: The totals since the last commit or rollback.
+        checkout: The connection that the session holds now; None without a connection.
         pool: The pool that the session asked last for a connection.
-        asked: The time at which the session began to wait for a connection.
+        asked: The time at which the session began to wait for a connection; None without a wait.
         keeps_spans: True if an observer needs the start and end of each operation.
     """
 
@@ -147,7 +147,7 @@ def stats_of(opened: ManagedSession[Any]) -> SessionStats:
     lock = opened.lock
     stats = companion.stats = SessionStats(lock)
 
-    own: Any = opened.orm.bind  # None: a replica is chosen at the first statement
+    own: Any = opened.orm.bind  # None until the first statement chooses a replica or the primary
 
     def record_bind(bind: Any) -> None:
         # Only a call of `get_bind` during an operation begins a wait. The application may call

@@ -1,4 +1,4 @@
-"""One attempt to serve a request, whose response is withheld if another attempt may follow."""
+"""One attempt to serve a request, whose error response is not sent if a retry may follow."""
 
 from collections.abc import Callable
 from http import HTTPStatus
@@ -34,7 +34,7 @@ class RequestAttempt(Withholding):
 
     @property
     def owes_answer(self) -> bool:
-        """True if the client still waits for an answer, because a response was withheld."""
+        """True if the client still waits for an answer, because a response was not sent."""
         return self.is_withheld and not self._body.is_client_gone
 
     @override

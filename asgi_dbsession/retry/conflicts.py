@@ -29,7 +29,7 @@ _STALE_PLAN_CLASS = "InvalidCachedStatementError"
 # MySQL's error numbers of a deadlock, a lock wait timeout, and a row that changed after it was
 # read. Source: https://mariadb.com/kb/en/mariadb-error-code-reference/
 _MYSQL = (1213, 1205, 1020)
-# The lower 8 bits of SQLite's error code for a locked database; see
+# The lower 8 bits of SQLite's error code SQLITE_BUSY, for a locked database. Source:
 # https://www.sqlite.org/rescode.html
 _SQLITE_BUSY = 5
 
@@ -75,7 +75,7 @@ class WatchedAttempt(RunningAttempt):
         return self.can_retry and not end.succeeded
 
     def make_final(self) -> None:
-        """Forget the conflict, because no attempt can follow."""
+        """Forget the conflict and record no more, because no attempt can follow."""
         self.conflict = self.committing = self.stored = None
         self.is_final = True
 
@@ -138,7 +138,7 @@ def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
     if connection is not None and _is_autocommit(connection):
         attempt.has_committed = True
     elif context.statement is None and attempt.committing is connection:
-        # COMMIT itself raised this error, so nothing was committed.
+        # COMMIT raised this error, so it is certain that nothing was committed.
         attempt.committing = None
 
 
@@ -188,7 +188,7 @@ def is_conflict(error: Any) -> bool:
     # Some versions of asyncpg raise the error of an outdated statement without an SQLSTATE.
     if type(error).__name__ == _STALE_PLAN_CLASS:
         return True
-    # psycopg2 calls the SQLSTATE `pgcode`.
+    # The driver psycopg2 calls the SQLSTATE `pgcode`.
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     if isinstance(state, str):
         if state == _NOT_SUPPORTED:

@@ -39,7 +39,8 @@ class Replay:
     def __init__(self, receive: Receive, room: Room) -> None:
         self._receive = receive
         self._room = room
-        # One buffer for the whole body: a list of many small chunks would need much more memory.
+        # A single buffer for the whole body, because a list of many small chunks would need much
+        # more memory.
         self._body = bytearray()
         self._has_begun = False
         self._has_more = True

@@ -98,7 +98,7 @@ def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
     _logger.info(
         "Attempt %d of %d of %a begins after a pause of %.0f ms, because of a conflict: %a",
         number + 1,
-        # `%a` escapes control characters in the path, which the client chose
+        # `%a` escapes line breaks in the path, which the client chose
         number + remaining,
         what,
         pause * 1000,

@@ -1,4 +1,4 @@
-"""Serves a request whose response may be withheld, because another response replaces it."""
+"""Serves a request whose response may be withheld (not sent), because another response follows."""
 
 from abc import ABC, abstractmethod
 
@@ -38,8 +38,8 @@ class Withholding(ABC):
 
     @abstractmethod
     def withholds_message(self, message: Message) -> bool:
-        """Return True to withhold the first message, and so the whole response."""
+        """Return True to withhold (not send) `message`, the first message of a response."""
 
     @abstractmethod
     def withholds_error(self, error: BaseException) -> bool:
-        """Return True to withhold the exception that the application raised."""
+        """Return True to withhold (not raise) the exception that the application raised."""

@@ -119,7 +119,7 @@ class _NamingEngine:
 
 
 def is_prepared(transaction: Transaction | None) -> bool:
-    """Return True if PREPARE has succeeded for this transaction."""
+    """Return True if PREPARE (two-phase commit) has succeeded for a transaction."""
     return isinstance(transaction, TwoPhaseTransaction) and transaction._is_prepared
 
 
@@ -130,7 +130,7 @@ def is_flushing(session: Any) -> bool:
 
 
 def is_orm_enabled(select: Any) -> bool:
-    """Return True if the ORM replaces this SELECT with another SELECT when it compiles it."""
+    """Return True if the ORM makes another SELECT of a SELECT when it compiles the SELECT."""
     return bool(select._propagate_attrs.get("compile_state_plugin") == "orm")
 
 
@@ -161,7 +161,7 @@ def isolation_level_on_connect(connection: Connection) -> str | None:
 
 
 def on_checkin(connection: Connection, function: Callable[[Any], object]) -> None:
-    """Call `function` once with the driver's connection when it returns to its pool."""
+    """Call `function` with the driver's connection, at its next return to the pool only."""
     record = connection.connection._connection_record
     if record is not None:
         record.finalize_callback.append(function)

@@ -34,7 +34,8 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
         # Never reached. Type checkers believe that the scope may suppress an exception, and would
         # then miss a return value.
         raise
-    # The caller waits for this future, so that a cancellation cancels the future and not `work`.
+    # The caller waits for this future, so that a cancellation of the caller cancels the future and
+    # not `work`.
     finished = loop.create_future()
 
     async def work_to_the_end() -> T:

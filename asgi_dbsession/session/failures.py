@@ -50,7 +50,7 @@ def watch_all(watcher: Callable[[Engine], None], undo: Callable[[Engine], None])
 
     Args:
         watcher: A function that adds listeners to an engine.
-        undo: A function that removes these listeners when this package stops using the engine.
+        undo: A function that removes the listeners again when this package stops using the engine.
     """
     if watcher not in _watchers:
         _watchers[watcher] = undo

@@ -24,7 +24,7 @@ def current_task() -> object:
         return asyncio.current_task()
     except RuntimeError:
         trio: Any = sys.modules.get("trio")
-        if trio is None:  # neither asyncio nor trio: a worker thread, which has no task
+        if trio is None:  # neither asyncio nor trio is used: a worker thread, which has no task
             return None
     try:
         task: object = trio.lowlevel.current_task()
@@ -73,7 +73,7 @@ class End:
         return self.commit and self.failure is None
 
 
-# The commit or rollback that is running; listeners that SQLAlchemy calls meanwhile read it.
+# The running commit or rollback, for listeners that SQLAlchemy calls during its steps.
 current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=None)
 
 
@@ -161,7 +161,7 @@ class SessionLock(ABC):
                         return
                     released = self._new_waiter()
                 self._wait(released)
-        except BaseException:  # cancelled while waiting: let the other waiting callers go on
+        except BaseException:  # cancelled while waiting: let waiting operations go on
             with self.mutex:
                 self._ends -= 1
                 self._wake_all()
@@ -221,7 +221,7 @@ class SessionLock(ABC):
     def _wake_all(self) -> None:
         waiters, self._waiters = self._waiters, ()
         for released in waiters:
-            if released.set_running_or_notify_cancel():  # False if its task was cancelled
+            if released.set_running_or_notify_cancel():  # False if the waiting task was cancelled
                 released.set_result(None)
 
     @abstractmethod

@@ -59,7 +59,8 @@ class Reads:
             return False
         if is_flushing(session) or is_in_transaction(connection):
             return False
-        # A savepoint is inside a transaction that has begun already, so autocommit is impossible.
+        # A savepoint is inside a transaction that has begun already, so the connection cannot
+        # switch to autocommit.
         if connection.in_nested_transaction():
             return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
@@ -175,7 +176,7 @@ def is_in_transaction(connection: Connection) -> bool:
     driver: Any = connection.connection.driver_connection
     if connection.dialect.driver == "asyncpg":
         return bool(driver.is_in_transaction())
-    # libpq calls 0 PQTRANS_IDLE: the connection is not in a transaction.
+    # In libpq, 0 is PQTRANS_IDLE: the connection is not in a transaction.
     return bool(driver.info.transaction_status != 0)
 
 

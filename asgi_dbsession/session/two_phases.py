@@ -43,11 +43,11 @@ class TwoPhases:
         self._databases = databases
         self._begun: list[Session] = []
         self._unit = token_hex(16)
-        self._mutex = Lock()  # several threads may begin transactions at the same time
+        self._mutex = Lock()  # because several threads may begin transactions at the same time
 
     @property
     def deciding(self) -> Session | None:
-        """The session whose COMMIT decides about all other sessions; None if none has begun."""
+        """The session whose COMMIT decides about all others; None before the first transaction."""
         begun = self._begun
         return begun[0] if any(each.in_transaction() for each in begun) else None
 
@@ -104,7 +104,7 @@ def prepare(connection: Connection) -> None:
 
 
 def is_refused(error: BaseException) -> bool:
-    """Return True if this error of PREPARE proves that the transaction is not prepared."""
+    """Return True if an error of PREPARE proves that the transaction is not prepared."""
     if isinstance(error, TransactionAborted):
         return True
     original: Any = error.orig if isinstance(error, DBAPIError) else None

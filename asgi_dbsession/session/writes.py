@@ -31,7 +31,7 @@ class Writes:
     Attributes:
         forbidden: True if the session may only read now; a block of `begin(join=True,
             read_only=True)` changes this value.
-        in_block: True if writes are forbidden only inside such a block.
+        in_block: True if only code inside a `begin(join=True, read_only=True)` block may not write.
         refused: The error of the first refused write. COMMIT raises it again, because the
             application may have caught it.
     """

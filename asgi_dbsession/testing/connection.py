@@ -14,7 +14,7 @@ from .transaction import SavepointTransaction, current_caller
 
 # The error number of MariaDB and MySQL for a savepoint that does not exist.
 _NO_SUCH_SAVEPOINT = 1305
-# Seconds to wait for a transaction that probably nobody but the test itself can end.
+# Seconds to wait for a transaction that the test has opened, and that nobody else can end.
 _LIMIT_FOR_THE_TEST = 0.8
 
 
@@ -121,14 +121,14 @@ class SharedConnection:
                 self._undo(transaction)
                 raise
             finally:
-                # If the connection was lost, the list of open transactions is empty already.
+                # A lost connection has cleared the list of open transactions already.
                 if transaction in self._open:
                     self._open.remove(transaction)
             if self._open and (transaction.wrote or transaction.keeps):
                 self._open[-1].keeps = True
 
     def roll_back(self, transaction: SavepointTransaction) -> None:
-        """Roll back the transaction; do nothing if it has ended."""
+        """Roll back the transaction; do nothing if the transaction has ended already."""
         if transaction not in self._open:
             return
         with self._on_top(transaction):

@@ -62,7 +62,7 @@ class Isolation:
     Attributes:
         violations: Errors about work that would have ended differently on several connections.
         has_ended: True if the block has ended.
-        threads: The threads that ran before the first block around these databases.
+        threads: The threads that ran before the first `rolled_back` block around these databases.
         tasks: The tasks that used a session inside a `rolled_back` block.
     """
 

@@ -113,7 +113,7 @@ class SharedPool(Pool):
 
     @override
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
-        """Keep the shared connection open; the rollback happens when its record is returned."""
+        """Keep the shared connection open, because all other callers still use this connection."""
 
     def _open(self) -> SharedConnection:
         dialect = self._for_dialect
@@ -184,7 +184,7 @@ class CutOffCursor:
         raise self._reason.with_traceback(None)
 
     def close(self) -> None:
-        """Do nothing, because there is no real cursor."""
+        """Do nothing, because no cursor of the driver exists."""
 
 
 def is_autocommit(dialect: Any) -> bool:

@@ -27,7 +27,7 @@ def refusing_writes(
             send(connection, "PRAGMA query_only = OFF")
         return
     if dialect.name == "postgresql" and not transaction.read_only:
-        # Once for each savepoint, because PostgreSQL allows writes again at the end of the
+        # Send this once for each savepoint: PostgreSQL allows writes again at the end of the
         # savepoint.
         send(connection, "SET TRANSACTION READ ONLY")
         transaction.read_only = True

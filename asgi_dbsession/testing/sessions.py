@@ -19,8 +19,8 @@ from .isolation import Isolation, NotIsolated, outlived
 # The `rolled_back` block in which the running code was started; None after the block has ended.
 _block: ContextVar[Isolation | None] = ContextVar("asgi_dbsession.testing", default=None)
 
-# The latest `rolled_back` block around each database, and the block in which each session was first
-# used.
+# The latest `rolled_back` block around each database, and the `rolled_back` block in which each
+# session was first used.
 _latest: WeakKeyDictionary[Database[Any, Any], Isolation] = WeakKeyDictionary()
 _block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
 
@@ -29,7 +29,7 @@ _POOLS = ("anyio.", "trio.")
 
 
 def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
-    """Check each session of the database when it begins a transaction."""
+    """Check each session of the database at the begin of each transaction."""
     earlier = _latest.get(database)
     if earlier is None:
         # Never remove this listener, so that work which continues after its test is refused too.

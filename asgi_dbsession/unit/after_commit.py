@@ -19,20 +19,7 @@ _logger = logging.getLogger("asgi_dbsession")
 
 @dataclass(slots=True, eq=False)
 class AfterCommit:
-    """A function to call after COMMIT, with the state of the work that it waits for.
-
-    Args:
-        function: A function without arguments; its result may be awaitable.
-        databases: The databases whose sessions the caller of `on_commit` could use.
-        in_thread: True if `on_commit` was called in a worker thread; the function is then called in
-            a worker thread.
-        given_by: The task that called `on_commit`; None in a worker thread.
-        read_only: True if `on_commit` was called where the unit of work may only read.
-
-    Attributes:
-        committed: True if all work was committed, by this package or by the application.
-        rolled_back: True if a part of the work was rolled back, also if only to a savepoint.
-    """
+    """A function to call after COMMIT, with the state of the work that the function waits for."""
 
     function: Function
     databases: tuple[Any, ...]

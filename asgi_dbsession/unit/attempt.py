@@ -13,7 +13,7 @@ class Attempt:
     Attributes:
         number: 1 for the first attempt.
         remaining: How many attempts may follow if this attempt meets a conflict; 0 for the last
-            one.
+            attempt.
     """
 
     number: int = 1

@@ -74,7 +74,7 @@ def on_commit(function: Function) -> None:
     outermost.callbacks.append(callback)
     if outermost.closed and not current_end.get():
         # Another thread has ended the unit. If the function is still in the list, nobody will call
-        # it.
+        # the function, so raise an error.
         with suppress(ValueError):
             outermost.callbacks.remove(callback)
             raise SessionClosed("any database")

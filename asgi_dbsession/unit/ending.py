@@ -50,7 +50,7 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         task: The task that is about to send a message or to wait for a message.
         unit: The unit of work of the request or WebSocket.
         commit: True to commit, False to roll back.
-        living: What to do with the work of other tasks that are still running.
+        living: What to do with the work of other tasks that are still running: see `Living`.
 
     Raises:
         ConcurrentUse: The work of `task` is in one transaction with the work of another task.
@@ -228,7 +228,7 @@ async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
             await close(inner, commit=False, error=error)
             raise
         await close(inner, commit=not inner.rollback)
-    # CancelledError here means that the function's own task was cancelled, not this task.
+    # The function itself raised CancelledError: this task is protected from cancellation.
     except (Exception, CancelledError) as error:
         callback.log(error)
     finally:
@@ -236,7 +236,7 @@ async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
 
 
 def _is_of(task: object, asking: object) -> bool:
-    """Return True if work of `task` belongs to a commit for `asking`; None means all tasks."""
+    """Return True if a commit for task `asking` (None: for all tasks) includes work of `task`."""
     return asking is None or task is None or task is asking or has_ended(task)
 
 

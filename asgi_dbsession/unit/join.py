@@ -165,8 +165,8 @@ class _Block:
         except SessionClosed:
             if error is None:
                 raise
-            # The unit of work has ended first, and has committed or rolled back the work of the
-            # block.
+            # The unit of work ended before the block did, and has committed or rolled back the work
+            # of the block.
             return
         was_closed = self.unit.closed
         try:

@@ -63,10 +63,10 @@ class UnitReport:
         read_only: True if the unit was only allowed to read.
     """
 
-    scope: Scope = field(repr=False)  # no repr: headers may be secret
+    scope: Scope = field(repr=False)  # not in the repr, because headers may be secret
     outcome: Outcome
     reason: Reason | None
-    error: BaseException | None = field(repr=False)  # no repr: the text may contain values
+    error: BaseException | None = field(repr=False)  # not in the repr: its text may contain values
     start_time: float
     duration: float
     databases: tuple[DatabaseReport, ...]

@@ -100,7 +100,7 @@ class UnitOfWork:
             unit = unit.enclosing
 
     def of_same_request(self) -> Iterator["UnitOfWork"]:
-        """Iterate over this unit and the units around it that end with the same request."""
+        """Iterate over this unit and all outer units that end with the same request."""
         unit: UnitOfWork | None = self
         while unit is not None:
             yield unit
@@ -120,7 +120,7 @@ class UnitOfWork:
         )
 
     def within(self, databases: tuple[SessionSource[Any], ...]) -> "UnitOfWork":
-        """Make a new unit inside this unit, without a scope if the request has ended."""
+        """Make a new unit of work inside this unit; its scope is None if the request has ended."""
         serving = next((each for each in self.chain() if not each.is_inner), None)
         scope = serving.scope if serving is not None else None
         unit = UnitOfWork(databases, scope, self, self.observers)
@@ -166,7 +166,7 @@ class UnitOfWork:
         return opened
 
     def _add_observer(self, observer: UnitObserver) -> None:
-        # A unit around this unit may have passed on the same observer already.
+        # An outer unit may have passed the same observer to this unit already.
         if observer not in self.observers:
             self.observers = (*self.observers, observer)
             observer.unit_began(self)
