@@ -235,8 +235,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         pool = engine.pool
         async with engine.connect() as connection:
             await connection.execute(select(1))
-            # The engine was disposed during the statement, so nobody would close this connection
-            # later.
+            # The engine was disposed during the statement. Nobody would close this connection
+            # later, so close it now.
             if engine.pool is not pool:
                 await connection.invalidate()
 

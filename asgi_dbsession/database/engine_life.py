@@ -192,8 +192,8 @@ class EngineLife(ABC, Generic[E]):
             engine = self._create_engine()
         except DBSessionError:
             raise
-        # SQLAlchemy and drivers raise many kinds of errors for wrong options: ArgumentError,
-        # KeyError, AttributeError and others.
+        # Catch all errors, because SQLAlchemy and drivers raise many kinds for wrong options:
+        # ArgumentError, KeyError, AttributeError and others.
         except Exception as error:
             reason = reason_of(error, secrets_of(self.url, self._engine_options))
             raise ConfigurationError(

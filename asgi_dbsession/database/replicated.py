@@ -21,7 +21,7 @@ E = TypeVar("E", bound=Engine | AsyncEngine)
 class ReplicatedLife(EngineLife[E]):
     """The engine of a database, started and stopped together with the engines of its replicas."""
 
-    # The `ReplicaSet` of the optional package `replicas`; None without replicas.
+    # The `ReplicaSet` of the optional package `replicas`; None if the database has no replicas.
     _replica_set: Any = None
 
     @property

@@ -208,7 +208,8 @@ def _select_one(engine: Engine) -> None:
     pool = engine.pool
     with engine.connect() as connection:
         connection.execute(select(1))
-        # The engine was disposed during the statement, so nobody would close this connection later.
+        # The engine was disposed during the statement. Nobody would close this connection later, so
+        # remove it from the pool.
         if engine.pool is not pool:
             connection.detach()
 

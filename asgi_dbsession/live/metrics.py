@@ -23,7 +23,7 @@ def render_metrics(databases: list[DatabaseNow], totals: list[Totals]) -> str | 
 
 
 class _Collector:
-    """The source of metrics that `generate_latest` reads instead of a registry."""
+    """An object with metrics, which `generate_latest` reads in place of a registry."""
 
     def __init__(self, databases: list[DatabaseNow], totals: list[Totals]) -> None:
         self._databases = databases

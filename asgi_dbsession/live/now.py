@@ -52,7 +52,7 @@ class Lanes:
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def of(self, entry: Any) -> int:
-        """Return the number of a connection; the first number is 1."""
+        """Return the permanent number of a connection; the first number is 1."""
         if entry not in self._numbers:
             taken = set(self._numbers.values())
             self._numbers[entry] = next(n for n in range(1, len(taken) + 2) if n not in taken)

@@ -31,7 +31,7 @@ def name_of(unit: Any, route: RouteName | None, hint: str = "") -> str:
     kind = scope.get("method", "WebSocket")
     name = kind if kind in _METHODS or kind == "WebSocket" else "Other"
     found = (route_of(scope) or hint or "(no route)") if route is None else _call(route, scope)
-    # A `begin()` inside a request holds a connection of its own, so name the `begin()` too.
+    # A `begin()` inside a request holds a connection of its own, so show the `begin()` separately.
     return f"{name} {found}" if unit.enclosing is None else f"{name} {found} › begin()"
 
 

@@ -22,7 +22,7 @@ class Histogram:
         self.total: float = 0
 
     def add(self, duration: float) -> None:
-        """Count one duration, in seconds."""
+        """Count one duration, in seconds, in the bound that it belongs to."""
         self.counts[bisect_left(BOUNDS, duration)] += 1
         self.total += duration
 

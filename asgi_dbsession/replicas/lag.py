@@ -1,4 +1,4 @@
-"""Limits how many seconds a replica may be behind its primary."""
+"""Finds the position that a replica must have replayed, so that it is not too far behind."""
 
 from collections import deque
 from threading import Lock
@@ -8,7 +8,7 @@ from .question import Answer
 
 
 class Lag:
-    """The positions of the primary in the last seconds, by the clock of this process.
+    """The positions of the primary in the last seconds, with times by the clock of this process.
 
     The clocks of the servers are not used, because they may differ.
 

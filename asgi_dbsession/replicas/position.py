@@ -58,7 +58,7 @@ class Seen:
         self.replica: str | None = None
         self.users: set[Any] = set()
         self._since = 0
-        self._instead: str | None = None  # a text that is not a position
+        self._instead: str | None = None  # the client's text, if it is no position
         self._told: str | None = text
         if text is not None:
             self._read(text)

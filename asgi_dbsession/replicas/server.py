@@ -60,14 +60,14 @@ class Server(ABC):
 
     @property
     def engine(self) -> Engine:
-        """The engine that units of work use for this server."""
+        """The engine that units of work use to talk to this server."""
         engine: Any = self.database.engine
         sync_engine: Engine = getattr(engine, "sync_engine", engine)
         return sync_engine
 
     @property
     def checked_out(self) -> int:
-        """How many connections to this server units of work use now."""
+        """How many connections to this server are in use now."""
         pool: Any = self.engine.pool
         return pool.checkedout() if hasattr(pool, "checkedout") else 0
 
@@ -125,7 +125,7 @@ class Server(ABC):
             _logger.warning("%s is not read from until it answers: %s", self, reason)
 
     def _unanswered(self, error: BaseException) -> None:
-        reason = type(error).__name__  # class only, because the text of a driver may be secret
+        reason = type(error).__name__  # the class alone, because the driver's text may be secret
         self._fail(self._began, reason)
 
     @abstractmethod
@@ -136,7 +136,7 @@ class Server(ABC):
 
     @abstractmethod
     async def stop(self) -> None:
-        """Wait until no question is running."""
+        """Wait until no question for a position is running."""
 
 
 class TaskServer(Server):
@@ -207,7 +207,7 @@ class ThreadServer(Server):
         await to_thread.run_sync(self.stop_here)
 
     def stop_here(self) -> None:
-        """Wait on the calling thread until no question is running."""
+        """Wait on the calling thread until no question for a position is running."""
         question: Event | None = self._question
         if question is not None:
             question.wait(_PATIENCE)

@@ -59,7 +59,7 @@ class Tally:
     spans: list[_Span] | tuple[()] = ()
 
     def keep(self, span: _Span) -> None:
-        """Store a measured time, unless too many are stored already."""
+        """Store a measured time, unless the largest number of times is stored already."""
         spans = self.spans
         if not spans:
             self.spans = [span]
@@ -223,7 +223,7 @@ class Checkout:
         self.busy_since = now
 
     def done(self) -> None:
-        """Record the end of the running operation, if there is one."""
+        """Record the end of the running operation; do nothing if no operation is running."""
         began = self.busy_since
         if began is not None:
             now, tally = perf_counter(), self.stats.tally
@@ -233,7 +233,7 @@ class Checkout:
                 tally.keep((self.kind, began, now, self.call_site, self.statement))
 
     def give_back(self) -> None:
-        """Record the return of the connection to its pool."""
+        """Record the return of the connection to its pool, and add its use to the totals."""
         self.done()
         now, stats = perf_counter(), self.stats
         stats.tally.use_time += now - self.since

@@ -1,4 +1,4 @@
-"""Runs a request again after a conflict in the database."""
+"""Runs a request again after a conflict with another transaction."""
 
 import asyncio
 import logging

@@ -19,7 +19,7 @@ class Withholding(ABC):
         self.is_withheld: bool = False
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request; do not send a withheld response, and do not raise a withheld error."""
+        """Serve the request; do not send a withheld response, do not raise a withheld error."""
 
         async def withhold_or_send(message: Message) -> None:
             if self.is_withheld or (not self.is_answered and self.withholds_message(message)):

@@ -161,7 +161,7 @@ def isolation_level_on_connect(connection: Connection) -> str | None:
 
 
 def on_checkin(connection: Connection, function: Callable[[Any], object]) -> None:
-    """Call `function` with the driver's connection, at its next return to the pool only."""
+    """Call `function` once, with the driver's connection, before it returns to the pool."""
     record = connection.connection._connection_record
     if record is not None:
         record.finalize_callback.append(function)

@@ -43,7 +43,7 @@ def _sends_nothing(connection: Connection) -> bool:
         return False
     if _has_foreign(_listeners(connection.engine.pool, _OF_POOLS)):
         return False
-    if connection.invalidated:  # its driver's connection cannot be asked
+    if connection.invalidated:  # a lost connection has no state to ask for
         return False
     if connection.dialect.name == "sqlite":
         driver: Any = connection.connection.driver_connection

@@ -27,7 +27,7 @@ class SessionRoute(Protocol):
     """Chooses the server that a session uses, for the optional package `replicas`."""
 
     def choose(self, session: Session) -> None:
-        """Set the engine of the session; called before each statement."""
+        """Set the engine of the session before each statement."""
 
     def work_ended(self) -> bool:
         """Record a commit or rollback; return True if the caller must call `learn`."""

@@ -109,7 +109,7 @@ class SessionLock(ABC):
 
     @property
     def is_busy(self) -> bool:
-        """True if an operation, a commit or a rollback runs or waits."""
+        """True if an operation, a commit or a rollback is running or waiting for the lock."""
         return self._holder is not None or self._ends > 0
 
     @property
@@ -168,7 +168,7 @@ class SessionLock(ABC):
             raise
 
     def release(self, *, closed: bool = False) -> None:
-        """Release the lock; with `closed`, refuse all later operations."""
+        """Release the lock; with `closed=True`, refuse all later operations."""
         with self.mutex:
             if self._is_held_by_end:
                 self._is_held_by_end, self._ends = False, self._ends - 1

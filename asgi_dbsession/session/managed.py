@@ -186,7 +186,7 @@ class ManagedSession(Generic[S]):
 
 
 def _roll_back(session: Session) -> bool:
-    """Roll back, and return True if the server has answered."""
+    """Roll back, and return True if the server has confirmed the rollback."""
     try:
         session.rollback()
     except Exception:
@@ -204,7 +204,8 @@ def _remember_connection(
     companion: Companion = session._companion
     if not transaction.nested and session.in_nested_transaction():
         begin_before_savepoint(connection)
-    # An engine from `binds` or `bind_arguments` may have no listeners of this package yet.
+    # An engine from `binds` or `bind_arguments` may lack the listeners of this package, so add
+    # them.
     if connection.engine is not session.bind:
         watch(connection.engine)
     others = (each for each in companion.open_connections if each is not connection)

@@ -1,4 +1,4 @@
-"""Lets the database refuse writes in a transaction."""
+"""Lets the database refuse writes in a read-only transaction."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from .reads import DRIVERS, is_in_transaction
 _POSTGRESQL, _MARIADB, _SQLITE = "25006", 1792, 8
 
 _ON_MARIADB, _ON_POSTGRESQL = "START TRANSACTION READ ONLY", "SET TRANSACTION READ ONLY"
-# Statements of this module that belong to BEGIN, and so are not counted.
+# The statements that make a transaction read-only; reports do not count these as statements.
 PARTS_OF_BEGIN = frozenset((_ON_MARIADB, _ON_POSTGRESQL))
 
 

@@ -66,8 +66,8 @@ class Reads:
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
         if len(list(session.dispatch.after_begin)) > 1 or list(connection.dispatch.begin):
-            # A listener of the application (for `SET LOCAL`, say) may use the driver's own
-            # connection, unseen by this package, and may need a transaction.
+            # Do not delay BEGIN, because a listener of the application (for `SET LOCAL`, say) may
+            # need a transaction and use the driver's own connection, which this package cannot see.
             return False
         level = connection.get_execution_options().get("isolation_level")
         level = level or isolation_level_on_connect(connection) or dialect.default_isolation_level

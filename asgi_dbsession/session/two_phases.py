@@ -43,7 +43,7 @@ class TwoPhases:
         self._databases = databases
         self._begun: list[Session] = []
         self._unit = token_hex(16)
-        self._mutex = Lock()  # because several threads may begin transactions at the same time
+        self._mutex = Lock()  # several threads may begin transactions at the same time
 
     @property
     def deciding(self) -> Session | None:

@@ -1,4 +1,4 @@
-"""A lock that waits for a condition, for threads and for tasks."""
+"""A lock that a thread or task acquires only when a condition is true."""
 
 import asyncio
 import time
@@ -47,7 +47,7 @@ class Condition:
             self.wake()
 
     def wake(self) -> None:
-        """Let all waiting callers check the condition again."""
+        """Let all waiting callers of `alone` check their condition again."""
         with self._mutex:
             waiting, self._waiting = self._waiting, []
         for freed in waiting:

@@ -14,12 +14,12 @@ from .transaction import SavepointTransaction, current_caller
 
 # The error number of MariaDB and MySQL for a savepoint that does not exist.
 _NO_SUCH_SAVEPOINT = 1305
-# Seconds to wait for a transaction that the test has opened, and that nobody else can end.
+# Seconds to wait for a transaction of the test, because probably nobody else can end it.
 _LIMIT_FOR_THE_TEST = 0.8
 
 
 class SharedConnection:
-    """The shared connection and its open transactions, each nested in the one before.
+    """The shared connection and its open transactions, each nested in the transaction before.
 
     Args:
         connection: A connection inside a transaction that is never committed.

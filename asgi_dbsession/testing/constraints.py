@@ -1,4 +1,4 @@
-"""Finds broken constraints as COMMIT would, without a COMMIT."""
+"""Finds broken constraints as COMMIT would find them, without a COMMIT."""
 
 from typing import Any
 

@@ -76,7 +76,7 @@ def engines_of(database: Database[Any, Any]) -> Iterator[Engine]:
 
 
 def root_of(engine: Engine) -> Engine:
-    """Return the engine that owns the pool, if `engine` is a copy of it with other options."""
+    """Return the engine that owns the pool: `engine`, or the engine of which it is a copy."""
     proxied: Any = engine
     while isinstance(proxied, OptionEngine):
         proxied = proxied._proxied

@@ -1,4 +1,4 @@
-"""Rolls back all work of a test on its databases."""
+"""Rolls back, at the end of a test, all work of the test on its databases."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -72,7 +72,7 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
 
 
 class RolledBack(AbstractContextManager[None], AbstractAsyncContextManager[None]):
-    """The context manager that `rolled_back` returns."""
+    """The context manager that `rolled_back` returns, for `with` and `async with`."""
 
     def __init__(self, databases: tuple[AnyDatabase, ...], timeout: float) -> None:
         self._databases = databases

@@ -1,4 +1,4 @@
-"""Counts the statements that a part of a test sends."""
+"""Counts the statements that are sent during a part of a test."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -32,7 +32,7 @@ def made_current(unit: UnitOfWork) -> Iterator[None]:
     try:
         yield
     finally:
-        # If a unit that began later is still open, it stays the current unit.
+        # Keep a unit that began later and is still open as the current unit.
         if current_unit.get() is unit:
             current_unit.set(around if was_closed else _nearest_open(around))
 
