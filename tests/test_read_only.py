@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 from anyio import to_thread
 from asgi import Exchange, Socket, get, respond
 from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running
@@ -197,6 +198,25 @@ async def test_the_next_request_on_the_connection_may_write(real: Real) -> None:
     assert real.stored() == ["new"]
 
 
+@pytest.mark.skipif(
+    tuple(map(int, sqlalchemy.__version__.split(".")[:3])) < (2, 0, 43),
+    reason="SQLAlchemy has the option since 2.0.43",
+)
+async def test_a_connection_that_is_never_rolled_back_may_write(real: Real) -> None:
+    """With AUTOCOMMIT, SQLAlchemy can leave out ROLLBACK; MariaDB would stay read-only."""
+    options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
+    async with real.describe(pool_size=1, max_overflow=0, **options) as database:
+        running = Running(real, database)
+
+        async def work() -> None:
+            await running.execute(text("SELECT 1"))
+
+        assert (await serve(running, work, status=500)).status == 500
+        exchange = await serve(running, lambda: running.write("new"), "POST")
+        assert (exchange.status, exchange.error) == (200, None)
+    assert real.stored() == ["new"]
+
+
 async def test_begin_inside_of_a_request_that_may_only_read_may_write(running: Running) -> None:
     """`begin()` in the request is a new unit, for example for an audit row."""
 
@@ -266,6 +286,28 @@ async def test_a_request_that_rolls_back_is_answered(running: Running, status: i
 
     exchange = await serve(running, work, status=status)
     assert (exchange.status, exchange.error) == (status, None)
+    assert running.stored() == before
+
+
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+async def test_an_error_response_is_complete(running: Running, name: str) -> None:
+    """A handler that answers the refused write with 500 has rolled back, so its body is sent."""
+    before = kept(running.real)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with pytest.raises((ForbiddenWrite, DBAPIError)):
+            await on_session(running, WRITES[name])
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"sor", "more_body": True})
+        await send({"type": "http.response.body", "body": b"ry"})
+        if scope["path"] == "/again":
+            await on_session(running, add)
+
+    middleware = DBSessionMiddleware(app, running.database, read_only=safe_methods)
+    exchange = await get(middleware)
+    assert (exchange.status, exchange.body, exchange.error) == (500, b"sorry", None)
+    exchange = await get(middleware, "/again")
+    assert (exchange.body, type(exchange.error)) == (b"sorry", ForbiddenWrite)
     assert running.stored() == before
 
 
@@ -401,6 +443,50 @@ async def test_a_block_that_catches_its_error_raises_it_at_its_end(running: Runn
             async with begun(running, join=True, read_only=True) as do_inside:
                 await do_inside(write)
     assert running.stored() == ["before"]
+
+
+@pytest.mark.parametrize("ended", ["commit", "rollback"])
+@pytest.mark.parametrize("write", [WRITES["text"], add], ids=["text", "a new object"])
+async def test_a_block_that_ends_the_transaction_may_still_only_read(
+    running: Running, ended: str, write: Callable[[Session], Any]
+) -> None:
+    """Its next transaction is read-only; the outer unit may write after the block."""
+    raised = False
+    async with begun(running) as do:
+        await do(execute(text("SELECT 1")))
+        try:
+            async with begun(running, join=True, read_only=True) as do_inside:
+                await do_inside(lambda session: getattr(session, ended)())
+                await do_inside(write)
+        except (ForbiddenWrite, DBAPIError):
+            raised = True
+        await do(execute(text("INSERT INTO entry (note) VALUES ('after')")))
+    assert (raised, running.stored()) == (True, ["after"])
+
+
+async def test_a_block_that_a_task_left_open_forbids_nothing_outside(running: Running) -> None:
+    """A block around it has failed, and has ended it too."""
+    if isinstance(running.database, SyncDatabase):
+        pytest.skip("a thread cannot be cancelled")
+    database, is_open = running.database, asyncio.Event()
+
+    async def stay() -> None:
+        async with database.begin(join=True, read_only=True) as session:
+            await session.execute(select(ENTRY))
+            is_open.set()
+            await asyncio.Event().wait()
+
+    async with database.begin() as session:
+        with pytest.raises(ZeroDivisionError):
+            async with database.begin(join=True):
+                staying = asyncio.create_task(stay())
+                await is_open.wait()
+                raise ZeroDivisionError
+        await session.execute(ENTRY.insert().values(note="before"))
+        staying.cancel()
+        await asyncio.wait([staying])
+        await session.execute(ENTRY.insert().values(note="after"))
+    assert running.stored() == ["before", "after"]
 
 
 @pytest.mark.parametrize("allows", ["outer", "inner", "neither"])

@@ -144,6 +144,7 @@ class ManagedSession(Generic[S]):
                 self.in_doubt = ""
             else:
                 self._roll_back()
+                self.companion.writes.rolled_back(end.reason)
         except BaseException:
             if self.in_doubt:
                 # The error may come from a listener after a successful COMMIT. So ask the

@@ -28,7 +28,9 @@ def begin_read_only(connection: Connection) -> None:
     if name == "postgresql":
         _begin_on_postgresql(connection)
     elif name in {"mysql", "mariadb"}:
-        connection.exec_driver_sql(_ON_MARIADB)
+        # Without ROLLBACK, the next user of the connection would get the read-only transaction.
+        if not _skips_rollback(connection):
+            connection.exec_driver_sql(_ON_MARIADB)
     elif name == "sqlite" and not isinstance(connection.engine.pool, StaticPool):
         _begin_on_sqlite(connection)
 
@@ -60,6 +62,15 @@ def _begin_on_postgresql(connection: Connection) -> None:
     if not earlier:
         on_checkin(connection, lambda returned: dialect.set_readonly(returned, earlier))
         dialect.set_readonly(driver, True)
+
+
+def _skips_rollback(connection: Connection) -> bool:
+    """Return True if SQLAlchemy (from 2.0.43 on) sends no ROLLBACK, because of AUTOCOMMIT."""
+    dialect: Any = connection.dialect
+    driver = connection.connection.dbapi_connection
+    return getattr(dialect, "skip_autocommit_rollback", False) and bool(
+        dialect.detect_autocommit_setting(driver)
+    )
 
 
 def _begin_on_sqlite(connection: Connection) -> None:

@@ -6,13 +6,14 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, inspect
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.dml import UpdateBase
 
 from asgi_dbsession.errors import ForbiddenWrite
 
 from ._sqlalchemy import on_checkin
+from .lock import Reason
 from .read_only import begin_read_only, is_refusal, set_savepoint_read_only
 
 R = TypeVar("R")
@@ -31,7 +32,8 @@ class Writes:
     Attributes:
         forbidden: True if the session may only read now; a block of `begin(join=True,
             read_only=True)` changes this value.
-        in_block: True if only code inside a `begin(join=True, read_only=True)` block may not write.
+        in_block: True if only the savepoint of such a block may not write, and the rest of the
+            transaction may.
         refused: The error of the first refused write. COMMIT raises it again, because the
             application may have caught it.
     """
@@ -89,6 +91,23 @@ class Writes:
             set_savepoint_read_only(connection)
         else:
             begin_read_only(connection)
+
+    def record_commit(self, _session: Session) -> None:
+        """Let the rest of a block use transactions that may only read: its savepoint is gone."""
+        self.in_block = False
+
+    def record_rollback(self, transaction: SessionTransaction) -> None:
+        """Do the same after ROLLBACK, but not after a rollback to a savepoint."""
+        if transaction.parent is None:
+            self.in_block = False
+
+    def rolled_back(self, reason: Reason) -> None:
+        """Forget the refused write, because the unit of work rolls back and reports it.
+
+        The error of a task does not report it: other code may catch that error.
+        """
+        if reason != "exception":
+            self.refused = None
 
     def allow(self) -> None:
         """Allow writes again at the end of a `begin(join=True, read_only=True)` block."""

@@ -144,6 +144,7 @@ class _Block:
             self._forbids_writes = self._forbids_writes and not self._writes.forbidden
             if self._forbids_writes:
                 self._writes.forbidden = self._writes.in_block = True
+                self._opened.companion.followers.append(self._writes)
             self.unit.read_only = self._writes.forbidden
             self._blocks.open.append(self.unit)
             lock.admit = self._blocks
@@ -181,15 +182,27 @@ class _Block:
             else:
                 self._roll_back()
         finally:
-            if self._forbids_writes and not was_closed:
+            if self._writes.forbidden and not self._may_only_read:
                 self._writes.allow()
+                self._opened.companion.followers.remove(self._writes)
             lock.release()
+
+    @property
+    def _may_only_read(self) -> bool:
+        """True if the unit, or a block that is still open, may only read."""
+        unit = self.unit.joined
+        return any(each.read_only for each in (unit, *self._blocks.open) if each is not None)
 
     def _release(self) -> None:
         try:
             self._writes.check_commit()
             if self._is_open:
                 self._savepoint.commit()
+            # The application committed inside the block, and its next transaction may only read.
+            # End that transaction, because the outer unit may write.
+            elif self._forbids_writes:
+                self._opened.orm.flush()
+                self._opened.orm.rollback()
         except BaseException:
             self._roll_back()
             raise
