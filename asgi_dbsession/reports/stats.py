@@ -67,7 +67,7 @@ class Tally:
             spans.append(span)
 
     def all_spans(self) -> list[Span]:
-        """Return the measured times as named tuples; to store plain tuples is faster."""
+        """Convert the measured times to named tuples; they are stored as plain tuples for speed."""
         return [Span(*each) for each in self.spans]
 
 
