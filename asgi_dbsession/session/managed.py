@@ -92,8 +92,7 @@ class ManagedSession(Generic[S]):
         self.lock.acquire_for_end(end)
         try:
             if self.companion.two_phases is not None:
-                # In a two-phase commit, one session decides about all others, so that session needs
-                # a transaction even without work.
+                # The transaction of the session that decides about all others must exist.
                 self.orm.connection()
             flush_for_commit(self.orm, prepare=self.companion.two_phases is None)
             refuse_if_aborted(self.companion.open_connections)
