@@ -10,6 +10,7 @@ import pytest
 from anyio import to_thread
 from asgi import Exchange, get, respond
 from conftest import AnyDatabase, checked_out
+from pages import Page
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
@@ -114,3 +115,22 @@ async def test_increments_on_three_nodes_all_count(
     assert [each.status for each in exchanges] == [200] * 30
     assert runs > 30
     assert [value(each) for each in others] == [30] * 3
+
+
+async def test_a_node_that_waits_shows_what_another_node_has_committed(
+    others: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The databases of the page on replicas: each read finds the write before it."""
+    for number, url in enumerate(galera.nodes()[:2], 1):
+        text_of_url = url.set(drivername="mysql+asyncmy").render_as_string(hide_password=False)
+        monkeypatch.setenv(f"NODE_{number}_URL", text_of_url)
+    page: dict[str, Any] = {}
+    exec(Page("docs/how-to/replicas.md").files()["cluster.py"], page)
+    async with page["writer"] as writer, page["reader"] as reader:
+        for number in range(1, 101):
+            async with writer.begin() as session:
+                await session.execute(COUNT_UP)
+            async with reader.begin(read_only=True) as session:
+                found = await session.scalar(text("SELECT value FROM counter"))
+                waits = await session.scalar(text("SELECT @@wsrep_sync_wait"))
+            assert (found, waits) == (number, 1)

@@ -15,13 +15,13 @@ from sqlalchemy.util.concurrency import in_greenlet
 from typing_extensions import override
 
 from .position import checksum
-from .question import QUESTION, Answer
+from .question import IDENTITY, KEY, QUESTION, Answer
 
 _logger = logging.getLogger("asgi_dbsession")
 
 # Seconds: the age at which an answer is renewed, the age at which callers wait for the new answer,
 # the longest wait, and the pause before a server that did not answer is asked again.
-_FRESH, _STALE, _PATIENCE, _PAUSE = 0.05, 0.25, 1.0, 0.5
+_FRESH, _STALE, _PATIENCE, _PAUSE = 0.1, 0.3, 1.0, 0.5
 # Seconds after which a question (connecting included) is cancelled.
 _LIMIT = 5
 
@@ -110,8 +110,8 @@ class Server(ABC):
                 self._question = self._begin()
             return self._question
 
-    def _answered(self, row: Any) -> None:
-        answer = Answer.of(row, self._began, self._timeline)
+    def _answered(self, row: Any, identity: Any) -> None:
+        answer = Answer.of(row, identity, self._began, self._timeline)
         with self._mutex:
             self._last, self._timeline = answer, answer.position.timeline
             was_lost, self._failed = self._failed is not None, None
@@ -151,8 +151,10 @@ class TaskServer(Server):
     async def _ask(self) -> None:
         try:
             async with asyncio.timeout(_LIMIT), self.asker.engine.connect() as connection:
-                row = (await connection.exec_driver_sql(QUESTION)).one()
-            self._answered(row)
+                ask, info = connection.exec_driver_sql, connection.info
+                identity = info[KEY] = info.get(KEY) or (await ask(IDENTITY)).one()
+                row = (await ask(QUESTION)).one()
+            self._answered(row, identity)
         except Exception as error:
             self._unanswered(error)
         finally:
@@ -190,8 +192,10 @@ class ThreadServer(Server):
         try:
             engine: Engine = self.asker.engine
             with engine.connect() as connection:
-                row = connection.exec_driver_sql(QUESTION).one()
-            self._answered(row)
+                ask, info = connection.exec_driver_sql, connection.info
+                identity = info[KEY] = info.get(KEY) or ask(IDENTITY).one()
+                row = ask(QUESTION).one()
+            self._answered(row, identity)
         except Exception as error:
             self._unanswered(error)
         finally:
