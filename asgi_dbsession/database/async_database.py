@@ -193,7 +193,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _refuse_other_loop(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        # A worker thread has no event loop, so the engine is not used in another event loop.
+        # A worker thread has no event loop, so there is no wrong event loop to refuse.
         except RuntimeError:
             return
         if self._loop is loop:

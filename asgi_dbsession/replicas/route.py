@@ -56,9 +56,9 @@ class Route:
         return self in self._seen.users
 
     def learn(self) -> None:
-        """Ask the primary for its position, which the client has now seen."""
-        # Remove the route first, because another thread may begin new work with it during the
-        # question.
+        """Ask the primary for its WAL position; the client must later read nothing older."""
+        # Remove this object before the primary is asked. Another thread may meanwhile begin new
+        # work and add this object again.
         self._seen.users.discard(self)
         self._seen.read_from_primary(self._servers.ask_primary())
 

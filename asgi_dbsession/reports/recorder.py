@@ -101,7 +101,7 @@ def _will_retry(unit: Any, end: End, record: _Record) -> bool:
 
 
 def outcome_of(end: End, tallies: Iterable[Tally]) -> Outcome:
-    """Return the outcome of the work that was committed or rolled back."""
+    """Return how the work ended: committed, rolled back, or nothing to do."""
     if end.failure is not None or (end.had_work and not end.commit):
         return "rolled_back"
     return "committed" if any(each.commits for each in tallies) else "nothing_to_do"

@@ -185,7 +185,8 @@ def is_conflict(error: Any) -> bool:
     # timeout) does not name a conflict.
     if error.args and error.args[0] in _MYSQL:
         return True
-    # Some versions of asyncpg raise the error of an outdated statement without an SQLSTATE.
+    # After a migration, a prepared statement may be outdated. For this error, some versions of
+    # asyncpg give no SQLSTATE, so compare the name of the class.
     if type(error).__name__ == _STALE_PLAN_CLASS:
         return True
     # The driver psycopg2 calls the SQLSTATE `pgcode`.

@@ -66,7 +66,7 @@ class UnitReport:
     scope: Scope = field(repr=False)  # not in the repr, because headers may be secret
     outcome: Outcome
     reason: Reason | None
-    error: BaseException | None = field(repr=False)  # not in the repr: its text may contain values
+    error: BaseException | None = field(repr=False)  # the text of an error may show data
     start_time: float
     duration: float
     databases: tuple[DatabaseReport, ...]
