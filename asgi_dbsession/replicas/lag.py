@@ -36,7 +36,9 @@ class Lag:
             history.append(answer)
 
     def floor(self, now: float) -> Position | None:
-        """Return the position that a replica must have replayed; None if no position is known.
+        """Return the WAL position of the primary `max_lag` seconds ago; None if it is unknown.
+
+        A replica is used only if it has replayed this position.
 
         While the primary is down, this position rises up to the last known position of the primary.
         """

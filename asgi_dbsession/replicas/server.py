@@ -85,7 +85,7 @@ class Server(ABC):
         return last
 
     def answer_since(self, moment: float) -> Answer | None:
-        """Return the answer to a question sent after `moment`; None if no answer comes in time."""
+        """Return a WAL position asked for after `moment`; None if the server is too slow."""
         while True:
             with self._mutex:
                 if self._last is not None and self._last.asked >= moment:
@@ -103,7 +103,7 @@ class Server(ABC):
         self.ask()
 
     def ask(self) -> Any:
-        """Start a question without waiting for the answer, or return the running question."""
+        """Send the query for the WAL position if none is running; do not wait for the answer."""
         with self._mutex:
             if self._question is None:
                 self._began = monotonic()
@@ -136,7 +136,7 @@ class Server(ABC):
 
     @abstractmethod
     async def stop(self) -> None:
-        """Wait until no question for a position is running."""
+        """At shutdown, wait until the query for the WAL position of the server has ended."""
 
 
 class TaskServer(Server):

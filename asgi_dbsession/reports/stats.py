@@ -18,7 +18,7 @@ from .call_site import CallSite, find_call_site
 # connection, which includes all other kinds except `wait` (for a connection).
 Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 
-# The largest number of measured times to store for one unit of work.
+# A unit of work stores at most this many spans, to bound the memory of a long one.
 _MOST_SPANS = 200
 
 

@@ -91,8 +91,9 @@ class NamingTransaction(SessionTransaction):
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         session: Any = self.session
         names = session._companion.two_phases
-        # Name only the transaction of the session's first connection. With several `binds`,
-        # SQLAlchemy prepares the other connections in any order, so numbered names would be wrong.
+        # In two-phase commit, give an id of this package only to the transaction of the session's
+        # first connection. With several `binds`, SQLAlchemy prepares the other connections in any
+        # order, so ids with a number would name the wrong order.
         is_first = self.parent is None and not self._connections
         if names is not None and is_first and isinstance(bind, Engine):
             bind = _NamingEngine(bind, names.name(session))

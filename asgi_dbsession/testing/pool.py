@@ -171,7 +171,7 @@ class CutOffConnection:
         """Do nothing, because all work was rolled back at the end of the test."""
 
     def close(self) -> None:
-        """Do nothing, because the real connection was returned to its pool."""
+        """Do nothing: the test has returned the connection that this object stands for."""
 
 
 class CutOffCursor:
