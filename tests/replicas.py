@@ -1,7 +1,9 @@
 """A primary and two streaming replicas: real PostgreSQL servers, whose lag a test decides."""
 
 import atexit
+import os
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -67,6 +69,13 @@ class Node:
             self._is_running = False
             self._control("stop", "-m", "immediate")
 
+    def end(self) -> None:
+        """End it without waiting: a worker of the tests has little time for that."""
+        if self._is_running:
+            pid = (self._folder / "postmaster.pid").read_text().split()[0]
+            os.kill(int(pid), signal.SIGQUIT)
+            self._is_running = False
+
     def promote(self) -> None:
         """Make a replica a primary, on a timeline of its own."""
         self._control("promote")
@@ -114,7 +123,6 @@ class Cluster:
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="replicas-"))
-        atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
         data = self._folder / "primary"
         data.mkdir()
         server = get_server(data, cleanup_mode=None, start=False)
@@ -128,6 +136,7 @@ class Cluster:
         }
         self.primary = self._node("primary")
         self.replicas = [self._copy("replica0"), self._copy("replica1")]
+        atexit.register(self.end)
 
     def database(self, name: str) -> URL:
         """An empty database, on all servers; its URL, without a driver, on the primary."""
@@ -150,6 +159,12 @@ class Cluster:
         for each in replicas or self.replicas:
             each.set(recovery_min_apply_delay=f"{milliseconds}ms")
 
+    def end(self) -> None:
+        """End all servers, and remove their data; at the end of the process at the latest."""
+        for each in (self.primary, *self.replicas):
+            each.end()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
     def _copy(self, name: str) -> Node:
         folder = self._folder / name
         folder.mkdir(0o700)
@@ -168,7 +183,6 @@ class Cluster:
             port = probe.getsockname()[1]
         node = Node(self._folder / name, port, self._run)
         node.start()
-        atexit.register(node.kill)
         return node
 
     def _run(self, program: str, *options: str) -> None:

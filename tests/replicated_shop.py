@@ -21,6 +21,12 @@ AnyDatabase = AsyncDatabase[Any] | SyncDatabase[Any]
 COUNT = select(func.count()).select_from(ENTRY)
 
 
+def pytest_sessionfinish() -> None:
+    """End the servers before the process ends, which may be cut short."""
+    if cluster.cache_info().currsize:
+        cluster().end()
+
+
 @pytest.fixture(scope="module")
 def servers() -> Cluster:
     """A primary and two replicas, with the tables of the tests."""

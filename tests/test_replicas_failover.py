@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,13 +17,14 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def doomed() -> Cluster:
+def doomed() -> Iterator[Cluster]:
     """Servers of the test's own: what is promoted stays a primary."""
     servers = Cluster()
     url = servers.database("replicas")
     METADATA.create_all(create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool))
     servers.catch_up()
-    return servers
+    yield servers
+    servers.end()
 
 
 def primary_of(servers: Cluster, kind: str) -> URL:
