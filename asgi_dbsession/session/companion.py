@@ -16,10 +16,10 @@ from .writes import Writes
 class Follower(Protocol):
     """The interface of objects that a session calls after each commit and rollback."""
 
-    def record_commit(self, session: Session) -> None:
+    def record_commit(self, session: Session, /) -> None:
         """Record that the work of the session was committed."""
 
-    def record_rollback(self, transaction: SessionTransaction) -> None:
+    def record_rollback(self, transaction: SessionTransaction, /) -> None:
         """Record that the work of this transaction or savepoint was rolled back."""
 
 
