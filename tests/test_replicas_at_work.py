@@ -24,6 +24,7 @@ from asgi_dbsession import (
     safe_methods,
 )
 from asgi_dbsession.live import LivePage
+from asgi_dbsession.replicas.position import Position, Seen
 from asgi_dbsession.testing import rolled_back
 
 pytestmark = pytest.mark.anyio
@@ -75,6 +76,128 @@ async def test_a_replica_that_lags_too_far_is_left_out(nodes: Cluster, kind: str
         await reads_from(lambda: Client(shop.app), ports(nodes))
         writing.cancel()
         await asyncio.wait([writing])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_replica_that_crashed_takes_no_client_back(nodes: Cluster, kind: str) -> None:
+    """It accepts readers before it has replayed again what its clients have seen."""
+    shop, replica = Shop(nodes, kind, pool_pre_ping=True), nodes.replicas[0]
+    async with shop.database:
+        await reads_from(lambda: Client(shop.app), ports(nodes))
+        replica.ask("CHECKPOINT")
+        client = Client(shop.app)
+        while (await client.read())[1] != replica.port:
+            client = Client(shop.app)
+        await Client(shop.app).write()
+        nodes.catch_up()
+        assert (await client.read()) == (1, replica.port)
+        nodes.lag(60_000, replica)
+        replica.kill()
+        replica.start()
+        assert replica.at("replicas").ask("SELECT count(*) FROM entry") == 0
+        await reads_from(lambda: Client(shop.app), ports(nodes))
+        assert (await client.read())[0] == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_read_after_begin_sees_what_begin_has_written(nodes: Cluster, kind: str) -> None:
+    """Also in the session that has read from a replica before."""
+    counts: list[int] = []
+
+    async def handle(scope: Any, receive: Any, send: Any) -> None:
+        database: Any = shop.database
+        for _ in range(2):
+            counts.append(await shop.count())
+            if isinstance(database, SyncDatabase):
+                with database.begin():
+                    await shop.write()
+            else:
+                async with database.begin():
+                    await shop.write()
+        counts.append(await shop.count())
+        await respond(send)
+
+    shop = Shop(nodes, kind)
+    app = DBSessionMiddleware(handle, shop.database, read_only=safe_methods)
+    async with shop.database:
+        await reads_from(lambda: Client(shop.app), ports(nodes))
+        nodes.lag(10_000)
+        await Client(app).ask("GET")
+    assert counts == [0, 1, 2]
+
+
+async def test_a_repeatable_read_reads_the_same_again(nodes: Cluster) -> None:
+    """As it does without replicas."""
+    counts: list[int] = []
+
+    async def handle(scope: Any, receive: Any, send: Any) -> None:
+        database: Any = shop.database
+        counts.append(await shop.count())
+        async with database.begin():
+            await shop.write()
+        counts.append(await shop.count())
+        await respond(send)
+
+    shop = Shop(nodes, isolation_level="REPEATABLE READ")
+    app = DBSessionMiddleware(handle, shop.database, read_only=safe_methods)
+    async with shop.database:
+        await reads_from(lambda: Client(shop.app), ports(nodes))
+        await Client(app).ask("GET")
+    assert counts == [0, 0]
+
+
+async def test_a_response_inside_of_begin_tells_of_its_commit(nodes: Cluster) -> None:
+    """The application commits, and the block of `begin()` is still open when it responds."""
+
+    async def handle(scope: Any, receive: Any, send: Any) -> None:
+        database: Any = shop.database
+        async with database.begin() as session:
+            await shop.write()
+            await session.commit()
+            await respond(send)
+
+    shop = Shop(nodes)
+    app = DBSessionMiddleware(handle, shop.database, read_only=safe_methods)
+    async with shop.database:
+        await reads_from(lambda: Client(shop.app), ports(nodes))
+        nodes.lag(10_000)
+        client = Client(app)
+        await client.ask("POST")
+        assert await Client(shop.app, client.cookies).read() == (1, nodes.primary.port)
+
+
+async def test_a_text_that_is_no_position_is_not_sent_on(nodes: Cluster) -> None:
+    """It may come from another client, in a message."""
+
+    async def handle(scope: Any, receive: Any, send: Any) -> None:
+        database: Any = shop.database
+        async with database.begin(read_only=True, after="1; Domain=example.com"):
+            pass
+        await respond(send)
+
+    shop = Shop(nodes)
+    app = DBSessionMiddleware(handle, shop.database, read_only=safe_methods)
+    async with shop.database:
+        client = Client(app)
+        (cookie,) = set_cookies(await client.ask("GET"))
+        assert "example" not in cookie
+        assert (await Client(shop.app, client.cookies).read())[1] == nodes.primary.port
+
+
+def test_a_later_position_is_the_greater_text() -> None:
+    """Even if the primary did not answer in between, so that a store keeps the right one."""
+    seen = Seen()
+    seen.read_from_primary(Position(1, 10, "0" * 8))
+    first = seen.news()
+    seen.read_from_primary(None)
+    unclear = seen.news()
+    seen.read_from_primary(Position(1, 11, "0" * 8))
+    last = seen.news()
+    assert first is not None
+    assert unclear is not None
+    assert last is not None
+    assert first < unclear < last
+    assert not Seen(unclear).is_trusted
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -385,6 +508,7 @@ BOUND = create_async_engine(URL)
         (URL, {"replicas": ["postgresql+asyncpg://app@replica/shop"]}, "Leave the driver out"),
         (URL, {"replicas": ["nonsense"]}, "not a database URL"),
         (URL, {"replicas": [OTHER], "session_options": {"binds": {Session: BOUND}}}, "binds"),
+        (URL, {"replicas": [OTHER], "isolation_level": "SERIALIZABLE"}, "REPEATABLE READ"),
     ],
 )
 def test_options_that_cannot_work_are_refused(url: str, options: Any, cure: str) -> None:

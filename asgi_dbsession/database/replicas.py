@@ -28,7 +28,7 @@ class PositionStore(Protocol):
 
         Args:
             scope: The ASGI scope of the request.
-            position: At most 50 ASCII characters. The store may delete them after `lifetime`
+            position: At most 60 ASCII characters. The store may delete them after `lifetime`
                 seconds.
         """
 

@@ -1,6 +1,6 @@
 """Checks that a database may have replicas, and that each URL may be a replica's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import URL, make_url
@@ -9,17 +9,22 @@ from sqlalchemy.exc import ArgumentError
 from asgi_dbsession.errors import ConfigurationError
 
 
-def check_primary(database: Any) -> None:
+def check_primary(database: Any, options: Mapping[str, Any]) -> None:
     """Refuse replicas for a database where they cannot work.
 
     Raises:
-        ConfigurationError: The database is not PostgreSQL, or the session chooses among several
-            engines.
+        ConfigurationError: The database is not PostgreSQL, its isolation level is SERIALIZABLE, or
+            the session chooses among several engines.
     """
     if database.url.get_backend_name() != "postgresql":
         raise ConfigurationError(
             f"{database} cannot have replicas: their positions are known for PostgreSQL only. "
             "Leave out `replicas`, or give the URL of a PostgreSQL."
+        )
+    if options.get("isolation_level") == "SERIALIZABLE":
+        raise ConfigurationError(
+            f"{database} cannot have replicas, because replicas refuse SERIALIZABLE. Leave out "
+            '`isolation_level`, or write "REPEATABLE READ".'
         )
     if database._session_options.get("binds"):
         raise ConfigurationError(

@@ -28,7 +28,7 @@ class Lag:
             if history:
                 last = history[-1]
                 passed = answer.asked - last.asked
-                if passed > self._most / 2 or not answer.position.includes(last.position):
+                if passed > self._most / 2 or not answer.flushed.includes(last.flushed):
                     # Start again: there was no question for too long, or a replica was promoted.
                     history.clear()
                 elif passed < self._most / 10:
@@ -46,4 +46,4 @@ class Lag:
             history = self._history
             while len(history) > 1 and history[1].asked <= now - self._most:
                 history.popleft()
-            return history[0].position if history else None
+            return history[0].flushed if history else None

@@ -5,14 +5,13 @@ from time import time
 from typing import Any, NamedTuple
 from zlib import crc32
 
+from typing_extensions import override
+
 # Position, cluster, and replica as text. The numbers have fixed widths, so that the text of the
 # later position in a cluster is the greater text.
 _TEXT = re.compile(
     r"([0-9a-f]{8})\.([0-9a-f]{16})\.([0-9a-f]{8})(?:\.([0-9a-f]{8})\.([0-9a-f]{1,10}))?"
 )
-# A text for the client instead of a position, if the primary did not answer after COMMIT. The
-# client then reads from the primary.
-_UNKNOWN = "unknown"
 
 
 class Position(NamedTuple):
@@ -28,6 +27,10 @@ class Position(NamedTuple):
     timeline: int
     lsn: int
     cluster: str
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.timeline:08x}.{self.lsn:016x}.{self.cluster}"
 
     def includes(self, other: "Position") -> bool:
         """Return True if a server at this position has replayed all changes up to `other`."""
@@ -84,13 +87,21 @@ class Seen:
             return self._instead
         if self.position is None:
             return None
-        timeline, lsn, cluster = self.position
-        text = f"{timeline:08x}.{lsn:016x}.{cluster}"
+        text = str(self.position)
         return text if self.replica is None else f"{text}.{self.replica}.{self._since:x}"
+
+    @property
+    def _unclear(self) -> str:
+        """A text after which the client reads from the primary; later positions are greater texts.
+
+        So a store replaces the text when the position is known again.
+        """
+        return f"{self.position}?" if self.position is not None else "0"
 
     def news(self) -> str | None:
         """Return the text for the client; None if the client has this text already."""
-        text = self.text
+        # Another session of the client may have committed, and has not asked for its position yet.
+        text = self._unclear if self.users else self.text
         if text == self._told:
             return None
         self._told = text
@@ -109,7 +120,7 @@ class Seen:
         if self.replica not in (None, name):
             # The client has read from two replicas, and nobody knows which is further, so trust
             # neither.
-            self._instead = _UNKNOWN
+            self._instead = self._unclear
         elif self.replica is None or not 0 <= now - self._since <= lifetime / 2:
             self.replica, self._since = name, now
             self.position = self.position or position
@@ -120,18 +131,19 @@ class Seen:
             return
         other = Seen(text)
         if self.position is None or not other.is_trusted:
-            self.position, self._instead = other.position, other._instead
+            self.position = other.position or self.position
+            self._instead = None if other.is_trusted else self._unclear
             self.replica, self._since = other.replica, other._since
         elif other.position is None or other.replica not in (None, self.replica):
-            self._instead = _UNKNOWN
+            self._instead = self._unclear
         elif other.position.includes(self.position):
             self.position = other.position
         elif not self.position.includes(other.position):
-            self._instead = _UNKNOWN
+            self._instead = self._unclear
 
     def read_from_primary(self, position: Position | None) -> None:
         """Record that the client has used the primary at `position`; None if that is unknown."""
-        self.replica, self._instead = None, None if position is not None else _UNKNOWN
+        self.replica, self._instead = None, None if position is not None else self._unclear
         self.position = position or self.position
 
 

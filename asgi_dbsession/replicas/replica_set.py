@@ -61,7 +61,7 @@ class ReplicaSet:
         options: dict[str, Any],
     ) -> None:
         self.options: Replicas = given if isinstance(given, Replicas) else Replicas(given)
-        check_primary(database)
+        check_primary(database, options)
         self._database = database
         self._lag = Lag(self.options.max_lag)
         self._count = count(1)
@@ -156,7 +156,7 @@ class ReplicaSet:
         server.chosen = next(self._count)
         lifetime = self.options.lifetime
         return server.engine, partial(
-            seen.read_from_replica, server.name, answer.position, lifetime
+            seen.read_from_replica, answer.name, answer.position, lifetime
         )
 
     def ask_primary(self) -> Position | None:
@@ -173,14 +173,15 @@ class ReplicaSet:
         needed = self._needed(seen, now)
         if needed is None:
             return None
-        allowed = [each for each in self.replicas if seen.replica in (None, each.name)]
-        far_enough = _far_enough(allowed, needed, lambda each: each.current(now))
+        own = seen.replica
+        allowed = [each for each in self.replicas if own is None or each.name in (None, own)]
+        far_enough = _far_enough(allowed, needed, own, lambda each: each.current(now))
         if not far_enough:
             for each in allowed:
                 # Ask all replicas before waiting for the first answer, to wait only once.
                 each.ask()
             again = now - _AGAIN
-            far_enough = _far_enough(allowed, needed, lambda each: each.answer_since(again))
+            far_enough = _far_enough(allowed, needed, own, lambda each: each.answer_since(again))
         least_busy = sorted(far_enough, key=lambda each: (each[0].checked_out, each[0].chosen))
         return least_busy[0] if least_busy else None
 
@@ -202,13 +203,19 @@ class ReplicaSet:
 
 
 def _far_enough(
-    servers: Iterable[Server], needed: Position, ask: Callable[[Server], Answer | None]
+    servers: Iterable[Server],
+    needed: Position,
+    own: str | None,
+    ask: Callable[[Server], Answer | None],
 ) -> list[tuple[Server, Answer]]:
     answers = [(each, ask(each)) for each in servers]
     return [
         (server, answer)
         for server, answer in answers
-        if answer is not None and answer.is_standby and answer.position.includes(needed)
+        if answer is not None
+        and answer.is_standby
+        and own in (None, answer.name)
+        and answer.position.includes(needed)
     ]
 
 

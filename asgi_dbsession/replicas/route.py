@@ -7,6 +7,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from asgi_dbsession.session.guard import derive
+from asgi_dbsession.session.reads import isolation_level
 
 from .position import Position, Seen
 
@@ -41,14 +42,29 @@ class Route:
         self._has_ended = False
 
     def choose(self, session: Session) -> None:
-        """Choose a server at the first statement of a unit of work, for the whole unit."""
-        if self._chooses and (session.bind is None or self._has_ended):
+        """Choose a server at the first statement of a unit of work, for the whole unit.
+
+        If the client has used the primary since, choose again: `begin()` may have written what the
+        next statement must see.
+        """
+        is_new = session.bind is None or self._has_ended
+        if self._chooses and (is_new or self._is_outdated(session)):
             self._has_ended = False
             session.bind, self._read_from_replica = self._servers.choose(self._seen)
         if self._read_from_replica is not None:
             self._read_from_replica()
         else:
             self._seen.users.add(self)
+
+    def _is_outdated(self, session: Session) -> bool:
+        if self._read_from_replica is None or self._seen.replica is not None:
+            return False
+        guarded: Any = session
+        # At other isolation levels, the application wants to read the same state again.
+        return all(
+            isolation_level(each) in ("READ COMMITTED", "AUTOCOMMIT")
+            for each in guarded._companion.open_connections
+        )
 
     def work_ended(self) -> bool:
         """Record a commit or rollback; return True if the caller must call `learn`."""

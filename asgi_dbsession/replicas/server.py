@@ -14,7 +14,6 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 from typing_extensions import override
 
-from .position import checksum
 from .question import IDENTITY, KEY, QUESTION, Answer
 
 _logger = logging.getLogger("asgi_dbsession")
@@ -42,7 +41,7 @@ class Server(ABC):
         self.database: Any = database
         self.asker: Any = asker
         url = database.url
-        self.name: str = checksum((url.host, url.query.get("host"), url.port, url.database))
+        self._address = (url.host, url.query.get("host"), url.port, url.database)
         self.chosen: int = 0
         self.forget()
 
@@ -57,6 +56,7 @@ class Server(ABC):
         self._last: Answer | None = None
         self._failed: float | None = None
         self._timeline = 0
+        self.name: str | None = None
 
     @property
     def engine(self) -> Engine:
@@ -111,9 +111,10 @@ class Server(ABC):
             return self._question
 
     def _answered(self, row: Any, identity: Any) -> None:
-        answer = Answer.of(row, identity, self._began, self._timeline)
+        answer = Answer.of(row, identity, self._began, self._timeline, self._address)
         with self._mutex:
             self._last, self._timeline = answer, answer.position.timeline
+            self.name = answer.name
             was_lost, self._failed = self._failed is not None, None
         if was_lost:
             _logger.info("%s answers again", self)

@@ -69,9 +69,15 @@ class Reads:
             # Do not delay BEGIN, because a listener of the application (for `SET LOCAL`, say) may
             # need a transaction and use the driver's own connection, which this package cannot see.
             return False
-        level = connection.get_execution_options().get("isolation_level")
-        level = level or isolation_level_on_connect(connection) or dialect.default_isolation_level
+        level = isolation_level(connection)
         return level != "AUTOCOMMIT" and (self._wanted is True or level == "READ COMMITTED")
+
+
+def isolation_level(connection: Connection) -> str | None:
+    """Return the isolation level of the transactions on the connection; None if it is unknown."""
+    level: str | None = connection.get_execution_options().get("isolation_level")
+    default = connection.dialect.default_isolation_level
+    return level or isolation_level_on_connect(connection) or default
 
 
 def check_autocommit_reads(database: object, wanted: object, driver: str) -> None:
