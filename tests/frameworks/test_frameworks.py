@@ -39,7 +39,7 @@ from asgi_dbsession import (
 
 pytestmark = pytest.mark.anyio
 
-WRAP = "Wrap it instead"
+WRAP = "Wrap the application instead"
 ANSWER = "Answer a failed COMMIT"
 
 
