@@ -409,7 +409,6 @@ def no_leaks(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Fail a test that leaves work to the garbage collector, or writes to the log of the pool."""
     yield
     gc.collect()
-    _freeze_imported()
     complaints = [
         record.getMessage()
         for record in (*caplog.get_records("call"), *caplog.records)
@@ -421,7 +420,11 @@ def no_leaks(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 def pytest_collection_finish() -> None:
     """Exclude the objects of the imported test modules from later garbage collections."""
-    gc.collect()
+    _freeze_imported()
+
+
+def pytest_runtest_logfinish() -> None:
+    """Exclude the objects of what a test has imported; its fixtures are free by now."""
     _freeze_imported()
 
 
@@ -433,4 +436,5 @@ def _freeze_imported() -> None:
     """
     if len(sys.modules) > _imported[-1]:
         _imported.append(len(sys.modules))
+        gc.collect()
         gc.freeze()

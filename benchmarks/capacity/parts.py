@@ -1,7 +1,7 @@
 """What the model is built from: processors, connections, and a gauge of how many are in use."""
 
-from collections import Counter, deque
-from collections.abc import Generator
+from collections import defaultdict, deque
+from collections.abc import Generator, Mapping
 from heapq import heapify, heapreplace
 from math import inf
 from typing import Any, TypeAlias
@@ -54,7 +54,7 @@ class Gauge:
     def __init__(self, env: simpy.Environment) -> None:
         self._env = env
         self._since = 0.0
-        self._seconds: Counter[int] = Counter()
+        self._seconds: defaultdict[int, float] = defaultdict(float)
         self.now = 0
 
     def add(self, count: int) -> None:
@@ -76,13 +76,13 @@ class Gauge:
         return sum(level * seconds for level, seconds in self._seconds.items()) / (total or 1)
 
     @property
-    def seconds(self) -> Counter[int]:
+    def seconds(self) -> Mapping[int, float]:
         """For how many seconds there were how many in use."""
         self.add(0)
         return self._seconds
 
 
-def quantile(seconds: Counter[int], share: float) -> int:
+def quantile(seconds: Mapping[int, float], share: float) -> int:
     """The number that was not exceeded in this share of the time."""
     left = share * sum(seconds.values())
     for level in sorted(seconds):
