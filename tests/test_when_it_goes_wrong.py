@@ -149,7 +149,7 @@ async def swallowed() -> None:
                     await session.execute(text("SELECT 1 / 0"))
         except DBSessionError as error:
             said = re.sub(
-                r"postgresql\+psycopg:\S+", "postgresql+asyncpg://app@db/shop", str(error)
+                r"postgresql\+psycopg:\S+(?=\.)", "postgresql+asyncpg://app@db/shop", str(error)
             )
             error.args = (said,)
             raise
