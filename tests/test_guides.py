@@ -15,7 +15,7 @@ from asgi import Exchange, Life, Message, Socket, get
 from conftest import becomes_true, checked_out, postgresql
 from fastapi import BackgroundTasks, Depends, FastAPI, Response
 from pages import Page
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.pool import NullPool
@@ -402,37 +402,6 @@ def test_the_arithmetic_is_right() -> None:
     assert len(lines) == 2
     for calculation, result in lines:
         assert eval(calculation) == float(result)
-
-
-async def test_a_health_check_tells_the_two_apart(
-    guide: Guide, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without its database the process is alive but not ready; later it is ready again."""
-    url = postgres.new_database("health").set(drivername="postgresql+asyncpg")
-    monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
-    module = guide.load(DEPLOYMENT, "health")
-    administrator = create_engine(
-        postgres.administrator_url(), isolation_level="AUTOCOMMIT", poolclass=NullPool
-    )
-
-    def rename(before: str, after: str) -> None:
-        with administrator.connect() as connection:
-            end(connection, before)
-            connection.execute(text(f"ALTER DATABASE {before} RENAME TO {after}"))
-
-    async with alive(module.app):
-        assert (await get(module.app, "/ready")).status == 200
-        rename("health", "away")
-        assert (await get(module.app, "/alive")).status == 200
-        assert (await get(module.app, "/ready")).status == 503
-        rename("away", "health")
-        assert (await get(module.app, "/ready")).status == 200
-
-
-def end(connection: Connection, database: str) -> None:
-    """End all connections to a database."""
-    query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
-    connection.execute(text(query), {"name": database})
 
 
 def described_with(url: str) -> AsyncDatabase:
