@@ -84,7 +84,7 @@ def _record_failure(context: ExceptionContext) -> None:
     if connection is None:
         return
     if isinstance(context.original_exception, CancelledError) and connection.dialect.is_async:
-        _discard(connection)
+        discard(connection)
         return
     if context.is_disconnect:
         return
@@ -116,8 +116,11 @@ def _is_unusable_after(context: ExceptionContext, transaction: Transaction | Non
 
 def _was_answered(error: Exception | None) -> bool:
     # InterfaceError and InternalError come from the driver, not from the server: the connection is
-    # busy, or the driver does not know what the server did.
-    return isinstance(error, DBAPIError) and not isinstance(error, InterfaceError | InternalError)
+    # busy, or the driver does not know what the server did. So does an error of psycopg that has no
+    # SQLSTATE: a cancelled COPY, for example, leaves the connection busy.
+    if not isinstance(error, DBAPIError) or isinstance(error, InterfaceError | InternalError):
+        return False
+    return getattr(error.orig, "sqlstate", "") is not None
 
 
 def _remember(connection: Connection, transaction: Transaction, error: BaseException) -> None:
@@ -184,12 +187,12 @@ def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
             # ROLLBACK failed or was cancelled, so it may not have reached the server: close the
             # connection.
             except BaseException:
-                _discard(connection)
+                discard(connection)
                 raise
         raise
 
 
-def _discard(connection: Connection) -> None:
+def discard(connection: Connection) -> None:
     """Close the connection of a cancelled operation, even if the task is cancelled again."""
     if connection.dialect.is_async:
         await_only(run_to_completion(greenlet_spawn(_throw_away, connection)))

@@ -20,6 +20,7 @@ from asgi_dbsession.errors import ConfigurationError, PrematureClose
 from ._sqlalchemy import NamingSession, begin
 from .companion import Companion
 from .completion import run_to_completion
+from .failures import discard
 from .lock import SessionLock
 from .reads import begin_before_savepoint, begin_now, begin_on_server
 from .writes import refusing, refusing_all
@@ -166,7 +167,13 @@ class GuardedSession(NamingSession):
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         connection = super().connection(*args, **kwargs)
         begin_now(connection)
-        begin_on_server(connection)
+        try:
+            begin_on_server(connection)
+        except BaseException:
+            # After a cancellation, say, SQLAlchemy does not know if BEGIN has reached the server,
+            # and would give the pool a connection with an open transaction. So close it.
+            discard(connection)
+            raise
         return connection
 
     @override
