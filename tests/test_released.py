@@ -208,9 +208,9 @@ async def test_it_is_the_same_however_an_engine_connects(
     real.reader.dispose()
 
 
-async def test_an_engine_of_ones_own_connects_as_before_afterwards(tmp_path: Path) -> None:
+async def test_an_engine_of_ones_own_connects_as_before_afterwards() -> None:
     """Nothing of the package is left on its driver."""
-    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/own.db")
+    engine = create_async_engine("postgresql+asyncpg://app@db/shop")
     driver: Any = engine.sync_engine.dialect.dbapi
     before = driver.connect
     database = AsyncDatabase.from_engine(engine)

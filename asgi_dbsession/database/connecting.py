@@ -15,6 +15,10 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbsession.session.completion import run_to_completion
 
+# The drivers whose connections keep the context. The other async drivers keep no context, and
+# aiosqlite leaves its file open if a task of this module is cancelled.
+_KEEPERS = ("aiomysql", "asyncmy", "asyncpg")
+
 
 def connect_outside(engine: Engine) -> None:
     """Make an engine open its connections outside of the context of any request.
@@ -23,7 +27,7 @@ def connect_outside(engine: Engine) -> None:
     are called as before, and an `async_creator` connects in the empty context too.
     """
     driver: Any = engine.dialect.dbapi
-    if engine.dialect.is_async and "connect" not in vars(driver):
+    if engine.dialect.driver in _KEEPERS and "connect" not in vars(driver):
         driver.connect = partial(_connect, engine.dialect, driver.connect)
 
 
