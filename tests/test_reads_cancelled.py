@@ -91,7 +91,7 @@ def test_any_await_of_any_request(bench: Bench, caplog: pytest.LogCaptureFixture
     @example(steps("all", "2:all", "insert", "2:all", second=SAME), "native twice")
     def compare(case: Case, way: str) -> None:
         if bench.is_asyncpg and any("cop" in each.do for each in case.steps):
-            # Sometimes ROLLBACK waits forever for the end of asyncpg's cancellation of the COPY. The
+            # Sometimes ROLLBACK waits forever until asyncpg has cancelled the COPY. The
             # cause is not known yet, nor if a delayed BEGIN matters.
             counts["left out"] += 1
             return
