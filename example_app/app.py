@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from asgi_dbsession import DBSessionMiddleware, ServerTimingMiddleware
+from asgi_dbsession import DBSessionMiddleware, ServerTimingMiddleware, safe_methods
 from asgi_dbsession.live import LivePage
 
 from .databases import reports, shop
@@ -54,6 +54,7 @@ app.add_middleware(
     shop,
     reports,
     on_commit_error=answer_conflict,
+    read_only=safe_methods,  # a page that is only looked at can change nothing
     # An order that a busy provider refused is placed again, before the customer notices.
     attempts=3,
     retry_on=ProviderBusy,
