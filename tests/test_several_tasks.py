@@ -466,3 +466,26 @@ async def test_savepoints_take_turns_like_statements(running: Running) -> None:
     assert exchange.error is None
     await running.assert_clean()
     await serve_innocent_requests(running)
+
+
+async def test_background_work_that_is_mixed_with_that_of_a_failed_task_is_rolled_back(
+    running: Running,
+) -> None:
+    """The server gets the error, and no connection is left behind."""
+    if running.real.is_sync:
+        pytest.skip("what threads do says nothing of tasks")
+
+    async def fail() -> None:
+        await running.write("half")
+        raise LookupError
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await respond(send)
+        await asyncio.wait([asyncio.create_task(fail())])
+        await running.write("own")
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.status == 200
+    assert isinstance(exchange.error, ConcurrentUse)
+    assert running.stored() == []
+    await running.assert_clean()
