@@ -182,7 +182,10 @@ async def test_a_pod_without_its_database_lives_and_is_not_ready(
         postgres.administrator_url(), isolation_level="AUTOCOMMIT", poolclass=NullPool
     )
     with administrator.connect() as connection:
-        for status, before, after in ((503, "containers", "gone"), (200, "gone", "containers")):
+        for status, before, after in (
+            (503, "containers", "containers_away"),
+            (200, "containers_away", "containers"),
+        ):
             end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
             connection.execute(text(end), {"name": before})
             connection.execute(text(f"ALTER DATABASE {before} RENAME TO {after}"))
