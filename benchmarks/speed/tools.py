@@ -19,6 +19,8 @@ FASTAPI = (
     "fastapi_sqla",
     "advanced_alchemy",
 )
+# Not every tool works with this driver.
+PSYCOPG = (BY_HAND, OURS, TRANSACTION, DEPENDS)
 STARLETTE = ("by_hand_starlette", "asgi_dbsession_starlette")
 DEF = (
     "by_hand_def",
@@ -30,7 +32,7 @@ DEF = (
 # Each of these groups is compared within itself, in one process.
 FAMILIES = {
     "FastAPI": FASTAPI,
-    "FastAPI with psycopg": FASTAPI,
+    "FastAPI with psycopg": PSYCOPG,
     "Starlette alone": STARLETTE,
     "FastAPI, handlers with `def`": DEF,
 }
