@@ -72,10 +72,11 @@ class Package:
 
 
 class ByHand:
-    """A router written by hand, which is sticky for some seconds after a write."""
+    """A hand-written router that is sticky for some seconds after a write."""
 
     def __init__(self, urls: list[URL], sticky: float) -> None:
-        self.name = f"by hand, sticky {sticky:g} s" if sticky else "by hand, always a replica"
+        rule = f"sticky {sticky:g} s" if sticky else "always a replica"
+        self.name = f"hand-written, {rule}"
         self.primary, *self.replicas = (create_async_engine(each, **POOL) for each in urls)
         self._sticky = sticky
 
