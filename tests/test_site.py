@@ -1,7 +1,9 @@
 """Tests that the documentation is built without warnings, and has no dead links."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -62,6 +64,37 @@ def site() -> dict[Path, Html]:
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return {file: Html(file) for file in SITE.rglob("*.html")}
+
+
+@built
+def test_a_deployed_site_knows_its_address_and_its_repository(tmp_path: Path) -> None:
+    """The workflow gives both; each page has them, and asks the repository's host for nothing."""
+    for name in ("docs", "docs_theme", ".ci", "asgi_dbsession"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("zensical.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    addresses = {"SITE_URL": "https://docs.example/db", "REPO_URL": "https://github.com/owner/db"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(
+        ["bash", ".ci/site"],
+        cwd=tmp_path,
+        env=os.environ | addresses | {"PATH": path},
+        capture_output=True,
+        check=True,
+    )
+    page = (tmp_path / "site" / "how-to" / "mcp.html").read_text()
+    assert '<link rel="canonical" href="https://docs.example/db/how-to/mcp.html">' in page
+    assert 'href="https://github.com/owner/db"' in page
+    assert 'data-md-component="source"' not in page  # makes the theme call the API of GitHub
+    assert 'href="https://docs.example/db/"' in (tmp_path / "site" / "404.html").read_text()
+    assert sorted(tmp_path.glob("zensical*")) == [tmp_path / "zensical.toml"]
+
+
+@built
+def test_a_local_site_names_no_address() -> None:
+    """Without the two, no page points to an address that may not exist."""
+    for file in site():
+        assert not re.search('rel="canonical"|class="md-source"', file.read_text()), file
 
 
 @built
