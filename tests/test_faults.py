@@ -30,6 +30,7 @@ from benchmarks.faults.ledger import (
 )
 from benchmarks.faults.plan import CALM, FAULTS, faults_in_order, next_request
 from benchmarks.faults.proxy import AFTER, BEFORE, Proxy
+from benchmarks.faults.report import appendix
 from benchmarks.faults.run import Result, run_tool
 from benchmarks.faults.soak import soak
 from benchmarks.faults.soak_report import kept_section, replace_section, soaked
@@ -37,7 +38,8 @@ from benchmarks.faults.soak_report import kept_section, replace_section, soaked
 pytestmark = pytest.mark.timeout(180)
 
 SEED = 7
-DOCUMENTED = Path(__file__).parents[1] / "docs" / "explanation" / "what-cannot-be-promised.md"
+PAGES = Path(__file__).parents[1] / "docs" / "explanation"
+DOCUMENTED = PAGES / "what-cannot-be-promised.md"
 FINE = Finding(lost=0, twice=0, phantom=0, half=0, money=0, open_stored=0)
 # The statuses that show a fault to the clients.
 REFUSED = {
@@ -90,6 +92,18 @@ def test_nothing_is_lost_and_nothing_leaks_although(results: dict[str, Result], 
         assert not result.ledger.refused | result.ledger.open
 
 
+def test_the_appendix_has_every_count(results: dict[str, Result]) -> None:
+    """The recorded page has the text and the columns of a page that is written now."""
+    kept = (PAGES / "under-faults-in-detail.md").read_text()
+    (command,) = re.findall(r"Made by `(.*?)`", kept)
+    written = appendix(command, {"asgi_dbsession": list(results.values())})
+    *lines, _ = written.partition("| no fault |")[0].splitlines()
+    assert kept.splitlines()[: len(lines)] == lines
+    for fault in results:
+        assert kept.count(f"\n| {fault} |") == kept.count("\n## ")
+        assert written.count(f"\n| {fault} |") == 1
+
+
 def test_a_soak_goes_on_until_enough_was_written_and_looks_at_one_process(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -110,10 +124,10 @@ def test_a_soak_goes_on_until_enough_was_written_and_looks_at_one_process(
     assert "**0 lost, 0 stored twice, 0 phantom, 0 half, 0 leaked.** Made by `COMMAND`." in section
     document = tmp_path / "document.md"
     assert "Not run yet" in kept_section(document)
-    document.write_text("before\n\n## In detail\nafter\n")
+    document.write_text("before\n\n")
     for _ in range(2):
         replace_section(document, section)
-        assert document.read_text() == f"before\n\n{section.rstrip()}\n\n## In detail\nafter\n"
+        assert document.read_text() == f"before\n\n{section.rstrip()}\n"
     assert kept_section(document).rstrip() == section.rstrip()
 
 

@@ -5,7 +5,8 @@
     python -m benchmarks.faults --all --write docs/explanation/under-faults.md
     python -m benchmarks.faults --soak 100000 --each 3 --write docs/explanation/under-faults.md
 
-The last one writes only its own section of the document, and the one before keeps that section.
+The last one writes only its own section of the document, and the one before keeps that section. All
+counts go to a page beside the document.
 
 The other tools are in `benchmarks/requirements.txt`.
 """
@@ -23,7 +24,7 @@ from .cluster import Cluster
 from .failover import Failover, fail_over
 from .ledger import begin_anew
 from .plan import faults_in_order
-from .report import document, in_detail
+from .report import appendix, document, in_detail
 from .run import Result, run_tool, running_cluster
 from .soak import Soak, soak
 from .soak_report import kept_section, replace_section, soaked
@@ -59,6 +60,8 @@ async def main(options: argparse.Namespace) -> None:
         command = f"python -m benchmarks.faults {' '.join(sys.argv[1:])}"
         text = document(command, results, checks, failovers, kept_section(options.write))
         await asyncio.to_thread(options.write.write_text, text)
+        details = options.write.with_stem(f"{options.write.stem}-in-detail")
+        await asyncio.to_thread(details.write_text, appendix(command, results))
 
 
 async def soak_both(options: argparse.Namespace) -> None:

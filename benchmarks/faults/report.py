@@ -9,6 +9,7 @@ from .run import Result
 from .tools import TOOLS, versions
 
 _TEMPLATE = Path(__file__).parent / "document.md"
+_APPENDIX = Path(__file__).parent / "details.md"
 _COLUMNS = (
     "fault",
     "faults",
@@ -36,7 +37,6 @@ def document(
 ) -> str:
     """Return the whole document in Markdown; the section of the soak test is an argument."""
     ledgers = [result.ledger for of_tool in results.values() for result in of_tool]
-    details = [f"### {TOOLS[tool]}\n\n{in_detail(found)}" for tool, found in results.items()]
     return _TEMPLATE.read_text().format(
         command=command,
         versions=versions(),
@@ -47,8 +47,13 @@ def document(
         checked=_checked(checks),
         failed_over=_failed_over(failovers),
         soak=soak,
-        details="\n".join(details),
     )
+
+
+def appendix(command: str, results: Mapping[str, Sequence[Result]]) -> str:
+    """Return the page with all counts of every tool, in Markdown."""
+    details = [f"## {TOOLS[tool]}\n\n{in_detail(found)}" for tool, found in results.items()]
+    return _APPENDIX.read_text().format(command=command, details="\n".join(details).rstrip())
 
 
 def in_detail(results: Sequence[Result]) -> str:

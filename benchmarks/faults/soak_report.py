@@ -7,8 +7,8 @@ from .report import table
 from .run import Result
 from .soak import Soak, Usage
 
-_HEADING, _NEXT = "## A long run", "## In detail"
-_NOTHING = "Not run yet.\n"
+_HEADING = "## A long run"  # the last section
+_NOTHING = "\n\nNot run yet.\n"
 
 
 def soaked(command: str, soaks: Sequence[Soak]) -> str:
@@ -46,17 +46,13 @@ def _found(wholes: Sequence[Result]) -> str:
 def kept_section(file: Path) -> str:
     """Return the present section of the document."""
     text = file.read_text() if file.exists() else ""
-    if _HEADING not in text:
-        return f"{_HEADING}\n\n{_NOTHING}"
-    return f"{_HEADING}{text.partition(_HEADING)[2].partition(_NEXT)[0]}".rstrip() + "\n"
+    return f"{_HEADING}{text.partition(_HEADING)[2] or _NOTHING}"
 
 
 def replace_section(file: Path, section: str) -> None:
     """Replace the section of the document."""
-    text = file.read_text()
-    before, _, rest = text.partition(_HEADING if _HEADING in text else _NEXT)
-    after = rest.partition(_NEXT)[2] if _HEADING in text else rest
-    file.write_text(f"{before}{section.rstrip()}\n\n{_NEXT}{after}")
+    before = file.read_text().partition(_HEADING)[0]
+    file.write_text(f"{before}{section.rstrip()}\n")
 
 
 def _counts(soaks: Sequence[Soak]) -> str:
