@@ -10,6 +10,7 @@ from asgi_dbsession.unit.ending import end_work, end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 from .commit_rule import CommitRule
+from .events import is_event_stream, warn_of_early_events
 
 # The types of messages that can end a response: a message does so if its `more_body` is False.
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
@@ -19,6 +20,10 @@ class _Progress(Enum):
     WAITING = auto()
     STARTED = auto()
     COMPLETE = auto()
+
+
+# Python 3.11 finds a member of an enumeration much more slowly than a name of the module.
+_WAITING, _STARTED, _COMPLETE = _Progress
 
 
 class Exchange:
@@ -31,12 +36,12 @@ class Exchange:
     ) -> None:
         self.receive: Receive = receive
         self._unit, self._send, self._commit_rule = unit, send, commit_rule
-        self._progress = _Progress.WAITING
+        self._progress = _WAITING
 
     @property
     def may_commit(self) -> bool:
         """True if the response is complete, so that work in a background task may be committed."""
-        return self._progress is _Progress.COMPLETE
+        return self._progress is _COMPLETE
 
     async def send(self, message: Message) -> None:
         """Send a message; commit or roll back before the start and the end of the response."""
@@ -44,7 +49,7 @@ class Exchange:
         if unit.failure is not None:
             raise AbortRequest
         kind = message["type"]
-        if kind == "http.response.start" and self._progress is _Progress.WAITING:
+        if kind == "http.response.start" and self._progress is _WAITING:
             if unit.sessions or unit.callbacks:
                 try:
                     await run_to_completion(end_work(unit, commit=self._decide(message)))
@@ -55,7 +60,9 @@ class Exchange:
                 if unit.failure is not None:
                     raise AbortRequest
             unit.rollback = None
-            self._progress, unit.is_answered = _Progress.STARTED, True
+            self._progress, unit.is_answered = _STARTED, True
+            if is_event_stream(message):
+                self._send = warn_of_early_events(unit, self._send)
         elif kind in _LAST and not message.get("more_body", False) and unit.is_answered:
             await self._send_last(message)
             return
@@ -67,13 +74,13 @@ class Exchange:
         return self._commit_rule(message["status"], self._unit.scope)
 
     async def _send_last(self, message: Message) -> None:
-        unit, task = self._unit, current_task()
-        if unit.is_used and self._progress is _Progress.STARTED:
+        unit = self._unit
+        if unit.is_used and self._progress is _STARTED:
             try:
-                await end_work_of(task, unit, commit=True, living="leave")
+                await end_work_of(current_task(), unit, commit=True, living="leave")
             except Exception as error:
                 raise AbortRequest from error
-        self._progress = _Progress.COMPLETE
+        self._progress = _COMPLETE
         # uvicorn starts the next request of the connection in this context, so remove the unit of
         # work from the context while the message is sent.
         token = current_unit.set(None)

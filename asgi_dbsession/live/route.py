@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from asgi_dbsession.asgi.route import route_of
 from asgi_dbsession.types import Scope
 
 _logger = logging.getLogger("asgi_dbsession")
@@ -42,15 +43,6 @@ def _call(route: RouteName, scope: Scope) -> str:
     except Exception:
         _logger.exception("%r failed; the request is shown without a route.", route)
         return "(route failed)"
-
-
-def route_of(scope: Scope) -> str:
-    """Return the declared route or the handler, never the path, which may contain a secret."""
-    # FastAPI and Starlette set `route` in the scope; Litestar sets `path_template`.
-    path = getattr(scope.get("route"), "path", None) or scope.get("path_template")
-    if isinstance(path, str):
-        return path
-    return str(getattr(scope.get("endpoint"), "__qualname__", ""))
 
 
 def route_by_quart() -> str:

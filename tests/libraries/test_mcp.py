@@ -14,6 +14,7 @@ from mcp.client.sse import sse_client
 from pages import Page
 
 from asgi_dbsession import SessionClosed, get_session
+from asgi_dbsession.asgi import events
 
 pytestmark = pytest.mark.anyio
 
@@ -91,7 +92,14 @@ async def test_a_commit_that_fails_is_the_error_of_the_tool(tmp_path: Path, tran
         assert page.stored(LINES) == ["one"]
 
 
-async def test_a_session_of_streamable_http_is_the_same(page: Library) -> None:
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the package logged."""
+    return [each.getMessage() for each in caplog.records if each.name == "asgi_dbsession"]
+
+
+async def test_a_session_of_streamable_http_is_the_same(
+    page: Library, caplog: pytest.LogCaptureFixture
+) -> None:
     """The older mode of the protocol, where the server keeps a session per agent, works too."""
     module = page.load("tools")
     async with connected(module, "streamable HTTP", "legacy") as client:
@@ -100,10 +108,14 @@ async def test_a_session_of_streamable_http_is_the_same(page: Library) -> None:
         assert page.stored(LINES) == ["one"]
         assert (await client.call_tool("add", {"text": ""})).is_error
     assert page.stored(LINES) == ["one"]
+    assert warnings(caplog) == []
 
 
-async def test_without_begin_a_result_may_promise_what_commit_refuses(tmp_path: Path) -> None:
-    """The page uses `begin()`, because such a result is an event in the middle of a stream."""
+async def test_without_begin_a_result_may_promise_what_commit_refuses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page uses `begin()`. Without it, the result comes before COMMIT, and a line says so."""
+    monkeypatch.setattr(events, "_warned", set())
     with library(PAGE, "asyncpg", tmp_path) as page:
         module = page.load("tools")
         page.execute("ALTER TABLE line DROP CONSTRAINT line_text_key")
@@ -118,8 +130,12 @@ async def test_without_begin_a_result_may_promise_what_commit_refuses(tmp_path: 
 
         async with connected(module, "streamable HTTP", "legacy") as client:
             result = await client.call_tool("careless", {"text": "one"})
+            await client.call_tool("careless", {"text": "two"})
         assert (result.is_error, result.content[0].text) == (False, "stored")
-        assert page.stored(LINES) == ["one"]
+        assert page.stored(LINES) == ["one", "two"]
+        (line,) = warnings(caplog)
+        assert "`database.begin()`" in line
+        assert "/mcp" in line
 
 
 async def test_over_sse_a_session_without_begin_is_closed(page: Library) -> None:

@@ -1,0 +1,96 @@
+"""Warns if a server-sent event is sent before the work of its request is committed."""
+
+import logging
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
+from typing_extensions import override
+
+from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.types import Message, Send
+from asgi_dbsession.unit.observer import UnitObserver
+from asgi_dbsession.unit.unit_of_work import UnitOfWork
+
+from .route import route_of
+
+_logger = logging.getLogger("asgi_dbsession")
+_WARNING = (
+    "An event of the route %a was sent before the work of its request was committed, and that "
+    "COMMIT can still fail. If the event says that work is stored, do the work in "
+    "`database.begin()`, or call `commit()` before the event. This is logged once for each route."
+)
+# The routes that were warned about. Few applications have more event streams than the limit.
+_warned: set[str] = set()
+_LIMIT = 100
+
+
+def is_event_stream(start: Message) -> bool:
+    """Return True if the message starts a response of the type `text/event-stream`."""
+    headers = start.get("headers")
+    # Leave any other iterable to the server, because it may be possible to read it only once.
+    for name, value in headers if isinstance(headers, list) else ():
+        if name == b"content-length":  # the first header of most responses
+            return False
+        if name == b"content-type":
+            return bool(value.startswith(b"text/event-stream"))
+    return False
+
+
+def warn_of_early_events(unit: UnitOfWork, send: Send) -> Send:
+    """Return a `send` that logs a warning for an event sent while the unit has uncommitted work."""
+    writes = _Writes()
+    unit.observers = (*unit.observers, writes)
+    for database, opened in tuple(unit.sessions.items()):
+        writes.session_opened(unit, database, opened)
+
+    async def send_event(message: Message) -> None:
+        body = message.get("body", b"")
+        # A line that begins with a colon is a comment, which only keeps the connection open. See
+        # https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
+        if body and not body.startswith(b":"):
+            _warn(unit, writes)
+        await send(message)
+
+    return send_event
+
+
+def _warn(unit: UnitOfWork, writes: "_Writes") -> None:
+    route = route_of(unit.scope) if unit.scope is not None else ""
+    is_new = route not in _warned and len(_warned) < _LIMIT
+    if is_new and any(writes.are_pending(each.orm) for each in tuple(unit.sessions.values())):
+        _warned.add(route)
+        _logger.warning(_WARNING, route)
+
+
+class _Writes(UnitObserver):
+    """Remembers which sessions have written since their last commit or rollback."""
+
+    def __init__(self) -> None:
+        self._written: set[Session] = set()
+
+    @override
+    def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
+        event.listen(opened.orm, "after_flush", self._record_flush)
+        event.listen(opened.orm, "do_orm_execute", self._record_statement)
+        event.listen(opened.orm, "after_soft_rollback", self._record_rollback)
+        event.listen(opened.orm, "after_transaction_end", self._record_end)
+
+    def are_pending(self, session: Session) -> bool:
+        """Return True if COMMIT would store anything that the session has changed."""
+        is_changed = session.identity_map.check_modified()
+        return session in self._written or bool(session.new or session.deleted or is_changed)
+
+    def _record_flush(self, session: Session, _context: object) -> None:
+        self._written.add(session)
+
+    def _record_statement(self, state: ORMExecuteState) -> None:
+        if state.is_insert or state.is_update or state.is_delete:
+            self._written.add(state.session)
+
+    def _record_rollback(self, session: Session, _transaction: SessionTransaction) -> None:
+        self._written.discard(session)
+
+    def _record_end(self, session: Session, transaction: SessionTransaction) -> None:
+        if transaction.parent is None:
+            self._written.discard(session)
