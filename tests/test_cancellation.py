@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import io
 import threading
 import types
 from collections.abc import Callable, Coroutine, Generator
@@ -321,6 +322,35 @@ async def test_a_cancelled_statement_does_not_lock_the_database(running: Running
     finally:
         gc.enable()
     assert running.stored() == [f"/kept/{number}" for number in range(20)]
+
+
+@pytest.mark.parametrize("real", ["asyncpg"], indirect=True)
+async def test_a_cancelled_copy_out_ends_within_the_drivers_time_limit(real: Real) -> None:
+    """asyncpg waits for an answer that it has read already, without a limit of its own.
+
+    It happens to every fourth cancellation or so. Without `command_timeout`, ROLLBACK then waits
+    forever: the page on PostgreSQL says so.
+    """
+    database = real.describe(connect_args={"command_timeout": 0.2}, pool_size=1)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        connection = await database.get_session().connection()
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        await driver.copy_from_query("SELECT 'text'", output=io.BytesIO())
+        await respond(send)
+
+    async with database:
+        middleware = DBSessionMiddleware(app, database)
+        with anyio.fail_after(60):
+            for turns in [*range(12)] * 3:
+                request = asyncio.create_task(get(middleware))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                request.cancel()
+                await asyncio.gather(request, return_exceptions=True)
+                assert checked_out(database) == 0
+                assert (await get(middleware)).status == 200
+    assert real.open_transactions() == 0
 
 
 @pytest.mark.parametrize("real", ["asyncpg"], indirect=True)  # one driver is enough

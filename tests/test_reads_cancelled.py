@@ -90,9 +90,8 @@ def test_any_await_of_any_request(bench: Bench, caplog: pytest.LogCaptureFixture
     @example(steps("all", "2:all", "flush", "2:insert", second=OTHER, two_phase=True), "native")
     @example(steps("all", "2:all", "insert", "2:all", second=SAME), "native twice")
     def compare(case: Case, way: str) -> None:
-        if bench.is_asyncpg and any("cop" in each.do for each in case.steps):
-            # Sometimes ROLLBACK waits forever until asyncpg has cancelled the COPY. The
-            # cause is not known yet, nor if a delayed BEGIN matters.
+        if bench.is_asyncpg and any("copy out" in each.do for each in case.steps):
+            # asyncpg can wait forever: test_cancellation.py has the test, and the cure.
             counts["left out"] += 1
             return
         seen = {wanted: stored_at_each(case, way, wanted) for wanted in bench.databases}
