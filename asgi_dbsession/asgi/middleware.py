@@ -7,7 +7,7 @@ from typing_extensions import Never
 
 from asgi_dbsession.errors import ABORTED, AbortRequest
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
-from asgi_dbsession.unit.ending import close, close_returned
+from asgi_dbsession.unit.ending import close
 from asgi_dbsession.unit.report import UnitReport
 from asgi_dbsession.unit.retry_on import RetryOn
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
@@ -174,7 +174,7 @@ class DBSessionMiddleware:
             unit.closed = True
             if unit.is_used:
                 commit = exchange.may_commit and not unit.rollback and unit.failure is None
-                await close_returned(unit, commit=commit)
+                await close(unit, commit=commit, sort_tasks=True)
         finally:
             current_unit.reset(token)
             scope[_KEY] = outer

@@ -44,6 +44,7 @@ class Companion:
         lock: The lock of the session.
         reads: The object that decides if the session may read without a transaction.
         writes: The object that refuses writes if the session may only read.
+        expects_read: True if the session executes a SELECT, so that BEGIN may be delayed.
         connections: The connections that the session used last; some of them are closed.
         followers: The objects to call after each commit and rollback.
         bind_asked: A function to call with each engine before the session uses it.
@@ -53,6 +54,7 @@ class Companion:
         stats: The measurements of the session, shared by all observers; None without observers.
     """
 
+    expects_read: bool = True
     connections: tuple[Connection, ...] = ()
     bind_asked: Callable[[Any], None] | None = None
     wait_failed: Callable[[PoolTimeout], None] | None = None
@@ -65,6 +67,13 @@ class Companion:
         self.reads: Reads = reads
         self.writes: Writes = writes
         self.followers: list[Follower] = []
+
+    def add_connection(self, connection: Connection) -> None:
+        """Record that the session uses a connection, which it may have used before."""
+        used = self.connections
+        if used:
+            used = tuple(each for each in used if not each.closed and each is not connection)
+        self.connections = (*used, connection)
 
     @property
     def open_connections(self) -> tuple[Connection, ...]:

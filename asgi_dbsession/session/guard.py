@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, SelectBase
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
@@ -21,9 +21,7 @@ from ._sqlalchemy import NamingSession, begin
 from .companion import Companion
 from .completion import run_to_completion
 from .failures import discard
-from .lock import SessionLock
 from .reads import begin_before_savepoint, begin_now, begin_on_server
-from .writes import refusing, refusing_all
 
 R = TypeVar("R")
 A = TypeVar("A", bound=AsyncSession)
@@ -31,14 +29,12 @@ S = TypeVar("S", bound=Session)
 T = TypeVar("T")
 
 # The session methods that may send statements. Old versions of SQLAlchemy lack some of these.
+_STATEMENTS = ("execute", "scalar", "scalars")
+_BULK_OPERATIONS = ("bulk_insert_mappings", "bulk_save_objects", "bulk_update_mappings")
 _OPERATIONS = (
-    "bulk_insert_mappings",
-    "bulk_save_objects",
-    "bulk_update_mappings",
     "commit",
     "delete",
     "delete_all",
-    "execute",
     "flush",
     "get",
     "get_one",
@@ -48,8 +44,6 @@ _OPERATIONS = (
     "prepare",
     "refresh",
     "rollback",
-    "scalar",
-    "scalars",
 )
 
 
@@ -81,18 +75,28 @@ def derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, A
     return derived
 
 
-def locked(operation: Callable[..., R]) -> Callable[..., R]:
-    """Wrap a method of a session or transaction, so that it holds the session's lock as it runs."""
+def locked(
+    operation: Callable[..., R], check: Callable[..., None] | None = None
+) -> Callable[..., R]:
+    """Wrap a method of a session or transaction, so that it holds the session's lock as it runs.
+
+    Args:
+        operation: The method.
+        check: A function to call first, with the companion of the session and the arguments.
+    """
 
     @functools.wraps(operation)
     def operate_locked(self: Any, *args: Any, **kwargs: Any) -> R:
-        lock: SessionLock = self._companion.lock
+        companion: Companion = self._companion
+        lock = companion.lock
         is_outermost = lock.acquire()
         try:
+            if check is not None:
+                check(companion, *args, **kwargs)
             return operation(self, *args, **kwargs)
         except PoolTimeout as error:
-            if self._companion.wait_failed is not None:
-                self._companion.wait_failed(error)
+            if companion.wait_failed is not None:
+                companion.wait_failed(error)
             raise
         finally:
             if is_outermost:
@@ -203,11 +207,25 @@ class GuardedSession(NamingSession):
         super().reset()
 
 
-for _name in _OPERATIONS:
+def _check_statement(companion: Companion, statement: object, *_: object, **__: object) -> None:
+    companion.expects_read = isinstance(statement, SelectBase)
+    if companion.writes.forbidden:
+        companion.writes.check_statement(statement)
+
+
+def _bulk_check(name: str) -> Callable[..., None]:
+    def check(companion: Companion, *_: object, **__: object) -> None:
+        if companion.writes.forbidden:
+            raise companion.writes.refuse(f"`{name}()`")
+
+    return check
+
+
+_checks: dict[str, Callable[..., None] | None] = {
+    **dict.fromkeys(_OPERATIONS),
+    **dict.fromkeys(_STATEMENTS, _check_statement),
+    **{name: _bulk_check(name) for name in _BULK_OPERATIONS},
+}
+for _name, _check in _checks.items():
     if hasattr(Session, _name):
-        _operation = getattr(Session, _name)
-        if _name.startswith("bulk_"):
-            _operation = refusing_all(_operation)
-        elif _name in {"execute", "scalar", "scalars"}:
-            _operation = refusing(_operation)
-        setattr(GuardedSession, _name, locked(_operation))
+        setattr(GuardedSession, _name, locked(getattr(Session, _name), _check))

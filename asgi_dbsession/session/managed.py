@@ -54,9 +54,13 @@ class ManagedSession(Generic[S]):
         # objects that another task changed or added during an earlier COMMIT. A refused write
         # counts as work: the unit of work must fail even if the application caught the error.
         session, lock = self.orm, self.lock
-        is_changed = session.in_transaction() or session.identity_map.check_modified()
-        is_added = lock.is_used and bool(session.new)
-        return is_changed or is_added or lock.is_busy or self.companion.writes.refused is not None
+        return (
+            session.in_transaction()
+            or session.identity_map.check_modified()
+            or lock.is_busy
+            or (lock.is_used and bool(session.new))
+            or self.companion.writes.refused is not None
+        )
 
     @property
     def ends_at_once(self) -> bool:
@@ -208,12 +212,12 @@ def _remember_connection(
     # them.
     if connection.engine is not session.bind:
         watch(connection.engine)
-    others = (each for each in companion.open_connections if each is not connection)
-    # SQLAlchemy calls this listener at each savepoint too. Store each connection once.
-    companion.connections = (*others, connection)
-    is_shared = companion.reads.is_shared
-    companion.writes.begin(connection, in_savepoint=transaction.nested, is_shared=is_shared)
-    companion.reads.delay_begin(session, connection)
+    companion.add_connection(connection)
+    if companion.writes.forbidden:
+        is_shared = companion.reads.is_shared
+        companion.writes.begin(connection, in_savepoint=transaction.nested, is_shared=is_shared)
+    if companion.expects_read:
+        companion.reads.delay_begin(session, connection)
 
 
 def _refuse_or_begin(session: Any, *_: object) -> None:

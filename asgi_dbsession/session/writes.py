@@ -1,8 +1,7 @@
 """Refuses the writes of a session in a unit of work that may only read."""
 
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 from sqlalchemy import Connection, inspect
 from sqlalchemy.engine import ExceptionContext
@@ -15,8 +14,6 @@ from asgi_dbsession.errors import ForbiddenWrite
 from ._sqlalchemy import on_checkin
 from .lock import Reason
 from .read_only import begin_read_only, is_refusal, set_savepoint_read_only
-
-R = TypeVar("R")
 
 # The key of `connection.info` for the `Writes` object of the session that uses the connection.
 _KEY = "asgi_dbsession.writes"
@@ -48,10 +45,12 @@ class Writes:
     def check_statement(self, statement: object) -> None:
         """Refuse a SQLAlchemy construct that writes; the database refuses SQL text that writes.
 
+        Call it only if `forbidden` is True.
+
         Raises:
-            ForbiddenWrite: The session may only read.
+            ForbiddenWrite: The statement writes.
         """
-        if self.forbidden and isinstance(statement, UpdateBase | ExecutableDDLElement):
+        if isinstance(statement, UpdateBase | ExecutableDDLElement):
             raise self.refuse(_name_statement(statement))
 
     def check_flush(self, session: Session) -> None:
@@ -75,12 +74,14 @@ class Writes:
     def begin(self, connection: Connection, *, in_savepoint: bool, is_shared: bool) -> None:
         """Let the database refuse writes in a transaction or savepoint that has just begun.
 
+        Call it only if `forbidden` is True.
+
         Args:
             connection: The connection of the session.
             in_savepoint: True if a savepoint has begun.
             is_shared: True inside `testing.rolled_back()`, which refuses writes itself.
         """
-        if not self.forbidden or in_savepoint is not self.in_block:
+        if in_savepoint is not self.in_block:
             return
         info = connection.info
         info[_KEY] = self
@@ -119,29 +120,6 @@ class Writes:
         error = ForbiddenWrite(self._database, name)
         self.refused = self.refused or error
         return error
-
-
-def refusing(operation: Callable[..., R]) -> Callable[..., R]:
-    """Wrap a session method: it refuses statements that write if the session may only read."""
-
-    @functools.wraps(operation)
-    def operate(self: Any, statement: Any, *args: Any, **kwargs: Any) -> R:
-        self._companion.writes.check_statement(statement)
-        return operation(self, statement, *args, **kwargs)
-
-    return operate
-
-
-def refusing_all(operation: Callable[..., R]) -> Callable[..., R]:
-    """Wrap a session method that only writes: it raises an error if the session may only read."""
-
-    @functools.wraps(operation)
-    def operate(self: Any, *args: Any, **kwargs: Any) -> R:
-        if self._companion.writes.forbidden:
-            raise self._companion.writes.refuse(f"`{operation.__name__}()`")
-        return operation(self, *args, **kwargs)
-
-    return operate
 
 
 def may_only_read(connection: Connection) -> bool:

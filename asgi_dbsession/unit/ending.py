@@ -65,17 +65,24 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         commit, unit.rollback, reason = not unit.rollback, None, "set_rollback"
     if failed:
         await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
-    if own or any(_is_of(each.given_by, task) for each in unit.callbacks):
+    if own or (unit.callbacks and any(_is_of(each.given_by, task) for each in unit.callbacks)):
         await run_to_completion(_end(unit, End(commit, reason, task=task), own))
 
 
-async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
+async def close(
+    unit: UnitOfWork,
+    *,
+    commit: bool,
+    error: BaseException | None = None,
+    sort_tasks: bool = False,
+) -> None:
     """Commit or roll back all work, and close the sessions permanently.
 
     Args:
         unit: The unit of work to close.
         commit: True to commit, False to roll back.
         error: The exception that the application raised.
+        sort_tasks: True to roll back the work of failed tasks, even if `commit` is True.
     """
     unit.closed = True
     # Copy the sessions: another thread may open a session, which changes the dictionary.
@@ -83,8 +90,10 @@ async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None =
     if unit.is_answered and not commit:
         _log_unsaved(unit, opened, _last_end(unit, commit, error))
     working = [each for each in opened if not each.close_if_idle()]
+    if working and commit and sort_tasks:
+        commit = await _roll_back_failed(unit, working)
     try:
-        if working or unit.callbacks or any(each.companion.route for each in opened):
+        if working or unit.callbacks or unit.is_routed:
             ending = _end(unit, _last_end(unit, commit, error), working)
             await (ending if unit.is_blocking else run_to_completion(ending))
         elif unit.observers:
@@ -93,24 +102,20 @@ async def close(unit: UnitOfWork, *, commit: bool, error: BaseException | None =
         unit.sessions.clear()
 
 
-async def close_returned(unit: UnitOfWork, *, commit: bool) -> None:
-    """Close the unit after the application has returned; roll back the work of failed tasks."""
-    if commit and any(
-        each.lock.users or each.lock.has_failed_work for each in unit.sessions.values()
-    ):
-        try:
-            _, failed = _sort(unit, _with_work(unit), current_task(), "include")
-        except ConcurrentUse:
-            commit = False
-        else:
-            if failed:
-                await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
-    await close(unit, commit=commit)
-
-
 def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
     """Close a unit whose `is_blocking` is True on the current thread, without an event loop."""
     complete_here(close(unit, commit=commit, error=error))
+
+
+async def _roll_back_failed(unit: UnitOfWork, working: Sessions) -> bool:
+    """Roll back the work of failed tasks; return False if it cannot be told from other work."""
+    try:
+        _, failed = _sort(unit, working, current_task(), "include")
+    except ConcurrentUse:
+        return False
+    if failed:
+        await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
+    return True
 
 
 def _sort(
@@ -158,7 +163,8 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
         end.failure = error
     finally:
         current_end.reset(token)
-    await learn_positions(tuple(unit.sessions.values()))
+    if unit.is_routed:
+        await learn_positions(tuple(unit.sessions.values()))
     if isinstance(end.failure, Exception):
         unit.failure = unit.failure or end.failure
     if unit.callbacks:

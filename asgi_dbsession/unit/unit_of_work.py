@@ -57,6 +57,7 @@ class UnitOfWork:
         callbacks: The functions given to `on_commit` that wait for COMMIT.
         two_phase: True if the sessions use two-phase commit.
         read_only: True if the sessions may only read; set before the first session is opened.
+        is_routed: True if a session of the unit chooses its server, for `replicas`.
         is_blocking: True if the unit ends on the calling thread, without an event loop.
         is_answered: True if another response can no longer be sent to the request.
         closed: True if the unit has ended.
@@ -66,6 +67,7 @@ class UnitOfWork:
     rollback_set_by: object = None
     two_phase: bool = False
     read_only: bool = False
+    is_routed: bool = False
     is_blocking: bool = False
     joins_outer_unit: bool = False
     is_inner: bool = False
@@ -150,6 +152,8 @@ class UnitOfWork:
             made.orm.twophase, made.companion.two_phases = True, two_phases_of(self)
         if self.is_blocking:
             made.run = call_here
+        if made.companion.route is not None:
+            self.is_routed = True
         # Another thread has closed the unit meanwhile, so the new session must be closed too.
         if self.closed:
             made.close_if_idle()
