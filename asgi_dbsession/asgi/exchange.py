@@ -1,7 +1,5 @@
 """The messages of an HTTP response, and the commits and rollbacks that they cause."""
 
-from enum import Enum, auto
-
 from asgi_dbsession.errors import AbortRequest
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.lock import current_task
@@ -16,32 +14,22 @@ from .events import is_event_stream, warn_of_early_events
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
 
 
-class _Progress(Enum):
-    WAITING = auto()
-    STARTED = auto()
-    COMPLETE = auto()
-
-
-# Python 3.11 finds a member of an enumeration much more slowly than a name of the module.
-_WAITING, _STARTED, _COMPLETE = _Progress
-
-
 class Exchange:
-    """The messages of one response, and the commits and rollbacks that they cause."""
+    """The messages of one response, and the commits and rollbacks that they cause.
 
-    __slots__ = ("_commit_rule", "_progress", "_send", "_unit", "receive")
+    Attributes:
+        may_commit: True if the response is complete, so that work in a background task may be
+            committed.
+    """
+
+    __slots__ = ("_commit_rule", "_send", "_unit", "may_commit", "receive")
 
     def __init__(
         self, unit: UnitOfWork, receive: Receive, send: Send, commit_rule: CommitRule
     ) -> None:
         self.receive: Receive = receive
         self._unit, self._send, self._commit_rule = unit, send, commit_rule
-        self._progress = _WAITING
-
-    @property
-    def may_commit(self) -> bool:
-        """True if the response is complete, so that work in a background task may be committed."""
-        return self._progress is _COMPLETE
+        self.may_commit: bool = False
 
     async def send(self, message: Message) -> None:
         """Send a message; commit or roll back before the start and the end of the response."""
@@ -49,7 +37,7 @@ class Exchange:
         if unit.failure is not None:
             raise AbortRequest
         kind = message["type"]
-        if kind == "http.response.start" and self._progress is _WAITING:
+        if kind == "http.response.start" and not unit.is_answered:
             if unit.sessions or unit.callbacks:
                 try:
                     await run_to_completion(end_work(unit, commit=self._decide(message)))
@@ -59,8 +47,7 @@ class Exchange:
                 # Another task of the request may have failed at COMMIT meanwhile, so send nothing.
                 if unit.failure is not None:
                     raise AbortRequest
-            unit.rollback = None
-            self._progress, unit.is_answered = _STARTED, True
+            unit.rollback, unit.is_answered = None, True
             if is_event_stream(message):
                 self._send = warn_of_early_events(unit, self._send)
         elif kind in _LAST and not message.get("more_body", False) and unit.is_answered:
@@ -75,12 +62,12 @@ class Exchange:
 
     async def _send_last(self, message: Message) -> None:
         unit = self._unit
-        if unit.is_used and self._progress is _STARTED:
+        if unit.is_used and not self.may_commit:
             try:
                 await end_work_of(current_task(), unit, commit=True, living="leave")
             except Exception as error:
                 raise AbortRequest from error
-        self._progress = _COMPLETE
+        self.may_commit = True
         # uvicorn starts the next request of the connection in this context, so remove the unit of
         # work from the context while the message is sent.
         token = current_unit.set(None)

@@ -64,7 +64,11 @@ class UnitOfWork:
     """
 
     # These defaults are class attributes, so that a request does not spend time on setting them.
+    is_used: bool = False
+    rollback: bool | None = None
     rollback_set_by: object = None
+    failure: Exception | None = None
+    closed: bool = False
     two_phase: bool = False
     read_only: bool = False
     is_routed: bool = False
@@ -86,11 +90,7 @@ class UnitOfWork:
         self.enclosing: UnitOfWork | None = enclosing
         self.observers: tuple[UnitObserver, ...] = observers
         self.sessions: dict[SessionSource[Any], ManagedSession[Any]] = {}
-        self.is_used: bool = False
-        self.rollback: bool | None = None
-        self.failure: Exception | None = None
         self.callbacks: list[AfterCommit] = []
-        self.closed: bool = False
         for observer in observers:
             observer.unit_began(self)
 
