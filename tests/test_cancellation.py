@@ -326,7 +326,7 @@ async def test_a_cancelled_statement_does_not_lock_the_database(running: Running
 
 @pytest.mark.parametrize("real", ["asyncpg"], indirect=True)
 async def test_a_cancelled_copy_out_ends_within_the_drivers_time_limit(real: Real) -> None:
-    """asyncpg waits for an answer that it has read already, without a limit of its own.
+    """The driver waits for an answer that it has read already, without a limit of its own.
 
     It happens to every fourth cancellation or so. Without `command_timeout`, ROLLBACK then waits
     forever: the page on PostgreSQL says so.

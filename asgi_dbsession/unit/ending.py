@@ -1,6 +1,5 @@
 """Commits or rolls back all work of a unit, or only the work of one task."""
 
-import logging
 from asyncio import CancelledError
 from collections.abc import Coroutine
 from typing import Any, TypeAlias
@@ -16,12 +15,7 @@ from .shares import Living, sort_work
 from .together import end_together, learn_positions
 from .two_phases import commit_in_two_phases
 from .unit_of_work import UnitOfWork, current_unit
-
-_logger = logging.getLogger("asgi_dbsession")
-_UNSAVED = (
-    "%d changed objects were not stored, because the response was cut short: %a. To store objects "
-    "in that case, add them in `async with database.begin() as session:`."
-)
+from .unsaved import log_unsaved
 
 Sessions: TypeAlias = list[ManagedSession[Any]]
 
@@ -88,7 +82,7 @@ async def close(
     # Copy the sessions: another thread may open a session, which changes the dictionary.
     opened = tuple(unit.sessions.values())
     if unit.is_answered and not commit:
-        _log_unsaved(unit, opened, _last_end(unit, commit, error))
+        log_unsaved(unit, opened, _reason_to_roll_back(error, unit.rollback))
     working = [each for each in opened if not each.close_if_idle()]
     if working and commit and sort_tasks:
         commit = await _roll_back_failed(unit, working)
@@ -168,9 +162,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     if isinstance(end.failure, Exception):
         unit.failure = unit.failure or end.failure
     if unit.callbacks:
-        for callback in _settle(unit, end, given, working):
-            if callback in stored or end.succeeded:
-                await _call(unit, callback)
+        await _call_due(unit, _settle(unit, end, given, working), end, stored)
     _tell(unit, end)
     if end.failure is not None:
         raise end.failure
@@ -183,15 +175,6 @@ def _tell(unit: UnitOfWork, end: End) -> None:
 
 def _last_end(unit: UnitOfWork, commit: bool, error: BaseException | None) -> End:
     return End(commit, _reason_to_roll_back(error, unit.rollback), close=True, error=error)
-
-
-def _log_unsaved(unit: UnitOfWork, opened: tuple[ManagedSession[Any], ...], end: End) -> None:
-    """Log the loss of objects that a handler added after the client had disconnected."""
-    unsaved = sum(
-        len(each.orm.new) + len(each.orm.dirty) + len(each.orm.deleted) for each in opened
-    )
-    if unsaved and end.reason in ("cancelled", "unfinished"):
-        _logger.error(_UNSAVED, unsaved, unit.scope["path"] if unit.scope else "")
 
 
 def _in_order(unit: UnitOfWork, working: Sessions) -> Sessions:
@@ -216,6 +199,14 @@ def _settle(
         unit.callbacks.remove(each)
         each.detach()
     return due
+
+
+async def _call_due(
+    unit: UnitOfWork, due: list[AfterCommit], end: End, stored: list[AfterCommit]
+) -> None:
+    for callback in due:
+        if callback in stored or end.succeeded:
+            await _call(unit, callback)
 
 
 async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
