@@ -54,13 +54,9 @@ class ManagedSession(Generic[S]):
         # objects that another task changed or added during an earlier COMMIT. A refused write
         # counts as work: the unit of work must fail even if the application caught the error.
         session, lock = self.orm, self.lock
-        return (
-            session.in_transaction()
-            or session.identity_map.check_modified()
-            or lock.is_busy
-            or (lock.is_used and bool(session.new))
-            or self.companion.writes.refused is not None
-        )
+        if session.in_transaction() or session.identity_map.check_modified() or lock.is_busy:
+            return True
+        return (lock.is_used and bool(session.new)) or self.companion.writes.refused is not None
 
     @property
     def ends_at_once(self) -> bool:

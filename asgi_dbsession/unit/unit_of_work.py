@@ -152,8 +152,7 @@ class UnitOfWork:
             made.orm.twophase, made.companion.two_phases = True, two_phases_of(self)
         if self.is_blocking:
             made.run = call_here
-        if made.companion.route is not None:
-            self.is_routed = True
+        self.is_routed = self.is_routed or made.companion.route is not None
         # Another thread has closed the unit meanwhile, so the new session must be closed too.
         if self.closed:
             made.close_if_idle()
