@@ -141,14 +141,9 @@ def _connection(
         "since": now - (checkout.idle_since if busy_since is None else busy_since),
         "line": line(checkout.call_site),
         "statement": without_values(checkout.statement, dialect) or checkout.kind.upper(),
-        "in_transaction": checkout.in_transaction and not _is_in_autocommit(checkout),
+        "in_transaction": checkout.in_transaction and not checkout.is_in_autocommit,
         "read_only": False,  # `look` replaces this value by that of the unit of work
     }
-
-
-def _is_in_autocommit(checkout: Checkout) -> bool:
-    """Return True if the driver is in autocommit mode, so that no transaction is open."""
-    return getattr(checkout.entry.dbapi_connection, "autocommit", None) is True
 
 
 def _empty(lane: int, state: str) -> Connection:

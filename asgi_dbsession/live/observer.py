@@ -120,16 +120,14 @@ class LiveObserver(UnitObserver):
             return
         now, began = perf_counter(), found.began
         found.began = now
-        tallies, is_used = [], False
-        for database, stats in found.used():
-            tally = stats.settle(end, now)
-            tallies.append((database, tally))
-            if tally.spans:
-                is_used = True
-                self.totals[database].add(tally)
-        if is_used:
-            route = name_of(unit, self._route, found.route_by_quart)
-            self.ended.append(_ended(route, began, now, end, tallies))
+        # Most units end twice: before their response and after it, when there is nothing new.
+        if not any(stats.has_measured(end) for _, stats in found.sessions):
+            return
+        tallies = [(database, stats.settle(end, now)) for database, stats in found.used()]
+        for database, tally in tallies:
+            self.totals[database].add(tally)
+        route = name_of(unit, self._route, found.route_by_quart)
+        self.ended.append(_ended(route, began, now, end, tallies))
 
 
 def _server_of(database: Any, stats: SessionStats) -> Any:
@@ -143,7 +141,7 @@ def _ended(
     route: str, began: float, now: float, end: End, tallies: list[tuple[Any, Tally]]
 ) -> EndedUnit:
     error = end.failure or end.error
-    outcome = outcome_of(end, [tally for _, tally in tallies])
+    outcome = outcome_of(end, sum([tally.commits for _, tally in tallies]))
     if error is None and outcome != "rolled_back":
         return EndedUnit(route, began, now, outcome, "", "", False, tallies)
     reason = (reason_of(end) or "") if outcome == "rolled_back" else ""

@@ -22,20 +22,24 @@ _BETWEEN = frozenset(
 # of a frame again, which is slow.
 _is_application: dict[CodeType, bool] = {}
 _MOST_CODE = 10_000
-# How many stack frames lie between `find_call_site` and SQLAlchemy's `exec_driver_sql`. None of
-# these frames is of the application, so skipping them saves time.
-_NEVER_APPLICATION = 6
+# How many stack frames lie between `find_call_site` and a method of SQLAlchemy's `Connection`. None
+# of these frames is of the application, so skipping them saves time.
+_BELOW_COMMIT = 5
+BELOW_EXECUTE = 7
 
 
-def find_call_site() -> CallSite:
+def find_call_site(skip: int = _BELOW_COMMIT) -> CallSite:
     """Return the innermost line of the application that led to the running database operation.
 
     Return None during the commit or rollback at the end of a unit of work, which no line of the
     application requests.
+
+    Args:
+        skip: How many frames, counted from this function, are never of the application.
     """
     if current_end.get() is not None:
         return None
-    frame: Any = sys._getframe(_NEVER_APPLICATION)
+    frame: Any = sys._getframe(skip)
     greenlet = _greenlet.getcurrent()
     while True:
         while frame is not None:

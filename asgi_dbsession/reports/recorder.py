@@ -1,7 +1,7 @@
 """Calls a function with a report about each finished unit of work."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter, time
 from typing import Any
@@ -75,7 +75,7 @@ class Recorder(UnitObserver):
         reason = reason_of(end)
         report = UnitReport(
             scope=unit.scope,
-            outcome=outcome_of(end, tallies.values()),
+            outcome=outcome_of(end, sum(each.commits for each in tallies.values())),
             reason=reason,
             error=end.failure if reason == "commit_failed" else end.error,
             start_time=record.start_time,
@@ -100,11 +100,11 @@ def _will_retry(unit: Any, end: End, record: _Record) -> bool:
     return is_of_request and record.running is not None and record.running.will_retry(end)
 
 
-def outcome_of(end: End, tallies: Iterable[Tally]) -> Outcome:
+def outcome_of(end: End, commits: int) -> Outcome:
     """Return how the work ended: committed, rolled back, or nothing to do."""
     if end.failure is not None or (end.had_work and not end.commit):
         return "rolled_back"
-    return "committed" if any(each.commits for each in tallies) else "nothing_to_do"
+    return "committed" if commits else "nothing_to_do"
 
 
 def reason_of(end: End) -> Reason | None:

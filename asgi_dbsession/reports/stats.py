@@ -12,7 +12,7 @@ from asgi_dbsession.session.lock import End, SessionLock
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.read_only import PARTS_OF_BEGIN
 
-from .call_site import CallSite, find_call_site
+from .call_site import BELOW_EXECUTE, CallSite, find_call_site
 
 # What a session used a measured time for. `hold` is the time from checkout to checkin of a
 # connection, which includes all other kinds except `wait` (for a connection).
@@ -101,6 +101,13 @@ class SessionStats:
     def waits_since(self) -> float | None:
         """The time at which the session began to wait for a connection; None without a wait."""
         return self.asked if self.checkout is None and self.lock.is_busy else None
+
+    def has_measured(self, end: End) -> bool:
+        """Return True if anything was measured between the last commit or rollback and `end`."""
+        settled_by, tally = self._settled
+        if settled_by() is end:  # another observer has asked already
+            return bool(tally.spans)
+        return bool(self.tally.spans) or self.asked is not None
 
     def settle(self, end: End, now: float) -> Tally:
         """Return the totals until the commit or rollback `end`, and start new totals.
@@ -202,25 +209,37 @@ class Checkout:
         self.statement: str = ""
         self.in_transaction: bool = False
 
+    @property
+    def is_in_autocommit(self) -> bool:
+        """True if the driver is in autocommit mode, so that no transaction is open."""
+        return getattr(self.entry.dbapi_connection, "autocommit", None) is True
+
     def begin_statement(self, context: Any, statement: str) -> None:
         """Record the start of a statement."""
-        # Use the compiled text, because the final text of an `IN` list differs for each number of
-        # values.
         compiled = context.compiled
         self.stats.tally.statements += statement not in PARTS_OF_BEGIN
         self.in_transaction = True
-        self.begin("statement", statement if compiled is None else compiled.string)
+        if compiled is None:
+            self.begin("statement", statement, find_call_site())
+        else:
+            # Use the compiled text, because the final text of an `IN` list differs for each number
+            # of values.
+            self.begin("statement", compiled.string, find_call_site(BELOW_EXECUTE))
 
-    def begin(self, kind: Kind, statement: str = "") -> None:
+    def begin(self, kind: Kind, statement: str, call_site: CallSite) -> None:
         """Record the start of a statement, COMMIT or ROLLBACK."""
-        now, stats = perf_counter(), self.stats
-        stats.asked = None
-        tally, call_site = stats.tally, find_call_site()
-        if now - self.idle_since > tally.idle_time:
-            tally.idle_time = now - self.idle_since
-            tally.idle_after, tally.idle_before = self.call_site, call_site
+        now = perf_counter()
+        self.stats.asked = None
+        self.record_idle(now, call_site)
         self.call_site, self.kind, self.statement = call_site, kind, statement
         self.busy_since = now
+
+    def record_idle(self, now: float, call_site: CallSite) -> None:
+        """Keep the longest time without an operation, and the lines before and after it."""
+        tally, idle_time = self.stats.tally, now - self.idle_since
+        if idle_time > tally.idle_time:
+            tally.idle_time = idle_time
+            tally.idle_after, tally.idle_before = self.call_site, call_site
 
     def done(self) -> None:
         """Record the end of the running operation; do nothing if no operation is running."""

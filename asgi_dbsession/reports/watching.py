@@ -10,7 +10,8 @@ from sqlalchemy import Engine, event
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from .stats import Checkout, asking
+from .call_site import find_call_site
+from .stats import Checkout, Kind, asking
 
 # The key of `connection.info` for the `Checkout` object of the connection.
 _KEY = "asgi_dbsession.checkout"
@@ -84,11 +85,16 @@ def _end(dialect: Any, name: str, connection: Any, *args: Any, **options: Any) -
     if checkout is None or not checkout.in_transaction:
         method(dialect, connection, *args, **options)
         return
-    checkout.begin("rollback" if "rollback" in name else "commit")
-    try:
+    if checkout.is_in_autocommit:  # there is no transaction, so nothing is sent to the server
+        checkout.record_idle(perf_counter(), find_call_site())
         method(dialect, connection, *args, **options)
-    finally:
-        checkout.done()
+    else:
+        kind: Kind = "rollback" if "rollback" in name else "commit"
+        checkout.begin(kind, "", find_call_site())
+        try:
+            method(dialect, connection, *args, **options)
+        finally:
+            checkout.done()
     if name != "do_prepare_twophase":
         checkout.in_transaction = False
         checkout.stats.tally.commits += "commit" in name
