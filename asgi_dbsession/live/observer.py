@@ -9,7 +9,8 @@ from sqlalchemy import Engine
 from typing_extensions import override
 
 from asgi_dbsession.reports.recorder import outcome_of, reason_of
-from asgi_dbsession.reports.stats import SessionStats, Tally, stats_of
+from asgi_dbsession.reports.stats import SessionStats, stats_of
+from asgi_dbsession.reports.tally import Tally
 from asgi_dbsession.reports.watching import watch_usage
 from asgi_dbsession.retry.causes import causes
 from asgi_dbsession.retry.conflicts import is_conflict

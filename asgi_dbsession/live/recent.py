@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from statistics import quantiles
 from typing import Any, TypedDict
 
-from asgi_dbsession.reports.stats import Tally
+from asgi_dbsession.reports.tally import Tally
 
 from .observer import EndedUnit
 from .shown import line, name, without_values

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from asgi_dbsession.reports.stats import Kind, Span
+from asgi_dbsession.reports.tally import Kind, Span
 
 from .observer import EndedUnit
 

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 
-from asgi_dbsession.reports.stats import Tally
+from asgi_dbsession.reports.tally import Tally
 
 # The upper bounds of each histogram, in seconds, which OpenTelemetry recommends for
 # `db.client.operation.duration`.

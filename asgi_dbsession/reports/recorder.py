@@ -18,7 +18,8 @@ from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import DatabaseReport, Outcome, UnitReport
 
 from .call_site import as_text
-from .stats import SessionStats, Tally, stats_of
+from .stats import SessionStats, stats_of
+from .tally import Tally
 from .watching import unwatch_usage, watch_usage
 
 _logger = logging.getLogger("asgi_dbsession")

@@ -11,7 +11,8 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from .call_site import find_call_site
-from .stats import Checkout, Kind, asking
+from .stats import Checkout, asking
+from .tally import Kind
 
 # The key of `connection.info` for the `Checkout` object of the connection.
 _KEY = "asgi_dbsession.checkout"
