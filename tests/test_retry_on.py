@@ -308,7 +308,7 @@ async def test_parameters_that_are_hidden_stay_hidden(
         with caplog.at_level(logging.INFO, LOGGER):
             await get(ours(app, running, retry_on=IntegrityError))
     (line,) = [each.getMessage() for each in caplog.records if each.name == LOGGER]
-    assert line.endswith("because of a conflict: 'UniqueViolation'")
+    assert line.endswith("because of this error: 'UniqueViolation'")
     real.reader.dispose()
 
 

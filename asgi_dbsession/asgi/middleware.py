@@ -53,12 +53,12 @@ class DBSessionMiddleware:
             response: an ASGI application, such as a Starlette `Response`. If the function returns
             None, or without a function, the error is raised to the server.
         attempts: How often a request may run. If the database reports a conflict (serialization
-            failure, deadlock, busy SQLite, or a statement outdated by a migration), the request
-            runs again from the start, with the same body, after at most a second. There is no retry
-            after a message was sent, after a COMMIT on a database of this package, after a
-            statement with AUTOCOMMIT, or after a cancellation; nor with a body over 1 MiB, or while
-            32 MiB of other bodies are in memory. Effects of the handler outside of the database are
-            repeated.
+            failure, deadlock, busy SQLite, or a statement outdated by a migration), or a request
+            that may only read loses its connection, the request runs again from the start, with the
+            same body, after at most a second. There is no retry after a message was sent, after a
+            COMMIT on a database of this package, after a statement with AUTOCOMMIT, or after a
+            cancellation; nor with a body over 1 MiB, or while 32 MiB of other bodies are in memory.
+            Effects of the handler outside of the database are repeated.
         retry_on: Other errors to retry like a conflict: an exception class, a tuple of classes, or
             a plain function that takes an exception and returns True or False. The function gets
             errors of the database, and exceptions that the application raises or answers with 400

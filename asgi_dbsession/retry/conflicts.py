@@ -12,6 +12,7 @@ from typing_extensions import override
 from asgi_dbsession.session._sqlalchemy import isolation_level_on_connect
 from asgi_dbsession.session.guard import GuardedSession
 from asgi_dbsession.session.lock import End
+from asgi_dbsession.session.lost import is_lost_read
 from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
 
 from .causes import causes
@@ -98,7 +99,8 @@ class WatchedAttempt(RunningAttempt):
     def is_conflict(self, context: ExceptionContext) -> bool:
         """Return True if an error of the driver is a reason to retry."""
         found = context.sqlalchemy_exception or context.original_exception
-        return is_conflict(context.original_exception) or self._counts(found)
+        is_conflicting = is_conflict(context.original_exception) or is_lost_read(context)
+        return is_conflicting or self._counts(found)
 
     def enclosing(self) -> "list[WatchedAttempt]":
         """Return this attempt and the attempts around it that can still be retried.
@@ -138,7 +140,8 @@ def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
     if connection is not None and _is_autocommit(connection):
         attempt.has_committed = True
     elif context.statement is None and attempt.committing is connection:
-        # COMMIT raised this error, so it is certain that nothing was committed.
+        # COMMIT raised this error, so nothing was committed: the transaction was rolled back, or
+        # could only read.
         attempt.committing = None
 
 

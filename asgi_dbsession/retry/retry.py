@@ -93,10 +93,10 @@ def pause_after(number: int) -> float:
 
 
 def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
-    """Log the number of the next attempt, and the conflict that caused it."""
+    """Log the number of the next attempt, and the error that caused it."""
     number, remaining = failed.attempt.number, failed.attempt.remaining
     _logger.info(
-        "Attempt %d of %d of %a begins after a pause of %.0f ms, because of a conflict: %a",
+        "Attempt %d of %d of %a begins after a pause of %.0f ms, because of this error: %a",
         number + 1,
         # `%a` escapes line breaks in the path, which the client chose
         number + remaining,
