@@ -51,6 +51,23 @@ async def test_a_note_is_found_at_once(guide: Guide) -> None:
         assert (await client.ask("GET", f"/notes/{number}")).body == b'"new"'
 
 
+async def test_a_request_runs_again_if_its_replica_dies(guide: Guide, nodes: Cluster) -> None:
+    """The client gets its note, although both replicas died with connections in the pool."""
+    notes, steady = guide.load(PAGE, "notes"), guide.load(PAGE, "steady")
+    nodes.lag(0)
+    async with notes.database:
+        number = (await Client(notes.app).ask("POST", "/notes", query_string=b"text=new")).body
+        nodes.catch_up()
+        await asyncio.gather(
+            *(Client(notes.app).ask("GET", f"/notes/{number.decode()}") for _ in range(9))
+        )
+        for each in nodes.replicas:
+            each.end()
+        for _ in range(9):
+            found = await Client(steady.app).ask("GET", f"/notes/{number.decode()}")
+            assert (found.status, found.body) == (200, b'"new"')
+
+
 async def test_the_options_on_the_page_are_taken(guide: Guide) -> None:
     """And the table says their defaults."""
     options = guide.load(PAGE, "options")

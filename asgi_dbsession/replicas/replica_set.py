@@ -1,14 +1,11 @@
 """The replicas of one database, and the choice of the server that a client reads from."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import count
 from time import monotonic
 from typing import Any, TypeAlias
 
-from sqlalchemy import URL, Engine, event
-from sqlalchemy.engine import ExceptionContext
-from typing_extensions import override
+from sqlalchemy import URL
 
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.replicas import Replicas
@@ -17,6 +14,7 @@ from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.unit.observer import UnitObserver
 
 from .checks import check_primary, check_replica, with_driver
+from .choice import Choice, Watch
 from .lag import Lag
 from .position import Position, Seen
 from .question import Answer
@@ -73,7 +71,7 @@ class ReplicaSet:
             replica = kind(its_url, ping_on_startup=False, **options)
             check_replica(replica, database, self.databases)
             server = self._server(replica, its_url, options)
-            replica.observe(_Losses(server))
+            replica.observe(Watch(server))
             self.replicas.append(server)
 
     def _server(self, at: AnyDatabase, url: str | URL, options: dict[str, Any]) -> Server:
@@ -147,17 +145,14 @@ class ReplicaSet:
         """Give a session its route, which chooses a server for a session without an engine."""
         made.companion.route = Route(self, seen_here(self), chooses=made.orm.bind is None)
 
-    def choose(self, seen: Seen) -> tuple[Engine, Callable[[], None] | None]:
-        """Return the engine to read from; for a replica also a function to call before a read."""
+    def choose(self, seen: Seen) -> Choice | None:
+        """Return the replica to read from; None to read from the primary."""
         chosen = self._choose(seen)
         if chosen is None:
-            return self.primary.engine, None
+            return None
         server, answer = chosen
         server.chosen = next(self._count)
-        lifetime = self.options.lifetime
-        return server.engine, partial(
-            seen.read_from_replica, answer.name, answer.position, lifetime
-        )
+        return Choice(server, answer, seen, self.options.lifetime)
 
     def ask_primary(self) -> Position | None:
         """Return the present position of the primary; None if the primary does not answer."""
@@ -217,18 +212,3 @@ def _far_enough(
         and own in (None, answer.name)
         and answer.position.includes(needed)
     ]
-
-
-class _Losses(UnitObserver):
-    """Stops reads from a replica that lost a connection, until the replica answers again."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    @override
-    def engine_used(self, engine: Engine) -> None:
-        event.listen(engine, "handle_error", self._record)
-
-    def _record(self, context: ExceptionContext) -> None:
-        if context.is_disconnect or context.connection is None:
-            self._server.lost()

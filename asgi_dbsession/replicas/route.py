@@ -3,22 +3,26 @@
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from asgi_dbsession.session.guard import derive
 from asgi_dbsession.session.reads import isolation_level
 
+from .choice import Choice
 from .position import Position, Seen
+from .server import Server
 
 S = TypeVar("S", bound=Session)
 
 
 class Servers(Protocol):
-    """The methods of a `ReplicaSet` that a session needs."""
+    """The parts of a `ReplicaSet` that a session needs."""
 
-    def choose(self, seen: Seen) -> tuple[Engine, Callable[[], None] | None]:
-        """Return the engine to read from; for a replica also a function to call before a read."""
+    primary: Server
+
+    def choose(self, seen: Seen) -> Choice | None:
+        """Return the replica to read from; None to read from the primary."""
         ...
 
     def ask_primary(self) -> Position | None:
@@ -38,7 +42,7 @@ class Route:
         self._servers = servers
         self._seen = seen
         self._chooses = chooses
-        self._read_from_replica: Callable[[], None] | None = None
+        self._choice: Choice | None = None  # None while the session uses the primary
         self._has_ended = False
 
     def choose(self, session: Session) -> None:
@@ -50,14 +54,28 @@ class Route:
         is_new = session.bind is None or self._has_ended
         if self._chooses and (is_new or self._is_outdated(session)):
             self._has_ended = False
-            session.bind, self._read_from_replica = self._servers.choose(self._seen)
-        if self._read_from_replica is not None:
-            self._read_from_replica()
+            self._choice = choice = self._servers.choose(self._seen)
+            session.bind = self._servers.primary.engine if choice is None else choice.engine
+        if self._choice is not None:
+            self._choice.record_read()
         else:
             self._seen.users.add(self)
 
+    def connect(self, session: Session) -> Connection:
+        """Connect to the chosen server, or to the primary if the chosen replica cannot be used."""
+        if self._choice is not None:
+            connection = self._choice.connect()
+            if connection is not None:
+                return connection
+            # Do not choose again: other work of this client may have read from the same replica.
+            self._choice, session.bind = None, self._servers.primary.engine
+            self._seen.users.add(self)
+        engine: Any = session.bind
+        connection_to_primary: Connection = engine.connect()
+        return connection_to_primary
+
     def _is_outdated(self, session: Session) -> bool:
-        if self._read_from_replica is None or self._seen.replica is not None:
+        if self._choice is None or self._seen.replica is not None:
             return False
         guarded: Any = session
         # At other isolation levels, the application wants to read the same state again.

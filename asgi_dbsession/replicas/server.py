@@ -42,7 +42,7 @@ class Server(ABC):
         self.asker: Any = asker
         url = database.url
         self._address = (url.host, url.query.get("host"), url.port, url.database)
-        self.chosen: int = 0
+        self.chosen: int = 0  # grows with each choice, so that equal servers take turns
         self.forget()
 
     def __repr__(self) -> str:
@@ -56,6 +56,7 @@ class Server(ABC):
         self._last: Answer | None = None
         self._failed: float | None = None
         self._timeline = 0
+        self.lost_at: float = 0.0
         self.name: str | None = None
 
     @property
@@ -122,6 +123,7 @@ class Server(ABC):
     def _fail(self, moment: float, reason: object) -> None:
         with self._mutex:
             was_lost, self._failed, self._last = self._failed is not None, moment, None
+            self.lost_at = monotonic()
         if not was_lost:
             _logger.warning("%s is not read from until it answers: %s", self, reason)
 

@@ -1,10 +1,11 @@
 """All private names of SQLAlchemy that this package uses, each in one function.
 
-Checked with SQLAlchemy 2.0.40 and 2.1.9. If SQLAlchemy changes, `tests/test_sqlalchemy.py` reports
-the missing name.
+Checked with SQLAlchemy 2.0.40 and 2.1.9. If SQLAlchemy changes, `tests/test_rooms.py` reports the
+missing name.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine
@@ -70,35 +71,51 @@ def flush_for_commit(session: Session, *, prepare: bool) -> None:
 
 
 class NamingSession(Session):
-    """A session that makes all transactions of a two-phase commit with `transaction_class`.
+    """A session that makes all transactions with `transaction_class`, if they need this class.
 
     SQLAlchemy itself would use `SessionTransaction` for a transaction that begins automatically.
+    The transactions of a two-phase commit, and those of a session with a route, need the class.
     """
 
     transaction_class: type[SessionTransaction] = SessionTransaction
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:
         companion: Any = vars(self).get("_companion")
-        is_named = companion is not None and companion.two_phases is not None
-        if not is_named or self._transaction is not None or not (begin or self.autobegin):
+        is_own = companion is not None and companion.needs_own_transaction
+        if not is_own or self._transaction is not None or not (begin or self.autobegin):
             return super()._autobegin_t(begin)
         return self.transaction_class(self, SessionTransactionOrigin.AUTOBEGIN)
 
 
 class NamingTransaction(SessionTransaction):
-    """A transaction that this package names for two-phase commit; SQLAlchemy's names are random."""
+    """A transaction that this package names for two-phase commit; SQLAlchemy's names are random.
+
+    If the session has a route, the route opens the first connection to the chosen server.
+    """
 
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         session: Any = self.session
-        names = session._companion.two_phases
+        names, route = session._companion.two_phases, session._companion.route
         # In two-phase commit, give an id of this package only to the transaction of the session's
         # first connection. With several `binds`, SQLAlchemy prepares the other connections in any
         # order, so ids with a number would name the wrong order.
         is_first = self.parent is None and not self._connections
         if names is not None and is_first and isinstance(bind, Engine):
             bind = _NamingEngine(bind, names.name(session))
+        elif route is not None and self._is_routed(bind):
+            bind = _RoutedEngine(session, route)
         connection: Connection = super()._connection_for_bind(bind, execution_options)
         return connection
+
+    def _is_routed(self, bind: Any) -> bool:
+        return self.parent is None and bind is self.session.bind and bind not in self._connections
+
+
+class _RoutedEngine:
+    """Connects to the server that the route of a session chooses."""
+
+    def __init__(self, session: Any, route: Any) -> None:
+        self.connect: Callable[[], Connection] = partial(route.connect, session)
 
 
 class _NamingEngine:

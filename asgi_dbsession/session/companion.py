@@ -29,6 +29,10 @@ class SessionRoute(Protocol):
     def choose(self, session: Session) -> None:
         """Set the engine of the session before each statement."""
 
+    def connect(self, session: Session) -> Connection:
+        """Return a new connection to the chosen server, or to the server used instead."""
+        ...
+
     def work_ended(self) -> bool:
         """Record a commit or rollback; return True if the caller must call `learn`."""
         ...
@@ -79,3 +83,8 @@ class Companion:
     def open_connections(self) -> tuple[Connection, ...]:
         """The open connections of the session."""
         return tuple(each for each in self.connections if not each.closed)
+
+    @property
+    def needs_own_transaction(self) -> bool:
+        """True if each transaction of the session must be of this package's class."""
+        return self.two_phases is not None or self.route is not None

@@ -1,0 +1,104 @@
+"""A replica that was chosen for a unit of work, and the connection to this replica."""
+
+from time import monotonic
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DisconnectionError, TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
+from typing_extensions import override
+
+from asgi_dbsession.session.lost import is_lost
+from asgi_dbsession.unit.observer import UnitObserver
+
+from .position import Seen
+from .question import Answer
+from .server import Server
+
+# The key in the `info` of a connection for the time at which it was opened.
+_OPENED = "asgi_dbsession.opened"
+
+
+class Choice:
+    """A replica, and the answer from which it was chosen.
+
+    Args:
+        server: The replica.
+        answer: Its WAL position, which is far enough for the client.
+        seen: What the client has seen.
+        lifetime: Seconds for which the client stores what it has seen.
+    """
+
+    def __init__(self, server: Server, answer: Answer, seen: Seen, lifetime: float) -> None:
+        self.engine: Engine = server.engine
+        self._server = server
+        self._answer = answer
+        self._seen = seen
+        self._lifetime = lifetime
+
+    def record_read(self) -> None:
+        """Record that the client reads from the replica."""
+        self._seen.read_from_replica(self._answer.name, self._answer.position, self._lifetime)
+
+    def connect(self) -> Connection | None:
+        """Return a connection to the replica; None if it is down, or has started again since.
+
+        Raises:
+            sqlalchemy.exc.TimeoutError: No connection of the pool became free in time.
+        """
+        try:
+            connection = self.engine.connect()
+        except PoolTimeout:
+            raise
+        # Some drivers raise errors that SQLAlchemy does not wrap, such as `ConnectionRefusedError`.
+        except Exception:
+            self._server.lost()
+            return None
+        is_same = False
+        try:
+            is_same = self._is_same(connection)
+        finally:
+            if not is_same:
+                connection.close()
+        return connection if is_same else None
+
+    def _is_same(self, connection: Connection) -> bool:
+        """Return False if the replica may have started again between its answer and `connection`.
+
+        It then accepts readers before it has replayed all that it had replayed before. An older
+        connection needs no question, because it would not have survived the start.
+        """
+        opened = connection.info[_OPENED]
+        if opened <= self._answer.asked:
+            return True
+        later = self._server.answer_since(opened)
+        return later is not None and later.is_standby and later.name == self._answer.name
+
+
+class Watch(UnitObserver):
+    """Stops reads from a replica that lost a connection, until the replica answers again.
+
+    Connections from before a loss are replaced when they leave the pool.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    @override
+    def engine_used(self, engine: Engine) -> None:
+        event.listen(engine, "handle_error", self._record)
+        event.listen(engine, "connect", _record_time)
+        event.listen(engine, "checkout", self._refuse_old)
+
+    def _record(self, context: ExceptionContext) -> None:
+        if is_lost(context):
+            self._server.lost()
+
+    def _refuse_old(self, _driver: Any, record: ConnectionPoolEntry, _proxy: object) -> None:
+        if record.info[_OPENED] < self._server.lost_at:
+            raise DisconnectionError
+
+
+def _record_time(_driver: object, record: ConnectionPoolEntry) -> None:
+    record.info[_OPENED] = monotonic()
