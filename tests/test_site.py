@@ -74,6 +74,8 @@ def test_a_deployed_site_knows_its_address_and_its_repository(tmp_path: Path) ->
     for name in ("zensical.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     addresses = {"SITE_URL": "https://docs.example/db", "REPO_URL": "https://github.com/owner/db"}
+    workflow = (ROOT / ".github" / "workflows" / "docs.yml").read_text()
+    assert all(name in workflow for name in ("bash .ci/site", *addresses))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run(
         ["bash", ".ci/site"],
