@@ -113,8 +113,8 @@ async def test_a_question_that_is_cancelled_leaves_nothing(running: Running) -> 
     task = asyncio.create_task(running.database.health(within=30))
     await asyncio.sleep(0)
     task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await asyncio.wait([task])
+    assert task.cancelled() or task.result().answers  # a thread may have asked already
     assert (await running.database.health(within=30)).answers  # the same check, in a thread
     await becomes_true(lambda: checked_out(running.database) == 0)
 
