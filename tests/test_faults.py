@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from asgi import get, respond
+from replicas import cluster as replicated
 from sqlalchemy import text
 
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware
@@ -30,10 +31,14 @@ from benchmarks.faults.ledger import (
 )
 from benchmarks.faults.plan import CALM, FAULTS, faults_in_order, next_request
 from benchmarks.faults.proxy import AFTER, BEFORE, Proxy
+from benchmarks.faults.replicas_report import HEADING as REPLICAS, section
 from benchmarks.faults.report import appendix
+from benchmarks.faults.routers import ROUTERS
 from benchmarks.faults.run import Result, run_tool
+from benchmarks.faults.sections import kept_section, replace_section
 from benchmarks.faults.soak import soak
-from benchmarks.faults.soak_report import kept_section, replace_section, soaked
+from benchmarks.faults.soak_report import HEADING, soaked
+from benchmarks.faults.stale_reads import prepare, watch
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -120,15 +125,36 @@ def test_a_soak_goes_on_until_enough_was_written_and_looks_at_one_process(
     assert 0 < first.acknowledged < last.acknowledged == len(whole.ledger.acknowledged)
     assert 0 < last.connections <= 8
 
-    section = soaked("COMMAND", [soaked_here])
-    assert "**0 lost, 0 stored twice, 0 phantom, 0 half, 0 leaked.** Made by `COMMAND`." in section
+    written = soaked("COMMAND", [soaked_here])
+    assert "**0 lost, 0 stored twice, 0 phantom, 0 half, 0 leaked.** Made by `COMMAND`." in written
     document = tmp_path / "document.md"
-    assert "Not run yet" in kept_section(document)
+    assert "Not run yet" in kept_section(document, HEADING)
     document.write_text("before\n\n")
     for _ in range(2):
-        replace_section(document, section)
-        assert document.read_text() == f"before\n\n{section.rstrip()}\n"
-    assert kept_section(document).rstrip() == section.rstrip()
+        replace_section(document, written)
+        assert document.read_text() == f"before\n\n{written.rstrip()}\n"
+    assert kept_section(document, HEADING) == written.rstrip()
+
+
+def test_stale_reads_are_counted_and_written_into_a_section(tmp_path: Path) -> None:
+    """A router that always reads from a replica shows old numbers; this package shows none."""
+    fault = "both replicas 1 s behind"
+    prepare(replicated())
+    found = [
+        asyncio.run(watch(replicated(), make, fault, 1.5)) for make in (ROUTERS[0], ROUTERS[-1])
+    ]
+    replicated().lag(0)
+    own, naive = found
+    assert min(own.reads, own.writes, naive.reads, naive.stale) > 0
+    assert (own.stale, own.back, own.failed) == (0, 0, 0)
+    written = section("COMMAND", 1.5, found)
+    assert f"**0 stale reads and 0 steps back in {own.reads:,} reads" in written
+    document = tmp_path / "document.md"
+    document.write_text(f"before\n\n{REPLICAS}\n\nold\n\n## After\n\ntext\n")
+    for _ in range(2):
+        replace_section(document, written)
+        assert document.read_text() == f"before\n\n{written.rstrip()}\n\n## After\n\ntext\n"
+    assert kept_section(document, REPLICAS) == written.rstrip()
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])

@@ -4,9 +4,10 @@
     python -m benchmarks.faults --seconds 600 --seed 7               for ten minutes
     python -m benchmarks.faults --all --write docs/explanation/under-faults.md
     python -m benchmarks.faults --soak 100000 --each 3 --write docs/explanation/under-faults.md
+    python -m benchmarks.faults --replicas 15 --write docs/explanation/under-faults.md
 
-The last one writes only its own section of the document, and the one before keeps that section. All
-counts go to a page beside the document.
+The last two write only their own section of the document, and the one before keeps these sections.
+All counts go to a page beside the document.
 
 The other tools are in `benchmarks/requirements.txt`.
 """
@@ -24,10 +25,13 @@ from .cluster import Cluster
 from .failover import Failover, fail_over
 from .ledger import begin_anew
 from .plan import faults_in_order
+from .replicas_report import HEADING as REPLICAS, section
 from .report import appendix, document, in_detail
 from .run import Result, run_tool, running_cluster
+from .sections import kept_section, replace_section
 from .soak import Soak, soak
-from .soak_report import kept_section, replace_section, soaked
+from .soak_report import HEADING as SOAK, soaked
+from .stale_reads import FAULTS, watch_all
 from .tools import TOOLS
 
 _DRIVERS = ("asyncpg", "psycopg")
@@ -57,8 +61,10 @@ async def main(options: argparse.Namespace) -> None:
             failover = failovers[tool, driver] = await fail_over(tool, driver, seconds=2)
             print(f"failover, {TOOLS[tool]}, {driver}: {failover.gap} s, {failover.finding}")
     if options.write is not None:
-        command = f"python -m benchmarks.faults {' '.join(sys.argv[1:])}"
-        text = document(command, results, checks, failovers, kept_section(options.write))
+        command = _command()
+        kept = {"replicas": REPLICAS, "soak": SOAK}
+        sections = {name: kept_section(options.write, each) for name, each in kept.items()}
+        text = document(command, results, checks, failovers, **sections)
         await asyncio.to_thread(options.write.write_text, text)
         details = options.write.with_stem(f"{options.write.stem}-in-detail")
         await asyncio.to_thread(details.write_text, appendix(command, results))
@@ -80,10 +86,23 @@ async def soak_both(options: argparse.Namespace) -> None:
                     faults=-(-writes // 10),
                 )
             )
-    text = soaked(f"python -m benchmarks.faults {' '.join(sys.argv[1:])}", soaks)
+    _write_section(options, soaked(_command(), soaks))
+
+
+async def count_stale_reads(options: argparse.Namespace) -> None:
+    """Run this package and hand-written routers on a primary and two replicas, under each fault."""
+    found = await watch_all(FAULTS, options.replicas)
+    _write_section(options, section(_command(), options.replicas, found))
+
+
+def _write_section(options: argparse.Namespace, text: str) -> None:
     print(text)
     if options.write is not None:
         replace_section(options.write, text)
+
+
+def _command() -> str:
+    return f"python -m benchmarks.faults {' '.join(sys.argv[1:])}"
 
 
 async def _check(tool: str, cluster: Cluster, driver: str) -> dict[str, str]:
@@ -121,7 +140,15 @@ if __name__ == "__main__":
         metavar="WRITES",
         help="this package alone, with both drivers, until so many writes are acknowledged",
     )
+    parser.add_argument(
+        "--replicas",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="stale reads from replicas, so many seconds for each fault and router",
+    )
     parser.add_argument("--write", type=Path, metavar="FILE", help="where the tables go")
     given = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(soak_both(given) if given.soak else main(given))
+        run = soak_both if given.soak else count_stale_reads if given.replicas else main
+        runner.run(run(given))

@@ -33,9 +33,9 @@ def document(
     results: Mapping[str, Sequence[Result]],
     checks: Mapping[str, Mapping[str, str]],
     failovers: Mapping[tuple[str, str], Failover],
-    soak: str,
+    **sections: str,
 ) -> str:
-    """Return the whole document in Markdown; the section of the soak test is an argument."""
+    """Return the whole document in Markdown; sections of other runs are arguments."""
     ledgers = [result.ledger for of_tool in results.values() for result in of_tool]
     return _TEMPLATE.read_text().format(
         command=command,
@@ -46,7 +46,7 @@ def document(
         side_by_side=side_by_side(results),
         checked=_checked(checks),
         failed_over=_failed_over(failovers),
-        soak=soak,
+        **sections,
     )
 
 

@@ -1,14 +1,12 @@
 """Writes the section of the document about the soak test, which is a separate run."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from .report import table
 from .run import Result
 from .soak import Soak, Usage
 
-_HEADING = "## A long run"  # the last section
-_NOTHING = "\n\nNot run yet.\n"
+HEADING = "## A long run"
 
 
 def soaked(command: str, soaks: Sequence[Soak]) -> str:
@@ -18,7 +16,7 @@ def soaked(command: str, soaks: Sequence[Soak]) -> str:
     acknowledged = sum(len(each.ledger.acknowledged) for each in wholes)
     requests = sum(each.ledger.requests for each in wholes)
     faults = sum(each.faults for each in wholes)
-    return f"""{_HEADING}
+    return f"""{HEADING}
 
 This package alone, half of the writes with each driver, in {minutes:.0f} minutes:
 {acknowledged} writes were acknowledged, in {requests} requests, and {faults} faults happened.
@@ -41,18 +39,6 @@ def _found(wholes: Sequence[Result]) -> str:
     )
     leaked = sum(each.held + each.open for each in wholes)
     return f"{lost} lost, {twice} stored twice, {phantom} phantom, {half} half, {leaked} leaked"
-
-
-def kept_section(file: Path) -> str:
-    """Return the present section of the document."""
-    text = file.read_text() if file.exists() else ""
-    return f"{_HEADING}{text.partition(_HEADING)[2] or _NOTHING}"
-
-
-def replace_section(file: Path, section: str) -> None:
-    """Replace the section of the document."""
-    before = file.read_text().partition(_HEADING)[0]
-    file.write_text(f"{before}{section.rstrip()}\n")
 
 
 def _counts(soaks: Sequence[Soak]) -> str:
