@@ -122,7 +122,10 @@ class LiveObserver(UnitObserver):
         now, began = perf_counter(), found.began
         found.began = now
         # Most units end twice: before their response and after it, when there is nothing new.
-        if not any(stats.has_measured(end) for _, stats in found.sessions):
+        for _, stats in found.sessions:
+            if stats.has_measured(end):
+                break
+        else:
             return
         tallies = [(database, stats.settle(end, now)) for database, stats in found.used()]
         for database, tally in tallies:

@@ -25,7 +25,7 @@ _MOST_CODE = 10_000
 # How many stack frames lie between `find_call_site` and a method of SQLAlchemy's `Connection`. None
 # of these frames is of the application, so skipping them saves time.
 _BELOW_COMMIT = 5
-BELOW_EXECUTE = 7
+BELOW_EXECUTE = 8
 
 
 def find_call_site(skip: int = _BELOW_COMMIT) -> CallSite:
