@@ -48,7 +48,7 @@ class Companion:
         lock: The lock of the session.
         reads: The object that decides if the session may read without a transaction.
         writes: The object that refuses writes if the session may only read.
-        expects_read: True if the session executes a SELECT, so that BEGIN may be delayed.
+        expects_read: False if the running statement needs BEGIN in any case (INSERT, SQL text).
         connections: The connections that the session used last; some of them are closed.
         followers: The objects to call after each commit and rollback.
         bind_asked: A function to call with each engine before the session uses it.

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, SelectBase
+from sqlalchemy import Connection, TextClause, UpdateBase
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
@@ -45,6 +45,10 @@ _OPERATIONS = (
     "refresh",
     "rollback",
 )
+
+
+# The usual statements that need a transaction in any case.
+_NEVER_PLAIN = (TextClause, UpdateBase)
 
 
 def guarded_class(session_class: type[S]) -> type[S]:
@@ -208,7 +212,7 @@ class GuardedSession(NamingSession):
 
 
 def _check_statement(companion: Companion, statement: object, *_: object, **__: object) -> None:
-    companion.expects_read = isinstance(statement, SelectBase)
+    companion.expects_read = not isinstance(statement, _NEVER_PLAIN)
     if companion.writes.forbidden:
         companion.writes.check_statement(statement)
 
