@@ -21,7 +21,7 @@ from .trial import copy, survives
 _ROOT = Path(__file__).parents[2]
 _CORE = "asgi_dbsession/{}/*.py"
 # The weight of a file in the random choice: code of the two promises comes first.
-_WEIGHTS = {"session": 3, "unit": 3, "asgi/middleware": 3, "asgi/messages": 3}
+_WEIGHTS = {"session": 3, "unit": 3, "asgi/middleware": 3, "asgi/exchange": 3}
 
 
 def drawn(count: int, seed: int, only: str) -> list[Mutation]:
