@@ -19,7 +19,7 @@ _logger = logging.getLogger("asgi_dbsession")
 
 @dataclass(slots=True, eq=False)
 class AfterCommit:
-    """A function to call after COMMIT, with the state of the work that the function waits for."""
+    """A function given to `on_commit`, with the state of the work that the function waits for."""
 
     function: Function
     databases: tuple[Any, ...]
@@ -45,7 +45,7 @@ class AfterCommit:
         opened.companion.followers.append(self)
 
     def detach(self) -> None:
-        """Drop the references to the sessions, which otherwise wait for the garbage collector."""
+        """Drop the references to the sessions, so that Python frees the sessions at once."""
         for opened in self._attached:
             opened.companion.followers.remove(self)
         self._attached.clear()
@@ -60,16 +60,16 @@ class AfterCommit:
     def should_run(self, *, success: bool) -> bool:
         """Return True if the function must be called now.
 
-        Either the work that the function waits for was committed, or the function waits for no work
-        and `success` is True.
+        A function that waits for work is called if this work was committed. A function that waits
+        for no work is called if the unit of work was committed (`success` is True).
         """
         return self.committed or (success and not self.rolled_back and not self._pending)
 
     def record_commit(self, session: Session) -> None:
         """Record that the work of the session was committed."""
         if session in self._pending and session.get_transaction() not in self._transactions:
-            # The session has left the watched transaction without a COMMIT, which SQLAlchemy does
-            # not report.
+            # The transaction that the function waits for ended without COMMIT. SQLAlchemy did not
+            # report this end.
             self.rolled_back = True
         self._pending.discard(session)
         self.committed = self.committed or not (self._pending or self.rolled_back)
@@ -95,7 +95,7 @@ class AfterCommit:
             raise refusal_to_await(self.function)
 
     def log(self, error: BaseException) -> None:
-        """Log the error of the function; the request goes on, because COMMIT has succeeded."""
+        """Log an exception of the function; the request goes on, because COMMIT has succeeded."""
         name = name_of(self.function)
         _logger.error(
             "%s failed after COMMIT; the committed work stays stored.", name, exc_info=error
@@ -103,7 +103,7 @@ class AfterCommit:
 
 
 def refusal_to_await(function: Function) -> ConfigurationError:
-    """Return the error for a coroutine function that was given where nothing can be awaited."""
+    """Return the error for a coroutine function given to `on_commit` in `SyncDatabase.begin()`."""
     return ConfigurationError(
         "on_commit takes a plain function inside SyncDatabase.begin(), where nothing can be "
         f"awaited, and {name_of(function)} is a coroutine function. Write it with `def`."

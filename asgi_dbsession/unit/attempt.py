@@ -44,7 +44,7 @@ def current_attempt() -> Attempt:
     """Return the attempt of the request or of `run_transaction` that this code runs in.
 
     Returns:
-        `Attempt(number=1, remaining=0)` where nothing is retried.
+        `Attempt(number=1, remaining=0)` if this code is never retried.
     """
     running = running_attempt.get()
     return running.attempt if running is not None else Attempt()

@@ -11,12 +11,15 @@ from .unit_of_work import SessionSource, UnitOfWork, current_unit
 
 @contextmanager
 def unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[UnitOfWork]:
-    """Open a unit of work for one database, current inside the `with` block that must close it."""
+    """Open a unit of work for one database, and make it the current unit inside the `with` block.
+
+    The code inside the block must close the unit.
+    """
     around = current_unit.get()
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
     unit.read_only = read_only
-    # While a unit is committed, a listener may call `begin()`, although the unit counts as closed.
-    # The listener still needs this unit, so do not remove it.
+    # A listener may call `begin()` during the COMMIT of the outer unit, which counts as closed
+    # already. Do not remove the outer unit then, because the listener still needs it.
     if not current_end.get():
         _forget_hidden(unit)
     with made_current(unit):
@@ -32,7 +35,7 @@ def made_current(unit: UnitOfWork) -> Iterator[None]:
     try:
         yield
     finally:
-        # Keep a unit that began later and is still open as the current unit.
+        # If another unit has become the current unit meanwhile, that unit is still open: keep it.
         if current_unit.get() is unit:
             current_unit.set(around if was_closed else _nearest_open(around))
 

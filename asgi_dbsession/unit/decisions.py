@@ -98,8 +98,8 @@ def _unit(*, also_at_end: bool = False) -> UnitOfWork:
     unit = current_unit.get()
     if unit is None:
         raise NoSession("any database")
-    # While a unit is committed, a listener may still use the unit, which counts as closed. A task
-    # that the listener started may not use the unit.
+    # During the last COMMIT of a unit, which counts as closed already, a listener may still call
+    # `on_commit`. A task that the listener started may not.
     is_closed = unit.closed or (unit.joined is not None and unit.outermost.closed)
     if is_closed and not (also_at_end and current_end.get() and unit.outermost.sessions):
         raise SessionClosed("any database")

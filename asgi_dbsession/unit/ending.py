@@ -44,7 +44,7 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         task: The task that is about to send a message or to wait for a message.
         unit: The unit of work of the request or WebSocket.
         commit: True to commit, False to roll back.
-        living: What to do with the work of other tasks that are still running: see `Living`.
+        living: How to treat uncommitted work of other tasks that are still running; see `Living`.
 
     Raises:
         ConcurrentUse: The work of `task` is in one transaction with the work of another task.
@@ -54,8 +54,8 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
     own, failed = _sort(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
     if unit.rollback is not None and _is_of(unit.rollback_set_by, task):
-        # Reset `rollback` even if there is no work, so that `set_rollback` does not apply to later
-        # work.
+        # Reset `rollback` even if there is no work, so that this call of `set_rollback` does not
+        # apply to later work.
         commit, unit.rollback, reason = not unit.rollback, None, "set_rollback"
     if failed:
         await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
@@ -76,7 +76,8 @@ async def close(
         unit: The unit of work to close.
         commit: True to commit, False to roll back.
         error: The exception that the application raised.
-        sort_tasks: True to roll back the work of failed tasks, even if `commit` is True.
+        sort_tasks: True to roll back the work of tasks that raised an exception, even if `commit`
+            is True.
     """
     unit.closed = True
     # Copy the sessions: another thread may open a session, which changes the dictionary.
@@ -97,12 +98,12 @@ async def close(
 
 
 def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
-    """Close a unit whose `is_blocking` is True on the current thread, without an event loop."""
+    """Close a unit on the current thread, without an event loop; `is_blocking` must be True."""
     complete_here(close(unit, commit=commit, error=error))
 
 
 async def _roll_back_failed(unit: UnitOfWork, working: Sessions) -> bool:
-    """Roll back the work of failed tasks; return False if it cannot be told from other work."""
+    """Roll back the work of failed tasks; return True if the remaining work can be committed."""
     try:
         _, failed = _sort(unit, working, current_task(), "include")
     except ConcurrentUse:
@@ -137,8 +138,8 @@ def _with_work(unit: UnitOfWork) -> Sessions:
 
 async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     given = tuple(unit.callbacks)
-    # The `on_commit` functions whose work the application itself has committed already. These
-    # functions are called even if this commit fails.
+    # These functions waited for work that the application itself has committed already. So call
+    # these functions even if this commit fails.
     stored = [each for each in given if each.committed]
     end.had_work = bool(working)
     token = current_end.set(end)
@@ -185,11 +186,11 @@ def _in_order(unit: UnitOfWork, working: Sessions) -> Sessions:
 def _settle(
     unit: UnitOfWork, end: End, given: tuple[AfterCommit, ...], working: Sessions
 ) -> list[AfterCommit]:
-    """Drop the `on_commit` functions whose work was rolled back; return those to call now."""
+    """Remove the `on_commit` functions that no longer wait; return the functions to call now."""
     due: list[AfterCommit] = []
     for each in tuple(unit.callbacks):
-        # Keep functions that were given to `on_commit` during the COMMIT or by another task: their
-        # work may be committed later.
+        # If `on_commit` was called during this COMMIT, or by another task, keep the function: the
+        # function may wait for work of a later COMMIT.
         is_concerned = each in given and _is_of(each.given_by, end.task)
         ends = unit.closed or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):
@@ -225,7 +226,7 @@ async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
             await close(inner, commit=False, error=error)
             raise
         await close(inner, commit=not inner.rollback)
-    # The function itself raised CancelledError: this task is protected from cancellation.
+    # The function itself raised the CancelledError, because this task cannot be cancelled here.
     except (Exception, CancelledError) as error:
         callback.log(error)
     finally:
@@ -233,7 +234,10 @@ async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
 
 
 def _is_of(task: object, asking: object) -> bool:
-    """Return True if a commit for task `asking` (None: for all tasks) includes work of `task`."""
+    """Return True if a commit of the work of `asking` also commits the work of `task`.
+
+    If `asking` is None, the commit includes the work of all tasks.
+    """
     return asking is None or task is None or task is asking or has_ended(task)
 
 

@@ -19,7 +19,7 @@ S = TypeVar("S")
 
 
 def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
-    """Return the open unit of work that a `begin(join=True)` block must join; None without one."""
+    """Return the open unit that a `begin(join=True)` block must join; None if no unit is open."""
     innermost = current_unit.get()
     for unit in innermost.chain() if innermost is not None else ():
         if unit.joined is not None and unit.closed and database in unit.databases:
@@ -31,7 +31,10 @@ def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
 
 @asynccontextmanager
 async def joined(unit: UnitOfWork, database: SessionSource[S], read_only: bool) -> AsyncIterator[S]:
-    """Run an `async with` block in a savepoint, which ends completely even after a cancellation."""
+    """Run an `async with database.begin(join=True)` block in a savepoint.
+
+    Even if the task is cancelled, the savepoint is released or rolled back completely.
+    """
     session = unit.open(database)
     block = _Block(unit, database, read_only)
     await greenlet_spawn(block.begin)
@@ -49,7 +52,7 @@ async def joined(unit: UnitOfWork, database: SessionSource[S], read_only: bool) 
 
 @contextmanager
 def joined_blocking(unit: UnitOfWork, database: SessionSource[S], read_only: bool) -> Iterator[S]:
-    """Run a `with` block in a savepoint of the unit's session, on the current thread."""
+    """Run a `with database.begin(join=True)` block in a savepoint, on the current thread."""
     session = unit.open(database)
     block = _Block(unit, database, read_only)
     block.begin()
@@ -66,8 +69,8 @@ def joined_blocking(unit: UnitOfWork, database: SessionSource[S], read_only: boo
 class _Blocks:
     """The open `begin(join=True)` blocks of one session, the innermost last.
 
-    Only the innermost block may use the session. Otherwise work of another task would be committed
-    or rolled back together with the block.
+    Only code in the innermost block may use the session. Otherwise a rollback of the block would
+    also roll back work from outside of the block.
     """
 
     def __init__(self, unit: UnitOfWork, database: SessionSource[Any]) -> None:
@@ -97,7 +100,7 @@ class _Blocks:
         """Close a block, and all blocks that tasks have left open inside of this block.
 
         Returns:
-            True if no blocks were open inside of the block.
+            True if no other block was open inside of this block.
         """
         number = self.open.index(unit)
         for each in self.open[number:]:
@@ -112,12 +115,12 @@ class _Block:
 
     Args:
         joined: The unit of work that the block joins.
-        database: The database of the block; `joined` manages its session.
-        read_only: True if the block may only read, even if the unit may write.
+        database: The database whose `begin(join=True)` was called.
+        read_only: True if the block may only read, even if `joined` may write.
 
     Attributes:
-        unit: The unit of work that is current inside the block. It has no sessions, and passes all
-            calls to `joined`.
+        unit: The unit of work of the block itself, which is the current unit inside the block. This
+            unit opens no session: `get_session()` returns the session of `joined`.
     """
 
     _savepoint: SessionTransaction
@@ -138,8 +141,8 @@ class _Block:
         lock = self._opened.lock
         is_outermost = lock.acquire()
         try:
-            # SQLAlchemy flushes earlier changes first, so a rollback of the block does not undo
-            # them.
+            # `begin_nested` first flushes the changes made before the block, so a rollback of the
+            # block does not undo these changes.
             self._savepoint = self._opened.orm.begin_nested()
             self._forbids_writes = self._forbids_writes and not self._writes.forbidden
             if self._forbids_writes:
@@ -153,11 +156,11 @@ class _Block:
                 lock.release()
 
     def end(self, end: End, error: BaseException | None) -> None:
-        """Release the block's savepoint or roll back to it, once the running operation has ended.
+        """Wait for the session's running operation; then release or roll back the savepoint.
 
         Raises:
-            ConcurrentUse: A task is still inside a block that it opened inside this block.
-            SessionClosed: The unit, or a block around this block, ended before this block.
+            ConcurrentUse: Another `begin(join=True)` block inside of this block is still open.
+            SessionClosed: The joined unit, or a block around this block, ended before this block.
             Exception: The exception of the flush. The work of the block was rolled back.
         """
         lock = self._opened.lock
@@ -166,8 +169,8 @@ class _Block:
         except SessionClosed:
             if error is None:
                 raise
-            # The unit of work ended before the block did, and has committed or rolled back the work
-            # of the block.
+            # The joined unit ended before the block, and has committed or rolled back the work of
+            # the block.
             return
         was_closed = self.unit.closed
         try:
@@ -198,8 +201,8 @@ class _Block:
             self._writes.check_commit()
             if self._is_open:
                 self._savepoint.commit()
-            # The application committed inside the block, and its next transaction may only read.
-            # End that transaction, because the outer unit may write.
+            # The application called `commit()` inside the block, and the transaction that follows
+            # may only read. End this transaction, because the joined unit may write.
             elif self._forbids_writes:
                 self._opened.orm.flush()
                 self._opened.orm.rollback()
@@ -216,8 +219,9 @@ class _Block:
             else:
                 self._opened.orm.rollback()
         except Exception as failure:
-            # The savepoint is lost: at a deadlock, MariaDB drops the savepoints. So refuse the
-            # outer COMMIT, which would store only a part of the work.
+            # The work of the block is not rolled back: after a deadlock, for example, MariaDB has
+            # dropped the savepoint. So refuse the COMMIT of the joined unit, which would store only
+            # a part of the work.
             forbid_commit(self._opened.companion.open_connections, failure)
 
     @property

@@ -11,8 +11,8 @@ from asgi_dbsession.session.managed import ManagedSession
 class UnitObserver:
     """The base class of objects that are called at each event of a unit of work.
 
-    The methods must be fast and must not raise. The argument `unit` is a `UnitOfWork`; importing
-    this class would be circular.
+    The methods must be fast and must not raise. The argument `unit` is a `UnitOfWork`; its
+    annotation is `Any`, because an import of the class `UnitOfWork` would be circular.
     """
 
     def engine_used(self, engine: Engine) -> None:
@@ -28,7 +28,7 @@ class UnitObserver:
         """Called when a unit of work has opened its session of `database`."""
 
     def wait_failed(self, unit: Any, error: Exception) -> None:
-        """Called when no connection became free within the time limit of the pool."""
+        """Called when a session waited for a connection longer than the `pool_timeout`."""
 
     def work_ended(self, unit: Any, end: End) -> None:
         """Called after a commit or rollback of the unit, and after its `on_commit` functions."""

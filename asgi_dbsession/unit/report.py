@@ -15,7 +15,7 @@ class DatabaseReport:
 
     Attributes:
         database: The `AsyncDatabase` or `SyncDatabase`.
-        committed: True if work was committed on the database, also by the application itself.
+        committed: True if this package or the application committed work on the database.
         statements: The number of statements sent. Savepoints and SELECTs for new keys count; BEGIN,
             COMMIT and ROLLBACK do not.
         operation_duration: The time for statements, COMMIT and ROLLBACK.
@@ -25,7 +25,8 @@ class DatabaseReport:
             something else, while other requests may have waited for the connection.
         idle_after: The place in the application (`file:line`) that used the session before the idle
             time. None if no code of the application used the session.
-        idle_before: The place that used the session after the idle time. None if the unit ended.
+        idle_before: The place in the application that used the session after the idle time. None if
+            the unit ended instead.
     """
 
     database: Any
@@ -46,18 +47,18 @@ class UnitReport:
     Attributes:
         scope: The ASGI scope of the request. None if the unit began after the end of the request.
         outcome: `"committed"`, `"rolled_back"`, or `"nothing_to_do"` if no transaction was begun.
-        reason: Why the remaining work was not committed; None if there was no reason. `status`: the
+        reason: Why the unit of work was not committed; None if COMMIT succeeded. `status`: the
             status of the response, or the close code of the WebSocket. `set_rollback`: a call of
             `set_rollback(True)`. `exception`: the application raised an exception. `cancelled`: the
             client disconnected, a time-out, or a new attempt of the request. `unfinished`: the
-            response was not completed. `commit_failed`: COMMIT failed, but databases before it may
-            be `committed`. Later versions may add reasons.
+            response was not completed. `commit_failed`: COMMIT failed on a database; earlier
+            databases in the list may be `committed`. Later versions may add reasons.
         error: The exception of the application or of COMMIT; None if there was none.
         start_time: The start of the unit, in seconds since the epoch: the start of the request, or
-            the end of the unit before it.
+            the end of the previous unit of the same request.
         duration: Seconds until the end of the unit, `on_commit` functions included.
         databases: The databases whose sessions the unit opened, in declared order.
-        attempt: The number of the attempt of the request; 1 is the first.
+        attempt: The number of the attempt to serve the request, from 1 on.
         will_retry: True if the request runs again because of a conflict, as far as known at the end
             of the unit. False for a `begin()` inside a request.
         read_only: True if the unit was only allowed to read.

@@ -9,25 +9,26 @@ from asgi_dbsession.session.tasks import is_waiting_for
 
 Sessions: TypeAlias = list[ManagedSession[Any]]
 
-# What to do with a session in which another task, still running, has uncommitted work. "refuse"
-# raises ConcurrentUse (on a WebSocket). "leave" does not commit the session yet (in a response
-# body). "include" commits the work of all tasks (after the application has returned).
+# How `sort_work` treats a session that has uncommitted work of another task, if that task is still
+# running. "refuse", used on a WebSocket: raise ConcurrentUse if the sending task has work in the
+# session too. "leave", used at the end of a response body: do not commit the session yet.
+# "include", used after the application has returned: commit the work of all tasks.
 Living: TypeAlias = Literal["refuse", "leave", "include"]
 
 
 def sort_work(sessions: Sessions, task: object, living: Living) -> tuple[Sessions, Sessions]:
-    """Sort sessions by what a message of `task` may do with their uncommitted work.
+    """Find the sessions to commit or roll back before `task` sends or awaits a message.
 
-    Work of tasks that have returned counts as work of `task`, because `task` has waited for them.
-    Work of a task that raised an exception must be rolled back.
+    Work of tasks that have returned counts as work of `task`, as if `task` had waited for these
+    tasks. Work of a task that raised an exception must be rolled back.
 
     Returns:
-        Two lists: the sessions to commit or roll back as `task` decides, and the sessions to roll
-        back in any case. Sessions in neither list stay as they are.
+        Two lists: the sessions to end as the message of `task` requires (commit or rollback), and
+        the sessions to roll back in any case. All other sessions must not be changed.
 
     Raises:
-        ConcurrentUse: One transaction has work of `task` and work of another task, and only one
-            part may be committed.
+        ConcurrentUse: One transaction has work of `task` and of another task, and the other task is
+            still running or has failed.
     """
     own: Sessions = []
     failed: Sessions = []
@@ -53,8 +54,9 @@ def _speaks_for(task: object, user: object) -> bool:
 
 
 def _is_in_memory(lock: SessionLock) -> bool:
-    """Return True if objects have changed attributes, but no operation used the session.
+    """Return True if the only work of a session is changed attributes of objects.
 
-    Such a change names no task, so it counts as work of the task that sends the message.
+    SQLAlchemy does not report which task changed an attribute. So the change counts as work of the
+    task that sends the message.
     """
     return not lock.is_used and not lock.is_busy

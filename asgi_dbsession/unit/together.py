@@ -44,7 +44,7 @@ async def flush_all(sessions: Sessions, end: End, run: Run | None = None) -> Bas
     Args:
         sessions: The sessions to flush.
         end: The commit of the unit of work, for which the sessions are flushed.
-        run: A function that calls the `flush` of each session; None for the session's own `run`.
+        run: The function that calls `flush`, such as `call_here`; None to use `run` of the session.
     """
     for each in sessions:
         try:
@@ -83,7 +83,10 @@ async def commit_all(sessions: Sessions, end: End, run: Run | None = None) -> Ba
 
 
 async def learn_positions(sessions: Iterable[ManagedSession[Any]]) -> None:
-    """Have sessions with replicas learn what their client has seen, once their work has ended."""
+    """Ask the primary for its WAL position, for each session with replicas whose work has ended.
+
+    The client of the session may have seen data up to this position on the primary.
+    """
     for each in sessions:
         route = each.companion.route
         if route is not None and not each.has_work and route.work_ended():

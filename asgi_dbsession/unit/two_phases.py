@@ -1,11 +1,14 @@
 """Commits the sessions of one unit of work in two phases.
 
-An operator who resolves transactions in doubt sees only prepared transactions. So this order holds,
-wherever the process is killed or a connection is lost:
+If the process is killed or a connection is lost, prepared transactions may stay on the servers, in
+doubt. An operator must then commit or roll back each transaction, and knows only which transactions
+are prepared. One session of the unit, the deciding session, makes the right choice visible:
 
-1. The session that decides about all others is prepared before them.
-2. It is committed before the others. If that COMMIT fails, no other session is committed.
-3. It is rolled back after the others, and only if no other session may still be prepared.
+1. The deciding session is prepared first.
+2. The deciding session is committed first. If its COMMIT fails, no other session is committed.
+3. The deciding session is rolled back last, and only if no other session may still be prepared.
+
+So if the deciding session is still prepared, roll back all sessions of the unit; otherwise commit.
 """
 
 from asgi_dbsession.errors import ConcurrentUse
@@ -24,7 +27,7 @@ async def commit_in_two_phases(
     Args:
         unit: The unit of work that opened the sessions.
         sessions: The sessions with work, in declared order.
-        end: The commit of the unit.
+        end: The `End` object of this commit.
 
     Returns:
         The first exception; None if all COMMITs succeeded.
@@ -54,10 +57,10 @@ async def commit_in_two_phases(
 
 
 def _add_deciding(unit: UnitOfWork, sessions: Sessions) -> None:
-    """Add the session that decides about all others to `sessions` if it has no work of its own.
+    """Add the deciding session to `sessions`, because it takes part even if it has no work.
 
     Raises:
-        ConcurrentUse: The deciding session has work of another task, which must not be committed.
+        ConcurrentUse: The deciding session has uncommitted work of another task.
     """
     deciding = two_phases_of(unit).deciding
     for each in tuple(unit.sessions.values()):
@@ -68,7 +71,7 @@ def _add_deciding(unit: UnitOfWork, sessions: Sessions) -> None:
 
 
 def _refusal(unit: UnitOfWork, sessions: Sessions) -> ConcurrentUse | None:
-    """Return the error for sessions that began before and after a commit that is in doubt."""
+    """Return an error if a session began its transaction before an earlier commit in doubt."""
     for each in sessions:
         if two_phases_of(unit).has_renewed(names_of(each.companion.open_connections)):
             return ConcurrentUse(each.lock.database, mixed_with="failed")

@@ -34,32 +34,32 @@ class SessionSource(Protocol[S]):
 class UnitOfWork:
     """The sessions of one request, or of one `begin()`; committed or rolled back together.
 
-    The context variable gets the empty unit at the start of the request, and inner code opens
-    sessions in this unit. A value that an inner task or worker thread sets is not visible in the
-    outer code.
+    The context variable `current_unit` gets an empty unit at the start of the request, because the
+    outer code would not see a value that an inner task or worker thread sets later.
 
     Args:
         databases: The databases whose sessions the unit opens; the first one of each kind is the
             default.
         scope: The ASGI scope for `session.info["scope"]`. None after the end of the request.
-        enclosing: The unit around this unit; a database that is missing here is searched there.
-        observers: The objects to call at each event. When a session is opened, the observers of its
-            database are added.
+        enclosing: The unit around this unit, for the databases that this unit does not have.
+        observers: The objects to call at each event of the unit. When the unit opens a session, the
+            observers of the session's database are added.
 
     Attributes:
-        is_inner: True if `within` made the unit, so that the request belongs to an outer unit.
-        joins_outer_unit: True if `enclosing` belongs to the same request and keeps its databases.
+        is_inner: True if the method `within` made the unit, inside of another unit of work.
+        joins_outer_unit: True if `enclosing` belongs to the same request. If both units have a
+            database, `enclosing` opens and closes the session of this database.
         joined: The unit whose session `begin(join=True)` uses; None for any other unit.
-        rollback: The last argument of `set_rollback`; None without a call since the last commit.
+        rollback: The last argument of `set_rollback` since the last commit; None without a call.
         rollback_set_by: The task that called `set_rollback`.
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
         failure: The first error of a commit or rollback. After this error, nothing may be sent.
         callbacks: The functions given to `on_commit` that wait for COMMIT.
         two_phase: True if the sessions use two-phase commit.
         read_only: True if the sessions may only read; set before the first session is opened.
-        is_routed: True if a session of the unit chooses its server, for `replicas`.
+        is_routed: True if a session of the unit chooses between the primary and its replicas.
         is_blocking: True if the unit ends on the calling thread, without an event loop.
-        is_answered: True if another response can no longer be sent to the request.
+        is_answered: True after the start of the response, and always True on a WebSocket.
         closed: True if the unit has ended.
     """
 
@@ -95,7 +95,7 @@ class UnitOfWork:
             observer.unit_began(self)
 
     def chain(self) -> Iterator["UnitOfWork"]:
-        """Iterate over this unit and the units around it, the nearest first."""
+        """Iterate over this unit and all units around it, from the innermost to the outermost."""
         unit: UnitOfWork | None = self
         while unit is not None:
             yield unit
@@ -122,7 +122,7 @@ class UnitOfWork:
         )
 
     def within(self, databases: tuple[SessionSource[Any], ...]) -> "UnitOfWork":
-        """Make a new unit of work inside this unit; its scope is None if the request has ended."""
+        """Make a unit inside this unit; the new unit has no scope if the request has ended."""
         serving = next((each for each in self.chain() if not each.is_inner), None)
         scope = serving.scope if serving is not None else None
         unit = UnitOfWork(databases, scope, self, self.observers)
@@ -203,7 +203,7 @@ def get_session() -> AsyncSession:
 
     The session is opened on first use, and its first statement checks out a connection. The session
     is valid until the request (or the `begin()`) ends, and is then closed permanently. Only one
-    task at a time may use the session; parallel tasks open `database.begin()` each.
+    task at a time may use the session; each parallel task must open its own `database.begin()`.
 
     Raises:
         NoSession: This code runs outside of a request that `DBSessionMiddleware` serves, and
