@@ -71,10 +71,10 @@ def flush_for_commit(session: Session, *, prepare: bool) -> None:
 
 
 class NamingSession(Session):
-    """A session that makes all transactions with `transaction_class`, if they need this class.
+    """A session that can use `transaction_class` for a transaction that begins automatically.
 
-    SQLAlchemy itself would use `SessionTransaction` for a transaction that begins automatically.
-    The transactions of a two-phase commit, and those of a session with a route, need the class.
+    SQLAlchemy itself would use `SessionTransaction`. A session with two-phase commit or with
+    replicas needs its own class of transactions.
     """
 
     transaction_class: type[SessionTransaction] = SessionTransaction
@@ -88,17 +88,18 @@ class NamingSession(Session):
 
 
 class NamingTransaction(SessionTransaction):
-    """A transaction that this package names for two-phase commit; SQLAlchemy's names are random.
+    """A transaction of a session that uses two-phase commit or replicas.
 
-    If the session has a route, the route opens the first connection to the chosen server.
+    For two-phase commit, this package names the transaction; SQLAlchemy's names would be random.
+    With replicas, `companion.route` opens the connection, to the server that it has chosen.
     """
 
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         session: Any = self.session
         names, route = session._companion.two_phases, session._companion.route
-        # In two-phase commit, give an id of this package only to the transaction of the session's
-        # first connection. With several `binds`, SQLAlchemy prepares the other connections in any
-        # order, so ids with a number would name the wrong order.
+        # In two-phase commit, name only the transaction of the session's first connection. With
+        # several `binds`, SQLAlchemy prepares the session's connections in any order, so numbers in
+        # the names of the other transactions would be wrong.
         is_first = self.parent is None and not self._connections
         if names is not None and is_first and isinstance(bind, Engine):
             bind = _NamingEngine(bind, names.name(session))
@@ -112,14 +113,14 @@ class NamingTransaction(SessionTransaction):
 
 
 class _RoutedEngine:
-    """Connects to the server that the route of a session chooses."""
+    """Takes the place of an engine, and connects to the server that `companion.route` chooses."""
 
     def __init__(self, session: Any, route: Any) -> None:
         self.connect: Callable[[], Connection] = partial(route.connect, session)
 
 
 class _NamingEngine:
-    """An engine that gives a chosen name to its next two-phase transaction."""
+    """Takes the place of an engine, and gives its next two-phase transaction the name `name`."""
 
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine = engine
@@ -148,7 +149,7 @@ def is_flushing(session: Any) -> bool:
 
 
 def is_orm_enabled(select: Any) -> bool:
-    """Return True if the ORM makes another SELECT of a SELECT when it compiles the SELECT."""
+    """Return True if the ORM replaces the SELECT by another SELECT at compilation."""
     return bool(select._propagate_attrs.get("compile_state_plugin") == "orm")
 
 
@@ -179,7 +180,7 @@ def isolation_level_on_connect(connection: Connection) -> str | None:
 
 
 def on_checkin(connection: Connection, function: Callable[[Any], object]) -> None:
-    """Call `function` once, with the driver's connection, before it returns to the pool."""
+    """Call `function` once with the driver's connection, before the connection enters the pool."""
     record = connection.connection._connection_record
     if record is not None:
         record.finalize_callback.append(function)

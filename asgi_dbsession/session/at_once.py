@@ -27,8 +27,8 @@ _METHODS = ("close", "commit", "rollback")
 def ends_at_once(session: Session, companion: Companion) -> bool:
     """Return True if commit and rollback of a session cannot block the calling thread.
 
-    The session has only read, and no transaction has begun on the server. The application has added
-    no code that may block: no overridden method and no listener.
+    This is True if the session has only read, no transaction has begun on the server, and the
+    application has added no code that may block: neither overridden methods nor listeners.
     """
     if companion.lock.is_busy or session.new or session.deleted or session.dirty:
         return False
@@ -43,7 +43,7 @@ def _sends_nothing(connection: Connection) -> bool:
         return False
     if _has_foreign(_listeners(connection.engine.pool, _OF_POOLS)):
         return False
-    if connection.invalidated:  # a lost connection has no state to ask for
+    if connection.invalidated:  # the connection was lost, and has no driver connection any more
         return False
     if connection.dialect.name == "sqlite":
         driver: Any = connection.connection.driver_connection

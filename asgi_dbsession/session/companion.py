@@ -24,13 +24,13 @@ class Follower(Protocol):
 
 
 class SessionRoute(Protocol):
-    """Chooses the server that a session uses, for the optional package `replicas`."""
+    """Chooses the server of a session, the primary or a replica; see the package `replicas`."""
 
     def choose(self, session: Session) -> None:
-        """Set the engine of the session before each statement."""
+        """Called before each statement: set the engine of the session to the chosen server."""
 
     def connect(self, session: Session) -> Connection:
-        """Return a new connection to the chosen server, or to the server used instead."""
+        """Return a new connection to the chosen server, or to the primary if the server is down."""
         ...
 
     def work_ended(self) -> bool:
@@ -38,7 +38,7 @@ class SessionRoute(Protocol):
         ...
 
     def learn(self) -> None:
-        """Ask the server for its position after the commit or rollback; this may block."""
+        """Ask the primary for its WAL position after the commit or rollback; this may block."""
 
 
 class Companion:
@@ -49,12 +49,13 @@ class Companion:
         reads: The object that decides if the session may read without a transaction.
         writes: The object that refuses writes if the session may only read.
         expects_read: False if the running statement needs BEGIN in any case (INSERT, SQL text).
-        connections: The connections that the session used last; some of them are closed.
+        connections: The connections that the session used last; some of these may be closed.
         followers: The objects to call after each commit and rollback.
         bind_asked: A function to call with each engine before the session uses it.
-        wait_failed: A function to call with the error if no connection became free in time.
+        wait_failed: A function to call if no connection became free within `pool_timeout`. It takes
+            the error of the pool.
         two_phases: The object that names the session's transactions; None without two-phase commit.
-        route: The object that chooses the server of the session; None without replicas.
+        route: The object that chooses the primary or a replica; None without replicas.
         stats: The measurements of the session, shared by all observers; None without observers.
     """
 
@@ -86,5 +87,5 @@ class Companion:
 
     @property
     def needs_own_transaction(self) -> bool:
-        """True if each transaction of the session must be of this package's class."""
+        """True if all transactions of the session must be objects of `LockedTransaction`."""
         return self.two_phases is not None or self.route is not None

@@ -1,4 +1,4 @@
-"""Runs a coroutine to completion although the caller is cancelled."""
+"""Runs a coroutine to completion, even if the caller is cancelled."""
 
 import asyncio
 import sys
@@ -26,13 +26,13 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     """
     try:
         loop = asyncio.get_running_loop()
-    # No asyncio event loop is running, so trio is. Under trio only a cancel scope can cancel a
-    # task, so a shielded scope is enough.
+    # No asyncio event loop is running, so the caller runs on trio. On trio, only a cancel scope can
+    # cancel a task, so a shielded scope is enough.
     except RuntimeError:
         with anyio.CancelScope(shield=True):
             return await work
-        # Never reached. Type checkers believe that the scope may suppress an exception, and would
-        # then miss a return value.
+        # This line never runs. Type checkers believe that the scope may suppress an exception, and
+        # would report that the function then returns no value.
         raise
     # The caller waits for this future, so that a cancellation of the caller cancels the future and
     # not `work`.

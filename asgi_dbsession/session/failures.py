@@ -16,10 +16,10 @@ from ._sqlalchemy import is_prepared
 from .completion import run_to_completion
 from .writes import record_refusal
 
-# Each transaction or savepoint in which a statement failed. The value is the driver's message, and
-# True if the database rolled back the whole transaction at the error. The database cannot report
-# such a rollback later: the next statement has begun a new transaction. A plain dictionary, because
-# each COMMIT tests if it is empty, and a WeakKeyDictionary is slow at this test.
+# The keys are the transactions and savepoints in which a statement failed. A value has the driver's
+# message, and True if the error made the database roll back the whole transaction. The database
+# cannot report this rollback later, because the next statement begins a new transaction. The type
+# is `dict`, because each COMMIT tests if this object is empty; a WeakKeyDictionary would be slow.
 failed_transactions: dict[ref[Transaction], tuple[str, bool]] = {}
 
 # The errors at which InnoDB rolls back the whole transaction, savepoints included: a deadlock, an
@@ -28,8 +28,9 @@ failed_transactions: dict[ref[Transaction], tuple[str, bool]] = {}
 _ROLLING_BACK = (1213, 1020, 1206)
 
 
-# The engines whose failed statements are recorded; their dialects, because an engine and its copies
-# with other options share one dialect; and the functions given to `watch_all`.
+# `_watched` has the engines whose failed statements are recorded. `_dialects` has the dialects of
+# these engines, because an engine and its copies with other options share one dialect. `_watchers`
+# has the functions given to `watch_all`.
 _watched: WeakSet[Engine] = WeakSet()
 _dialects: WeakSet[Dialect] = WeakSet()
 _watchers: dict[Callable[[Engine], None], Callable[[Engine], None]] = {}
@@ -46,7 +47,7 @@ def watch(engine: Engine) -> None:
 
 
 def watch_all(watcher: Callable[[Engine], None], undo: Callable[[Engine], None]) -> None:
-    """Call `watcher` once with each engine of this package, existing and future.
+    """Call `watcher` once with each engine that this package uses now, or will use later.
 
     Args:
         watcher: A function that adds listeners to an engine.
@@ -98,7 +99,7 @@ def _record_failure(context: ExceptionContext) -> None:
 
 
 def _is_unusable_after(context: ExceptionContext, transaction: Transaction | None) -> bool:
-    """Return True if the error leaves the connection in an unknown state: it must be closed."""
+    """Return True if the connection must be closed, because the error left its state unknown."""
     ends_or_begins = context.statement is None and context.execution_context is None
     if ends_or_begins and not _was_answered(context.sqlalchemy_exception):
         # The server did not answer BEGIN, COMMIT or ROLLBACK, so its transaction may still be open.
@@ -116,8 +117,8 @@ def _is_unusable_after(context: ExceptionContext, transaction: Transaction | Non
 
 def _was_answered(error: Exception | None) -> bool:
     # InterfaceError and InternalError come from the driver, not from the server: the connection is
-    # busy, or the driver does not know what the server did. So does an error of psycopg that has no
-    # SQLSTATE: a cancelled COPY, for example, leaves the connection busy.
+    # busy, or the driver does not know what the server did. An error of psycopg without SQLSTATE
+    # comes from the driver too: after a cancelled COPY, for example, the connection is busy.
     if not isinstance(error, DBAPIError) or isinstance(error, InterfaceError | InternalError):
         return False
     return getattr(error.orig, "sqlstate", "") is not None
@@ -136,7 +137,7 @@ def _remember(connection: Connection, transaction: Transaction, error: BaseExcep
 
 
 def forbid_commit(connections: tuple[Connection, ...], error: Exception) -> None:
-    """Make COMMIT fail on these connections: a part of the work could not be rolled back."""
+    """Make a later COMMIT on the connections fail, after a failed rollback to a savepoint."""
     for connection in connections:
         transaction = connection.get_transaction()
         if transaction is not None:
@@ -166,8 +167,8 @@ def _refuse_if_aborted(connection: Connection) -> None:
     if is_rolled_back:
         raise TransactionAborted(database, message, rolled_back=True)
     try:
-        # Only the database knows if the failed statement aborted the transaction: send a SELECT to
-        # see.
+        # Only the database knows if the failed statement aborted the transaction. Send a SELECT,
+        # which fails in an aborted transaction.
         connection.execute(select(1))
     except DBAPIError as error:
         raise TransactionAborted(database, message) from error
@@ -180,7 +181,7 @@ def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
     try:
         _refuse_if_aborted(connection)
     except TransactionAborted:
-        # Send ROLLBACK, because SQLAlchemy takes this error for a failed COMMIT and sends nothing.
+        # Send ROLLBACK here: SQLAlchemy takes this error for a failed COMMIT and sends no ROLLBACK.
         if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
             try:
                 connection.dialect.do_rollback(connection.connection)

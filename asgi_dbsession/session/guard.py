@@ -1,4 +1,4 @@
-"""Session classes that hold the session's lock during each operation, so that only one runs."""
+"""Session classes that hold a lock during each operation, so that operations never overlap."""
 
 import asyncio
 import functools
@@ -52,7 +52,7 @@ _NEVER_PLAIN = (TextClause, UpdateBase)
 
 
 def guarded_class(session_class: type[S]) -> type[S]:
-    """Derive a session class that holds its lock during each operation, lazy loading included."""
+    """Derive a session class whose operations, lazy loading included, hold the session's lock."""
     bases = (GuardedSession,) if session_class is Session else (session_class, GuardedSession)
     return derive(session_class, bases, {})
 
@@ -82,11 +82,12 @@ def derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, A
 def locked(
     operation: Callable[..., R], check: Callable[..., None] | None = None
 ) -> Callable[..., R]:
-    """Wrap a method of a session or transaction, so that it holds the session's lock as it runs.
+    """Wrap a method of a session or transaction: hold the session's lock while the method runs.
 
     Args:
         operation: The method.
-        check: A function to call first, with the companion of the session and the arguments.
+        check: A function to call before the method, with the session's `Companion` and the
+            arguments of the method.
     """
 
     @functools.wraps(operation)
@@ -124,7 +125,7 @@ def _on_event_loop(method: Callable[..., R]) -> Callable[..., R]:
 
 
 class _ClosingAsyncSession(AsyncSession):
-    """An async session that never replaces an error of the application by an error of its own."""
+    """An async session whose `close()` never replaces an exception that the application raised."""
 
     @override
     async def close(self) -> None:
@@ -151,7 +152,7 @@ class _ClosingAsyncSession(AsyncSession):
 
 
 class GuardedSession(NamingSession):
-    """The base class of sessions that hold a lock; `ManagedSession` sets `_companion` later."""
+    """The base class of all session classes with a lock; `ManagedSession` sets `_companion`."""
 
     _companion: Companion
     # `managed.py` sets `transaction_class`, because importing the class here would be circular.
@@ -178,8 +179,9 @@ class GuardedSession(NamingSession):
         try:
             begin_on_server(connection)
         except BaseException:
-            # After a cancellation, say, SQLAlchemy does not know if BEGIN has reached the server,
-            # and would give the pool a connection with an open transaction. So close it.
+            # After a cancellation, for example, SQLAlchemy does not know if BEGIN has reached the
+            # server, and would give the pool a connection with an open transaction. So close the
+            # connection.
             discard(connection)
             raise
         return connection

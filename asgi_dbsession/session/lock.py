@@ -1,4 +1,4 @@
-"""The lock of a session: one task or thread at a time uses it, and none after it was closed."""
+"""The lock of a session: one task or thread at a time may use the session, until it is closed."""
 
 import asyncio
 import sys
@@ -45,15 +45,15 @@ class End:
     Args:
         commit: True to commit, False to roll back.
         reason: Why the work is not committed, for reports.
-        close: True to close the sessions permanently afterwards.
+        close: True to close the sessions permanently after the commit or rollback.
         task: The task whose work is committed or rolled back; None for the work of all tasks.
         error: The exception that the application raised.
 
     Attributes:
-        handled: The exception that an `except` block of the application handles meanwhile.
-        requested_by: The task and the thread that wait for this commit or rollback. If they still
-            hold the lock, an exception from a signal handler interrupted their operation.
-        had_work: True if there was work to commit or roll back.
+        handled: The exception that an `except` block of the application was handling at the start.
+        requested_by: The task and the thread that wait for this commit or rollback. If this task or
+            thread still holds the lock, a signal handler interrupted its operation by an exception.
+        had_work: True if the sessions had work to commit or roll back.
         failure: The exception that the commit or rollback raised; None if it succeeded.
     """
 
@@ -73,7 +73,7 @@ class End:
         return self.commit and self.failure is None
 
 
-# The running commit or rollback, for listeners that SQLAlchemy calls during its steps.
+# The commit or rollback that is running now; None if no commit or rollback is running.
 current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=None)
 
 
@@ -90,7 +90,7 @@ class SessionLock(ABC):
         users: Running tasks that used the session since the last commit or rollback.
         has_finished_work: True if a task that used the session has returned, or is unknown.
         has_failed_work: True if a task that used the session has raised an exception.
-        admit: A function that raises an error outside of the open `begin(join=True)` block.
+        admit: Raises an error if the caller is outside of the open `begin(join=True)` block.
     """
 
     admit: Callable[[], None] | None = None
@@ -128,7 +128,7 @@ class SessionLock(ABC):
             SessionClosed: The unit of work has ended.
         """
         caller = self._caller()
-        if self._holder == caller:  # no mutex needed: only the caller sets this value
+        if self._holder == caller:  # no mutex needed: only the caller itself sets this value
             return False
         while True:
             with self.mutex:
@@ -146,7 +146,7 @@ class SessionLock(ABC):
             self._wait(released)
 
     def acquire_for_end(self, end: End, *, of_block: bool = False) -> None:
-        """Acquire the lock for a commit or rollback, after the running operation has ended."""
+        """Wait for the running operation, and acquire the lock for a commit or rollback."""
         with self.mutex:
             self._ends += 1
         try:
@@ -161,7 +161,7 @@ class SessionLock(ABC):
                         return
                     released = self._new_waiter()
                 self._wait(released)
-        except BaseException:  # cancelled while waiting: let waiting operations go on
+        except BaseException:  # the commit was cancelled while waiting: let waiting operations run
             with self.mutex:
                 self._ends -= 1
                 self._wake_all()
@@ -183,7 +183,7 @@ class SessionLock(ABC):
         return self._is_held_by_end and self._holder == self._caller()
 
     def record_user(self) -> None:
-        """Record the caller as a user of the session; for changes in memory that need no lock."""
+        """Record that the caller changed objects in memory, which needs no lock."""
         caller = self._caller()
         with self.mutex:
             if self.is_closed:
@@ -193,7 +193,7 @@ class SessionLock(ABC):
             self._add_user(caller)
 
     def sort_out_users(self) -> None:
-        """Drop ended tasks from `users`; record in `has_…_work` if they returned or raised."""
+        """Remove ended tasks from `users`; record in `has_…_work` if a task returned or failed."""
         with self.mutex:
             for task in [each for each in self.users if has_ended(each)]:
                 self.users.discard(task)

@@ -30,8 +30,8 @@ class ManagedSession(Generic[S]):
         run: A function that calls a blocking function, in a greenlet (async) or a thread (sync).
 
     Attributes:
-        is_flushed: True after `flush`, which acquires the lock and leaves the release to `end`.
-        in_doubt: The names of transactions that may be prepared (two-phase commit) on the server.
+        is_flushed: True after the method `flush`, which acquires the lock; `end` releases the lock.
+        in_doubt: The names of two-phase transactions that may be prepared on the server.
     """
 
     is_flushed: bool = False
@@ -50,9 +50,9 @@ class ManagedSession(Generic[S]):
     @property
     def has_work(self) -> bool:
         """True if the session has work to commit or roll back, or if an operation runs."""
-        # `in_transaction()` finds flushed objects and Core statements. The other checks find
-        # objects that another task changed or added during an earlier COMMIT. A refused write
-        # counts as work: the unit of work must fail even if the application caught the error.
+        # `in_transaction()` is True after a flush or a statement. The checks of `identity_map` and
+        # `new` find objects that another task changed or added during an earlier COMMIT. A refused
+        # write counts as work: the unit of work must fail even if the application caught the error.
         session, lock = self.orm, self.lock
         if session.in_transaction() or session.identity_map.check_modified() or lock.is_busy:
             return True
@@ -60,8 +60,8 @@ class ManagedSession(Generic[S]):
 
     @property
     def ends_at_once(self) -> bool:
-        """True if commit and rollback cannot block, so that `end` needs no worker thread."""
-        if self.session is not self.orm or self.run is call_here:  # `end` needs none anyway
+        """True if commit and rollback cannot block now, so that `end` needs no worker thread."""
+        if self.session is not self.orm or self.run is call_here:  # these never use a worker thread
             return False
         return ends_at_once(self.orm, self.companion)
 
@@ -81,7 +81,7 @@ class ManagedSession(Generic[S]):
         return True
 
     def flush(self, end: End) -> None:
-        """Flush, and do all other steps before PREPARE and COMMIT that can fail.
+        """Flush, and do all other steps that can fail before PREPARE or COMMIT.
 
         The caller must call `end` afterwards.
 
@@ -92,7 +92,8 @@ class ManagedSession(Generic[S]):
         self.lock.acquire_for_end(end)
         try:
             if self.companion.two_phases is not None:
-                # The transaction of the session that decides about all others must exist.
+                # Begin the transaction: the session of transaction number 1 may have no work, but
+                # must be prepared too.
                 self.orm.connection()
             flush_for_commit(self.orm, prepare=self.companion.two_phases is None)
             refuse_if_aborted(self.companion.open_connections)
@@ -105,11 +106,11 @@ class ManagedSession(Generic[S]):
         self.is_flushed = True
 
     def prepare(self) -> None:
-        """Send PREPARE (two-phase commit) for the flushed session; then the caller must call `end`.
+        """Send PREPARE for the flushed session; afterwards the caller must call the method `end`.
 
         Raises:
             TransactionAborted: The application caught an error that aborted the transaction.
-            Exception: The exception of PREPARE. The caller must call `end` even so.
+            Exception: The exception of PREPARE. The caller must call `end` in this case too.
         """
         connections = self.companion.open_connections
         self.in_doubt = names_of(connections)
@@ -122,9 +123,9 @@ class ManagedSession(Generic[S]):
             raise
 
     def end(self, end: End, commit: bool) -> None:
-        """Commit or roll back the work of the session, once the running operation has ended.
+        """Wait until the running operation has ended; then commit or roll back the session.
 
-        Afterwards, even after an error, the connection is back in its pool or closed.
+        When this method returns or raises, the connection is back in its pool or closed.
 
         Args:
             end: The commit or rollback of the unit of work.
@@ -147,22 +148,22 @@ class ManagedSession(Generic[S]):
         except BaseException:
             if self.in_doubt:
                 # The error may come from a listener after a successful COMMIT. So ask the
-                # connections which transactions are still prepared.
+                # connections again which transactions are still prepared.
                 self.in_doubt = names_of(self.companion.open_connections)
             # Close the connection of a prepared transaction without ROLLBACK, because another
             # session may have committed already.
             if self.in_doubt:
                 self.orm.invalidate()
             else:
-                # Roll back before the close. With SQLite, close() alone would give the pool a
-                # connection inside its transaction, with rows that the next request must not see.
+                # Roll back first. With SQLite, `close()` alone would give the pool a connection
+                # with an open transaction, and the next request would see its uncommitted rows.
                 _roll_back(self.orm)
             raise
         finally:
             self._release(end)
 
     def leave_in_doubt(self, end: End) -> None:
-        """Close the connection; its prepared transaction stays on the server for the operator."""
+        """Close the connection; an operator must end its prepared transaction on the server."""
         try:
             self.orm.invalidate()
         finally:
@@ -190,7 +191,7 @@ def _roll_back(session: Session) -> bool:
     try:
         session.rollback()
     except Exception:
-        # The connection is dead, and SQLAlchemy has closed it. The server then rolls back by
+        # The connection was lost. The server rolls back the transaction of a lost connection by
         # itself, unless the transaction is prepared.
         if session.in_transaction():
             session.invalidate()
@@ -204,8 +205,7 @@ def _remember_connection(
     companion: Companion = session._companion
     if not transaction.nested and session.in_nested_transaction():
         begin_before_savepoint(connection)
-    # An engine from `binds` or `bind_arguments` may lack the listeners of this package, so add
-    # them.
+    # An engine from `binds` or `bind_arguments` may not have the listeners of this package yet.
     if connection.engine is not session.bind:
         watch(connection.engine)
     companion.add_connection(connection)
@@ -218,8 +218,8 @@ def _remember_connection(
 
 def _refuse_or_begin(session: Any, *_: object) -> None:
     session._companion.writes.check_flush(session)
-    # Begin the transaction now, even if the session has only read: a mapper listener may write with
-    # the driver's own connection, unseen, and the write must be rolled back with the rest.
+    # Begin the transaction now, even if the session has only read. A mapper listener may write on
+    # the driver's own connection, which this package cannot see; a rollback must include the write.
     for connection in session._companion.open_connections:
         begin_now(connection)
 
@@ -232,7 +232,7 @@ def _refuse_to_commit(session: Any) -> None:
 
 def _record_commit(session: Any) -> None:
     for follower in tuple(session._companion.followers):
-        # SQLAlchemy calls this listener when a savepoint is released too, which commits nothing.
+        # SQLAlchemy calls this listener also at the release of a savepoint, which commits nothing.
         if not session.in_nested_transaction():
             follower.record_commit(session)
 

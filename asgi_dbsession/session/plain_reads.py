@@ -85,16 +85,16 @@ def _is_plain_element(element: Any, compiled: Compiled) -> bool:
     if kind is elements.ColumnClause and element.is_literal:
         # The only literal column that cannot write is `*`, as in COUNT(*) and EXISTS (SELECT *).
         return bool(element.name == "*")
-    # SQLAlchemy's own subclasses cannot write either: of BindParameter for LIMIT and OFFSET, of
-    # Join for the ORM.
+    # SQLAlchemy has a subclass of BindParameter for LIMIT and OFFSET, and a subclass of Join for
+    # the ORM. These subclasses cannot write either.
     is_variant = issubclass(kind, elements.BindParameter | Join) and _is_of_sqlalchemy(kind)
     if kind not in _PLAIN and not is_variant:
         return False
     if isinstance(getattr(element, "operator", None), custom_op) or has_additions(element):
         return False
     if kind is Select and element is not compiled.statement and is_orm_enabled(element):
-        # The ORM replaces an inner SELECT later, when it compiles the SELECT. The new parts are
-        # unknown here, and may write.
+        # The ORM replaces this inner SELECT by another SELECT at compilation. The parts of the
+        # other SELECT are unknown here, and may write.
         return False
     if any(_is_unquoted(getattr(element, name, None)) for name in ("name", "schema")):
         return False

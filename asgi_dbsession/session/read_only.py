@@ -1,4 +1,4 @@
-"""Lets the database refuse writes in a read-only transaction."""
+"""Makes the transaction of a session read-only, so that the database itself refuses writes."""
 
 from typing import Any
 
@@ -14,15 +14,16 @@ from .reads import DRIVERS, is_in_transaction
 _POSTGRESQL, _MARIADB, _SQLITE = "25006", 1792, 8
 
 _ON_MARIADB, _ON_POSTGRESQL = "START TRANSACTION READ ONLY", "SET TRANSACTION READ ONLY"
-# The statements that make a transaction read-only; reports do not count these as statements.
+# The statements that make a transaction read-only; `DatabaseReport.statements` does not count them.
 PARTS_OF_BEGIN = frozenset((_ON_MARIADB, _ON_POSTGRESQL))
 
 
 def begin_read_only(connection: Connection) -> None:
-    """Let the database refuse writes in a transaction that has just begun on the connection.
+    """Make the transaction read-only that has just begun on the connection.
 
-    PostgreSQL receives `READ ONLY` as a part of BEGIN. MySQL and MariaDB need a round trip. SQLite
-    refuses writes with `PRAGMA query_only`. All other databases accept writes.
+    With asyncpg and psycopg, `READ ONLY` is a part of BEGIN. Other drivers of PostgreSQL, MySQL and
+    MariaDB need one more round trip. SQLite refuses writes because of `PRAGMA query_only`. Any
+    other database accepts writes.
     """
     name = connection.dialect.name
     if name == "postgresql":
@@ -36,9 +37,9 @@ def begin_read_only(connection: Connection) -> None:
 
 
 def set_savepoint_read_only(connection: Connection) -> None:
-    """Let PostgreSQL refuse writes until the innermost savepoint ends.
+    """Make the innermost savepoint read-only; only PostgreSQL can do this.
 
-    Other databases cannot make a savepoint read-only.
+    Until the savepoint ends, PostgreSQL refuses writes. On other databases, do nothing.
     """
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(_ON_POSTGRESQL)
@@ -65,7 +66,10 @@ def _begin_on_postgresql(connection: Connection) -> None:
 
 
 def _skips_rollback(connection: Connection) -> bool:
-    """Return True if SQLAlchemy (from 2.0.43 on) sends no ROLLBACK, because of AUTOCOMMIT."""
+    """Return True if SQLAlchemy would send no ROLLBACK on this connection with AUTOCOMMIT.
+
+    SQLAlchemy has an option for this since version 2.0.43.
+    """
     dialect: Any = connection.dialect
     driver = connection.connection.dbapi_connection
     return getattr(dialect, "skip_autocommit_rollback", False) and bool(

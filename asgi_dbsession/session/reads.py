@@ -13,13 +13,14 @@ from asgi_dbsession.errors import ConfigurationError
 from ._sqlalchemy import is_flushing, isolation_level_on_connect
 from .plain_reads import is_plain_read
 
-# The connections that read in autocommit, so that no BEGIN was sent yet. The key marks such a
-# connection, so that its pool switches autocommit off.
+# The connections that this module has switched to autocommit, so that no BEGIN was sent yet. The
+# `info` of such a connection has the key, so that autocommit is switched off at the return to the
+# pool.
 _delayed: WeakSet[Connection] = WeakSet()
 _KEY = "asgi_dbsession.delayed_begin"
 
-# The dialects of the engines that have the listeners of this module. Dialects, because an engine
-# and its copies with other options share one dialect and one pool.
+# The dialects of the engines that have the listeners of this module. The set has dialects and not
+# engines, because an engine and its copies with other options share one dialect and one pool.
 _watched: WeakSet[Dialect] = WeakSet()
 
 # The drivers that can switch autocommit on and off without a round trip to the server.
@@ -33,22 +34,21 @@ class Reads:
     useless round trips. Source: https://www.postgresql.org/docs/current/transaction-iso.html
 
     Args:
-        wanted: True to read without a transaction at all isolation levels, False to do so never,
-            None to do so only at READ COMMITTED.
+        wanted: The option `autocommit_reads`. True: read without a transaction at every isolation
+            level. None: only at READ COMMITTED. False: always read in a transaction.
     """
 
     def __init__(self, wanted: bool | None) -> None:
         self._wanted = wanted
-        # True inside `testing.rolled_back()`, where all sessions share one transaction, reads
-        # included.
+        # True inside `testing.rolled_back()`, where all sessions share one transaction.
         self.is_shared: bool = False
 
     def delay_begin(self, session: Session, connection: Connection) -> None:
         """Switch the connection to autocommit, until a statement needs a transaction."""
         if self._wanted is False or self.is_shared or not self._can_delay(session, connection):
             return
-        # Mark the connection before the switch: if a signal handler raises an exception between the
-        # lines, the pool sees the mark and resets the connection.
+        # Set the key before the switch. If a signal handler raises an exception between these
+        # lines, the listener `_restore` finds the key and switches autocommit off.
         connection.info[_KEY] = True
         _delayed.add(connection)
         _set_autocommit(connection, True)
@@ -66,8 +66,9 @@ class Reads:
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
         if len(list(session.dispatch.after_begin)) > 1 or list(connection.dispatch.begin):
-            # Do not delay BEGIN, because a listener of the application (for `SET LOCAL`, say) may
-            # need a transaction and use the driver's own connection, which this package cannot see.
+            # Do not delay BEGIN: a listener of the application may need a transaction, for `SET
+            # LOCAL`, for example. This package cannot see if the listener sends statements on the
+            # driver's own connection.
             return False
         level = isolation_level(connection)
         return level != "AUTOCOMMIT" and (self._wanted is True or level == "READ COMMITTED")
@@ -114,7 +115,7 @@ def unwatch_reads(engine: Engine) -> None:
 
 
 def is_delayed(connection: Connection) -> bool:
-    """Return True if no BEGIN was sent on the connection yet, because the session has only read."""
+    """Return True if the session reads on the connection in autocommit, and sent no BEGIN yet."""
     return connection in _delayed
 
 
@@ -127,9 +128,10 @@ def begin_now(connection: Connection) -> None:
 
 
 def begin_on_server(connection: Connection) -> None:
-    """Send BEGIN before the application uses the driver's own connection (for COPY, say).
+    """Send BEGIN with asyncpg before the application uses the driver's own connection.
 
-    With asyncpg, SQLAlchemy sends BEGIN only together with its own next statement.
+    For example, the application may use the connection of asyncpg for COPY. SQLAlchemy would send
+    BEGIN only before the next statement that SQLAlchemy itself sends.
     """
     if connection.dialect.driver == "asyncpg":
         driver: Any = connection.connection.driver_connection
@@ -178,7 +180,7 @@ _LISTENERS: dict[str, Any] = {
 
 
 def is_in_transaction(connection: Connection) -> bool:
-    """Return True if the driver is in a transaction already (a pool listener may have begun it)."""
+    """Return True if the driver is in a transaction, which a pool listener may have begun."""
     driver: Any = connection.connection.driver_connection
     if connection.dialect.driver == "asyncpg":
         return bool(driver.is_in_transaction())

@@ -1,4 +1,4 @@
-"""Functions that tell how another task ended, and which task it waits for."""
+"""Functions that return if a task has ended, if the task failed, and if it waits for a child."""
 
 import asyncio
 import inspect
@@ -15,8 +15,8 @@ def has_ended(task: Any) -> bool:
 def has_failed(task: Any) -> bool:
     """Return True if an ended task was cancelled or raised an exception.
 
-    On trio the result is always False, because trio does not store how a task ended. Under trio,
-    the exception is raised in the task that opened the nursery, and that task must handle it.
+    For a trio task the result is always False, because trio does not store how a task ended. Trio
+    raises the exception of the task again in the task that opened the nursery.
     """
     if not isinstance(task, asyncio.Future):
         return False
@@ -26,8 +26,8 @@ def has_failed(task: Any) -> bool:
 def is_waiting_for(parent: object, child: object) -> bool:
     """Return True if the task `parent` only waits until the asyncio task `child` has ended.
 
-    Before Python 3.12, `asyncio.wait_for` runs the given coroutine in a child task. Then the parent
-    waits for a future that a callback of the child sets.
+    Before Python 3.12, `asyncio.wait_for` runs the given coroutine in a child task. The parent then
+    waits for a future whose result is set by a callback of the child.
     """
     waiter: object = getattr(parent, "_fut_waiter", None)
     if waiter is None:

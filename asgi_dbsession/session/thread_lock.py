@@ -1,4 +1,4 @@
-"""The lock of a sync session, which blocks the waiting thread."""
+"""The lock of a sync session: a thread that waits for this lock is blocked."""
 
 from concurrent.futures import Future
 from threading import get_ident
@@ -11,7 +11,8 @@ from .lock import SessionLock, current_end, current_task
 class ThreadLock(SessionLock):
     """The lock of a sync session, which counts each thread as one caller.
 
-    A commit or rollback may run in several threads. They count as one caller, its `End` object.
+    A commit or rollback may run in several threads. These threads count as one caller: the `End`
+    object of this commit or rollback.
 
     Args:
         database: The database of the session, for error texts.

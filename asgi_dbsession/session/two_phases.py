@@ -1,4 +1,4 @@
-"""Names the transactions of a two-phase commit; one of them decides about all the others."""
+"""Names the transactions of a two-phase commit, so that an operator can end them after a crash."""
 
 import logging
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from asgi_dbsession.errors import ConfigurationError, TransactionAborted, withou
 _logger = logging.getLogger("asgi_dbsession")
 
 _PREFIX = "asgi_dbsession_"
-# The errors after which nobody knows if PREPARE reached the server: the SQLSTATE classes of a lost
-# connection and of a server shutdown, and the error numbers of MariaDB's client library.
+# After these errors, nobody knows if the server has received PREPARE: the SQLSTATE classes of a
+# lost connection and of a server shutdown, and the error numbers of MariaDB's client library.
 _UNKNOWN = ("08", "57")
 _CLIENT_ERRORS = range(2000, 3000)
 
@@ -26,14 +26,14 @@ _CLIENT_ERRORS = range(2000, 3000)
 class TwoPhases:
     """Names the transactions of one unit of work before they begin.
 
-    A name contains the unit, the number of the transaction in the unit, and the number of databases
-    that the unit has. Transaction number 1 decides about all: it is prepared first, committed
-    first, and rolled back last. While it is prepared, no other transaction of the unit is
-    committed. If it is no longer prepared, every other prepared transaction of the unit must be
-    committed.
+    A name contains a random text for the unit, the number of the transaction in the unit, and the
+    number of databases that the unit has. Transaction number 1 is prepared first, committed first,
+    and rolled back last. So after a crash, number 1 shows what to do with the other transactions of
+    the unit that are still prepared. If number 1 is still prepared too, roll back all, and number 1
+    last. If number 1 is not prepared any more, commit all.
 
-    MariaDB needs the name before the first statement, when the sessions that will take part are not
-    known yet. So number 1 is the session that begins first.
+    MariaDB needs the name before the first statement, when nobody knows yet which other sessions
+    the unit will open. So number 1 is the session that begins its transaction first.
 
     Args:
         databases: How many databases the unit has.
@@ -47,7 +47,7 @@ class TwoPhases:
 
     @property
     def deciding(self) -> Session | None:
-        """The session whose COMMIT decides about all others; None before the first transaction."""
+        """The session of transaction number 1; None if no transaction has begun."""
         begun = self._begun
         return begun[0] if any(each.in_transaction() for each in begun) else None
 
@@ -65,19 +65,19 @@ class TwoPhases:
             return f"{_PREFIX}{self._unit}_{number}_{self._databases}"
 
     def renew(self) -> None:
-        """Start new names, so that no later transaction resembles a transaction in doubt."""
+        """Use a new random text in later names, unlike the names of transactions in doubt."""
         self._begun = []
         self._unit = token_hex(16)
 
     def has_renewed(self, transactions: str) -> bool:
-        """Return True if one of `transactions` got its name before the last `renew`."""
+        """Return True if a name in the text `transactions` was given before the last `renew`."""
         return transactions.count(_PREFIX) > transactions.count(_PREFIX + self._unit)
 
 
 def two_phases_of(unit: Any) -> TwoPhases:
     """Return the object that names the transactions of a unit of work.
 
-    If two threads open the first sessions of the unit at the same time, both get one object.
+    If two threads open sessions of the unit at the same time, both threads get the same object.
     """
     names: TwoPhases = vars(unit).setdefault("_two_phases", TwoPhases(len(unit.databases)))
     return names
@@ -97,7 +97,7 @@ def refuse_one_phase(database: object, url: URL) -> None:
 
 
 def prepare(connection: Connection) -> None:
-    """Send PREPARE on a connection, if its transaction is for two-phase commit."""
+    """Send PREPARE on a connection if its transaction is a two-phase transaction."""
     transaction = connection.get_transaction()
     if isinstance(transaction, TwoPhaseTransaction):
         transaction.prepare()
@@ -116,7 +116,7 @@ def is_refused(error: BaseException) -> bool:
 
 
 def names_of(connections: Sequence[Connection]) -> str:
-    """Return the two-phase transactions of the connections, as `NAME on DATABASE`."""
+    """Return a text with the two-phase transactions of the connections, as `NAME on DATABASE`."""
     transactions = ((each.get_transaction(), each.engine.url) for each in connections)
     return ", ".join(
         f"{transaction.xid} on {without_secrets(url)}"
@@ -126,5 +126,5 @@ def names_of(connections: Sequence[Connection]) -> str:
 
 
 def log_doubt(transactions: str, error: BaseException) -> None:
-    """Log the transactions that may still be prepared on the server, for an operator to end."""
+    """Log the names of transactions that may still be prepared, so that an operator ends them."""
     _logger.error("In doubt: %s", transactions, exc_info=error)

@@ -20,19 +20,19 @@ _KEY = "asgi_dbsession.writes"
 
 
 class Writes:
-    """Decides if a session may write, and remembers the first refused write.
+    """Refuses writes if a session may only read, and remembers the first refused write.
 
     Args:
         database: The database of the session, for error texts.
         forbidden: True if the session may only read.
 
     Attributes:
-        forbidden: True if the session may only read now; a block of `begin(join=True,
-            read_only=True)` changes this value.
-        in_block: True if only the savepoint of such a block may not write, and the rest of the
-            transaction may.
-        refused: The error of the first refused write. COMMIT raises it again, because the
-            application may have caught it.
+        forbidden: True if the session may only read now. A `begin(join=True, read_only=True)` block
+            sets `forbidden` to True until the block ends.
+        in_block: True inside such a block, where only the savepoint is read-only. The transaction
+            around the savepoint may write.
+        refused: The error of the first refused write. COMMIT raises this error again, because the
+            application may have caught the error.
     """
 
     in_block: bool = False
@@ -45,7 +45,7 @@ class Writes:
     def check_statement(self, statement: object) -> None:
         """Refuse a SQLAlchemy construct that writes; the database refuses SQL text that writes.
 
-        Call it only if `forbidden` is True.
+        Call this method only if `forbidden` is True.
 
         Raises:
             ForbiddenWrite: The statement writes.
@@ -63,7 +63,7 @@ class Writes:
             raise self.refuse(name)
 
     def check_commit(self) -> None:
-        """Refuse to commit after a refused write.
+        """Refuse COMMIT if a write was refused before.
 
         Raises:
             ForbiddenWrite: A write was refused, and the application caught the error.
@@ -72,14 +72,14 @@ class Writes:
             raise self.refused
 
     def begin(self, connection: Connection, *, in_savepoint: bool, is_shared: bool) -> None:
-        """Let the database refuse writes in a transaction or savepoint that has just begun.
+        """Make the transaction or savepoint read-only that has just begun.
 
-        Call it only if `forbidden` is True.
+        Call this method only if `forbidden` is True.
 
         Args:
             connection: The connection of the session.
             in_savepoint: True if a savepoint has begun.
-            is_shared: True inside `testing.rolled_back()`, which refuses writes itself.
+            is_shared: True inside `testing.rolled_back()`, where `testing` itself refuses writes.
         """
         if in_savepoint is not self.in_block:
             return
@@ -94,18 +94,25 @@ class Writes:
             begin_read_only(connection)
 
     def record_commit(self, _session: Session) -> None:
-        """Let the rest of a block use transactions that may only read: its savepoint is gone."""
+        """After COMMIT in a read-only block, refuse writes in the transactions that follow.
+
+        COMMIT has ended the savepoint of the block, so a read-only savepoint is not enough.
+        """
         self.in_block = False
 
     def record_rollback(self, transaction: SessionTransaction) -> None:
-        """Do the same after ROLLBACK, but not after a rollback to a savepoint."""
+        """After ROLLBACK in a read-only block, refuse writes in the transactions that follow.
+
+        After a rollback to a savepoint, do nothing.
+        """
         if transaction.parent is None:
             self.in_block = False
 
     def rolled_back(self, reason: Reason) -> None:
-        """Forget the refused write, because the unit of work rolls back and reports it.
+        """Forget the refused write after the rollback of the unit of work.
 
-        The error of a task does not report it: other code may catch that error.
+        If the reason is an exception of a task, keep the refused write: other code may catch the
+        exception, and nobody would see that a write was refused.
         """
         if reason != "exception":
             self.refused = None
@@ -123,7 +130,7 @@ class Writes:
 
 
 def may_only_read(connection: Connection) -> bool:
-    """Return True if the transaction on the connection may only read."""
+    """Return True if the whole transaction on the connection may only read."""
     writes: Writes | None = connection.info.get(_KEY)
     return writes is not None and writes.forbidden and not writes.in_block
 

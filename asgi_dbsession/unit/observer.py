@@ -16,7 +16,7 @@ class UnitObserver:
     """
 
     def engine_used(self, engine: Engine) -> None:
-        """Called when sessions use `engine` for the first time, maybe once for each database."""
+        """Called when a database begins to use `engine`; several databases may use one engine."""
 
     def engine_left(self, engine: Engine) -> None:
         """Called when this package stops using `engine`, so that you can remove your listeners."""
