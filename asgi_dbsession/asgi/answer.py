@@ -13,7 +13,7 @@ async def serve_and_answer(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Serve a request, and send an error response or raise the error if its COMMIT failed."""
+    """Serve a request; if its COMMIT fails, send an error response or raise the error."""
     try:
         await serve(scope, receive, send)
     except AbortRequest as abort:
@@ -34,12 +34,12 @@ async def answer_or_raise(
 
     Call this function outside of an `except` block, so that the traceback shows no AbortRequest.
     """
-    # There is no error of a COMMIT, so an outer middleware has stopped the request, and that
-    # middleware answers it.
+    # No COMMIT has failed in this middleware: an outer DBSessionMiddleware has stopped the request,
+    # and the outer middleware answers the request.
     if failure is None:
         raise AbortRequest
     answer: ASGIApp | None = None
-    # mistakes of the application, which must not be hidden
+    # Such an error is a mistake of the application, which `on_commit_error` must not hide.
     is_mistake = isinstance(failure, ConfigurationError | ForbiddenWrite)
     if on_commit_error is not None and not is_mistake:
         try:
@@ -53,7 +53,7 @@ async def answer_or_raise(
 
 
 def add_note(failure: Exception, error: BaseException) -> None:
-    """Add a note to `failure` about an exception that the application raised when stopped."""
+    """Add a note to `failure` if the application raised another exception when it was stopped."""
     if isinstance(error, AbortRequest) or error is failure:
         return
     if isinstance(error, BaseExceptionGroup) and error.split(AbortRequest)[1] is None:
@@ -65,7 +65,11 @@ def add_note(failure: Exception, error: BaseException) -> None:
 
 
 def checked(decision: object, rule: str) -> bool:
-    """Return the result of a function of the application that must return True or False.
+    """Return `decision`, the result of a function of the application, if it is True or False.
+
+    Args:
+        decision: The result of the function.
+        rule: The name of the option that the function was given for.
 
     Raises:
         ConfigurationError: `decision` is neither True nor False.

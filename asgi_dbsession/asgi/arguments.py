@@ -23,7 +23,7 @@ D = TypeVar("D")
 
 
 async def no_application(scope: Scope, receive: Receive, send: Send) -> None:
-    """The default for the argument `app`, to detect a missing application; never called."""
+    """The default of the argument `app`, never called; it shows that no application was given."""
 
 
 def application_first(
@@ -31,8 +31,8 @@ def application_first(
 ) -> tuple[ASGIApp, tuple[D, ...]]:
     """Return the application and the databases, for positional and keyword arguments.
 
-    Litestar's `DefineMiddleware` and Starlette below 0.41.3 pass the application as a keyword. Then
-    the first positional argument is a database.
+    Litestar's `DefineMiddleware` and Starlette below 0.41.3 pass the application as a keyword
+    argument. The first positional argument is then a database.
     """
     named: Any = unknown.get("app")
     if named is None:
@@ -50,9 +50,9 @@ def usable_databases(
 ) -> tuple[AnyDatabase, ...] | Unstartable:
     """Return the databases to use, or an `Unstartable` if an argument is wrong.
 
-    An `Unstartable` makes the startup and each request fail with the reason. Frameworks create
-    their middleware during the lifespan. If an exception were raised then, servers would assume
-    that the application has no lifespan, and would hide the reason.
+    An `Unstartable` makes the startup and each request fail with the reason. An exception would not
+    do this: frameworks create their middleware during the lifespan, and after an exception servers
+    assume that the application has no lifespan, and hide the reason.
 
     Raises:
         ConfigurationError: An argument is wrong, and no event loop is running.
@@ -155,7 +155,7 @@ def _check_retry_on(given: object, attempts: int) -> None:
 def _check_number(name: str, given: object) -> None:
     # Compare the type exactly, because True and False are of type int for `isinstance`.
     if type(given) is not int:
-        # Do not show the value, which may be a secret that was given to the wrong argument.
+        # Do not show the value: the caller may have given a secret for the wrong argument.
         raise ConfigurationError(
             f"{name} takes a whole number from 1 on, not something of type {type(given).__name__}."
         )

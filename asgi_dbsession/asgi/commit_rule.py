@@ -26,7 +26,8 @@ def below_400(status: int) -> bool:
 def commit_rule(commit_when: CommitWhen) -> CommitRule:
     """Convert `commit_when` into a function of the status and the scope.
 
-    A parameter with a default value gets the scope only if it is named `scope`.
+    If the second parameter of `commit_when` has a default value, the parameter gets the scope only
+    if its name is `scope`.
 
     Raises:
         ConfigurationError: `commit_when` takes other arguments than the status and the scope.
@@ -42,7 +43,8 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
 def _takes_scope(rule: Callable[..., object]) -> bool:
     try:
         parameters = signature(rule).parameters.values()
-    # A builtin function may have no signature, so call it with the status and without the scope.
+    # Python does not know the parameters of some builtin functions. Call such a function with the
+    # status only.
     except (TypeError, ValueError):
         return False
     positional = [each for each in parameters if each.kind in _POSITIONAL]

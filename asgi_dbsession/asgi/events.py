@@ -20,7 +20,8 @@ _WARNING = (
     "COMMIT can still fail. If the event says that work is stored, do the work in "
     "`database.begin()`, or call `commit()` before the event. This is logged once for each route."
 )
-# The routes that were warned about. Few applications have more event streams than the limit.
+# The routes for which the warning was logged. The limit keeps the set small; few applications have
+# so many routes with event streams.
 _warned: set[str] = set()
 _LIMIT = 100
 
@@ -28,7 +29,8 @@ _LIMIT = 100
 def is_event_stream(start: Message) -> bool:
     """Return True if the message starts a response of the type `text/event-stream`."""
     headers = start.get("headers")
-    # Leave any other iterable to the server, because it may be possible to read it only once.
+    # If the headers are not a list, do not read them: an iterator could be read only once, and the
+    # server must read it.
     for name, value in headers if isinstance(headers, list) else ():
         if name == b"content-length":  # the first header of most responses
             return False
@@ -38,7 +40,7 @@ def is_event_stream(start: Message) -> bool:
 
 
 def warn_of_early_events(unit: UnitOfWork, send: Send) -> Send:
-    """Return a `send` that logs a warning for an event sent while the unit has uncommitted work."""
+    """Return a `send` that logs a warning if it sends an event before the work is committed."""
     writes = _Writes()
     unit.observers = (*unit.observers, writes)
     for database, opened in tuple(unit.sessions.items()):
@@ -77,7 +79,7 @@ class _Writes(UnitObserver):
         event.listen(opened.orm, "after_transaction_end", self._record_end)
 
     def are_pending(self, session: Session) -> bool:
-        """Return True if COMMIT would store anything that the session has changed."""
+        """Return True if the session has changes that are not committed yet."""
         is_changed = session.identity_map.check_modified()
         return session in self._written or bool(session.new or session.deleted or is_changed)
 

@@ -10,7 +10,7 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 from .commit_rule import CommitRule
 from .events import is_event_stream, warn_of_early_events
 
-# The types of messages that can end a response: a message does so if its `more_body` is False.
+# A message of one of these types ends the response if its `more_body` is False.
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
 
 
@@ -18,8 +18,8 @@ class Exchange:
     """The messages of one response, and the commits and rollbacks that they cause.
 
     Attributes:
-        may_commit: True if the response is complete, so that work in a background task may be
-            committed.
+        may_commit: True if the response is complete. Then the remaining work, such as the work of a
+            background task, may be committed when the application returns.
     """
 
     __slots__ = ("_commit_rule", "_send", "_unit", "may_commit", "receive")
@@ -44,7 +44,8 @@ class Exchange:
                 except Exception as error:
                     unit.failure = unit.failure or error
                     raise AbortRequest from error
-                # Another task of the request may have failed at COMMIT meanwhile, so send nothing.
+                # Meanwhile the COMMIT of another task of this request may have failed. Send nothing
+                # then.
                 if unit.failure is not None:
                     raise AbortRequest
             unit.rollback, unit.is_answered = None, True
@@ -68,8 +69,8 @@ class Exchange:
             except Exception as error:
                 raise AbortRequest from error
         self.may_commit = True
-        # uvicorn starts the next request of the connection in this context, so remove the unit of
-        # work from the context while the message is sent.
+        # While this message is sent, uvicorn may start the next request of the client's connection
+        # in the same context. The next request must not find this unit of work, so remove the unit.
         token = current_unit.set(None)
         try:
             await self._send(message)

@@ -24,11 +24,11 @@ class Startable(Protocol):
 
 
 class Unstartable:
-    """Takes the place of databases that cannot be used, and makes the startup fail with the reason.
+    """Takes the place of databases that cannot be used: the startup fails with the reason.
 
-    Frameworks create their middleware during the lifespan. If an exception is raised during the
-    lifespan, servers assume that the application has no lifespan, start, and answer each request
-    with 500.
+    Frameworks create their middleware during the lifespan. If the creation raised an exception,
+    servers would assume that the application has no lifespan, would start, and would answer each
+    request with 500.
     """
 
     def __init__(self, reason: Exception) -> None:
@@ -53,8 +53,8 @@ async def serve_lifespan(
 
     The databases are stopped before the server gets the result of the shutdown, even after an
     error. If the application raises before it receives the startup message, it has no lifespan: its
-    requests are served without a lifespan. If the application raises after the startup message, the
-    startup has failed, and the server gets `startup.failed`.
+    requests are served without a lifespan. If the application raises after it has received the
+    startup message, the startup has failed, and the server gets `startup.failed`.
     """
     lifespan = _Lifespan(databases, receive, send)
     try:
@@ -82,12 +82,12 @@ class _Lifespan:
         failure = await self._start_each()
         if failure is None:
             return
-        # `startup.failed` is sent outside of an `except` block. If `send` raises (as in hypercorn),
-        # the traceback of that exception would otherwise show the failure of the database too.
+        # Send `startup.failed` outside of an `except` block. Otherwise, if `send` raises (as in
+        # hypercorn), the traceback of its exception would show the failure of the database too.
         await self.stop()
         await self._send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
-        # Raise the failure for test clients: without an exception, a test client would run the
-        # test, and then wait forever for the end of the shutdown.
+        # Raise the failure for test clients. Without an exception, a test client would run the test
+        # although the startup failed, and then wait forever for the end of the shutdown.
         raise failure
 
     async def _start_each(self) -> Exception | None:
@@ -123,7 +123,7 @@ class _Lifespan:
         raise failure
 
     async def _serve_after_return(self) -> None:
-        """Receive and answer the server's messages after the application has returned too early."""
+        """Receive and answer the server's messages for an application that has already returned."""
         if not self._answered_startup:
             await self.send({"type": "lifespan.startup.complete"})
         while not (self._finished or self._heard_shutdown):

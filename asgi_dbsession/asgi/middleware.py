@@ -21,7 +21,8 @@ from .optional import with_optional_rooms, with_positions
 from .read_rule import ReadOnly, apply_read_rule
 from .websocket import SocketExchange
 
-# The key of the unit of work in the ASGI scope, where an inner middleware finds and joins the unit.
+# The key of the unit of work in the ASGI scope. An inner DBSessionMiddleware finds the unit of the
+# outer DBSessionMiddleware there, and joins it.
 _KEY = "asgi_dbsession"
 
 
@@ -36,11 +37,11 @@ class DBSessionMiddleware:
        committed at their end, and rolled back if they fail.
     6. When the application returns, its sessions are closed permanently.
 
-    On a WebSocket, the work of a task is committed before the task sends a message or waits for
-    one. A denial, an exception or a close code other than 1000 and 1001 rolls back.
+    On a WebSocket, the work of a task is committed before the task sends a message or waits for a
+    message. A denial, an exception or a close code other than 1000 and 1001 rolls back.
 
-    Databases are started before the application's own startup and stopped after its shutdown. Other
-    scopes and messages pass unchanged.
+    Databases are started before the application's own startup and stopped after its shutdown. All
+    other scopes and messages pass unchanged.
 
     Args:
         app: The ASGI application.
@@ -48,24 +49,26 @@ class DBSessionMiddleware:
             the first is the default. Without databases: `AsyncDatabase.from_env()`.
         commit_when: A plain function that replaces `status < 400` in rules 2 and 3. It takes the
             status, or the status and the ASGI scope of the request: `def rule(status, scope)`. It
-            must return True or False; any other value is an error, and rolls back.
+            must return True or False. After any other value, the unit is rolled back and
+            `ConfigurationError` is raised.
         on_commit_error: A plain function that takes the error of a failed COMMIT and returns the
             response: an ASGI application, such as a Starlette `Response`. If the function returns
-            None, or without a function, the error is raised to the server.
+            None, or if no function is given, the error is raised to the server.
         attempts: How often a request may run. If the database reports a conflict (serialization
             failure, deadlock, busy SQLite, or a statement outdated by a migration), or a request
             that may only read loses its connection, the request runs again from the start, with the
             same body, after at most a second. There is no retry after a message was sent, after a
             COMMIT on a database of this package, after a statement with AUTOCOMMIT, or after a
-            cancellation; nor with a body over 1 MiB, or while 32 MiB of other bodies are in memory.
-            Effects of the handler outside of the database are repeated.
-        retry_on: Other errors to retry like a conflict: an exception class, a tuple of classes, or
-            a plain function that takes an exception and returns True or False. The function gets
-            errors of the database, and exceptions that the application raises or answers with 400
-            or above.
-        retry_after: Seconds. If no connection becomes free within the engine's `pool_timeout`, and
-            the request ends with this error or a status of 500, the response is 503 with this
-            `Retry-After`. None: the application gets the error of the pool.
+            cancellation. There is no retry of a request whose body is over 1 MiB, or that came
+            while the bodies of other requests used 32 MiB of memory. If the handler changed
+            anything outside of the database, each retry changes it again.
+        retry_on: Errors to retry in the same way as a conflict: an exception class, a tuple of
+            classes, or a plain function that takes an exception and returns True or False. The
+            function gets errors of the database, exceptions that the application raises, and
+            exceptions that the application answers with a status of 400 or above.
+        retry_after: The seconds for the header `Retry-After`. If no connection becomes free within
+            the engine's `pool_timeout`, and the request ends with the error of the pool or a status
+            of 500, the response is 503 with this header. None: never answer 503.
         read_only: A plain function that takes the ASGI scope and returns True if the request may
             only read, such as `safe_methods`. The session and the database then refuse writes, and
             `ForbiddenWrite` is raised to the server. None: all requests may write.
@@ -73,13 +76,13 @@ class DBSessionMiddleware:
             fail after another COMMIT has succeeded. The drivers must support it.
         on_report: A plain function to call at the end of each unit of work: before the status is
             sent, after the body or background task, and after each `begin()` and `on_commit`
-            function. The function runs on the event loop (for `SyncDatabase.begin()`, on its
-            thread), so it must be fast. Its exceptions are logged.
+            function. `on_report` runs on the event loop, or on the thread that called
+            `SyncDatabase.begin()`, so it must be fast. Its exceptions are logged.
 
     Raises:
-        ConfigurationError: An argument is wrong. In a running event loop, where frameworks create
-            their middleware, and for a wrong URL, the startup of the server fails instead; without
-            a startup message, each request fails.
+        ConfigurationError: An argument is wrong. If a URL is wrong, or if an event loop is running,
+            where frameworks create their middleware, this error is not raised here, but makes the
+            startup of the server fail. If the server sends no startup message, each request fails.
     """
 
     def __init__(
@@ -131,8 +134,8 @@ class DBSessionMiddleware:
         """Serve one request, WebSocket or lifespan of the server."""
         kind = scope["type"]
         if kind == "http":
-            # If an outer middleware serves this request too, only the outer middleware retries and
-            # answers 503.
+            # If an outer DBSessionMiddleware serves this request too, only the outer middleware
+            # retries the request and answers 503.
             serve = self._serve_http if scope.get(_KEY) is None else self._serve
             try:
                 await serve(scope, receive, send)
@@ -178,12 +181,11 @@ class DBSessionMiddleware:
         finally:
             current_unit.reset(token)
             scope[_KEY] = outer
-            # Remove the scope: a task that outlives the request must not use the scope of the
-            # request.
+            # Remove the scope: a task that is still running after the request must not use it.
             unit.scope = None
             failure = unit.failure
             if failure is not None:
-                # a new error, because the old error refers to the request
+                # Keep only the fact of a failure: the original error refers to the request's data.
                 unit.failure = RuntimeError()
         if failure is not None:
             if unit.is_answered:

@@ -13,7 +13,10 @@ from .arguments import AnyDatabase
 
 
 def with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIApp:
-    """Wrap `serve` in what keeps the position of each client, if a database has replicas."""
+    """Wrap `serve` in `Positions`, which stores the WAL position of each client, for replicas.
+
+    Without replicas, return `serve` itself.
+    """
     servers = [each._replica_set for each in databases if each._replica_set is not None]
     if not servers:
         return serve

@@ -1,4 +1,4 @@
-"""Decides which requests may only read."""
+"""Applies the option `read_only`, the function that decides which requests may only read."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -20,11 +20,11 @@ def safe_methods(scope: Scope) -> bool:
 
 
 def apply_read_rule(rule: ReadOnly, unit: UnitOfWork, scope: Scope) -> None:
-    """Call the rule `read_only` for a request, and store the result in the unit of work.
+    """Call the function given as `read_only`, and store its result in the unit of work.
 
     Raises:
-        ConfigurationError: The rule returned neither True nor False. Or the request may only read,
-            but an outer middleware opens the sessions and allows writes.
+        ConfigurationError: The function returned neither True nor False. Or the request may only
+            read, but an outer DBSessionMiddleware opens the sessions and allows writes.
     """
     unit.read_only = checked(rule(scope), "read_only")
     if not unit.read_only or not unit.joins_outer_unit:

@@ -8,8 +8,8 @@ from asgi_dbsession.types import Message, Receive, Send
 from asgi_dbsession.unit.ending import end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
-# The messages that the client can observe; the last type denies the connection with an HTTP
-# response.
+# The types of messages that the client can observe. `websocket.http.response.start` refuses the
+# connection with an HTTP response.
 _OBSERVED = (
     "websocket.accept",
     "websocket.send",
@@ -19,8 +19,8 @@ _OBSERVED = (
 # The close codes for "normal closure" and "going away"; all other close codes roll back. Source:
 # https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
 _REGULAR_CLOSE = (1000, 1001)
-# The close codes for an internal error. The first code is for most servers; daphne refuses all
-# codes below 3000 except 1000, so the second code follows.
+# The close codes for an internal error. If the server refuses 1011, 4500 is used: daphne refuses
+# all codes below 3000 except 1000.
 _INTERNAL_ERROR = (1011, 4500)
 
 
@@ -31,13 +31,13 @@ class SocketExchange:
     because of an error rolls back instead.
 
     Attributes:
-        may_commit: True if the socket was accepted, and not closed because of an error.
+        may_commit: True if the socket was accepted, and was not closed because of an error.
     """
 
     def __init__(self, unit: UnitOfWork, receive: Receive, send: Send) -> None:
         self.may_commit: bool = False
-        # No HTTP response can be sent on a WebSocket: the server or the application answers the
-        # handshake.
+        # This middleware sends no HTTP response on a WebSocket: the application or the server
+        # answers the handshake.
         unit.is_answered = True
         self._unit = unit
         self._receive = receive
@@ -85,15 +85,16 @@ class SocketExchange:
                 raise AbortRequest from error
 
     async def _wake_waiting(self) -> None:
-        """Close the socket after an error if another task waits for a message of the client.
+        """After a failed commit, close the socket if another task waits for the client.
 
-        The client may wait for the message that was not sent, so that both would wait forever.
+        The client may wait for the message that was not sent after the failed commit. Without the
+        close, the task and the client would wait for each other forever.
         """
         if self._waiting and self.may_commit:
             self.may_commit = False
             for code in _INTERNAL_ERROR:
-                # Ignore errors of this close message: the client may have disconnected, and the
-                # error of the COMMIT, which is raised next, is more important.
+                # Ignore errors of this close message: the client may have disconnected. The caller
+                # raises the error of the failed commit next, which is more important.
                 with suppress(Exception):
                     await self._send({"type": "websocket.close", "code": code})
                     return
