@@ -52,7 +52,17 @@ class Exchange:
             if is_event_stream(message):
                 self._send = warn_of_early_events(unit, self._send)
         elif kind in _LAST and not message.get("more_body", False) and unit.is_answered:
-            await self._send_last(message)
+            if unit.is_used and not self.may_commit:
+                await self._end_body()
+            self.may_commit = True
+            # While this message is sent, uvicorn may start the next request of the client's
+            # connection in the same context. The next request must not find this unit of work, so
+            # remove the unit.
+            token = current_unit.set(None)
+            try:
+                await self._send(message)
+            finally:
+                current_unit.reset(token)
             return
         await self._send(message)
 
@@ -61,18 +71,8 @@ class Exchange:
             return not self._unit.rollback
         return self._commit_rule(message["status"], self._unit.scope)
 
-    async def _send_last(self, message: Message) -> None:
-        unit = self._unit
-        if unit.is_used and not self.may_commit:
-            try:
-                await end_work_of(current_task(), unit, commit=True, living="leave")
-            except Exception as error:
-                raise AbortRequest from error
-        self.may_commit = True
-        # While this message is sent, uvicorn may start the next request of the client's connection
-        # in the same context. The next request must not find this unit of work, so remove the unit.
-        token = current_unit.set(None)
+    async def _end_body(self) -> None:
         try:
-            await self._send(message)
-        finally:
-            current_unit.reset(token)
+            await end_work_of(current_task(), self._unit, commit=True, living="leave")
+        except Exception as error:
+            raise AbortRequest from error
