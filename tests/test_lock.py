@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from sqlalchemy.util import greenlet_spawn
 
 from asgi_dbsession import ConcurrentUse, ConfigurationError, SessionClosed
 from asgi_dbsession.session.lock import End, SessionLock, TaskLock, current_end
@@ -199,3 +200,24 @@ def test_helper_tasks_do_not_pile_up() -> None:
         assert (lock.users, lock.has_finished_work, lock.has_failed_work) == (set(), True, True)
 
     asyncio.run(main())
+
+
+def test_a_lock_is_busy_while_a_commit_is_about_to_acquire_it() -> None:
+    """Otherwise a unit of work could close the session, and the commit would fail."""
+
+    async def run() -> None:
+        lock = TaskLock("the database")
+
+        async def commit() -> None:
+            await greenlet_spawn(lock.acquire_for_end, an_end())
+            lock.release()
+
+        lock.acquire()
+        committing = asyncio.create_task(commit())
+        await asyncio.sleep(0)
+        lock.release()
+        assert lock.is_busy
+        await committing
+        assert not lock.is_busy
+
+    asyncio.run(run())
