@@ -21,7 +21,10 @@ _PYTEST = (
 )
 # Tests for the files of each room, beside the test of the same name: the fast ones first.
 _ROOMS = {
-    "session": ("silent_losses", "several_tasks", "several_databases", "two_phases"),
+    "session": (
+        *("lock", "reads", "read_only", "silent_losses", "several_tasks", "several_databases"),
+        *("two_phases", "retry", "field"),
+    ),
     "unit": ("on_commit", "database", "nesting", "several_databases", "two_phases"),
     "asgi": ("lifespan", "nesting", "websocket", "on_commit", "starlette"),
     "database": ("database", "url", "health", "lifespan"),
