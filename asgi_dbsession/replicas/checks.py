@@ -1,4 +1,4 @@
-"""Checks that a database may have replicas, and that each URL may be a replica's."""
+"""Checks that a database may have replicas, and that the URL of each replica is allowed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ from asgi_dbsession.errors import ConfigurationError
 
 
 def check_primary(database: Any, options: Mapping[str, Any]) -> None:
-    """Refuse replicas for a database where they cannot work.
+    """Refuse the option `replicas` for a database that cannot have replicas.
 
     Raises:
         ConfigurationError: The database is not PostgreSQL, its isolation level is SERIALIZABLE, or
-            the session chooses among several engines.
+            its `session_options` have `binds`.
     """
     if database.url.get_backend_name() != "postgresql":
         raise ConfigurationError(
@@ -34,7 +34,7 @@ def check_primary(database: Any, options: Mapping[str, Any]) -> None:
 
 
 def with_driver(url: str | URL, database: Any) -> str | URL:
-    """Return the URL of a replica; without a driver in the URL, with the driver of the primary."""
+    """Return the URL of a replica; add the driver of the primary if the URL names no driver."""
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError, AttributeError):

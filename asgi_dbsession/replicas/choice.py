@@ -16,18 +16,18 @@ from .position import Seen
 from .question import Answer
 from .server import Server
 
-# The key in the `info` of a connection for the time at which it was opened.
+# The key of `connection.info` for the time at which the connection was opened.
 _OPENED = "asgi_dbsession.opened"
 
 
 class Choice:
-    """A replica, and the answer from which it was chosen.
+    """A replica that was chosen for a unit of work, because of its WAL position.
 
     Args:
         server: The replica.
-        answer: Its WAL position, which is far enough for the client.
-        seen: What the client has seen.
-        lifetime: Seconds for which the client stores what it has seen.
+        answer: The WAL position of the replica, which includes all that the client has seen.
+        seen: What the client of the unit of work has seen; each read is recorded there.
+        lifetime: How long the client stores what it has seen, in seconds.
     """
 
     def __init__(self, server: Server, answer: Answer, seen: Seen, lifetime: float) -> None:
@@ -42,7 +42,7 @@ class Choice:
         self._seen.read_from_replica(self._answer.name, self._answer.position, self._lifetime)
 
     def connect(self) -> Connection | None:
-        """Return a connection to the replica; None if it is down, or has started again since.
+        """Return a connection to the replica; None if it is down or has restarted since the choice.
 
         Raises:
             sqlalchemy.exc.TimeoutError: No connection of the pool became free in time.
@@ -64,10 +64,11 @@ class Choice:
         return connection if is_same else None
 
     def _is_same(self, connection: Connection) -> bool:
-        """Return False if the replica may have started again between its answer and `connection`.
+        """Return False if the replica may have restarted after it answered with its WAL position.
 
-        It then accepts readers before it has replayed all that it had replayed before. An older
-        connection needs no question, because it would not have survived the start.
+        After a restart, a replica accepts readers before it has replayed the WAL up to its earlier
+        position. If the connection is older than the answer, there was no restart: a restart would
+        have closed the connection. Otherwise ask the replica again.
         """
         opened = connection.info[_OPENED]
         if opened <= self._answer.asked:
@@ -77,9 +78,9 @@ class Choice:
 
 
 class Watch(UnitObserver):
-    """Stops reads from a replica that lost a connection, until the replica answers again.
+    """Stops reads from a replica when a connection to it is lost, until the replica answers again.
 
-    Connections from before a loss are replaced when they leave the pool.
+    The pool of the replica replaces each connection that was opened before this loss.
     """
 
     def __init__(self, server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Receives the WAL position that a client has seen with a request, and sends the new position."""
+"""Loads the WAL position that a client has seen before a request, and saves the new position."""
 
 import logging
 import re
@@ -13,8 +13,8 @@ from .seen_here import used_here
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# The key in the ASGI scope for what the client has seen, so that an inner middleware finds the same
-# object.
+# The key in the ASGI scope for what the client has seen. An inner DBSessionMiddleware finds and
+# uses the same object there.
 _KEY = "asgi_dbsession.seen"
 _SAFE = ("GET", "HEAD")
 _SHARED = re.compile(rb"(?i)\b(public|s-maxage)\b")
@@ -48,8 +48,8 @@ class Positions:
                 await self._serve(scope, receive, tell_and_send)
         finally:
             scope[_KEY] = outer
-            # Reads after the response also change what the client has seen; only a store can still
-            # save this.
+            # Work after the start of the response may change what the client has seen. No cookie
+            # can be sent any more, but a store can save the change.
             await _save(own, scope)
 
 
@@ -65,7 +65,8 @@ async def _load(servers: ReplicaSet, scope: Scope) -> Seen:
     if not found:
         return Seen()
     text, *others = found
-    # With two such cookies, nobody knows which is right, so trust neither.
+    # If the client sent two cookies of this name, nobody knows which cookie is right. An empty text
+    # makes the client read from the primary.
     return Seen("" if others else text)
 
 

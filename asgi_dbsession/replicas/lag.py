@@ -1,4 +1,4 @@
-"""Finds the position that a replica must have replayed, so that it is not too far behind."""
+"""Finds the WAL position that a replica must have replayed, so that its lag is within `max_lag`."""
 
 from collections import deque
 from threading import Lock
@@ -8,12 +8,12 @@ from .question import Answer
 
 
 class Lag:
-    """The positions of the primary in the last seconds, with times by the clock of this process.
+    """The WAL positions of the primary in the last seconds, each with its time.
 
-    The clocks of the servers are not used, because they may differ.
+    The times are from the clock of this process, because the clocks of the servers may differ.
 
     Args:
-        most: How many seconds a replica may be behind the primary.
+        most: How many seconds a replica may be behind the primary: the option `max_lag`.
     """
 
     def __init__(self, most: float) -> None:
@@ -22,14 +22,15 @@ class Lag:
         self._mutex = Lock()
 
     def record(self, answer: Answer) -> None:
-        """Record a position of the primary, but not more often than ten times in `most` seconds."""
+        """Record an answer of the primary, but at most ten answers in `most` seconds."""
         with self._mutex:
             history = self._history
             if history:
                 last = history[-1]
                 passed = answer.asked - last.asked
                 if passed > self._most / 2 or not answer.flushed.includes(last.flushed):
-                    # Start again: there was no question for too long, or a replica was promoted.
+                    # Forget the earlier positions: the last answer is too old, or a replica has
+                    # become the primary.
                     history.clear()
                 elif passed < self._most / 10:
                     return

@@ -7,8 +7,9 @@ from zlib import crc32
 
 from typing_extensions import override
 
-# Position, cluster, and replica as text. The numbers have fixed widths, so that the text of the
-# later position in a cluster is the greater text.
+# The text of a `Seen`: timeline, WAL position and cluster, and for a replica its name and a time.
+# The first two numbers have fixed widths. So of two positions in one cluster, the later position
+# has the greater text.
 _TEXT = re.compile(
     r"([0-9a-f]{8})\.([0-9a-f]{16})\.([0-9a-f]{8})(?:\.([0-9a-f]{8})\.([0-9a-f]{1,10}))?"
 )
@@ -18,10 +19,10 @@ class Position(NamedTuple):
     """How far a server has written (primary) or replayed (replica) the write-ahead log (WAL).
 
     Attributes:
-        timeline: A number that grows with each promotion. Positions of two timelines cannot be
-            compared.
+        timeline: A number that grows when a replica is promoted to primary. Positions of two
+            timelines cannot be compared.
         lsn: The number of the byte in the WAL.
-        cluster: A checksum of the identifier that only a primary and its replicas share.
+        cluster: A checksum of the system identifier, which a primary and its replicas share.
     """
 
     timeline: int
@@ -40,18 +41,19 @@ class Position(NamedTuple):
 class Seen:
     """What one client has seen of one database, so that the client never reads an older state.
 
-    After a read from the primary, the client has seen the primary's position. After a read from a
-    replica, the client may have seen more than the known position, and so stays with the replica.
+    After work on the primary, the client has seen the WAL up to the position of the primary. After
+    a read from a replica, the client may have seen more than the last known position of this
+    replica. So the client reads from the same replica, or from the primary.
 
     Args:
-        text: The text that the client sent. If the text is not one that the property `text`
-            returned, the client reads from the primary next.
+        text: The text that the client sent, or that a store returned; None without a text. If this
+            class cannot read the text, the client reads from the primary next.
 
     Attributes:
-        position: The position that a server must have replayed.
-        replica: The name of the replica that the client stays with; None without such a replica.
-        users: The sessions of this client that use the primary, or used it without asking for its
-            position afterwards.
+        position: The WAL position that a replica must have replayed before the client reads there.
+        replica: The name of the only replica that the client may read from; None for any replica.
+        users: The `Route` of each session of this client that uses the primary, or has used the
+            primary and not asked for its WAL position yet.
     """
 
     __slots__ = ("_instead", "_since", "_told", "position", "replica", "users")
@@ -61,7 +63,7 @@ class Seen:
         self.replica: str | None = None
         self.users: set[Any] = set()
         self._since = 0
-        self._instead: str | None = None  # the client's text, if it is no position
+        self._instead: str | None = None  # the text to send if the position is unknown
         self._told: str | None = text
         if text is not None:
             self._read(text)
@@ -82,7 +84,7 @@ class Seen:
 
     @property
     def text(self) -> str | None:
-        """The text that the client must send next; None if the client has seen nothing."""
+        """The text for the client's next request; None if the client has seen nothing."""
         if self._instead is not None:
             return self._instead
         if self.position is None:
@@ -92,15 +94,17 @@ class Seen:
 
     @property
     def _unclear(self) -> str:
-        """A text after which the client reads from the primary; later positions are greater texts.
+        """A text that is not a position, so that the client reads from the primary next.
 
-        So a store replaces the text when the position is known again.
+        The text of each later position is greater. So a store replaces this text when the position
+        is known again.
         """
         return f"{self.position}?" if self.position is not None else "0"
 
     def news(self) -> str | None:
-        """Return the text for the client; None if the client has this text already."""
-        # Another session of the client may have committed, and has not asked for its position yet.
+        """Return the text to send to the client; None if the client already has this text."""
+        # Another session of the client may have committed on the primary, and may not have asked
+        # for the WAL position yet.
         text = self._unclear if self.users else self.text
         if text == self._told:
             return None
@@ -112,21 +116,24 @@ class Seen:
 
         Args:
             name: The name of the replica.
-            position: A position that the replica has replayed.
-            lifetime: Seconds for which the client stores its text. After half of the time the text
-                is sent again, so that it does not expire while the client reads.
+            position: A WAL position that the replica has replayed.
+            lifetime: How long the client stores its text, in seconds. After half of this time, the
+                text is sent again, so that the text does not expire while the client reads.
         """
         now = int(time())
         if self.replica not in (None, name):
-            # The client has read from two replicas, and nobody knows which is further, so trust
-            # neither.
+            # The client has read from two replicas, and nobody knows which replica has replayed
+            # more. So the client must read from the primary next.
             self._instead = self._unclear
         elif self.replica is None or not 0 <= now - self._since <= lifetime / 2:
             self.replica, self._since = name, now
             self.position = self.position or position
 
     def add(self, text: str | None) -> None:
-        """Record what the client has seen elsewhere; if that is unclear, use the primary next."""
+        """Record what the client has seen in another process, for example.
+
+        If the two positions cannot be compared, the client reads from the primary next.
+        """
         if text is None or not self.is_trusted:
             return
         other = Seen(text)
@@ -142,7 +149,11 @@ class Seen:
             self._instead = self._unclear
 
     def read_from_primary(self, position: Position | None) -> None:
-        """Record that the client has used the primary at `position`; None if that is unknown."""
+        """Record that the client has used the primary.
+
+        Args:
+            position: The WAL position of the primary after this use; None if it is unknown.
+        """
         self.replica, self._instead = None, None if position is not None else self._unclear
         self.position = position or self.position
 

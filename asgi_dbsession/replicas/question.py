@@ -1,11 +1,12 @@
-"""The SQL statement that asks a server for its WAL position, and the answer."""
+"""The SQL queries that ask a server for its WAL position, and the answer of the server."""
 
 from typing import Any, NamedTuple
 
 from .position import Position, checksum
 
-# A replica shows the timeline that it receives only to roles with `pg_read_all_stats`. Other roles
-# see the timeline of the last restart point, which follows a promotion some minutes later.
+# Only roles with `pg_read_all_stats` may read `received_tli`, the timeline that a replica receives.
+# For all other roles, the query returns the timeline of the last restart point, which changes some
+# minutes after a promotion.
 QUESTION = """
 SELECT standby,
        CAST(CASE WHEN standby THEN pg_last_wal_replay_lsn()
@@ -19,8 +20,9 @@ SELECT standby,
 FROM (SELECT pg_is_in_recovery() AS standby OFFSET 0) AS server
 """
 
-# Asked once for each connection, because the server reads a file to answer. The last column changes
-# when a server starts again, and when it recovers from a crash, which resets its statistics.
+# This query is sent only once on each connection, because the server must read a file to answer.
+# The last column changes when the server restarts. It also changes when the server recovers from a
+# crash, because the recovery resets the statistics.
 IDENTITY = """
 SELECT system_identifier,
        CAST(current_setting('wal_block_size') AS integer),
@@ -29,7 +31,7 @@ SELECT system_identifier,
               (SELECT extract(epoch FROM stats_reset) FROM pg_stat_bgwriter))
 FROM pg_control_system()
 """
-# Where a connection keeps the answer.
+# The key of `connection.info` for the answer to `IDENTITY`.
 KEY = "asgi_dbsession.identity"
 
 # The number of bytes in the header of a WAL page, and of the first page of a segment.
@@ -40,13 +42,14 @@ class Answer(NamedTuple):
     """The WAL position of a server at one time.
 
     Attributes:
-        asked: The time of the question, from `monotonic`.
-        position: The position that the server had written or replayed.
+        asked: The time at which the query was sent, from `monotonic`.
+        position: The WAL position up to which a primary has written, or a replica has replayed.
         is_standby: True if the server replays the WAL of another server.
-        flushed: The position up to which a primary has sent its WAL. An idle primary may keep the
-            WAL after it for 15 seconds.
-        name: The name of the server since its last start. A replica that crashed and starts again
-            has another name: it accepts readers before it has replayed all that it had replayed.
+        flushed: The WAL position up to which a primary has sent its WAL. If the primary is idle, it
+            may send the WAL after this position up to 15 seconds later.
+        name: A checksum for the server and its last start. After a restart or crash, a replica has
+            another name, because it may accept readers before it has replayed the WAL up to its
+            earlier position.
     """
 
     asked: float
@@ -62,15 +65,16 @@ class Answer(NamedTuple):
         Args:
             row: The row for `QUESTION`.
             identity: The row for `IDENTITY`.
-            asked: The time of the question, from `monotonic`.
-            timeline: The timeline of an earlier answer, which can only grow.
+            asked: The time at which the query was sent, from `monotonic`.
+            timeline: The timeline of the server's earlier answer; a timeline number can only grow.
             address: The address of the server.
         """
         is_standby, lsn, flushed, current = row
         cluster, block, segment, start = identity
         number = _number(lsn)
-        # A primary counts the header of a new page at once, but a replica only with the first
-        # record of the page, so leave the header out.
+        # At the start of a new WAL page, the position of a primary includes the header of the page.
+        # The position of a replica includes this header only together with the first record of the
+        # page. So subtract the header from the position of a primary.
         if not is_standby and number % segment == _SEGMENT_HEADER:
             number -= _SEGMENT_HEADER
         elif not is_standby and number % block == _PAGE_HEADER:

@@ -24,9 +24,10 @@ from .server import Server, TaskServer, ThreadServer
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
-# Seconds after which a replica whose position was too low is asked for its position again.
+# If the last WAL position of a replica was too low, the replica is asked again after this time, in
+# seconds.
 _AGAIN = 0.005
-# Engine options that are left out for the single connection that asks for positions.
+# The engine options that the single connection for the WAL position query does not use.
 _POOL = (
     "pool",
     "poolclass",
@@ -39,7 +40,7 @@ _POOL = (
 
 
 class ReplicaSet:
-    """The replicas of one database.
+    """The primary and the replicas of one database.
 
     Args:
         database: The primary.
@@ -88,16 +89,16 @@ class ReplicaSet:
 
     @property
     def position(self) -> str | None:
-        """The position that the client of this context has seen, as text."""
+        """The text of the WAL position that the client of this context has seen."""
         return seen_here(self).text
 
     async def startup(self) -> None:
-        """Build the engines of the replicas, and connect to none: a replica may be down."""
+        """Build the engines of the replicas, but do not connect: a replica may be down."""
         for each in self._lives:
             await each.startup()
 
     async def shutdown(self) -> None:
-        """Close all connections to the replicas, even if they were started several times."""
+        """Close all connections to the replicas, even after several calls of `startup`."""
         for server in self._servers:
             await server.stop()
         for each in self._lives:
@@ -120,12 +121,12 @@ class ReplicaSet:
                 each.__exit__(None, None, None)
 
     def after_fork(self) -> None:
-        """Forget running questions, because their threads exist only in the parent process."""
+        """In the child process, forget running queries: their threads exist only in the parent."""
         for server in self._servers:
             server.forget()
 
     def observe(self, observer: UnitObserver) -> None:
-        """Call an observer with each engine of the replicas, existing and future."""
+        """Call an observer with each engine that the replicas use now, or will use later."""
         for each in self.databases:
             each.observe(observer)
 
@@ -138,11 +139,11 @@ class ReplicaSet:
         return (*self.databases, *(each.asker for each in self._servers))
 
     def see(self, position: str | None) -> None:
-        """Let the client of this context read no older state than `position`."""
+        """From now on, let the client of this context read no state older than `position`."""
         seen_here(self).add(position)
 
     def give_route(self, made: ManagedSession[Any]) -> None:
-        """Give a session its route, which chooses a server for a session without an engine."""
+        """Give a session its `Route`, which chooses a server if the session has no engine yet."""
         made.companion.route = Route(self, seen_here(self), chooses=made.orm.bind is None)
 
     def choose(self, seen: Seen) -> Choice | None:
@@ -183,8 +184,8 @@ class ReplicaSet:
     def _needed(self, seen: Seen, now: float) -> Position | None:
         """Return the position that a replica must have replayed; None to use the primary."""
         if seen.users:
-            # A session of the client uses the primary, and may have committed there, so ask for the
-            # position.
+            # A session of the client uses the primary, and may have committed there. So the client
+            # may have seen all data up to the present WAL position of the primary.
             seen.read_from_primary(self.ask_primary())
         answer = self.primary.current(now)
         if answer is not None:

@@ -1,4 +1,4 @@
-"""Chooses the server that a session talks to."""
+"""Chooses the server of a session: the primary or a replica."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -17,7 +17,7 @@ S = TypeVar("S", bound=Session)
 
 
 class Servers(Protocol):
-    """The parts of a `ReplicaSet` that a session needs."""
+    """The parts of a `ReplicaSet` that a `Route` uses."""
 
     primary: Server
 
@@ -26,16 +26,16 @@ class Servers(Protocol):
         ...
 
     def ask_primary(self) -> Position | None:
-        """Return the present position of the primary; None if the primary does not answer."""
+        """Return the present WAL position of the primary; None if the primary does not answer."""
 
 
 class Route:
-    """The server of one session: a replica if its unit of work may only read, or the primary.
+    """Chooses the server of one session: for a read-only unit of work, it may be a replica.
 
     Args:
         servers: The servers to choose from.
         seen: What the client of the session has seen.
-        chooses: False if the session always uses the engine of the primary.
+        chooses: False if the session always uses the primary, because its unit of work may write.
     """
 
     def __init__(self, servers: Servers, seen: Seen, *, chooses: bool) -> None:
@@ -46,10 +46,10 @@ class Route:
         self._has_ended = False
 
     def choose(self, session: Session) -> None:
-        """Choose a server at the first statement of a unit of work, for the whole unit.
+        """Choose a server at the first statement of a unit of work, for all its statements.
 
-        If the client has used the primary since, choose again: `begin()` may have written what the
-        next statement must see.
+        After the choice of a replica, the same client may use the primary, for example to write in
+        `begin()`. Then choose again, so that the next statement sees what was written.
         """
         is_new = session.bind is None or self._has_ended
         if self._chooses and (is_new or self._is_outdated(session)):
@@ -67,7 +67,8 @@ class Route:
             connection = self._choice.connect()
             if connection is not None:
                 return connection
-            # Do not choose again: other work of this client may have read from the same replica.
+            # Use the primary, and no other replica: this client may have read from the lost
+            # replica, and any other replica may have replayed less.
             self._choice, session.bind = None, self._servers.primary.engine
             self._seen.users.add(self)
         engine: Any = session.bind
@@ -78,7 +79,8 @@ class Route:
         if self._choice is None or self._seen.replica is not None:
             return False
         guarded: Any = session
-        # At other isolation levels, the application wants to read the same state again.
+        # At any other isolation level, all statements must read the same state, so do not change
+        # the server.
         return all(
             isolation_level(each) in ("READ COMMITTED", "AUTOCOMMIT")
             for each in guarded._companion.open_connections
@@ -90,15 +92,15 @@ class Route:
         return self in self._seen.users
 
     def learn(self) -> None:
-        """Ask the primary for its WAL position; the client must later read nothing older."""
-        # Remove this object before the primary is asked. Another thread may meanwhile begin new
-        # work and add this object again.
+        """Ask the primary for its WAL position; the client must not read an older state later."""
+        # Remove this object from `users` before the query. During the query, another thread may
+        # begin new work and add this object again.
         self._seen.users.discard(self)
         self._seen.read_from_primary(self._servers.ask_primary())
 
 
 def routed_class(guarded: type[S]) -> type[S]:
-    """Derive a session class whose route chooses the engine of each statement."""
+    """Derive a session class that calls `Route.choose` before each statement."""
     return derive(guarded, (guarded,), {"get_bind": _routing(guarded.get_bind)})
 
 

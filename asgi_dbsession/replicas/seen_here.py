@@ -1,4 +1,4 @@
-"""Stores, for the running code, what its client has seen of each database with replicas."""
+"""Stores what the client of the current request has seen of each database with replicas."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,14 +7,14 @@ from typing import Any
 
 from .position import Seen
 
-# What the client has seen, for each replica set. Each request sets a value of its own; a worker
-# without a request gets a value at its first unit of work.
+# For each replica set, what the client of this context has seen. Each request sets its own
+# dictionary. A worker without a request gets a dictionary at its first unit of work.
 _here: ContextVar[dict[Any, Seen] | None] = ContextVar("asgi_dbsession.seen", default=None)
 
 
 @contextmanager
 def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
-    """Let the code inside the block work for a client that has seen `seen`."""
+    """Inside the `with` block, use `seen` as what the client of this context has seen."""
     token = _here.set(seen)
     try:
         yield
@@ -23,7 +23,7 @@ def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
 
 
 def seen_here(servers: Any) -> Seen:
-    """Return what the client of this context has seen of the database with these replicas."""
+    """Return what the client of this context has seen of the replica set `servers`."""
     found = _here.get()
     if found is None:
         found = {}

@@ -1,4 +1,4 @@
-"""Asks a server for its WAL position: one question at a time, whose answer all callers share."""
+"""Asks a server for its WAL position: one query at a time, whose answer all callers share."""
 
 import asyncio
 import logging
@@ -18,10 +18,11 @@ from .question import IDENTITY, KEY, QUESTION, Answer
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# Seconds: the age at which an answer is renewed, the age at which callers wait for the new answer,
-# the longest wait, and the pause before a server that did not answer is asked again.
+# Times in seconds. If the last answer is older than `_FRESH`, the server is asked again. If the
+# last answer is older than `_STALE`, callers wait for the new answer, but not longer than
+# `_PATIENCE`. A server that did not answer is asked again after `_PAUSE`.
 _FRESH, _STALE, _PATIENCE, _PAUSE = 0.1, 0.3, 1.0, 0.5
-# Seconds after which a question (connecting included) is cancelled.
+# The time limit for a query in seconds; the time to connect to the server counts too.
 _LIMIT = 5
 
 
@@ -29,12 +30,12 @@ class Server(ABC):
     """One server, primary or replica, and its last known WAL position.
 
     The methods are called where a session may block: in a thread, or in a greenlet of SQLAlchemy.
-    If a caller is cancelled, its question continues, because other callers share the answer.
+    If a caller is cancelled, its query continues, because other callers share the answer.
 
     Args:
-        database: The database whose pool units of work use.
-        asker: The same server with one extra connection for questions, because all connections of
-            the pool may be in use.
+        database: The database object of the server; units of work use its pool.
+        asker: A second database object for the same server. It has one connection, for the query,
+            because all connections of the first pool may be in use.
     """
 
     def __init__(self, database: Any, asker: Any) -> None:
@@ -42,14 +43,14 @@ class Server(ABC):
         self.asker: Any = asker
         url = database.url
         self._address = (url.host, url.query.get("host"), url.port, url.database)
-        self.chosen: int = 0  # grows with each choice, so that equal servers take turns
+        self.chosen: int = 0  # the number of the last choice, so that equal servers take turns
         self.forget()
 
     def __repr__(self) -> str:
         return repr(self.database)
 
     def forget(self) -> None:
-        """Forget all answers and the running question, after a fork and before the first start."""
+        """Forget all answers and the running query, after a fork or a shutdown."""
         self._mutex = Lock()
         self._question: Any = None
         self._began = 0.0
@@ -73,7 +74,10 @@ class Server(ABC):
         return pool.checkedout() if hasattr(pool, "checkedout") else 0
 
     def current(self, now: float) -> Answer | None:
-        """Return the last answer of the server; wait only if the answer is too old."""
+        """Return the last answer of the server; None if the server does not answer.
+
+        Wait for a new answer only if the last answer is too old.
+        """
         last = self._last
         if self._failed is not None:
             if now - self._failed > _PAUSE:
@@ -86,7 +90,7 @@ class Server(ABC):
         return last
 
     def answer_since(self, moment: float) -> Answer | None:
-        """Return a WAL position asked for after `moment`; None if the server is too slow."""
+        """Return the answer to a query sent after `moment`; None if the server is too slow."""
         while True:
             with self._mutex:
                 if self._last is not None and self._last.asked >= moment:
@@ -143,12 +147,12 @@ class Server(ABC):
 
 
 class TaskServer(Server):
-    """A server of an async database, which a task asks for its position."""
+    """A server of an `AsyncDatabase`; the query for its WAL position runs in a task."""
 
     @override
     def _begin(self) -> "asyncio.Task[None]":
-        # Ask in an empty context, because some drivers keep the context of the request as long as
-        # the connection.
+        # Run the query in an empty context. Some drivers would keep the context of the current
+        # request in memory as long as the connection is open.
         return asyncio.get_running_loop().create_task(self._ask(), context=Context())
 
     async def _ask(self) -> None:
@@ -181,13 +185,13 @@ class TaskServer(Server):
 
 
 class ThreadServer(Server):
-    """A server of a blocking database, which a thread asks for its position."""
+    """A server of a `SyncDatabase`; the query for its WAL position runs in a thread."""
 
     @override
     def _begin(self) -> Event:
         done = Event()
-        # Ask in an empty context, because drivers may keep the context of the request. Use a new
-        # thread, because the threads of the pool may all be busy.
+        # Run the query in an empty context, because drivers may keep the context of the request.
+        # Use a new thread, because all threads of the thread pool may be busy.
         Thread(target=Context().run, args=(self._ask, done), daemon=True).start()
         return done
 
@@ -214,7 +218,7 @@ class ThreadServer(Server):
         await to_thread.run_sync(self.stop_here)
 
     def stop_here(self) -> None:
-        """Wait on the calling thread until no question for a position is running."""
+        """Wait on the calling thread until the running query for the WAL position has ended."""
         question: Event | None = self._question
         if question is not None:
             question.wait(_PATIENCE)
