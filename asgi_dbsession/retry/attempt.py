@@ -17,7 +17,7 @@ class RequestAttempt(Withholding):
     """One attempt to serve a request; another attempt may follow.
 
     Args:
-        body: The messages of the client, stored for the next attempt.
+        body: The request body, stored for the next attempt.
         watched: The object that records the conflicts and COMMITs of this attempt.
     """
 
@@ -34,7 +34,7 @@ class RequestAttempt(Withholding):
 
     @property
     def owes_answer(self) -> bool:
-        """True if the client still waits for an answer, because a response was not sent."""
+        """True if an error response was not sent, and the client still waits for a response."""
         return self.is_withheld and not self._body.is_client_gone
 
     @override
@@ -68,7 +68,7 @@ class RequestAttempt(Withholding):
 def unless_retried(
     on_commit_error: Callable[[Exception], ASGIApp | None],
 ) -> Callable[[Exception], ASGIApp | None]:
-    """Wrap `on_commit_error`, so that no response is sent if the request runs again."""
+    """Wrap `on_commit_error`: if the request will run again, send no response."""
 
     def answer_last(failure: Exception) -> ASGIApp | None:
         attempt = running_attempt.get()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Iterate over an exception, its causes and contexts, and the members of exception groups.
 
-    Each exception comes only once, because `raise error from error` makes a circle.
+    Each exception is returned only once, because an exception may be its own cause.
     """
     seen: set[int] = set()
     waiting = [error]

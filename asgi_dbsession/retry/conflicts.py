@@ -40,7 +40,8 @@ class WatchedAttempt(RunningAttempt):
 
     Args:
         attempt: The attempt that `current_attempt()` returns to the application.
-        counts: A function that returns True for another error to retry like a conflict.
+        counts: A function made from `retry_on`; it returns True for an error to retry like a
+            conflict.
 
     Attributes:
         conflict: The exception of the last conflict; None without a conflict.
@@ -48,7 +49,7 @@ class WatchedAttempt(RunningAttempt):
         committing: The connection of the last COMMIT, whose result is not known yet.
         has_committed: True if an earlier COMMIT succeeded, as far as known. A statement with
             AUTOCOMMIT counts as a COMMIT.
-        stored: A function to call when a COMMIT has succeeded for certain.
+        stored: A function to call when a COMMIT has certainly succeeded, so that no retry follows.
         is_final: True if no attempt can follow, so that later conflicts are not recorded.
     """
 
@@ -76,7 +77,7 @@ class WatchedAttempt(RunningAttempt):
         return self.can_retry and not end.succeeded
 
     def make_final(self) -> None:
-        """Forget the conflict and record no more, because no attempt can follow."""
+        """Forget the conflict and record no later conflict, because no attempt can follow."""
         self.conflict = self.committing = self.stored = None
         self.is_final = True
 
@@ -103,9 +104,9 @@ class WatchedAttempt(RunningAttempt):
         return is_conflicting or self._counts(found)
 
     def enclosing(self) -> "list[WatchedAttempt]":
-        """Return this attempt and the attempts around it that can still be retried.
+        """Return this attempt and the attempts around it, without attempts that are final.
 
-        A `run_transaction` in a request is an attempt inside the attempt of the request.
+        For example, an attempt of `run_transaction` can be inside the attempt of a request.
         """
         outer = self._outer
         rest = outer.enclosing() if isinstance(outer, WatchedAttempt) else []

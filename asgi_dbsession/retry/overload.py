@@ -1,4 +1,4 @@
-"""Answers 503 if no connection of the pool became free for a request in time."""
+"""Answers 503 if no connection became free for a request within the `pool_timeout`."""
 
 import logging
 from contextvars import ContextVar
@@ -18,7 +18,7 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 class Overload(UnitObserver):
-    """Answers 503 if the pool's time-out ended a request, or made the application answer 500.
+    """Answers 503 if a time-out of the pool ended a request, or made the application answer 500.
 
     Args:
         app: The application that serves the request.
@@ -49,9 +49,10 @@ class Overload(UnitObserver):
 
 
 class _Wait(Withholding):
-    """An HTTP request that may get no connection from the pool.
+    """One HTTP request, and if it waited for a connection of the pool in vain (`has_failed`).
 
-    The context variable `_current` holds this object, so that each task of the request can mark it.
+    The context variable `_current` holds this object, so that every task of the request can set
+    `has_failed`.
     """
 
     has_failed: bool = False

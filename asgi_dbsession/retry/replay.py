@@ -6,8 +6,8 @@ from asgi_dbsession.types import Message, Receive
 
 # The largest body to store for another attempt, in bytes. A request with a larger body runs once.
 BODY_LIMIT = 1_048_576
-# The largest number of bytes that one middleware stores for all requests together. A request whose
-# body does not fit runs only once.
+# The largest number of bytes that one middleware stores for all requests together. If there is no
+# room for the body of a request, this request runs only once.
 ROOM = 32 * BODY_LIMIT
 
 
@@ -16,7 +16,7 @@ class Room:
 
     Attributes:
         free: The number of bytes that further bodies may use.
-        mutex: A lock for `free`, because a COMMIT in another thread may free a body.
+        mutex: A lock for `free`, because a COMMIT in another thread may free the memory of a body.
     """
 
     def __init__(self) -> None:
@@ -25,14 +25,15 @@ class Room:
 
 
 class Replay:
-    """The messages of the client; each attempt receives them from the start.
+    """The body of one request, which each attempt receives from the start.
 
     Args:
         receive: The `receive` function of the server.
         room: The memory limit that all requests share.
 
     Attributes:
-        is_kept: True if the whole body so far is in memory, and the client is still connected.
+        is_kept: True if all parts of the body received so far are stored, and the client is still
+            connected.
         is_client_gone: True if the client has disconnected.
     """
 
@@ -44,8 +45,8 @@ class Replay:
         self._body = bytearray()
         self._has_begun = False
         self._has_more = True
-        # A mark for the attempt that must still receive the stored body; None if the body was
-        # received.
+        # Identifies the attempt that must still receive the stored request body; None if the
+        # running attempt has received it.
         self._pending: object = None
         self.is_kept: bool = True
         self.is_client_gone: bool = False

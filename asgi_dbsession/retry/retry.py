@@ -33,7 +33,7 @@ class Retry:
     Args:
         app: The application that serves the request.
         attempts: How often the request may run, the first time included.
-        retry_on: Other errors to retry like a conflict, as `DBSessionMiddleware` takes them.
+        retry_on: Other errors to retry like a conflict: the option of `DBSessionMiddleware`.
     """
 
     def __init__(self, app: ASGIApp, attempts: int, retry_on: RetryOn) -> None:
@@ -67,8 +67,8 @@ class Retry:
                         raise watched.conflict
                     return
             finally:
-                # A task may run longer than the attempt, and must not record a conflict in it any
-                # more.
+                # A task of this attempt may still be running. It must not record a conflict in the
+                # ended attempt.
                 watched.make_final()
             # The request was cancelled, and the application answered the cancellation with an
             # error. Do not retry a cancelled request.
@@ -109,7 +109,8 @@ def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
 def _is_cancelled() -> bool:
     try:
         task = asyncio.current_task()
-    # This is trio, where a cancelled scope raises at the next await, so no check is needed.
+    # The caller runs on trio. There a cancelled scope raises at the next await, so no check is
+    # needed.
     except RuntimeError:
         return False
     return task is not None and task.cancelling() > 0
@@ -124,8 +125,8 @@ async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> 
         try:
             await function()
         except (*ABORTED, asyncio.CancelledError) as error:
-            # Pass the exception around the task group, which would wrap it in an ExceptionGroup,
-            # and would suppress a cancellation that the application raised itself.
+            # Do not raise the exception in the task group. The group would wrap the exception in an
+            # ExceptionGroup, or suppress a CancelledError that the application raised itself.
             failure = error
 
     async with anyio.create_task_group() as group:

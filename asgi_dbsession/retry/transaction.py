@@ -39,7 +39,7 @@ async def run_transaction(
                     raise _refusal(function, "a coroutine function. Write it with `async def`")
                 return await result
         await anyio.sleep(_pause_and_log(function, attempt))
-    # Never reached, because the last attempt returns or raises.
+    # This line never runs, because the last attempt returns or raises.
     raise AssertionError
 
 
@@ -63,7 +63,7 @@ def run_transaction_blocking(
                     raise _refusal(function, "a plain function. Write it with `def`")
             return result
         time.sleep(_pause_and_log(function, attempt))
-    # Never reached, because the last attempt returns or raises.
+    # This line never runs, because the last attempt returns or raises.
     raise AssertionError
 
 
