@@ -22,8 +22,8 @@ _BETWEEN = frozenset(
 # of a frame again, which is slow.
 _is_application: dict[CodeType, bool] = {}
 _MOST_CODE = 10_000
-# How many stack frames lie between `find_call_site` and a method of SQLAlchemy's `Connection`. None
-# of these frames is of the application, so skipping them saves time.
+# How many stack frames lie between `find_call_site` and a method of SQLAlchemy's `Connection`.
+# These frames never belong to the application, so skipping these frames saves time.
 _BELOW_COMMIT = 5
 BELOW_EXECUTE = 8
 
@@ -35,7 +35,7 @@ def find_call_site(skip: int = _BELOW_COMMIT) -> CallSite:
     application requests.
 
     Args:
-        skip: How many frames, counted from this function, are never of the application.
+        skip: How many stack frames to skip, because they never belong to the application.
     """
     if current_end.get() is not None:
         return None

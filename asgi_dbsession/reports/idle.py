@@ -1,4 +1,4 @@
-"""Warns if a request holds a connection for long without using the connection."""
+"""Warns if a request holds a connection for a long time without using the connection."""
 
 import logging
 from collections.abc import Callable
@@ -9,14 +9,15 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 def warn_when_idle(seconds: float = 1) -> Callable[[UnitReport], None]:
-    """Return a function that logs a warning about each connection that was held without use.
+    """Return a function for `on_report` that warns if a request held a connection without use.
 
-    Give the function to `DBSessionMiddleware(on_report=...)`, or call it in your own function. The
-    logger `asgi_dbsession` names the lines of code. For example, an HTTP call inside a transaction
-    keeps the connection from other requests, and keeps the locks on its rows.
+    Write `DBSessionMiddleware(on_report=warn_when_idle())`, or call the returned function in your
+    own `on_report` function. The logger `asgi_dbsession` logs the warning, with the lines of code
+    before and after the idle time. For example, the code may call another server inside a
+    transaction. Meanwhile, no other request can use the connection or lock the same rows.
 
     Args:
-        seconds: How long a connection may be held without a statement.
+        seconds: The shortest idle time that causes a warning, in seconds.
     """
 
     def warn(report: UnitReport) -> None:

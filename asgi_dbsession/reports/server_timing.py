@@ -1,4 +1,4 @@
-"""Tells the browser how much time the database needed for a response."""
+"""Adds the time that the databases needed to the `Server-Timing` header of each response."""
 
 from contextvars import ContextVar
 
@@ -17,7 +17,7 @@ _current: ContextVar[_Header | None] = ContextVar("asgi_dbsession.server_timing"
 
 
 class ServerTimingMiddleware:
-    """Add a `Server-Timing` header to each response; browsers show it in their network view.
+    """Add a `Server-Timing` header to each response; browsers show the header in the network view.
 
     Wrap this middleware around `DBSessionMiddleware(..., on_report=ServerTimingMiddleware.note)`.
     The header is sent with the status, so it includes only units of work that ended before the
@@ -35,7 +35,7 @@ class ServerTimingMiddleware:
 
     @staticmethod
     def note(report: UnitReport) -> None:
-        """Add a report to the header of the running request; drop later reports."""
+        """Add a report to the header of the current request; ignore reports after the header."""
         header = _current.get()
         noted = header.noted if header is not None else None
         if noted is not None:

@@ -27,7 +27,7 @@ class SessionStats:
     Attributes:
         tally: The totals since the last commit or rollback.
         checkout: The connection that the session holds now; None without a connection.
-        pool: The pool that the session asked last for a connection.
+        pool: The pool from which the session last requested a connection.
         asked: The time at which the session began to wait for a connection; None without a wait.
         keeps_spans: True if an observer needs the start and end of each operation.
     """
@@ -50,19 +50,19 @@ class SessionStats:
     def has_measured(self, end: End) -> bool:
         """Return True if anything was measured between the last commit or rollback and `end`."""
         settled_by, tally = self._settled
-        if settled_by() is end:  # another observer has asked already
+        if settled_by() is end:  # another observer has called `settle` with this `end` already
             return bool(tally.spans)
         return bool(self.tally.spans) or self.asked is not None
 
     def settle(self, end: End, now: float) -> Tally:
-        """Return the totals until the commit or rollback `end`, and start new totals.
+        """Return the totals collected up to the commit or rollback `end`, and start new totals.
 
-        Each observer that calls this method with one `end` gets one and the same tally.
+        All observers that pass the same `end` get the same totals.
         """
         settled_by, tally = self._settled
         if settled_by() is not end:
-            # The session may still wait for a connection: the pool is full, or the database
-            # unreachable.
+            # The session may still be waiting for a connection, because the pool is full or the
+            # database is unreachable.
             self.stop_waiting(now)
             tally = self.tally
             # Use a weak reference, because a strong reference would make a circle: `end` refers to
@@ -180,7 +180,7 @@ class Checkout:
         self.busy_since = now
 
     def record_idle(self, now: float, call_site: CallSite) -> None:
-        """Keep the longest time without an operation, and the lines before and after it."""
+        """Store the idle time if it is the longest, with the lines of code before and after it."""
         tally, idle_time = self.stats.tally, now - self.idle_since
         if idle_time > tally.idle_time:
             tally.idle_time = idle_time

@@ -4,11 +4,12 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from .call_site import CallSite
 
-# What a session used a measured time for. `hold` is the time from checkout to checkin of a
-# connection, which includes all other kinds except `wait` (for a connection).
+# What a session did in a measured time. `wait`: it waited for a connection. `hold`: it held a
+# connection, from checkout to checkin; this time includes the statements, COMMIT and ROLLBACK.
 Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 
-# A unit of work stores at most this many spans, to bound the memory of a long one.
+# At most this many spans are stored for each session, so that a long unit of work does not fill the
+# memory.
 _MOST_SPANS = 200
 
 
@@ -49,7 +50,7 @@ class Tally:
     spans: list[_Span] | tuple[()] = ()
 
     def keep(self, span: _Span) -> None:
-        """Store a measured time, unless the largest number of times is stored already."""
+        """Store a measured time, unless `_MOST_SPANS` times are stored already."""
         spans = self.spans
         if not spans:
             self.spans = [span]

@@ -51,8 +51,8 @@ def _check_out(_connection: object, entry: ConnectionPoolEntry, _proxy: object) 
     if stats is not None and stats.asked is not None:
         now = perf_counter()
         stats.stop_waiting(now)
-        # If a pool takes its connections from another pool, both pools report the checkout. So
-        # measure the wait for the second pool from here.
+        # A pool may take its connections from another pool. Then both pools report the checkout,
+        # and the wait continues until the second report. So measure this part of the wait from now.
         stats.asked = now
         stats.checkout = entry.info[_KEY] = Checkout(stats, now, entry)
 
