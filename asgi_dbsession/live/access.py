@@ -18,9 +18,9 @@ _OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
 def is_local(scope: Scope) -> bool:
     """Return True if a request comes from the same machine, and not through a proxy.
 
-    The client address and the requested host must be this machine. So a page of another site, whose
-    name resolves to 127.0.0.1, is refused. Any header of a proxy refuses the request, because the
-    server may take the client address from such a header.
+    The client address and the requested host must be this machine. The check of the host refuses
+    requests of a foreign web page whose host name resolves to 127.0.0.1. A request with a header of
+    a proxy is refused, because the server may take the client address from such a header.
     """
     headers = [(_text(key).lower(), _text(value)) for key, value in scope.get("headers", ())]
     if any(key in _OF_PROXIES or key.startswith("x-forwarded") for key, _ in headers):
@@ -32,7 +32,7 @@ def is_local(scope: Scope) -> bool:
 def _is_loopback(client: Any) -> bool:
     try:
         address = ip_address(client[0])
-    # Without a client address (on a Unix socket, say), the client does not count as local.
+    # Without a client address, for example on a Unix socket, the client does not count as local.
     except (TypeError, ValueError, LookupError):
         return False
     mapped = getattr(address, "ipv4_mapped", None)

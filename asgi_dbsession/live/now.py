@@ -35,7 +35,10 @@ class Waiting(TypedDict):
 
 
 class DatabaseNow(TypedDict):
-    """The present state of one database; `most` is None if the pool has no limit."""
+    """The present state of one database.
+
+    `most` is the largest number of connections that the pool may open; None without a limit.
+    """
 
     name: str
     is_running: bool
@@ -46,7 +49,7 @@ class DatabaseNow(TypedDict):
 
 
 class Lanes:
-    """Gives each connection of a pool a permanent number, which is its row on the page."""
+    """Gives each connection of a pool a permanent number: the number of its row on the page."""
 
     def __init__(self) -> None:
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -60,7 +63,7 @@ class Lanes:
 
 
 class Now:
-    """Reads the state of the pools of databases, without a connection of its own.
+    """Reads the state of the databases' pools; it opens no connection.
 
     Args:
         databases: The databases to show.
@@ -142,7 +145,7 @@ def _connection(
         "line": line(checkout.call_site),
         "statement": without_values(checkout.statement, dialect) or checkout.kind.upper(),
         "in_transaction": checkout.in_transaction and not checkout.is_in_autocommit,
-        "read_only": False,  # `look` replaces this value by that of the unit of work
+        "read_only": False,  # `look` replaces this value by the value of the unit of work
     }
 
 

@@ -44,7 +44,7 @@ class OpenUnit:
         self.sessions: tuple[tuple[Any, SessionStats], ...] = ()
 
     def used(self) -> list[tuple[Any, SessionStats]]:
-        """Return the sessions, each with the database, or the replica, whose pool it uses."""
+        """Return the statistics of each session, with the database or replica that it uses."""
         return [(_server_of(database, stats), stats) for database, stats in self.sessions]
 
 
@@ -121,7 +121,8 @@ class LiveObserver(UnitObserver):
             return
         now, began = perf_counter(), found.began
         found.began = now
-        # Most units end twice: before their response and after it, when there is nothing new.
+        # Most units end twice: before the response, and after the response without any new work.
+        # Record only ends at which something was measured.
         for _, stats in found.sessions:
             if stats.has_measured(end):
                 break

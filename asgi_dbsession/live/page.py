@@ -37,7 +37,7 @@ _NO_METRICS = "Install prometheus-client for metrics: pip install prometheus-cli
 
 
 class LivePage:
-    """Show who holds which connection, who waits, and what the last units of work did.
+    """Show which request holds or waits for a connection, and what the last units of work did.
 
     Mount the page anywhere: `app.mount("/db", LivePage(database))`. The page observes its databases
     from its creation on, and holds no connection. Below the path of the page, `/json` returns the
@@ -50,10 +50,10 @@ class LivePage:
     Args:
         *databases: Each `AsyncDatabase` or `SyncDatabase` to show, with its replicas.
         allow: A plain function that takes the ASGI scope of a request for the page, and returns
-            True to show the page. None allows clients on the same machine that use the name
-            `localhost` or its address, and no proxy.
-        route: A plain function that takes an ASGI scope and returns a name for the request. None
-            uses the route that is declared in the framework.
+            True to show the page. None: show the page to clients on the same machine that use the
+            name `localhost` or its address, and no proxy.
+        route: A plain function that takes an ASGI scope and returns a name for the request. None:
+            use the route that is declared in the framework.
 
     Raises:
         ConfigurationError: An argument is wrong.
@@ -150,9 +150,10 @@ class LivePage:
 
 
 def _wanted(scope: Scope) -> str:
-    """Return which form of the page is requested: the last part of the path, or else the query.
+    """Return the requested form of the page, such as `json`, from the path or the query string.
 
-    Links of the page use the query (`?json`), which works with and without a slash after the path.
+    The links on the page use the query string, as in `?json`: such a link works with and without a
+    slash at the end of the path.
     """
     last = scope["path"].rstrip("/").rpartition("/")[2]
     query: str = scope.get("query_string", b"").decode("latin-1")

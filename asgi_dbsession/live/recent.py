@@ -10,7 +10,7 @@ from asgi_dbsession.reports.tally import Tally
 from .observer import EndedUnit
 from .shown import line, name, without_values
 
-# A statement is shown if one line sent it at least this number of times in one unit of work.
+# A statement is shown if one line of code sent it at least this many times in one unit of work.
 _REPEATED = 5
 # The shortest idle time of a connection that is shown, in seconds.
 _IDLE = 0.05
@@ -34,10 +34,10 @@ class Route(TypedDict):
 
 
 class Repeated(TypedDict):
-    """A statement that one line sent many times in one unit (N+1).
+    """A statement that one line of code sent many times in one unit of work (N+1 queries).
 
-    `times` is the largest number in one unit. The real number may be higher, because only a limited
-    number of statements of each unit is stored.
+    `times` is how often the line sent the statement in the worst unit. The real number may be
+    higher, because only a limited number of statements is stored for each unit.
     """
 
     route: str
@@ -48,7 +48,7 @@ class Repeated(TypedDict):
 
 
 class Idle(TypedDict):
-    """Two lines between which units of work held a connection without use; times in seconds."""
+    """Two lines of code between which a connection was held without use; times in seconds."""
 
     route: str
     database: str
@@ -60,7 +60,7 @@ class Idle(TypedDict):
 
 
 class Recent(TypedDict):
-    """The summary of all ended units; each list starts with the worst entry."""
+    """The summary of the ended units of work; each list starts with the worst entry."""
 
     units: int
     seconds: float

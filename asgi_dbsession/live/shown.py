@@ -15,14 +15,18 @@ _MARK_OR_HASH = re.compile(_MARK.pattern + "|#")
 # Hide numbers in a statement, which may be secret values, except numbers of parameters (`$1`,
 # `:id_1`) and numbers in names.
 _NUMBER = re.compile(r"(?<![\w$:.%])\d[\w.]*")
-# Text in double quotes: in SQLite and MySQL it may be a string, which may be secret; in all other
-# dialects it is a name.
+# Matches text in double quotes. In SQLite and MySQL, this text may be a string, which may be
+# secret. In all other dialects, this text is a name.
 _DOUBLE_QUOTED = re.compile(r'"[^"]*"|".*\Z', re.DOTALL)
 _TEXT_IN_DOUBLE_QUOTES = ("sqlite", "mysql", "mariadb")
 
 
 def line(call_site: CallSite) -> str:
-    """Return a file and a line, relative to the working directory; an empty string for None."""
+    """Return a call site as the text `file:line`; an empty text for None.
+
+    The file is relative to the working directory. Of a file outside of the working directory, only
+    the last three parts of the path are shown.
+    """
     if call_site is None:
         return ""
     file, number = call_site
@@ -61,9 +65,9 @@ def without_values(statement: str, dialect: str) -> str:
 def _cut(statement: str, marks: list[re.Match[str]], *, may_quote_twice: bool) -> str:
     """Replace everything from the first quote to the last quote.
 
-    Where a string ends depends on the dialect and its settings, so nothing between two quotes is
-    shown. If the statement has comments or other quotes, everything after the first such mark is
-    removed.
+    The end of a string depends on the dialect and its settings, so nothing between the first and
+    the last quote is shown. If the statement has comments or other kinds of quotes, everything from
+    the first quote or comment on is removed.
     """
     if not marks:
         return statement
@@ -75,8 +79,8 @@ def _cut(statement: str, marks: list[re.Match[str]], *, may_quote_twice: bool) -
 
 
 def _name_or_nothing(found: re.Match[str]) -> str:
-    # Show the names of `_QUOTED_NAMES`. They are no values: SQLAlchemy writes them in double quotes
-    # because they are words of SQL.
+    # Show the names in `_QUOTED_NAMES`. SQLAlchemy writes these names in double quotes because they
+    # are words of SQL, so they are not values.
     return found.group() if found.group()[1:-1] in _QUOTED_NAMES else '"…"'
 
 

@@ -10,7 +10,7 @@ BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
 
 
 class Histogram:
-    """A histogram of durations: a count for each bound, and the sum.
+    """A histogram of durations: a count for each bound, and the sum of all durations.
 
     Attributes:
         counts: For each bound, the number of durations above the previous bound and up to this
@@ -22,16 +22,16 @@ class Histogram:
         self.total: float = 0
 
     def add(self, duration: float) -> None:
-        """Count one duration, in seconds, in the bound that it belongs to."""
+        """Add a duration, in seconds, to the count of its bound and to the sum."""
         self.counts[bisect_left(BOUNDS, duration)] += 1
         self.total += duration
 
 
 class Totals:
-    """Counts of one database, which only grow.
+    """The counts of one database since the page was created; they are never reset.
 
     Attributes:
-        timeouts: How often no connection became free in time.
+        timeouts: How often no connection became free within the `pool_timeout`.
         waited: How long units waited for connections; only units that waited are counted.
         used: How long units held connections; only units that held a connection are counted.
     """
