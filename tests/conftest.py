@@ -43,6 +43,7 @@ pytest_plugins = ["matrix", "replicated_shop"]
 
 # By default each run uses the same examples; an environment variable asks for many new examples.
 settings.register_profile("short", max_examples=400, derandomize=True, deadline=None, database=None)
+settings.register_profile("quick", settings.get_profile("short"), max_examples=100)
 settings.register_profile("long", max_examples=5000, deadline=None, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
@@ -93,8 +94,9 @@ _SLOW = (
     ),
     *("test_replicas.py", "test_replicas_at_work.py", "test_replicas_failover.py"),
     "test_replicas_guide.py",
-    *("test_readme.py", "test_shop.py", "test_site.py", "test_tenants.py", "test_testing_guide.py"),
-    *("test_tutorial.py", "test_when_it_goes_wrong.py"),
+    *("test_readme.py", "test_shop.py", "test_site.py", "test_site_in_a_browser.py"),
+    *("test_tenants.py", "test_testing_guide.py", "test_tutorial.py", "test_when_it_goes_wrong.py"),
+    "test_workers.py",
 )
 
 
@@ -367,6 +369,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quick", action="store_true", help="test the promises only, with few drivers"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With `--quick`, make up fewer cases."""
+    if config.option.quick:
+        settings.load_profile("quick")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
