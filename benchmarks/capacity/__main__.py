@@ -1,7 +1,7 @@
 """Simulates how many connections are needed, and writes the page.
 
     python -m benchmarks.capacity                      from the figures that are kept
-    python -m benchmarks.capacity --measure            after measuring this machine, some minutes
+    python -m benchmarks.capacity --measure            after measuring this machine, six minutes
     python -m benchmarks.capacity --quick --write FOLDER   very little of everything
 
 simpy is in the extra `test`.
@@ -34,7 +34,7 @@ def main(options: argparse.Namespace) -> None:
     kept: Path = _DOCS / "measured" / "capacity.json"
     if options.measure:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            found = runner.run(measure(rounds=11, seconds=0.5, slow=16))
+            found = runner.run(measure(rounds=4, seconds=0.5, slow=16))
         kept.write_text(json.dumps(found, indent=1))
     speed = json.loads((_DOCS / "measured" / "speed.json").read_text())
     figures = _simulate(options, speed, json.loads(kept.read_text()))

@@ -61,18 +61,18 @@ async def _servers(url: str, *tools: str) -> AsyncIterator[dict[tuple[str, int],
 
 
 async def _alone(server: Server, rounds: int, seconds: float) -> dict[str, dict[str, float]]:
-    """What one request takes of one client, of the server's processor, and of the client's."""
+    """What one request takes of one client, of the server's processor, and of the client's.
+
+    All three of the fastest round, so that they belong together.
+    """
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in _REQUESTS}
     for _ in range(rounds):
         for name, request in _REQUESTS.items():
             long = seconds * 8 if name == WAIT else seconds
             found[name].append(await _one_at_a_time(server, request, long))
     return {
-        name: {
-            part: min(times[place] for times in each)
-            for place, part in enumerate(("taken", "server", "client"))
-        }
-        for name, each in found.items()
+        name: dict(zip(("taken", "server", "client"), min(rounds_of_it), strict=True))
+        for name, rounds_of_it in found.items()
     }
 
 
@@ -85,7 +85,7 @@ async def _one_at_a_time(
     taken = await ask_on(server.port, request, 1, 0, seconds)
     own = time.process_time() - own
     server_took = server_seconds() - before
-    return statistics.median(taken), server_took / len(taken), own / len(taken)
+    return statistics.mean(taken), server_took / len(taken), own / len(taken)
 
 
 async def _fast(servers: dict[int, Server], rounds: int, seconds: float) -> list[Any]:
@@ -105,7 +105,7 @@ async def _waiting(url: str, seconds: float) -> list[Any]:
     New servers each time, because requests stay in the queue when their clients have left.
     """
     cells: dict[tuple[int, int], list[tuple[float, float]]] = {}
-    for clients in CLIENTS * 2:
+    for clients in CLIENTS:
         async with _servers(url, OURS) as servers:
             at_once = asyncio.Semaphore(1 if clients == max(CLIENTS) else len(servers))
 
@@ -120,24 +120,27 @@ async def _waiting(url: str, seconds: float) -> list[Any]:
 
 
 def _cell(name: str, size: int, clients: int, found: list[tuple[float, float]]) -> dict[str, Any]:
+    measured, busy = max(found)
     return {
         "request": name,
         "pool": size,
         "clients": clients,
-        "measured": max(rate for rate, _ in found),
+        "measured": measured,
         "all": [rate for rate, _ in found],
-        "processor": max(busy for _, busy in found),
+        "processor": busy,
     }
 
 
 async def _rate(server: Server, name: str, clients: int, seconds: float) -> tuple[float, float]:
-    """Responses per second, and the share of a processor that the server had."""
-    coming = 0.3 if clients < max(CLIENTS) else 4.0
+    """Responses per second, and the share of a processor that the server had meanwhile."""
+    coming = 0.3 if clients < max(CLIENTS) else 3.0
     server_seconds = await _processor_of(server)
+    asking = asyncio.create_task(ask_on(server.port, _REQUESTS[name], clients, coming, seconds))
+    await asyncio.sleep(coming)
     before, start = server_seconds(), time.monotonic()
-    taken = await ask_on(server.port, _REQUESTS[name], clients, coming, seconds)
+    await asyncio.sleep(seconds)
     busy = (server_seconds() - before) / (time.monotonic() - start)
-    return len(taken) / seconds, busy
+    return len(await asking) / seconds, busy
 
 
 async def _held_by_download(servers: dict[tuple[str, int], Server]) -> dict[str, float]:

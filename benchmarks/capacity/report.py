@@ -198,7 +198,7 @@ def _cells(cells: Sequence[Cell]) -> str:
 
 def _misses(cells: Sequence[Cell]) -> str:
     bad = sorted({cell.request for cell in cells if not cell.is_good})
-    return f"It misses in *{', '.join(bad)}*, set in bold." if bad else ""
+    return f" It misses in *{', '.join(bad)}*, set in bold." if bad else ""
 
 
 def _rate(value: float) -> str:
