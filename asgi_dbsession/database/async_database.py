@@ -40,12 +40,11 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         session_options: Arguments for the session class, and the class itself: `{"class_":
             MySession}`. The default of `expire_on_commit` is False.
         ping_on_startup: True to let the startup fail if the database does not answer.
-        on_engine: A plain function that is called with each engine that is built (the
-            `sqlalchemy.Engine`, for async engines too), before its first connection. Add listeners
-            of SQLAlchemy's events in it.
-        autocommit_reads: True to read without a transaction until the unit of work writes. False:
-            never. None: only on PostgreSQL at READ COMMITTED, where the application sees no
-            difference.
+        on_engine: A plain function that is called with each new `sqlalchemy.Engine` before its
+            first connection. Use this function to add listeners for SQLAlchemy's events.
+        autocommit_reads: True: read without a transaction until the unit of work writes. False:
+            always read in a transaction. None: read without a transaction only on PostgreSQL at
+            READ COMMITTED, where the application sees no difference.
         replicas: The URLs of replicas of a PostgreSQL, or `Replicas(...)`. A unit of work that may
             only read uses a replica that has replayed all changes that its client has seen.
         **engine_options: Arguments for `sqlalchemy.ext.asyncio.create_async_engine`.
@@ -87,11 +86,10 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     ) -> AsyncIterator[AnyAsyncSession]:
         """Open a new unit of work: COMMIT on success, ROLLBACK on any error or cancellation.
 
-        For workers, scripts, child tasks, and rows that must survive the rollback of a request. The
-        COMMIT or ROLLBACK runs to completion even if the task is cancelled. Inside a request, the
-        block has its own transaction, so it waits for rows that the request has locked.
-
-        Also usable as a decorator: `@database.begin()` above an `async def` function.
+        Use it in workers, scripts and child tasks, and for rows that must stay even if the request
+        is rolled back. COMMIT or ROLLBACK runs to completion even if the task is cancelled. Inside
+        a request, the block has its own transaction, so it waits for rows that the request has
+        locked. `@database.begin()` is also a decorator for `async def` functions.
 
         Args:
             join: True to join the open unit of work, if that unit has this database: the block then
@@ -102,13 +100,13 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
                 opened.
             read_only: True to refuse writes: in the session, and in the database. With `join`, the
                 block may only read, even if the outer unit may write. Without `join`, the block
-                uses a replica, if the database has replicas. False: a joined unit that may only
-                read stays read-only.
+                uses a replica, if the database has replicas. If this argument is False and the
+                outer unit may only read, the block may only read too.
             after: A value of the property `position`, for `read_only=True` and a database with
                 replicas. The block then sees all changes that were committed before this position.
 
         Yields:
-            A new session, closed permanently at the end of the block. Inside the block,
+            A new session, which is closed permanently at the end of the block. Inside the block,
             `get_session()` returns this session too.
 
         Raises:
@@ -137,8 +135,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         database. Each retry waits for a random time of at most a second, and is logged.
 
         Args:
-            function: A coroutine function. Inside it, `get_session()` returns the session of the
-                unit.
+            function: A coroutine function. Inside this function, `get_session()` returns the
+                session of the new unit.
             *args: The arguments for the function.
             attempts: How often the function may run, the first time included.
             retry_on: Other errors to retry like a conflict: an exception class, a tuple of classes,
@@ -168,8 +166,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     @override
     async def startup(self) -> None:
         if self._owns_engine and self._loop is not None and self._loop.is_closed():
-            # The event loop of this engine was closed, and its connections cannot be used in
-            # another loop.
+            # The event loop of this engine was closed. The engine's connections cannot be used in
+            # another event loop.
             self._forget_engine()
         self._refuse_other_loop()
         await super().startup()
@@ -193,7 +191,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _refuse_other_loop(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        # A worker thread has no event loop, so there is no wrong event loop to refuse.
+        # The caller runs in a worker thread, where no event loop runs: refuse nothing.
         except RuntimeError:
             return
         if self._loop is loop:
@@ -235,8 +233,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         pool = engine.pool
         async with engine.connect() as connection:
             await connection.execute(select(1))
-            # The engine was disposed during the statement. Nobody would close this connection
-            # later, so close it now.
+            # The engine was disposed during the statement, so nobody would close this connection
+            # later. Close it now.
             if engine.pool is not pool:
                 await connection.invalidate()
 

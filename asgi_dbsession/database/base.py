@@ -102,8 +102,9 @@ class Database(ReplicatedLife[E], Generic[E, S]):
 
         The database is running at once, without a startup. This package adds listeners to the
         engine, and removes them when the last database that uses the engine is garbage collected.
-        An async engine belongs to the event loop that uses it first. After that loop was closed,
-        the next loop gets new connections. Several loops at once need `poolclass=NullPool`.
+        An async engine belongs to the event loop that uses it first. If this loop was closed, the
+        next loop that uses the engine gets new connections. If several loops use the engine at the
+        same time, the engine needs `poolclass=NullPool`.
 
         Args:
             engine: An `AsyncEngine` for `AsyncDatabase`, an `Engine` for `SyncDatabase`.
@@ -111,7 +112,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
             ping_on_startup: True to let the startup fail if the database does not answer.
 
         Raises:
-            ConfigurationError: `engine` is not an engine, or an engine of the other kind.
+            ConfigurationError: `engine` is not an engine, or is of the wrong kind (async or sync).
         """
         if not isinstance(engine, cls._engine_class):
             raise ConfigurationError(
@@ -126,9 +127,9 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         return database
 
     async def health(self, *, within: float = 1) -> Health:
-        """Check if the database answers within a time limit; for a route like `/health`.
+        """Check if the database answers within a time limit; for a path like `/health`.
 
-        An exhausted pool or an unreachable server gives a negative answer in time, never an
+        If the pool is exhausted or the server is unreachable, the result is negative; there is no
         exception. Parallel callers share one check. A blocking driver cannot be stopped, so a check
         that takes too long continues in its thread. While three such checks continue, no new check
         is started.
@@ -137,8 +138,8 @@ class Database(ReplicatedLife[E], Generic[E, S]):
             within: The time limit in seconds.
 
         Returns:
-            The health of the database and, in `replicas`, of each replica, which is checked at the
-            same time. `answers` is about the primary only.
+            The health of the database. `replicas` of the result has the health of each replica,
+            checked at the same time; `answers` is about the primary only.
         """
         if not self.replicas:
             return await self._health(within)
@@ -187,7 +188,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         """Return what `get_session()` returns, for `Depends` (FastAPI) or `Provide` (Litestar).
 
         This method is a coroutine function, so that frameworks do not run it in a thread. It has no
-        parameters, because frameworks would fill a parameter from the query of the URL.
+        parameters, because frameworks would take the value of a parameter from the URL.
         """
         return self.get_session()
 
@@ -209,8 +210,8 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         """Add an observer of the units of work that open a session of this database.
 
         Args:
-            observer: The object to call at each event of these units, and at once with the running
-                engine.
+            observer: The object to call at each event of these units. If the database is running,
+                the method `engine_used` of the observer is called now.
         """
         self.observers = (*self.observers, observer)
         self.observe(observer)
@@ -234,7 +235,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
 
 
 def _kind_of(given: object) -> str:
-    # Do not show the value, which may be a secret that was given to the wrong argument.
+    # Do not show the value: the caller may have given a secret for the wrong argument.
     return (
         given.__name__ if isinstance(given, type) else f"something of type {type(given).__name__}"
     )

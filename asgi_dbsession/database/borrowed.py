@@ -1,4 +1,4 @@
-"""Adds listeners to engines of the application, and removes them when the last use ends."""
+"""Adds listeners to engines of the application, and removes the listeners after the last use."""
 
 from collections import Counter
 from threading import RLock
@@ -15,10 +15,11 @@ from .connecting import connect_as_before, connect_outside
 # An RLock, because the garbage collector may call `_release` while `borrow` holds the lock in the
 # same thread.
 _mutex = RLock()
-# For each engine: how many databases have built it, and how many use it after `from_engine`.
+# For each engine: how many databases have built the engine ("owners"), and how many databases use
+# the engine after `from_engine` ("borrowers").
 _users: WeakKeyDictionary[Engine, Counter[str]] = WeakKeyDictionary()
-# For each engine: the observers of garbage-collected databases, to be told when the engine's last
-# user is gone.
+# For each engine: the observers of databases that were garbage collected. Their `engine_left` is
+# called when no database uses the engine any more.
 _observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
 
 
@@ -34,7 +35,7 @@ def borrow(engine: Engine, database: object, observers: list[UnitObserver]) -> N
     Args:
         engine: The engine of the application.
         database: The database that uses the engine.
-        observers: The list of the observers of the database, which may grow later.
+        observers: The list of the database's observers; the database may add observers later.
     """
     with _mutex:
         _users.setdefault(engine, Counter())["borrowers"] += 1

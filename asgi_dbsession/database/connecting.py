@@ -1,7 +1,8 @@
 """Opens the connections of an async engine in an empty context.
 
-A socket of asyncio keeps the context in which it was opened. A pool keeps the connection after the
-request that opened it, and so would keep all context variables of the request in memory.
+A socket of asyncio keeps the context in which it was opened. A connection stays in the pool after
+the request that opened it. Without an empty context, the connection would keep all context
+variables of the request in memory.
 """
 
 import asyncio
@@ -15,16 +16,17 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbsession.session.completion import run_to_completion
 
-# The drivers whose connections keep the context. The other async drivers keep no context, and
-# aiosqlite leaves its file open if a task of this module is cancelled.
+# The drivers whose connections keep the context. All other async drivers keep no context. Also,
+# aiosqlite would leave its file open if the task that this module starts was cancelled.
 _KEEPERS = ("aiomysql", "asyncmy", "asyncpg")
 
 
 def connect_outside(engine: Engine) -> None:
     """Make an engine open its connections outside of the context of any request.
 
-    This function wraps the driver, not the event `do_connect`. So the listeners of the application
-    are called as before, and an `async_creator` connects in the empty context too.
+    This function wraps the driver's `connect`, and does not use SQLAlchemy's event `do_connect`. So
+    the application's listeners for `do_connect` are called as before, and an `async_creator`
+    connects in the empty context too.
     """
     driver: Any = engine.dialect.dbapi
     if engine.dialect.driver in _KEEPERS and "connect" not in vars(driver):
@@ -49,12 +51,12 @@ async def _connect_in_task(dialect: Any, connect: Callable[[], Any]) -> Any:
     try:
         return await task
     except asyncio.CancelledError:
-        # The request was cancelled just when the connection was ready. Nobody else knows the
-        # connection, so close it now.
+        # The request was cancelled just when the new connection was ready. No other code has a
+        # reference to the connection, so close the connection now.
         if task.done() and not task.cancelled() and task.exception() is None:
             await run_to_completion(greenlet_spawn(dialect.do_terminate, task.result()))
         raise
     finally:
-        # Drop the task: otherwise an error would refer to the task and the task to the error, a
-        # circle that only the garbage collector can free.
+        # Delete the variable. Otherwise an error would refer to the task, and the task to the
+        # error: only the garbage collector could free such a circle.
         del task

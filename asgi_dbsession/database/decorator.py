@@ -15,10 +15,10 @@ R = TypeVar("R")
 
 
 class DecoratingBlock(Generic[S]):
-    """A block for `with` that is also a decorator of plain functions.
+    """A context manager for `with` that is also a decorator of plain functions.
 
-    `contextlib.contextmanager` would also decorate a coroutine function, and would end the block
-    before the coroutine runs.
+    The decorator of `contextlib.contextmanager` would accept a coroutine function too, and would
+    end the block before the coroutine runs.
 
     Args:
         open_block: A function that returns a new context manager for each use.

@@ -87,7 +87,8 @@ class EngineLife(ABC, Generic[E]):
     async def startup(self) -> None:
         """Build the engine in the running event loop, and check that the database answers.
 
-        Further calls are only counted: `shutdown` must be called as often as `startup`.
+        If the database is running already, the call is only counted: `shutdown` must be called as
+        often as `startup`.
 
         Raises:
             DatabaseUnavailable: The database did not answer; the engine was disposed.
@@ -99,8 +100,8 @@ class EngineLife(ABC, Generic[E]):
             if self._ping_on_startup:
                 await self.ping()
         except BaseException:
-            # If the engine has changed, another caller has shut the database down already, so do
-            # not repeat the shutdown.
+            # If the engine has changed, another caller has already shut the database down. Then do
+            # not shut it down again.
             if self._engine is engine:
                 await self.shutdown()
             raise
@@ -108,7 +109,7 @@ class EngineLife(ABC, Generic[E]):
             raise DatabaseNotRunning(self)
 
     async def shutdown(self) -> None:
-        """Close all connections, if no other caller of `startup` still uses the database.
+        """Close all connections, if `shutdown` was called as often as `startup`.
 
         The connections are closed even if the task is cancelled.
         """
@@ -117,7 +118,7 @@ class EngineLife(ABC, Generic[E]):
             await run_to_completion(self._dispose(engine))
 
     def _begin_start(self) -> E:
-        """Count one more `startup` of the database, and build the engine at the first."""
+        """Count a call of `startup`, and build the engine at the first call."""
         with self._starting:
             if self._engine is None:
                 self._engine = self._build_engine()
@@ -125,7 +126,7 @@ class EngineLife(ABC, Generic[E]):
             return self._engine
 
     def _end_start(self) -> E | None:
-        """Count one `startup` less; return the engine if the caller must dispose the engine."""
+        """Count a call of `shutdown`; return the engine if the caller must dispose it."""
         with self._starting:
             self._starts = max(0, self._starts - 1)
             if self._starts > 0 or not self._owns_engine or self._engine is None:
@@ -135,17 +136,18 @@ class EngineLife(ABC, Generic[E]):
             return engine
 
     def after_fork(self) -> None:
-        """Stop using the connections of the parent process, after a fork.
+        """Called in the child process after a fork: stop using the parent's connections.
 
-        A blocking engine gets a new pool. An async engine of this package must be started again in
-        the event loop of the child process.
+        A blocking engine gets a new pool. An `AsyncDatabase` that built its engine itself must be
+        started again, in the event loop of the child process.
         """
         # Make a new lock, because a thread of the parent process may hold the old lock.
         self._starting = Lock()
         if self._engine is None:
             return
         engine = self._sync_engine(self._engine)
-        # A database in memory has no server, so its connections need no replacement after a fork.
+        # Keep the connections of a database in memory: no server is at their other end, and a new
+        # connection would find an empty database.
         if not is_in_memory(engine.url):
             inherited_pools.append(engine.pool)
             engine.dispose(close=False)
@@ -170,7 +172,7 @@ class EngineLife(ABC, Generic[E]):
     async def ping(self) -> None:
         """Run a statement to check that the database answers.
 
-        The driver sets the time limit: set its connect timeout in `connect_args`.
+        The time limit is that of the driver: set the driver's connect timeout in `connect_args`.
 
         Raises:
             DatabaseUnavailable: The database does not answer. The cause is the error of the driver.

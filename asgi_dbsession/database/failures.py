@@ -44,14 +44,14 @@ _POOL_ADVICE = (
 
 
 def failure_of(database: object, error: Exception, secrets: set[str]) -> Exception:
-    """Return an error that explains why a ping failed, or `error` itself without a known reason.
+    """Return an error that explains why a ping failed; `error` itself if the reason is unknown.
 
     `DatabaseUnavailable` is returned only if the driver could not connect or log in.
     """
     chain = list(_chain(error))
     for each in chain:
-        # SQLAlchemy may have wrapped an error of this package (of `rolled_back()`, say). Return the
-        # inner error, which explains the cure.
+        # SQLAlchemy may have wrapped an error of this package, for example of `rolled_back()`.
+        # Return the inner error, which says what to do.
         if isinstance(each, DBSessionError):
             return each if each is error else copy(each)
     if any(name in str(each) for each in chain for name in _OTHER_LOOP):
@@ -64,8 +64,8 @@ def failure_of(database: object, error: Exception, secrets: set[str]) -> Excepti
         )
     if any(map(_keeps_from_connecting, chain)):
         return DatabaseUnavailable(database, reason, _advice_for(chain))
-    # The error does not come from the database. A listener of the application may have raised it,
-    # so return it unchanged.
+    # Neither the driver nor this package raised the error, but perhaps a listener of the
+    # application. So return the error unchanged.
     return error
 
 
@@ -76,7 +76,7 @@ def _refuses_options(chain: list[BaseException]) -> bool:
 
 
 def _keeps_from_connecting(error: BaseException) -> bool:
-    # While some drivers connect, they raise errors of their own, which SQLAlchemy does not wrap.
+    # Some drivers raise their own errors while they connect. SQLAlchemy does not wrap these errors.
     module = type(error).__module__.partition(".")[0]
     return isinstance(error, DBAPIError | OSError | PoolTimeout) or module in _DRIVERS
 
@@ -89,7 +89,7 @@ def _advice_for(chain: list[BaseException]) -> str:
 
 
 def reason_of(error: Exception, secrets: set[str]) -> str:
-    """Return the driver's message in one line; only its class if the message may tell a secret."""
+    """Return the driver's message in one line; only its class if it may contain a secret."""
     original = getattr(error, "orig", None) or error
     text = " ".join(str(original).split()) or type(original).__name__
     if tells_a_secret(text, secrets):

@@ -10,15 +10,15 @@ from asgi_dbsession.unit.unit_of_work import current_unit
 
 
 class Forked(Protocol):
-    """An object with connections that a child process must not use after a fork."""
+    """An object whose connections must not be used in a child process after a fork."""
 
     def after_fork(self) -> None:
-        """Stop using the connections of the parent process, in the child process."""
+        """Called in the child process: stop using the connections of the parent process."""
         ...
 
 
-# In a child process, the pools of the parent process. This list prevents their garbage collection,
-# which would close connections that the parent process still uses.
+# In a child process: the pools that the parent process made. This list prevents their garbage
+# collection, which would close connections that the parent process still uses.
 inherited_pools: list[Pool] = []
 
 _databases: WeakSet[Forked] = WeakSet()

@@ -9,14 +9,14 @@ class Health:
 
     Attributes:
         answers: True if the database ran a statement within the time limit.
-        latency: Seconds until the answer, including the wait for a connection; None without an
-            answer.
+        latency: Seconds until the database answered, including the wait for a connection; None if
+            the database did not answer.
         reason: Why the database did not answer. The text contains no password, but it contains the
             name of the server, so show it in logs only.
         pool_size: How many connections the pool keeps. None before startup, or if the pool does not
             count its connections.
         checked_out: How many connections are in use; None in the same cases as `pool_size`.
-        overflow: How many connections exist beyond `pool_size`; None in the same cases as
+        overflow: How many connections are open beyond `pool_size`; None in the same cases as
             `pool_size`.
         replicas: The health of each replica, in the order of the URLs.
     """

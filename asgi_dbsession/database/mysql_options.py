@@ -22,8 +22,8 @@ _MODES = {
 def for_mysql(options: UrlOptions) -> None:
     """Translate URL options for asyncmy, aiomysql and PyMySQL.
 
-    A TLS mode of a URL for aiomysql is refused, because aiomysql goes on without TLS if the server
-    has none.
+    An option that requires TLS is refused for aiomysql: if the server does not support TLS,
+    aiomysql connects without TLS.
     """
     if (charset := options.take("encoding")) is not None:
         options.query["charset"] = charset

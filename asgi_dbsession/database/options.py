@@ -35,8 +35,9 @@ class SessionOptions(_Options, Generic[AnySession], total=False):
 class AsyncSessionOptions(_Options, Generic[AnyAsyncSession], total=False):
     """The options of `sqlalchemy.ext.asyncio.AsyncSession`; `class_` is the session class to use.
 
-    This package commits the inner `Session`, not the `AsyncSession`. To change what happens at
-    `commit()`, use `sync_session_class` or SQLAlchemy's events.
+    This package commits the `Session` inside the `AsyncSession`, and does not call the method
+    `AsyncSession.commit`. To change what happens at COMMIT, use `sync_session_class` or
+    SQLAlchemy's events.
     Source:
     https://docs.sqlalchemy.org/en/20/orm/extensions/asyncio.html#sqlalchemy.ext.asyncio.AsyncSession
     """

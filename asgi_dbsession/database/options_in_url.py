@@ -1,4 +1,4 @@
-"""Translates options in a URL, as hosting providers write them, for the driver of the URL."""
+"""Translates the options in a URL of a hosting provider into options of the driver."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,14 +42,15 @@ _KNOWN: dict[str, Callable[[], set[str]]] = {
 
 
 def translate_options(url: URL, given: dict[str, Any]) -> tuple[URL, dict[str, Any]]:
-    """Translate the options in a URL for its driver.
+    """Translate the options in a URL into options of its driver.
 
-    An option that the driver knows under another name is renamed. So URLs from Heroku, Neon,
+    If the driver has another name for an option, the option is renamed. So URLs from Heroku, Neon,
     Supabase, Render, Railway, DigitalOcean, Aiven, Azure and Prisma work without changes.
 
     Args:
         url: A URL with a driver.
-        given: The engine options. Their `connect_args` win over options of the URL.
+        given: The engine options. If an option is in `connect_args` and in the URL, the value in
+            `connect_args` is used.
 
     Returns:
         The URL and the engine options to use.

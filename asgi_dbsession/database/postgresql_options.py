@@ -37,7 +37,7 @@ _DSN_ONLY = (
 
 
 def _for_postgresql(options: UrlOptions) -> None:
-    """Remove the encoding UTF-8 from the URL, because every driver uses UTF-8 anyway."""
+    """Remove the option for UTF-8 from the URL, because every driver uses UTF-8 anyway."""
     for name in ("charset", "encoding", "client_encoding"):
         if str(options.query.get(name)).lower().replace("-", "") in ("utf8", "unicode", "utf8mb4"):
             options.take(name)
@@ -86,8 +86,8 @@ def for_psycopg(options: UrlOptions) -> None:
 
 
 def _no_name() -> str:
-    # PgBouncer needs prepared statements without a name, because the next such statement replaces
-    # the last one on any server connection.
+    # PgBouncer may send each transaction to another connection of the server. A prepared statement
+    # without a name works there, because it replaces the earlier statement without a name.
     return ""
 
 

@@ -11,9 +11,10 @@ from anyio import move_on_after, sleep
 from sqlalchemy import Engine
 from typing_extensions import override
 
-# How many checks may still wait for the database, each in a thread, after their callers gave up.
+# How many checks may still run, each in a thread, after their callers have stopped waiting.
 _MAX_ABANDONED = 3
-# The first and the longest pause, in seconds, between two looks at whether the thread has finished.
+# A caller looks again and again if the thread of its check has finished. These are the first and
+# the longest pause between two looks, in seconds.
 _FIRST_LOOK, _LAST_LOOK = 0.0005, 0.02
 
 
@@ -24,7 +25,7 @@ class Questions(ABC):
     async def answers(self, engine: Any, seconds: float) -> bool:
         """Return True if the engine runs a statement within the given seconds.
 
-        After a time-out, no later caller shares this check: the next caller starts a new check.
+        If this check takes too long, the next caller starts a new check.
 
         Raises:
             Exception: The exception that the statement raised.
@@ -59,8 +60,8 @@ class TaskQuestions(Questions):
     def _current_or_new(self, engine: object) -> "asyncio.Task[None]":
         if self._current is not None and self._current[0] is engine:
             return self._current[1]
-        # Run the check in an empty context, because some drivers keep the context of the request as
-        # long as the connection.
+        # Run the check in an empty context. Some drivers would keep the context of the current
+        # request in memory as long as the connection is open.
         loop = asyncio.get_running_loop()
         task = loop.create_task(self._ask(engine), context=Context())
         task.add_done_callback(self._forget)
@@ -72,8 +73,8 @@ class TaskQuestions(Questions):
             return
         self._callers[task] -= 1
         if self._callers[task] == 0:
-            # Do not await the cancelled task, because an attempt to reach a dead server ends only
-            # slowly.
+            # Do not await the cancelled task: if the server is down, the driver may need a long
+            # time to end it.
             self._abandon(task)
             task.cancel()
 
@@ -126,8 +127,8 @@ class ThreadQuestions(Questions):
         with self._mutex:
             if self._current is not None and self._current.engine is engine:
                 return self._current
-            # Another engine has replaced the engine of the running check, so callers do not share
-            # this check.
+            # The running check is for an engine that was replaced. So start a new check for the new
+            # engine.
             if self._current is not None:
                 self._abandon(self._current)
             if self._abandoned >= _MAX_ABANDONED:

@@ -1,4 +1,4 @@
-"""The option `replicas` of a database, which lists its replicas and stores positions of clients."""
+"""The option `replicas` of a database: its replicas, and where client positions are stored."""
 
 import re
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ _PATH = re.compile(r"/[^;\s\x00-\x1f\x7f]*")
 
 
 class PositionStore(Protocol):
-    """An object, such as one that uses Redis, that stores the position of each client.
+    """Stores the WAL position that each client has seen, for example in Redis, instead of a cookie.
 
-    The store replaces the cookie, and finds the client of a request in the ASGI scope.
+    The methods find the client of a request in the ASGI scope.
     """
 
     async def load(self, scope: Scope) -> str | None:
@@ -28,19 +28,19 @@ class PositionStore(Protocol):
 
         Args:
             scope: The ASGI scope of the request.
-            position: At most 60 ASCII characters. The store may delete them after `lifetime`
-                seconds.
+            position: The position as text, at most 60 ASCII characters. The store may delete the
+                text after `lifetime` seconds; see `Replicas`.
         """
 
 
 class Replicas:
-    """The replicas of a database, and how a client keeps the position that it has seen.
+    """The replicas of a database, and where the WAL position that a client has seen is stored.
 
     Args:
         urls: One URL for each replica, not one URL of a load balancer. A URL without a driver gets
             the driver of the primary.
-        max_lag: How many seconds a replica may be behind the primary; beyond, no unit of work reads
-            from the replica.
+        max_lag: How many seconds a replica may be behind the primary. No unit of work reads from a
+            replica that is further behind.
         cookie: The name of the cookie for the position of a client.
         path: The path of the cookie.
         store: An object that stores the positions of clients; None to use the cookie.

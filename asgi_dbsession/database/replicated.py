@@ -31,11 +31,12 @@ class ReplicatedLife(EngineLife[E]):
 
     @property
     def position(self) -> str | None:
-        """The position that the client of this context has seen of a database with replicas.
+        """The WAL position that the current client has seen; None if the position is unknown.
 
-        Send the position in a message to a worker, which calls `begin(read_only=True,
-        after=position)`. Read the position after the block of `begin()`, or in a function given to
-        `on_commit`. None if the client has seen nothing, or without replicas.
+        Read this property after the block of `begin()`, or in a function given to `on_commit`. Send
+        the value in a message to a worker. If the worker calls `begin(read_only=True,
+        after=position)`, it sees all changes that the client has seen. Without replicas, the value
+        is always None.
         """
         return self._replica_set.position if self._replica_set is not None else None
 

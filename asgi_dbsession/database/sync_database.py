@@ -33,21 +33,21 @@ Args = TypeVarTuple("Args")
 class SyncDatabase(Database[Engine, AnySession]):
     """A database with a blocking engine, for `def` handlers and drivers without asyncio support.
 
-    Frameworks run `def` handlers in a thread pool. This package commits their work in a separate
-    thread, so that no COMMIT waits for a handler that itself waits for a connection.
+    Frameworks run `def` handlers in a thread pool. This package runs COMMIT in a thread outside of
+    this pool. Otherwise handlers that wait for a connection could fill the pool, and the COMMIT
+    that frees a connection could not run.
 
     Args:
         url: A database URL. A URL without a driver gets an installed driver.
         session_options: Arguments for the session class, and the class itself: `{"class_":
             MySession}`. The default of `expire_on_commit` is False.
         ping_on_startup: True to let the startup fail if the database does not answer.
-        on_engine: A plain function that is called with each engine that is built, before its first
-            connection. Add listeners of SQLAlchemy's events in this function.
-        autocommit_reads: True to read without a transaction until the unit of work writes. See
+        on_engine: A plain function that is called with each new `sqlalchemy.Engine` before its
+            first connection. Use this function to add listeners for SQLAlchemy's events.
+        autocommit_reads: True: read without a transaction until the unit of work writes. See
             `AsyncDatabase` for None and False.
         replicas: The URLs of replicas of a PostgreSQL, or `Replicas(...)`. A unit of work that may
-            only read uses a replica, but only a replica that has replayed all changes that the
-            client has seen.
+            only read uses a replica that has replayed all changes that its client has seen.
         **engine_options: Arguments for `sqlalchemy.create_engine`.
 
     Raises:
@@ -77,7 +77,7 @@ class SyncDatabase(Database[Engine, AnySession]):
         self._add_replicas(url, replicas, {"on_engine": on_engine} | engine_options)
 
     def __enter__(self) -> Self:
-        """Start the database for `with database:`, in a script or worker without an event loop."""
+        """Start the database; use `with database:` in a script or worker without an event loop."""
         engine = self._begin_start()
         try:
             if self._ping_on_startup:
@@ -108,8 +108,7 @@ class SyncDatabase(Database[Engine, AnySession]):
     ) -> DecoratingBlock[AnySession]:
         """Open a new unit of work: COMMIT on success, ROLLBACK on any error.
 
-        The block runs on the calling thread. Otherwise the block works like that of
-        `AsyncDatabase.begin`.
+        The block runs on the calling thread. Everything else works as in `AsyncDatabase.begin`.
 
         Args:
             join: True to run in a savepoint of the open unit of work, if that unit has this
@@ -153,8 +152,8 @@ class SyncDatabase(Database[Engine, AnySession]):
         database. Each retry waits for a random time of at most a second, and is logged.
 
         Args:
-            function: A plain function. Inside it, `get_sync_session()` returns the session of the
-                unit.
+            function: A plain function. Inside this function, `get_sync_session()` returns the
+                session of the new unit.
             *args: The arguments for the function.
             attempts: How often the function may run, the first time included.
             retry_on: Other errors to retry like a conflict: an exception class, a tuple of classes,
@@ -208,14 +207,13 @@ def _select_one(engine: Engine) -> None:
     pool = engine.pool
     with engine.connect() as connection:
         connection.execute(select(1))
-        # The engine was disposed during the statement. Nobody would close this connection later, so
-        # remove it from the pool.
+        # The engine was disposed during the statement, so nobody would close this connection later.
+        # Remove it from the pool, so that it is closed at the end of this block.
         if engine.pool is not pool:
             connection.detach()
 
 
 async def _run_in_thread(function: Callable[..., T], *args: Any) -> T:
-    # Give each call a limiter of its own, not anyio's shared limiter: handlers that wait for a
-    # connection may fill the shared limiter, and the COMMIT that frees a connection would never
-    # run.
+    # Give each call its own limiter, not anyio's shared limiter. Handlers that wait for a
+    # connection may fill the shared limiter. Then the COMMIT that frees a connection could not run.
     return await to_thread.run_sync(function, *args, limiter=CapacityLimiter(1))

@@ -9,7 +9,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 
 from asgi_dbsession.errors import ConfigurationError, without_secrets
 
-# The drivers to look for if a URL names none; the first installed driver is used.
+# The drivers to look for if a URL names no driver; the first installed driver is used.
 _ASYNC_DRIVERS: dict[str, tuple[str, ...]] = {
     "postgresql": ("asyncpg", "psycopg"),
     "mysql": ("asyncmy", "aiomysql"),
@@ -26,7 +26,7 @@ _SYNC_DRIVERS: dict[str, tuple[str, ...]] = {
     "oracle": ("oracledb",),
     "mssql": ("pyodbc", "pymssql"),
 }
-# The names of modules and PyPI packages that differ from the name of the driver.
+# The name of a driver's module or PyPI package, if it differs from the name of the driver.
 _MODULES: dict[str, str] = {
     "mysqldb": "MySQLdb",
     "mariadbconnector": "mariadb",
@@ -58,11 +58,12 @@ def url_with_driver(url: str | URL, *, asynchronous: bool) -> URL:
 
 
 def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
-    """Return engine options under which several sessions can use an SQLite database in memory.
+    """Return engine options with which several sessions can use an SQLite database in memory.
 
-    By default, all sessions share the one connection of such a database, and so one transaction: a
-    rollback of one request would remove committed work of others. With these options, sessions wait
-    for each other. Source: https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pooling-behavior
+    By default, all sessions share one connection to such a database, and so one transaction: the
+    rollback of a request would remove committed work of other requests. With these options, a
+    session waits until no other session uses the connection.
+    Source: https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pooling-behavior
     """
     if not is_in_memory(url):
         return given
@@ -70,8 +71,8 @@ def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
     options = dict(given)
     arguments = given.get("connect_args", {})
     if not asynchronous and isinstance(arguments, dict):
-        # COMMIT runs in another thread than the statements, which SQLite refuses by default. Allow
-        # this, because two threads never use the connection at the same time.
+        # COMMIT and the statements before it run in different threads, which SQLite refuses by
+        # default. Allow it, because two threads never use the connection at the same time.
         options["connect_args"] = {"check_same_thread": False} | arguments
     if "poolclass" not in given and "pool" not in given:
         options["poolclass"] = AsyncAdaptedQueuePool if asynchronous else QueuePool
@@ -107,8 +108,8 @@ def _parse(url: str | URL) -> URL:
 
 
 def _is_misread(url: URL, text: str) -> bool:
-    # A second `@` belongs to a password that is not percent-encoded. SQLAlchemy then reads the rest
-    # of the password as the host or name. An `@` in the name of the user is harmless.
+    # If a password contains `@` and is not percent-encoded, SQLAlchemy reads the part after `@` as
+    # a part of the host. An `@` in the name of the user is harmless.
     secret_and_rest = text.partition("://")[2].partition(":")[2]
     return "@" in (url.host or "") or (url.password is not None and secret_and_rest.count("@") > 1)
 

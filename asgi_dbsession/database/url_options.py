@@ -1,4 +1,4 @@
-"""The options in a database URL while they are translated for the driver."""
+"""Reads the options in a database URL, to translate the options for the driver."""
 
 import json
 import re
@@ -33,7 +33,7 @@ class UrlOptions:
         self.arguments: dict[str, Any] = {}
 
     def take(self, *names: str) -> str | None:
-        """Remove an option from the URL and return its value; None if no name is found."""
+        """Remove an option from the URL, and return its value; None if the URL lacks the option."""
         found = [self.query.pop(name) for name in names if name in self.query]
         return found[0] if found and isinstance(found[0], str) else None
 
@@ -44,7 +44,7 @@ class UrlOptions:
             try:
                 self.arguments[to or name] = of(value)
             except ValueError:
-                # raised without the ValueError, whose message shows the value
+                # `refuse` does not show the ValueError, because its message contains the value.
                 self.refuse(name, "It takes a number.")
 
     def refuse(self, name: str, cure: str) -> None:
@@ -59,7 +59,7 @@ class UrlOptions:
 
 
 def take_ssl_mode(options: UrlOptions, modes: Mapping[str, str]) -> str | None:
-    """Remove the TLS option from the URL, and return its value as the driver writes it."""
+    """Remove the TLS option from the URL, and return the driver's word for its value."""
     value = options.take(*_SSL_MODE)
     if value is None:
         return None
