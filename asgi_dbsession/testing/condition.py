@@ -15,7 +15,7 @@ class Condition:
 
     Args:
         asynchronous: True if the callers are tasks, inside SQLAlchemy's greenlets.
-        timeout: Seconds after which a waiting caller gets an error.
+        timeout: How many seconds a caller waits; then it gets an error.
     """
 
     def __init__(self, *, asynchronous: bool, timeout: float) -> None:
@@ -30,8 +30,9 @@ class Condition:
         """Wait until `when()` returns True and no other caller is inside an `alone` block.
 
         Args:
-            when: A function that is called again after each block and at each `wake()`.
-            timeout: Seconds to wait, if shorter than the timeout of this object.
+            when: The condition. While a caller waits, this function is called again after each
+                `alone` block and at each `wake()`.
+            timeout: How many seconds to wait, if this is less than the timeout of this object.
 
         Raises:
             TimeoutError: The condition did not become true in time.

@@ -14,12 +14,12 @@ from .transaction import SavepointTransaction, current_caller
 
 # The error number of MariaDB and MySQL for a savepoint that does not exist.
 _NO_SUCH_SAVEPOINT = 1305
-# Seconds to wait for a transaction of the test, because probably nobody else can end it.
+# Seconds to wait for a transaction that the test has opened: the test, which waits, cannot end it.
 _LIMIT_FOR_THE_TEST = 0.8
 
 
 class SharedConnection:
-    """The shared connection and its open transactions, each nested in the transaction before.
+    """The shared connection, and its open transactions; each is nested in the previous transaction.
 
     Args:
         connection: A connection inside a transaction that is never committed.
@@ -46,7 +46,7 @@ class SharedConnection:
         self._known = violations(connection, dialect)
 
     def begin(self, transaction: SavepointTransaction) -> None:
-        """Begin `transaction`, after the open transactions that must end first."""
+        """Wait for the transactions that must end first, and begin `transaction`."""
         transaction.caller = current_caller()
         transaction.aborted = False
 
@@ -67,9 +67,9 @@ class SharedConnection:
                 if below is None or not below.saved:
                     self.lose(error)
                     raise
-                # PostgreSQL has aborted the outer transaction, which would not affect the inner one
-                # on a separate connection. So roll back the outer transaction, and begin the inner
-                # transaction.
+                # PostgreSQL has aborted the outer transaction. On a separate connection, the inner
+                # transaction could begin even so. So roll back the outer transaction, and begin the
+                # inner transaction.
                 self._undo(below)
                 below.aborted = True
                 self._save(transaction)
@@ -79,10 +79,10 @@ class SharedConnection:
     def executing(
         self, transaction: SavepointTransaction, statement: str, *, read_only: bool
     ) -> Iterator[bool]:
-        """Wait until no transaction is open inside this transaction.
+        """Wait until no other transaction is open inside `transaction`; then execute a statement.
 
         Yields:
-            True if the statement must be sent.
+            True if the `with` block must send the statement.
         """
         self.refuse_if_lost()
         if transaction not in self._open:
@@ -143,7 +143,7 @@ class SharedConnection:
             self._open.remove(transaction)
 
     def abandon(self, transaction: SavepointTransaction) -> None:
-        """Roll back an unfinished transaction; after an error, mark the connection as lost."""
+        """Roll back an unfinished transaction; if this fails, treat the connection as lost."""
         try:
             self.roll_back(transaction)
         except BaseException as error:
@@ -152,7 +152,7 @@ class SharedConnection:
                 raise
 
     def lose(self, reason: BaseException) -> None:
-        """Mark the connection as lost, so that no caller uses it any more."""
+        """Treat the connection as lost: from now on, each use of it raises an error."""
         self.lost = self.lost or reason
         self._open.clear()
         self._free.wake()

@@ -1,12 +1,13 @@
-"""Finds broken constraints as COMMIT would find them, without a COMMIT."""
+"""Checks deferred constraints in the same way as COMMIT, but without a COMMIT."""
 
 from typing import Any
 
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
-# The statement checks all deferred constraints, and then restores the mode that each table
-# declares. SET CONSTRAINTS ALL DEFERRED would also defer constraints that are INITIALLY IMMEDIATE.
+# This statement checks all deferred constraints. Then it defers only constraints that are declared
+# INITIALLY DEFERRED. SET CONSTRAINTS ALL DEFERRED would also defer constraints that are INITIALLY
+# IMMEDIATE.
 _POSTGRESQL = """
 DO $$
 DECLARE
@@ -37,7 +38,10 @@ def send(connection: PoolProxiedConnection, statement: str) -> list[Any]:
 
 
 def violations(connection: PoolProxiedConnection, dialect: Dialect) -> set[Any]:
-    """Return the rows that break a foreign key; empty unless SQLite enforces foreign keys."""
+    """Return the rows that break a foreign key on SQLite.
+
+    On any other database, or if SQLite does not enforce foreign keys, the result is empty.
+    """
     if dialect.name != "sqlite" or send(connection, "PRAGMA foreign_keys") != [(1,)]:
         return set()
     return set(send(connection, "PRAGMA foreign_key_check"))
@@ -55,7 +59,7 @@ def check_as_commit_would(
     Args:
         connection: The connection with the work to commit.
         dialect: The dialect of the engine.
-        known: The violations from before the test, which COMMIT would ignore.
+        known: The violations that existed before the test; COMMIT would ignore them.
 
     Raises:
         Exception: The `IntegrityError` of the driver.

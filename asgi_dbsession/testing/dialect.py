@@ -104,7 +104,7 @@ def with_savepoints(dialect: type[Dialect]) -> type[Dialect]:
 
 
 def record_of(connection: PoolProxiedConnection) -> SharedRecord | None:
-    """Return the record of a connection from a `SharedPool`; None for another pool."""
+    """Return the pool entry of a connection of a `SharedPool`; None for any other connection."""
     record = connection._connection_record
     return record if isinstance(record, SharedRecord) else None
 

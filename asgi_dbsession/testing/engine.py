@@ -1,4 +1,4 @@
-"""Lets an engine share one connection during a test, and restores its pool afterwards."""
+"""Replaces the pool of an engine by a `SharedPool` during a test, and restores it afterwards."""
 
 import asyncio
 from collections.abc import Iterator
@@ -23,11 +23,11 @@ def share(engine: Engine, isolation: Isolation) -> None:
     event listeners are called.
 
     Args:
-        engine: The engine to change in place, because other code refers to the same object.
+        engine: The engine. It is changed in place, because other code refers to the same object.
         isolation: The state of the `rolled_back` block.
 
     Raises:
-        ConfigurationError: The engine shares one connection already.
+        ConfigurationError: The engine has a `SharedPool` already.
     """
     name = without_secrets(engine.url)
     if isinstance(engine.pool, SharedPool):
@@ -35,16 +35,18 @@ def share(engine: Engine, isolation: Isolation) -> None:
             f"{name} is inside of `rolled_back` already: use it once for each test."
         )
     dialect = engine.dialect
-    # The dialect is a `SavepointDialect` already if work of an earlier test still uses a
-    # connection. A second derived class would stay after the test, because `unshare` removes only
-    # one class.
+    # If work of an earlier test still uses a connection, `unshare` has not restored the class of
+    # the dialect. Do not derive a second class then: `unshare` would remove only one of the two.
     if not isinstance(dialect, SavepointDialect):
         dialect.__class__ = with_savepoints(type(dialect))
     engine.pool = SharedPool(engine.pool, dialect, name, isolation)
 
 
 def unshare(engine: Engine) -> None:
-    """Roll back the work of the test, and restore the engine's own pool."""
+    """At the end of a test, roll back its work, and give the engine its own pool again.
+
+    If the engine has no `SharedPool`, do nothing.
+    """
     pool, dialect = engine.pool, engine.dialect
     if isinstance(pool, SharedPool):
         try:
@@ -58,7 +60,7 @@ def unshare(engine: Engine) -> None:
 
 
 def home_of(engine: Engine) -> asyncio.AbstractEventLoop | None:
-    """Return the event loop of the shared connection; None for a blocking connection."""
+    """Return the event loop of the engine's shared connection; None without such a connection."""
     return engine.pool.loop if isinstance(engine.pool, SharedPool) else None
 
 

@@ -1,4 +1,4 @@
-"""The state of a `rolled_back` block, and the error for tests that need several connections."""
+"""The state of a `rolled_back` block, and the error `NotIsolated`."""
 
 from dataclasses import dataclass, field
 from threading import Thread, enumerate as enumerate_threads
@@ -32,7 +32,7 @@ _STOP = (
 
 
 def outlived(database: str) -> NotIsolated:
-    """Return the error for work that continues after the end of its test."""
+    """Return the error for work that uses the database after the end of its test."""
     return NotIsolated(
         database,
         f"This work outlived its test: the `rolled_back` block around {database} has ended, and "
@@ -56,11 +56,11 @@ class Isolation:
     """The state that all engines of one `rolled_back` block share.
 
     Args:
-        timeout: Seconds that a transaction waits for another transaction.
+        timeout: How many seconds a transaction waits for the end of another transaction.
         test: The task or thread that entered the block.
 
     Attributes:
-        violations: Errors about work that would have ended differently on several connections.
+        violations: Errors about work that would have had another result on several connections.
         has_ended: True if the block has ended.
         threads: The threads that ran before the first `rolled_back` block around these databases.
         tasks: The tasks that used a session inside a `rolled_back` block.

@@ -1,4 +1,4 @@
-"""A pool that gives the same connection to every caller."""
+"""A connection pool for tests, which gives the same connection to every caller."""
 
 import asyncio
 from itertools import count
@@ -63,9 +63,9 @@ class SharedPool(Pool):
         self.source.dispose()
 
     def roll_back(self) -> None:
-        """Roll back all work, and return the connection to its own pool.
+        """Roll back all work, and return the shared connection to the pool `source`.
 
-        Callers that still hold the connection get errors from then on.
+        From now on, each use of the shared connection raises an error.
         """
         shared, self._shared = self._shared, None
         if shared is None:
@@ -131,7 +131,7 @@ class SharedPool(Pool):
 
 
 class SharedRecord(_ConnectionRecord):
-    """The pool entry of one caller, with the shared connection instead of a separate connection."""
+    """The pool entry for one caller of `SharedPool`; it contains the shared connection."""
 
     def __init__(
         self, pool: Pool, shared: SharedConnection, transaction: SavepointTransaction
@@ -171,7 +171,7 @@ class CutOffConnection:
         """Do nothing, because all work was rolled back at the end of the test."""
 
     def close(self) -> None:
-        """Do nothing: the test has returned the connection that this object stands for."""
+        """Do nothing, because the shared connection was returned to its pool already."""
 
 
 class CutOffCursor:
@@ -188,7 +188,7 @@ class CutOffCursor:
 
 
 def is_autocommit(dialect: Any) -> bool:
-    """Return True if the connections of the engine are in AUTOCOMMIT by default."""
+    """Return True if the engine sets AUTOCOMMIT on each new connection."""
     return bool(dialect._on_connect_isolation_level == "AUTOCOMMIT")
 
 

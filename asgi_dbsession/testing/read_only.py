@@ -14,10 +14,10 @@ from .transaction import SavepointTransaction
 def refusing_writes(
     connection: PoolProxiedConnection, dialect: Dialect, transaction: SavepointTransaction
 ) -> Iterator[None]:
-    """Let the database refuse writes of the one statement that the block executes.
+    """Let the database refuse writes while the `with` block executes one statement.
 
-    A nested transaction may write, so writes are refused only during this statement. MariaDB has no
-    read-only savepoints.
+    Writes are refused only during this statement, because a nested transaction on the same
+    connection may write. On MariaDB writes are not refused, because it has no read-only savepoints.
     """
     if dialect.name == "sqlite":
         send(connection, "PRAGMA query_only = ON")
@@ -27,8 +27,8 @@ def refusing_writes(
             send(connection, "PRAGMA query_only = OFF")
         return
     if dialect.name == "postgresql" and not transaction.read_only:
-        # Send this once for each savepoint: PostgreSQL allows writes again at the end of the
-        # savepoint.
+        # Send this statement only once for each savepoint. At the end of the savepoint, PostgreSQL
+        # allows writes again.
         send(connection, "SET TRANSACTION READ ONLY")
         transaction.read_only = True
     yield

@@ -1,4 +1,4 @@
-"""Rolls back, at the end of a test, all work of the test on its databases."""
+"""Rolls back all work on the databases of an application at the end of a test."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -33,37 +33,38 @@ AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
 
 def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
-    """Roll back, at the end of a test, all work of the test and of the application on databases.
+    """Roll back all work of a test and of the application when the block ends.
 
     All transactions on a database share one connection, which is never committed. Each transaction
-    is a savepoint. A COMMIT keeps the work until the end of the test, and fails where a real COMMIT
-    fails (deferred constraints included). Later transactions see the committed work, in requests
-    and in the test.
+    is a savepoint. A COMMIT keeps the work until the end of the block. If a real COMMIT would fail,
+    for example because of a deferred constraint, this COMMIT fails too. Later transactions see the
+    committed work, in requests and in the test.
 
     Transactions of different requests run one after the other. A transaction is nested in another
-    transaction if it begins while the test has a transaction open, or inside another transaction of
-    its request.
+    transaction in two cases: if the test has a transaction open, or if another transaction of the
+    same request is open.
 
-    `async with` also starts the databases, for clients that send no lifespan. Plain `with` is for
-    tests written with `def`: the databases are started by Starlette's `with TestClient(app):`,
-    inside or around the block. Both `with` and `async with` start a `SyncDatabase`.
+    `async with` also starts the databases, for clients that send no lifespan. Use plain `with` in
+    tests written with `def`. There Starlette's `with TestClient(app):`, inside or around the block,
+    starts each `AsyncDatabase`. Both `with` and `async with` start a `SyncDatabase`.
 
-    Engines in `session_options["binds"]` are included. A session that uses another engine (from its
-    `get_bind`, for example) is refused, unless `from_engine(engine)` is among the databases. Tasks,
-    threads, schedulers and sessions that continue after the block are refused too. Sequences and
-    AUTO_INCREMENT are not reset, because no database rolls them back.
+    Engines in `session_options["binds"]` are included. If a session uses any other engine, for
+    example from its own `get_bind`, the session is refused; give `from_engine(engine)` to
+    `rolled_back` too. Tasks, threads, schedulers and sessions that use a database after the block
+    are refused too. Sequences and AUTO_INCREMENT are not reset, because no database can roll them
+    back.
 
     Args:
         *databases: The databases of the application. The application needs no other change.
-        timeout: Seconds that a transaction waits for another transaction.
+        timeout: How many seconds a transaction waits for the end of another transaction.
 
     Returns:
-        A context manager for one use; in a coroutine it must be `async with`.
+        A context manager for one use; in a coroutine, write `async with`.
 
     Raises:
-        NotIsolated: Several connections would have led to another result, or the connection was
-            lost, or MariaDB has committed by itself. Raised in the request and at the end of the
-            block.
+        NotIsolated: Several connections would have had another result, or the connection was lost,
+            or MariaDB has committed by itself. The error is raised in the request, or at the end of
+            the block.
         ConfigurationError: A database is in a `rolled_back` block already, or plain `with` is used
             in a coroutine.
         DatabaseUnavailable: A database did not answer.
@@ -151,15 +152,14 @@ def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
     try:
         yield
     finally:
-        # Set `has_ended` also if a database failed to start, because `leave_block` was not called
-        # then.
+        # If a database failed to start, `leave_block` was not called, so set `has_ended` here.
         isolation.has_ended = True
         database._prepare = watch
         database._reads.is_shared = False
 
 
 def _share_once(engine: Engine, isolation: Isolation) -> None:
-    """Share an engine, unless another database of the block has shared it already."""
+    """Call `share` for an engine, unless it was called for another database with this engine."""
     pool = root_of(engine).pool
     if not (isinstance(pool, SharedPool) and pool.isolation is isolation):
         share(root_of(engine), isolation)
@@ -185,8 +185,8 @@ def _unshare(database: AnyDatabase) -> None:
         loop = home_of(engine)
         if loop is None:
             unshare(engine)
-        # The event loop runs in another thread, which serves the application, so run `unshare`
-        # there.
+        # The event loop of the shared connection runs in another thread, the thread of the test
+        # client. So run `unshare` in this event loop.
         elif loop.is_running():
             asyncio.run_coroutine_threadsafe(greenlet_spawn(unshare, engine), loop).result()
         elif not loop.is_closed():

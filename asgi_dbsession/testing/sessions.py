@@ -1,4 +1,4 @@
-"""Refuses sessions that would write outside of the shared connections, during and after a test."""
+"""Refuses sessions whose work `rolled_back` could not roll back, during and after a test."""
 
 import asyncio
 import threading
@@ -16,23 +16,23 @@ from asgi_dbsession.errors import without_secrets
 from .dialect import record_of
 from .isolation import Isolation, NotIsolated, outlived
 
-# The `rolled_back` block in which the running code was started; None after the block has ended.
+# The `rolled_back` block in which the running task or thread was started; None outside of a block.
 _block: ContextVar[Isolation | None] = ContextVar("asgi_dbsession.testing", default=None)
 
-# The latest `rolled_back` block around each database, and the `rolled_back` block in which each
-# session was first used.
+# `_latest` has the latest `rolled_back` block around each database. `_block_of` has, for each
+# session, the `rolled_back` block in which the session was first used.
 _latest: WeakKeyDictionary[Database[Any, Any], Isolation] = WeakKeyDictionary()
 _block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
 
-# The modules of thread pools whose threads serve many callers, and so do not belong to one test.
+# The modules of thread pools. Their threads serve many tests, and so belong to no single test.
 _POOLS = ("anyio.", "trio.")
 
 
 def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
-    """Check each session of the database at the begin of each transaction."""
+    """Check each transaction of a session of the database when the transaction begins."""
     earlier = _latest.get(database)
     if earlier is None:
-        # Never remove this listener, so that work which continues after its test is refused too.
+        # Never remove this listener: it must also refuse work that continues after the test.
         event.listen(session_class_of(database), "after_begin", _Check(database))
     else:
         # Tasks and threads that an earlier test left running do not belong to this test.
@@ -42,7 +42,7 @@ def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
 
 
 def enter_block(isolation: Isolation) -> None:
-    """Mark all tasks and threads that start from now on as part of the `rolled_back` block."""
+    """From now on, let new tasks and threads belong to the `rolled_back` block."""
     _block.set(isolation)
 
 
@@ -92,8 +92,9 @@ def _outlived(isolation: Isolation) -> bool:
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
         return True
-    # A thread without a context does not know its `rolled_back` block, so compare the thread
-    # itself. Thread pools pass on the context of each caller.
+    # A thread that was started without the context of its caller has no value of `_block`. Such a
+    # thread has outlived its test, unless it ran before the first block or belongs to a thread
+    # pool. Thread pools run each function in the context of the caller.
     thread = threading.current_thread()
     return (
         task is None

@@ -20,8 +20,8 @@ class SavepointTransaction:
         test: The task or thread that entered `rolled_back`: the test, or its fixture.
 
     Attributes:
-        unit: The unit of work that the transaction belongs to. None if the application took the
-            connection from the engine, or uses a session that this package did not open.
+        unit: The unit of work in which the transaction began. None outside of a unit of work, for
+            example for `engine.connect()` or `Session(engine)` in a test.
         caller: The task or the thread that began the transaction.
         saved: True if the savepoint exists.
         wrote: True if the transaction has sent a statement other than SELECT.
@@ -68,7 +68,10 @@ class SavepointTransaction:
         return not self.is_of_request and self.caller == self._test and not _is_done(self._test)
 
     def may_begin_inside(self, other: "SavepointTransaction") -> bool:
-        """Return True if this transaction must not wait for `other`, which may wait for it."""
+        """Return True if this transaction must begin inside `other`, and not wait for its end.
+
+        Otherwise both could wait for each other.
+        """
         unit = self.unit
         while unit is not None:
             if unit is other.unit:
