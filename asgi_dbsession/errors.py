@@ -15,7 +15,7 @@ class DBSessionError(Exception):
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the finished error text, because `__init__` takes other arguments than a text."""
+        """Pickle the complete error text, because `__init__` takes no text, but other arguments."""
         return _restore_error, (type(self), self.args), vars(self)
 
 
@@ -69,13 +69,13 @@ class PrematureClose(DBSessionError, RuntimeError):
 
 
 class ConcurrentUse(DBSessionError, RuntimeError):
-    """Two tasks (or threads) used one session at the same time, or mixed work in it.
+    """Two tasks or threads used one session at the same time, or have work in one transaction.
 
     Args:
         database: The database of the session.
-        mixed_with: The origin of the other work in the same transaction: a task that is still
-            running ("living"), a task that raised an exception ("failed"), or a "block" of
-            `begin(join=True)`. None if two operations ran at the same time.
+        mixed_with: Whose work is in the same transaction: "living" for a task that is still
+            running, "failed" for a task that raised an exception, "block" for a `begin(join=True)`
+            block. None if two operations ran at the same time.
     """
 
     def __init__(self, database: object, *, mixed_with: str | None = None) -> None:
@@ -139,12 +139,12 @@ class DatabaseUnavailable(DBSessionError, ConnectionError):
 
 
 class TransactionAborted(DBSessionError, PendingRollbackError):
-    """COMMIT was refused because all or half of the work would have been lost silently.
+    """COMMIT was refused, because all or a part of the work would have been lost silently.
 
-    PostgreSQL aborts a transaction at the first statement that fails. It then answers COMMIT with a
-    ROLLBACK that drivers report as success. MySQL and MariaDB roll back the transaction at a
-    deadlock, and the next statement begins a new transaction: COMMIT would store only the second
-    half of the work. Source: https://www.postgresql.org/docs/current/sql-commit.html
+    PostgreSQL aborts a transaction at the first statement that fails. At COMMIT, PostgreSQL then
+    rolls back, and drivers report success. MySQL and MariaDB roll back the transaction at a
+    deadlock, and the next statement begins a new transaction: COMMIT would store only the work
+    after the deadlock. Source: https://www.postgresql.org/docs/current/sql-commit.html
     """
 
     def __init__(self, database: object, reason: str, *, rolled_back: bool = False) -> None:
@@ -185,10 +185,11 @@ class AbortRequest(BaseException):
     """Stops an application whose response must not be sent, for example after a failed COMMIT.
 
     This class is not an `Exception`, so that no exception handler of the application catches an
-    AbortRequest and sends a response. The middleware then raises the original error.
+    AbortRequest and sends a response. The middleware catches the AbortRequest, and then raises
+    `failure` or sends the response of `on_commit_error`.
 
     Args:
-        failure: The error of the COMMIT, which the middleware must answer.
+        failure: The error of the COMMIT; None if the unit of work stores the error.
     """
 
     def __init__(self, failure: Exception | None = None) -> None:
@@ -196,15 +197,15 @@ class AbortRequest(BaseException):
         self.failure: Exception | None = failure
 
 
-# Catch these exceptions wherever an AbortRequest may arrive, because frameworks and task groups may
-# convert an AbortRequest into another exception.
+# Code that waits for an AbortRequest must catch all these exceptions, because frameworks and task
+# groups may convert an AbortRequest into another exception.
 ABORTED = (AbortRequest, Exception, BaseExceptionGroup)
 
 
 def without_secrets(url: URL) -> str:
-    """Return the URL for logs: password hidden, options removed (an option may be a secret)."""
+    """Return the URL for logs: with a hidden password, and without options, which may be secret."""
     # If the colon before the password is written as `%3A`, SQLAlchemy reads the password as a part
-    # of the user name. Separate the two, so that the password is hidden.
+    # of the user name. Separate the password from the user name, so that the password is hidden.
     if url.username and ":" in url.username:
         user, _, password = url.username.partition(":")
         url = url.set(username=user, password=password)
