@@ -29,7 +29,7 @@ async def no_application(scope: Scope, receive: Receive, send: Send) -> None:
 def application_first(
     app: ASGIApp, databases: tuple[D, ...], unknown: Mapping[str, object]
 ) -> tuple[ASGIApp, tuple[D, ...]]:
-    """Return the application and the databases, for positional and keyword arguments.
+    """Return the application and the databases, also if `app` is a keyword argument.
 
     Litestar's `DefineMiddleware` and Starlette below 0.41.3 pass the application as a keyword
     argument. The first positional argument is then a database.

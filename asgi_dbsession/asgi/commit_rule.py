@@ -19,7 +19,7 @@ _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def below_400(status: int) -> bool:
-    """Return True for a status below 400: commit then. This is the default of `commit_when`."""
+    """Return True (commit) for a status below 400. This is the default of `commit_when`."""
     return status < _BAD_REQUEST
 
 

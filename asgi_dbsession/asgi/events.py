@@ -32,7 +32,7 @@ def is_event_stream(start: Message) -> bool:
     # If the headers are not a list, do not read them: an iterator could be read only once, and the
     # server must read it.
     for name, value in headers if isinstance(headers, list) else ():
-        if name == b"content-length":  # the first header of most responses
+        if name == b"content-length":  # an event stream has no length, so stop searching
             return False
         if name == b"content-type":
             return bool(value.startswith(b"text/event-stream"))

@@ -65,7 +65,7 @@ async def serve_lifespan(
 
 
 class _Lifespan:
-    """One run of the lifespan; starts and stops the databases at the right messages."""
+    """One run of the lifespan; starts and stops the databases at startup and shutdown."""
 
     def __init__(self, databases: Sequence[Startable], receive: Receive, send: Send) -> None:
         self._databases = databases

@@ -185,7 +185,8 @@ class DBSessionMiddleware:
             unit.scope = None
             failure = unit.failure
             if failure is not None:
-                # Keep only the fact of a failure: the original error refers to the request's data.
+                # Replace the error, because it keeps the data of the request in memory. A task that
+                # is still running must only see that there was an error.
                 unit.failure = RuntimeError()
         if failure is not None:
             if unit.is_answered:

@@ -45,12 +45,14 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         autocommit_reads: True: read without a transaction until the unit of work writes. False:
             always read in a transaction. None: read without a transaction only on PostgreSQL at
             READ COMMITTED, where the application sees no difference.
-        replicas: The URLs of replicas of a PostgreSQL, or `Replicas(...)`. A unit of work that may
-            only read uses a replica that has replayed all changes that its client has seen.
+        replicas: The URLs of replicas of a PostgreSQL server, or `Replicas(...)`. A unit of work
+            that may only read uses a replica that has replayed all changes that its client has
+            seen.
         **engine_options: Arguments for `sqlalchemy.ext.asyncio.create_async_engine`.
 
     Raises:
-        ConfigurationError: The URL is not a database URL, or its driver is not installed or blocks.
+        ConfigurationError: The URL is not a database URL, or its driver is not installed or is not
+            for asyncio.
     """
 
     is_async = True
@@ -86,10 +88,10 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     ) -> AsyncIterator[AnyAsyncSession]:
         """Open a new unit of work: COMMIT on success, ROLLBACK on any error or cancellation.
 
-        Use it in workers, scripts and child tasks, and for rows that must stay even if the request
-        is rolled back. COMMIT or ROLLBACK runs to completion even if the task is cancelled. Inside
-        a request, the block has its own transaction, so it waits for rows that the request has
-        locked. `@database.begin()` is also a decorator for `async def` functions.
+        Use `begin()` in workers, scripts and child tasks, and for rows that must stay even if the
+        request is rolled back. COMMIT or ROLLBACK runs to completion even if the task is cancelled.
+        Inside a request, the block has its own transaction, so it waits for rows that the request
+        has locked. `@database.begin()` is also a decorator for `async def` functions.
 
         Args:
             join: True to join the open unit of work, if that unit has this database: the block then
@@ -191,7 +193,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _refuse_other_loop(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        # The caller runs in a worker thread, where no event loop runs: refuse nothing.
+        # The caller runs in a worker thread, which has no event loop to compare.
         except RuntimeError:
             return
         if self._loop is loop:

@@ -10,8 +10,8 @@ from sqlalchemy import URL
 _SECRET_NAMES = re.compile(
     r"pass(?!file)|pwd|secret|token|credential|api_?key|access_?key", re.IGNORECASE
 )
-# A secret with fewer characters may be a part of common words, so it is only searched as a whole
-# word. If each text with such a word was hidden, a reader could guess the secret.
+# A secret that has fewer characters than this number may be a part of common words. So search only
+# for whole words. If all texts with such common words were hidden, a reader could guess the secret.
 _SHORTEST_PART = 4
 
 

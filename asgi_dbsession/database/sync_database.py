@@ -46,8 +46,9 @@ class SyncDatabase(Database[Engine, AnySession]):
             first connection. Use this function to add listeners for SQLAlchemy's events.
         autocommit_reads: True: read without a transaction until the unit of work writes. See
             `AsyncDatabase` for None and False.
-        replicas: The URLs of replicas of a PostgreSQL, or `Replicas(...)`. A unit of work that may
-            only read uses a replica that has replayed all changes that its client has seen.
+        replicas: The URLs of replicas of a PostgreSQL server, or `Replicas(...)`. A unit of work
+            that may only read uses a replica that has replayed all changes that its client has
+            seen.
         **engine_options: Arguments for `sqlalchemy.create_engine`.
 
     Raises:

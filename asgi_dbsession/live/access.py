@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from asgi_dbsession.types import Scope
 
-# A function that returns True if a request may see the page.
+# A function that returns True if the client of a request may see the page.
 Allow: TypeAlias = Callable[[Scope], bool]
 
 # The headers that a proxy adds. A request with one of these headers came through a proxy, or

@@ -48,7 +48,8 @@ def check_replica(replica: Any, database: Any, others: Sequence[Any]) -> None:
     """Refuse a database that cannot be a replica of `database`.
 
     Raises:
-        ConfigurationError: The replica has another driver than the primary, or was given before.
+        ConfigurationError: The replica has another driver than the primary, or the same URL as the
+            primary or another replica.
     """
     if replica.url.drivername != database.url.drivername:
         raise ConfigurationError(

@@ -63,8 +63,8 @@ class Answer(NamedTuple):
         """Convert the rows that a server returned.
 
         Args:
-            row: The row for `QUESTION`.
-            identity: The row for `IDENTITY`.
+            row: The row that the query `QUESTION` returned.
+            identity: The row that the query `IDENTITY` returned.
             asked: The time at which the query was sent, from `monotonic`.
             timeline: The timeline of the server's earlier answer; a timeline number can only grow.
             address: The address of the server.

@@ -132,7 +132,7 @@ class Server(ABC):
             _logger.warning("%s is not read from until it answers: %s", self, reason)
 
     def _unanswered(self, error: BaseException) -> None:
-        reason = type(error).__name__  # the class alone, because the driver's text may be secret
+        reason = type(error).__name__  # without the driver's text, which may contain a secret
         self._fail(self._began, reason)
 
     @abstractmethod
@@ -169,7 +169,7 @@ class TaskServer(Server):
 
     @override
     def _wait(self, question: "asyncio.Task[None]", seconds: float) -> bool:
-        # `get_bind` was called by the application, where nothing can be awaited
+        # The application itself has called `get_bind`, and there nothing can be awaited.
         if not in_greenlet():
             return False
         await_only(asyncio.wait([question], timeout=seconds))

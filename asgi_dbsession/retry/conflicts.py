@@ -22,9 +22,9 @@ from .rule import Rule
 # safe. 40003 is different: COMMIT may have succeeded. Source:
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _ROLLBACK, _UNKNOWN = "40", "40003"
-# The error after a migration changed the type of a column that a prepared statement returns. After
-# ROLLBACK the driver prepares the statement again, so a retry succeeds. For asyncpg, test the class
-# of the error, because the text depends on the language of the server.
+# PostgreSQL raises this error if a migration has changed the type of a column that a prepared
+# statement returns. After ROLLBACK the driver prepares the statement again, so a retry succeeds.
+# For asyncpg, test the class of the error, because the text depends on the server's language.
 _NOT_SUPPORTED, _STALE_PLAN = "0A000", "cached plan must not change result type"
 _STALE_PLAN_CLASS = "InvalidCachedStatementError"
 # MySQL's error numbers of a deadlock, a lock wait timeout, and a row that changed after it was
@@ -46,7 +46,7 @@ class WatchedAttempt(RunningAttempt):
     Attributes:
         conflict: The exception of the last conflict; None without a conflict.
         reason: The text about the conflict for the log.
-        committing: The connection of the last COMMIT, whose result is not known yet.
+        committing: The connection of a COMMIT whose result is not known yet; or None.
         has_committed: True if an earlier COMMIT succeeded, as far as known. A statement with
             AUTOCOMMIT counts as a COMMIT.
         stored: A function to call when a COMMIT has certainly succeeded, so that no retry follows.

@@ -49,7 +49,7 @@ class Overload(UnitObserver):
 
 
 class _Wait(Withholding):
-    """One HTTP request, and if it waited for a connection of the pool in vain (`has_failed`).
+    """One HTTP request; `has_failed` is True if it got no connection within the `pool_timeout`.
 
     The context variable `_current` holds this object, so that every task of the request can set
     `has_failed`.

@@ -47,7 +47,7 @@ _OPERATIONS = (
 )
 
 
-# The usual statements that need a transaction in any case.
+# SQL text, INSERT, UPDATE and DELETE always need a transaction, so BEGIN is not delayed for them.
 _NEVER_PLAIN = (TextClause, UpdateBase)
 
 

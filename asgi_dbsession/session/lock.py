@@ -50,7 +50,7 @@ class End:
         error: The exception that the application raised.
 
     Attributes:
-        handled: The exception that an `except` block of the application was handling at the start.
+        handled: The exception of the `except` block that led to this commit or rollback; or None.
         requested_by: The task and the thread that wait for this commit or rollback. If this task or
             thread still holds the lock, a signal handler interrupted its operation by an exception.
         had_work: True if the sessions had work to commit or roll back.

@@ -61,7 +61,7 @@ class ManagedSession(Generic[S]):
     @property
     def ends_at_once(self) -> bool:
         """True if commit and rollback cannot block now, so that `end` needs no worker thread."""
-        if self.session is not self.orm or self.run is call_here:  # these never use a worker thread
+        if self.session is not self.orm or self.run is call_here:  # `end` never needs a thread then
             return False
         return ends_at_once(self.orm, self.companion)
 

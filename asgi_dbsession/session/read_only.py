@@ -66,9 +66,9 @@ def _begin_on_postgresql(connection: Connection) -> None:
 
 
 def _skips_rollback(connection: Connection) -> bool:
-    """Return True if SQLAlchemy would send no ROLLBACK on this connection with AUTOCOMMIT.
+    """Return True if the connection is in AUTOCOMMIT and SQLAlchemy sends no ROLLBACK on it.
 
-    SQLAlchemy has an option for this since version 2.0.43.
+    SQLAlchemy has the option `skip_autocommit_rollback` since version 2.0.43.
     """
     dialect: Any = connection.dialect
     driver = connection.connection.dbapi_connection

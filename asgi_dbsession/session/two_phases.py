@@ -47,7 +47,7 @@ class TwoPhases:
 
     @property
     def deciding(self) -> Session | None:
-        """The session of transaction number 1; None if no transaction has begun."""
+        """The session of transaction number 1; None if no session has an open transaction."""
         begun = self._begun
         return begun[0] if any(each.in_transaction() for each in begun) else None
 
@@ -65,7 +65,10 @@ class TwoPhases:
             return f"{_PREFIX}{self._unit}_{number}_{self._databases}"
 
     def renew(self) -> None:
-        """Use a new random text in later names, unlike the names of transactions in doubt."""
+        """Use a new random text in all later names.
+
+        Otherwise a later transaction could get the name of a transaction in doubt.
+        """
         self._begun = []
         self._unit = token_hex(16)
 

@@ -65,7 +65,7 @@ class SharedPool(Pool):
     def roll_back(self) -> None:
         """Roll back all work, and return the shared connection to the pool `source`.
 
-        From now on, each use of the shared connection raises an error.
+        If a caller still holds the shared connection, each further use raises an error.
         """
         shared, self._shared = self._shared, None
         if shared is None:

@@ -192,7 +192,7 @@ class _Block:
 
     @property
     def _may_only_read(self) -> bool:
-        """True if the unit, or a block that is still open, may only read."""
+        """True if the joined unit, or a block that is still open, may only read."""
         unit = self.unit.joined
         return any(each.read_only for each in (unit, *self._blocks.open) if each is not None)
 

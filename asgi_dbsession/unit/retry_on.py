@@ -1,4 +1,4 @@
-"""The check of the argument `retry_on`, which names errors that are retried like conflicts."""
+"""Checks the argument `retry_on`: the errors that are retried in the same way as conflicts."""
 
 from collections.abc import Callable
 from inspect import iscoroutinefunction

@@ -23,7 +23,7 @@ def sort_work(sessions: Sessions, task: object, living: Living) -> tuple[Session
     tasks. Work of a task that raised an exception must be rolled back.
 
     Returns:
-        Two lists: the sessions to end as the message of `task` requires (commit or rollback), and
+        Two lists: the sessions to commit or to roll back, as the message of `task` requires, and
         the sessions to roll back in any case. All other sessions must not be changed.
 
     Raises:

@@ -8,7 +8,8 @@ are prepared. One session of the unit, the deciding session, makes the right cho
 2. The deciding session is committed first. If its COMMIT fails, no other session is committed.
 3. The deciding session is rolled back last, and only if no other session may still be prepared.
 
-So if the deciding session is still prepared, roll back all sessions of the unit; otherwise commit.
+So if the deciding session is still prepared, the operator rolls back all sessions of the unit.
+Otherwise the operator commits all sessions that are still prepared.
 """
 
 from asgi_dbsession.errors import ConcurrentUse
@@ -71,7 +72,7 @@ def _add_deciding(unit: UnitOfWork, sessions: Sessions) -> None:
 
 
 def _refusal(unit: UnitOfWork, sessions: Sessions) -> ConcurrentUse | None:
-    """Return an error if a session began its transaction before an earlier commit in doubt."""
+    """Return an error if a session began its transaction before a commit that is in doubt now."""
     for each in sessions:
         if two_phases_of(unit).has_renewed(names_of(each.companion.open_connections)):
             return ConcurrentUse(each.lock.database, mixed_with="failed")
