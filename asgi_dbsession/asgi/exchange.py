@@ -1,4 +1,4 @@
-"""The messages of an HTTP response, and the commits and rollbacks that they cause."""
+"""Commits or rolls back before the start and the end of an HTTP response."""
 
 from asgi_dbsession.errors import AbortRequest
 from asgi_dbsession.session.completion import run_to_completion
@@ -15,7 +15,7 @@ _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopy
 
 
 class Exchange:
-    """The messages of one response, and the commits and rollbacks that they cause.
+    """Passes on the messages of one response; commits or rolls back before its start and end.
 
     Attributes:
         may_commit: True if the response is complete. Then the remaining work, such as the work of a

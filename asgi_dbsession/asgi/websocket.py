@@ -25,7 +25,7 @@ _INTERNAL_ERROR = (1011, 4500)
 
 
 class SocketExchange:
-    """The messages of one WebSocket, and the commits and rollbacks that they cause.
+    """Passes on the messages of one WebSocket; commits or rolls back before each message.
 
     The work of a task is committed before the task sends or awaits a message. A denial or a close
     because of an error rolls back instead.

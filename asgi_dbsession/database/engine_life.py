@@ -172,7 +172,7 @@ class EngineLife(ABC, Generic[E]):
     async def ping(self) -> None:
         """Run a statement to check that the database answers.
 
-        The time limit is that of the driver: set the driver's connect timeout in `connect_args`.
+        The driver has the time limit: set the driver's connect timeout in `connect_args`.
 
         Raises:
             DatabaseUnavailable: The database does not answer. The cause is the error of the driver.

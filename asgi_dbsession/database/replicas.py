@@ -24,7 +24,7 @@ class PositionStore(Protocol):
         """Return the text that was saved last for the client; None without a stored text."""
 
     async def save(self, scope: Scope, position: str) -> None:
-        """Store the position that the client has seen, unless a greater text is stored already.
+        """Store the position that the client has seen, unless the text stored before is greater.
 
         Args:
             scope: The ASGI scope of the request.

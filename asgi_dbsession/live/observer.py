@@ -70,7 +70,7 @@ class EndedUnit(NamedTuple):
 
 
 class LiveObserver(UnitObserver):
-    """Observes databases for the live page; a request without a session costs no time.
+    """Observes databases for the live page; does nothing for a request without a session.
 
     Args:
         databases: The databases to observe.

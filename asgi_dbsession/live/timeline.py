@@ -73,7 +73,7 @@ def _draw_unit(
 
 
 def _spans(unit: EndedUnit) -> Iterable[Span]:
-    """Iterate over the measured times of a unit; join two neighbours of the same kind."""
+    """Iterate over the measured times of a unit; join neighbours of the same kind into one time."""
     for _, tally in unit.tallies:
         last: Span | None = None
         for each in tally.all_spans():

@@ -45,7 +45,7 @@ class Choice:
         """Return a connection to the replica; None if it is down or has restarted since the choice.
 
         Raises:
-            sqlalchemy.exc.TimeoutError: No connection of the pool became free in time.
+            sqlalchemy.exc.TimeoutError: No connection became free within the `pool_timeout`.
         """
         try:
             connection = self.engine.connect()

@@ -16,7 +16,7 @@ _TEXT = re.compile(
 
 
 class Position(NamedTuple):
-    """How far a server has written (primary) or replayed (replica) the write-ahead log (WAL).
+    """The position in the write-ahead log (WAL) up to which a server has written or replayed it.
 
     Attributes:
         timeline: A number that grows when a replica is promoted to primary. Positions of two

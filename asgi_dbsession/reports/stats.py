@@ -99,7 +99,8 @@ def stats_of(opened: ManagedSession[Any]) -> SessionStats:
     lock = opened.lock
     stats = companion.stats = SessionStats(lock)
 
-    own: Any = opened.orm.bind  # with replicas, None until the first statement chooses a server
+    # With replicas, the session has no engine until its first statement chooses a server.
+    own: Any = opened.orm.bind
 
     def record_bind(bind: Any) -> None:
         # Only a call of `get_bind` during an operation begins a wait. The application may call

@@ -45,8 +45,8 @@ class Replay:
         self._body = bytearray()
         self._has_begun = False
         self._has_more = True
-        # Identifies the attempt that must still receive the stored request body; None if the
-        # running attempt has received it.
+        # This object identifies the attempt that must still receive the stored request body. None
+        # if no attempt must still receive the stored body.
         self._pending: object = None
         self.is_kept: bool = True
         self.is_client_gone: bool = False

@@ -74,7 +74,7 @@ class NamingSession(Session):
     """A session that can use `transaction_class` for a transaction that begins automatically.
 
     SQLAlchemy itself would use `SessionTransaction`. A session with two-phase commit or with
-    replicas needs its own class of transactions.
+    replicas needs `transaction_class` instead.
     """
 
     transaction_class: type[SessionTransaction] = SessionTransaction

@@ -24,7 +24,7 @@ def current_task() -> object:
         return asyncio.current_task()
     except RuntimeError:
         trio: Any = sys.modules.get("trio")
-        if trio is None:  # neither asyncio nor trio is used: a worker thread, which has no task
+        if trio is None:  # no event loop runs here: the caller is a thread, which has no task
             return None
     try:
         task: object = trio.lowlevel.current_task()
@@ -128,7 +128,7 @@ class SessionLock(ABC):
             SessionClosed: The unit of work has ended.
         """
         caller = self._caller()
-        if self._holder == caller:  # no mutex needed: only the caller itself sets this value
+        if self._holder == caller:  # no mutex needed: only this caller sets `_holder` to itself
             return False
         while True:
             with self.mutex:

@@ -14,8 +14,8 @@ from ._sqlalchemy import is_flushing, isolation_level_on_connect
 from .plain_reads import is_plain_read
 
 # The connections that this module has switched to autocommit, so that no BEGIN was sent yet. The
-# `info` of such a connection has the key, so that autocommit is switched off at the return to the
-# pool.
+# `info` of such a connection has the key `_KEY`: when the connection returns to the pool, the
+# listener `_restore` finds the key and switches autocommit off.
 _delayed: WeakSet[Connection] = WeakSet()
 _KEY = "asgi_dbsession.delayed_begin"
 
@@ -47,8 +47,8 @@ class Reads:
         """Switch the connection to autocommit, until a statement needs a transaction."""
         if self._wanted is False or self.is_shared or not self._can_delay(session, connection):
             return
-        # Set the key before the switch. If a signal handler raises an exception between these
-        # lines, the listener `_restore` finds the key and switches autocommit off.
+        # Set `_KEY` before the switch to autocommit. If a signal handler raises an exception
+        # between these lines, the listener `_restore` switches autocommit off.
         connection.info[_KEY] = True
         _delayed.add(connection)
         _set_autocommit(connection, True)

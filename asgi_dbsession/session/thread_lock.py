@@ -17,7 +17,7 @@ class ThreadLock(SessionLock):
     Args:
         database: The database of the session, for error texts.
         opener: The task that opened the session. Work of worker threads counts as the work of this
-            task, because a thread cannot tell which task started it.
+            task, because a thread does not know which task started it.
     """
 
     def __init__(self, database: object, opener: object) -> None:

@@ -1,4 +1,4 @@
-"""The transaction class of guarded sessions; its methods hold the lock of the session."""
+"""The transaction class of `GuardedSession`; its methods hold the lock of the session."""
 
 from typing import Any
 

@@ -14,7 +14,7 @@ from .transaction import SavepointTransaction, current_caller
 
 # The error number of MariaDB and MySQL for a savepoint that does not exist.
 _NO_SUCH_SAVEPOINT = 1305
-# Seconds to wait for a transaction that the test has opened: the test, which waits, cannot end it.
+# Seconds to wait for a transaction that the test opened: the test itself waits, and cannot end it.
 _LIMIT_FOR_THE_TEST = 0.8
 
 
@@ -79,7 +79,7 @@ class SharedConnection:
     def executing(
         self, transaction: SavepointTransaction, statement: str, *, read_only: bool
     ) -> Iterator[bool]:
-        """Wait until no other transaction is open inside `transaction`; then execute a statement.
+        """Wait for the transactions inside `transaction`; then the block executes a statement.
 
         Yields:
             True if the `with` block must send the statement.

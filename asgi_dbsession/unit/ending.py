@@ -186,7 +186,7 @@ def _in_order(unit: UnitOfWork, working: Sessions) -> Sessions:
 def _settle(
     unit: UnitOfWork, end: End, given: tuple[AfterCommit, ...], working: Sessions
 ) -> list[AfterCommit]:
-    """Remove the `on_commit` functions whose work has ended; return the functions to call now."""
+    """Remove `on_commit` functions after the commit or rollback; return the functions to call."""
     due: list[AfterCommit] = []
     for each in tuple(unit.callbacks):
         # If `on_commit` was called during this COMMIT, or by another task, keep the function: the

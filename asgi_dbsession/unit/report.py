@@ -47,7 +47,7 @@ class UnitReport:
     Attributes:
         scope: The ASGI scope of the request. None if the unit began after the end of the request.
         outcome: `"committed"`, `"rolled_back"`, or `"nothing_to_do"` if no transaction was begun.
-        reason: Why the unit of work was not committed; None if nothing prevented it. `status`: the
+        reason: Why the unit was not committed; None if nothing prevented the COMMIT. `status`: the
             status of the response, or the close code of the WebSocket. `set_rollback`: a call of
             `set_rollback(True)`. `exception`: the application raised an exception. `cancelled`: the
             client disconnected, a time-out, or a new attempt of the request. `unfinished`: the
