@@ -44,8 +44,8 @@ class Exchange:
                 except Exception as error:
                     unit.failure = unit.failure or error
                     raise AbortRequest from error
-                # Meanwhile the COMMIT of another task of this request may have failed. Send nothing
-                # then.
+                # While this task waited for COMMIT, the COMMIT of another task of the request may
+                # have failed. Send nothing then.
                 if unit.failure is not None:
                     raise AbortRequest
             unit.rollback, unit.is_answered = None, True

@@ -22,7 +22,7 @@ _TEXT_IN_DOUBLE_QUOTES = ("sqlite", "mysql", "mariadb")
 
 
 def line(call_site: CallSite) -> str:
-    """Return a call site as the text `file:line`; an empty text for None.
+    """Return the line of code `call_site` as the text `file:line`; an empty text for None.
 
     The file is relative to the working directory. Of a file outside of the working directory, only
     the last three parts of the path are shown.

@@ -38,7 +38,7 @@ def with_driver(url: str | URL, database: Any) -> str | URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError, AttributeError):
-        return url  # `AsyncDatabase` or `SyncDatabase` will raise an error about the URL
+        return url  # invalid: `AsyncDatabase` or `SyncDatabase` raises an error about this URL
     if parsed.drivername in ("postgres", "postgresql"):
         return parsed.set(drivername=database.url.drivername)
     return parsed

@@ -35,7 +35,7 @@ def made_current(unit: UnitOfWork) -> Iterator[None]:
     try:
         yield
     finally:
-        # If another unit has become the current unit meanwhile, that unit is still open: keep it.
+        # If another unit became the current unit inside the block, and is still open, keep it.
         if current_unit.get() is unit:
             current_unit.set(around if was_closed else _nearest_open(around))
 

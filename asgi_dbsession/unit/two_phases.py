@@ -58,7 +58,7 @@ async def commit_in_two_phases(
 
 
 def _add_deciding(unit: UnitOfWork, sessions: Sessions) -> None:
-    """Add the deciding session to `sessions`, because it takes part even if it has no work.
+    """Add the deciding session (of transaction number 1) to `sessions`, even if it has no work.
 
     Raises:
         ConcurrentUse: The deciding session has uncommitted work of another task.

@@ -153,7 +153,7 @@ class UnitOfWork:
         if self.is_blocking:
             made.run = call_here
         self.is_routed = self.is_routed or made.companion.route is not None
-        # Another thread has closed the unit meanwhile, so the new session must be closed too.
+        # Another thread has closed the unit during this call. So close the new session too.
         if self.closed:
             made.close_if_idle()
             raise SessionClosed(database)
