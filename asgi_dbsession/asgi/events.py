@@ -50,7 +50,7 @@ def warn_of_early_events(unit: UnitOfWork, send: Send) -> Send:
         body = message.get("body", b"")
         # A line that begins with a colon is a comment, which only keeps the connection open. See
         # https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
-        if body and not body.startswith(b":"):
+        if body and bytes(body[:1]) != b":":
             _warn(unit, writes)
         await send(message)
 
@@ -66,33 +66,62 @@ def _warn(unit: UnitOfWork, writes: "_Writes") -> None:
 
 
 class _Writes(UnitObserver):
-    """Remembers which sessions have written since their last commit or rollback."""
+    """Remembers which sessions have written since their last commit or rollback.
+
+    A write inside a savepoint is stored with the savepoint, because a rollback to the savepoint
+    takes back this write, and no earlier write.
+    """
 
     def __init__(self) -> None:
-        self._written: set[Session] = set()
+        self._written: set[tuple[Session, SessionTransaction | None]] = set()
 
     @override
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
         event.listen(opened.orm, "after_flush", self._record_flush)
         event.listen(opened.orm, "do_orm_execute", self._record_statement)
+        event.listen(opened.orm, "after_commit", self._record_commit)
         event.listen(opened.orm, "after_soft_rollback", self._record_rollback)
-        event.listen(opened.orm, "after_transaction_end", self._record_end)
 
     def are_pending(self, session: Session) -> bool:
         """Return True if the session has changes that are not committed yet."""
-        is_changed = session.identity_map.check_modified()
-        return session in self._written or bool(session.new or session.deleted or is_changed)
+        if session.new or session.deleted or session.identity_map.check_modified():
+            return True
+        return any(written is session for written, _ in self._written)
 
     def _record_flush(self, session: Session, _context: object) -> None:
-        self._written.add(session)
+        self._written.add((session, session.get_nested_transaction()))
 
     def _record_statement(self, state: ORMExecuteState) -> None:
         if state.is_insert or state.is_update or state.is_delete:
-            self._written.add(state.session)
+            self._record_flush(state.session, None)
 
-    def _record_rollback(self, session: Session, _transaction: SessionTransaction) -> None:
-        self._written.discard(session)
+    def _record_commit(self, session: Session) -> None:
+        # SQLAlchemy calls this listener also when a savepoint is released, before the release.
+        savepoint = session.get_nested_transaction()
+        if savepoint is None:
+            self._forget(session, None)
+        elif (session, savepoint) in self._written:
+            self._written.discard((session, savepoint))
+            self._written.add((session, _savepoint_around(savepoint)))
 
-    def _record_end(self, session: Session, transaction: SessionTransaction) -> None:
-        if transaction.parent is None:
-            self._written.discard(session)
+    def _record_rollback(self, session: Session, transaction: SessionTransaction) -> None:
+        self._forget(session, transaction if transaction.parent is not None else None)
+
+    def _forget(self, session: Session, savepoint: SessionTransaction | None) -> None:
+        """Forget the writes of a session, or only those inside of `savepoint`."""
+        for each in tuple(self._written):
+            if each[0] is session and (savepoint is None or _is_inside(each[1], savepoint)):
+                self._written.discard(each)
+
+
+def _savepoint_around(transaction: SessionTransaction) -> SessionTransaction | None:
+    outer = transaction.parent
+    while outer is not None and not outer.nested:
+        outer = outer.parent
+    return outer
+
+
+def _is_inside(savepoint: SessionTransaction | None, outer: SessionTransaction) -> bool:
+    while savepoint is not None and savepoint is not outer:
+        savepoint = savepoint.parent
+    return savepoint is outer

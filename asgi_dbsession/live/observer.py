@@ -146,7 +146,7 @@ def _ended(
     route: str, began: float, now: float, end: End, tallies: list[tuple[Any, Tally]]
 ) -> EndedUnit:
     error = end.failure or end.error
-    outcome = outcome_of(end, sum([tally.commits for _, tally in tallies]))
+    outcome = outcome_of(end, sum(tally.commits for _, tally in tallies))
     if error is None and outcome != "rolled_back":
         return EndedUnit(route, began, now, outcome, "", "", False, tallies)
     reason = (reason_of(end) or "") if outcome == "rolled_back" else ""

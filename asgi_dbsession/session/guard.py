@@ -213,7 +213,9 @@ class GuardedSession(NamingSession):
         super().reset()
 
 
-def _check_statement(companion: Companion, statement: object, *_: object, **__: object) -> None:
+def _check_statement(
+    companion: Companion, statement: object = None, *_: object, **__: object
+) -> None:
     companion.expects_read = not isinstance(statement, _NEVER_PLAIN)
     if companion.writes.forbidden:
         companion.writes.check_statement(statement)

@@ -14,6 +14,7 @@ from .failures import failed_transactions, refuse_if_aborted, watch
 from .guard import GuardedSession
 from .lock import End, SessionLock
 from .reads import begin_before_savepoint, begin_now
+from .roll_back import roll_back
 from .transaction import LockedTransaction
 from .two_phases import is_refused, names_of, prepare
 
@@ -99,7 +100,7 @@ class ManagedSession(Generic[S]):
             refuse_if_aborted(self.companion.open_connections)
         except BaseException:
             try:
-                _roll_back(self.orm)
+                roll_back(self.orm)
             finally:
                 self.lock.release()
             raise
@@ -157,7 +158,7 @@ class ManagedSession(Generic[S]):
             else:
                 # Roll back first. With SQLite, `close()` alone would give the pool a connection
                 # with an open transaction, and the next request would see its uncommitted rows.
-                _roll_back(self.orm)
+                roll_back(self.orm)
             raise
         finally:
             self._release(end)
@@ -171,7 +172,7 @@ class ManagedSession(Generic[S]):
 
     def _roll_back(self) -> None:
         is_lost = any(each.invalidated for each in self.companion.open_connections)
-        if _roll_back(self.orm) and not is_lost:
+        if roll_back(self.orm) and not is_lost:
             self.in_doubt = ""
 
     def _release(self, end: End) -> None:
@@ -184,19 +185,6 @@ class ManagedSession(Generic[S]):
                 forget(self.orm)
         finally:
             self.lock.release(closed=end.close)
-
-
-def _roll_back(session: Session) -> bool:
-    """Roll back, and return True if the server has confirmed the rollback."""
-    try:
-        session.rollback()
-    except Exception:
-        # The connection was lost. The server rolls back the transaction of a lost connection by
-        # itself, unless the transaction is prepared.
-        if session.in_transaction():
-            session.invalidate()
-        return False
-    return True
 
 
 def _remember_connection(

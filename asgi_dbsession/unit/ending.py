@@ -4,15 +4,14 @@ from asyncio import CancelledError
 from collections.abc import Coroutine
 from typing import Any, TypeAlias
 
-from asgi_dbsession.errors import ConcurrentUse
 from asgi_dbsession.session.completion import complete_here, run_to_completion
-from asgi_dbsession.session.lock import End, Reason, current_end, current_task
+from asgi_dbsession.session.lock import End, Reason, current_end
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.tasks import has_ended
 
 from .after_commit import AfterCommit
-from .shares import Living, sort_work
-from .together import end_together, learn_positions
+from .shares import Living, find_failed, sort_work, with_work
+from .together import close_idle, end_together, in_order, learn_positions
 from .two_phases import commit_in_two_phases
 from .unit_of_work import UnitOfWork, current_unit
 from .unsaved import log_unsaved
@@ -32,7 +31,7 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
     """
     end = End(commit, "status" if unit.rollback is None else "set_rollback")
     unit.rollback = None
-    return _end(unit, end, _with_work(unit))
+    return _end(unit, end, with_work(unit))
 
 
 async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: Living) -> None:
@@ -50,8 +49,8 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         ConcurrentUse: The work of `task` is in one transaction with the work of another task.
         Exception: The exception of the flush or of COMMIT, also kept in `unit.failure`.
     """
-    working = _with_work(unit)
-    own, failed = _sort(unit, working, task, living) if working else ([], [])
+    working = with_work(unit)
+    own, failed = sort_work(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
     if unit.rollback is not None and _is_of(unit.rollback_set_by, task):
         # Reset `rollback` even if there is no work, so that this call of `set_rollback` does not
@@ -84,17 +83,20 @@ async def close(
     opened = tuple(unit.sessions.values())
     if unit.is_answered and not commit:
         log_unsaved(unit, opened, _reason_to_roll_back(error, unit.rollback))
-    working = [each for each in opened if not each.close_if_idle()]
+    working, raised = close_idle(opened)
+    failed: Sessions = []
     if working and commit and sort_tasks:
-        commit = await _roll_back_failed(unit, working)
+        commit, failed = find_failed(unit, working)
     try:
         if working or unit.callbacks or unit.is_routed:
-            ending = _end(unit, _last_end(unit, commit, error), working)
+            ending = _close_working(unit, working, failed, commit=commit, error=error)
             await (ending if unit.is_blocking else run_to_completion(ending))
         elif unit.observers:
             _tell(unit, _last_end(unit, commit, error))
     finally:
         unit.sessions.clear()
+    if raised is not None:
+        raise raised
 
 
 def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
@@ -102,38 +104,28 @@ def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | Non
     complete_here(close(unit, commit=commit, error=error))
 
 
-async def _roll_back_failed(unit: UnitOfWork, working: Sessions) -> bool:
-    """Roll back the work of failed tasks; return True if the remaining work can be committed."""
-    try:
-        _, failed = _sort(unit, working, current_task(), "include")
-    except ConcurrentUse:
-        return False
+async def _close_working(
+    unit: UnitOfWork,
+    working: Sessions,
+    failed: Sessions,
+    *,
+    commit: bool,
+    error: BaseException | None,
+) -> None:
+    """End and close the sessions; roll back those of `failed`, even if `commit` is True."""
+    failure: BaseException | None = None
     if failed:
-        await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
-    return True
-
-
-def _sort(
-    unit: UnitOfWork, working: Sessions, task: object, living: Living
-) -> tuple[Sessions, Sessions]:
-    try:
-        return sort_work(working, task, living)
-    except ConcurrentUse as error:
-        unit.failure = error
-        raise
-
-
-def _with_work(unit: UnitOfWork) -> Sessions:
-    working = []
-    # Copy the sessions: another thread may open a session, which changes the dictionary.
-    for each in tuple(unit.sessions.values()):
-        if each.has_work:
-            working.append(each)
-        # The application itself has committed or rolled back the session. So forget which tasks
-        # used the session: its next work may be of another task.
-        else:
-            each.lock.forget_users()
-    return working
+        try:
+            await _end(unit, End(commit=False, reason="exception"), failed)
+            for each in failed:
+                if not each.close_if_idle():
+                    await each.run(each.end, End(False, "exception", close=True), False)
+        except BaseException as raised:
+            failure = raised
+    remaining = [each for each in working if each not in failed]
+    await _end(unit, _last_end(unit, commit and failure is None, error), remaining)
+    if failure is not None:
+        raise failure
 
 
 async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
@@ -145,7 +137,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     token = current_end.set(end)
     try:
         if unit.two_phase and not unit.read_only and end.commit and working:
-            end.failure = await commit_in_two_phases(unit, _in_order(unit, working), end)
+            end.failure = await commit_in_two_phases(unit, in_order(unit, working), end)
         elif len(working) == 1:
             only = working[0]
             if only.ends_at_once:
@@ -153,7 +145,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
             else:
                 await only.run(only.end, end, end.commit)
         elif working:
-            end.failure = await end_together(_in_order(unit, working), end)
+            end.failure = await end_together(in_order(unit, working), end)
     except BaseException as error:
         end.failure = error
     finally:
@@ -178,11 +170,6 @@ def _last_end(unit: UnitOfWork, commit: bool, error: BaseException | None) -> En
     return End(commit, _reason_to_roll_back(error, unit.rollback), close=True, error=error)
 
 
-def _in_order(unit: UnitOfWork, working: Sessions) -> Sessions:
-    sessions = [unit.sessions.get(each) for each in unit.databases]
-    return [each for each in sessions if each is not None and each in working]
-
-
 def _settle(
     unit: UnitOfWork, end: End, given: tuple[AfterCommit, ...], working: Sessions
 ) -> list[AfterCommit]:
@@ -192,7 +179,7 @@ def _settle(
         # If `on_commit` was called during this COMMIT, or by another task, keep the function: the
         # function may wait for work of a later COMMIT.
         is_concerned = each in given and _is_of(each.given_by, end.task)
-        ends = unit.closed or (is_concerned and not each.waits_for_others(working))
+        ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):
             continue
         if each.should_run(success=ends and end.succeeded):

@@ -3,9 +3,11 @@
 from typing import Any, Literal, TypeAlias
 
 from asgi_dbsession.errors import ConcurrentUse
-from asgi_dbsession.session.lock import SessionLock
+from asgi_dbsession.session.lock import SessionLock, current_task
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.tasks import is_waiting_for
+
+from .unit_of_work import UnitOfWork
 
 Sessions: TypeAlias = list[ManagedSession[Any]]
 
@@ -16,7 +18,9 @@ Sessions: TypeAlias = list[ManagedSession[Any]]
 Living: TypeAlias = Literal["refuse", "leave", "include"]
 
 
-def sort_work(sessions: Sessions, task: object, living: Living) -> tuple[Sessions, Sessions]:
+def sort_work(
+    unit: UnitOfWork, sessions: Sessions, task: object, living: Living
+) -> tuple[Sessions, Sessions]:
     """Find the sessions to commit or roll back before `task` sends or awaits a message.
 
     Work of tasks that have returned counts as work of `task`, as if `task` had waited for these
@@ -28,7 +32,7 @@ def sort_work(sessions: Sessions, task: object, living: Living) -> tuple[Session
 
     Raises:
         ConcurrentUse: One transaction has work of `task` and of another task, and the other task is
-            still running or has failed.
+            still running or has failed. The unit has failed then.
     """
     own: Sessions = []
     failed: Sessions = []
@@ -39,14 +43,48 @@ def sort_work(sessions: Sessions, task: object, living: Living) -> tuple[Session
         is_own = lock.has_finished_work or len(others) < len(lock.users) or _is_in_memory(lock)
         if (others or lock.is_busy) and living != "include":
             if is_own and living == "refuse":
-                raise ConcurrentUse(lock.database, mixed_with="living")
+                raise _refuse(unit, ConcurrentUse(lock.database, mixed_with="living"))
         elif not lock.has_failed_work:
             own.append(opened)
         elif is_own:
-            raise ConcurrentUse(lock.database, mixed_with="failed")
+            raise _refuse(unit, ConcurrentUse(lock.database, mixed_with="failed"))
         else:
             failed.append(opened)
     return own, failed
+
+
+def find_failed(unit: UnitOfWork, working: Sessions) -> tuple[bool, Sessions]:
+    """Find the work of failed tasks, after the application has returned.
+
+    Returns:
+        False if no work may be committed, because one transaction also has work of a failed task.
+        And the sessions to roll back if other work is committed.
+    """
+    sessions = [each for each in working if each.has_work]
+    try:
+        _, failed = sort_work(unit, sessions, current_task(), "include")
+    except ConcurrentUse:
+        return False, []
+    return True, failed
+
+
+def with_work(unit: UnitOfWork) -> Sessions:
+    """Return the sessions that have work to commit or roll back."""
+    working = []
+    # Copy the sessions: another thread may open a session, which changes the dictionary.
+    for each in tuple(unit.sessions.values()):
+        if each.has_work:
+            working.append(each)
+        # The application itself has committed or rolled back the session. So forget which tasks
+        # used the session: its next work may be of another task.
+        else:
+            each.lock.forget_users()
+    return working
+
+
+def _refuse(unit: UnitOfWork, error: ConcurrentUse) -> ConcurrentUse:
+    unit.failure = error
+    return error
 
 
 def _speaks_for(task: object, user: object) -> bool:

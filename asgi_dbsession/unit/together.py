@@ -7,6 +7,8 @@ from asgi_dbsession.session.completion import call_here, complete_here
 from asgi_dbsession.session.lock import End
 from asgi_dbsession.session.managed import ManagedSession
 
+from .unit_of_work import UnitOfWork
+
 Sessions: TypeAlias = list[ManagedSession[Any]]
 Run: TypeAlias = Callable[..., Awaitable[Any]]
 
@@ -91,3 +93,22 @@ async def learn_positions(sessions: Iterable[ManagedSession[Any]]) -> None:
         route = each.companion.route
         if route is not None and not each.has_work and route.work_ended():
             await each.run(route.learn)
+
+
+def in_order(unit: UnitOfWork, working: Sessions) -> Sessions:
+    """Return the sessions in the order in which the databases of the unit were declared."""
+    sessions = [unit.sessions.get(each) for each in unit.databases]
+    return [each for each in sessions if each is not None and each in working]
+
+
+def close_idle(opened: Iterable[ManagedSession[Any]]) -> tuple[Sessions, Exception | None]:
+    """Close the sessions without work; return the other sessions, and the first exception."""
+    working, raised = [], None
+    for each in opened:
+        try:
+            if not each.close_if_idle():
+                working.append(each)
+        # A listener of the application raised the exception. The other sessions must end first.
+        except Exception as error:
+            raised = raised or error
+    return working, raised
