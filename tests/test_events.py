@@ -17,7 +17,7 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from asgi_dbsession import DBSessionMiddleware, SyncDatabase
+from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, SyncDatabase
 from asgi_dbsession.asgi import events
 
 pytestmark = pytest.mark.anyio
@@ -138,7 +138,13 @@ async def nothing(running: Running) -> None:
     """No use of the database."""
 
 
-@pytest.mark.parametrize("work", [insert, flush, add, insert_in_savepoint])
+async def insert_before_savepoint(running: Running) -> None:
+    """A rollback to a later savepoint keeps the row."""
+    await running.execute(ENTRY.insert().values(note="kept"))
+    await in_savepoint(running, "rollback")
+
+
+@pytest.mark.parametrize("work", [insert, flush, add, insert_in_savepoint, insert_before_savepoint])
 async def test_an_event_before_its_commit_is_logged_once_for_each_route(
     running: Running, caplog: pytest.LogCaptureFixture, work: Work
 ) -> None:
@@ -286,3 +292,18 @@ async def test_the_number_of_lines_has_a_limit(
     await get(app, "/one")
     await get(app, "/other/two")
     assert len(warnings(caplog)) == 1
+
+
+async def test_an_event_may_be_any_kind_of_bytes() -> None:
+    """Starlette passes on what the application gives it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send(
+            {"type": "http.response.body", "body": memoryview(b"data: x"), "more_body": True}
+        )
+        await send({"type": "http.response.body", "body": bytearray()})
+
+    exchange = await get(DBSessionMiddleware(app, AsyncDatabase("sqlite://")))
+    assert (exchange.error, exchange.complete) == (None, True)

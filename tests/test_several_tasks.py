@@ -9,7 +9,7 @@ import pytest
 from anyio import to_thread
 from asgi import Exchange, get, respond
 from conftest import ENTRY, WITH_MARIADB, Running, checked_out
-from several import engine_of
+from several import Entry, engine_of
 from sqlalchemy import event, select, text
 from sqlalchemy.util import await_only
 from starlette.applications import Starlette
@@ -494,5 +494,84 @@ async def test_background_work_that_is_mixed_with_that_of_a_failed_task_is_rolle
     exchange = await get(DBSessionMiddleware(app, running.database))
     assert exchange.status == 200
     assert isinstance(exchange.error, ConcurrentUse)
+    assert running.stored() == []
+    await running.assert_clean()
+
+
+async def test_what_a_failed_task_adds_during_a_commit_is_never_stored(running: Running) -> None:
+    """The object is in memory only when the work of the task is rolled back."""
+    if running.real.is_sync:
+        pytest.skip("what threads do says nothing of tasks")
+    committing = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+
+        async def fail() -> None:
+            await committing.wait()
+            session.add(Entry("of the failed task"))
+            raise LookupError
+
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await running.write("own")
+        child = asyncio.create_task(fail())
+        await send({"type": "http.response.body", "body": b"end"})
+        await asyncio.wait([child])
+        assert isinstance(child.exception(), LookupError)
+
+    event.listen(engine_of(running), "commit", lambda _: committing.set())
+    await get(DBSessionMiddleware(app, running.database))
+    assert running.stored() == ["own"]
+    await running.assert_clean()
+
+
+async def test_what_a_task_adds_during_a_commit_is_rolled_back_with_a_500(
+    running: Running,
+) -> None:
+    """Background work of the same request does not store it."""
+    if running.real.is_sync:
+        pytest.skip("what threads do says nothing of tasks")
+    committing = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+
+        async def add() -> None:
+            await committing.wait()
+            session.add(Entry("of a request that failed"))
+
+        await running.write("own")
+        child = asyncio.create_task(add())
+        await session.commit()
+        await child
+        await respond(send, 500)
+        await running.write("background")
+
+    event.listen(engine_of(running), "commit", lambda _: committing.set())
+    await get(DBSessionMiddleware(app, running.database))
+    assert running.stored() == ["own", "background"]
+    await running.assert_clean()
+
+
+async def test_no_listener_hears_of_a_commit_of_a_failed_task(running: Running) -> None:
+    """An outbox publishes in `after_commit`; an audit adds a row in `before_commit`."""
+    if running.real.is_sync:
+        pytest.skip("what threads do says nothing of tasks")
+    heard: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await respond(send)
+        session: Any = running.database.get_session()
+        for name in ("before_commit", "after_commit", "after_rollback"):
+            event.listen(session.sync_session, name, lambda _, name=name: heard.append(name))
+
+        async def fail() -> None:
+            await running.write("half")
+            raise LookupError
+
+        await asyncio.wait([asyncio.create_task(fail())])
+
+    await get(DBSessionMiddleware(app, running.database))
+    assert heard == ["after_rollback"]
     assert running.stored() == []
     await running.assert_clean()

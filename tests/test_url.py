@@ -380,3 +380,20 @@ def test_a_driver_that_is_not_installed_can_be_installed_by_copy_and_paste(
     for package in packages:
         assert f"`pip install {package}`" in said
     assert "hush" not in said
+
+
+@pytest.mark.parametrize("database", [AsyncDatabase, SyncDatabase])
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("postgresql+psycopg://u@h/d?autocommit=true", {}),
+        ("postgresql+psycopg://u@h/d", {"connect_args": {"autocommit": True}}),
+        ("sqlite://", {"connect_args": {"autocommit": True}}),
+    ],
+)
+def test_autocommit_of_the_driver_is_refused(
+    database: Any, url: str, options: dict[str, Any]
+) -> None:
+    """SQLAlchemy does not know of it, and would roll back in vain."""
+    with pytest.raises(ConfigurationError, match='isolation_level="AUTOCOMMIT"'):
+        database(url, **options)

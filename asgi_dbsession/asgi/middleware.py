@@ -55,9 +55,9 @@ class DBSessionMiddleware:
             response: an ASGI application, such as a Starlette `Response`. If the function returns
             None, or if no function is given, the error is raised to the server.
         attempts: How often a request may run. If the database reports a conflict (serialization
-            failure, deadlock, busy SQLite, or a statement outdated by a migration), or a request
-            that may only read loses its connection, the request runs again from the start, with the
-            same body, after at most a second. There is no retry after a message was sent, after a
+            failure, deadlock, busy SQLite, or a statement outdated by a migration), or a read-only
+            unit of work loses its connection, the request runs again from the start, with the same
+            body, after at most a second. There is no retry after a message was sent, after a
             COMMIT on a database of this package, after a statement with AUTOCOMMIT, or after a
             cancellation. There is no retry of a request whose body is over 1 MiB, or that came
             while the bodies of other requests used 32 MiB of memory. If the handler changed

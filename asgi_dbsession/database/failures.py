@@ -62,7 +62,7 @@ def failure_of(database: object, error: Exception, secrets: set[str]) -> Excepti
             f"{database} cannot be connected to with these options: {reason}. Check the options in "
             "its URL (after `?`) and in `connect_args`."
         )
-    if any(map(_keeps_from_connecting, chain)):
+    if any(map(keeps_from_connecting, chain)):
         return DatabaseUnavailable(database, reason, _advice_for(chain))
     # Neither the driver nor this package raised the error, but perhaps a listener of the
     # application. So return the error unchanged.
@@ -75,7 +75,8 @@ def _refuses_options(chain: list[BaseException]) -> bool:
     return isinstance(chain[0], ProgrammingError) or any(isinstance(e, _REFUSED) for e in chain)
 
 
-def _keeps_from_connecting(error: BaseException) -> bool:
+def keeps_from_connecting(error: BaseException) -> bool:
+    """Return True if the driver or the pool raised the error, and not code of the application."""
     # Some drivers raise their own errors while they connect. SQLAlchemy does not wrap these errors.
     module = type(error).__module__.partition(".")[0]
     return isinstance(error, DBAPIError | OSError | PoolTimeout) or module in _DRIVERS

@@ -9,6 +9,7 @@ from sqlalchemy.exc import DisconnectionError, TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 from typing_extensions import override
 
+from asgi_dbsession.database.failures import keeps_from_connecting
 from asgi_dbsession.session.lost import is_lost
 from asgi_dbsession.unit.observer import UnitObserver
 
@@ -52,7 +53,9 @@ class Choice:
         except PoolTimeout:
             raise
         # Some drivers raise errors that SQLAlchemy does not wrap, such as `ConnectionRefusedError`.
-        except Exception:
+        except Exception as error:
+            if not keeps_from_connecting(error):
+                raise  # for example from a listener of the application
             self._server.lost()
             return None
         is_same = False
