@@ -11,6 +11,7 @@ from asgi import Exchange, get, respond
 from conftest import ENTRY, WITH_MARIADB, Running, checked_out
 from several import Entry, engine_of
 from sqlalchemy import event, select, text
+from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -575,3 +576,69 @@ async def test_no_listener_hears_of_a_commit_of_a_failed_task(running: Running) 
     assert heard == ["after_rollback"]
     assert running.stored() == []
     await running.assert_clean()
+
+
+@pytest.mark.parametrize("turns", range(10))
+async def test_a_request_cancelled_while_a_failed_task_is_rolled_back_closes_all(
+    running: Running, turns: int
+) -> None:
+    """The sessions of the other databases are closed too."""
+    if running.real.kind != "asyncpg":
+        pytest.skip("one driver is enough")
+    other = running.real.describe()
+    has_returned = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def fail() -> None:
+            await running.write("half")
+            raise LookupError
+
+        await respond(send)
+        await asyncio.wait([asyncio.create_task(fail())])
+        session: Any = other.get_session()
+        await session.execute(ENTRY.insert().values(note="own"))
+        has_returned.set()
+
+    async with other:
+        request = asyncio.create_task(get(DBSessionMiddleware(app, running.database, other)))
+        await has_returned.wait()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        request.cancel()
+        await asyncio.wait([request])
+        assert checked_out(other) == 0
+    assert running.stored() in ([], ["own"])
+    await running.assert_clean()
+
+
+async def test_a_session_class_with_a_close_of_its_own_has_no_work_of_failed_tasks(
+    running: Running,
+) -> None:
+    """The application has rolled back what the task left, and committed its own work itself."""
+    if running.real.is_sync:
+        pytest.skip("what threads do says nothing of tasks")
+
+    class Closing(Session):
+        def close(self) -> None:
+            super().close()
+
+    database: Any = running.real.describe(session_options={"sync_session_class": Closing})
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = database.get_session()
+
+        async def fail() -> None:
+            await session.execute(select(ENTRY))
+            raise LookupError
+
+        await respond(send)
+        await asyncio.wait([asyncio.create_task(fail())])
+        await session.rollback()
+        await session.execute(ENTRY.insert().values(note="own"))
+        await session.commit()
+
+    async with database:
+        exchange = await get(DBSessionMiddleware(app, database))
+        assert exchange.error is None
+        assert checked_out(database) == 0
+    assert running.stored() == ["own"]
