@@ -123,7 +123,7 @@ class _Lifespan:
         raise failure
 
     async def _serve_after_return(self) -> None:
-        """Receive and answer the server's messages for an application that has already returned."""
+        """Answer the lifespan messages of the ASGI server after the application has returned."""
         if not self._answered_startup:
             await self.send({"type": "lifespan.startup.complete"})
         while not (self._finished or self._heard_shutdown):

@@ -209,7 +209,7 @@ def _select_one(engine: Engine) -> None:
     with engine.connect() as connection:
         connection.execute(select(1))
         # The engine was disposed during the statement, so nobody would close this connection later.
-        # Remove it from the pool, so that it is closed at the end of this block.
+        # Detach the connection from its pool: then the end of the block closes the connection.
         if engine.pool is not pool:
             connection.detach()
 

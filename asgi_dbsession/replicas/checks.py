@@ -38,7 +38,7 @@ def with_driver(url: str | URL, database: Any) -> str | URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError, AttributeError):
-        return url  # invalid: `AsyncDatabase` or `SyncDatabase` raises an error about this URL
+        return url  # `AsyncDatabase` or `SyncDatabase` raises the error about this invalid URL
     if parsed.drivername in ("postgres", "postgresql"):
         return parsed.set(drivername=database.url.drivername)
     return parsed

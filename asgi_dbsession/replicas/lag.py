@@ -22,7 +22,10 @@ class Lag:
         self._mutex = Lock()
 
     def record(self, answer: Answer) -> None:
-        """Record an answer of the primary, but at most ten answers in `most` seconds."""
+        """Keep the WAL position that the primary reported, unless the last one is very recent.
+
+        So the history has at most ten positions, spread over the allowed lag.
+        """
         with self._mutex:
             history = self._history
             if history:

@@ -7,9 +7,9 @@ from zlib import crc32
 
 from typing_extensions import override
 
-# The text of a `Seen`: timeline, WAL position and cluster, and for a replica its name and a time.
-# The first two numbers have fixed widths. So of two positions in one cluster, the later position
-# has the greater text.
+# A `Seen` as a string: timeline, WAL position and cluster; after a read from a replica, also the
+# replica's name and the time of the first such read. Timeline and WAL position have fixed widths,
+# so in one cluster the strings sort in the same order as the positions.
 _TEXT = re.compile(
     r"([0-9a-f]{8})\.([0-9a-f]{16})\.([0-9a-f]{8})(?:\.([0-9a-f]{8})\.([0-9a-f]{1,10}))?"
 )

@@ -32,8 +32,8 @@ class Retry:
 
     Args:
         app: The application that serves the request.
-        attempts: How often the request may run, the first time included.
-        retry_on: Other errors to retry like a conflict: the option of `DBSessionMiddleware`.
+        attempts: How often the request may run, including the first time.
+        retry_on: The option `retry_on` of `DBSessionMiddleware`: more errors after which to retry.
     """
 
     def __init__(self, app: ASGIApp, attempts: int, retry_on: RetryOn) -> None:

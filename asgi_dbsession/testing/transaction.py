@@ -68,9 +68,9 @@ class SavepointTransaction:
         return not self.is_of_request and self.caller == self._test and not _is_done(self._test)
 
     def may_begin_inside(self, other: "SavepointTransaction") -> bool:
-        """Return True if this transaction must begin inside `other`, and not wait for its end.
+        """Return True if this transaction must begin although `other` is still open.
 
-        Otherwise both could wait for each other.
+        If it waited for the end of `other`, the two could wait for each other (deadlock).
         """
         unit = self.unit
         while unit is not None:

@@ -34,8 +34,8 @@ class SessionSource(Protocol[S]):
 class UnitOfWork:
     """The sessions of one request, or of one `begin()`; committed or rolled back together.
 
-    The context variable `current_unit` gets an empty unit at the start of the request, because the
-    outer code would not see a value that an inner task or worker thread sets later.
+    The context variable `current_unit` gets an empty unit at the start of the request. If an inner
+    task or worker thread set the variable later, the outer code would not see the value.
 
     Args:
         databases: The databases whose sessions the unit opens; the first one of each kind is the
@@ -49,12 +49,12 @@ class UnitOfWork:
         is_inner: True if the method `within` made the unit, inside of another unit of work.
         joins_outer_unit: True if `enclosing` belongs to the same request. If both units have a
             database, `enclosing` opens and closes the session of this database.
-        joined: The unit whose session `begin(join=True)` uses; None for any other unit.
+        joined: The unit whose session a block of `begin(join=True)` uses; None without a block.
         rollback: The last argument of `set_rollback` since the last commit; None without a call.
         rollback_set_by: The task that called `set_rollback`.
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
         failure: The first error of a commit or rollback. After this error, nothing may be sent.
-        callbacks: The functions given to `on_commit` that wait for COMMIT.
+        callbacks: The functions given to `on_commit`, to be called after COMMIT.
         two_phase: True if the sessions use two-phase commit.
         read_only: True if the sessions may only read; set before the first session is opened.
         is_routed: True if a session of the unit chooses between the primary and its replicas.
@@ -102,7 +102,7 @@ class UnitOfWork:
             unit = unit.enclosing
 
     def of_same_request(self) -> Iterator["UnitOfWork"]:
-        """Iterate over this unit and all outer units that end with the same request."""
+        """Iterate over this unit and all outer units that belong to the same request."""
         unit: UnitOfWork | None = self
         while unit is not None:
             yield unit
