@@ -8,8 +8,8 @@ from zlib import crc32
 from typing_extensions import override
 
 # A `Seen` as a string: timeline, WAL position and cluster; after a read from a replica, also the
-# replica's name and the time of the first such read. Timeline and WAL position have fixed widths,
-# so in one cluster the strings sort in the same order as the positions.
+# replica's name and the time at which both were stored. Timeline and WAL position have fixed
+# widths, so in one cluster the strings sort in the same order as the positions.
 _TEXT = re.compile(
     r"([0-9a-f]{8})\.([0-9a-f]{16})\.([0-9a-f]{8})(?:\.([0-9a-f]{8})\.([0-9a-f]{1,10}))?"
 )

@@ -97,9 +97,9 @@ class NamingTransaction(SessionTransaction):
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         session: Any = self.session
         names, route = session._companion.two_phases, session._companion.route
-        # In two-phase commit, the name of a transaction has a number: the order of the COMMITs. Name
-        # only the transaction of the session's first connection. With several `binds`, SQLAlchemy
-        # commits the session's other connections in an unknown order.
+        # In two-phase commit, the name of a transaction has a number: the order of the COMMITs. So
+        # name only the transaction of the session's first connection. With several `binds`,
+        # SQLAlchemy commits the session's other connections in an unknown order.
         is_first = self.parent is None and not self._connections
         if names is not None and is_first and isinstance(bind, Engine):
             bind = _NamingEngine(bind, names.name(session))
