@@ -68,7 +68,7 @@ def kinds(speed: Mapping[str, Any], readers: str) -> list[Kind]:
     """
     alone = speed["in process"]["FastAPI"]
     idle = _microseconds(speed["over uvicorn"]["FastAPI"]["no database use"])
-    ten, one = (_microseconds(alone[name]) for name in ("ten statements", "one SELECT"))
+    ten, one = (_microseconds(alone[name]) for name in ("ten SELECTs", "one SELECT"))
     half = (ten - one) / 9 / 2
     read = Kind("a read", idle * 0.6, idle * 0.4, 2, half, half, share=0.9, reading=_FAST)
     write = replace(read, name="a write", statements=3, writes=True, share=0.1)
