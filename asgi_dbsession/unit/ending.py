@@ -88,8 +88,10 @@ async def close(
     if working and commit and sort_tasks:
         commit, failed = find_failed(unit, working)
     try:
+        # An `End` records the task and the exception of its caller, so make both here.
         if working or unit.callbacks or unit.is_routed:
-            ending = _close_working(unit, working, failed, commit=commit, error=error)
+            end, rollback = _last_end(unit, commit, error), End(commit=False, reason="exception")
+            ending = _close_working(unit, working, end, failed, rollback)
             await (ending if unit.is_blocking else run_to_completion(ending))
         elif unit.observers:
             _tell(unit, _last_end(unit, commit, error))
@@ -105,25 +107,20 @@ def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | Non
 
 
 async def _close_working(
-    unit: UnitOfWork,
-    working: Sessions,
-    failed: Sessions,
-    *,
-    commit: bool,
-    error: BaseException | None,
+    unit: UnitOfWork, working: Sessions, end: End, failed: Sessions, rollback: End
 ) -> None:
-    """End and close the sessions; roll back those of `failed`, even if `commit` is True."""
+    """End and close the sessions: first those with work of failed tasks, by `rollback`."""
     failure: BaseException | None = None
     if failed:
         try:
-            await _end(unit, End(commit=False, reason="exception"), failed)
+            await _end(unit, rollback, failed)
             for each in failed:
                 if not each.close_if_idle():
-                    await each.run(each.end, End(False, "exception", close=True), False)
+                    last = End(commit=False, reason="exception", close=True)
+                    await each.run(each.end, last, False)
         except BaseException as raised:
-            failure = raised
-    remaining = [each for each in working if each not in failed]
-    await _end(unit, _last_end(unit, commit and failure is None, error), remaining)
+            failure, end.commit = raised, False
+    await _end(unit, end, [each for each in working if each not in failed])
     if failure is not None:
         raise failure
 
