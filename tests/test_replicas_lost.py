@@ -13,7 +13,7 @@ from asgi import respond
 from conftest import ENTRY
 from replicas import Cluster, Node
 from replicated_shop import COUNT, KINDS, Client, Shop, ports, reads_from
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -296,3 +296,25 @@ async def test_run_transaction_runs_again_if_a_read_in_it_lost_its_replica(
             await shop.database.run_transaction(read_and_write_later)
         assert len(tried) == 2
         assert nodes.primary.at("replicas").ask("SELECT count(*) FROM entry") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_error_of_the_application_takes_no_replica_out(nodes: Cluster, kind: str) -> None:
+    """A listener that raises is not a server that is down, and its error is not hidden."""
+
+    def refuse(*_: object) -> None:
+        raise LookupError("of the application")
+
+    shop = Shop(nodes, kind)
+    async with shop.database:
+        await reads_from(lambda: Client(shop.app), ports(nodes))
+        engines: list[Any] = [each.engine for each in shop.database.replicas]
+        pools = [getattr(each, "sync_engine", each).pool for each in engines]
+        for pool in pools:
+            event.listen(pool, "checkout", refuse)
+        with pytest.raises(LookupError):
+            while True:
+                await Client(shop.app).read()
+        for pool in pools:
+            event.remove(pool, "checkout", refuse)
+        assert {(await Client(shop.app).read())[1] for _ in range(6)} == ports(nodes)
