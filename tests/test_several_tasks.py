@@ -642,3 +642,37 @@ async def test_a_session_class_with_a_close_of_its_own_has_no_work_of_failed_tas
         assert exchange.error is None
         assert checked_out(database) == 0
     assert running.stored() == ["own"]
+
+
+async def test_a_session_is_closed_although_the_rollback_of_its_failed_task_raises(
+    running: Running,
+) -> None:
+    """A listener of the application stops it, and a task that outlives the request goes on."""
+    if running.real.is_sync:
+        pytest.skip("what threads do says nothing of tasks")
+    session: Any = None
+
+    class Stop(BaseException):
+        """Raised by a listener, as a time limit in a signal handler does."""
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal session
+        await respond(send)
+        session = running.database.get_session()
+
+        async def fail() -> None:
+            await running.write("half")
+            raise LookupError
+
+        await asyncio.wait([asyncio.create_task(fail())])
+        event.listen(session.sync_session, "after_rollback", stop, once=True)
+
+    with pytest.raises(Stop):
+        await get(DBSessionMiddleware(app, running.database))
+    with pytest.raises(SessionClosed):
+        await session.execute(select(ENTRY))
+    assert running.stored() == []
+    await running.assert_clean()

@@ -59,7 +59,7 @@ class DBSessionMiddleware:
             unit of work loses its connection, the request runs again from the start, with the same
             body, after at most a second. There is no retry after a message was sent, after a
             COMMIT on a database of this package, after a statement with AUTOCOMMIT, or after a
-            cancellation. There is no retry of a request whose body is over 1 MiB, or that came
+            cancellation. There is no retry of a request whose body exceeds 1 MiB, or that came
             while the bodies of other requests used 32 MiB of memory. If the handler changed
             anything outside of the database, each retry changes it again.
         retry_on: Errors to retry in the same way as a conflict: an exception class, a tuple of

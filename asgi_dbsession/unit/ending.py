@@ -11,7 +11,7 @@ from asgi_dbsession.session.tasks import has_ended
 
 from .after_commit import AfterCommit
 from .shares import Living, find_failed, sort_work, with_work
-from .together import close_idle, end_together, in_order, learn_positions
+from .together import close_idle, end_together, in_order, learn_positions, roll_back_all
 from .two_phases import commit_in_two_phases
 from .unit_of_work import UnitOfWork, current_unit
 from .unsaved import log_unsaved
@@ -114,12 +114,11 @@ async def _close_working(
     if failed:
         try:
             await _end(unit, rollback, failed)
-            for each in failed:
-                if not each.close_if_idle():
-                    last = End(commit=False, reason="exception", close=True)
-                    await each.run(each.end, last, False)
-        except BaseException as raised:
-            failure, end.commit = raised, False
+        except BaseException as error:
+            failure, end.commit = error, False
+        left, raised = close_idle(failed)
+        last = End(commit=False, reason="exception", close=True)
+        failure = await roll_back_all(left, last, failure or raised)
     await _end(unit, end, [each for each in working if each not in failed])
     if failure is not None:
         raise failure
