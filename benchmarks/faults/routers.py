@@ -97,7 +97,8 @@ class ByHand:
 
 
 def _cookie(scope: Any, name: str) -> str:
-    text = dict(scope["headers"]).get(b"cookie", b"").decode()
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    text = headers.get(b"cookie", b"").decode()
     return dict(each.split("=") for each in text.split("; ") if each).get(name, "")
 
 
