@@ -1,7 +1,7 @@
-"""All private names of SQLAlchemy that this package uses, each in one function.
+"""All private (underscore) names of SQLAlchemy that this package uses, each in one function.
 
-Checked with SQLAlchemy 2.0.40 and 2.1.9. If SQLAlchemy changes, `tests/test_rooms.py` reports the
-missing name.
+These names were checked with SQLAlchemy 2.0.40 and 2.1.9. If a later version removes a name, a test
+in `tests/test_rooms.py` fails and reports the name.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from sqlalchemy.pool import QueuePool
 
 
 def begin(session: Any, made_by: type[SessionTransaction], *, nested: bool) -> SessionTransaction:
-    """Do what `Session.begin` does, but make the transaction with the class `made_by`.
+    """Do the same as `Session.begin`, but make the transaction object with the class `made_by`.
 
-    SQLAlchemy has no option for the class of a transaction.
+    SQLAlchemy has no public option to choose the class of the transaction object.
 
     Raises:
         sqlalchemy.exc.InvalidRequestError: In the same cases as `Session.begin`.
@@ -33,8 +33,8 @@ def begin(session: Any, made_by: type[SessionTransaction], *, nested: bool) -> S
             return transaction
     outer: Any = session.get_nested_transaction() or session.get_transaction()
     if not nested or outer._state is not SessionTransactionState.ACTIVE:
-        # A transaction has begun already, or has ended: SQLAlchemy's own `begin` raises the right
-        # error.
+        # The session's transaction cannot begin now: it has begun already, or has ended. Call
+        # SQLAlchemy's own `begin`, which raises the error for this case.
         return Session.begin(session, nested)
     inner = made_by(session, SessionTransactionOrigin.BEGIN_NESTED, session._transaction)
     session._nested_transaction = inner
@@ -44,22 +44,23 @@ def begin(session: Any, made_by: type[SessionTransaction], *, nested: bool) -> S
 def forget(session: Session) -> None:
     """Remove a closed session from SQLAlchemy's registry of all sessions.
 
-    Otherwise each garbage collection of a session runs a callback of the registry. If a signal
-    handler raises an exception inside the callback, Python ignores the exception: Ctrl-C or a time
-    limit would have no effect.
+    If the session stayed in the registry, the registry would run a callback when the session is
+    garbage collected. Python ignores exceptions inside such a callback. A signal handler that
+    raises its exception there (for Ctrl-C or a time limit) would have no effect.
     """
     _sessions.pop(session.hash_key, None)
 
 
 def flush_for_commit(session: Session, *, prepare: bool) -> None:
-    """Do all that SQLAlchemy does before COMMIT: flush, release savepoints, send PREPARE.
+    """Do what SQLAlchemy does before COMMIT: flush, release the savepoints, and send PREPARE.
 
-    `Session.prepare` cannot be used: it refuses open savepoints, and needs two-phase commit.
+    SQLAlchemy's method `Session.prepare` does not fit here, because it raises an error if a
+    savepoint is open or if the session does not use two-phase commit.
 
     Args:
         session: The session to flush. Its next operation must be COMMIT or ROLLBACK.
-        prepare: True to send PREPARE if the session uses two-phase commit; False if the caller
-            sends PREPARE.
+        prepare: True to send PREPARE if the session uses two-phase commit. False if the caller
+            sends PREPARE itself.
     """
     transaction = session.get_transaction() or session.begin()
     is_in_two_phases = session.twophase
@@ -71,10 +72,11 @@ def flush_for_commit(session: Session, *, prepare: bool) -> None:
 
 
 class NamingSession(Session):
-    """A session that can use `transaction_class` for a transaction that begins automatically.
+    """A session that makes its transaction objects with the class `transaction_class` if needed.
 
-    SQLAlchemy itself would use `SessionTransaction`. A session with two-phase commit or with
-    replicas needs `transaction_class` instead.
+    SQLAlchemy always uses the class `SessionTransaction` for a transaction that begins
+    automatically at the first statement. A session with two-phase commit or with replicas needs the
+    methods of `transaction_class`.
     """
 
     transaction_class: type[SessionTransaction] = SessionTransaction
@@ -88,18 +90,19 @@ class NamingSession(Session):
 
 
 class NamingTransaction(SessionTransaction):
-    """A transaction of a session that uses two-phase commit or replicas.
+    """The transaction object of a session that uses two-phase commit or replicas.
 
-    For two-phase commit, this package names the transaction; SQLAlchemy's names would be random.
-    With replicas, `companion.route` opens the connection, to the server that it has chosen.
+    With two-phase commit, this class gives each database transaction a name that an operator can
+    understand. SQLAlchemy's own names would be random. With replicas, this class connects to the
+    server (primary or replica) that `companion.route` has chosen.
     """
 
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         session: Any = self.session
         names, route = session._companion.two_phases, session._companion.route
-        # In two-phase commit, the name of a transaction has a number: the order of the COMMITs. So
-        # name only the transaction of the session's first connection. With several `binds`,
-        # SQLAlchemy commits the session's other connections in an unknown order.
+        # The name of a two-phase transaction contains the position of its COMMIT in the order of
+        # COMMITs. So name only the transaction on the session's first connection. If a session has
+        # several connections (SQLAlchemy's option `binds`), the order of their COMMITs is unknown.
         is_first = self.parent is None and not self._connections
         if names is not None and is_first and isinstance(bind, Engine):
             bind = _NamingEngine(bind, names.name(session))
@@ -113,14 +116,14 @@ class NamingTransaction(SessionTransaction):
 
 
 class _RoutedEngine:
-    """Takes the place of an engine, and connects to the server that `companion.route` chooses."""
+    """Replaces an engine: its `connect()` uses the server that `companion.route` chooses."""
 
     def __init__(self, session: Any, route: Any) -> None:
         self.connect: Callable[[], Connection] = partial(route.connect, session)
 
 
 class _NamingEngine:
-    """Takes the place of an engine, and gives its next two-phase transaction the name `name`."""
+    """Replaces an engine: its connection gives the next two-phase transaction the name `name`."""
 
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine = engine
@@ -143,30 +146,30 @@ def is_prepared(transaction: Transaction | None) -> bool:
 
 
 def is_flushing(session: Any) -> bool:
-    """Return True if the session is flushing now."""
+    """Return True if the session is sending its changed objects to the database (a flush) now."""
     found: bool = session._flushing
     return found
 
 
 def is_orm_enabled(select: Any) -> bool:
-    """Return True if the ORM replaces the SELECT by another SELECT at compilation."""
+    """Return True if SQLAlchemy's ORM replaces the SELECT by another SELECT at compilation."""
     return bool(select._propagate_attrs.get("compile_state_plugin") == "orm")
 
 
 def is_server_side(context: Any) -> bool:
-    """Return True if the rows of the statement are read through a cursor on the server."""
+    """Return True if the statement fetches its rows through a cursor on the database server."""
     found: bool = context._is_server_side
     return found
 
 
 def has_additions(element: Any) -> bool:
-    """Return True if a SELECT or table has hints, prefixes or suffixes, which are free text."""
+    """Return True if a SELECT or table has hints, prefixes or suffixes, which may be any SQL."""
     names = ("_prefixes", "_suffixes", "_hints", "_statement_hints")
     return any(getattr(element, name, None) for name in names)
 
 
 def renders_expressions(type_: Any, dialect: Any) -> bool:
-    """Return True if a column type writes its own SQL around a column or value."""
+    """Return True if a column type adds SQL of its own around a column or a value."""
     return type_ is not None and any(
         each._has_column_expression or each._has_bind_expression
         for each in (type_, type_.dialect_impl(dialect))
@@ -174,19 +177,19 @@ def renders_expressions(type_: Any, dialect: Any) -> bool:
 
 
 def isolation_level_on_connect(connection: Connection) -> str | None:
-    """Return the isolation level that the engine sets on new connections; None if it sets none."""
+    """Return the isolation level that the engine sets on each new connection, or None."""
     level: str | None = connection.dialect._on_connect_isolation_level
     return level
 
 
 def on_checkin(connection: Connection, function: Callable[[Any], object]) -> None:
-    """Call `function` once with the driver's connection, before the connection enters the pool."""
+    """Call `function` with the driver's connection once, just before it returns to the pool."""
     record = connection.connection._connection_record
     if record is not None:
         record.finalize_callback.append(function)
 
 
 def most_overflow(pool: QueuePool) -> int:
-    """Return how many connections the pool may open beyond its size; negative for no limit."""
+    """Return how many connections a pool may open beyond `pool_size`; negative means no limit."""
     most: int = pool._max_overflow
     return most

@@ -1,4 +1,4 @@
-"""Finds sessions whose commit or rollback sends nothing to the database, and so cannot block."""
+"""Finds sessions whose commit or rollback sends nothing to the database, so it cannot block."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,8 +10,8 @@ from .companion import Companion
 from .guard import GuardedSession
 from .reads import is_delayed
 
-# The events of a commit or rollback. If the application listens to such an event, the listener may
-# block the thread.
+# SQLAlchemy calls listeners of these events during a commit or rollback. A listener of the
+# application may block the thread.
 _OF_SESSIONS = (
     "after_commit",
     "after_rollback",
@@ -27,8 +27,9 @@ _METHODS = ("close", "commit", "rollback")
 def ends_at_once(session: Session, companion: Companion) -> bool:
     """Return True if commit and rollback of a session cannot block the calling thread.
 
-    This is True if the session has only read, no transaction has begun on the server, and the
-    application has added no code that may block: neither overridden methods nor listeners.
+    The result is True if all of this holds: the session has only read, no transaction has begun on
+    the server, and the application has neither overridden the session's methods nor added
+    listeners, because such code may block.
     """
     if companion.lock.is_busy or session.new or session.deleted or session.dirty:
         return False
@@ -43,7 +44,7 @@ def _sends_nothing(connection: Connection) -> bool:
         return False
     if _has_foreign(_listeners(connection.engine.pool, _OF_POOLS)):
         return False
-    if connection.invalidated:  # the connection was lost, and has no driver connection any more
+    if connection.invalidated:  # A lost connection has no driver connection to ask.
         return False
     if connection.dialect.name == "sqlite":
         driver: Any = connection.connection.driver_connection

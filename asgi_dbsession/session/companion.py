@@ -1,4 +1,4 @@
-"""The data that this package adds to a session."""
+"""The data that this package attaches to a session: the class `Companion`."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -14,49 +14,54 @@ from .writes import Writes
 
 
 class Follower(Protocol):
-    """The interface of objects that a session calls after each commit and rollback."""
+    """The interface of objects that are notified after each commit and rollback of a session."""
 
     def record_commit(self, session: Session, /) -> None:
-        """Record that the work of the session was committed."""
+        """Called after the work of the session was committed."""
 
     def record_rollback(self, transaction: SessionTransaction, /) -> None:
-        """Record that the work of this transaction or savepoint was rolled back."""
+        """Called after a rollback, with the transaction or savepoint that was rolled back."""
 
 
 class SessionRoute(Protocol):
-    """Chooses the server of a session, the primary or a replica; see the package `replicas`."""
+    """Chooses for each session if it uses the primary or a replica; see the package `replicas`."""
 
     def choose(self, session: Session) -> None:
-        """Called before each statement: set the engine of the session to the chosen server."""
+        """Called before each statement of a session: choose the server, and set its engine."""
 
     def connect(self, session: Session) -> Connection:
         """Return a new connection to the chosen server, or to the primary if the server is down."""
         ...
 
     def work_ended(self) -> bool:
-        """Record a commit or rollback; return True if the caller must call `learn`."""
+        """Called after a commit or rollback. Return True if the caller must call `learn` then."""
         ...
 
     def learn(self) -> None:
-        """Ask the primary for its WAL position after the commit or rollback; this may block."""
+        """Ask the primary for its WAL position (how far it has written its log); this may block."""
 
 
 class Companion:
-    """The data that this package adds to a session; it has no reference to the session.
+    """The data that this package attaches to a session. It has no reference back to the session.
 
     Attributes:
-        lock: The lock of the session.
-        reads: The object that decides if the session may read without a transaction.
+        lock: The lock that every operation of the session holds.
+        reads: The object that decides if the session may read without BEGIN and COMMIT.
         writes: The object that refuses writes if the session may only read.
-        expects_read: False if the running statement needs BEGIN in any case (INSERT, SQL text).
-        connections: The connections that the session used last; some of these may be closed.
-        followers: The objects to call after each commit and rollback.
-        bind_asked: A function to call with each engine before the session uses it.
-        wait_failed: A function to call if no connection became free within `pool_timeout`. It takes
-            the error of the pool.
-        two_phases: The object that names the session's transactions; None without two-phase commit.
-        route: The object that chooses the primary or a replica; None without replicas.
-        stats: The measurements of the session, shared by all observers; None without observers.
+        expects_read: False if the running statement needs BEGIN in any case, because it is an
+            INSERT, UPDATE or DELETE or is given as SQL text.
+        connections: The connections that the session has used. Some of these may be closed now.
+        followers: The objects to notify after each commit and rollback of the session.
+        bind_asked: A function that is called with an engine each time before the session uses the
+            engine.
+        wait_failed: A function that is called with the pool's error if no connection became free
+            within `pool_timeout`.
+        two_phases: The object that names the session's two-phase transactions. None if the session
+            does not use two-phase commit.
+        route: The object that chooses the primary or a replica for the session. None if the
+            database has no replicas.
+        stats: The measurements of the session, which reports and the live page share. None if
+            nothing is measured.
     """
 
     expects_read: bool = True
@@ -74,7 +79,7 @@ class Companion:
         self.followers: list[Follower] = []
 
     def add_connection(self, connection: Connection) -> None:
-        """Record that the session uses a connection, which it may have used before."""
+        """Add a connection to `connections`, and remove closed connections from `connections`."""
         used = self.connections
         if used:
             used = tuple(each for each in used if not each.closed and each is not connection)
@@ -87,5 +92,5 @@ class Companion:
 
     @property
     def needs_own_transaction(self) -> bool:
-        """True if all transactions of the session must be objects of `LockedTransaction`."""
+        """True if the session's transactions must be objects of the class `LockedTransaction`."""
         return self.two_phases is not None or self.route is not None

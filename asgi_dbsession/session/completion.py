@@ -11,31 +11,33 @@ T = TypeVar("T")
 
 
 async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`, and return only after it has ended, even if the caller is cancelled.
+    """Await the coroutine `work` until it has ended, even if the caller is cancelled meanwhile.
 
-    On asyncio, `work` runs in a task of its own. On trio, a shielded cancel scope is enough,
-    because trio cancels only through scopes; the caller is cancelled at its next await.
+    On asyncio, `work` runs in a task of its own, so that a cancellation of the caller does not
+    reach it. On trio, `work` runs in a shielded cancel scope, because trio cancels only through
+    scopes. A cancelled caller of trio gets its exception at the next `await`.
 
     Returns:
-        The result of `work`.
+        The value that `work` returned.
 
     Raises:
-        asyncio.CancelledError: The caller was cancelled meanwhile, once or several times. The error
-            is raised after `work` has ended. Its cause is the exception of `work`, if any.
-        Exception: The exception that `work` raised.
+        asyncio.CancelledError: The caller was cancelled while `work` ran. This error is raised
+            after `work` has ended. If `work` raised an exception, this exception is the cause of
+            the error.
+        Exception: The exception that `work` raised, if the caller was not cancelled.
     """
     try:
         loop = asyncio.get_running_loop()
-    # No asyncio event loop is running, so the caller runs on trio. On trio, only a cancel scope can
-    # cancel a task, so a shielded scope is enough.
+    # No asyncio event loop is running, so the caller runs on trio. Trio cancels a task only through
+    # a cancel scope, so a shielded scope protects `work`.
     except RuntimeError:
         with anyio.CancelScope(shield=True):
             return await work
-        # This line never runs. Type checkers believe that the scope may suppress an exception, and
-        # would report that the function then returns no value.
+        # This line never runs. It is here for type checkers: they believe that the scope may
+        # suppress an exception, and that the function would then return without a value.
         raise
-    # The caller waits for this future, so that a cancellation of the caller cancels the future and
-    # not `work`.
+    # The caller does not wait for the task that runs `work`, but for this future. So a cancellation
+    # of the caller cancels only the future, and `work` goes on.
     finished = loop.create_future()
 
     async def work_to_the_end() -> T:
@@ -49,8 +51,8 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     try:
         await finished
     except asyncio.CancelledError as cancelled:
-        # The cancelled caller still waits until `work` has ended. Without the shielded scope, anyio
-        # would cancel this wait again at each turn of the event loop.
+        # The caller was cancelled, but must still wait until `work` has ended. Without the shielded
+        # scope, anyio would cancel this wait again and again.
         with anyio.CancelScope(shield=True):
             while not task.done():
                 try:
@@ -64,17 +66,17 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def call_here(function: Callable[..., T], *args: Any) -> T:
-    """Call a function on the current thread, even if the function blocks."""
+    """Call a function on the current thread, even if the function blocks the thread."""
     return function(*args)
 
 
 def complete_here(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never waits, without an event loop.
+    """Run a coroutine that never waits for anything, without an event loop.
 
-    The coroutine must call its blocking functions with `call_here`.
+    The coroutine must call blocking functions through `call_here`, which calls them directly.
 
     Returns:
-        The result of the coroutine.
+        The value that the coroutine returned.
 
     Raises:
         Exception: The exception that the coroutine raised.
@@ -84,13 +86,15 @@ def complete_here(work: Coroutine[Any, Any, T]) -> T:
     except StopIteration as finished:
         result: T = finished.value
         return result
-    # The coroutine waits, and no event loop can resume it: a bug in this package.
+    # The coroutine waits for something, but without an event loop nothing can resume it. This
+    # happens only if this package has a bug.
     raise RuntimeError(f"{work!r} waits")
 
 
 def _start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-    # An eager task starts at once, which makes a request that writes one row 2 % faster. If the
-    # event loop has a task factory, use the factory instead.
+    # An eager task starts at once instead of at the next turn of the event loop, which makes a
+    # request that writes one row 2 % faster. If the application has set a task factory, use the
+    # factory instead.
     if sys.version_info >= (3, 12) and loop.get_task_factory() is None:
         return asyncio.Task(work, loop=loop, eager_start=True)
     return loop.create_task(work)

@@ -1,4 +1,4 @@
-"""Records failed statements, so that COMMIT never loses work silently."""
+"""Records failed statements, so that COMMIT raises an error if such a failure has lost work."""
 
 from asyncio import CancelledError
 from collections.abc import Callable
@@ -16,28 +16,29 @@ from ._sqlalchemy import is_prepared
 from .completion import run_to_completion
 from .writes import record_refusal
 
-# The keys are the transactions and savepoints in which a statement failed. A value has the driver's
-# message, and True if the error made the database roll back the whole transaction. The database
-# cannot report this rollback later, because the next statement begins a new transaction. The type
-# is `dict`, because each COMMIT tests if this object is empty; a WeakKeyDictionary would be slow.
+# The statements that failed. Each key is a weak reference to the transaction or savepoint in which
+# a statement failed. Each value is a pair: (1) the message of the driver, (2) True if the error
+# made the database roll back the whole transaction. In this case the database reports no error at
+# COMMIT, because the next statement has begun a new transaction. A WeakKeyDictionary would be
+# slower here, and each COMMIT checks if this object is empty.
 failed_transactions: dict[ref[Transaction], tuple[str, bool]] = {}
 
-# The errors at which InnoDB rolls back the whole transaction, savepoints included: a deadlock, an
-# old snapshot (MariaDB), a full lock table. Source:
+# The numbers of the errors at which InnoDB rolls back the whole transaction, and not only the
+# statement: a deadlock, an outdated snapshot (MariaDB), and a full lock table. Source:
 # https://dev.mysql.com/doc/refman/8.4/en/innodb-error-handling.html
 _ROLLING_BACK = (1213, 1020, 1206)
 
 
 # `_watched` has the engines whose failed statements are recorded. `_dialects` has the dialects of
-# these engines, because an engine and its copies with other options share one dialect. `_watchers`
-# has the functions given to `watch_all`.
+# these engines: an engine and its copies with other options share one dialect, so that no listener
+# is added twice. `_watchers` has the functions that were given to `watch_all`.
 _watched: WeakSet[Engine] = WeakSet()
 _dialects: WeakSet[Dialect] = WeakSet()
 _watchers: dict[Callable[[Engine], None], Callable[[Engine], None]] = {}
 
 
 def watch(engine: Engine) -> None:
-    """Record the statements that fail on `engine`; a second call for the engine does nothing."""
+    """Start to record the statements that fail on `engine`. A second call does nothing."""
     if engine.dialect not in _dialects:
         event.listen(engine, "handle_error", _record_failure)
         _dialects.add(engine.dialect)
@@ -47,11 +48,11 @@ def watch(engine: Engine) -> None:
 
 
 def watch_all(watcher: Callable[[Engine], None], undo: Callable[[Engine], None]) -> None:
-    """Call `watcher` once with each engine that this package uses now, or will use later.
+    """Call `watcher` once with each engine that this package uses now or later.
 
     Args:
-        watcher: A function that adds listeners to an engine.
-        undo: A function that removes the listeners again when this package stops using the engine.
+        watcher: A function that adds listeners to the engine it is given.
+        undo: A function that removes these listeners when this package stops using the engine.
     """
     if watcher not in _watchers:
         _watchers[watcher] = undo
@@ -70,10 +71,11 @@ def unwatch(engine: Engine) -> None:
 
 
 def refuse_if_aborted(connections: tuple[Connection, ...]) -> None:
-    """Refuse a COMMIT if a failed statement has aborted the transaction.
+    """Raise an error before COMMIT if a failed statement has aborted the transaction.
 
     Raises:
-        TransactionAborted: The transaction cannot be committed.
+        TransactionAborted: A transaction on one of the connections was aborted, so COMMIT would
+            store nothing.
     """
     if failed_transactions:
         for connection in connections:
@@ -99,26 +101,27 @@ def _record_failure(context: ExceptionContext) -> None:
 
 
 def _is_unusable_after(context: ExceptionContext, transaction: Transaction | None) -> bool:
-    """Return True if the connection must be closed, because the error left its state unknown."""
+    """Return True if nobody knows the state of the connection after the error: close it then."""
     ends_or_begins = context.statement is None and context.execution_context is None
     if ends_or_begins and not _was_answered(context.sqlalchemy_exception):
-        # The server did not answer BEGIN, COMMIT or ROLLBACK, so its transaction may still be open.
-        # asyncpg, for example, reports the transaction as ended, and the pool would give the
-        # connection to the next request.
+        # The server did not answer BEGIN, COMMIT or ROLLBACK, so the transaction may still be open
+        # on the server. Some drivers (asyncpg) believe that the transaction has ended. The pool
+        # would then give the connection with the open transaction to the next request.
         return True
     if not isinstance(transaction, TwoPhaseTransaction):
         return False
-    # Close the connection of a prepared transaction, because another connection can commit or roll
-    # back the transaction. MariaDB allows this only after the close. After a failed PREPARE,
-    # psycopg still reports the transaction as prepared.
+    # After PREPARE, any connection can commit or roll back the prepared transaction. MariaDB allows
+    # this only after the connection that sent PREPARE is closed. psycopg believes that a
+    # transaction is prepared even if PREPARE failed.
     statement = context.statement
     return is_prepared(transaction) or statement is None or statement.startswith("XA ")
 
 
 def _was_answered(error: Exception | None) -> bool:
-    # InterfaceError and InternalError come from the driver, not from the server: the connection is
-    # busy, or the driver does not know what the server did. An error of psycopg without SQLSTATE
-    # comes from the driver too: after a cancelled COPY, for example, the connection is busy.
+    # InterfaceError and InternalError come from the driver and not from the server. The driver
+    # raises them if the connection is busy, or if it does not know what the server did. A psycopg
+    # error without an SQLSTATE code comes from the driver too (after a cancelled COPY, for
+    # example).
     if not isinstance(error, DBAPIError) or isinstance(error, InterfaceError | InternalError):
         return False
     return getattr(error.orig, "sqlstate", "") is not None
@@ -137,7 +140,7 @@ def _remember(connection: Connection, transaction: Transaction, error: BaseExcep
 
 
 def forbid_commit(connections: tuple[Connection, ...], error: Exception) -> None:
-    """Make a later COMMIT on the connections fail, after a failed rollback to a savepoint."""
+    """Let a later COMMIT on these connections fail, because a rollback to a savepoint failed."""
     for connection in connections:
         transaction = connection.get_transaction()
         if transaction is not None:
@@ -148,7 +151,8 @@ def forbid_commit(connections: tuple[Connection, ...], error: Exception) -> None
 
 def _listen_for_commit(connection: Connection) -> None:
     for name in ("commit", "prepare_twophase"):
-        # Listen on the connection, because a listener on the engine would slow down each statement.
+        # Add the listener to this one connection. A listener on the engine would make each
+        # statement slower.
         if not event.contains(connection, name, _refuse_at_the_last_moment):
             event.listen(connection, name, _refuse_at_the_last_moment)
 
@@ -167,25 +171,26 @@ def _refuse_if_aborted(connection: Connection) -> None:
     if is_rolled_back:
         raise TransactionAborted(database, message, rolled_back=True)
     try:
-        # Only the database knows if the failed statement aborted the transaction. Send a SELECT,
-        # which fails in an aborted transaction.
+        # Only the database knows if the failed statement has aborted the transaction. To find out,
+        # send a SELECT: an aborted transaction refuses it.
         connection.execute(select(1))
     except DBAPIError as error:
         raise TransactionAborted(database, message) from error
 
 
 def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
-    # During the flush before COMMIT, a listener of the application may send a statement and catch
-    # its error. The event `before_commit` is too early to see this error, so check just before
-    # COMMIT.
+    # A listener of the application may send a statement during the flush before COMMIT, and catch
+    # its error. SQLAlchemy's event `before_commit` comes before this flush, so check again just
+    # before COMMIT is sent.
     try:
         _refuse_if_aborted(connection)
     except TransactionAborted:
-        # Send ROLLBACK here: SQLAlchemy takes this error for a failed COMMIT and sends no ROLLBACK.
+        # Send ROLLBACK here. SQLAlchemy believes that COMMIT itself failed, and so does not send
+        # ROLLBACK.
         if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
             try:
                 connection.dialect.do_rollback(connection.connection)
-            # ROLLBACK failed or was cancelled, so it may not have reached the server: close the
+            # ROLLBACK failed or was cancelled, and may not have reached the server. So close the
             # connection.
             except BaseException:
                 discard(connection)
@@ -194,7 +199,7 @@ def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
 
 
 def discard(connection: Connection) -> None:
-    """Close the connection of a cancelled operation, even if the task is cancelled again."""
+    """Close a connection whose operation was cancelled, even if the task is cancelled again."""
     if connection.dialect.is_async:
         await_only(run_to_completion(greenlet_spawn(_throw_away, connection)))
     else:
@@ -203,9 +208,9 @@ def discard(connection: Connection) -> None:
 
 def _throw_away(connection: Connection) -> None:
     if connection.dialect.name == "sqlite":
-        # Roll back before the close. Otherwise SQLite keeps the locks of the connection until the
-        # garbage collector frees the cursors. An error of ROLLBACK must not replace the
-        # cancellation.
+        # For SQLite, send ROLLBACK before the close. Otherwise SQLite keeps the locks of the
+        # connection until Python frees its cursors. Ignore an error of this ROLLBACK, because the
+        # caller must see the cancellation.
         with suppress(Exception):
             connection.dialect.do_rollback(connection.connection)
     connection.invalidate()

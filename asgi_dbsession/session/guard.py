@@ -28,7 +28,8 @@ A = TypeVar("A", bound=AsyncSession)
 S = TypeVar("S", bound=Session)
 T = TypeVar("T")
 
-# The session methods that may send statements. Old versions of SQLAlchemy lack some of these.
+# The methods of a SQLAlchemy session that may send SQL statements. Some of these methods do not
+# exist in older versions of SQLAlchemy.
 _STATEMENTS = ("execute", "scalar", "scalars")
 _BULK_OPERATIONS = ("bulk_insert_mappings", "bulk_save_objects", "bulk_update_mappings")
 _OPERATIONS = (
@@ -47,20 +48,22 @@ _OPERATIONS = (
 )
 
 
-# SQL text, INSERT, UPDATE and DELETE always need a transaction, so BEGIN is not delayed for them.
+# These statements always need a transaction: SQL text, INSERT, UPDATE and DELETE. So this package
+# sends BEGIN at once, and not only when a statement may write.
 _NEVER_PLAIN = (TextClause, UpdateBase)
 
 
 def guarded_class(session_class: type[S]) -> type[S]:
-    """Derive a session class whose operations, lazy loading included, hold the session's lock."""
+    """Derive a session class whose operations hold the session's lock, lazy loading included."""
     bases = (GuardedSession,) if session_class is Session else (session_class, GuardedSession)
     return derive(session_class, bases, {})
 
 
 def guarded_async_class(session_class: type[A]) -> type[A]:
-    """Derive an async session class whose methods raise an error in a `def` function.
+    """Derive an `AsyncSession` class whose methods raise an error if a `def` function calls them.
 
-    Without the error, `session.execute(…)` would return a coroutine that nobody awaits.
+    In a `def` function, `session.execute(…)` would only return a coroutine that nobody awaits, and
+    the statement would not be sent.
     """
     methods = {
         name: _on_event_loop(method)
@@ -71,7 +74,7 @@ def guarded_async_class(session_class: type[A]) -> type[A]:
 
 
 def derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, Any]) -> type[T]:
-    """Derive a class with the name of `session_class`, so that reprs and logs show this name."""
+    """Derive a session class with the same name, so that logs show the name that users know."""
     named = {"__module__": session_class.__module__, **methods}
     derived: type[T] = types.new_class(
         session_class.__name__, bases, exec_body=lambda body: body.update(named)
@@ -82,10 +85,10 @@ def derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, A
 def locked(
     operation: Callable[..., R], check: Callable[..., None] | None = None
 ) -> Callable[..., R]:
-    """Wrap a method of a session or transaction: hold the session's lock while the method runs.
+    """Wrap a method of a session or transaction, so that it holds the session's lock while it runs.
 
     Args:
-        operation: The method.
+        operation: The method to wrap.
         check: A function to call before the method, with the session's `Companion` and the
             arguments of the method.
     """
@@ -125,7 +128,7 @@ def _on_event_loop(method: Callable[..., R]) -> Callable[..., R]:
 
 
 class _ClosingAsyncSession(AsyncSession):
-    """An async session whose `close()` never replaces an exception that the application raised."""
+    """An `AsyncSession` whose `close()` never hides an exception that the application raised."""
 
     @override
     async def close(self) -> None:
@@ -152,10 +155,11 @@ class _ClosingAsyncSession(AsyncSession):
 
 
 class GuardedSession(NamingSession):
-    """The base class of all session classes with a lock; `ManagedSession` sets `_companion`."""
+    """The base class of all session classes with a lock. `ManagedSession` sets `_companion`."""
 
     _companion: Companion
-    # `managed.py` sets `transaction_class`, because importing the class here would be circular.
+    # The module `managed.py` sets the class attribute `transaction_class`. An import of that class
+    # into this module would be a circular import.
 
     @override
     def add(self, instance: object, *args: Any, **kwargs: Any) -> None:
@@ -165,7 +169,8 @@ class GuardedSession(NamingSession):
     @override
     @locked
     def begin(self, nested: bool = False) -> SessionTransaction:
-        # Hold the lock, because SAVEPOINT must not be sent in the middle of a commit or rollback.
+        # This method holds the lock, so that SAVEPOINT is never sent in the middle of a commit or
+        # rollback.
         if nested:
             for connection in self._companion.open_connections:
                 begin_before_savepoint(connection)
@@ -179,8 +184,8 @@ class GuardedSession(NamingSession):
         try:
             begin_on_server(connection)
         except BaseException:
-            # After a cancellation, for example, SQLAlchemy does not know if BEGIN has reached the
-            # server, and would give the pool a connection with an open transaction. So close the
+            # BEGIN may have been cancelled after it reached the server. SQLAlchemy does not know
+            # this, and would give the pool a connection with an open transaction. So close the
             # connection.
             discard(connection)
             raise
@@ -202,14 +207,15 @@ class GuardedSession(NamingSession):
     @locked
     def reset(self) -> None:
         if self.in_transaction():
-            # The application called `close()` or left `async with session:` with uncommitted work.
-            # The work would be lost, and the client would still get a success status.
+            # The application called `close()` or left `async with session:` before its work was
+            # committed. The close would lose the work, and the client would still get a success
+            # status.
             raise PrematureClose(self._companion.lock.database)
         super().reset()
 
     @locked
     def discard(self) -> None:
-        """Roll back the work that an error interrupted, and remove all objects from the session."""
+        """Roll back the work that an exception interrupted, and empty the session."""
         super().reset()
 
 

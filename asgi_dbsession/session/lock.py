@@ -1,4 +1,4 @@
-"""The lock of a session: one task or thread at a time may use the session, until it is closed."""
+"""The lock of a session: only one task or thread at a time may use the session."""
 
 import asyncio
 import sys
@@ -24,7 +24,7 @@ def current_task() -> object:
         return asyncio.current_task()
     except RuntimeError:
         trio: Any = sys.modules.get("trio")
-        if trio is None:  # no event loop runs here: the caller is a thread, which has no task
+        if trio is None:  # No event loop runs in this thread.
             return None
     try:
         task: object = trio.lowlevel.current_task()
@@ -40,21 +40,21 @@ Reason: TypeAlias = Literal[
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class End:
-    """One commit or rollback of a unit of work; its steps may run in several threads.
+    """One commit or rollback of a unit of work. Its steps may run in several threads.
 
     Args:
         commit: True to commit, False to roll back.
-        reason: Why the work is not committed, for reports.
+        reason: Why the work is rolled back. Reports show the reason.
         close: True to close the sessions permanently after the commit or rollback.
-        task: The task whose work is committed or rolled back; None for the work of all tasks.
-        error: The exception that the application raised.
+        task: Commit or roll back only the work of this task. None for the work of all tasks.
+        error: The exception that the application raised, or None.
 
     Attributes:
-        handled: The exception of the `except` block that led to this commit or rollback; or None.
-        requested_by: The task and the thread that wait for this commit or rollback. If this task or
-            thread still holds the lock, a signal handler interrupted its operation by an exception.
-        had_work: True if the sessions had work to commit or roll back.
-        failure: The exception that the commit or rollback raised; None if it succeeded.
+        handled: The exception of the `except` block that started this commit or rollback, or None.
+        requested_by: The task and the thread that wait for this commit or rollback. If one of them
+            still holds the lock, a signal handler interrupted its operation with an exception.
+        had_work: True if the sessions had anything to commit or roll back.
+        failure: The exception that the commit or rollback itself raised. None if it succeeded.
     """
 
     commit: bool
@@ -69,7 +69,7 @@ class End:
 
     @property
     def succeeded(self) -> bool:
-        """True if the work was committed; False after a rollback or an error."""
+        """True if the work was committed. False after a rollback or a failed COMMIT."""
         return self.commit and self.failure is None
 
 
@@ -78,19 +78,19 @@ current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=N
 
 
 class SessionLock(ABC):
-    """A lock around each operation, commit and rollback of a session.
+    """The lock that each operation, commit and rollback of a session holds.
 
-    If an operation begins while another operation runs, the lock raises ConcurrentUse. A commit or
-    rollback waits for the running operation. New operations wait for a commit or rollback. The
-    mutex is an `RLock`, because a signal handler may use the session while its own thread holds the
-    mutex. An exception cannot leave the mutex locked: `with` runs no Python code.
+    If an operation begins while another operation runs, the lock raises `ConcurrentUse`. A commit
+    or rollback waits for the running operation. New operations wait for a commit or rollback.
+    `mutex` is an `RLock`, because a signal handler may use the session while its own thread holds
+    the mutex. `with mutex` runs no Python code, so a signal handler cannot leave it locked.
 
     Attributes:
-        is_closed: True if no operation may begin any more.
-        users: Running tasks that used the session since the last commit or rollback.
-        has_finished_work: True if a task that used the session has returned, or is unknown.
-        has_failed_work: True if a task that used the session has raised an exception.
-        admit: Raises an error if the caller is outside of the open `begin(join=True)` block.
+        is_closed: True if every new operation is refused, because the unit of work has ended.
+        users: The running tasks that used the session since the last commit or rollback.
+        has_finished_work: True if a task that has returned used the session, or an unknown task.
+        has_failed_work: True if a task that used the session has failed or was cancelled.
+        admit: A function that refuses tasks outside of an open `begin(join=True)` block; or None.
     """
 
     admit: Callable[[], None] | None = None
@@ -99,7 +99,7 @@ class SessionLock(ABC):
     has_failed_work: bool = False
     _is_held_by_end = False
     _holder: object = None
-    _ends = 0  # how many commits and rollbacks run or wait for the lock
+    _ends = 0  # The number of commits and rollbacks that run or wait for the lock.
     _waiters: "tuple[Future[None], ...]" = ()
 
     def __init__(self, database: object) -> None:
@@ -121,14 +121,14 @@ class SessionLock(ABC):
         """Acquire the lock for an operation.
 
         Returns:
-            True if the caller must release the lock. False if the caller holds the lock already.
+            True if the caller must call `release`. False if the caller holds the lock already.
 
         Raises:
-            ConcurrentUse: Another task or thread is in the middle of an operation.
-            SessionClosed: The unit of work has ended.
+            ConcurrentUse: Another task or thread is in the middle of an operation of this session.
+            SessionClosed: The unit of work of the session has ended.
         """
         caller = self._caller()
-        if self._holder == caller:  # no mutex needed: only this caller sets `_holder` to itself
+        if self._holder == caller:  # Only the caller can make itself the holder: no mutex needed.
             return False
         while True:
             with self.mutex:
@@ -146,7 +146,7 @@ class SessionLock(ABC):
             self._wait(released)
 
     def acquire_for_end(self, end: End, *, of_block: bool = False) -> None:
-        """Wait for the running operation, and acquire the lock for a commit or rollback."""
+        """Wait for the running operation, then acquire the lock for a commit or rollback."""
         with self.mutex:
             self._ends += 1
         try:
@@ -161,14 +161,14 @@ class SessionLock(ABC):
                         return
                     released = self._new_waiter()
                 self._wait(released)
-        except BaseException:  # the commit was cancelled while waiting: let waiting operations run
+        except BaseException:  # This wait was cancelled. Wake the operations that wait behind it.
             with self.mutex:
                 self._ends -= 1
                 self._wake_all()
             raise
 
     def release(self, *, closed: bool = False) -> None:
-        """Release the lock; with `closed=True`, refuse all later operations."""
+        """Release the lock. With `closed=True`, refuse all later operations of the session."""
         with self.mutex:
             if self._is_held_by_end:
                 self._is_held_by_end, self._ends = False, self._ends - 1
@@ -179,11 +179,11 @@ class SessionLock(ABC):
                 self._wake_all()
 
     def is_held_by_end_of_caller(self) -> bool:
-        """Return True if the caller is the running commit or rollback, or was called by it."""
+        """Return True if the caller runs the commit or rollback that holds the lock now."""
         return self._is_held_by_end and self._holder == self._caller()
 
     def record_user(self) -> None:
-        """Record that the caller changed objects in memory, which needs no lock."""
+        """Record that the caller added an object to the session, which sends no statement."""
         caller = self._caller()
         with self.mutex:
             if self.is_closed:
@@ -193,7 +193,7 @@ class SessionLock(ABC):
             self._add_user(caller)
 
     def sort_out_users(self) -> None:
-        """Remove ended tasks from `users`; record in `has_…_work` if a task returned or failed."""
+        """Remove ended tasks from `users`, and record if these tasks returned or failed."""
         with self.mutex:
             for task in [each for each in self.users if has_ended(each)]:
                 self.users.discard(task)
@@ -203,13 +203,13 @@ class SessionLock(ABC):
                     self.has_finished_work = True
 
     def forget_users(self) -> None:
-        """Clear the users of the session, because all work was committed or rolled back."""
+        """Forget which tasks used the session, because all work is committed or rolled back."""
         self.users, self.has_finished_work, self.has_failed_work = set(), False, False
 
     def _add_user(self, task: object) -> None:
         if task not in self.users:
             if self.users:
-                # Drop ended tasks: a long stream may start many tasks, which would fill the memory.
+                # Remove ended tasks, so that `users` does not grow in a long streaming response.
                 self.sort_out_users()
             self.users.add(task)
 
@@ -221,7 +221,7 @@ class SessionLock(ABC):
     def _wake_all(self) -> None:
         waiters, self._waiters = self._waiters, ()
         for released in waiters:
-            if released.set_running_or_notify_cancel():  # False if the waiting task was cancelled
+            if released.set_running_or_notify_cancel():
                 released.set_result(None)
 
     @abstractmethod
@@ -232,7 +232,7 @@ class SessionLock(ABC):
 
 
 class TaskLock(SessionLock):
-    """The lock of an async session, which counts each asyncio task as one caller."""
+    """The lock of an async session. Each asyncio task is one caller of the lock."""
 
     @override
     def _caller(self) -> object:

@@ -1,4 +1,4 @@
-"""Recognizes the error of a lost connection, and if the lost transaction could only read."""
+"""Decides if an error means that a connection was lost, and if the lost transaction only read."""
 
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import InvalidRequestError
@@ -7,21 +7,24 @@ from .writes import may_only_read
 
 
 def is_lost(context: ExceptionContext) -> bool:
-    """Return True if the connection to the server was lost, or could not be made."""
+    """Return True if the error means that the connection was lost or could not be opened."""
     error = context.original_exception
-    # If a task is cancelled, SQLAlchemy reports a disconnect too, although no connection was lost.
-    # SQLAlchemy's own InvalidRequestError (MissingGreenlet, say) comes from wrong code.
+    # If a task is cancelled, SQLAlchemy reports a disconnect too, although the connection was not
+    # lost. `InvalidRequestError` and its subclasses (`MissingGreenlet`, for example) report wrong
+    # use of SQLAlchemy, not a lost connection.
     if not isinstance(error, Exception) or isinstance(error, InvalidRequestError):
         return False
-    # asyncpg raises the socket's own error, which SQLAlchemy does not recognize as a disconnect.
+    # asyncpg raises Python's `ConnectionError` for a lost connection. SQLAlchemy does not recognize
+    # this error as a disconnect.
     is_disconnect = context.is_disconnect or isinstance(error, ConnectionError)
     return is_disconnect or context.connection is None
 
 
 def is_lost_read(context: ExceptionContext) -> bool:
-    """Return True if a connection was lost in a read-only transaction, which changed nothing."""
+    """Return True if the connection was lost in a transaction that could only read."""
     connection = context.connection
-    # After its first error the connection is closed, and `may_only_read` has no information.
+    # After its first error the connection is marked as lost. Then nobody knows any more if its
+    # transaction was read-only.
     if connection is None or connection.invalidated:
         return False
     return is_lost(context) and may_only_read(connection)

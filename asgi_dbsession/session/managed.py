@@ -1,4 +1,4 @@
-"""A session that a unit of work opened; all of its work is committed or rolled back together."""
+"""A session of a unit of work, whose work is committed or rolled back as a whole."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
@@ -25,14 +25,18 @@ class ManagedSession(Generic[S]):
     """A session together with the data that its unit of work needs to commit or roll back.
 
     Args:
-        session: The session that the application uses, made by a class from `guarded_class`.
-        orm: The `sqlalchemy.orm.Session` inside of an `AsyncSession`; otherwise `session` itself.
+        session: The session object that the application uses. Its class is made by `guarded_class`.
+        orm: The `sqlalchemy.orm.Session` inside an `AsyncSession`. For a sync session, `session`
+            itself.
         companion: The data of this package to attach to the session.
-        run: A function that calls a blocking function, in a greenlet (async) or a thread (sync).
+        run: A function that calls blocking code: in a greenlet for async sessions, in a thread for
+            sync sessions.
 
     Attributes:
-        is_flushed: True after the method `flush`, which acquires the lock; `end` releases the lock.
-        in_doubt: The names of two-phase transactions that may be prepared on the server.
+        is_flushed: True between the methods `flush` and `end`. `flush` acquires the lock of the
+            session, and `end` releases it.
+        in_doubt: The names of two-phase transactions that may still be prepared on the server, as a
+            text.
     """
 
     is_flushed: bool = False
@@ -50,10 +54,10 @@ class ManagedSession(Generic[S]):
 
     @property
     def has_work(self) -> bool:
-        """True if the session has work to commit or roll back, or if an operation runs."""
-        # `in_transaction()` is True after a flush or a statement. The checks of `identity_map` and
-        # `new` find objects that another task changed or added during an earlier COMMIT. A refused
-        # write counts as work: the unit of work must fail even if the application caught the error.
+        """True if the session has anything to commit or roll back, or if an operation runs."""
+        # `in_transaction()` is True after a flush or a statement. The other checks find objects
+        # that another task changed or added while an earlier COMMIT was running. A refused write
+        # counts too: it must make the unit of work fail, even if the application caught its error.
         session, lock = self.orm, self.lock
         if session.in_transaction() or session.identity_map.check_modified() or lock.is_busy:
             return True
@@ -61,17 +65,18 @@ class ManagedSession(Generic[S]):
 
     @property
     def ends_at_once(self) -> bool:
-        """True if commit and rollback cannot block now, so that `end` needs no worker thread."""
-        if self.session is not self.orm or self.run is call_here:  # `end` never needs a thread then
+        """True if commit and rollback cannot block now, so `end` needs no worker thread."""
+        if self.session is not self.orm or self.run is call_here:
+            # In these two cases `end` never runs in a worker thread.
             return False
         return ends_at_once(self.orm, self.companion)
 
     def close_if_idle(self) -> bool:
-        """Close the session permanently if it has no work; send nothing to the database.
+        """Close the session permanently if it has nothing to commit. Send nothing to the database.
 
         Returns:
-            True if the session was closed. False if the session has work, so that the caller must
-            call `end`.
+            True if the session was closed. False if the session has work, which the caller must
+            commit or roll back with `end`.
         """
         with self.lock.mutex:
             if self.has_work or type(self.orm).close is not GuardedSession.close:
@@ -82,19 +87,19 @@ class ManagedSession(Generic[S]):
         return True
 
     def flush(self, end: End) -> None:
-        """Flush, and do all other steps that can fail before PREPARE or COMMIT.
+        """Send all changes to the database, and do all other steps that can fail before COMMIT.
 
-        The caller must call `end` afterwards.
+        If this method succeeds, the caller must call the method `end`, which commits or rolls back.
 
         Raises:
             TransactionAborted: The application caught an error that aborted the transaction.
-            Exception: The exception of the flush. Everything was rolled back.
+            Exception: The error of the flush. The work of the session was rolled back.
         """
         self.lock.acquire_for_end(end)
         try:
             if self.companion.two_phases is not None:
-                # Begin the transaction: the session of transaction number 1 may have no work, but
-                # must be prepared too.
+                # In two-phase commit, the first session must be prepared even if it has no work. So
+                # begin its transaction here.
                 self.orm.connection()
             flush_for_commit(self.orm, prepare=self.companion.two_phases is None)
             refuse_if_aborted(self.companion.open_connections)
@@ -107,11 +112,11 @@ class ManagedSession(Generic[S]):
         self.is_flushed = True
 
     def prepare(self) -> None:
-        """Send PREPARE for the flushed session; afterwards the caller must call the method `end`.
+        """Send PREPARE for the flushed session. Then the caller must call `end` in any case.
 
         Raises:
             TransactionAborted: The application caught an error that aborted the transaction.
-            Exception: The exception of PREPARE. The caller must call `end` in this case too.
+            Exception: The error of PREPARE.
         """
         connections = self.companion.open_connections
         self.in_doubt = names_of(connections)
@@ -126,16 +131,16 @@ class ManagedSession(Generic[S]):
     def end(self, end: End, commit: bool) -> None:
         """Wait until the running operation has ended; then commit or roll back the session.
 
-        When this method returns or raises, the connection is back in its pool or closed.
+        After this method, even if it raises, the connection is in its pool again or closed.
 
         Args:
-            end: The commit or rollback of the unit of work.
-            commit: True to commit, False to roll back (because another database failed, for
-                example).
+            end: The commit or rollback of the unit of work, of which this session is a part.
+            commit: True to commit this session, False to roll back (for example, because another
+                database of the unit of work failed).
 
         Raises:
             TransactionAborted: The application caught an error that aborted the transaction.
-            Exception: The exception of the flush or of COMMIT. Everything was rolled back.
+            Exception: The error of the flush or of COMMIT. The work of the session was rolled back.
         """
         if not self.is_flushed:
             self.lock.acquire_for_end(end)
@@ -148,23 +153,25 @@ class ManagedSession(Generic[S]):
                 self.companion.writes.rolled_back(end.reason)
         except BaseException:
             if self.in_doubt:
-                # The error may come from a listener after a successful COMMIT. So ask the
-                # connections again which transactions are still prepared.
+                # A listener of the application may have raised this error after a successful
+                # COMMIT. So find out which transactions are still prepared.
                 self.in_doubt = names_of(self.companion.open_connections)
-            # Close the connection of a prepared transaction without ROLLBACK, because another
-            # session may have committed already.
+            # A transaction is prepared, and another session of the unit of work may be committed
+            # already. So close the connection without ROLLBACK. The prepared transaction stays on
+            # the server.
             if self.in_doubt:
                 self.orm.invalidate()
             else:
-                # Roll back first. With SQLite, `close()` alone would give the pool a connection
-                # with an open transaction, and the next request would see its uncommitted rows.
+                # Send ROLLBACK before `close()`. With SQLite, `close()` alone would give the pool a
+                # connection with an open transaction, and the next request would see the
+                # uncommitted rows.
                 roll_back(self.orm)
             raise
         finally:
             self._release(end)
 
     def leave_in_doubt(self, end: End) -> None:
-        """Close the connection; an operator must end its prepared transaction on the server."""
+        """Close the connection; its prepared transaction stays until an operator ends it."""
         try:
             self.orm.invalidate()
         finally:
@@ -193,7 +200,8 @@ def _remember_connection(
     companion: Companion = session._companion
     if not transaction.nested and session.in_nested_transaction():
         begin_before_savepoint(connection)
-    # An engine from `binds` or `bind_arguments` may not have the listeners of this package yet.
+    # SQLAlchemy's options `binds` and `bind_arguments` can bring in an engine that does not have
+    # the listeners of this package yet.
     if connection.engine is not session.bind:
         watch(connection.engine)
     companion.add_connection(connection)
@@ -206,8 +214,9 @@ def _remember_connection(
 
 def _refuse_or_begin(session: Any, *_: object) -> None:
     session._companion.writes.check_flush(session)
-    # Begin the transaction now, even if the session has only read. A mapper listener may write on
-    # the driver's own connection, which this package cannot see; a rollback must include the write.
+    # Send BEGIN before the flush, even if the session has only read so far. During the flush, a
+    # listener of the application may write on the driver's own connection. This package cannot see
+    # such a write, but a rollback must undo it.
     for connection in session._companion.open_connections:
         begin_now(connection)
 
@@ -220,7 +229,7 @@ def _refuse_to_commit(session: Any) -> None:
 
 def _record_commit(session: Any) -> None:
     for follower in tuple(session._companion.followers):
-        # SQLAlchemy calls this listener also at the release of a savepoint, which commits nothing.
+        # SQLAlchemy calls this function also when a savepoint is released, which commits nothing.
         if not session.in_nested_transaction():
             follower.record_commit(session)
 

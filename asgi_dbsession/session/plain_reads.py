@@ -1,4 +1,4 @@
-"""Decides if a statement only reads, from its SQLAlchemy parts and never from its SQL text."""
+"""Decides if a statement only reads, by its SQLAlchemy objects and not by its SQL text."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +15,9 @@ from sqlalchemy.sql.visitors import iterate
 
 from ._sqlalchemy import has_additions, is_orm_enabled, is_server_side, renders_expressions
 
-# The parts of a statement that cannot write. All other parts may write: functions, FOR UPDATE,
-# text, literal columns, common table expressions, and new parts of later SQLAlchemy versions.
+# The classes of SQLAlchemy from which a statement may be built if it only reads. Everything else
+# may write: other functions, FOR UPDATE, SQL text, literal columns, common table expressions, and
+# new classes of later SQLAlchemy versions.
 _PLAIN = frozenset(
     {
         Column,
@@ -58,7 +59,7 @@ _known: WeakKeyDictionary[Compiled, bool] = WeakKeyDictionary()
 
 
 def is_plain_read(context: ExecutionContext) -> bool:
-    """Return True if the statement is a SELECT made only of parts that cannot write."""
+    """Return True if all parts of the statement are of classes that cannot write."""
     compiled: Compiled | None = context.compiled
     if compiled is None or is_server_side(context):
         return False
@@ -72,8 +73,7 @@ def is_plain_read(context: ExecutionContext) -> bool:
 
 def _elements_of(compiled: Compiled) -> Iterator[Any]:
     yield from iterate(compiled.statement)
-    # For eager loading, the ORM makes a second statement with joins. Check the parts of both
-    # statements.
+    # For eager loading, the ORM makes a second SELECT with joins. Check the parts of both SELECTs.
     state: Any = getattr(compiled, "compile_state", None)
     made = getattr(state, "statement", None)
     if made is not None and made is not compiled.statement:
@@ -83,18 +83,19 @@ def _elements_of(compiled: Compiled) -> Iterator[Any]:
 def _is_plain_element(element: Any, compiled: Compiled) -> bool:
     kind = next(each for each in type(element).__mro__ if not issubclass(each, Annotated))
     if kind is elements.ColumnClause and element.is_literal:
-        # The only literal column that cannot write is `*`, as in COUNT(*) and EXISTS (SELECT *).
+        # A literal column is SQL text of the application. Only `*` is known to be safe, as in
+        # COUNT(*) and EXISTS (SELECT *).
         return bool(element.name == "*")
-    # SQLAlchemy has a subclass of BindParameter for LIMIT and OFFSET, and a subclass of Join for
-    # the ORM. These subclasses cannot write either.
+    # SQLAlchemy uses a subclass of `BindParameter` for LIMIT and OFFSET, and a subclass of `Join`
+    # for joins of ORM classes. Statements with these subclasses only read too.
     is_variant = issubclass(kind, elements.BindParameter | Join) and _is_of_sqlalchemy(kind)
     if kind not in _PLAIN and not is_variant:
         return False
     if isinstance(getattr(element, "operator", None), custom_op) or has_additions(element):
         return False
     if kind is Select and element is not compiled.statement and is_orm_enabled(element):
-        # The ORM replaces this inner SELECT by another SELECT at compilation. The parts of the
-        # other SELECT are unknown here, and may write.
+        # The ORM will replace this inner SELECT by another SELECT when it makes the SQL text. The
+        # parts of that other SELECT are not known here, and may write.
         return False
     if any(_is_unquoted(getattr(element, name, None)) for name in ("name", "schema")):
         return False
@@ -102,7 +103,7 @@ def _is_plain_element(element: Any, compiled: Compiled) -> bool:
 
 
 def _is_unquoted(name: object) -> bool:
-    """Return True if SQLAlchemy writes the name without quotes, so it may be any SQL text."""
+    """Return True if the name is written without quotes. Such a name may be any SQL text."""
     return isinstance(name, quoted_name) and name.quote is False
 
 

@@ -8,28 +8,31 @@ from sqlalchemy.pool import StaticPool
 from ._sqlalchemy import on_checkin
 from .reads import DRIVERS, is_in_transaction
 
-# The error codes for a write in a read-only transaction, of PostgreSQL, MariaDB and SQLite.
-# Sources: https://www.postgresql.org/docs/current/errcodes-appendix.html
-# https://mariadb.com/kb/en/mariadb-error-code-reference/ and https://www.sqlite.org/rescode.html
+# The error codes that databases report for a write in a read-only transaction. Sources: PostgreSQL
+# https://www.postgresql.org/docs/current/errcodes-appendix.html MariaDB
+# https://mariadb.com/kb/en/mariadb-error-code-reference/ and SQLite
+# https://www.sqlite.org/rescode.html
 _POSTGRESQL, _MARIADB, _SQLITE = "25006", 1792, 8
 
 _ON_MARIADB, _ON_POSTGRESQL = "START TRANSACTION READ ONLY", "SET TRANSACTION READ ONLY"
-# The statements that make a transaction read-only; `DatabaseReport.statements` does not count them.
+# These statements make a transaction read-only. Reports do not count them as statements of the
+# application.
 PARTS_OF_BEGIN = frozenset((_ON_MARIADB, _ON_POSTGRESQL))
 
 
 def begin_read_only(connection: Connection) -> None:
-    """Make the transaction read-only that has just begun on the connection.
+    """Make a transaction read-only, at once after it has begun on the connection.
 
-    With asyncpg and psycopg, `READ ONLY` is a part of BEGIN. Other drivers of PostgreSQL, MySQL and
-    MariaDB need one more round trip. SQLite refuses writes because of `PRAGMA query_only`. Any
-    other database accepts writes.
+    With asyncpg and psycopg, `READ ONLY` is sent together with BEGIN. All other drivers of
+    PostgreSQL, MySQL and MariaDB need one more round trip to the server. For SQLite, `PRAGMA
+    query_only` refuses writes. Any other database still accepts writes.
     """
     name = connection.dialect.name
     if name == "postgresql":
         _begin_on_postgresql(connection)
     elif name in {"mysql", "mariadb"}:
-        # Without ROLLBACK, the next user of the connection would get the read-only transaction.
+        # Do this only if SQLAlchemy sends ROLLBACK before the connection returns to the pool.
+        # Otherwise the next user of the connection would get the read-only transaction.
         if not _skips_rollback(connection):
             connection.exec_driver_sql(_ON_MARIADB)
     elif name == "sqlite" and not isinstance(connection.engine.pool, StaticPool):
@@ -37,16 +40,17 @@ def begin_read_only(connection: Connection) -> None:
 
 
 def set_savepoint_read_only(connection: Connection) -> None:
-    """Make the innermost savepoint read-only; only PostgreSQL can do this.
+    """Make the current savepoint read-only on PostgreSQL; do nothing on other databases.
 
-    Until the savepoint ends, PostgreSQL refuses writes. On other databases, do nothing.
+    PostgreSQL refuses writes until the savepoint ends. The other databases have no read-only
+    savepoints.
     """
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(_ON_POSTGRESQL)
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Return True if the database refused the statement because of `READ ONLY`."""
+    """Return True if the database reports that it refused a write in a read-only transaction."""
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     if state == _POSTGRESQL or getattr(error, "sqlite_errorcode", 0) & 0xFF == _SQLITE:
         return True
@@ -66,9 +70,9 @@ def _begin_on_postgresql(connection: Connection) -> None:
 
 
 def _skips_rollback(connection: Connection) -> bool:
-    """Return True if the connection is in AUTOCOMMIT and SQLAlchemy sends no ROLLBACK on it.
+    """Return True if the connection is in autocommit mode and SQLAlchemy sends no ROLLBACK on it.
 
-    SQLAlchemy has the option `skip_autocommit_rollback` since version 2.0.43.
+    SQLAlchemy 2.0.43 and newer sends no ROLLBACK if its option `skip_autocommit_rollback` is set.
     """
     dialect: Any = connection.dialect
     driver = connection.connection.dbapi_connection

@@ -1,4 +1,4 @@
-"""Sends BEGIN only when a session does more than plain reads (SELECTs that cannot write)."""
+"""Delays BEGIN until a session sends a statement that may write."""
 
 from typing import Any
 from weakref import WeakSet
@@ -13,14 +13,14 @@ from asgi_dbsession.errors import ConfigurationError
 from ._sqlalchemy import is_flushing, isolation_level_on_connect
 from .plain_reads import is_plain_read
 
-# The connections that this module has switched to autocommit, so that no BEGIN was sent yet. The
-# `info` of such a connection has the key `_KEY`: when the connection returns to the pool, the
-# listener `_restore` finds the key and switches autocommit off.
+# The connections that this module has switched to autocommit, and that have sent no BEGIN yet.
+# `connection.info` of such a connection has the key `_KEY`. When the connection returns to the
+# pool, the listener `_restore` finds this key and switches autocommit off again.
 _delayed: WeakSet[Connection] = WeakSet()
 _KEY = "asgi_dbsession.delayed_begin"
 
-# The dialects of the engines that have the listeners of this module. The set has dialects and not
-# engines, because an engine and its copies with other options share one dialect and one pool.
+# The dialects whose engines have the listeners of this module. An engine and its copies with other
+# options share one dialect, so that no listener is added twice.
 _watched: WeakSet[Dialect] = WeakSet()
 
 # The drivers that can switch autocommit on and off without a round trip to the server.
@@ -28,27 +28,30 @@ DRIVERS = ("asyncpg", "psycopg")
 
 
 class Reads:
-    """Decides if the sessions of a database read without a transaction.
+    """Decides if the sessions of a database read without BEGIN and COMMIT.
 
-    At READ COMMITTED each statement has its own snapshot, so BEGIN and COMMIT around a read are two
-    useless round trips. Source: https://www.postgresql.org/docs/current/transaction-iso.html
+    At the isolation level READ COMMITTED, each statement sees its own snapshot of the data. So
+    BEGIN and COMMIT around a SELECT only cost two round trips to the server. Source:
+    https://www.postgresql.org/docs/current/transaction-iso.html
 
     Args:
-        wanted: The option `autocommit_reads`. True: read without a transaction at every isolation
-            level. None: only at READ COMMITTED. False: always read in a transaction.
+        wanted: The option `autocommit_reads` of the database. True: read without BEGIN at every
+            isolation level. None: read without BEGIN only at READ COMMITTED. False: always send
+            BEGIN.
     """
 
     def __init__(self, wanted: bool | None) -> None:
         self._wanted = wanted
-        # True inside `testing.rolled_back()`, where all sessions share one transaction.
+        # The helper `testing.rolled_back()` sets this attribute to True, because all sessions of
+        # the test share one transaction.
         self.is_shared: bool = False
 
     def delay_begin(self, session: Session, connection: Connection) -> None:
-        """Switch the connection to autocommit, until a statement needs a transaction."""
+        """Switch the connection to autocommit, until the session may write."""
         if self._wanted is False or self.is_shared or not self._can_delay(session, connection):
             return
         # Set `_KEY` before the switch to autocommit. If a signal handler raises an exception
-        # between these lines, the listener `_restore` switches autocommit off.
+        # between these two steps, the listener `_restore` still switches autocommit off.
         connection.info[_KEY] = True
         _delayed.add(connection)
         _set_autocommit(connection, True)
@@ -59,34 +62,34 @@ class Reads:
             return False
         if is_flushing(session) or is_in_transaction(connection):
             return False
-        # A savepoint is inside a transaction that has begun already, so the connection cannot
-        # switch to autocommit.
+        # A savepoint exists only inside a transaction that has begun already, so autocommit is not
+        # possible.
         if connection.in_nested_transaction():
             return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
         if len(list(session.dispatch.after_begin)) > 1 or list(connection.dispatch.begin):
-            # Do not delay BEGIN: a listener of the application may need a transaction, for `SET
-            # LOCAL`, for example. This package cannot see if the listener sends statements on the
-            # driver's own connection.
+            # The application has a listener for BEGIN, which may need a transaction (to send `SET
+            # LOCAL`, for example). This package cannot see what a listener sends on the driver's
+            # own connection. So do not delay BEGIN.
             return False
         level = isolation_level(connection)
         return level != "AUTOCOMMIT" and (self._wanted is True or level == "READ COMMITTED")
 
 
 def isolation_level(connection: Connection) -> str | None:
-    """Return the isolation level of the transactions on the connection; None if it is unknown."""
+    """Return the isolation level of transactions on the connection; None if it is unknown."""
     level: str | None = connection.get_execution_options().get("isolation_level")
     default = connection.dialect.default_isolation_level
     return level or isolation_level_on_connect(connection) or default
 
 
 def check_autocommit_reads(database: object, wanted: object, driver: str) -> None:
-    """Refuse `autocommit_reads=True` for a driver that does not support it.
+    """Raise an error for `autocommit_reads=True` if the driver does not support this option.
 
     Raises:
-        ConfigurationError: The driver needs a round trip for each change of autocommit, or has no
-            autocommit.
+        ConfigurationError: The driver cannot switch autocommit on and off without a round trip to
+            the server.
     """
     if wanted is not None and not isinstance(wanted, bool):
         raise ConfigurationError("autocommit_reads takes True, False or None.")
@@ -98,7 +101,7 @@ def check_autocommit_reads(database: object, wanted: object, driver: str) -> Non
 
 
 def watch_reads(engine: Engine) -> None:
-    """Add listeners to `engine` that begin the transaction before a statement that may write."""
+    """Add listeners to `engine` that send BEGIN before a statement that may write."""
     if engine.dialect.driver in DRIVERS and engine.dialect not in _watched:
         _watched.add(engine.dialect)
         for name, listener in _LISTENERS.items():
@@ -115,12 +118,12 @@ def unwatch_reads(engine: Engine) -> None:
 
 
 def is_delayed(connection: Connection) -> bool:
-    """Return True if the session reads on the connection in autocommit, and sent no BEGIN yet."""
+    """Return True if the connection is in autocommit, because the session has only read so far."""
     return connection in _delayed
 
 
 def begin_now(connection: Connection) -> None:
-    """End autocommit, so that the next statement begins a transaction if none has begun yet."""
+    """Switch autocommit off, so that the driver sends BEGIN before the next statement."""
     if connection in _delayed:
         _set_autocommit(connection, False)
         connection.info.pop(_KEY, None)
@@ -128,9 +131,9 @@ def begin_now(connection: Connection) -> None:
 
 
 def begin_on_server(connection: Connection) -> None:
-    """Send BEGIN with asyncpg before the application uses the driver's own connection.
+    """With asyncpg, send BEGIN now, because the application may use asyncpg's own connection next.
 
-    For example, the application may use the connection of asyncpg for COPY. SQLAlchemy would send
+    For example, the application may call COPY on asyncpg's own connection. SQLAlchemy would send
     BEGIN only before the next statement that SQLAlchemy itself sends.
     """
     if connection.dialect.driver == "asyncpg":
@@ -142,11 +145,11 @@ def begin_on_server(connection: Connection) -> None:
 
 
 def begin_before_savepoint(connection: Connection) -> None:
-    """Send BEGIN to SQLite before the first savepoint of a transaction.
+    """On SQLite, send BEGIN before the first savepoint of a transaction.
 
-    The module `sqlite3` sends BEGIN only before the first write, and never after a savepoint.
-    Without BEGIN, RELEASE of that savepoint is a COMMIT, and a later ROLLBACK has nothing to roll
-    back.
+    Python's module `sqlite3` sends BEGIN before the first INSERT, UPDATE or DELETE, but not before
+    or after SAVEPOINT. If a savepoint is not inside a transaction, its RELEASE is a COMMIT, and a
+    later ROLLBACK cannot undo its changes.
     """
     if connection.dialect.name == "sqlite":
         driver: Any = connection.connection.driver_connection
@@ -180,11 +183,11 @@ _LISTENERS: dict[str, Any] = {
 
 
 def is_in_transaction(connection: Connection) -> bool:
-    """Return True if the driver is in a transaction, which a pool listener may have begun."""
+    """Return True if a transaction is open on the driver's connection, whoever has begun it."""
     driver: Any = connection.connection.driver_connection
     if connection.dialect.driver == "asyncpg":
         return bool(driver.is_in_transaction())
-    # In libpq, 0 is PQTRANS_IDLE: the connection is not in a transaction.
+    # The driver psycopg uses libpq. In libpq, 0 is PQTRANS_IDLE: no transaction is open.
     return bool(driver.info.transaction_status != 0)
 
 

@@ -1,19 +1,20 @@
-"""Rolls back all changes of a session, in the database and in memory."""
+"""Rolls back all changes of a session, both in the database and in its Python objects."""
 
 from sqlalchemy.orm import Session
 
 
 def roll_back(session: Session) -> bool:
-    """Roll back, and return True if the server has confirmed the rollback."""
+    """Roll back the session. Return True if the server has confirmed the rollback."""
     try:
         if not session.in_transaction() and _has_changes(session):
-            # Another task changed these objects during an earlier COMMIT. Without a transaction,
-            # `rollback()` would keep the changes, and the next COMMIT would store them.
+            # Another task changed these objects while an earlier COMMIT was running. If the session
+            # has no transaction, `rollback()` does not undo the changes, and the next COMMIT would
+            # store them.
             session.begin()
         session.rollback()
     except Exception:
-        # The connection was lost. The server rolls back the transaction of a lost connection by
-        # itself, unless the transaction is prepared.
+        # The connection was lost. The server then rolls back the transaction by itself, unless the
+        # transaction is prepared for a two-phase commit.
         if session.in_transaction():
             session.invalidate()
         return False

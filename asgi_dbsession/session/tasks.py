@@ -1,4 +1,4 @@
-"""Functions that return if a task has ended, if the task failed, and if it waits for a child."""
+"""Functions that tell if a task has ended, if it failed, and if it waits for another task."""
 
 import asyncio
 import inspect
@@ -6,17 +6,17 @@ from typing import Any
 
 
 def has_ended(task: Any) -> bool:
-    """Return True if the task of asyncio or trio has returned, raised, or was cancelled."""
+    """Return True if a task (of asyncio or trio) has returned, failed, or was cancelled."""
     if isinstance(task, asyncio.Future):
         return task.done()
     return inspect.getcoroutinestate(task.coro) == inspect.CORO_CLOSED
 
 
 def has_failed(task: Any) -> bool:
-    """Return True if an ended task was cancelled or raised an exception.
+    """Return True if a task that has ended was cancelled or raised an exception.
 
-    For a trio task the result is always False, because trio does not store how a task ended. Trio
-    raises the exception of the task again in the task that opened the nursery.
+    For a trio task the result is always False, because trio does not store how a task ended. In
+    trio, the task that opened the nursery gets the exception.
     """
     if not isinstance(task, asyncio.Future):
         return False
@@ -24,10 +24,10 @@ def has_failed(task: Any) -> bool:
 
 
 def is_waiting_for(parent: object, child: object) -> bool:
-    """Return True if the task `parent` only waits until the asyncio task `child` has ended.
+    """Return True if the task `parent` waits for the asyncio task `child`, and does nothing else.
 
-    Before Python 3.12, `asyncio.wait_for` runs the given coroutine in a child task. The parent then
-    waits for a future whose result is set by a callback of the child.
+    Before Python 3.12, `asyncio.wait_for` runs the given coroutine in a child task. The parent task
+    waits for a future, and a callback of the child task sets the result of this future.
     """
     waiter: object = getattr(parent, "_fut_waiter", None)
     if waiter is None:

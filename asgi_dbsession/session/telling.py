@@ -1,4 +1,4 @@
-"""Session classes that report the engine of each statement before they check out a connection."""
+"""Session classes that report the engine of each statement before the statement is sent."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ S = TypeVar("S", bound=Session)
 
 
 def telling_class(guarded: type[S]) -> type[S]:
-    """Derive a session class that calls `Companion.bind_asked` before it uses an engine."""
+    """Derive a session class that calls `Companion.bind_asked` with an engine before it is used."""
     return derive(guarded, (guarded,), {"get_bind": _telling(guarded.get_bind)})
 
 

@@ -1,4 +1,4 @@
-"""The lock of a sync session: a thread that waits for this lock is blocked."""
+"""The lock of a sync session: a thread that waits for the lock is blocked."""
 
 from concurrent.futures import Future
 from threading import get_ident
@@ -9,15 +9,15 @@ from .lock import SessionLock, current_end, current_task
 
 
 class ThreadLock(SessionLock):
-    """The lock of a sync session, which counts each thread as one caller.
+    """The lock of a sync session. Each thread is one caller of the lock.
 
-    A commit or rollback may run in several threads. These threads count as one caller: the `End`
-    object of this commit or rollback.
+    The steps of one commit or rollback may run in several threads. All of these threads count as
+    one caller, which is the `End` object of the commit or rollback.
 
     Args:
         database: The database of the session, for error texts.
-        opener: The task that opened the session. Work of worker threads counts as the work of this
-            task, because a thread does not know which task started it.
+        opener: The task that opened the session. If a worker thread uses the session, the lock
+            records this task as the user, because a thread does not know which task started it.
     """
 
     def __init__(self, database: object, opener: object) -> None:

@@ -1,4 +1,4 @@
-"""The transaction class of `GuardedSession`; its methods hold the lock of the session."""
+"""The transaction class of sessions with a lock; each method holds the lock of the session."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .guard import locked
 
 
 class LockedTransaction(NamingTransaction):
-    """The transaction that `session.begin()` and `session.begin_nested()` return."""
+    """The transaction object that `session.begin()` and `session.begin_nested()` return."""
 
     @property
     def _companion(self) -> Companion:

@@ -17,44 +17,48 @@ from asgi_dbsession.errors import ConfigurationError, TransactionAborted, withou
 _logger = logging.getLogger("asgi_dbsession")
 
 _PREFIX = "asgi_dbsession_"
-# After these errors, nobody knows if the server has received PREPARE: the SQLSTATE classes of a
-# lost connection and of a server shutdown, and the error numbers of MariaDB's client library.
+# After these errors, nobody knows if the server has received PREPARE. `_UNKNOWN` has the SQLSTATE
+# classes of a lost connection and of a server shutdown. `_CLIENT_ERRORS` has the error numbers of
+# MariaDB's client library.
 _UNKNOWN = ("08", "57")
 _CLIENT_ERRORS = range(2000, 3000)
 
 
 class TwoPhases:
-    """Names the transactions of one unit of work before they begin.
+    """Gives names to the two-phase transactions of one unit of work, before they begin.
 
-    A name contains a random text for the unit, the number of the transaction in the unit, and the
-    number of databases that the unit has. Transaction number 1 is prepared first, committed first,
-    and rolled back last. So after a crash, number 1 shows what to do with the other transactions of
-    the unit that are still prepared. If number 1 is still prepared too, roll back all, and number 1
-    last. If number 1 is not prepared any more, commit all.
+    A name has three parts: a random text, which is the same for all transactions of the unit of
+    work; the number of the transaction; and how many databases the unit of work has.
 
-    MariaDB needs the name before the first statement, when nobody knows yet which other sessions
-    the unit will open. So number 1 is the session that begins its transaction first.
+    Transaction number 1 is prepared first, committed first, and rolled back last. So after a crash,
+    number 1 tells an operator what to do with the other prepared transactions of the unit of work.
+    If number 1 is still prepared too, roll back all of them, and number 1 last. If number 1 is not
+    prepared any more, it was committed, so commit all others.
+
+    MariaDB needs the name before the first statement of a transaction. At that time nobody knows
+    which other sessions the unit of work will open. So number 1 is the transaction that begins
+    first.
 
     Args:
-        databases: How many databases the unit has.
+        databases: How many databases the unit of work has.
     """
 
     def __init__(self, databases: int) -> None:
         self._databases = databases
         self._begun: list[Session] = []
         self._unit = token_hex(16)
-        self._mutex = Lock()  # several threads may begin transactions at the same time
+        self._mutex = Lock()  # Several threads may begin transactions at the same time.
 
     @property
     def deciding(self) -> Session | None:
-        """The session of transaction number 1; None if no session has an open transaction."""
+        """The session of transaction number 1; None if no session has an open transaction now."""
         begun = self._begun
         return begun[0] if any(each.in_transaction() for each in begun) else None
 
     def name(self, session: Session) -> str:
         """Return the name for the next transaction of a session.
 
-        The name has at most 64 bytes, which MariaDB requires. PostgreSQL allows 199 bytes.
+        The name has at most 64 bytes, which is the limit of MariaDB. PostgreSQL allows 199 bytes.
         """
         with self._mutex:
             if not any(each.in_transaction() for each in self._begun if each is not session):
@@ -65,29 +69,30 @@ class TwoPhases:
             return f"{_PREFIX}{self._unit}_{number}_{self._databases}"
 
     def renew(self) -> None:
-        """Use a new random text in all later names.
+        """Use a new random text in all names from now on.
 
-        Otherwise a later transaction could get the name of a transaction in doubt.
+        If an earlier transaction may still be prepared on the server, a later transaction must not
+        get the same name.
         """
         self._begun = []
         self._unit = token_hex(16)
 
     def has_renewed(self, transactions: str) -> bool:
-        """Return True if a name in the text `transactions` was given before the last `renew`."""
+        """Return True if `transactions` has a name from before the last call of `renew`."""
         return transactions.count(_PREFIX) > transactions.count(_PREFIX + self._unit)
 
 
 def two_phases_of(unit: Any) -> TwoPhases:
-    """Return the object that names the transactions of a unit of work.
+    """Return the object that gives names to the two-phase transactions of a unit of work.
 
-    If two threads open sessions of the unit at the same time, both threads get the same object.
+    If several threads call this function at the same time, all get the same object.
     """
     names: TwoPhases = vars(unit).setdefault("_two_phases", TwoPhases(len(unit.databases)))
     return names
 
 
 def refuse_one_phase(database: object, url: URL) -> None:
-    """Refuse a database that does not support two-phase commit.
+    """Raise an error if a database does not support two-phase commit.
 
     Raises:
         ConfigurationError: The SQLAlchemy dialect of the database has no two-phase commit.
@@ -100,14 +105,14 @@ def refuse_one_phase(database: object, url: URL) -> None:
 
 
 def prepare(connection: Connection) -> None:
-    """Send PREPARE on a connection if its transaction is a two-phase transaction."""
+    """Send PREPARE on a connection if its transaction uses two-phase commit."""
     transaction = connection.get_transaction()
     if isinstance(transaction, TwoPhaseTransaction):
         transaction.prepare()
 
 
 def is_refused(error: BaseException) -> bool:
-    """Return True if an error of PREPARE proves that the transaction is not prepared."""
+    """Return True if the error of PREPARE shows that the transaction was certainly not prepared."""
     if isinstance(error, TransactionAborted):
         return True
     original: Any = error.orig if isinstance(error, DBAPIError) else None
@@ -119,7 +124,7 @@ def is_refused(error: BaseException) -> bool:
 
 
 def names_of(connections: Sequence[Connection]) -> str:
-    """Return a text with the two-phase transactions of the connections, as `NAME on DATABASE`."""
+    """Return the two-phase transactions of the connections as text, each `NAME on DATABASE`."""
     transactions = ((each.get_transaction(), each.engine.url) for each in connections)
     return ", ".join(
         f"{transaction.xid} on {without_secrets(url)}"
@@ -129,5 +134,5 @@ def names_of(connections: Sequence[Connection]) -> str:
 
 
 def log_doubt(transactions: str, error: BaseException) -> None:
-    """Log the names of transactions that may still be prepared, so that an operator ends them."""
+    """Log the names of transactions that may still be prepared; an operator must end them."""
     _logger.error("In doubt: %s", transactions, exc_info=error)

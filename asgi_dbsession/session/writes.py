@@ -1,4 +1,4 @@
-"""Refuses the writes of a session in a unit of work that may only read."""
+"""Refuses the writes of a session that may only read."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,24 +15,25 @@ from ._sqlalchemy import on_checkin
 from .lock import Reason
 from .read_only import begin_read_only, is_refusal, set_savepoint_read_only
 
-# The key of `connection.info` for the `Writes` object of the session that uses the connection.
+# `connection.info` has this key while the connection belongs to a session that may only read. The
+# value is the `Writes` object of the session.
 _KEY = "asgi_dbsession.writes"
 
 
 class Writes:
-    """Refuses writes if a session may only read, and remembers the first refused write.
+    """Refuses the writes of a session that may only read, and remembers the first refused write.
 
     Args:
         database: The database of the session, for error texts.
-        forbidden: True if the session may only read.
+        forbidden: True if the session may only read from the start.
 
     Attributes:
-        forbidden: True if the session may only read now. A `begin(join=True, read_only=True)` block
-            sets `forbidden` to True until the block ends.
-        in_block: True inside such a block, where only the savepoint is read-only. The transaction
-            around the savepoint may write.
-        refused: The error of the first refused write. COMMIT raises this error again, because the
-            application may have caught the error.
+        forbidden: True if the session may only read now. The block `begin(join=True,
+            read_only=True)` sets it to True until the block ends.
+        in_block: True inside a `begin(join=True, read_only=True)` block. Then only the savepoint of
+            the block is read-only, and the transaction outside of the block may write.
+        refused: The error of the first refused write. The application may have caught this error,
+            so COMMIT raises it again.
     """
 
     in_block: bool = False
@@ -43,8 +44,9 @@ class Writes:
         self.forbidden: bool = forbidden
 
     def check_statement(self, statement: object) -> None:
-        """Refuse a SQLAlchemy construct that writes; the database refuses SQL text that writes.
+        """Raise an error for an INSERT, UPDATE, DELETE or DDL statement built with SQLAlchemy.
 
+        A statement that is given as SQL text is not checked here, because the database refuses it.
         Call this method only if `forbidden` is True.
 
         Raises:
@@ -54,16 +56,16 @@ class Writes:
             raise self.refuse(_name_statement(statement))
 
     def check_flush(self, session: Session) -> None:
-        """Refuse to flush added, changed or deleted objects.
+        """Raise an error if a flush would write added, changed or deleted objects.
 
         Raises:
-            ForbiddenWrite: The session may only read.
+            ForbiddenWrite: The session may only read, and has such objects.
         """
         if self.forbidden and (name := next(_names_of_objects(session), None)) is not None:
             raise self.refuse(name)
 
     def check_commit(self) -> None:
-        """Refuse COMMIT if a write was refused before.
+        """Raise an error before COMMIT if a write of the session was refused.
 
         Raises:
             ForbiddenWrite: A write was refused, and the application caught the error.
@@ -72,14 +74,14 @@ class Writes:
             raise self.refused
 
     def begin(self, connection: Connection, *, in_savepoint: bool, is_shared: bool) -> None:
-        """Make the transaction or savepoint read-only that has just begun.
+        """Make a transaction or savepoint read-only, at once after it has begun.
 
         Call this method only if `forbidden` is True.
 
         Args:
             connection: The connection of the session.
-            in_savepoint: True if a savepoint has begun.
-            is_shared: True inside `testing.rolled_back()`, where `testing` itself refuses writes.
+            in_savepoint: True if a savepoint has begun, False if a transaction has begun.
+            is_shared: True inside `testing.rolled_back()`, which refuses the writes itself.
         """
         if in_savepoint is not self.in_block:
             return
@@ -94,49 +96,50 @@ class Writes:
             begin_read_only(connection)
 
     def record_commit(self, _session: Session) -> None:
-        """After COMMIT in a read-only block, refuse writes in the transactions that follow.
+        """Called after a COMMIT inside a read-only block: make the next transaction read-only.
 
-        COMMIT has ended the savepoint of the block, so a read-only savepoint is not enough.
+        The COMMIT has ended the savepoint of the block, so a read-only savepoint is not enough.
         """
         self.in_block = False
 
     def record_rollback(self, transaction: SessionTransaction) -> None:
-        """After ROLLBACK in a read-only block, refuse writes in the transactions that follow.
+        """Called after a ROLLBACK inside a read-only block: make the next transaction read-only.
 
-        After a rollback to a savepoint, do nothing.
+        A rollback to a savepoint changes nothing here, because the transaction goes on.
         """
         if transaction.parent is None:
             self.in_block = False
 
     def rolled_back(self, reason: Reason) -> None:
-        """Forget the refused write after the rollback of the unit of work.
+        """Forget the refused write, because the unit of work was rolled back.
 
-        If the reason is an exception of a task, keep the refused write: other code may catch the
-        exception, and nobody would see that a write was refused.
+        If the unit of work was rolled back because a task failed, keep the refused write. Other
+        code may catch the exception of the task, and then COMMIT must still raise the error of the
+        refused write.
         """
         if reason != "exception":
             self.refused = None
 
     def allow(self) -> None:
-        """Allow writes again at the end of a `begin(join=True, read_only=True)` block."""
+        """Allow writes again, at the end of a `begin(join=True, read_only=True)` block."""
         self.forbidden = self.in_block = False
         self.refused = None
 
     def refuse(self, name: str) -> ForbiddenWrite:
-        """Return the error for a refused write, and remember the first error for COMMIT."""
+        """Return the error for a refused write, and remember the first one for COMMIT."""
         error = ForbiddenWrite(self._database, name)
         self.refused = self.refused or error
         return error
 
 
 def may_only_read(connection: Connection) -> bool:
-    """Return True if the whole transaction on the connection may only read."""
+    """Return True if the transaction on the connection is read-only as a whole."""
     writes: Writes | None = connection.info.get(_KEY)
     return writes is not None and writes.forbidden and not writes.in_block
 
 
 def record_refusal(context: ExceptionContext) -> None:
-    """Record that the database refused a statement because the session may only read."""
+    """If a statement failed because the transaction is read-only, remember the refused write."""
     connection, error = context.connection, context.original_exception
     writes: Writes | None = connection.info.get(_KEY) if connection is not None else None
     if writes is not None and writes.forbidden and is_refusal(error):
