@@ -1,4 +1,4 @@
-"""The functions that an application gives to `on_commit`, to be called after COMMIT."""
+"""Keeps the functions that an application gives to `on_commit`, and calls them after COMMIT."""
 
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -19,7 +19,7 @@ _logger = logging.getLogger("asgi_dbsession")
 
 @dataclass(slots=True, eq=False)
 class AfterCommit:
-    """A function given to `on_commit`, with the state of the work that the function waits for."""
+    """A function given to `on_commit`, and which uncommitted work it waits for."""
 
     function: Function
     databases: tuple[Any, ...]
@@ -33,7 +33,7 @@ class AfterCommit:
     _transactions: set[SessionTransaction] = field(default_factory=set)
 
     def attach(self, opened: ManagedSession[Any]) -> None:
-        """Watch the current transaction and savepoints of the session for COMMIT and ROLLBACK."""
+        """Remember that the function waits for the session's open transaction and savepoints."""
         session = opened.orm
         if session.in_transaction():
             self._pending.add(session)
@@ -45,7 +45,7 @@ class AfterCommit:
         opened.companion.followers.append(self)
 
     def detach(self) -> None:
-        """Drop the references to the sessions, so that Python frees the sessions at once."""
+        """Remove all references to sessions, so that Python can free the sessions at once."""
         for opened in self._attached:
             opened.companion.followers.remove(self)
         self._attached.clear()
@@ -53,29 +53,30 @@ class AfterCommit:
         self._transactions.clear()
 
     def waits_for_others(self, sessions: Iterable[ManagedSession[Any]]) -> bool:
-        """Return True if the function also waits for uncommitted work outside of `sessions`."""
+        """Return True if the function also waits for work of a session not in `sessions`."""
         others = self._pending.difference(each.orm for each in sessions)
         return any(each.in_transaction() for each in others)
 
     def should_run(self, *, success: bool) -> bool:
-        """Return True if the function must be called now.
+        """Return True if the `on_commit` function must be called after this commit or rollback.
 
-        A function that waits for work is called if this work was committed. A function that waits
-        for no work is called if the unit of work was committed (`success` is True).
+        If there was uncommitted work when `on_commit` was called, the function runs after this work
+        was committed. Otherwise the function runs if the unit of work was committed (`success` is
+        True).
         """
         return self.committed or (success and not self.rolled_back and not self._pending)
 
     def record_commit(self, session: Session) -> None:
-        """Record that the work of the session was committed."""
+        """Called after a COMMIT of the session: the function waits for this session no longer."""
         if session in self._pending and session.get_transaction() not in self._transactions:
-            # The transaction that the function waits for ended without COMMIT. SQLAlchemy did not
-            # report this end.
+            # The session is in a new transaction. The transaction that the function waits for was
+            # rolled back, and SQLAlchemy has not called `record_rollback`.
             self.rolled_back = True
         self._pending.discard(session)
         self.committed = self.committed or not (self._pending or self.rolled_back)
 
     def record_rollback(self, transaction: SessionTransaction) -> None:
-        """Record that the work of this transaction or savepoint was rolled back."""
+        """Called after a rollback: the function is dropped if it waits for the rolled-back work."""
         if transaction in self._transactions or transaction.parent is None:
             self.rolled_back = not self.committed
 
@@ -86,11 +87,12 @@ class AfterCommit:
             await result
 
     def call_blocking(self) -> None:
-        """Call the function on the current thread, where nothing can be awaited."""
+        """Call the function on the current thread, where a coroutine cannot be awaited."""
         result = self.function()
         if isawaitable(result):
             if isinstance(result, Coroutine):
-                # Close the coroutine, because Python warns about a coroutine that nobody awaits.
+                # Close the coroutine, so that Python does not warn about a coroutine that was never
+                # awaited.
                 result.close()
             raise refusal_to_await(self.function)
 
@@ -111,6 +113,6 @@ def refusal_to_await(function: Function) -> ConfigurationError:
 
 
 def name_of(function: object) -> str:
-    """Return the name of a function without its arguments, which may be secret in a `partial`."""
+    """Return the name of a function, without arguments of a `partial`, which may be secret."""
     inner = getattr(function, "func", function)
     return getattr(inner, "__qualname__", type(inner).__name__)

@@ -1,4 +1,4 @@
-"""The number of the current attempt of a request or transaction."""
+"""The number of the current attempt to run a request or a function of `run_transaction`."""
 
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from asgi_dbsession.session.lock import End
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt to run a request, or to run a function in `run_transaction`.
+    """One attempt to run a request, or a function of `run_transaction`; a conflict causes a retry.
 
     Attributes:
-        number: 1 for the first attempt.
-        remaining: How many attempts may follow if this attempt meets a conflict; 0 for the last
-            attempt.
+        number: 1 for the first attempt, 2 for the first retry.
+        remaining: How many attempts may still follow if this attempt meets a conflict. 0 for the
+            last attempt.
     """
 
     number: int = 1
@@ -21,17 +21,17 @@ class Attempt:
 
 
 class RunningAttempt:
-    """An attempt that is running; the optional package `retry` overrides `will_retry`.
+    """An attempt that is running now. A subclass in the package `retry` overrides `will_retry`.
 
     Args:
-        attempt: The attempt that `current_attempt()` returns to the application.
+        attempt: The object that `current_attempt()` returns to the application.
     """
 
     def __init__(self, attempt: Attempt) -> None:
         self.attempt: Attempt = attempt
 
     def will_retry(self, _end: End) -> bool:
-        """Return True if, as far as known now, a new attempt follows this commit or rollback."""
+        """Return True if a retry follows after this commit or rollback, as far as is known now."""
         return False
 
 
@@ -41,10 +41,10 @@ running_attempt: ContextVar[RunningAttempt | None] = ContextVar(
 
 
 def current_attempt() -> Attempt:
-    """Return the attempt of the request or of `run_transaction` that this code runs in.
+    """Return the running attempt of the current request, or of the current `run_transaction`.
 
     Returns:
-        `Attempt(number=1, remaining=0)` if this code is never retried.
+        The running attempt. `Attempt(number=1, remaining=0)` if the calling code is never retried.
     """
     running = running_attempt.get()
     return running.attempt if running is not None else Attempt()

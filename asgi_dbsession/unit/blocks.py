@@ -1,4 +1,4 @@
-"""The blocks of `database.begin()`, which open a new unit of work or join an open one."""
+"""The `database.begin()` blocks: each opens a new unit of work or joins an open one."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -14,7 +14,7 @@ S = TypeVar("S")
 
 @asynccontextmanager
 async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> AsyncIterator[S]:
-    """Run an `async with database.begin()` block, with a session of the database."""
+    """Implements `async with database.begin()`; its value is a session."""
     outer = unit_to_join(database) if join else None
     if outer is not None:
         async with joined(outer, database, read_only) as session:
@@ -32,7 +32,7 @@ async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> A
 
 @contextmanager
 def blocking_block_of(database: SessionSource[S], join: bool, read_only: bool) -> Iterator[S]:
-    """Run a `with database.begin()` block on the current thread, with a session of the database."""
+    """Implements `with database.begin()` of a `SyncDatabase`; its value is a session."""
     outer = unit_to_join(database) if join else None
     if outer is not None:
         with joined_blocking(outer, database, read_only) as session:

@@ -1,4 +1,4 @@
-"""The functions `set_rollback` and `on_commit`, which control the current unit of work."""
+"""The functions `set_rollback` and `on_commit`, by which code controls the current unit of work."""
 
 from contextlib import suppress
 from inspect import isawaitable, iscoroutinefunction
@@ -13,16 +13,16 @@ from .unit_of_work import UnitOfWork, current_unit
 
 
 def set_rollback(rollback: bool) -> None:
-    """Decide how the current unit of work ends; the status of the response is then ignored.
+    """Decide if the current unit of work is rolled back, whatever the status of the response is.
 
     Args:
-        rollback: True rolls back even after a success status. False commits even after a status of
-            400 and above (to count a failed login, for example). If an exception leaves the
-            application, the unit is always rolled back.
+        rollback: True rolls back even if the status means success. False commits even if the status
+            is 400 or above (to store a failed login, for example). An exception that leaves the
+            application always rolls back.
 
     Raises:
-        NoSession: The caller is not inside a unit of work.
-        SessionClosed: The request that this task belongs to has ended.
+        NoSession: The calling code does not run inside a unit of work.
+        SessionClosed: The request that started this task has ended.
         ConfigurationError: `rollback` is neither True nor False.
     """
     if rollback is not True and rollback is not False:
@@ -33,28 +33,30 @@ def set_rollback(rollback: bool) -> None:
 
 
 def on_commit(function: Function) -> None:
-    """Call a function after the current work is committed, and before the response is sent.
+    """Call a function after the current work was committed, and before the response is sent.
 
-    The function is dropped if the current work is rolled back, by this package or by the
-    application, completely or to a savepoint that was open at the call of `on_commit`. So call
-    `on_commit` after the work. If the application commits itself, the function is called when the
-    unit of work ends.
+    The function is not called if the current work is rolled back, by this package or by the
+    application. The same is true after a rollback to a savepoint that was open when `on_commit` was
+    called. So call `on_commit` after the work. If the application itself calls `commit()`, the
+    function is called when the unit of work ends.
 
-    Functions are called in order, and run to completion even if the request is cancelled. The
-    logger `asgi_dbsession` logs an exception of a function: the COMMIT stays, and the next
-    functions are called. Each function has a new unit of work. In the function, `get_session()`
-    returns another session, which is committed when the function returns. The function may call
-    `on_commit` too.
+    Functions are called in the order of their `on_commit` calls. They run to the end even if the
+    request is cancelled. If a function raises an exception, the logger `asgi_dbsession` logs it;
+    the committed work stays stored, and the next functions are called.
+
+    Each function runs in a new unit of work. So `get_session()` returns a new session in the
+    function, and the work of this session is committed when the function returns. The function may
+    call `on_commit` too.
 
     Args:
         function: A function without arguments. A coroutine function is awaited. A plain function is
             called on the event loop, or in a worker thread if a `def` handler called `on_commit`.
 
     Raises:
-        NoSession: The caller is not inside a unit of work.
-        SessionClosed: The request that this task belongs to has ended.
-        ConfigurationError: `function` is not a function, or is a coroutine function inside of
-            `SyncDatabase.begin()`.
+        NoSession: The calling code does not run inside a unit of work.
+        SessionClosed: The request that started this task has ended.
+        ConfigurationError: `function` is not a function, or it is a coroutine function in a
+            `SyncDatabase.begin()` block, where it cannot be awaited.
     """
     _check(function)
     unit = _unit(also_at_end=True)
@@ -66,15 +68,15 @@ def on_commit(function: Function) -> None:
     read_only = any(each.read_only for each in units)
     callback = AfterCommit(function, databases, in_thread, current_task(), read_only)
     for each in units:
-        # Copy the sessions: another thread may open a session, which changes the dictionary.
+        # Iterate over a copy, because another thread may open a session meanwhile.
         for opened in tuple(each.sessions.values()):
             callback.attach(opened)
     outermost = units[-1]
     outermost.is_used = True
     outermost.callbacks.append(callback)
     if outermost.closed and not current_end.get():
-        # Another thread has ended the unit. If the function is still in the list, nobody will call
-        # the function, so raise an error.
+        # Another thread has closed the unit of work during this call. If the function is still in
+        # the list of callbacks, it will never be called. So remove it, and raise an error.
         with suppress(ValueError):
             outermost.callbacks.remove(callback)
             raise SessionClosed("any database")
@@ -98,8 +100,9 @@ def _unit(*, also_at_end: bool = False) -> UnitOfWork:
     unit = current_unit.get()
     if unit is None:
         raise NoSession("any database")
-    # During the last COMMIT of a unit, which counts as closed already, a listener may still call
-    # `on_commit`. A task that the listener started may not.
+    # A listener of the application may call `on_commit` during the last COMMIT of a unit of work,
+    # although this unit of work counts as closed already. A task that outlives the request may not
+    # call it, because no COMMIT follows.
     is_closed = unit.closed or (unit.joined is not None and unit.outermost.closed)
     if is_closed and not (also_at_end and current_end.get() and unit.outermost.sessions):
         raise SessionClosed("any database")
@@ -107,7 +110,7 @@ def _unit(*, also_at_end: bool = False) -> UnitOfWork:
 
 
 def _is_in_thread() -> bool:
-    """Return True if the caller runs in a worker thread of the event loop."""
+    """Return True if the calling code runs in a worker thread, not on the event loop."""
     try:
         get_current_task()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Commits or rolls back all work of a unit, or only the work of one task."""
+"""Commits or rolls back the work of a unit of work: all of it, or only the work of one task."""
 
 from asyncio import CancelledError
 from collections.abc import Coroutine
@@ -20,14 +20,14 @@ Sessions: TypeAlias = list[ManagedSession[Any]]
 
 
 def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
-    """Commit or roll back all work of the unit so far. The sessions stay usable.
+    """Commit or roll back all work that the unit of work has done. Its sessions stay usable.
 
-    All sessions are flushed, and then committed in declared order. If a COMMIT fails, the remaining
-    sessions are rolled back. Then the functions given to `on_commit` are called. The caller must
-    run the coroutine to completion.
+    First flush all sessions. Then commit them in the order in which the databases were declared. If
+    a COMMIT fails, roll back the remaining sessions. After that, call the functions given to
+    `on_commit`. The caller must not cancel this coroutine; see `run_to_completion`.
 
     Raises:
-        Exception: The exception of the flush or of COMMIT, also kept in `unit.failure`.
+        Exception: The error of the flush or of COMMIT. `unit.failure` has the same error.
     """
     end = End(commit, "status" if unit.rollback is None else "set_rollback")
     unit.rollback = None
@@ -35,26 +35,27 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
 
 
 async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: Living) -> None:
-    """Commit or roll back the work of `task`, before `task` sends or awaits a message.
+    """Commit or roll back the work of a task, before this task sends or waits for a message.
 
-    If the application called `set_rollback`, its value replaces `commit`.
+    If the application called `set_rollback`, the value of that call is used instead of `commit`.
 
     Args:
         task: The task that is about to send a message or to wait for a message.
-        unit: The unit of work of the request or WebSocket.
+        unit: The unit of work of the HTTP request or WebSocket.
         commit: True to commit, False to roll back.
-        living: How to treat uncommitted work of other tasks that are still running; see `Living`.
+        living: What to do with uncommitted work of other tasks that are still running. See the type
+            `Living`.
 
     Raises:
-        ConcurrentUse: The work of `task` is in one transaction with the work of another task.
-        Exception: The exception of the flush or of COMMIT, also kept in `unit.failure`.
+        ConcurrentUse: `task` and another task have uncommitted work in the same transaction.
+        Exception: The error of the flush or of COMMIT. `unit.failure` has the same error.
     """
     working = with_work(unit)
     own, failed = sort_work(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
     if unit.rollback is not None and _is_of(unit.rollback_set_by, task):
-        # Reset `rollback` even if there is no work, so that this call of `set_rollback` does not
-        # apply to later work.
+        # Reset `rollback` now, even if this task has no work. Otherwise the `set_rollback` call
+        # would also apply to work that is done later.
         commit, unit.rollback, reason = not unit.rollback, None, "set_rollback"
     if failed:
         await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
@@ -69,17 +70,17 @@ async def close(
     error: BaseException | None = None,
     sort_tasks: bool = False,
 ) -> None:
-    """Commit or roll back all work, and close the sessions permanently.
+    """Commit or roll back all work of a unit of work, and close its sessions permanently.
 
     Args:
         unit: The unit of work to close.
         commit: True to commit, False to roll back.
-        error: The exception that the application raised.
+        error: The exception that the application raised, or None.
         sort_tasks: True to roll back the work of tasks that raised an exception, even if `commit`
             is True.
     """
     unit.closed = True
-    # Copy the sessions: another thread may open a session, which changes the dictionary.
+    # Iterate over a copy, because another thread may open a session meanwhile.
     opened = tuple(unit.sessions.values())
     if unit.is_answered and not commit:
         log_unsaved(unit, opened, _reason_to_roll_back(error, unit.rollback))
@@ -88,7 +89,8 @@ async def close(
     if working and commit and sort_tasks:
         commit, failed = find_failed(unit, working)
     try:
-        # An `End` records the task and the exception of its caller, so make both here.
+        # Make the two `End` objects here. Each stores the current task and the current exception,
+        # and the coroutine below may run in another task.
         if working or unit.callbacks or unit.is_routed:
             end, rollback = _last_end(unit, commit, error), End(commit=False, reason="exception")
             ending = _close_working(unit, working, end, failed, rollback)
@@ -102,14 +104,14 @@ async def close(
 
 
 def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
-    """Close a unit on the current thread, without an event loop; `is_blocking` must be True."""
+    """Close a unit of work on the current thread. `unit.is_blocking` must be True."""
     complete_here(close(unit, commit=commit, error=error))
 
 
 async def _close_working(
     unit: UnitOfWork, working: Sessions, end: End, failed: Sessions, rollback: End
 ) -> None:
-    """End and close the sessions: first those with work of failed tasks, by `rollback`."""
+    """Roll back the sessions in `failed`, commit or roll back the rest, and close all."""
     failure: BaseException | None = None
     if failed:
         try:
@@ -126,8 +128,8 @@ async def _close_working(
 
 async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     given = tuple(unit.callbacks)
-    # These functions waited for work that the application itself has committed already. So call
-    # these functions even if this commit fails.
+    # The functions in `stored` waited for work that the application itself has committed already.
+    # So they are called even if the COMMIT of the other work fails.
     stored = [each for each in given if each.committed]
     end.had_work = bool(working)
     token = current_end.set(end)
@@ -169,11 +171,11 @@ def _last_end(unit: UnitOfWork, commit: bool, error: BaseException | None) -> En
 def _settle(
     unit: UnitOfWork, end: End, given: tuple[AfterCommit, ...], working: Sessions
 ) -> list[AfterCommit]:
-    """Remove `on_commit` functions after the commit or rollback; return the functions to call."""
+    """Remove `on_commit` functions that wait no longer, and return those to call now."""
     due: list[AfterCommit] = []
     for each in tuple(unit.callbacks):
-        # If `on_commit` was called during this COMMIT, or by another task, keep the function: the
-        # function may wait for work of a later COMMIT.
+        # Keep a function if another task called `on_commit`, or if `on_commit` was called during
+        # this COMMIT. Such a function may wait for work that a later COMMIT stores.
         is_concerned = each in given and _is_of(each.given_by, end.task)
         ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):
@@ -194,7 +196,7 @@ async def _call_due(
 
 
 async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
-    """Call an `on_commit` function in a new unit of work, and log an error of the function."""
+    """Call an `on_commit` function in a new unit of work. If the function fails, log the error."""
     inner = unit.within(callback.databases)
     inner.read_only = callback.read_only
     inner.is_blocking, inner.two_phase = unit.is_blocking, unit.two_phase
@@ -209,7 +211,8 @@ async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
             await close(inner, commit=False, error=error)
             raise
         await close(inner, commit=not inner.rollback)
-    # The function itself raised the CancelledError, because this task cannot be cancelled here.
+    # A CancelledError can come only from the function itself, because nothing can cancel this task
+    # now.
     except (Exception, CancelledError) as error:
         callback.log(error)
     finally:
@@ -217,9 +220,10 @@ async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
 
 
 def _is_of(task: object, asking: object) -> bool:
-    """Return True if a commit of the work of `asking` also commits the work of `task`.
+    """Return True if a commit for the task `asking` includes the work of the task `task`.
 
-    If `asking` is None, the commit includes the work of all tasks.
+    A commit for a task includes its own work, and the work of tasks that have ended. If `asking` is
+    None, the commit includes the work of all tasks.
     """
     return asking is None or task is None or task is asking or has_ended(task)
 

@@ -1,4 +1,4 @@
-"""The blocks of `database.begin(join=True)`, which join the unit of work around them."""
+"""The `database.begin(join=True)` block, which uses the session of the unit of work around it."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -19,7 +19,7 @@ S = TypeVar("S")
 
 
 def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
-    """Return the open unit that a `begin(join=True)` block must join; None if no unit is open."""
+    """Return the open unit of work that a `begin(join=True)` block must join, or None."""
     innermost = current_unit.get()
     for unit in innermost.chain() if innermost is not None else ():
         if unit.joined is not None and unit.closed and database in unit.databases:
@@ -31,9 +31,9 @@ def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
 
 @asynccontextmanager
 async def joined(unit: UnitOfWork, database: SessionSource[S], read_only: bool) -> AsyncIterator[S]:
-    """Run an `async with database.begin(join=True)` block in a savepoint.
+    """Implements `async with database.begin(join=True)`: a savepoint in the outer transaction.
 
-    Even if the task is cancelled, the savepoint is released or rolled back completely.
+    Even if the task is cancelled, the savepoint is either released or rolled back.
     """
     session = unit.open(database)
     block = _Block(unit, database, read_only)
@@ -52,7 +52,7 @@ async def joined(unit: UnitOfWork, database: SessionSource[S], read_only: bool) 
 
 @contextmanager
 def joined_blocking(unit: UnitOfWork, database: SessionSource[S], read_only: bool) -> Iterator[S]:
-    """Run a `with database.begin(join=True)` block in a savepoint, on the current thread."""
+    """Implements `with database.begin(join=True)` of a `SyncDatabase`: a savepoint."""
     session = unit.open(database)
     block = _Block(unit, database, read_only)
     block.begin()
@@ -67,10 +67,10 @@ def joined_blocking(unit: UnitOfWork, database: SessionSource[S], read_only: boo
 
 
 class _Blocks:
-    """The open `begin(join=True)` blocks of one session, the innermost last.
+    """The `begin(join=True)` blocks of one session that are open now. The innermost block is last.
 
-    Only code in the innermost block may use the session. Otherwise a rollback of the block would
-    also roll back work from outside of the block.
+    Only code inside the innermost block may use the session. Work of any other code would be inside
+    the block's savepoint too, and a rollback of the block would undo this work.
     """
 
     def __init__(self, unit: UnitOfWork, database: SessionSource[Any]) -> None:
@@ -79,11 +79,11 @@ class _Blocks:
         self._database = database
 
     def __call__(self) -> None:
-        """Refuse a caller that is not inside the innermost block.
+        """Raise an error if the calling code does not run inside the innermost block.
 
         Raises:
-            ConcurrentUse: The caller is outside of the innermost block.
-            SessionClosed: The caller was started inside a block that has ended.
+            ConcurrentUse: The calling code runs outside of the innermost block.
+            SessionClosed: The calling task was started inside a block that has ended.
         """
         innermost = current_unit.get()
         units = innermost.chain() if innermost is not None else ()
@@ -97,10 +97,10 @@ class _Blocks:
         return unit.joined is self._unit and self._database in unit.databases
 
     def close(self, unit: UnitOfWork) -> bool:
-        """Close a block, and all blocks that tasks have left open inside of this block.
+        """Mark a block as closed, and also the blocks inside it that tasks have left open.
 
         Returns:
-            True if no other block was open inside of this block.
+            True if no block inside this block was still open.
         """
         number = self.open.index(unit)
         for each in self.open[number:]:
@@ -111,16 +111,17 @@ class _Blocks:
 
 
 class _Block:
-    """One `begin(join=True)` block.
+    """One `begin(join=True)` block: a savepoint in the transaction of an outer unit of work.
 
     Args:
-        joined: The unit of work that the block joins.
-        database: The database whose `begin(join=True)` was called.
-        read_only: True if the block may only read, even if `joined` may write.
+        joined: The outer unit of work, whose session the block uses.
+        database: The database on which `begin(join=True)` was called.
+        read_only: True if the block may only read, even if the outer unit of work may write.
 
     Attributes:
-        unit: The unit of work of the block itself, which is the current unit inside the block. This
-            unit opens no session: `get_session()` returns the session of `joined`.
+        unit: The unit of work of the block, which is the current unit of work inside the block.
+            This unit of work opens no session of its own: `get_session()` returns the session of
+            `joined`.
     """
 
     _savepoint: SessionTransaction
@@ -137,12 +138,12 @@ class _Block:
         self._blocks = admit if isinstance(admit, _Blocks) else _Blocks(joined, database)
 
     def begin(self) -> None:
-        """Begin the block's savepoint; SAVEPOINT is sent together with the first statement."""
+        """Begin the savepoint of the block. SAVEPOINT is sent together with the first statement."""
         lock = self._opened.lock
         is_outermost = lock.acquire()
         try:
-            # `begin_nested` first flushes the changes made before the block, so a rollback of the
-            # block does not undo these changes.
+            # `begin_nested` first flushes changes that were made before the block. So these changes
+            # are outside of the savepoint, and a rollback of the block keeps them.
             self._savepoint = self._opened.orm.begin_nested()
             self._forbids_writes = self._forbids_writes and not self._writes.forbidden
             if self._forbids_writes:
@@ -156,12 +157,13 @@ class _Block:
                 lock.release()
 
     def end(self, end: End, error: BaseException | None) -> None:
-        """Wait for the session's running operation; then release or roll back the savepoint.
+        """Wait until the running operation has ended, then release or roll back the savepoint.
 
         Raises:
-            ConcurrentUse: Another `begin(join=True)` block inside of this block is still open.
-            SessionClosed: The joined unit, or a block around this block, ended before this block.
-            Exception: The exception of the flush. The work of the block was rolled back.
+            ConcurrentUse: A `begin(join=True)` block inside of this block is still open.
+            SessionClosed: The outer unit of work, or an outer `begin(join=True)` block, has ended
+                before this block.
+            Exception: The error of the flush. The work of the block was rolled back.
         """
         lock = self._opened.lock
         try:
@@ -169,8 +171,8 @@ class _Block:
         except SessionClosed:
             if error is None:
                 raise
-            # The joined unit ended before the block, and has committed or rolled back the work of
-            # the block.
+            # The outer unit of work ended before the block. So the work of the block was already
+            # committed or rolled back together with the outer work.
             return
         was_closed = self.unit.closed
         try:
@@ -192,7 +194,7 @@ class _Block:
 
     @property
     def _may_only_read(self) -> bool:
-        """True if the joined unit, or a block that is still open, may only read."""
+        """True if the outer unit of work may only read, or any block that is still open."""
         unit = self.unit.joined
         return any(each.read_only for each in (unit, *self._blocks.open) if each is not None)
 
@@ -201,8 +203,8 @@ class _Block:
             self._writes.check_commit()
             if self._is_open:
                 self._savepoint.commit()
-            # The application called `commit()` inside the block, and the transaction that follows
-            # may only read. End this transaction, because the joined unit may write.
+            # The application called `commit()` inside a read-only block, and the next transaction
+            # may only read too. End this transaction, because the outer unit of work may write.
             elif self._forbids_writes:
                 self._opened.orm.flush()
                 self._opened.orm.rollback()
@@ -214,14 +216,14 @@ class _Block:
         try:
             if self._is_open:
                 self._savepoint.rollback()
-            # The application committed inside the block, which ended the savepoint. Roll back all
-            # work since that COMMIT, because the work belongs to the block.
+            # The application called `commit()` inside the block, which ended the savepoint. So roll
+            # back the transaction that has begun since then: all of its work belongs to the block.
             else:
                 self._opened.orm.rollback()
         except Exception as failure:
-            # The work of the block is not rolled back: after a deadlock, for example, MariaDB has
-            # dropped the savepoint. So refuse the COMMIT of the joined unit, which would store only
-            # a part of the work.
+            # The rollback to the savepoint failed. After a deadlock, for example, MariaDB has no
+            # savepoint any more. So let the COMMIT of the outer unit of work fail too, because it
+            # would store only a part of the work.
             forbid_commit(self._opened.companion.open_connections, failure)
 
     @property

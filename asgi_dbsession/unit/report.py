@@ -1,4 +1,4 @@
-"""The report of a finished unit of work."""
+"""The report that `on_report` gets after each unit of work."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -11,22 +11,25 @@ Outcome: TypeAlias = Literal["committed", "rolled_back", "nothing_to_do"]
 
 @dataclass(frozen=True)
 class DatabaseReport:
-    """What a unit of work did with one database. All times are in seconds.
+    """What a unit of work did with one database. All durations are in seconds.
 
     Attributes:
         database: The `AsyncDatabase` or `SyncDatabase`.
-        committed: True if this package or the application committed work on the database.
-        statements: The number of statements sent. Savepoints and SELECTs for new keys count; BEGIN,
-            COMMIT and ROLLBACK do not.
-        operation_duration: The time for statements, COMMIT and ROLLBACK.
-        wait_time: The time spent waiting for a connection from the pool, or for a new connection.
-        use_time: The time from the checkout of the connection to its return to the pool.
-        idle_time: The longest part of `use_time` in which no operation ran. The application did
-            something else, while other requests may have waited for the connection.
-        idle_after: The place in the application (`file:line`) that used the session before the idle
-            time. None if no code of the application used the session.
-        idle_before: The place in the application that used the session after the idle time. None if
-            the unit ended instead.
+        committed: True if work on this database was committed, by this package or by the
+            application itself.
+        statements: How many statements were sent. Savepoints and SELECTs for new primary keys are
+            counted. BEGIN, COMMIT and ROLLBACK are not counted.
+        operation_duration: How long statements, COMMIT and ROLLBACK took.
+        wait_time: How long the unit of work waited for a connection of the pool, or for a new
+            connection.
+        use_time: How long the unit of work held a connection of the pool.
+        idle_time: The longest time in which the unit of work held a connection but ran no
+            operation. In this time, the application did something else, and other requests may have
+            waited for a connection.
+        idle_after: The line of the application (`file:line`) that used the session last before
+            `idle_time`. None if this package finds no such line.
+        idle_before: The line of the application (`file:line`) that used the session first after
+            `idle_time`. None if the unit of work ended then.
     """
 
     database: Any
@@ -42,32 +45,37 @@ class DatabaseReport:
 
 @dataclass(frozen=True)
 class UnitReport:
-    """The result and the cost of one unit of work.
+    """What one unit of work did, and how long it took.
 
     Attributes:
-        scope: The ASGI scope of the request. None if the unit began after the end of the request.
-        outcome: `"committed"`, `"rolled_back"`, or `"nothing_to_do"` if no transaction was begun.
-        reason: Why the unit was not committed; None if nothing prevented the COMMIT. `status`: the
-            status of the response, or the close code of the WebSocket. `set_rollback`: a call of
-            `set_rollback(True)`. `exception`: the application raised an exception. `cancelled`: the
-            client disconnected, a time-out, or a new attempt of the request. `unfinished`: the
-            response was not completed. `commit_failed`: COMMIT failed on a database; earlier
-            databases in the list may be `committed`. Later versions may add reasons.
-        error: The exception of the application or of COMMIT; None if there was none.
-        start_time: The start of the unit, in seconds since the epoch: the start of the request, or
-            the end of the previous unit of the same request.
-        duration: Seconds until the end of the unit, `on_commit` functions included.
-        databases: The databases whose sessions the unit opened, in declared order.
-        attempt: The number of the attempt to serve the request, from 1 on.
-        will_retry: True if the request runs again because of a conflict, as far as known at the end
-            of the unit. False for a `begin()` inside a request.
-        read_only: True if the unit was only allowed to read.
+        scope: The ASGI scope of the request. None if the unit of work began after the request had
+            ended.
+        outcome: `"committed"` or `"rolled_back"`. `"nothing_to_do"` if no transaction was begun.
+        reason: Why the unit of work was not committed. None if nothing prevented the COMMIT.
+            `status`: because of the status of the response, or the close code of the WebSocket.
+            `set_rollback`: the application called `set_rollback(True)`. `exception`: the
+            application raised an exception. `cancelled`: the client disconnected, a time-out was
+            reached, or the request is retried. `unfinished`: the application returned before the
+            response was complete. `commit_failed`: COMMIT failed on one database; databases before
+            it may be committed. Later versions may add reasons.
+        error: The exception of the application or of COMMIT. None if there was no exception.
+        start_time: When the unit of work began, in seconds since the epoch (1970). It began with
+            the request, or after the previous unit of work of the same request.
+        duration: How long the unit of work took, in seconds, including its `on_commit` functions.
+        databases: The databases of which the unit of work opened sessions, in the order of the
+            arguments of `DBSessionMiddleware`.
+        attempt: The number of the attempt to serve the request: 1, or more if it is retried.
+        will_retry: True if the request will be retried because of a conflict, as far as is known
+            when the unit of work ends. False for a `begin()` block inside a request.
+        read_only: True if the unit of work was allowed to read only.
     """
 
-    scope: Scope = field(repr=False)  # not in the repr, because headers may be secret
+    # `repr()` leaves out the scope, because the headers in it may be secret.
+    scope: Scope = field(repr=False)
     outcome: Outcome
     reason: Reason | None
-    error: BaseException | None = field(repr=False)  # the text of an error may show data
+    # `repr()` leaves out the error, because its text may contain data of a user.
+    error: BaseException | None = field(repr=False)
     start_time: float
     duration: float
     databases: tuple[DatabaseReport, ...]

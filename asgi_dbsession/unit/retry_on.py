@@ -1,4 +1,4 @@
-"""Checks the argument `retry_on`: the errors that are retried in the same way as conflicts."""
+"""Checks the option `retry_on`: the errors to retry in the same way as conflicts."""
 
 from collections.abc import Callable
 from inspect import iscoroutinefunction
@@ -15,8 +15,8 @@ def check_retry_on(given: object) -> None:
     """Check the value that the application gave for `retry_on`.
 
     Raises:
-        ConfigurationError: The value is not an exception class, not a tuple of exception classes,
-            and not a plain function.
+        ConfigurationError: The value is neither an exception class, nor a tuple of exception
+            classes, nor a plain function.
     """
     classes = given if isinstance(given, tuple) else (given,)
     if all(isinstance(each, type) and issubclass(each, Exception) for each in classes):

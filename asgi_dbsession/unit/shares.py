@@ -1,4 +1,4 @@
-"""Decides which uncommitted work a task may commit if several tasks used one session."""
+"""Decides whose uncommitted work is committed, if several tasks used one session."""
 
 from typing import Any, Literal, TypeAlias
 
@@ -11,28 +11,29 @@ from .unit_of_work import UnitOfWork
 
 Sessions: TypeAlias = list[ManagedSession[Any]]
 
-# How `sort_work` treats a session that has uncommitted work of another task, if that task is still
-# running. "refuse", used on a WebSocket: raise ConcurrentUse if the sending task has work in the
-# session too. "leave", used at the end of a response body: do not commit the session yet.
-# "include", used after the application has returned: commit the work of all tasks.
+# One task is about to commit its work, and another task that is still running has uncommitted work
+# in the same session. `Living` says what `sort_work` does then. "refuse" (for WebSockets): raise
+# ConcurrentUse if both tasks have work in the session. "leave" (at the end of a response body): do
+# not commit this session yet. "include" (after the application has returned): commit the work of
+# all tasks.
 Living: TypeAlias = Literal["refuse", "leave", "include"]
 
 
 def sort_work(
     unit: UnitOfWork, sessions: Sessions, task: object, living: Living
 ) -> tuple[Sessions, Sessions]:
-    """Find the sessions to commit or roll back before `task` sends or awaits a message.
+    """Choose the sessions to commit or roll back before `task` sends or waits for a message.
 
-    Work of tasks that have returned counts as work of `task`, as if `task` had waited for these
-    tasks. Work of a task that raised an exception must be rolled back.
+    The work of a task that has returned counts as work of `task`, because `task` has probably
+    waited for it. The work of a task that raised an exception must be rolled back.
 
     Returns:
-        Two lists: the sessions to commit or to roll back, as the message of `task` requires, and
-        the sessions to roll back in any case. All other sessions must not be changed.
+        A pair of lists. (1) The sessions to commit or roll back, as the message of `task` requires.
+        (2) The sessions to roll back in any case. Sessions in neither list stay as they are.
 
     Raises:
-        ConcurrentUse: One transaction has work of `task` and of another task, and the other task is
-            still running or has failed. The unit has failed then.
+        ConcurrentUse: One transaction has work of `task` and work of another task that is still
+            running or has failed. Then the unit of work has failed, too.
     """
     own: Sessions = []
     failed: Sessions = []
@@ -54,11 +55,11 @@ def sort_work(
 
 
 def find_failed(unit: UnitOfWork, working: Sessions) -> tuple[bool, Sessions]:
-    """Find the work of failed tasks, after the application has returned.
+    """Find sessions that only failed tasks have used, after the application has returned.
 
     Returns:
-        False if no work may be committed, because one transaction also has work of a failed task.
-        And the sessions to roll back if other work is committed.
+        A pair. (1) True if work may be committed, False if one transaction has work of both failed
+        and successful tasks. (2) The sessions to roll back even if the others are committed.
     """
     sessions = [each for each in working if each.has_work]
     try:
@@ -69,14 +70,14 @@ def find_failed(unit: UnitOfWork, working: Sessions) -> tuple[bool, Sessions]:
 
 
 def with_work(unit: UnitOfWork) -> Sessions:
-    """Return the sessions that have work to commit or roll back."""
+    """Return the sessions of a unit of work that have something to commit or roll back."""
     working = []
-    # Copy the sessions: another thread may open a session, which changes the dictionary.
+    # Iterate over a copy, because another thread may open a session meanwhile.
     for each in tuple(unit.sessions.values()):
         if each.has_work:
             working.append(each)
-        # The application itself has committed or rolled back the session. So forget which tasks
-        # used the session: its next work may be of another task.
+        # The application itself has committed or rolled back this session. So forget which tasks
+        # used it until now.
         else:
             each.lock.forget_users()
     return working
@@ -92,9 +93,9 @@ def _speaks_for(task: object, user: object) -> bool:
 
 
 def _is_in_memory(lock: SessionLock) -> bool:
-    """Return True if the only work of a session is changed attributes of objects.
+    """Return True if the only work of a session is attributes that were changed in Python.
 
     SQLAlchemy does not report which task changed an attribute. So the change counts as work of the
-    task that sends the message.
+    task that sends the message now.
     """
     return not lock.is_used and not lock.is_busy

@@ -1,4 +1,4 @@
-"""Commits or rolls back the sessions of several databases together."""
+"""Commits or rolls back the sessions of several databases, one after the other."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
@@ -16,17 +16,17 @@ Run: TypeAlias = Callable[..., Awaitable[Any]]
 async def end_together(sessions: Sessions, end: End) -> BaseException | None:
     """Commit or roll back several sessions, in the order of the list.
 
-    Every session is flushed before the first COMMIT. If one flush fails, all sessions are rolled
+    All sessions are flushed before the first COMMIT. If a flush fails, all sessions are rolled
     back.
 
     Returns:
-        The first error; None if there was none.
+        The first error, or None.
     """
     if all(each.ends_at_once for each in sessions):
         return await _end_all(sessions, end, call_here)
     if all(each.session is each.orm for each in sessions):
-        # All sessions are sync, and block. Run all of them in one worker thread, to change the
-        # thread only once.
+        # All sessions are sync sessions, which block their thread. So use one worker thread for all
+        # of them, instead of changing the thread for each session.
         ending = _end_all(sessions, end, call_here)
         failure: BaseException | None = await sessions[0].run(complete_here, ending)
         return failure
@@ -41,20 +41,21 @@ async def _end_all(sessions: Sessions, end: End, run: Run | None = None) -> Base
 
 
 async def flush_all(sessions: Sessions, end: End, run: Run | None = None) -> BaseException | None:
-    """Flush the sessions in order, and stop at the first error.
+    """Flush the sessions one after the other. Return the first error, or None.
 
     Args:
         sessions: The sessions to flush.
-        end: The commit of the unit of work, for which the sessions are flushed.
-        run: The function that calls `flush`, such as `call_here`; None to use `run` of the session.
+        end: The commit for which the sessions are flushed.
+        run: The function that calls `flush`, for example `call_here`. None to use the attribute
+            `run` of each session.
     """
     for each in sessions:
         try:
             await (run or each.run)(each.flush, end)
         except BaseException as error:
             if not isinstance(error, Exception):
-                # The task was cancelled. Do not roll back this session: its thread may still use
-                # the session, or has rolled back already.
+                # This task was cancelled. Leave this session alone, because the worker thread may
+                # still use it or has rolled it back already.
                 sessions.remove(each)
             return error
     return None
@@ -63,7 +64,7 @@ async def flush_all(sessions: Sessions, end: End, run: Run | None = None) -> Bas
 async def roll_back_all(
     sessions: Sessions, end: End, failure: BaseException | None, run: Run | None = None
 ) -> BaseException | None:
-    """Roll back all sessions in order, even if the rollback of a session fails."""
+    """Roll back the sessions one after the other, even if one rollback fails."""
     for each in sessions:
         try:
             await (run or each.run)(each.end, end, False)
@@ -73,21 +74,22 @@ async def roll_back_all(
 
 
 async def commit_all(sessions: Sessions, end: End, run: Run | None = None) -> BaseException | None:
-    """Commit the sessions in order; after the first error, roll back the remaining sessions."""
+    """Commit the sessions one after the other. If one COMMIT fails, roll back the rest."""
     for number, each in enumerate(sessions):
         try:
             await (run or each.run)(each.end, end, True)
         except BaseException as error:
-            # The databases earlier in the list have committed already, and keep their work. Only
-            # `two_phase=True` prevents such a partial COMMIT.
+            # Databases before this one are committed already, and keep their new data. Only the
+            # option `two_phase=True` can prevent this.
             return await roll_back_all(sessions[number + 1 :], end, error, run)
     return None
 
 
 async def learn_positions(sessions: Iterable[ManagedSession[Any]]) -> None:
-    """Ask the primary for its WAL position, for each session with replicas whose work has ended.
+    """After work on databases with replicas has ended, ask each primary for its WAL position.
 
-    The client of the session may have seen data up to this position on the primary.
+    The client may have seen the data of the primary up to this position. So its next request may
+    use only replicas that have reached this position.
     """
     for each in sessions:
         route = each.companion.route
@@ -96,19 +98,20 @@ async def learn_positions(sessions: Iterable[ManagedSession[Any]]) -> None:
 
 
 def in_order(unit: UnitOfWork, working: Sessions) -> Sessions:
-    """Return the sessions in the order in which the databases of the unit were declared."""
+    """Return the sessions in the order in which their databases were declared."""
     sessions = [unit.sessions.get(each) for each in unit.databases]
     return [each for each in sessions if each is not None and each in working]
 
 
 def close_idle(opened: Iterable[ManagedSession[Any]]) -> tuple[Sessions, Exception | None]:
-    """Close the sessions without work; return the other sessions, and the first exception."""
+    """Close sessions without work. Return the other sessions, and the first exception."""
     working, raised = [], None
     for each in opened:
         try:
             if not each.close_if_idle():
                 working.append(each)
-        # A listener of the application raised the exception. The other sessions must end first.
+        # A listener of the application raised this exception. It is raised again after the other
+        # sessions are closed.
         except Exception as error:
             raised = raised or error
     return working, raised

@@ -1,15 +1,16 @@
-"""Commits the sessions of one unit of work in two phases.
+"""Commits the sessions of one unit of work with a two-phase commit.
 
-If the process is killed or a connection is lost, prepared transactions may stay on the servers, in
-doubt. An operator must then commit or roll back each transaction, and knows only which transactions
-are prepared. One session of the unit, the deciding session, makes the right choice visible:
+If the process is killed or a connection is lost, some transactions may stay prepared on the
+servers. Then an operator must commit or roll back each of them, and can see only which transactions
+are still prepared. One session of the unit of work is the deciding session. It shows the operator
+what to do:
 
 1. The deciding session is prepared first.
 2. The deciding session is committed first. If its COMMIT fails, no other session is committed.
-3. The deciding session is rolled back last, and only if no other session may still be prepared.
+3. The deciding session is rolled back last, and only if no other session can still be prepared.
 
-So if the deciding session is still prepared, the operator rolls back all sessions of the unit.
-Otherwise the operator commits all sessions that are still prepared.
+So if the deciding session is still prepared, the operator rolls back all transactions of the unit
+of work. Otherwise the operator commits all that are still prepared.
 """
 
 from asgi_dbsession.errors import ConcurrentUse
@@ -23,15 +24,15 @@ from .unit_of_work import UnitOfWork
 async def commit_in_two_phases(
     unit: UnitOfWork, sessions: Sessions, end: End
 ) -> BaseException | None:
-    """Flush sessions in declared order, PREPARE all of them, and COMMIT all of them.
+    """Flush all sessions, send PREPARE for all of them, and then send COMMIT for all of them.
 
     Args:
         unit: The unit of work that opened the sessions.
-        sessions: The sessions with work, in declared order.
-        end: The `End` object of this commit.
+        sessions: The sessions that have work, in the order in which their databases were declared.
+        end: The `End` object of this commit, which the locks of the sessions need.
 
     Returns:
-        The first exception; None if all COMMITs succeeded.
+        The first error, or None if all COMMITs succeeded.
     """
     try:
         _add_deciding(unit, sessions)
@@ -42,8 +43,8 @@ async def commit_in_two_phases(
         return await roll_back_all(sessions, end, failure)
     connections = [one for each in sessions for one in each.companion.open_connections]
     if len(connections) == 1:
-        # A single connection needs no second phase, which would be slower and could leave the
-        # transaction in doubt.
+        # For a single connection, a normal COMMIT is enough. Two phases would be slower, and could
+        # leave the transaction prepared.
         return await commit_all(sessions, end)
     deciding = two_phases_of(unit).deciding
     sessions.sort(key=lambda each: each.orm is not deciding)
@@ -58,10 +59,10 @@ async def commit_in_two_phases(
 
 
 def _add_deciding(unit: UnitOfWork, sessions: Sessions) -> None:
-    """Add the deciding session (of transaction number 1) to `sessions`, even if it has no work.
+    """Add the session of transaction number 1 to `sessions`, even if it has no work.
 
     Raises:
-        ConcurrentUse: The deciding session has uncommitted work of another task.
+        ConcurrentUse: This session has uncommitted work of another task.
     """
     deciding = two_phases_of(unit).deciding
     for each in tuple(unit.sessions.values()):
@@ -72,7 +73,7 @@ def _add_deciding(unit: UnitOfWork, sessions: Sessions) -> None:
 
 
 def _refusal(unit: UnitOfWork, sessions: Sessions) -> ConcurrentUse | None:
-    """Return an error if a session began its transaction before a commit that is in doubt now."""
+    """Return an error if a transaction is older than the last commit that ended in doubt."""
     for each in sessions:
         if two_phases_of(unit).has_renewed(names_of(each.companion.open_connections)):
             return ConcurrentUse(each.lock.database, mixed_with="failed")

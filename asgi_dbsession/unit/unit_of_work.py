@@ -1,4 +1,4 @@
-"""The unit of work: the sessions of one request, or of one `begin()`, and access to them."""
+"""The unit of work: the sessions of one request or of one `begin()` block."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -21,49 +21,49 @@ S = TypeVar("S")
 
 
 class SessionSource(Protocol[S]):
-    """The methods of a database that a unit of work uses."""
+    """The methods of a database object that a unit of work uses."""
 
     is_async: bool
     observers: tuple[UnitObserver, ...]
 
     def open_session(self, scope: Scope | None, *, read_only: bool) -> ManagedSession[S]:
-        """Return a new session, which checks out a connection at its first statement."""
+        """Return a new session. Its first statement will check out a connection of the pool."""
         ...
 
 
 class UnitOfWork:
-    """The sessions of one request, or of one `begin()`; committed or rolled back together.
+    """The sessions of one request or `begin()` block, which are committed or rolled back together.
 
-    The context variable `current_unit` gets an empty unit at the start of the request. If an inner
-    task or worker thread set the variable later, the outer code would not see the value.
+    A request gets an empty unit of work at its start. If `get_session()` made it later, in an inner
+    task or worker thread, the middleware would not see the new value of `current_unit`.
 
     Args:
-        databases: The databases whose sessions the unit opens; the first one of each kind is the
-            default.
-        scope: The ASGI scope for `session.info["scope"]`. None after the end of the request.
-        enclosing: The unit around this unit, for the databases that this unit does not have.
-        observers: The objects to call at each event of the unit. When the unit opens a session, the
-            observers of the session's database are added.
+        databases: The databases of the unit of work. The first database of each kind (async or
+            sync) is the default one.
+        scope: The ASGI scope for `session.info["scope"]`. None after the request has ended.
+        enclosing: The outer unit of work, for databases that are not in `databases`.
+        observers: The objects to notify of each event of this unit of work. Observers of a database
+            are added when its session is opened.
 
     Attributes:
-        is_inner: True if the method `within` made the unit, inside of another unit of work.
-        joins_outer_unit: True if `enclosing` belongs to the same request. If both units have a
-            database, `enclosing` opens and closes the session of this database.
-        joined: The unit whose session a block of `begin(join=True)` uses; None without a block.
-        rollback: The last argument of `set_rollback` since the last commit; None without a call.
+        is_inner: True if this unit of work was made by `within`.
+        joins_outer_unit: True if `enclosing` is a part of the same request. If both have a
+            database, its session belongs to `enclosing`.
+        joined: The outer unit of work whose session a `begin(join=True)` block uses, or None.
+        rollback: The value of the last `set_rollback` call since the last commit, or None.
         rollback_set_by: The task that called `set_rollback`.
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
-        failure: The first error of a commit or rollback. After this error, nothing may be sent.
+        failure: The first error of a commit or rollback. After this error, no message may be sent.
         callbacks: The functions given to `on_commit`, to be called after COMMIT.
         two_phase: True if the sessions use two-phase commit.
-        read_only: True if the sessions may only read; set before the first session is opened.
-        is_routed: True if a session of the unit chooses between the primary and its replicas.
-        is_blocking: True if the unit ends on the calling thread, without an event loop.
-        is_answered: True after the start of the response, and always True on a WebSocket.
-        closed: True if the unit has ended.
+        read_only: True if the sessions may only read. Set it before the first session is opened.
+        is_routed: True if one of the sessions may use a replica.
+        is_blocking: True if commit and rollback run on the calling thread, without an event loop.
+        is_answered: True after the start of the response was sent; always True for a WebSocket.
+        closed: True if this unit of work has ended.
     """
 
-    # These defaults are class attributes, so that a request does not spend time on setting them.
+    # Defaults are class attributes, because setting them for each request would cost time.
     is_used: bool = False
     rollback: bool | None = None
     rollback_set_by: object = None
@@ -95,14 +95,14 @@ class UnitOfWork:
             observer.unit_began(self)
 
     def chain(self) -> Iterator["UnitOfWork"]:
-        """Iterate over this unit and all units around it, from the innermost to the outermost."""
+        """Yield this unit of work, the one around it, and so on, up to the outermost one."""
         unit: UnitOfWork | None = self
         while unit is not None:
             yield unit
             unit = unit.enclosing
 
     def of_same_request(self) -> Iterator["UnitOfWork"]:
-        """Iterate over this unit and all outer units that belong to the same request."""
+        """Yield this unit of work, and the outer ones that are a part of the same request."""
         unit: UnitOfWork | None = self
         while unit is not None:
             yield unit
@@ -110,11 +110,11 @@ class UnitOfWork:
 
     @property
     def outermost(self) -> "UnitOfWork":
-        """The unit that ends last of all units of the same request."""
+        """The outermost unit of work of the same request, which ends last."""
         return deque(self.of_same_request(), maxlen=1)[0] if self.joins_outer_unit else self
 
     def manages(self, database: SessionSource[Any]) -> bool:
-        """Return True if this unit opens and closes the session of the database."""
+        """Return True if this unit of work opens and closes the session of the database."""
         if database not in self.databases:
             return False
         return not self.joins_outer_unit or not any(
@@ -122,7 +122,7 @@ class UnitOfWork:
         )
 
     def within(self, databases: tuple[SessionSource[Any], ...]) -> "UnitOfWork":
-        """Make a unit inside this unit; the new unit has no scope if the request has ended."""
+        """Make a new unit of work inside this one. It has no scope if the request has ended."""
         serving = next((each for each in self.chain() if not each.is_inner), None)
         scope = serving.scope if serving is not None else None
         unit = UnitOfWork(databases, scope, self, self.observers)
@@ -130,7 +130,7 @@ class UnitOfWork:
         return unit
 
     def open(self, database: SessionSource[S]) -> S:
-        """Return the session of a database that this unit manages; make the session on first use.
+        """Return the session of a database, and open it on first use.
 
         Raises:
             SessionClosed: The unit of work has ended.
@@ -145,7 +145,7 @@ class UnitOfWork:
         self.is_used = True
         made = database.open_session(self.scope, read_only=self.read_only)
         opened = self.sessions.setdefault(database, made)
-        # If another thread has opened the session at the same time, use the session of that thread.
+        # Another thread has opened a session of this database at the same time. Use that session.
         if opened is not made:
             return opened
         if self.two_phase and not self.read_only:
@@ -153,7 +153,7 @@ class UnitOfWork:
         if self.is_blocking:
             made.run = call_here
         self.is_routed = self.is_routed or made.companion.route is not None
-        # Another thread has closed the unit during this call. So close the new session too.
+        # Another thread has closed this unit of work meanwhile. So close the new session too.
         if self.closed:
             made.close_if_idle()
             raise SessionClosed(database)
@@ -169,7 +169,7 @@ class UnitOfWork:
         return opened
 
     def _add_observer(self, observer: UnitObserver) -> None:
-        # An outer unit may have passed the same observer to this unit already.
+        # The outer unit of work may have the same observer.
         if observer not in self.observers:
             self.observers = (*self.observers, observer)
             observer.unit_began(self)
@@ -183,11 +183,11 @@ current_unit: ContextVar[UnitOfWork | None] = ContextVar("asgi_dbsession", defau
 
 
 def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
-    """Return the nearest unit of work that manages the session of the database.
+    """Return the nearest unit of work that opens and closes the session of the database.
 
     Raises:
-        NoSession: The caller is in no unit of work that manages the database.
-        SessionClosed: The `begin(join=True)` block that started this task has ended.
+        NoSession: No unit of work with this database is around the calling code.
+        SessionClosed: This task was started in a `begin(join=True)` block that has ended.
     """
     innermost = current_unit.get()
     for unit in innermost.chain() if innermost is not None else ():
@@ -201,14 +201,14 @@ def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
 def get_session() -> AsyncSession:
     """Return the session of the default database: the first `AsyncDatabase` of the unit of work.
 
-    The session is opened on first use, and its first statement checks out a connection. The session
-    is valid until the request (or the `begin()`) ends, and is then closed permanently. Only one
-    task at a time may use the session; each parallel task must open its own `database.begin()`.
+    The session is opened on first use, and its first statement checks out a connection of the pool.
+    The session is closed permanently when the request or the `begin()` block ends. Only one task at
+    a time may use it. Tasks that run in parallel must each open `database.begin()`.
 
     Raises:
-        NoSession: This code runs outside of a request that `DBSessionMiddleware` serves, and
-            outside of `begin()`.
-        SessionClosed: The request that this task belongs to has ended.
+        NoSession: The calling code runs neither in a request that `DBSessionMiddleware` serves, nor
+            in a `begin()` block.
+        SessionClosed: The request that started this task has ended.
         DatabaseNotRunning: The database has not been started.
         ConfigurationError: The unit of work has only sync databases.
     """
@@ -217,18 +217,18 @@ def get_session() -> AsyncSession:
 
 
 def get_sync_session() -> Session:
-    """Return the session of the first `SyncDatabase` of the unit of work, for `def` handlers.
+    """Return the session of the first `SyncDatabase` of the unit of work, for `def` functions.
 
-    See `get_session` for how long the session is valid, and which errors are raised.
+    `get_session` documents how long the session is valid, and which errors are raised.
     """
     session: Session = _default_session(is_async=False)
     return session
 
 
 async def session_dependency() -> AsyncSession:
-    """Return what `get_session()` returns, for `Depends(session_dependency)` and other injectors.
+    """Return the same session as `get_session()`; for `Depends(session_dependency)` in FastAPI.
 
-    `AsyncDatabase.session_dependency` explains why this is a coroutine function without parameters.
+    This is a coroutine function without parameters, as `AsyncDatabase.session_dependency` explains.
     """
     return get_session()
 

@@ -1,4 +1,4 @@
-"""Logs the loss of objects that a handler added after the client had disconnected."""
+"""Logs an error if a handler changed objects after the client had disconnected."""
 
 import logging
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ _UNSAVED = (
 
 
 def log_unsaved(unit: UnitOfWork, opened: Iterable[ManagedSession[Any]], reason: Reason) -> None:
-    """Log an error if a response was cut short and the sessions have unsaved objects."""
+    """Log an error if changed objects were lost because the response was not completed."""
     if reason not in ("cancelled", "unfinished"):
         return
     unsaved = sum(
