@@ -1,1 +1,1 @@
-"""Decides which ASGI message commits, rolls back or closes a unit of work."""
+"""The middleware: decides which ASGI message commits, rolls back or closes a unit of work."""

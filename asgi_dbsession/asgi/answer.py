@@ -1,4 +1,4 @@
-"""Answers a request whose COMMIT failed: sends a response, or raises the original exception."""
+"""Answers a request whose COMMIT failed: sends an error response, or raises the error."""
 
 from collections.abc import Callable, Coroutine
 
@@ -13,7 +13,7 @@ async def serve_and_answer(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Serve a request; if its COMMIT fails, send an error response or raise the error."""
+    """Serve a request. If its COMMIT fails, send an error response or raise the error."""
     try:
         await serve(scope, receive, send)
     except AbortRequest as abort:
@@ -30,16 +30,17 @@ async def answer_or_raise(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Send the response of `on_commit_error`, or raise the error of the COMMIT.
+    """Send the response that `on_commit_error` returns, or raise the error of the COMMIT.
 
-    Call this function outside of an `except` block, so that the traceback shows no AbortRequest.
+    Call this function outside of an `except` block. Otherwise the traceback of the raised error
+    would also show the internal exception AbortRequest.
     """
-    # No COMMIT has failed in this middleware: an outer DBSessionMiddleware has stopped the request,
-    # and the outer middleware answers the request.
+    # There is no error in this middleware: the exception comes from an outer DBSessionMiddleware
+    # that stopped the request. Raise it again, so that the outer middleware answers the request.
     if failure is None:
         raise AbortRequest
     answer: ASGIApp | None = None
-    # Such an error is a mistake of the application, which `on_commit_error` must not hide.
+    # These two errors show a mistake in the application, which `on_commit_error` must not hide.
     is_mistake = isinstance(failure, ConfigurationError | ForbiddenWrite)
     if on_commit_error is not None and not is_mistake:
         try:
@@ -65,11 +66,11 @@ def add_note(failure: Exception, error: BaseException) -> None:
 
 
 def checked(decision: object, rule: str) -> bool:
-    """Return `decision`, the result of a function of the application, if it is True or False.
+    """Return `decision` if it is True or False, and raise an error for any other value.
 
     Args:
-        decision: The result of the function.
-        rule: The name of the option that the function was given for.
+        decision: The value that a function of the application returned, for example `commit_when`.
+        rule: The name of the middleware option that has this function, for the error text.
 
     Raises:
         ConfigurationError: `decision` is neither True nor False.
@@ -77,7 +78,8 @@ def checked(decision: object, rule: str) -> bool:
     if decision is True or decision is False:
         return decision
     if isinstance(decision, Coroutine):
-        # Close the coroutine, because Python warns about a coroutine that nobody awaits.
+        # Close the coroutine, so that Python does not warn about a coroutine that was never
+        # awaited.
         decision.close()
     raise ConfigurationError(
         f"{rule} must return True or False, and returned something of type "

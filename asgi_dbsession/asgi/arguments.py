@@ -23,16 +23,19 @@ D = TypeVar("D")
 
 
 async def no_application(scope: Scope, receive: Receive, send: Send) -> None:
-    """The default of the argument `app`, never called; it shows that no application was given."""
+    """The default value of `app`, which shows that no application was given. Never called."""
 
 
 def application_first(
     app: ASGIApp, databases: tuple[D, ...], unknown: Mapping[str, object]
 ) -> tuple[ASGIApp, tuple[D, ...]]:
-    """Return the application and the databases, also if `app` is a keyword argument.
+    """Find the application and the databases in the arguments of `DBSessionMiddleware`.
 
-    Litestar's `DefineMiddleware` and Starlette below 0.41.3 pass the application as a keyword
-    argument. The first positional argument is then a database.
+    Litestar's `DefineMiddleware` and Starlette below 0.41.3 pass the application as the keyword
+    argument `app`. Then the first positional argument is a database and not the application.
+
+    Returns:
+        A pair: (1) the application, (2) the databases.
     """
     named: Any = unknown.get("app")
     if named is None:
@@ -48,14 +51,16 @@ def usable_databases(
     options: Mapping[str, Any],
     made_by: type,
 ) -> tuple[AnyDatabase, ...] | Unstartable:
-    """Return the databases to use, or an `Unstartable` if an argument is wrong.
+    """Return the databases. If an argument is wrong, return an `Unstartable` object instead.
 
-    An `Unstartable` makes the startup and each request fail with the reason. An exception would not
-    do this: frameworks create their middleware during the lifespan, and after an exception servers
-    assume that the application has no lifespan, and hide the reason.
+    An `Unstartable` object makes the startup of the server, and each request, fail with the reason.
+    An exception raised here would not do this. Frameworks create their middleware when the server
+    sends the startup message. After an exception, servers would believe that the application does
+    not support startup messages, and would not show the exception.
 
     Raises:
-        ConfigurationError: An argument is wrong, and no event loop is running.
+        ConfigurationError: An argument is wrong, and no event loop is running. In this case no
+            server is starting yet, so the exception is shown.
     """
     try:
         _check_application(app)
@@ -153,9 +158,9 @@ def _check_retry_on(given: object, attempts: int) -> None:
 
 
 def _check_number(name: str, given: object) -> None:
-    # Compare the type exactly, because True and False are of type int for `isinstance`.
+    # `isinstance` would accept True and False too, because `bool` is a subclass of `int`.
     if type(given) is not int:
-        # Do not show the value: the caller may have given a secret for the wrong argument.
+        # Do not show the value, because the caller may have passed a secret to the wrong argument.
         raise ConfigurationError(
             f"{name} takes a whole number from 1 on, not something of type {type(given).__name__}."
         )

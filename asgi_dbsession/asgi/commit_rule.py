@@ -1,4 +1,4 @@
-"""Converts `commit_when` into a function of the status and the scope."""
+"""Checks the option `commit_when`, which decides by the response status if work is committed."""
 
 from collections.abc import Callable
 from http import HTTPStatus
@@ -13,24 +13,25 @@ from .answer import checked
 CommitWhen: TypeAlias = Callable[[int], bool] | Callable[[int, Scope], bool]
 CommitRule: TypeAlias = Callable[[int, Scope], bool]
 
-# Convert the status to an int once, because each comparison with an enumeration is slow.
+# `HTTPStatus.BAD_REQUEST` is an enumeration member, and slower to compare than an `int`.
 _BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def below_400(status: int) -> bool:
-    """Return True (commit) for a status below 400. This is the default of `commit_when`."""
+    """Return True (commit) for a status below 400. This is the default for `commit_when`."""
     return status < _BAD_REQUEST
 
 
 def commit_rule(commit_when: CommitWhen) -> CommitRule:
-    """Convert `commit_when` into a function of the status and the scope.
+    """Make a function of the status and the ASGI scope from the option `commit_when`.
 
-    If the second parameter of `commit_when` has a default value, the parameter gets the scope only
-    if its name is `scope`.
+    `commit_when` may have one parameter (the status) or two. A second parameter with a default
+    value gets the ASGI scope only if its name is `scope`.
 
     Raises:
-        ConfigurationError: `commit_when` takes other arguments than the status and the scope.
+        ConfigurationError: `commit_when` cannot be called with the status, and not with the status
+            and the scope.
     """
     if commit_when is below_400:
         return lambda status, _scope: status < _BAD_REQUEST
@@ -43,8 +44,8 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
 def _takes_scope(rule: Callable[..., object]) -> bool:
     try:
         parameters = signature(rule).parameters.values()
-    # Python does not know the parameters of some builtin functions. Call such a function with the
-    # status only.
+    # Python cannot tell the parameters of some builtin functions. Call such a function with the
+    # status alone.
     except (TypeError, ValueError):
         return False
     positional = [each for each in parameters if each.kind in _POSITIONAL]

@@ -1,4 +1,4 @@
-"""Warns if a server-sent event is sent before the work of its request is committed."""
+"""Logs a warning if a server-sent event is sent before the work of its request is committed."""
 
 import logging
 from typing import Any
@@ -20,19 +20,19 @@ _WARNING = (
     "COMMIT can still fail. If the event says that work is stored, do the work in "
     "`database.begin()`, or call `commit()` before the event. This is logged once for each route."
 )
-# The routes for which the warning was logged. The limit keeps the set small; few applications have
-# so many routes with event streams.
+# The routes for which the warning was logged already. `_LIMIT` keeps this set small, but is larger
+# than the number of event streams in a typical application.
 _warned: set[str] = set()
 _LIMIT = 100
 
 
 def is_event_stream(start: Message) -> bool:
-    """Return True if the message starts a response of the type `text/event-stream`."""
+    """Return True if a start message begins a response of type `text/event-stream`."""
     headers = start.get("headers")
-    # If the headers are not a list, do not read them: an iterator could be read only once, and the
-    # server must read it.
+    # Read the headers only if they are a list. An iterator can be read only once, and the server
+    # needs it.
     for name, value in headers if isinstance(headers, list) else ():
-        if name == b"content-length":  # an event stream has no length, so stop searching
+        if name == b"content-length":  # An event stream has no Content-Length header.
             return False
         if name == b"content-type":
             return bool(value.startswith(b"text/event-stream"))
@@ -40,7 +40,7 @@ def is_event_stream(start: Message) -> bool:
 
 
 def warn_of_early_events(unit: UnitOfWork, send: Send) -> Send:
-    """Return a `send` that logs a warning if it sends an event before the work is committed."""
+    """Return a `send` that logs a warning if an event is sent before the work is committed."""
     writes = _Writes()
     unit.observers = (*unit.observers, writes)
     for database, opened in tuple(unit.sessions.items()):
@@ -48,7 +48,8 @@ def warn_of_early_events(unit: UnitOfWork, send: Send) -> Send:
 
     async def send_event(message: Message) -> None:
         body = message.get("body", b"")
-        # A line that begins with a colon is a comment, which only keeps the connection open. See
+        # In an event stream, a line that begins with a colon is a comment. Servers send comments to
+        # keep the connection open. See
         # https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
         if body and bytes(body[:1]) != b":":
             _warn(unit, writes)
@@ -66,10 +67,10 @@ def _warn(unit: UnitOfWork, writes: "_Writes") -> None:
 
 
 class _Writes(UnitObserver):
-    """Remembers which sessions have written since their last commit or rollback.
+    """Remembers which sessions have written since the last commit or rollback.
 
-    A write inside a savepoint is stored with the savepoint, because a rollback to the savepoint
-    takes back this write, and no earlier write.
+    A write inside a savepoint is stored together with the savepoint. If the savepoint is rolled
+    back, only these writes are forgotten.
     """
 
     def __init__(self) -> None:
@@ -83,7 +84,7 @@ class _Writes(UnitObserver):
         event.listen(opened.orm, "after_soft_rollback", self._record_rollback)
 
     def are_pending(self, session: Session) -> bool:
-        """Return True if the session has changes that are not committed yet."""
+        """Return True if the session has written or changed anything that is not committed yet."""
         if session.new or session.deleted or session.identity_map.check_modified():
             return True
         return any(written is session for written, _ in self._written)
@@ -96,7 +97,7 @@ class _Writes(UnitObserver):
             self._record_flush(state.session, None)
 
     def _record_commit(self, session: Session) -> None:
-        # SQLAlchemy calls this listener also when a savepoint is released, before the release.
+        # SQLAlchemy calls this function also just before it releases a savepoint.
         savepoint = session.get_nested_transaction()
         if savepoint is None:
             self._forget(session, None)
@@ -108,7 +109,7 @@ class _Writes(UnitObserver):
         self._forget(session, transaction if transaction.parent is not None else None)
 
     def _forget(self, session: Session, savepoint: SessionTransaction | None) -> None:
-        """Forget the writes of a session, or only those inside of `savepoint`."""
+        """Forget all writes of a session, or only the writes inside of `savepoint`."""
         for each in tuple(self._written):
             if each[0] is session and (savepoint is None or _is_inside(each[1], savepoint)):
                 self._written.discard(each)

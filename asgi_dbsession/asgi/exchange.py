@@ -1,4 +1,4 @@
-"""Commits or rolls back before the start and the end of an HTTP response."""
+"""Commits or rolls back before an HTTP response starts, and before it ends."""
 
 from asgi_dbsession.errors import AbortRequest
 from asgi_dbsession.session.completion import run_to_completion
@@ -10,16 +10,16 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 from .commit_rule import CommitRule
 from .events import is_event_stream, warn_of_early_events
 
-# A message of one of these types ends the response if its `more_body` is False.
+# A message of one of these types is the last of a response if its `more_body` is False.
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
 
 
 class Exchange:
-    """Passes on the messages of one response; commits or rolls back before its start and end.
+    """Sends the messages of one response; commits or rolls back before the first and last one.
 
     Attributes:
-        may_commit: True if the response is complete. Then the remaining work, such as the work of a
-            background task, may be committed when the application returns.
+        may_commit: True after the last message of the response. Then the work that follows (of a
+            background task, for example) may be committed when the application returns.
     """
 
     __slots__ = ("_commit_rule", "_send", "_unit", "may_commit", "receive")
@@ -32,7 +32,7 @@ class Exchange:
         self.may_commit: bool = False
 
     async def send(self, message: Message) -> None:
-        """Send a message; commit or roll back before the start and the end of the response."""
+        """Send a message. Before the first and the last of a response, commit or roll back."""
         unit = self._unit
         if unit.failure is not None:
             raise AbortRequest
@@ -44,8 +44,8 @@ class Exchange:
                 except Exception as error:
                     unit.failure = unit.failure or error
                     raise AbortRequest from error
-                # While this task waited for COMMIT, the COMMIT of another task of the request may
-                # have failed. Send nothing then.
+                # Another task of the request may have committed meanwhile, and its COMMIT may have
+                # failed. If so, send nothing.
                 if unit.failure is not None:
                     raise AbortRequest
             unit.rollback, unit.is_answered = None, True
@@ -55,9 +55,9 @@ class Exchange:
             if unit.is_used and not self.may_commit:
                 await self._end_body()
             self.may_commit = True
-            # While this message is sent, uvicorn may start the next request of the client's
-            # connection in the same context. The next request must not find this unit of work, so
-            # remove the unit.
+            # While the last message is sent, uvicorn may start the client's next request in the
+            # same context. That request must not find this unit of work, so set `current_unit` to
+            # None meanwhile.
             token = current_unit.set(None)
             try:
                 await self._send(message)

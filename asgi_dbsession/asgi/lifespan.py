@@ -1,4 +1,4 @@
-"""Starts and stops the databases with the application, even if the application has no lifespan."""
+"""Starts and stops the databases with the application, even if it has no lifespan of its own."""
 
 import logging
 from collections.abc import Sequence
@@ -12,49 +12,49 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 class Startable(Protocol):
-    """An object, such as a database, to start and stop together with the application."""
+    """An object that is started and stopped together with the application, such as a database."""
 
     async def startup(self) -> None:
-        """Start the object; if an error is raised, leave no connection open."""
+        """Start the object. If this raises an error, no connection may stay open."""
         ...
 
     async def shutdown(self) -> None:
-        """Stop the object, and close all connections that it opened since `startup`."""
+        """Stop the object, and close all connections that were opened since `startup`."""
         ...
 
 
 class Unstartable:
-    """Takes the place of databases that cannot be used: the startup fails with the reason.
+    """Replaces the databases if they cannot be used: startup and requests fail with the reason.
 
-    Frameworks create their middleware during the lifespan. If the creation raised an exception,
-    servers would assume that the application has no lifespan, would start, and would answer each
-    request with 500.
+    Frameworks create their middleware when the server sends the startup message. If this creation
+    raised an exception, servers would believe that the application does not support startup
+    messages. They would start, and answer each request with 500.
     """
 
     def __init__(self, reason: Exception) -> None:
         self._reason = reason
 
     async def startup(self) -> None:
-        """Raise the reason why the databases cannot be used."""
+        """Raise the error that tells why the databases cannot be used."""
         await self.refuse()
 
     async def shutdown(self) -> None:
-        """Do nothing, because `startup` has started nothing."""
+        """Do nothing, because `startup` did not start anything."""
 
     async def refuse(self, *_: object) -> NoReturn:
-        """Raise the reason why the databases cannot be used, for any ASGI scope."""
+        """Raise the error that tells why the databases cannot be used; called as an ASGI app."""
         raise self._reason.with_traceback(None)
 
 
 async def serve_lifespan(
     app: ASGIApp, databases: Sequence[Startable], scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Start the databases before the startup of `app`, and stop them after its shutdown.
+    """Start the databases before the application starts, and stop them after it has stopped.
 
-    The databases are stopped before the server gets the result of the shutdown, even after an
-    error. If the application raises before it receives the startup message, it has no lifespan: its
-    requests are served without a lifespan. If the application raises after it has received the
-    startup message, the startup has failed, and the server gets `startup.failed`.
+    The databases are stopped before the server gets the answer to its shutdown message, even after
+    an error. If the application raises before it has received the startup message, it does not
+    support lifespan messages. Then its requests are served all the same. If the application raises
+    later, the startup has failed, and the server gets `lifespan.startup.failed`.
     """
     lifespan = _Lifespan(databases, receive, send)
     try:
@@ -65,7 +65,7 @@ async def serve_lifespan(
 
 
 class _Lifespan:
-    """One run of the lifespan; starts and stops the databases at startup and shutdown."""
+    """Handles the lifespan messages (startup and shutdown) between server and application once."""
 
     def __init__(self, databases: Sequence[Startable], receive: Receive, send: Send) -> None:
         self._databases = databases
@@ -82,12 +82,12 @@ class _Lifespan:
         failure = await self._start_each()
         if failure is None:
             return
-        # Send `startup.failed` outside of an `except` block. Otherwise, if `send` raises (as in
-        # hypercorn), the traceback of its exception would show the failure of the database too.
+        # Send the message outside of an `except` block. If `send` raises too (as with hypercorn),
+        # the traceback of that exception would otherwise show the database error a second time.
         await self.stop()
         await self._send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
-        # Raise the failure for test clients. Without an exception, a test client would run the test
-        # although the startup failed, and then wait forever for the end of the shutdown.
+        # Raise the error for test clients. A test client that gets no exception would run the test
+        # although the startup failed, and would then wait forever for the end of the shutdown.
         raise failure
 
     async def _start_each(self) -> Exception | None:
@@ -117,13 +117,13 @@ class _Lifespan:
             await self.send({"type": "lifespan.shutdown.complete"})
 
     async def _fail_startup(self, failure: Exception) -> NoReturn:
-        # Log the traceback, because servers show only the message of `startup.failed`.
+        # Log the traceback here, because servers show only the text of `lifespan.startup.failed`.
         _logger.error("The startup of the application failed", exc_info=failure)
         await self.send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
         raise failure
 
     async def _serve_after_return(self) -> None:
-        """Answer the lifespan messages of the ASGI server after the application has returned."""
+        """Answer the server's lifespan messages, because the application has returned already."""
         if not self._answered_startup:
             await self.send({"type": "lifespan.startup.complete"})
         while not (self._finished or self._heard_shutdown):
@@ -152,7 +152,7 @@ class _Lifespan:
         await self._send(message)
 
     async def stop(self) -> list[Exception]:
-        """Stop all running databases, even after a cancellation or if a database fails to stop."""
+        """Stop all running databases, even after a cancellation or if one of them fails to stop."""
         return await run_to_completion(self._stop_each()) if self._running else []
 
     async def _stop_each(self) -> list[Exception]:

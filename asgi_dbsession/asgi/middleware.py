@@ -1,4 +1,4 @@
-"""The middleware: commits, rolls back and closes the unit of work of a request."""
+"""The class `DBSessionMiddleware`, which opens and closes the unit of work of each request."""
 
 from collections.abc import Callable
 
@@ -21,68 +21,73 @@ from .optional import with_optional_rooms, with_positions
 from .read_rule import ReadOnly, apply_read_rule
 from .websocket import SocketExchange
 
-# The key of the unit of work in the ASGI scope. An inner DBSessionMiddleware finds the unit of the
-# outer DBSessionMiddleware there, and joins it.
+# The ASGI scope has the unit of work under this key. An inner DBSessionMiddleware finds the unit of
+# work of the outer DBSessionMiddleware there, and uses its sessions.
 _KEY = "asgi_dbsession"
 
 
 class DBSessionMiddleware:
     """Give each request one session per database, and commit before the response is sent.
 
-    1. A session is opened when the application first asks for it.
-    2. If the status is below 400, the start of the response waits for COMMIT.
-    3. After any other status, an exception, a cancellation, or no response: ROLLBACK.
+    1. A session is opened when the application asks for the session for the first time.
+    2. If the status of the response is below 400, COMMIT is sent before the response starts.
+    3. After any other status, an exception, a cancellation, or without a response: ROLLBACK.
     4. If COMMIT fails, nothing of the response is sent, and background tasks do not run.
-    5. Streaming bodies and background tasks use the same session in a new unit of work, which is
-       committed at their end, and rolled back if they fail.
+    5. Streaming bodies and background tasks use the same session again. Their work is a new unit of
+       work: it is committed at their end, and rolled back if they raise an exception.
     6. When the application returns, its sessions are closed permanently.
 
-    On a WebSocket, the work of a task is committed before the task sends a message or waits for a
-    message. A denial, an exception or a close code other than 1000 and 1001 rolls back.
+    For a WebSocket, the work of a task is committed before the task sends a message or waits for a
+    message. Work is rolled back if the handshake is denied, after an exception, and before a close
+    with another code than 1000 and 1001.
 
-    Databases are started before the application's own startup and stopped after its shutdown. All
-    other scopes and messages pass unchanged.
+    Databases are started before the application, and stopped after it. Scopes and messages of other
+    types are passed on unchanged.
 
     Args:
-        app: The ASGI application.
-        *databases: Any number of `AsyncDatabase`, `SyncDatabase` or URL (for an `AsyncDatabase`);
-            the first is the default. Without databases: `AsyncDatabase.from_env()`.
-        commit_when: A plain function that replaces `status < 400` in rules 2 and 3. It takes the
-            status, or the status and the ASGI scope of the request: `def rule(status, scope)`. It
-            must return True or False. After any other value, the unit is rolled back and
-            `ConfigurationError` is raised.
+        app: The ASGI application to wrap.
+        *databases: The databases: each an `AsyncDatabase`, a `SyncDatabase`, or a URL from which an
+            `AsyncDatabase` is made. The first database is the default. If there are none,
+            `AsyncDatabase.from_env()` is used.
+        commit_when: A plain function that replaces the condition `status < 400` in rules 2 and 3.
+            It takes the status, or the status and the ASGI scope of the request: `def rule(status,
+            scope)`. It must return True to commit or False to roll back. After any other value, the
+            work is rolled back and `ConfigurationError` is raised.
         on_commit_error: A plain function that takes the error of a failed COMMIT and returns the
             response: an ASGI application, such as a Starlette `Response`. If the function returns
-            None, or if no function is given, the error is raised to the server.
-        attempts: How often a request may run. If the database reports a conflict (serialization
-            failure, deadlock, busy SQLite, or a statement outdated by a migration), or a read-only
-            unit of work loses its connection, the request runs again from the start, with the same
-            body, after at most a second. There is no retry after a message was sent, after a
-            COMMIT on a database of this package, after a statement with AUTOCOMMIT, or after a
-            cancellation. There is no retry of a request whose body exceeds 1 MiB, or that came
-            while the bodies of other requests used 32 MiB of memory. If the handler changed
-            anything outside of the database, each retry changes it again.
-        retry_on: Errors to retry in the same way as a conflict: an exception class, a tuple of
-            classes, or a plain function that takes an exception and returns True or False. The
-            function gets errors of the database, exceptions that the application raises, and
-            exceptions that the application answers with a status of 400 or above.
-        retry_after: The seconds for the header `Retry-After`. If no connection becomes free within
-            the engine's `pool_timeout`, and the request ends with the error of the pool or a status
-            of 500, the response is 503 with this header. None: never answer 503.
-        read_only: A plain function that takes the ASGI scope and returns True if the request may
-            only read, such as `safe_methods`. The session and the database then refuse writes, and
-            `ForbiddenWrite` is raised to the server. None: all requests may write.
-        two_phase: True to commit the sessions of a request in two phases, so that no COMMIT can
-            fail after another COMMIT has succeeded. The drivers must support it.
-        on_report: A plain function to call at the end of each unit of work: before the status is
-            sent, after the body or background task, and after each `begin()` and `on_commit`
-            function. `on_report` runs on the event loop, or on the thread that called
-            `SyncDatabase.begin()`, so it must be fast. Its exceptions are logged.
+            None, or if there is no function, the server gets the error as an exception.
+        attempts: How often a request may run; 1 means no retry. A request is retried if the
+            database reports a conflict (serialization failure, deadlock, busy SQLite, or a
+            statement outdated by a migration), or if a read-only unit of work loses its connection.
+            Each retry gets the same body, and starts after at most one second. There is no retry
+            after a message was sent, after a COMMIT on a database of this package, after a
+            statement with AUTOCOMMIT, or after a cancellation. There is no retry of a request whose
+            body is larger than 1 MiB, or that came while the bodies of other requests used 32 MiB
+            of memory. If the handler changed anything outside of the database, each retry changes
+            it again.
+        retry_on: Further errors to retry in the same way as a conflict: an exception class, a tuple
+            of classes, or a plain function that takes an exception and returns True or False. These
+            errors may come from the database. They may also be raised by the application, even if
+            it answers them with a status of 400 or above.
+        retry_after: The number of seconds for the header `Retry-After` of a 503 response. This
+            response is sent if no connection becomes free within the engine's `pool_timeout`, and
+            the request ends with the error of the pool or a status of 500. None: never send 503.
+        read_only: A plain function, such as `safe_methods`, that takes the ASGI scope and returns
+            True if the request may only read. The session and the database then refuse writes, and
+            the server gets `ForbiddenWrite` as an exception. None: all requests may write.
+        two_phase: True to use two-phase commit for the sessions of a request. Then no COMMIT can
+            fail after the COMMIT on another database has succeeded. The drivers must support this.
+        on_report: A plain function that is called with a report at the end of each unit of work:
+            before the status is sent, after the body or background task, and after each `begin()`
+            block and `on_commit` function. It runs on the event loop, or on the thread that called
+            `SyncDatabase.begin()`, so it must be fast. If it raises an exception, the exception is
+            logged.
 
     Raises:
-        ConfigurationError: An argument is wrong. If a URL is wrong, or if an event loop is running,
-            where frameworks create their middleware, this error is not raised here, but makes the
-            startup of the server fail. If the server sends no startup message, each request fails.
+        ConfigurationError: An argument is wrong. This error is not raised here if only a URL is
+            wrong, or if an event loop is running (frameworks create their middleware in the event
+            loop). Then the startup of the server fails with this error. If the server sends no
+            startup message, each request fails with it.
     """
 
     def __init__(
@@ -131,11 +136,11 @@ class DBSessionMiddleware:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, WebSocket or lifespan of the server."""
+        """Serve an HTTP request, a WebSocket, or the startup and shutdown of the server."""
         kind = scope["type"]
         if kind == "http":
-            # If an outer DBSessionMiddleware serves this request too, only the outer middleware
-            # retries the request and answers 503.
+            # If an outer DBSessionMiddleware serves this request too, leave retries and 503
+            # responses to the outer middleware.
             serve = self._serve_http if scope.get(_KEY) is None else self._serve
             try:
                 await serve(scope, receive, send)
@@ -172,8 +177,8 @@ class DBSessionMiddleware:
                 raise
             add_note(unit.failure, error)
         else:
-            # The application may return without success: if the client disconnects, a streaming
-            # body just ends. So commit only if the response is complete.
+            # The application may return although the response is not complete: if the client
+            # disconnects, a streaming body just stops. So commit only if the response is complete.
             unit.closed = True
             if unit.is_used:
                 commit = exchange.may_commit and not unit.rollback and unit.failure is None
@@ -181,12 +186,12 @@ class DBSessionMiddleware:
         finally:
             current_unit.reset(token)
             scope[_KEY] = outer
-            # Remove the scope: a task that is still running after the request must not use it.
+            # Tasks that are still running after the request must not use its scope.
             unit.scope = None
             failure = unit.failure
             if failure is not None:
-                # Replace the error, because it keeps the data of the request in memory. A task that
-                # is still running must only see that there was an error.
+                # The error keeps the data of the request in memory. Tasks that are still running
+                # only need to know that there was an error. So replace it by an empty error.
                 unit.failure = RuntimeError()
         if failure is not None:
             if unit.is_answered:

@@ -1,4 +1,4 @@
-"""Adds the optional packages (retry, reports) that the options of a middleware need."""
+"""Imports the optional packages (retry, reports, replicas) only if an option needs them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,9 +13,10 @@ from .arguments import AnyDatabase
 
 
 def with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIApp:
-    """Wrap `serve` in `Positions`, which stores the WAL position of each client, for replicas.
+    """Wrap `serve` so that each client reads its own writes, if a database has replicas.
 
-    Without replicas, return `serve` itself.
+    The class `Positions` stores the WAL position that each client has seen. Without replicas,
+    return `serve` itself.
     """
     servers = [each._replica_set for each in databases if each._replica_set is not None]
     if not servers:
@@ -35,10 +36,11 @@ def with_optional_rooms(
     on_commit_error: Callable[[Exception], ASGIApp | None] | None,
     on_report: Callable[[UnitReport], object] | None,
 ) -> tuple[ASGIApp, tuple[UnitObserver, ...]]:
-    """Wrap `serve` in the optional packages that the options need, and add their observers.
+    """Wrap `serve` in the optional packages that the options of the middleware need.
 
     Returns:
-        The application that serves HTTP requests, and the observers of its units of work.
+        A pair: (1) the ASGI application that serves HTTP requests, (2) the objects that observe its
+        units of work.
     """
     observers: list[UnitObserver] = []
     if on_report is not None:

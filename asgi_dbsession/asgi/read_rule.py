@@ -1,4 +1,4 @@
-"""Applies the option `read_only`, the function that decides which requests may only read."""
+"""Applies the middleware option `read_only`, which tells which requests may only read."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -15,16 +15,16 @@ _SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
 
 
 def safe_methods(scope: Scope) -> bool:
-    """Return True for requests whose method must not change data: GET, HEAD, OPTIONS and TRACE."""
+    """Return True for methods that should not change data: GET, HEAD, OPTIONS and TRACE."""
     return scope["type"] == "http" and scope["method"] in _SAFE_METHODS
 
 
 def apply_read_rule(rule: ReadOnly, unit: UnitOfWork, scope: Scope) -> None:
-    """Call the function given as `read_only`, and store its result in the unit of work.
+    """Call the function `read_only` of the application, and store its result in the unit of work.
 
     Raises:
         ConfigurationError: The function returned neither True nor False. Or the request may only
-            read, but an outer DBSessionMiddleware opens the sessions and allows writes.
+            read, but its sessions belong to an outer DBSessionMiddleware that allows writes.
     """
     unit.read_only = checked(rule(scope), "read_only")
     if not unit.read_only or not unit.joins_outer_unit:

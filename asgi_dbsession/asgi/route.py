@@ -1,14 +1,15 @@
-"""Finds the route of a request: the declared path, such as `/orders/{id}`, or the handler."""
+"""Finds the route of a request: its declared path, such as `/orders/{id}`, or its handler."""
 
 from asgi_dbsession.types import Scope
 
 
 def route_of(scope: Scope) -> str:
-    """Return the declared route or the name of the handler.
+    """Return the declared path of the route, or the name of the handler.
 
-    Do not return the path of the request: the client chose it, and it may contain a secret.
+    The real path of the request is never returned, because it may contain a secret.
     """
-    # FastAPI and Starlette set `route` in the scope; Litestar sets `path_template`.
+    # FastAPI and Starlette store the route in `scope["route"]`, Litestar in
+    # `scope["path_template"]`.
     path = getattr(scope.get("route"), "path", None) or scope.get("path_template")
     if isinstance(path, str):
         return path

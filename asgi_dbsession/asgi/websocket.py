@@ -1,4 +1,4 @@
-"""Commits or rolls back the work of a task, before the task sends or awaits a message."""
+"""Commits or rolls back the work of a task before it uses the WebSocket."""
 
 from contextlib import suppress
 
@@ -8,41 +8,41 @@ from asgi_dbsession.types import Message, Receive, Send
 from asgi_dbsession.unit.ending import end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
-# The types of messages that the client can observe. `websocket.http.response.start` refuses the
-# connection with an HTTP response.
+# The types of messages that the client notices. The last type answers the handshake with an HTTP
+# response instead of accepting the WebSocket.
 _OBSERVED = (
     "websocket.accept",
     "websocket.send",
     "websocket.close",
     "websocket.http.response.start",
 )
-# The close codes for "normal closure" and "going away"; all other close codes roll back. Source:
-# https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
+# The WebSocket close codes "normal closure" and "going away". Before a close with any other code,
+# work is rolled back. Source: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
 _REGULAR_CLOSE = (1000, 1001)
-# The close codes for an internal error. If the server refuses 1011, 4500 is used: daphne refuses
-# all codes below 3000 except 1000.
+# The WebSocket close codes for an internal error. If the server refuses 1011, the code 4500 is
+# used: daphne allows only 1000 and the codes from 3000 on.
 _INTERNAL_ERROR = (1011, 4500)
 
 
 class SocketExchange:
-    """Passes on the messages of one WebSocket; commits or rolls back before each message.
+    """Sends and receives the messages of one WebSocket; commits or rolls back before each.
 
-    The work of a task is committed before the task sends or awaits a message. A denial or a close
-    because of an error rolls back instead.
+    The work of a task is committed before the task sends a message or waits for one. If the message
+    denies the handshake, or closes the WebSocket because of an error, the work is rolled back.
 
     Attributes:
-        may_commit: True if the socket was accepted, and was not closed because of an error.
+        may_commit: True if the WebSocket was accepted, and was not closed because of an error.
     """
 
     def __init__(self, unit: UnitOfWork, receive: Receive, send: Send) -> None:
         self.may_commit: bool = False
-        # This middleware sends no HTTP response on a WebSocket: the application or the server
-        # answers the handshake.
+        # No HTTP response follows on a WebSocket. If work fails, this middleware raises the error
+        # to the server, as after the start of a response.
         unit.is_answered = True
         self._unit = unit
         self._receive = receive
         self._send = send
-        # The number of tasks that wait for a message of the client.
+        # How many tasks are waiting for a message of the client now.
         self._waiting = 0
 
     async def receive(self) -> Message:
@@ -85,16 +85,16 @@ class SocketExchange:
                 raise AbortRequest from error
 
     async def _wake_waiting(self) -> None:
-        """After a failed commit, close the socket if another task waits for the client.
+        """After a failed commit, close the WebSocket if another task waits for the client.
 
-        The client may wait for the message that was not sent after the failed commit. Without the
-        close, the task and the client would wait for each other forever.
+        Because of the failed commit, a message to the client was not sent. If the client waits for
+        this message, and the other task waits for the client, neither would ever go on.
         """
         if self._waiting and self.may_commit:
             self.may_commit = False
             for code in _INTERNAL_ERROR:
-                # Ignore errors of this close message: the client may have disconnected. The caller
-                # raises the error of the failed commit next, which is more important.
+                # Ignore an error of this close message, because the client may have disconnected.
+                # The caller raises the error of the failed commit next, which is more important.
                 with suppress(Exception):
                     await self._send({"type": "websocket.close", "code": code})
                     return
