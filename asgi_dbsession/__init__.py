@@ -60,7 +60,7 @@ __all__ = [
     "warn_when_idle",
 ]
 
-# Names from optional parts of the package, imported when an application first uses them.
+# Names from optional parts of the package. Each is imported when an application first uses it.
 _OPTIONAL = {"ServerTimingMiddleware": "server_timing", "warn_when_idle": "idle"}
 
 

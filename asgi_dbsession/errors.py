@@ -1,4 +1,4 @@
-"""The errors of this package; each error text says where, what happened, and what to write."""
+"""The errors of this package. Each error text says where and what happened, and what to do."""
 
 import asyncio
 import threading
@@ -11,16 +11,16 @@ from sqlalchemy.exc import PendingRollbackError
 class DBSessionError(Exception):
     """The base class of every error that this package raises itself.
 
-    Errors of SQLAlchemy and of the driver are not wrapped: they reach your code unchanged.
+    Errors of SQLAlchemy and of the driver are not wrapped: the application gets them unchanged.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the complete error text, because `__init__` takes no text, but other arguments."""
+        """Pickle an error by its complete text, because `__init__` takes other arguments."""
         return _restore_error, (type(self), self.args), vars(self)
 
 
 class NoSession(DBSessionError, LookupError):
-    """A session was requested where no unit of work that manages its database is open."""
+    """A session was requested, but no open unit of work uses its database."""
 
     def __init__(self, database: object) -> None:
         if _is_in_bare_thread():
@@ -39,7 +39,7 @@ class NoSession(DBSessionError, LookupError):
 
 
 class SessionClosed(DBSessionError, RuntimeError):
-    """A session was used after its unit of work had ended."""
+    """A session was used after its request or `begin()` block had ended."""
 
     def __init__(self, database: object, *, of_block: bool = False) -> None:
         if of_block:
@@ -73,9 +73,9 @@ class ConcurrentUse(DBSessionError, RuntimeError):
 
     Args:
         database: The database of the session.
-        mixed_with: Whose work is in the same transaction: "living" for a task that is still
-            running, "failed" for a task that raised an exception, "block" for a `begin(join=True)`
-            block. None if two operations ran at the same time.
+        mixed_with: Which other work is in the same transaction. "living": work of a task that is
+            still running. "failed": work of a task that raised an exception. "block": work of a
+            `begin(join=True)` block. None if two operations ran at the same time.
     """
 
     def __init__(self, database: object, *, mixed_with: str | None = None) -> None:
@@ -127,7 +127,7 @@ class DatabaseNotRunning(DBSessionError, RuntimeError):
 
 
 class DatabaseUnavailable(DBSessionError, ConnectionError):
-    """The database did not answer."""
+    """The database did not answer, for example at startup."""
 
     def __init__(
         self,
@@ -139,12 +139,12 @@ class DatabaseUnavailable(DBSessionError, ConnectionError):
 
 
 class TransactionAborted(DBSessionError, PendingRollbackError):
-    """COMMIT was refused, because all or a part of the work would have been lost silently.
+    """COMMIT was refused, because it would have lost work of the transaction without an error.
 
-    PostgreSQL aborts a transaction at the first statement that fails. At COMMIT, PostgreSQL then
-    rolls back, and drivers report success. MySQL and MariaDB roll back the transaction at a
-    deadlock, and the next statement begins a new transaction: COMMIT would store only the work
-    after the deadlock. Source: https://www.postgresql.org/docs/current/sql-commit.html
+    PostgreSQL aborts a transaction when a statement fails. At COMMIT, PostgreSQL then rolls back,
+    and the drivers report success. MySQL and MariaDB roll back the transaction at a deadlock, and
+    the next statement begins a new transaction. COMMIT would then store only the work after the
+    deadlock. Source: https://www.postgresql.org/docs/current/sql-commit.html
     """
 
     def __init__(self, database: object, reason: str, *, rolled_back: bool = False) -> None:
@@ -163,7 +163,7 @@ class TransactionAborted(DBSessionError, PendingRollbackError):
 
 
 class ForbiddenWrite(DBSessionError, RuntimeError):
-    """A unit of work that may only read tried to write; nothing was stored.
+    """A unit of work that may only read tried to write. Nothing was stored.
 
     If the application catches this error, COMMIT raises it again.
     """
@@ -178,18 +178,18 @@ class ForbiddenWrite(DBSessionError, RuntimeError):
 
 
 class ConfigurationError(DBSessionError, ValueError):
-    """The package was configured in a way that cannot work; the message says what to write."""
+    """The package was configured in a way that cannot work. The error text says what to write."""
 
 
 class AbortRequest(BaseException):
-    """Stops an application whose response must not be sent, for example after a failed COMMIT.
+    """Stops the application if its response must not be sent, for example after a failed COMMIT.
 
-    This class is not an `Exception`, so that no exception handler of the application catches an
-    AbortRequest and sends a response. The middleware catches the AbortRequest, and then raises
-    `failure` or sends the response of `on_commit_error`.
+    This class is not a subclass of `Exception`, so that no exception handler of the application
+    catches it and sends a response. The middleware catches it. Then it raises `failure`, or sends
+    the response of `on_commit_error`.
 
     Args:
-        failure: The error of the COMMIT; None if the unit of work stores the error.
+        failure: The error of the COMMIT. None if the unit of work has stored the error already.
     """
 
     def __init__(self, failure: Exception | None = None) -> None:
@@ -197,15 +197,15 @@ class AbortRequest(BaseException):
         self.failure: Exception | None = failure
 
 
-# Code that waits for an AbortRequest must catch all these exceptions, because frameworks and task
-# groups may convert an AbortRequest into another exception.
+# Code that catches AbortRequest must catch all of these, because frameworks and task groups may
+# replace an AbortRequest by another exception.
 ABORTED = (AbortRequest, Exception, BaseExceptionGroup)
 
 
 def without_secrets(url: URL) -> str:
-    """Return the URL for logs: with a hidden password, and without options, which may be secret."""
-    # If the colon before the password is written as `%3A`, SQLAlchemy reads the password as a part
-    # of the user name. Separate the password from the user name, so that the password is hidden.
+    """Return a URL for logs and error texts, without its password and without its options."""
+    # If the colon before the password is written as `%3A`, SQLAlchemy takes the password for a part
+    # of the user name. Separate the two here, so that the password is hidden.
     if url.username and ":" in url.username:
         user, _, password = url.username.partition(":")
         url = url.set(username=user, password=password)

@@ -1,10 +1,10 @@
-"""Type aliases for ASGI applications: scope, message, receive, send and the application itself."""
+"""Type aliases for ASGI: the scope, a message, `receive`, `send` and an application."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
-# Scope and Message are `Any`, because Starlette, httpx and uvicorn describe the same dictionaries
-# with types that exclude each other. All three libraries accept `Any`.
+# Starlette, httpx and uvicorn declare different types for these dictionaries, and these types
+# exclude each other. All three libraries accept `Any`.
 Scope: TypeAlias = Any
 Message: TypeAlias = Any
 

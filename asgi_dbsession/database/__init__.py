@@ -1,1 +1,1 @@
-"""The databases of an application: URLs, options, engines, startup and shutdown."""
+"""The database objects of an application: URLs, options, engines, startup and shutdown."""

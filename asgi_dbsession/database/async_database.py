@@ -1,4 +1,4 @@
-"""The database class for async engines."""
+"""The class `AsyncDatabase`, for async engines."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -32,22 +32,21 @@ Args = TypeVarTuple("Args")
 
 
 class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
-    """A database with an async engine; the engine is built in the event loop at startup.
+    """A database with an async engine, which is built at startup in the running event loop.
 
     Args:
-        url: A database URL. A URL without a driver (`postgresql://`, `mysql://`, `sqlite://`) gets
-            an installed async driver.
-        session_options: Arguments for the session class, and the class itself: `{"class_":
-            MySession}`. The default of `expire_on_commit` is False.
-        ping_on_startup: True to let the startup fail if the database does not answer.
+        url: A database URL. If it names no driver (`postgresql://`, `mysql://`, `sqlite://`), an
+            async driver that is installed is used.
+        session_options: Arguments for the sessions, for example `{"class_": MySession}` for their
+            class. `expire_on_commit` is False by default.
+        ping_on_startup: True if the startup must fail when the database does not answer.
         on_engine: A plain function that is called with each new `sqlalchemy.Engine` before its
-            first connection. Use this function to add listeners for SQLAlchemy's events.
+            first connection. It can add listeners for SQLAlchemy's events to the engine.
         autocommit_reads: True: read without a transaction until the unit of work writes. False:
-            always read in a transaction. None: read without a transaction only on PostgreSQL at
-            READ COMMITTED, where the application sees no difference.
+            always read in a transaction. None: read without one only on PostgreSQL at READ
+            COMMITTED, where the application sees no difference.
         replicas: The URLs of replicas of a PostgreSQL server, or `Replicas(...)`. A unit of work
-            that may only read uses a replica that has replayed all changes that its client has
-            seen.
+            that may only read uses a replica that has all changes that its client has seen.
         **engine_options: Arguments for `sqlalchemy.ext.asyncio.create_async_engine`.
 
     Raises:
@@ -86,37 +85,39 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     async def begin(
         self, *, join: bool = False, read_only: bool = False, after: str | None = None
     ) -> AsyncIterator[AnyAsyncSession]:
-        """Open a new unit of work: COMMIT on success, ROLLBACK on any error or cancellation.
+        """Open a new unit of work: COMMIT at its end, ROLLBACK after an error or a cancellation.
 
-        Use `begin()` in workers, scripts and child tasks, and for rows that must stay even if the
-        request is rolled back. COMMIT or ROLLBACK runs to completion even if the task is cancelled.
-        Inside a request, the block has its own transaction, so it waits for rows that the request
-        has locked. `@database.begin()` is also a decorator for `async def` functions.
+        Use this block in workers, scripts and child tasks, and for rows that must be stored even if
+        the request is rolled back. COMMIT and ROLLBACK are completed even if the task is cancelled.
+        The block has a transaction of its own. So inside a request, a statement of the block waits
+        for rows that the request has locked. `@database.begin()` is also a decorator for `async
+        def` functions.
 
         Args:
-            join: True to join the open unit of work, if that unit has this database: the block then
-                runs in a savepoint of the session that `database.get_session()` returns. An error
-                rolls back to the savepoint and is raised; after a success, the outer unit commits.
-                `on_commit` and `set_rollback` apply to the outer unit. While the block is open,
-                only code inside the block may use the session. If no unit is open, a new unit is
-                opened.
-            read_only: True to refuse writes: in the session, and in the database. With `join`, the
-                block may only read, even if the outer unit may write. Without `join`, the block
-                uses a replica, if the database has replicas. If this argument is False and the
-                outer unit may only read, the block may only read too.
-            after: A value of the property `position`, for `read_only=True` and a database with
-                replicas. The block then sees all changes that were committed before this position.
+            join: True to join the open unit of work, if it has this database. The block is then a
+                savepoint of the session that `database.get_session()` returns. An error rolls back
+                to the savepoint and is raised. After a success, the outer unit of work commits.
+                `on_commit` and `set_rollback` apply to the outer unit of work. While the block is
+                open, only code inside it may use the session. If no unit of work is open, a new one
+                is opened.
+            read_only: True to refuse writes, in the session and in the database. With `join`, the
+                block may only read, even if the outer unit of work may write. Without `join`, a
+                replica is used if there is one. False: writes are refused only if the outer unit of
+                work may not write.
+            after: A value of the property `position`, to read from a replica (`read_only=True`).
+                The block then sees all changes that were committed before this position of the
+                primary.
 
         Yields:
-            A new session, which is closed permanently at the end of the block. Inside the block,
-            `get_session()` returns this session too.
+            A new session, which is closed permanently at the end of the block. `get_session()`
+            returns this session too, inside the block.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
             TransactionAborted: The application caught an error that aborted the transaction.
-            ConcurrentUse: Another task is inside `begin(join=True)` on the same session.
-            ForbiddenWrite: The block may only read, and tried to write.
-            Exception: The exception of COMMIT; nothing was stored.
+            ConcurrentUse: Another task is in a `begin(join=True)` block with the same session.
+            ForbiddenWrite: The block may only read, and its code tried to write.
+            Exception: The error of COMMIT. Nothing was stored.
         """
         self._see(after, join=join, read_only=read_only)
         async with block_of(self, join, read_only) as session:
@@ -129,28 +130,29 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         attempts: int = 3,
         retry_on: RetryOn = None,
     ) -> T:
-        """Call a function in a new unit of work, and call it again after a conflict.
+        """Call a function in a new unit of work, and call it again if there is a conflict.
 
-        Use `run_transaction` in workers and scripts, where no request can be retried. Each attempt
-        runs the whole function, so side effects outside of the database happen again. There is no
-        retry after another COMMIT inside the function: `session.commit()`, or a `begin()` of any
-        database. Each retry waits for a random time of at most a second, and is logged.
+        Use this method in workers and scripts, which have no request to retry. Each attempt calls
+        the whole function again, with all its effects outside of the database. There is no retry
+        after the function itself has committed, by `session.commit()` or by a `begin()` block of
+        any database. Each retry is logged, and starts after a random time of at most one second.
 
         Args:
-            function: A coroutine function. Inside this function, `get_session()` returns the
-                session of the new unit.
+            function: A coroutine function. In it, `get_session()` returns the session of the new
+                unit of work.
             *args: The arguments for the function.
-            attempts: How often the function may run, the first time included.
-            retry_on: Other errors to retry like a conflict: an exception class, a tuple of classes,
-                or a plain function that takes an exception and returns True or False.
+            attempts: How often the function may run, including the first time.
+            retry_on: Further errors to retry in the same way as a conflict: an exception class, a
+                tuple of classes, or a plain function that takes an exception and returns True or
+                False.
 
         Returns:
-            The result of the function, after COMMIT.
+            The value that the function returned, after COMMIT.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
             ConfigurationError: An argument is wrong.
-            Exception: The exception of the function or of COMMIT in the last attempt.
+            Exception: The error of the function or of COMMIT in the last attempt.
         """
         from asgi_dbsession.retry.transaction import run_transaction
 
@@ -168,8 +170,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     @override
     async def startup(self) -> None:
         if self._owns_engine and self._loop is not None and self._loop.is_closed():
-            # The event loop of this engine was closed. The engine's connections cannot be used in
-            # another event loop.
+            # The event loop of this engine was closed. No other loop can use its connections.
             self._forget_engine()
         self._refuse_other_loop()
         await super().startup()
@@ -193,7 +194,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _refuse_other_loop(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        # The caller runs in a worker thread, which has no event loop to compare.
+        # The calling thread has no event loop.
         except RuntimeError:
             return
         if self._loop is loop:
@@ -204,12 +205,11 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             raise DatabaseNotRunning(self, other_loop=True)
 
     def _take_to_loop(self, engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
-        """Use an engine of the application in an event loop that has not used the engine before."""
+        """Let the current event loop use an engine of the application for the first time."""
         if self._loop is not None and not isinstance(engine.pool, NullPool):
             if not self._loop.is_closed():
                 raise DatabaseNotRunning(self, other_loop=True)
-            # The old connections belong to the closed event loop, so only the garbage collector can
-            # free them.
+            # The connections belong to the closed event loop, so nobody can close them.
             engine.sync_engine.dispose(close=False)
         self._loop = loop
 
@@ -235,8 +235,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         pool = engine.pool
         async with engine.connect() as connection:
             await connection.execute(select(1))
-            # The engine was disposed during the statement, so nobody would close this connection
-            # later. Close it now.
+            # The engine was disposed during this statement, and its new pool does not know this
+            # connection. So close the connection here.
             if engine.pool is not pool:
                 await connection.invalidate()
 

@@ -34,7 +34,7 @@ S = TypeVar("S")
 
 
 class Database(ReplicatedLife[E], Generic[E, S]):
-    """The methods that `AsyncDatabase` and `SyncDatabase` share."""
+    """The methods that `AsyncDatabase` and `SyncDatabase` have in common."""
 
     _engine_class: type[E]
     _questions: Questions
@@ -60,32 +60,34 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         self._session_options = {
             "expire_on_commit": False,
             **(session_options or {}),
-            # Without this option, a closed session opens again silently and leaks a connection.
+            # Without this option, a session could be used again after its close, and keep a
+            # connection.
             "close_resets_only": False,
         }
         self.observers: tuple[UnitObserver, ...] = ()
 
     @classmethod
     def from_env(cls, variable: str = "DATABASE_URL", **options: Any) -> Self:
-        """Make a database from the URL in an environment variable.
+        """Make a database object from the URL in an environment variable.
 
         Args:
             variable: The name of the environment variable.
-            **options: The same keyword arguments as for the class.
+            **options: The same keyword arguments as for the class itself.
 
         Raises:
-            ConfigurationError: The variable is not set, or its value is not a usable URL.
+            ConfigurationError: The environment variable is not set, or its value is not a usable
+                URL.
         """
         if not isinstance(variable, str) or "://" in variable:
-            # Do not show the value: a URL contains a password.
+            # Do not show the value in the error, because a URL may contain a password.
             raise ConfigurationError(
                 f"{cls.__name__}.from_env takes the name of an environment variable; a URL goes "
                 f"into {cls.__name__} itself."
             )
         url = os.environ.get(variable)
         if not url:
-            # Show the value only if it looks like the name of a variable, because another value may
-            # be a secret.
+            # Show the value in the error only if it looks like the name of an environment variable.
+            # Any other value may be a secret.
             name = variable if re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) else "The variable"
             raise ConfigurationError(
                 f"{name} is not set. Set it to a database URL, for example "
@@ -98,10 +100,10 @@ class Database(ReplicatedLife[E], Generic[E, S]):
     def from_engine(
         cls, engine: E, *, session_options: Any = None, ping_on_startup: bool = True
     ) -> Self:
-        """Make a database from an existing engine; the database never disposes this engine.
+        """Make a database object that uses an existing engine, and never disposes this engine.
 
-        The database is running at once, without a startup. This package adds listeners to the
-        engine, and removes them when the last database that uses the engine is garbage collected.
+        The database is running at once and needs no startup. This package adds listeners to the
+        engine. It removes them when the last database object with this engine is garbage collected.
         An async engine belongs to the event loop that uses it first. If this loop was closed, the
         next loop that uses the engine gets new connections. If several loops use the engine at the
         same time, the engine needs `poolclass=NullPool`.
@@ -109,7 +111,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         Args:
             engine: An `AsyncEngine` for `AsyncDatabase`, an `Engine` for `SyncDatabase`.
             session_options: The same dictionary as for `AsyncDatabase(...)` or `SyncDatabase(...)`.
-            ping_on_startup: True to let the startup fail if the database does not answer.
+            ping_on_startup: True if the startup must fail when the database does not answer.
 
         Raises:
             ConfigurationError: `engine` is not an engine, or is of the wrong kind (async or sync).
@@ -127,19 +129,19 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         return database
 
     async def health(self, *, within: float = 1) -> Health:
-        """Check if the database answers within a time limit; for a path like `/health`.
+        """Check if the database answers within a time limit, for a path such as `/health`.
 
-        If the pool is exhausted or the server is unreachable, the result is negative; there is no
-        exception. Parallel callers share one check. A blocking driver cannot be stopped, so a check
-        that takes too long continues in its thread. While three such checks continue, no new check
-        is started.
+        If the pool has no free connection or the server cannot be reached, the result says so, and
+        no exception is raised. Callers at the same time share one check. A blocking driver cannot
+        be stopped, so a check that takes too long goes on in its thread. If three such checks still
+        run, no new check is started.
 
         Args:
             within: The time limit in seconds.
 
         Returns:
-            The health of the database. `replicas` of the result has the health of each replica,
-            checked at the same time; `answers` is about the primary only.
+            The health of the database. Its attribute `replicas` has the health of each replica,
+            which is checked at the same time. `answers` is about the primary alone.
         """
         if not self.replicas:
             return await self._health(within)
@@ -173,27 +175,27 @@ class Database(ReplicatedLife[E], Generic[E, S]):
     def get_session(self) -> S:
         """Return the session of this database in the current unit of work.
 
-        The session is opened on first use, and its first statement checks out a connection. The
-        session is valid until the request (or the `begin()`) ends, and is then closed permanently.
+        The session is opened on first use, and its first statement checks out a connection of the
+        pool. The session is closed permanently when the request or the `begin()` block ends.
 
         Raises:
-            NoSession: This code runs outside of a request that serves this database, and outside of
-                `begin()`.
-            SessionClosed: The request that started the calling task has ended.
+            NoSession: The calling code runs neither in a request that uses this database, nor in
+                its `begin()` block.
+            SessionClosed: The request that started this task has ended.
             DatabaseNotRunning: The database has not been started.
         """
         return unit_that_manages(self).open(self)
 
     async def session_dependency(self) -> S:
-        """Return what `get_session()` returns, for `Depends` (FastAPI) or `Provide` (Litestar).
+        """Return the session of `get_session()`, for `Depends` (FastAPI) or `Provide` (Litestar).
 
-        This method is a coroutine function, so that frameworks do not run it in a thread. It has no
-        parameters, because frameworks would take the value of a parameter from the URL.
+        This is a coroutine function, because frameworks run plain functions in a thread. It has no
+        parameters, because frameworks would fill parameters with values from the URL.
         """
         return self.get_session()
 
     def open_session(self, scope: Scope | None, *, read_only: bool) -> ManagedSession[S]:
-        """Open a session that a unit of work closes; applications call `get_session` or `begin`."""
+        """Open a session for a unit of work. Applications use `get_session` or `begin` instead."""
         engine: E | None = self.engine
         if self._replica_set is None or self._reads.is_shared:
             return self._make_session(engine, scope, read_only)
@@ -207,11 +209,11 @@ class Database(ReplicatedLife[E], Generic[E, S]):
     ) -> ManagedSession[S]: ...
 
     def add_observer(self, observer: UnitObserver) -> None:
-        """Add an observer of the units of work that open a session of this database.
+        """Add an object to notify of each unit of work that uses this database.
 
         Args:
-            observer: The object to call at each event of these units. If the database is running,
-                the method `engine_used` of the observer is called now.
+            observer: The object to notify. If the database is running now, the method `engine_used`
+                of the object is called at once.
         """
         self.observers = (*self.observers, observer)
         self.observe(observer)
@@ -235,7 +237,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
 
 
 def _kind_of(given: object) -> str:
-    # Do not show the value: the caller may have given a secret for the wrong argument.
+    # Do not show the value, because the caller may have passed a secret to the wrong argument.
     return (
         given.__name__ if isinstance(given, type) else f"something of type {type(given).__name__}"
     )

@@ -1,4 +1,4 @@
-"""Adds listeners to engines of the application, and removes the listeners after the last use."""
+"""Adds listeners to an engine of the application, and removes them after the last use."""
 
 from collections import Counter
 from threading import RLock
@@ -12,30 +12,30 @@ from asgi_dbsession.unit.observer import UnitObserver
 
 from .connecting import connect_as_before, connect_outside
 
-# An RLock, because the garbage collector may call `_release` while `borrow` holds the lock in the
-# same thread.
+# This must be an RLock. The garbage collector may call `_release` in the thread that holds this
+# lock.
 _mutex = RLock()
-# For each engine: how many databases have built the engine ("owners"), and how many databases use
-# the engine after `from_engine` ("borrowers").
+# For each engine: how many database objects have built the engine themselves ("owners"), and how
+# many have got it from the application by `from_engine` ("borrowers").
 _users: WeakKeyDictionary[Engine, Counter[str]] = WeakKeyDictionary()
-# For each engine: the observers of databases that were garbage collected. Their `engine_left` is
-# called when no database uses the engine any more.
+# For each engine: the observers of database objects that were garbage collected. Their method
+# `engine_left` is called later, when no database object uses the engine any more.
 _observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
 
 
 def own(engine: Engine) -> None:
-    """Count a database that has built the engine, so that the engine keeps its listeners."""
+    """Count a database object that has built the engine, so that the engine keeps its listeners."""
     with _mutex:
         _users.setdefault(engine, Counter())["owners"] += 1
 
 
 def borrow(engine: Engine, database: object, observers: list[UnitObserver]) -> None:
-    """Add listeners to an engine of the application, until the database is garbage collected.
+    """Add listeners to an engine of the application, until the database object is freed.
 
     Args:
-        engine: The engine of the application.
-        database: The database that uses the engine.
-        observers: The list of the database's observers; the database may add observers later.
+        engine: The engine that the application has made.
+        database: The database object that uses the engine.
+        observers: The list of observers of the database object, which may grow later.
     """
     with _mutex:
         _users.setdefault(engine, Counter())["borrowers"] += 1

@@ -1,8 +1,8 @@
-"""Opens the connections of an async engine in an empty context.
+"""Opens the connections of an async engine outside of the context of a request.
 
-A socket of asyncio keeps the context in which it was opened. A connection stays in the pool after
-the request that opened it. Without an empty context, the connection would keep all context
-variables of the request in memory.
+A socket of asyncio keeps a reference to the context (`contextvars`) in which it was opened. The
+connection stays in the pool after the request. Without this module, it would keep all context
+variables of that request in memory.
 """
 
 import asyncio
@@ -16,17 +16,18 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbsession.session.completion import run_to_completion
 
-# The drivers whose connections keep the context. All other async drivers keep no context. Also,
-# aiosqlite would leave its file open if the task that this module starts was cancelled.
+# The drivers whose connections keep a reference to the context. The other async drivers keep none.
+# aiosqlite must not be in this list: if the task of this module was cancelled, its file would stay
+# open.
 _KEEPERS = ("aiomysql", "asyncmy", "asyncpg")
 
 
 def connect_outside(engine: Engine) -> None:
-    """Make an engine open its connections outside of the context of any request.
+    """Let an engine open its connections in an empty context, not in the context of a request.
 
-    This function wraps the driver's `connect`, and does not use SQLAlchemy's event `do_connect`. So
-    the application's listeners for `do_connect` are called as before, and an `async_creator`
-    connects in the empty context too.
+    This function replaces the driver's `connect`, and does not use SQLAlchemy's event `do_connect`.
+    So the application's own listeners for `do_connect` are called as before. An `async_creator` of
+    the application connects in the empty context too.
     """
     driver: Any = engine.dialect.dbapi
     if engine.dialect.driver in _KEEPERS and "connect" not in vars(driver):
@@ -34,7 +35,7 @@ def connect_outside(engine: Engine) -> None:
 
 
 def connect_as_before(engine: Engine) -> None:
-    """Remove the wrapper that `connect_outside` added to the driver."""
+    """Remove the replacement of the driver's `connect` that `connect_outside` has made."""
     driver: Any = engine.dialect.dbapi
     wrapper = vars(driver).get("connect")
     if isinstance(wrapper, partial) and wrapper.func is _connect:
@@ -51,12 +52,13 @@ async def _connect_in_task(dialect: Any, connect: Callable[[], Any]) -> Any:
     try:
         return await task
     except asyncio.CancelledError:
-        # The request was cancelled just when the new connection was ready. No other code has a
-        # reference to the connection, so close the connection now.
+        # The request was cancelled when the new connection was just open. Nobody else knows the
+        # connection, so close it here.
         if task.done() and not task.cancelled() and task.exception() is None:
             await run_to_completion(greenlet_spawn(dialect.do_terminate, task.result()))
         raise
     finally:
-        # Delete the variable. Otherwise an error would refer to the task, and the task to the
-        # error: only the garbage collector could free such a circle.
+        # An error of the task refers to this function and its variable `task`, and the task refers
+        # to its error. Delete the variable to break this reference cycle, which only the garbage
+        # collector could free.
         del task

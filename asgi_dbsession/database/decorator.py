@@ -1,4 +1,4 @@
-"""The object that `SyncDatabase.begin()` returns: a context manager and a decorator."""
+"""The object that `SyncDatabase.begin()` returns, for `with` and as a decorator."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,13 +15,13 @@ R = TypeVar("R")
 
 
 class DecoratingBlock(Generic[S]):
-    """A context manager for `with` that is also a decorator of plain functions.
+    """A context manager for `with`, which can also decorate plain functions.
 
-    The decorator of `contextlib.contextmanager` would accept a coroutine function too, and would
-    end the block before the coroutine runs.
+    Python's `contextlib.contextmanager` makes a decorator too. But it accepts coroutine functions,
+    and would end the `with` block before the coroutine runs.
 
     Args:
-        open_block: A function that returns a new context manager for each use.
+        open_block: A function that returns a new context manager each time.
     """
 
     def __init__(self, open_block: Callable[[], AbstractContextManager[S]]) -> None:
@@ -43,11 +43,11 @@ class DecoratingBlock(Generic[S]):
         return self._blocks.pop().__exit__(exc_type, exc_value, traceback)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorate a function, so that each call of the function runs in a new block.
+        """Decorate a function, so that each call of it runs in a new `with database.begin()` block.
 
         Raises:
-            ConfigurationError: The function is a coroutine function or generator, which would run
-                after the block has ended.
+            ConfigurationError: The function is a coroutine function or a generator. Its code would
+                run after the block has ended.
         """
         runs_later = (iscoroutinefunction, isgeneratorfunction, isasyncgenfunction)
         if any(kind(function) for kind in runs_later):

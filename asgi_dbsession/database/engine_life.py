@@ -1,4 +1,4 @@
-"""Builds the engine of a database, checks that the database answers, and disposes the engine."""
+"""Builds the engine of a database object, checks that the database answers, disposes the engine."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -34,7 +34,7 @@ E = TypeVar("E", bound=Engine | AsyncEngine)
 
 
 class EngineLife(ABC, Generic[E]):
-    """The engine of a database: built at startup, disposed at shutdown."""
+    """The engine of a database object: built at startup and disposed at shutdown."""
 
     is_async: bool
 
@@ -62,18 +62,18 @@ class EngineLife(ABC, Generic[E]):
         notice_forks(self)
 
     def __repr__(self) -> str:
-        # A traceback may show a database whose `__init__` failed before the URL was set, so `repr`
-        # must not fail.
+        # `repr` must not fail even if `__init__` failed before the URL was set, because a traceback
+        # may show such an object.
         url = getattr(self, "url", None)
         shown = repr(without_secrets(url)) if url is not None else "…"
         return f"{type(self).__name__}({shown})"
 
     @property
     def engine(self) -> E:
-        """The engine of the database, for `create_all`, pool metrics and other direct uses.
+        """The SQLAlchemy engine, for example to call `create_all` or to read pool metrics.
 
         Raises:
-            DatabaseNotRunning: The database is not started, or was shut down.
+            DatabaseNotRunning: The database was not started, or was shut down.
         """
         if self._engine is None:
             raise DatabaseNotRunning(self)
@@ -81,27 +81,27 @@ class EngineLife(ABC, Generic[E]):
 
     @property
     def is_running(self) -> bool:
-        """True between startup and shutdown; with `from_engine`, always True."""
+        """True between startup and shutdown. Always True after `from_engine`."""
         return self._engine is not None
 
     async def startup(self) -> None:
         """Build the engine in the running event loop, and check that the database answers.
 
-        If the database is running already, the call is only counted: `shutdown` must be called as
-        often as `startup`.
+        If the database is running already, this method only counts the call. `shutdown` must be
+        called as often as `startup`.
 
         Raises:
-            DatabaseUnavailable: The database did not answer; the engine was disposed.
-            ConfigurationError: SQLAlchemy or the driver refused the options.
-            DatabaseNotRunning: Another caller shut the database down during the startup.
+            DatabaseUnavailable: The database did not answer. The engine was disposed.
+            ConfigurationError: SQLAlchemy or the driver did not accept the options.
+            DatabaseNotRunning: Another task or thread called `shutdown` during this startup.
         """
         engine = self._begin_start()
         try:
             if self._ping_on_startup:
                 await self.ping()
         except BaseException:
-            # If the engine has changed, another caller has already shut the database down. Then do
-            # not shut it down again.
+            # If the engine has changed, another task or thread has called `shutdown` already. Do
+            # not call it again.
             if self._engine is engine:
                 await self.shutdown()
             raise
@@ -109,16 +109,16 @@ class EngineLife(ABC, Generic[E]):
             raise DatabaseNotRunning(self)
 
     async def shutdown(self) -> None:
-        """Close all connections, if `shutdown` was called as often as `startup`.
+        """Close all connections, if this method was called as often as `startup`.
 
-        The connections are closed even if the task is cancelled.
+        All connections are closed even if the task is cancelled.
         """
         engine = self._end_start()
         if engine is not None:
             await run_to_completion(self._dispose(engine))
 
     def _begin_start(self) -> E:
-        """Count a call of `startup`, and build the engine at the first call."""
+        """Count a call of `startup`. At the first call, build the engine."""
         with self._starting:
             if self._engine is None:
                 self._engine = self._build_engine()
@@ -126,7 +126,7 @@ class EngineLife(ABC, Generic[E]):
             return self._engine
 
     def _end_start(self) -> E | None:
-        """Count a call of `shutdown`; return the engine if the caller must dispose it."""
+        """Count a call of `shutdown`. Return the engine if the caller must dispose it, or None."""
         with self._starting:
             self._starts = max(0, self._starts - 1)
             if self._starts > 0 or not self._owns_engine or self._engine is None:
@@ -136,18 +136,18 @@ class EngineLife(ABC, Generic[E]):
             return engine
 
     def after_fork(self) -> None:
-        """Called in the child process after a fork: stop using the parent's connections.
+        """Called in the child process after a fork: stop using connections of the parent process.
 
-        A blocking engine gets a new pool. An `AsyncDatabase` that built its engine itself must be
-        started again, in the event loop of the child process.
+        An engine with a sync driver gets a new pool. An `AsyncDatabase` that built its engine
+        itself must be started again, in the event loop of the child process.
         """
-        # Make a new lock, because a thread of the parent process may hold the old lock.
+        # A thread of the parent process may hold the old lock. So make a new lock for this process.
         self._starting = Lock()
         if self._engine is None:
             return
         engine = self._sync_engine(self._engine)
-        # Keep the connections of a database in memory: no server is at their other end, and a new
-        # connection would find an empty database.
+        # For an SQLite database in memory, keep the connections. They have no server, and a new
+        # connection would open an empty database.
         if not is_in_memory(engine.url):
             inherited_pools.append(engine.pool)
             engine.dispose(close=False)
@@ -170,13 +170,14 @@ class EngineLife(ABC, Generic[E]):
         await self.shutdown()
 
     async def ping(self) -> None:
-        """Run a statement to check that the database answers.
+        """Send a statement to check that the database answers.
 
-        The driver has the time limit: set the driver's connect timeout in `connect_args`.
+        This method has no time limit. Use the connect timeout of the driver, in `connect_args`.
 
         Raises:
-            DatabaseUnavailable: The database does not answer. The cause is the error of the driver.
-            DatabaseNotRunning: The database is not started.
+            DatabaseUnavailable: The database did not answer. The driver's error is the cause of
+                this error.
+            DatabaseNotRunning: The database was not started.
         """
         engine = self.engine
         try:
@@ -184,8 +185,8 @@ class EngineLife(ABC, Generic[E]):
         except Exception as error:
             self._raise_failure(error)
         finally:
-            # If the database was shut down during the statement, nobody else would close the new
-            # connection.
+            # If the database was shut down during this statement, its new connection is still open.
+            # So dispose the engine again.
             if self._engine is not engine:
                 await run_to_completion(self._dispose(engine))
 
@@ -194,8 +195,8 @@ class EngineLife(ABC, Generic[E]):
             engine = self._create_engine()
         except DBSessionError:
             raise
-        # Catch all errors, because SQLAlchemy and drivers raise many kinds for wrong options:
-        # ArgumentError, KeyError, AttributeError and others.
+        # Wrong options can raise many kinds of errors in SQLAlchemy and in drivers: ArgumentError,
+        # KeyError, AttributeError and others. So catch all of them.
         except Exception as error:
             reason = reason_of(error, secrets_of(self.url, self._engine_options))
             raise ConfigurationError(
@@ -212,7 +213,7 @@ class EngineLife(ABC, Generic[E]):
         return engine
 
     def observe(self, observer: UnitObserver) -> None:
-        """Add an observer, and call the observer with each engine that the database uses."""
+        """Add an object to notify of each engine that this database uses."""
         if not self._observers:
             self._tell_binds()
         self._observers.append(observer)

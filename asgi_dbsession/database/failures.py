@@ -1,4 +1,4 @@
-"""Converts the error of a failed connection attempt into an error that says what to do."""
+"""Converts an error of a connection attempt into an error that says what to do."""
 
 from collections.abc import Iterator
 from copy import copy
@@ -20,7 +20,7 @@ from asgi_dbsession.errors import (
 
 from .secrets import tells_a_secret
 
-# The errors that drivers raise for options with an unknown name or a wrong value.
+# Drivers raise these errors for an option with an unknown name or a wrong value.
 _REFUSED = (TypeError, ValueError, AttributeError, ArgumentError, NoSuchModuleError)
 _OTHER_LOOP = ("different loop", "different event loop", "Event loop is closed")
 _LOGIN = (
@@ -44,14 +44,15 @@ _POOL_ADVICE = (
 
 
 def failure_of(database: object, error: Exception, secrets: set[str]) -> Exception:
-    """Return an error that explains why a ping failed; `error` itself if the reason is unknown.
+    """Return an error that explains why the database did not answer, or `error` itself.
 
-    `DatabaseUnavailable` is returned only if the driver could not connect or log in.
+    The result is `DatabaseUnavailable` only if the driver could not connect or log in. If the
+    reason is not known, the result is `error` itself.
     """
     chain = list(_chain(error))
     for each in chain:
-        # SQLAlchemy may have wrapped an error of this package, for example of `rolled_back()`.
-        # Return the inner error, which says what to do.
+        # SQLAlchemy may have wrapped an error of this package (of `testing.rolled_back()`, for
+        # example). Return the error of this package, because its text says what to do.
         if isinstance(each, DBSessionError):
             return each if each is error else copy(each)
     if any(name in str(each) for each in chain for name in _OTHER_LOOP):
@@ -64,8 +65,8 @@ def failure_of(database: object, error: Exception, secrets: set[str]) -> Excepti
         )
     if any(map(keeps_from_connecting, chain)):
         return DatabaseUnavailable(database, reason, _advice_for(chain))
-    # Neither the driver nor this package raised the error, but perhaps a listener of the
-    # application. So return the error unchanged.
+    # The error comes neither from the driver nor from this package. A listener of the application
+    # may have raised it. So return it unchanged.
     return error
 
 
@@ -76,8 +77,9 @@ def _refuses_options(chain: list[BaseException]) -> bool:
 
 
 def keeps_from_connecting(error: BaseException) -> bool:
-    """Return True if the driver or the pool raised the error, and not code of the application."""
-    # Some drivers raise their own errors while they connect. SQLAlchemy does not wrap these errors.
+    """Return True if the error comes from the driver or the pool, and not from the application."""
+    # SQLAlchemy wraps most errors of drivers, but not those that a driver raises while it connects.
+    # These are found by the name of their module.
     module = type(error).__module__.partition(".")[0]
     return isinstance(error, DBAPIError | OSError | PoolTimeout) or module in _DRIVERS
 
@@ -90,17 +92,18 @@ def _advice_for(chain: list[BaseException]) -> str:
 
 
 def reason_of(error: Exception, secrets: set[str]) -> str:
-    """Return the driver's message in one line; only its class if it may contain a secret."""
+    """Return the driver's message in one line, or only its class if it may contain a secret."""
     original = getattr(error, "orig", None) or error
     text = " ".join(str(original).split()) or type(original).__name__
     if tells_a_secret(text, secrets):
-        # Leave out the whole text, because the words around a hidden secret may reveal the secret.
+        # Leave out the whole text. If only the secret was left out, the words around it could tell
+        # the secret.
         return f"{type(original).__name__} (the text of the driver may hold a secret)"
     return text.rstrip(".")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Iterate over the error, the driver's error and all causes, which may form a circle."""
+    """Yield an error, the driver's error inside it, and all their causes, each only once."""
     seen: list[BaseException] = []
     left: list[BaseException | None] = [error]
     while left:

@@ -1,4 +1,4 @@
-"""Prevents a child process from using the connections of its parent process."""
+"""Prevents a child process from using the database connections of its parent process."""
 
 import os
 from typing import Protocol
@@ -10,22 +10,22 @@ from asgi_dbsession.unit.unit_of_work import current_unit
 
 
 class Forked(Protocol):
-    """An object whose connections must not be used in a child process after a fork."""
+    """An object with connections that a child process must not use after a fork."""
 
     def after_fork(self) -> None:
         """Called in the child process: stop using the connections of the parent process."""
         ...
 
 
-# In a child process: the pools that the parent process made. This list prevents their garbage
-# collection, which would close connections that the parent process still uses.
+# In a child process, this list has the pools of the parent process. If Python freed these pools, it
+# would close connections that the parent process still uses.
 inherited_pools: list[Pool] = []
 
 _databases: WeakSet[Forked] = WeakSet()
 
 
 def notice_forks(database: Forked) -> None:
-    """Call `database.after_fork` in each child process, before other code of the child runs.
+    """Call `database.after_fork` in each child process, before other code runs there.
 
     Source: https://docs.sqlalchemy.org/en/20/core/pooling.html#pooling-multiprocessing
     """
@@ -39,6 +39,6 @@ def _after_fork() -> None:
         database.after_fork()
 
 
-# Windows has no `fork`, so nothing is registered on Windows.
+# On Windows there is no `fork`, and this function of Python does not exist.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

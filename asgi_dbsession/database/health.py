@@ -1,4 +1,4 @@
-"""The result of a health check of a database and its pool."""
+"""The result of a health check, with the state of the connection pool."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ class Health:
     """The result of `database.health()`.
 
     Attributes:
-        answers: True if the database ran a statement within the time limit.
-        latency: Seconds until the database answered, including the wait for a connection; None if
-            the database did not answer.
-        reason: Why the database did not answer. The text contains no password, but it contains the
-            name of the server, so show it in logs only.
-        pool_size: How many connections the pool keeps. None before startup, or if the pool does not
-            count its connections.
+        answers: True if the database answered within the time limit.
+        latency: How many seconds the answer took, including the wait for a connection. None if
+            there was no answer.
+        reason: Why the database did not answer, or None. The text has no password in it, but it has
+            the name of the server. So show it in logs only.
+        pool_size: How many connections the pool keeps open. None before startup, or if the pool
+            does not count its connections.
         checked_out: How many connections are in use; None in the same cases as `pool_size`.
         overflow: How many connections are open beyond `pool_size`; None in the same cases as
             `pool_size`.

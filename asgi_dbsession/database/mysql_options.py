@@ -1,4 +1,4 @@
-"""Translates options in the URL of a MySQL or MariaDB database for its drivers."""
+"""Translates options in a MySQL or MariaDB URL into options of the Python driver."""
 
 from ssl import CERT_NONE, CERT_REQUIRED, SSLContext, create_default_context
 
@@ -20,10 +20,10 @@ _MODES = {
 
 
 def for_mysql(options: UrlOptions) -> None:
-    """Translate URL options for asyncmy, aiomysql and PyMySQL.
+    """Translate options in a URL for the drivers asyncmy, aiomysql and PyMySQL.
 
-    An option that requires TLS is refused for aiomysql: if the server does not support TLS,
-    aiomysql connects without TLS.
+    For aiomysql, an option that requires TLS is an error: aiomysql would connect without TLS to a
+    server that does not support TLS.
     """
     if (charset := options.take("encoding")) is not None:
         options.query["charset"] = charset
@@ -45,7 +45,7 @@ def for_mysql(options: UrlOptions) -> None:
 
 
 def _context(mode: str, files: dict[str, str | None]) -> SSLContext:
-    """Make an SSL context for the mode, as MySQL's own clients do.
+    """Make an SSL context that means the same as this value of `ssl-mode` in MySQL's programs.
 
     Source: https://dev.mysql.com/doc/refman/8.4/en/connection-options.html#option_general_ssl-mode
     """

@@ -1,4 +1,4 @@
-"""The options of a session, as types for type checkers."""
+"""Types for the option `session_options`, so that type checkers know its keys."""
 
 from typing import Any, Generic
 
@@ -35,10 +35,9 @@ class SessionOptions(_Options, Generic[AnySession], total=False):
 class AsyncSessionOptions(_Options, Generic[AnyAsyncSession], total=False):
     """The options of `sqlalchemy.ext.asyncio.AsyncSession`; `class_` is the session class to use.
 
-    This package commits the `Session` inside the `AsyncSession`, and does not call the method
-    `AsyncSession.commit`. To change what happens at COMMIT, use `sync_session_class` or
-    SQLAlchemy's events.
-    Source:
+    This package commits the `Session` inside the `AsyncSession`. It never calls the method
+    `AsyncSession.commit`. So to change what happens at COMMIT, use `sync_session_class` or
+    SQLAlchemy's events. Source:
     https://docs.sqlalchemy.org/en/20/orm/extensions/asyncio.html#sqlalchemy.ext.asyncio.AsyncSession
     """
 

@@ -1,4 +1,4 @@
-"""Translates the options in a URL of a hosting provider into options of the driver."""
+"""Translates options in a database URL from a hosting provider for the Python driver."""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,21 +44,22 @@ _KNOWN: dict[str, Callable[[], set[str]]] = {
 
 
 def translate_options(url: URL, given: dict[str, Any]) -> tuple[URL, dict[str, Any]]:
-    """Translate the options in a URL into options of its driver.
+    """Translate the options in a database URL into options that its driver knows.
 
-    If the driver has another name for an option, the option is renamed. So URLs from Heroku, Neon,
-    Supabase, Render, Railway, DigitalOcean, Aiven, Azure and Prisma work without changes.
+    Hosting providers write options in the URL that other programs understand, but that the Python
+    driver calls by another name. With this function, URLs from Heroku, Neon, Supabase, Render,
+    Railway, DigitalOcean, Aiven, Azure and Prisma work unchanged.
 
     Args:
-        url: A URL with a driver.
-        given: The engine options. If an option is in `connect_args` and in the URL, the value in
-            `connect_args` is used.
+        url: A URL that names its driver.
+        given: The engine options of the application. If an option is in the URL and in
+            `connect_args`, the value in `connect_args` is used.
 
     Returns:
-        The URL and the engine options to use.
+        A pair: (1) the URL with the options that stay in it, (2) the engine options.
 
     Raises:
-        ConfigurationError: The driver has no such option; the error text says what to write.
+        ConfigurationError: The driver has no such option. The error says what to write instead.
     """
     arguments = given.get("connect_args", {})
     _refuse_autocommit(url.query.get("autocommit"))

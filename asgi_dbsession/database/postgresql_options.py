@@ -1,4 +1,4 @@
-"""Translates options in the URL of a PostgreSQL database for its drivers."""
+"""Translates options in a PostgreSQL URL into options of the Python driver."""
 
 from importlib import import_module
 
@@ -22,7 +22,7 @@ _MODES = {
     "strict": "verify-full",
     "accept_invalid_certs": "require",
 }
-# Options of libpq that asyncpg reads only from its argument `dsn`.
+# asyncpg accepts these options of libpq (PostgreSQL's C library) only in its argument `dsn`.
 _DSN_ONLY = (
     "application_name",
     "options",
@@ -37,21 +37,21 @@ _DSN_ONLY = (
 
 
 def _for_postgresql(options: UrlOptions) -> None:
-    """Remove the option for UTF-8 from the URL, because every driver uses UTF-8 anyway."""
+    """Remove an option that asks for UTF-8, because all drivers of PostgreSQL use UTF-8."""
     for name in ("charset", "encoding", "client_encoding"):
         if str(options.query.get(name)).lower().replace("-", "") in ("utf8", "unicode", "utf8mb4"):
             options.take(name)
 
 
 def for_asyncpg(options: UrlOptions) -> None:
-    """Translate URL options for asyncpg."""
+    """Translate options in a URL for the driver asyncpg."""
     _for_postgresql(options)
     mode = take_ssl_mode(options, _MODES)
     if mode is not None:
         options.query["ssl"] = mode
     if options.query.get("channel_binding") in ("disable", "prefer"):
-        # asyncpg never uses channel binding (a check of the TLS connection), and has no option for
-        # it.
+        # asyncpg never uses channel binding (a protection of the login over TLS), and has no option
+        # for it. So the values "disable" and "prefer" change nothing.
         options.take("channel_binding")
     if is_on(options.take("pgbouncer")):
         options.arguments |= {
@@ -70,7 +70,7 @@ def for_asyncpg(options: UrlOptions) -> None:
 
 
 def for_psycopg(options: UrlOptions) -> None:
-    """Translate URL options for psycopg."""
+    """Translate options in a URL for the driver psycopg."""
     _for_postgresql(options)
     mode = take_ssl_mode(options, _MODES)
     if mode is not None:
@@ -86,13 +86,13 @@ def for_psycopg(options: UrlOptions) -> None:
 
 
 def _no_name() -> str:
-    # PgBouncer may send each transaction to another connection of the server. A prepared statement
-    # without a name works there, because it replaces the earlier statement without a name.
+    # PgBouncer may run each transaction on another connection to the server, where a prepared
+    # statement with a name does not exist. A statement without a name is prepared again each time.
     return ""
 
 
 def known_to_psycopg() -> set[str]:
-    """Return the names of all options of libpq and psycopg."""
+    """Return the names of all connection options that psycopg knows."""
     libpq = import_module("psycopg").pq.Conninfo.get_defaults()
     names = {each.keyword.decode() for each in libpq}
     return names | {"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"}

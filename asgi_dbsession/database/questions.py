@@ -1,4 +1,4 @@
-"""Checks if a database answers; parallel callers share one check."""
+"""Checks if a database answers. Callers at the same time share one check."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -11,21 +11,22 @@ from anyio import move_on_after, sleep
 from sqlalchemy import Engine
 from typing_extensions import override
 
-# How many checks may still run, each in a thread, after their callers have stopped waiting.
+# A blocking driver cannot be stopped. This many checks may still run in threads after their callers
+# have stopped waiting.
 _MAX_ABANDONED = 3
-# A caller looks again and again if the thread of its check has finished. These are the first and
-# the longest pause between two looks, in seconds.
+# A caller asks again and again if the thread of its check has finished. It pauses between these
+# questions: first for `_FIRST_LOOK`, later for up to `_LAST_LOOK` seconds.
 _FIRST_LOOK, _LAST_LOOK = 0.0005, 0.02
 
 
 class Questions(ABC):
-    """The checks of one database; parallel callers share the running check."""
+    """Checks if one database answers. Callers at the same time share the running check."""
 
     @abstractmethod
     async def answers(self, engine: Any, seconds: float) -> bool:
-        """Return True if the engine runs a statement within the given seconds.
+        """Return True if the database behind the engine answers within the given seconds.
 
-        If this check takes too long, the next caller starts a new check.
+        If a check takes too long, the next caller starts a new check.
 
         Raises:
             Exception: The exception that the statement raised.
@@ -33,10 +34,10 @@ class Questions(ABC):
 
 
 class TaskQuestions(Questions):
-    """Checks an async database in a task; the task is cancelled when its last caller stops waiting.
+    """Checks an async database in a task, which is cancelled if no caller waits for it any more.
 
     Args:
-        ask: A coroutine function that takes an engine and runs a statement on the engine.
+        ask: A coroutine function that takes an engine and sends a statement to its database.
     """
 
     def __init__(self, ask: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
@@ -60,8 +61,8 @@ class TaskQuestions(Questions):
     def _current_or_new(self, engine: object) -> "asyncio.Task[None]":
         if self._current is not None and self._current[0] is engine:
             return self._current[1]
-        # Run the check in an empty context. Some drivers would keep the context of the current
-        # request in memory as long as the connection is open.
+        # Run the check in an empty context. In the context of a request, some drivers would keep
+        # all context variables of this request in memory as long as the connection is open.
         loop = asyncio.get_running_loop()
         task = loop.create_task(self._ask(engine), context=Context())
         task.add_done_callback(self._forget)
@@ -73,8 +74,8 @@ class TaskQuestions(Questions):
             return
         self._callers[task] -= 1
         if self._callers[task] == 0:
-            # Do not await the cancelled task: if the server is down, the driver may need a long
-            # time to end it.
+            # Do not wait for the cancelled task, because the driver may need long to end it if the
+            # server is down.
             self._abandon(task)
             task.cancel()
 
@@ -86,17 +87,19 @@ class TaskQuestions(Questions):
         self._abandon(task)
         del self._callers[task]
         if not task.cancelled():
-            # Read the exception, because asyncio logs an exception that nobody reads.
+            # Read the exception. Otherwise asyncio would log that the exception was never
+            # retrieved.
             task.exception()
 
 
 class ThreadQuestions(Questions):
-    """Checks a blocking database in threads; threads cannot be stopped, so their number is limited.
+    """Checks a database with a sync driver in threads. Their number is limited.
 
-    Callers may run on several threads and event loops, also on trio.
+    A thread with a blocking driver cannot be stopped. Callers may be on several threads and event
+    loops, of asyncio and of trio.
 
     Args:
-        ask: A function that takes an engine and runs a statement on the engine.
+        ask: A function that takes an engine and sends a statement to its database.
     """
 
     def __init__(self, ask: Callable[[Engine], None]) -> None:
@@ -127,15 +130,15 @@ class ThreadQuestions(Questions):
         with self._mutex:
             if self._current is not None and self._current.engine is engine:
                 return self._current
-            # The running check is for an engine that was replaced. So start a new check for the new
-            # engine.
+            # The running check is for an old engine, which was replaced by `engine`. So start a new
+            # check.
             if self._current is not None:
                 self._abandon(self._current)
             if self._abandoned >= _MAX_ABANDONED:
                 return None
             question = self._current = _Question(engine)
-        # Run the check in an empty context, because drivers may keep the context of the request.
-        # Use a new thread, because the thread pool may be full.
+        # Run the check in an empty context, because a driver may keep the context of the request.
+        # Use a new thread, because all threads of the pool may be busy.
         Thread(target=Context().run, args=(self._run, question), daemon=True).start()
         return question
 
@@ -159,7 +162,7 @@ class ThreadQuestions(Questions):
 
 
 class _Question:
-    """One check of a blocking database, which runs in a thread."""
+    """One running check of a database with a sync driver, in a thread."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

@@ -1,4 +1,4 @@
-"""The option `replicas` of a database: its replicas, and where client positions are stored."""
+"""The option `replicas`: the URLs of replicas, and where the WAL position of a client is stored."""
 
 import re
 from collections.abc import Sequence
@@ -9,44 +9,46 @@ from sqlalchemy import URL
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.types import Scope
 
-# the characters that a cookie's name may have: RFC 6265, 4.1.1
+# The name of a cookie consists of these characters. Source: RFC 6265, section 4.1.1
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _PATH = re.compile(r"/[^;\s\x00-\x1f\x7f]*")
 
 
 class PositionStore(Protocol):
-    """Stores the WAL position that each client has seen, for example in Redis, instead of a cookie.
+    """Stores the WAL position that each client has seen, for example in Redis instead of a cookie.
 
-    The methods find the client of a request in the ASGI scope.
+    A WAL position says how far the primary has written its log. A replica that has reached the
+    position has all changes that the client has seen. The methods get the ASGI scope to identify
+    the client.
     """
 
     async def load(self, scope: Scope) -> str | None:
-        """Return the text that was saved last for the client; None without a stored text."""
+        """Return the text that was last saved for the client, or None."""
 
     async def save(self, scope: Scope, position: str) -> None:
-        """Store the position that the client has seen, unless the text stored before is greater.
+        """Save the position that the client has seen, if it is greater than the saved one.
 
         Args:
             scope: The ASGI scope of the request.
-            position: The position as text, at most 60 ASCII characters. The store may delete the
-                text after `lifetime` seconds; see `Replicas`.
+            position: The position as a text of at most 60 ASCII characters. The store may delete it
+                after `lifetime` seconds (an attribute of `Replicas`).
         """
 
 
 class Replicas:
-    """The replicas of a database, and where the WAL position that a client has seen is stored.
+    """The replicas of a database, and where to store the WAL position that each client has seen.
 
     Args:
-        urls: One URL for each replica, not one URL of a load balancer. A URL without a driver gets
-            the driver of the primary.
-        max_lag: How many seconds a replica may be behind the primary. No unit of work reads from a
-            replica that is further behind.
-        cookie: The name of the cookie for the position of a client.
-        path: The path of the cookie.
-        store: An object that stores the positions of clients; None to use the cookie.
+        urls: One URL for each replica, and not the URL of a load balancer. If a URL names no
+            driver, the driver of the primary is used.
+        max_lag: How many seconds a replica may be behind the primary. A replica that is further
+            behind is not used.
+        cookie: The name of the cookie in which the WAL position of a client is stored.
+        path: The URL path for which browsers send this cookie.
+        store: An object that stores the positions instead of the cookie. None to use the cookie.
 
     Attributes:
-        lifetime: Seconds for which the position of a client is stored: four times `max_lag`.
+        lifetime: For how many seconds the position of a client is stored: four times `max_lag`.
 
     Raises:
         ConfigurationError: An argument is wrong.

@@ -1,4 +1,4 @@
-"""Starts and stops the replicas of a database together with its engine."""
+"""Starts and stops the replicas of a database object together with its own engine."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -19,24 +19,24 @@ E = TypeVar("E", bound=Engine | AsyncEngine)
 
 
 class ReplicatedLife(EngineLife[E]):
-    """The engine of a database, started and stopped together with the engines of its replicas."""
+    """The engine of a database object, which starts and stops together with its replicas."""
 
-    # The `ReplicaSet` of the optional package `replicas`; None if the database has no replicas.
+    # The object of the optional package `replicas` that manages the replicas. None without
+    # replicas.
     _replica_set: Any = None
 
     @property
     def replicas(self) -> tuple[Self, ...]:
-        """The replicas as databases, each with its own `engine`, `health()` and `ping()`."""
+        """The replicas as database objects. Each has its own `engine`, `health()` and `ping()`."""
         return self._replica_set.databases if self._replica_set is not None else ()
 
     @property
     def position(self) -> str | None:
-        """The WAL position that the current client has seen; None if the position is unknown.
+        """The WAL position of the primary that the current client has seen; None if it is unknown.
 
-        Read this property after the block of `begin()`, or in a function given to `on_commit`. Send
-        the value in a message to a worker. If the worker calls `begin(read_only=True,
-        after=position)`, it sees all changes that the client has seen. Without replicas, the value
-        is always None.
+        Read this property after a `begin()` block or in an `on_commit` function, and send it in a
+        message to a worker. In the worker, `begin(read_only=True, after=position)` sees all changes
+        that the client has seen, even on a replica. Without replicas, the value is always None.
         """
         return self._replica_set.position if self._replica_set is not None else None
 

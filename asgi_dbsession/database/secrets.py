@@ -1,4 +1,4 @@
-"""Finds passwords and other secrets in texts, so that they are never shown."""
+"""Finds passwords and other secrets in texts, so that no error or log line shows them."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -10,8 +10,9 @@ from sqlalchemy import URL
 _SECRET_NAMES = re.compile(
     r"pass(?!file)|pwd|secret|token|credential|api_?key|access_?key", re.IGNORECASE
 )
-# A secret that has fewer characters than this number may be a part of common words. So search only
-# for whole words. If all texts with such common words were hidden, a reader could guess the secret.
+# A secret with fewer characters than this may be a part of a common word. So it is searched for
+# only as a whole word. Otherwise texts with such words would be hidden, and a reader could guess
+# the secret from this.
 _SHORTEST_PART = 4
 
 
@@ -26,13 +27,14 @@ def secrets_of(url: URL, engine_options: Mapping[str, Any]) -> set[str]:
 
 
 def tells_a_secret(text: str, secrets: set[str]) -> bool:
-    """Return True if the text contains a secret; a short secret counts only as a whole word."""
+    """Return True if the text contains a secret. A short secret must be a whole word in it."""
     for secret in secrets:
         part = re.escape(secret)
         pattern = part if len(secret) >= _SHORTEST_PART else rf"(?<!\w){part}(?!\w)"
         if re.search(pattern, text):
             return True
-    # Also find the password in the URL of another database, which is not in `secrets`.
+    # Also search for a password in any URL, because the URL of another database is not in
+    # `secrets`.
     return re.search(r"://[^\s/@]*:(?!\*\*\*@)[^\s@]*@", text) is not None
 
 

@@ -1,4 +1,4 @@
-"""The database class for blocking engines."""
+"""The class `SyncDatabase`, for engines with a sync driver."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,24 +31,23 @@ Args = TypeVarTuple("Args")
 
 
 class SyncDatabase(Database[Engine, AnySession]):
-    """A database with a blocking engine, for `def` handlers and drivers without asyncio support.
+    """A database with a sync engine, for `def` handlers and for drivers without asyncio support.
 
-    Frameworks run `def` handlers in a thread pool. This package runs COMMIT in a thread outside of
-    this pool. Otherwise handlers that wait for a connection could fill the pool, and the COMMIT
-    that frees a connection could not run.
+    Frameworks run `def` handlers in a pool of threads. This package runs COMMIT in a thread outside
+    of this pool. Otherwise handlers that wait for a database connection could occupy all threads of
+    the pool. Then the COMMIT that frees a connection would have no thread.
 
     Args:
-        url: A database URL. A URL without a driver gets an installed driver.
-        session_options: Arguments for the session class, and the class itself: `{"class_":
-            MySession}`. The default of `expire_on_commit` is False.
-        ping_on_startup: True to let the startup fail if the database does not answer.
+        url: A database URL. If it names no driver, a sync driver that is installed is used.
+        session_options: Arguments for the sessions, for example `{"class_": MySession}` for their
+            class. `expire_on_commit` is False by default.
+        ping_on_startup: True if the startup must fail when the database does not answer.
         on_engine: A plain function that is called with each new `sqlalchemy.Engine` before its
-            first connection. Use this function to add listeners for SQLAlchemy's events.
-        autocommit_reads: True: read without a transaction until the unit of work writes. See
-            `AsyncDatabase` for None and False.
+            first connection. It can add listeners for SQLAlchemy's events to the engine.
+        autocommit_reads: True: read without a transaction until the unit of work writes. False and
+            None are explained at `AsyncDatabase`.
         replicas: The URLs of replicas of a PostgreSQL server, or `Replicas(...)`. A unit of work
-            that may only read uses a replica that has replayed all changes that its client has
-            seen.
+            that may only read uses a replica that has all changes that its client has seen.
         **engine_options: Arguments for `sqlalchemy.create_engine`.
 
     Raises:
@@ -78,7 +77,7 @@ class SyncDatabase(Database[Engine, AnySession]):
         self._add_replicas(url, replicas, {"on_engine": on_engine} | engine_options)
 
     def __enter__(self) -> Self:
-        """Start the database; use `with database:` in a script or worker without an event loop."""
+        """Start the database; for `with database:` in a script or worker without an event loop."""
         engine = self._begin_start()
         try:
             if self._ping_on_startup:
@@ -107,28 +106,29 @@ class SyncDatabase(Database[Engine, AnySession]):
     def begin(
         self, *, join: bool = False, read_only: bool = False, after: str | None = None
     ) -> DecoratingBlock[AnySession]:
-        """Open a new unit of work: COMMIT on success, ROLLBACK on any error.
+        """Open a new unit of work: COMMIT at its end, ROLLBACK after an error.
 
-        The block runs on the calling thread. Everything else works as in `AsyncDatabase.begin`.
+        The block runs on the calling thread. For all other details see `AsyncDatabase.begin`.
 
         Args:
-            join: True to run in a savepoint of the open unit of work, if that unit has this
-                database.
-            read_only: True to refuse writes, and to use a replica, if the database has replicas.
-            after: A value of the property `position`, for `read_only=True` and a database with
-                replicas. The block then sees all changes that were committed before this position.
+            join: True to run in a savepoint of the open unit of work, if it has this database.
+            read_only: True to refuse writes, and to use a replica if there is one.
+            after: A value of the property `position`, to read from a replica (`read_only=True`).
+                The block then sees all changes that were committed before this position of the
+                primary.
 
         Returns:
-            A block for `with`, which gives a new session. The session is closed permanently at the
-            end of the block. Inside the block, `get_sync_session()` returns this session too. The
-            block is also a decorator for `def` functions.
+            An object for `with` that gives a new session. The session is closed permanently at the
+            end of the block. `get_sync_session()` returns this session too, inside the block. The
+            object can also decorate `def` functions.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
             TransactionAborted: The application caught an error that aborted the transaction.
-            ConcurrentUse: Another task or thread is inside `begin(join=True)` on the same session.
-            ForbiddenWrite: The block may only read, and tried to write.
-            Exception: The exception of COMMIT; nothing was stored.
+            ConcurrentUse: Another task or thread is in a `begin(join=True)` block with the same
+                session.
+            ForbiddenWrite: The block may only read, and its code tried to write.
+            Exception: The error of COMMIT. Nothing was stored.
         """
         return DecoratingBlock(lambda: self._begin(join, read_only, after))
 
@@ -145,28 +145,29 @@ class SyncDatabase(Database[Engine, AnySession]):
         attempts: int = 3,
         retry_on: RetryOn = None,
     ) -> T:
-        """Call a function in a new unit of work, and call it again after a conflict.
+        """Call a function in a new unit of work, and call it again if there is a conflict.
 
-        Use `run_transaction` in workers and scripts, where no request can be retried. Each attempt
-        runs the whole function, so side effects outside of the database happen again. There is no
-        retry after another COMMIT inside the function: `session.commit()`, or a `begin()` of any
-        database. Each retry waits for a random time of at most a second, and is logged.
+        Use this method in workers and scripts, which have no request to retry. Each attempt calls
+        the whole function again, with all its effects outside of the database. There is no retry
+        after the function itself has committed, by `session.commit()` or by a `begin()` block of
+        any database. Each retry is logged, and starts after a random time of at most one second.
 
         Args:
-            function: A plain function. Inside this function, `get_sync_session()` returns the
-                session of the new unit.
+            function: A plain function. In it, `get_sync_session()` returns the session of the new
+                unit of work.
             *args: The arguments for the function.
-            attempts: How often the function may run, the first time included.
-            retry_on: Other errors to retry like a conflict: an exception class, a tuple of classes,
-                or a plain function that takes an exception and returns True or False.
+            attempts: How often the function may run, including the first time.
+            retry_on: Further errors to retry in the same way as a conflict: an exception class, a
+                tuple of classes, or a plain function that takes an exception and returns True or
+                False.
 
         Returns:
-            The result of the function, after COMMIT.
+            The value that the function returned, after COMMIT.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
             ConfigurationError: An argument is wrong.
-            Exception: The exception of the function or of COMMIT in the last attempt.
+            Exception: The error of the function or of COMMIT in the last attempt.
         """
         from asgi_dbsession.retry.transaction import run_transaction_blocking
 
@@ -208,13 +209,15 @@ def _select_one(engine: Engine) -> None:
     pool = engine.pool
     with engine.connect() as connection:
         connection.execute(select(1))
-        # The engine was disposed during the statement, so nobody would close this connection later.
-        # Detach the connection from its pool: then the end of the block closes the connection.
+        # The engine was disposed during this statement. So its new pool does not know this
+        # connection, and would not close it later. Detach the connection, so that the end of the
+        # `with` block closes it.
         if engine.pool is not pool:
             connection.detach()
 
 
 async def _run_in_thread(function: Callable[..., T], *args: Any) -> T:
-    # Give each call its own limiter, not anyio's shared limiter. Handlers that wait for a
-    # connection may fill the shared limiter. Then the COMMIT that frees a connection could not run.
+    # Each call has its own limit for threads. The limit of anyio is shared with handlers. Handlers
+    # that wait for a database connection could use it up, and then the COMMIT that frees a
+    # connection would have no thread.
     return await to_thread.run_sync(function, *args, limiter=CapacityLimiter(1))

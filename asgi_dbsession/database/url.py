@@ -1,4 +1,4 @@
-"""Reads database URLs and chooses their drivers."""
+"""Reads database URLs, and chooses a driver if a URL names none."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -9,7 +9,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 
 from asgi_dbsession.errors import ConfigurationError, without_secrets
 
-# The drivers to look for if a URL names no driver; the first installed driver is used.
+# If a URL names no driver, the first driver in this list that is installed is used.
 _ASYNC_DRIVERS: dict[str, tuple[str, ...]] = {
     "postgresql": ("asyncpg", "psycopg"),
     "mysql": ("asyncmy", "aiomysql"),
@@ -26,7 +26,8 @@ _SYNC_DRIVERS: dict[str, tuple[str, ...]] = {
     "oracle": ("oracledb",),
     "mssql": ("pyodbc", "pymssql"),
 }
-# The name of a driver's module or PyPI package, if it differs from the name of the driver.
+# Most drivers have the same name as their Python module and their PyPI package. `_MODULES` and
+# `_PACKAGES` have the other names.
 _MODULES: dict[str, str] = {
     "mysqldb": "MySQLdb",
     "mariadbconnector": "mariadb",
@@ -36,17 +37,16 @@ _PACKAGES: dict[str, str] = {"mysqldb": "mysqlclient", "mariadbconnector": "mari
 
 
 def url_with_driver(url: str | URL, *, asynchronous: bool) -> URL:
-    """Parse a database URL, and check that its driver is installed and of the right kind.
+    """Parse a database URL, and check that its driver is installed and is sync or async as needed.
 
     Args:
         url: A URL as in https://docs.sqlalchemy.org/en/20/core/engines.html#database-urls;
-            `postgres://` is read as `postgresql://`. A URL without a driver gets an installed
-            driver.
-        asynchronous: True if the driver must be for asyncio.
+            `postgres://` means `postgresql://`. If it names no driver, an installed driver is used.
+        asynchronous: True if the driver must support asyncio.
 
     Raises:
-        ConfigurationError: The text is not a URL, the database is unknown, or the driver is missing
-            or of the wrong kind.
+        ConfigurationError: The text is not a URL, the database is unknown, the driver is not
+            installed, or it is sync instead of async or the other way round.
     """
     parsed = _parse(url)
     if parsed.drivername == "postgres":
@@ -58,12 +58,12 @@ def url_with_driver(url: str | URL, *, asynchronous: bool) -> URL:
 
 
 def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
-    """Return engine options with which several sessions can use an SQLite database in memory.
+    """Return engine options that let several sessions use an SQLite database in memory.
 
-    By default, all sessions share one connection to such a database, and so one transaction: the
-    rollback of a request would remove committed work of other requests. With these options, a
-    session waits until no other session uses the connection.
-    Source: https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pooling-behavior
+    By default, all sessions share the single connection of such a database, and so also its
+    transaction. The rollback of one request would then undo work of other requests. With these
+    options, a session waits until no other session uses the connection. Source:
+    https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pooling-behavior
     """
     if not is_in_memory(url):
         return given
@@ -71,8 +71,8 @@ def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
     options = dict(given)
     arguments = given.get("connect_args", {})
     if not asynchronous and isinstance(arguments, dict):
-        # COMMIT and the statements before it run in different threads, which SQLite refuses by
-        # default. Allow it, because two threads never use the connection at the same time.
+        # COMMIT may run in another thread than the statements before. By default, SQLite refuses
+        # this. Here it is safe, because two threads never use the connection at the same time.
         options["connect_args"] = {"check_same_thread": False} | arguments
     if "poolclass" not in given and "pool" not in given:
         options["poolclass"] = AsyncAdaptedQueuePool if asynchronous else QueuePool
@@ -89,14 +89,14 @@ def is_in_memory(url: URL) -> bool:
 
 
 def _parse(url: str | URL) -> URL:
-    # Remove a line break at the end of the URL, which a file of secrets often adds.
+    # If the URL was read from a file, there is often a line break at its end. Remove it.
     text = url.strip() if isinstance(url, str) else ""
     try:
         parsed = make_url(text or url)
     except (ArgumentError, ValueError):
         parsed = None
     if parsed is None or not text.isprintable() or _is_misread(parsed, text):
-        # Raise outside of the `except` block, because a traceback of both errors would show
+        # Raise this error outside of the `except` block. Otherwise the traceback would also show
         # SQLAlchemy's message, which may contain the password.
         subject = "None" if url is None else "This"
         raise ConfigurationError(
@@ -108,8 +108,8 @@ def _parse(url: str | URL) -> URL:
 
 
 def _is_misread(url: URL, text: str) -> bool:
-    # If a password contains `@` and is not percent-encoded, SQLAlchemy reads the part after `@` as
-    # a part of the host. An `@` in the name of the user is harmless.
+    # A password with `@` must be percent-encoded. If it is not, SQLAlchemy takes the part after `@`
+    # for the name of the host. An `@` in the user name is harmless.
     secret_and_rest = text.partition("://")[2].partition(":")[2]
     return "@" in (url.host or "") or (url.password is not None and secret_and_rest.count("@") > 1)
 
@@ -121,7 +121,7 @@ def _choose_driver(url: URL, *, asynchronous: bool) -> str:
         if find_spec(_MODULES.get(driver, driver)) is not None:
             return f"{url.drivername}+{driver}"
     if not drivers:
-        # The dialect comes from another package, which chooses its own default driver.
+        # The dialect is from another package, which has its own default driver.
         return url.drivername
     kind = "asyncio" if asynchronous else "blocking"
     installs = " or ".join(map(_install, drivers))
@@ -132,8 +132,8 @@ def _check_driver(url: URL, *, asynchronous: bool) -> None:
     shown = without_secrets(url)
     try:
         dialect = url.get_dialect()
-    # SQLAlchemy raises NoSuchModuleError for an unknown dialect or driver, and ValueError for a URL
-    # like `postgresql+a+b://`.
+    # SQLAlchemy raises NoSuchModuleError if it does not know the dialect or the driver, and
+    # ValueError for a URL such as `postgresql+a+b://`.
     except (NoSuchModuleError, ValueError):
         raise ConfigurationError(
             f"SQLAlchemy knows no dialect and driver for {shown}. Check the part before `://`; "

@@ -1,4 +1,4 @@
-"""Reads the options in a database URL, to translate the options for the driver."""
+"""Reads the options in a database URL, so that they can be translated for the driver."""
 
 import json
 import re
@@ -11,19 +11,20 @@ from sqlalchemy import URL
 
 from asgi_dbsession.errors import ConfigurationError, without_secrets
 
-# All names of the TLS option in libpq, in MySQL's clients and in other tools.
+# Different database programs use these different names for the TLS option.
 _SSL_MODE = ("sslmode", "ssl-mode", "ssl_mode", "sslMode", "ssl", "sslaccept")
 
 
 class UrlOptions:
-    """The options in a URL: some stay in the URL, others become `connect_args`.
+    """The options in a database URL. Some stay in the URL, others are moved to `connect_args`.
 
     Args:
-        url: A URL with a driver.
+        url: A URL that names its driver.
 
     Attributes:
         query: The options that stay in the URL.
-        arguments: The options for `connect_args`, because their values are not text.
+        arguments: The options to move to `connect_args`, because the driver needs values that are
+            not text.
     """
 
     def __init__(self, url: URL) -> None:
@@ -33,24 +34,24 @@ class UrlOptions:
         self.arguments: dict[str, Any] = {}
 
     def take(self, *names: str) -> str | None:
-        """Remove an option from the URL, and return its value; None if the URL lacks the option."""
+        """Remove an option from the URL, and return its value, or None if it is not there."""
         found = [self.query.pop(name) for name in names if name in self.query]
         return found[0] if found and isinstance(found[0], str) else None
 
     def number(self, name: str, of: Callable[[str], float], to: str | None = None) -> None:
-        """Move an option to `connect_args` as a number, because the driver accepts no text."""
+        """Move an option from the URL to `connect_args`, and convert it to a number."""
         value = self.take(name)
         if value is not None:
             try:
                 self.arguments[to or name] = of(value)
             except ValueError:
-                # `refuse` does not show the ValueError, because its message contains the value.
+                # `refuse` hides the ValueError, because its text contains the value of the option.
                 self.refuse(name, "It takes a number.")
 
     def refuse(self, name: str, cure: str) -> None:
-        """Raise a ConfigurationError that names the option, and says what to write instead."""
-        # Do not show an unusual name, which may be a part of a password that is not
-        # percent-encoded.
+        """Raise a ConfigurationError that names the option and says what to write instead."""
+        # Show only names that look like an option. Any other text may be a part of a password that
+        # is not percent-encoded.
         shown = name if re.fullmatch(r"[A-Za-z][\w.-]{1,30}", name) else "(not shown)"
         raise ConfigurationError(
             f"The option {shown} in the URL of {without_secrets(self.url)} does not suit the "
@@ -59,11 +60,11 @@ class UrlOptions:
 
 
 def take_ssl_mode(options: UrlOptions, modes: Mapping[str, str]) -> str | None:
-    """Remove the TLS option from the URL, and return the driver's word for its value."""
+    """Remove the TLS option from the URL, and return its value as the driver writes it."""
     value = options.take(*_SSL_MODE)
     if value is None:
         return None
-    # PlanetScale's URLs contain the TLS option as JSON, for its driver for Node.js.
+    # URLs of the provider PlanetScale have JSON in the TLS option, which is meant for Node.js.
     if value.startswith("{"):
         try:
             strict = json.loads(value).get("rejectUnauthorized", True)
@@ -83,7 +84,7 @@ def is_on(value: str | None) -> bool:
 
 
 def known_to(module: str, function: str, *more: str) -> Callable[[], set[str]]:
-    """Return a function that lists the option names of a driver: the arguments of `function`."""
+    """Return a function that lists the option names of a driver: the parameters of `function`."""
 
     def names() -> set[str]:
         connect = getattr(import_module(module), function)
