@@ -1,1 +1,1 @@
-"""Runs a request again after a conflict, and answers 503 if the pool is exhausted (optional)."""
+"""Retries a request after a conflict, and answers 503 if no connection is free (optional)."""

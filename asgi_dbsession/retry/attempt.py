@@ -1,4 +1,4 @@
-"""One attempt to serve a request, whose error response is not sent if a retry may follow."""
+"""One attempt to serve a request. Its error response is not sent if the request is retried."""
 
 from collections.abc import Callable
 from http import HTTPStatus
@@ -14,11 +14,11 @@ from .withholding import Withholding
 
 
 class RequestAttempt(Withholding):
-    """One attempt to serve a request; another attempt may follow.
+    """One attempt to serve a request, after which the request may be retried.
 
     Args:
-        body: The request body, stored for the next attempt.
-        watched: The object that records the conflicts and COMMITs of this attempt.
+        body: The body of the request, which is stored for the next attempt.
+        watched: The object that records conflicts and COMMITs during this attempt.
     """
 
     def __init__(self, body: Replay, watched: WatchedAttempt) -> None:
@@ -29,7 +29,7 @@ class RequestAttempt(Withholding):
 
     @property
     def can_retry(self) -> bool:
-        """True if the request can run again as if this attempt had never happened."""
+        """True if the request may be retried, because this attempt has stored and sent nothing."""
         return self._body.is_kept and not self.is_answered and self.watched.can_retry
 
     @property
@@ -52,8 +52,9 @@ class RequestAttempt(Withholding):
 
     @override
     def withholds_message(self, message: Message) -> bool:
-        # A success status means that the application has handled the error, so send the response. A
-        # response with another status reports the error, so a retry may replace the response.
+        # A success status means that the application has dealt with the error, so send this
+        # response. Any other status reports the error to the client. Then do not send the response
+        # if a retry is possible.
         if _is_success(message):
             return False
         self.watched.record_handled_error()
@@ -68,7 +69,7 @@ class RequestAttempt(Withholding):
 def unless_retried(
     on_commit_error: Callable[[Exception], ASGIApp | None],
 ) -> Callable[[Exception], ASGIApp | None]:
-    """Wrap `on_commit_error`: if the request will run again, send no response."""
+    """Wrap `on_commit_error`, so that it sends no response if the request will be retried."""
 
     def answer_last(failure: Exception) -> ASGIApp | None:
         attempt = running_attempt.get()

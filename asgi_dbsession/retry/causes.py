@@ -1,12 +1,13 @@
-"""Finds all exceptions that led to an exception."""
+"""Finds all exceptions that led to a given exception."""
 
 from collections.abc import Iterator
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Iterate over an exception, its causes and contexts, and the members of exception groups.
+    """Yield an exception, its causes and contexts, and the members of exception groups.
 
-    Each exception is returned only once, because an exception may be its own cause.
+    Each exception is yielded only once, because the causes of an exception may lead back to the
+    exception itself.
     """
     seen: set[int] = set()
     waiting = [error]

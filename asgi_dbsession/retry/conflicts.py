@@ -1,4 +1,4 @@
-"""Records the conflicts and the COMMITs of one attempt."""
+"""Records if an attempt met a conflict, and if it committed anything."""
 
 import sys
 from collections.abc import Callable
@@ -18,39 +18,42 @@ from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
 from .causes import causes
 from .rule import Rule
 
-# SQLSTATEs that begin with 40 mean that the database rolled back the transaction, so a retry is
-# safe. 40003 is different: COMMIT may have succeeded. Source:
+# After an error with an SQLSTATE that begins with 40, the database has rolled back the transaction,
+# so a retry is safe. The exception is 40003: nobody knows if the COMMIT has succeeded. Source:
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _ROLLBACK, _UNKNOWN = "40", "40003"
 # PostgreSQL raises this error if a migration has changed the type of a column that a prepared
 # statement returns. After ROLLBACK the driver prepares the statement again, so a retry succeeds.
-# For asyncpg, test the class of the error, because the text depends on the server's language.
+# With asyncpg, the error is found by its class, because the server may translate the text.
 _NOT_SUPPORTED, _STALE_PLAN = "0A000", "cached plan must not change result type"
 _STALE_PLAN_CLASS = "InvalidCachedStatementError"
-# MySQL's error numbers of a deadlock, a lock wait timeout, and a row that changed after it was
-# read. Source: https://mariadb.com/kb/en/mariadb-error-code-reference/
+# The error numbers of MySQL and MariaDB for a deadlock, for a lock that was not free in time, and
+# for a row that changed after it was read. Source:
+# https://mariadb.com/kb/en/mariadb-error-code-reference/
 _MYSQL = (1213, 1205, 1020)
-# The lower 8 bits of SQLite's error code SQLITE_BUSY, for a locked database. Source:
+# SQLite reports SQLITE_BUSY (the database is locked) in the lower 8 bits of its error code. Source:
 # https://www.sqlite.org/rescode.html
 _SQLITE_BUSY = 5
 
 
 class WatchedAttempt(RunningAttempt):
-    """An attempt that records conflicts and COMMITs; another attempt may follow.
+    """A running attempt that records conflicts and COMMITs, after which a retry may follow.
 
     Args:
-        attempt: The attempt that `current_attempt()` returns to the application.
-        counts: A function made from `retry_on`; it returns True for an error to retry like a
-            conflict.
+        attempt: The object that `current_attempt()` returns to the application.
+        counts: A function made from the option `retry_on`. It returns True if an error is retried
+            in the same way as a conflict.
 
     Attributes:
-        conflict: The exception of the last conflict; None without a conflict.
-        reason: The text about the conflict for the log.
-        committing: The connection of a COMMIT whose result is not known yet; or None.
-        has_committed: True if an earlier COMMIT succeeded, as far as known. A statement with
-            AUTOCOMMIT counts as a COMMIT.
-        stored: A function to call when a COMMIT has certainly succeeded, so that no retry follows.
-        is_final: True if no attempt can follow, so that later conflicts are not recorded.
+        conflict: The exception of the last conflict, or None.
+        reason: The description of the conflict, for the log.
+        committing: The connection on which COMMIT was sent, as long as its result is not known;
+            otherwise None.
+        has_committed: True if this attempt has committed anything, as far as is known. A statement
+            in autocommit mode counts as a COMMIT.
+        stored: A function to call when a COMMIT has certainly succeeded, because no retry is
+            possible then.
+        is_final: True if no retry can follow. Then conflicts are not recorded any more.
     """
 
     def __init__(self, attempt: Attempt, counts: Rule) -> None:
@@ -66,7 +69,7 @@ class WatchedAttempt(RunningAttempt):
 
     @property
     def can_retry(self) -> bool:
-        """True if the work can run again as if this attempt had never happened."""
+        """True if a retry may follow, because there was a conflict and nothing was committed."""
         is_stored = self.has_committed or self.committing is not None
         return self.conflict is not None and not is_stored and not self.is_final
 
@@ -77,12 +80,12 @@ class WatchedAttempt(RunningAttempt):
         return self.can_retry and not end.succeeded
 
     def make_final(self) -> None:
-        """Forget the conflict and record no later conflict, because no attempt can follow."""
+        """Forget the conflict, and record no more conflicts, because no retry can follow."""
         self.conflict = self.committing = self.stored = None
         self.is_final = True
 
     def record_error(self, error: BaseException | None) -> None:
-        """Record an error of the application, if the error counts as a conflict."""
+        """Record an error of the application, if `retry_on` says that it is to be retried."""
         if error is not None and self.conflict is None:
             found = next(filter(self._counts, causes(error)), None)
             if found is not None:
@@ -93,20 +96,20 @@ class WatchedAttempt(RunningAttempt):
         self.record_error(sys.exception())
 
     def record_conflict(self, error: BaseException, reason: str) -> None:
-        """Record a conflict, which is a reason for another attempt."""
+        """Record a conflict, so that a retry can follow."""
         if not self.is_final:
             self.conflict, self.reason = error, reason
 
     def is_conflict(self, context: ExceptionContext) -> bool:
-        """Return True if an error of the driver is a reason to retry."""
+        """Return True if an error of the driver is a conflict or another reason to retry."""
         found = context.sqlalchemy_exception or context.original_exception
         is_conflicting = is_conflict(context.original_exception) or is_lost_read(context)
         return is_conflicting or self._counts(found)
 
     def enclosing(self) -> "list[WatchedAttempt]":
-        """Return this attempt and the attempts around it, without attempts that are final.
+        """Return this attempt and the attempts around it, without those that are final.
 
-        For example, an attempt of `run_transaction` can be inside the attempt of a request.
+        For example, an attempt of `run_transaction` may run inside an attempt of a request.
         """
         outer = self._outer
         rest = outer.enclosing() if isinstance(outer, WatchedAttempt) else []
@@ -114,7 +117,7 @@ class WatchedAttempt(RunningAttempt):
 
 
 def watch_conflicts(engine: Engine) -> None:
-    """Add listeners to `engine` that record conflicts and COMMITs."""
+    """Add listeners to `engine` that record conflicts and COMMITs for the running attempt."""
     for name, listener in _LISTENERS.items():
         event.listen(engine, name, listener)
 
@@ -141,26 +144,27 @@ def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
     if connection is not None and _is_autocommit(connection):
         attempt.has_committed = True
     elif context.statement is None and attempt.committing is connection:
-        # COMMIT raised this error, so nothing was committed: the transaction was rolled back, or
-        # could only read.
+        # COMMIT raised this error, so nothing was stored: either the transaction was rolled back,
+        # or it was read-only.
         attempt.committing = None
 
 
 def _record_commit(connection: Connection, *_: object) -> None:
-    # SQLAlchemy calls this listener before COMMIT, so the result of the COMMIT is not known yet.
+    # SQLAlchemy calls this function before it sends COMMIT, so nobody knows yet if COMMIT will
+    # succeed.
     for attempt in _under_way():
         attempt.has_committed = attempt.has_committed or attempt.committing is not None
         attempt.committing = connection
 
 
 def watch_sessions() -> None:
-    """Record each successful COMMIT of a session in the attempts that the session belongs to."""
+    """From now on, record each successful COMMIT of a session in the attempts around it."""
     if not event.contains(GuardedSession, "after_commit", _record_stored):
         event.listen(GuardedSession, "after_commit", _record_stored)
 
 
 def _record_stored(session: Session) -> None:
-    # SQLAlchemy also calls this listener when a savepoint is released, which commits nothing.
+    # SQLAlchemy calls this function also when a savepoint is released, which commits nothing.
     if session.in_nested_transaction():
         return
     for attempt in _under_way():
@@ -171,7 +175,7 @@ def _record_stored(session: Session) -> None:
 
 
 def _under_way() -> list[WatchedAttempt]:
-    """Return the attempts (`run_transaction` and request) that the running code belongs to."""
+    """Return the running attempts (of `run_transaction` and of the request) around this code."""
     attempt = running_attempt.get()
     return attempt.enclosing() if isinstance(attempt, WatchedAttempt) else []
 
@@ -184,16 +188,16 @@ _LISTENERS: dict[str, Any] = {
 
 
 def is_conflict(error: Any) -> bool:
-    """Return True if the error is a serialization failure, a deadlock, a busy SQLite or similar."""
-    # Test the number before the SQLSTATE, because the SQLSTATE of MySQL's error 1205 (lock wait
-    # timeout) does not name a conflict.
+    """Return True if the error is a conflict: a serialization failure, a deadlock or similar."""
+    # Compare the error number first: for MySQL's error 1205 (a lock was not free in time), the
+    # SQLSTATE does not tell that this is a conflict.
     if error.args and error.args[0] in _MYSQL:
         return True
-    # After a migration, a prepared statement may be outdated. For this error, some versions of
-    # asyncpg give no SQLSTATE, so compare the name of the class.
+    # A migration has made a prepared statement outdated. Some versions of asyncpg give no SQLSTATE
+    # for this error, so compare the name of its class.
     if type(error).__name__ == _STALE_PLAN_CLASS:
         return True
-    # The driver psycopg2 calls the SQLSTATE `pgcode`.
+    # In the driver psycopg2, the attribute with the SQLSTATE is called `pgcode`.
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     if isinstance(state, str):
         if state == _NOT_SUPPORTED:

@@ -1,4 +1,4 @@
-"""Answers 503 if no connection became free for a request within the `pool_timeout`."""
+"""Answers 503 if a request got no connection of the pool within `pool_timeout`."""
 
 import logging
 from contextvars import ContextVar
@@ -18,11 +18,11 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 class Overload(UnitObserver):
-    """Answers 503 if a time-out of the pool ended a request, or made the application answer 500.
+    """Answers 503 if a request fails because it got no connection within `pool_timeout`.
 
     Args:
-        app: The application that serves the request.
-        retry_after: Seconds after which the client may try again.
+        app: The ASGI application that serves the request.
+        retry_after: After how many seconds the client may try again: the header `Retry-After`.
     """
 
     def __init__(self, app: ASGIApp, retry_after: int) -> None:
@@ -30,7 +30,7 @@ class Overload(UnitObserver):
         self._retry_after = retry_after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one HTTP request."""
+        """Serve one HTTP request, or answer 503."""
         wait = _Wait()
         token = _current.set(wait)
         try:
@@ -49,9 +49,9 @@ class Overload(UnitObserver):
 
 
 class _Wait(Withholding):
-    """One HTTP request; `has_failed` is True if it got no connection within the `pool_timeout`.
+    """One HTTP request. `has_failed` is True if it got no connection within `pool_timeout`.
 
-    The context variable `_current` holds this object, so that every task of the request can set
+    The context variable `_current` has this object, so that all tasks of the request can set
     `has_failed`.
     """
 
@@ -72,8 +72,7 @@ _current: ContextVar[_Wait | None] = ContextVar("asgi_dbsession.wait", default=N
 
 
 async def _send_unavailable(retry_after: int, send: Send) -> None:
-    # The response has the header `Retry-After`, as
-    # https://www.rfc-editor.org/rfc/rfc9110#section-15.6.4 describes.
+    # The header `Retry-After` is described in https://www.rfc-editor.org/rfc/rfc9110#section-15.6.4
     headers = [(b"content-type", b"text/plain"), (b"retry-after", str(retry_after).encode())]
     status = HTTPStatus.SERVICE_UNAVAILABLE
     await send({"type": "http.response.start", "status": int(status), "headers": headers})

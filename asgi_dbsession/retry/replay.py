@@ -1,22 +1,23 @@
-"""Keeps the body of a request, so that each attempt receives the whole body."""
+"""Stores the body of a request, so that each attempt can receive the whole body."""
 
 from threading import Lock
 
 from asgi_dbsession.types import Message, Receive
 
-# The largest body to store for another attempt, in bytes. A request with a larger body runs once.
+# The largest body that is stored for a retry, in bytes. A request with a larger body is not
+# retried.
 BODY_LIMIT = 1_048_576
-# The largest number of bytes that one middleware stores for all requests together. If there is no
-# room for the body of a request, this request runs only once.
+# How many bytes one middleware may store for the bodies of all requests together. If there is no
+# room for the body of a request, this request is not retried.
 ROOM = 32 * BODY_LIMIT
 
 
 class Room:
-    """The memory limit for the bodies of all requests of one middleware.
+    """The memory that the stored bodies of all requests of one middleware may use.
 
     Attributes:
-        free: The number of bytes that further bodies may use.
-        mutex: A lock for `free`, because a COMMIT in another thread may free the memory of a body.
+        free: How many bytes are still free for further bodies.
+        mutex: A lock for `free`. A COMMIT in another thread may free the memory of a body.
     """
 
     def __init__(self) -> None:
@@ -25,14 +26,14 @@ class Room:
 
 
 class Replay:
-    """The body of one request, which each attempt receives from the start.
+    """The stored body of one request, which each attempt receives from the beginning.
 
     Args:
         receive: The `receive` function of the server.
-        room: The memory limit that all requests share.
+        room: The memory that all requests share.
 
     Attributes:
-        is_kept: True if all parts of the body received so far are stored, and the client is still
+        is_kept: True if the whole body received so far is stored, and the client is still
             connected.
         is_client_gone: True if the client has disconnected.
     """
@@ -40,22 +41,21 @@ class Replay:
     def __init__(self, receive: Receive, room: Room) -> None:
         self._receive = receive
         self._room = room
-        # A single buffer for the whole body, because a list of many small chunks would need much
-        # more memory.
+        # The body is one buffer. A list of many small parts would need much more memory.
         self._body = bytearray()
         self._has_begun = False
         self._has_more = True
-        # This object identifies the attempt that must still receive the stored request body. None
-        # if no attempt must still receive the stored body.
+        # This object stands for the attempt that has yet to receive the stored body. It is None if
+        # no attempt has to receive the stored body any more.
         self._pending: object = None
         self.is_kept: bool = True
         self.is_client_gone: bool = False
 
     def from_start(self, *, last: bool = False) -> Receive:
-        """Return a `receive` function that first returns the part of the body received so far.
+        """Return a `receive` function that first returns the part of the body that is stored.
 
         Args:
-            last: True if no other attempt follows, so that the body need not stay in memory.
+            last: True if no retry can follow, so that the body need not stay in memory.
         """
         attempt = object()
         self._pending = attempt if self._has_begun else None
@@ -75,7 +75,7 @@ class Replay:
         return receive_again
 
     def let_go(self) -> None:
-        """Free the stored body as soon as the running attempt has received it."""
+        """Free the stored body, but not before the running attempt has received it."""
         self.is_kept = False
         if self._pending is None:
             self._release()

@@ -22,18 +22,18 @@ from .rule import rule_of
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# Two pauses in seconds: the longest pause before the second attempt, which doubles for each later
-# attempt, and the limit for the doubled pause.
+# How long to wait before a retry, in seconds. The pause is a random time of at most `_PAUSE`. This
+# limit doubles with each further retry, up to `_LONGEST_PAUSE`.
 _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
 
 
 class Retry:
-    """Serves a request, and serves it again from the start after a conflict.
+    """Serves a request, and serves it again from the beginning after a conflict.
 
     Args:
-        app: The application that serves the request.
+        app: The ASGI application that serves the request.
         attempts: How often the request may run, including the first time.
-        retry_on: The option `retry_on` of `DBSessionMiddleware`: more errors after which to retry.
+        retry_on: The option `retry_on` of `DBSessionMiddleware`: further errors to retry.
     """
 
     def __init__(self, app: ASGIApp, attempts: int, retry_on: RetryOn) -> None:
@@ -45,7 +45,7 @@ class Retry:
         watch_sessions()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one HTTP request, in one or several attempts."""
+        """Serve one HTTP request, with as many attempts as needed and allowed."""
         body = Replay(receive, self._room)
         try:
             await self._serve(scope, body, send)
@@ -61,17 +61,18 @@ class Retry:
             try:
                 await (serve() if number == 1 else _run_in(context, serve))
                 if not attempt.can_retry:
-                    # The response with the error was not sent, because a retry seemed possible.
-                    # Then a COMMIT or a large body made the retry impossible, so raise the error.
+                    # An error response was not sent, because a retry seemed possible. Then a
+                    # COMMIT, or a body that is too large, made the retry impossible. So raise the
+                    # error, because the client needs an answer.
                     if watched.conflict is not None and attempt.owes_answer:
                         raise watched.conflict
                     return
             finally:
-                # A task of this attempt may still be running. It must not record a conflict in the
-                # ended attempt.
+                # Tasks that this attempt started may still be running. They must not record a
+                # conflict any more.
                 watched.make_final()
-            # The request was cancelled, and the application answered the cancellation with an
-            # error. Do not retry a cancelled request.
+            # The request was cancelled, and the application has answered the cancellation with an
+            # error response. A cancelled request is not retried.
             if _is_cancelled():
                 raise asyncio.CancelledError
             pause = pause_after(number)
@@ -85,20 +86,20 @@ class Retry:
 
 
 def pause_after(number: int) -> float:
-    """Return a random pause before the next attempt, in seconds.
+    """Return a random time to wait before the next attempt, in seconds.
 
-    The pause is random, so that requests with the same conflict do not try again at the same time.
+    The time is random, so that requests with the same conflict are not retried at the same moment.
     """
     return SystemRandom().uniform(0, min(_PAUSE * 2 ** (number - 1), _LONGEST_PAUSE))
 
 
 def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
-    """Log the number of the next attempt, and the error that caused it."""
+    """Log the number of the next attempt, and the error of the failed attempt."""
     number, remaining = failed.attempt.number, failed.attempt.remaining
     _logger.info(
         "Attempt %d of %d of %a begins after a pause of %.0f ms, because of this error: %a",
         number + 1,
-        # `%a` escapes line breaks in the path, which the client chose
+        # `%a` escapes line breaks in the path, which comes from the client.
         number + remaining,
         what,
         pause * 1000,
@@ -109,15 +110,15 @@ def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
 def _is_cancelled() -> bool:
     try:
         task = asyncio.current_task()
-    # The caller runs on trio. There a cancelled scope raises at the next await, so no check is
-    # needed.
+    # The caller runs on trio. In trio, a cancelled task raises an exception at its next `await`, so
+    # nothing has to be checked here.
     except RuntimeError:
         return False
     return task is not None and task.cancelling() > 0
 
 
 async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> None:
-    """Await the function in `context`, without the context variables that earlier attempts set."""
+    """Await the function without the context variables that earlier attempts have set."""
     failure: BaseException | None = None
 
     async def run() -> None:
@@ -125,8 +126,9 @@ async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> 
         try:
             await function()
         except (*ABORTED, asyncio.CancelledError) as error:
-            # Do not raise the exception in the task group. The group would wrap the exception in an
-            # ExceptionGroup, or suppress a CancelledError that the application raised itself.
+            # Store the exception instead of raising it in the task group. The task group would wrap
+            # it in an ExceptionGroup, or would swallow a CancelledError that the application itself
+            # has raised.
             failure = error
 
     async with anyio.create_task_group() as group:
@@ -136,9 +138,10 @@ async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> 
 
 
 def _keep_contents(scope: Scope) -> Callable[[], None]:
-    """Return a function that undoes changes of the scope and of its lists and dictionaries.
+    """Return a function that undoes all changes to the ASGI scope.
 
-    The function changes the objects in place, because outer middleware uses the same objects.
+    It also undoes changes to lists and dictionaries inside the scope. It changes these objects in
+    place, because outer middleware has references to the same objects.
     """
     entries = dict(scope)
     kept = [(each, each.copy()) for each in scope.values() if isinstance(each, dict | list)]

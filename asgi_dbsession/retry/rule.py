@@ -1,4 +1,4 @@
-"""Converts `retry_on` into a function that tests an error."""
+"""Makes a function from the option `retry_on`, which tells if an error is retried."""
 
 from collections.abc import Callable, Coroutine
 from typing import TypeAlias
@@ -10,7 +10,7 @@ Rule: TypeAlias = Callable[[BaseException], bool]
 
 
 def rule_of(retry_on: RetryOn) -> Rule:
-    """Return a function that decides if an error is retried like a conflict."""
+    """Return a function that tells if an error is retried in the same way as a conflict."""
     if retry_on is None:
         return lambda _: False
     if isinstance(retry_on, type | tuple):
@@ -24,7 +24,8 @@ def _checked(decision: object) -> bool:
     if decision is True or decision is False:
         return decision
     if isinstance(decision, Coroutine):
-        # Close the coroutine, because Python warns about a coroutine that nobody awaits.
+        # Close the coroutine, so that Python does not warn about a coroutine that was never
+        # awaited.
         decision.close()
     raise ConfigurationError(
         "retry_on must return True or False, and returned something of type "

@@ -1,4 +1,4 @@
-"""Runs a function in a new unit of work, and runs it again after a conflict."""
+"""Calls a function in a new unit of work, and calls it again after a conflict."""
 
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -30,7 +30,7 @@ async def run_transaction(
     attempts: int,
     retry_on: RetryOn,
 ) -> T:
-    """Await `function(*args)` in `database.begin()`, up to `attempts` times."""
+    """Await `function(*args)` in a `database.begin()` block, at most `attempts` times."""
     for attempt in _attempts(attempts, retry_on):
         with _retrying(attempt):
             async with database.begin():
@@ -39,7 +39,7 @@ async def run_transaction(
                     raise _refusal(function, "a coroutine function. Write it with `async def`")
                 return await result
         await anyio.sleep(_pause_and_log(function, attempt))
-    # This line never runs, because the last attempt returns or raises.
+    # This line never runs, because the last attempt of the loop returns or raises.
     raise AssertionError
 
 
@@ -50,20 +50,20 @@ def run_transaction_blocking(
     attempts: int,
     retry_on: RetryOn,
 ) -> T:
-    """Call `function(*args)` in `database.begin()` on this thread, up to `attempts` times."""
+    """Call `function(*args)` in a `database.begin()` block, at most `attempts` times."""
     for attempt in _attempts(attempts, retry_on):
         with _retrying(attempt):
             with database.begin():
                 result = function(*args)
                 if isawaitable(result):
                     if isinstance(result, Coroutine):
-                        # Close the coroutine, because Python warns about a coroutine that nobody
-                        # awaits.
+                        # Close the coroutine, so that Python does not warn about a coroutine that
+                        # was never awaited.
                         result.close()
                     raise _refusal(function, "a plain function. Write it with `def`")
             return result
         time.sleep(_pause_and_log(function, attempt))
-    # This line never runs, because the last attempt returns or raises.
+    # This line never runs, because the last attempt of the loop returns or raises.
     raise AssertionError
 
 
@@ -79,7 +79,7 @@ def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:
 
 @contextmanager
 def _retrying(attempt: WatchedAttempt) -> Iterator[None]:
-    """Suppress the exception of one attempt if another attempt follows."""
+    """Ignore the exception of the attempt in the `with` block if another attempt follows."""
     token = running_attempt.set(attempt)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Serves a request whose response may be withheld (not sent), because another response follows."""
+"""Serves a request, and can hold back its response if another response will replace it."""
 
 from abc import ABC, abstractmethod
 
@@ -7,11 +7,11 @@ from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class Withholding(ABC):
-    """One attempt to serve a request; its response or error may be withheld (not sent, not raised).
+    """One attempt to serve a request, which can hold back a response or an exception.
 
     Attributes:
-        is_answered: True if a message of a response was sent to the client.
-        is_withheld: True if a response or an error was withheld.
+        is_answered: True if the client got at least one message of a response.
+        is_withheld: True if a response was not sent, or an exception was not raised.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Withholding(ABC):
         self.is_withheld: bool = False
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request; do not send a withheld response, do not raise a withheld error."""
+        """Serve the request. Do not send or raise what the other methods hold back."""
 
         async def withhold_or_send(message: Message) -> None:
             if self.is_withheld or (not self.is_answered and self.withholds_message(message)):
@@ -38,8 +38,8 @@ class Withholding(ABC):
 
     @abstractmethod
     def withholds_message(self, message: Message) -> bool:
-        """Return True to withhold (not send) `message`, the first message of a response."""
+        """Return True if a response that starts with `message` must not be sent."""
 
     @abstractmethod
     def withholds_error(self, error: BaseException) -> bool:
-        """Return True to withhold (not raise) the exception that the application raised."""
+        """Return True if the exception of the application must not be raised."""
