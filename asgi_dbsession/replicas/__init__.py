@@ -1,4 +1,4 @@
-"""Chooses the server that a unit of work reads from: the primary or a replica (optional)."""
+"""Chooses the server from which a unit of work reads: the primary or a replica (optional)."""
 
 from asgi_dbsession.database.replicas import PositionStore, Replicas
 

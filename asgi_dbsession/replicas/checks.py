@@ -1,4 +1,4 @@
-"""Checks that a database may have replicas, and that the URL of each replica is allowed."""
+"""Checks that a database can have replicas, and that each replica fits to its primary."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from asgi_dbsession.errors import ConfigurationError
 
 
 def check_primary(database: Any, options: Mapping[str, Any]) -> None:
-    """Refuse the option `replicas` for a database that cannot have replicas.
+    """Raise an error if a database cannot have replicas.
 
     Raises:
         ConfigurationError: The database is not PostgreSQL, its isolation level is SERIALIZABLE, or
@@ -34,22 +34,22 @@ def check_primary(database: Any, options: Mapping[str, Any]) -> None:
 
 
 def with_driver(url: str | URL, database: Any) -> str | URL:
-    """Return the URL of a replica; add the driver of the primary if the URL names no driver."""
+    """Return the URL of a replica. If it names no driver, add the driver of the primary."""
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError, AttributeError):
-        return url  # `AsyncDatabase` or `SyncDatabase` raises the error about this invalid URL
+        return url  # `AsyncDatabase` or `SyncDatabase` will raise the error.
     if parsed.drivername in ("postgres", "postgresql"):
         return parsed.set(drivername=database.url.drivername)
     return parsed
 
 
 def check_replica(replica: Any, database: Any, others: Sequence[Any]) -> None:
-    """Refuse a database that cannot be a replica of `database`.
+    """Raise an error if the object `replica` cannot be a replica of the object `database`.
 
     Raises:
-        ConfigurationError: The replica has another driver than the primary, or the same URL as the
-            primary or another replica.
+        ConfigurationError: The replica has another driver than the primary. Or it has the same URL
+            as the primary or as another replica.
     """
     if replica.url.drivername != database.url.drivername:
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""A replica that was chosen for a unit of work, and the connection to this replica."""
+"""A replica that was chosen for a unit of work, and opens connections to this replica."""
 
 from time import monotonic
 from typing import Any
@@ -17,18 +17,18 @@ from .position import Seen
 from .question import Answer
 from .server import Server
 
-# The key of `connection.info` for the time at which the connection was opened.
+# `connection.info` has the time when the connection was opened under this key.
 _OPENED = "asgi_dbsession.opened"
 
 
 class Choice:
-    """A replica that was chosen for a unit of work, because of its WAL position.
+    """A replica that was chosen for a unit of work, because it has all that the client has seen.
 
     Args:
         server: The replica.
-        answer: The WAL position of the replica, which includes all that the client has seen.
-        seen: What the client of the unit of work has seen; each read is recorded there.
-        lifetime: How long the client stores what it has seen, in seconds.
+        answer: The last answer of the replica, with its WAL position (how much it has replayed).
+        seen: What the client has seen. Each read from the replica is recorded there.
+        lifetime: For how many seconds the client stores what it has seen.
     """
 
     def __init__(self, server: Server, answer: Answer, seen: Seen, lifetime: float) -> None:
@@ -39,11 +39,11 @@ class Choice:
         self._lifetime = lifetime
 
     def record_read(self) -> None:
-        """Record that the client reads from the replica."""
+        """Record that the client has seen data of this replica."""
         self._seen.read_from_replica(self._answer.name, self._answer.position, self._lifetime)
 
     def connect(self) -> Connection | None:
-        """Return a connection to the replica; None if it is down or has restarted since the choice.
+        """Return a connection to the replica, or None if it is down or has just restarted.
 
         Raises:
             sqlalchemy.exc.TimeoutError: No connection became free within the `pool_timeout`.
@@ -52,10 +52,11 @@ class Choice:
             connection = self.engine.connect()
         except PoolTimeout:
             raise
-        # Some drivers raise errors that SQLAlchemy does not wrap, such as `ConnectionRefusedError`.
+        # While some drivers connect, they raise errors that SQLAlchemy does not wrap, for example
+        # `ConnectionRefusedError`.
         except Exception as error:
             if not keeps_from_connecting(error):
-                raise  # for example from a listener of the application
+                raise  # A listener of the application may have raised this error.
             self._server.lost()
             return None
         is_same = False
@@ -67,11 +68,11 @@ class Choice:
         return connection if is_same else None
 
     def _is_same(self, connection: Connection) -> bool:
-        """Return False if the replica may have restarted after it answered with its WAL position.
+        """Return False if the replica may have restarted since it reported its WAL position.
 
-        After a restart, a replica accepts readers before it has replayed the WAL up to its earlier
-        position. If the connection is older than the answer, there was no restart: a restart would
-        have closed the connection. Otherwise ask the replica again.
+        After a restart, a replica may accept readers before it has replayed all WAL that it had
+        replayed before. A restart closes all connections. So if the connection was open before the
+        last answer of the replica, there was no restart since. Otherwise ask the replica again.
         """
         opened = connection.info[_OPENED]
         if opened <= self._answer.asked:
@@ -81,9 +82,9 @@ class Choice:
 
 
 class Watch(UnitObserver):
-    """Stops reads from a replica when a connection to it is lost, until the replica answers again.
+    """Stops reads from a replica after a lost connection, until the replica answers again.
 
-    The pool of the replica replaces each connection that was opened before this loss.
+    Connections of the pool that were opened before the loss are replaced.
     """
 
     def __init__(self, server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Loads the WAL position that a client has seen before a request, and saves the new position."""
+"""Loads the WAL position that a client has seen before each request, and saves the new one."""
 
 import logging
 import re
@@ -13,19 +13,19 @@ from .seen_here import used_here
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# The key in the ASGI scope for what the client has seen. An inner DBSessionMiddleware finds and
-# uses the same object there.
+# The ASGI scope has what the client has seen under this key. An inner DBSessionMiddleware finds the
+# object there and uses it too.
 _KEY = "asgi_dbsession.seen"
 _SAFE = ("GET", "HEAD")
 _SHARED = re.compile(rb"(?i)\b(public|s-maxage)\b")
 
 
 class Positions:
-    """Loads and saves the WAL position that each client has seen, in a cookie or in a store.
+    """Loads and saves which WAL position each client has seen, in a cookie or in a store.
 
     Args:
-        serve: The application that serves a request or WebSocket.
-        servers: The replica set of each database that has replicas.
+        serve: The ASGI application that serves an HTTP request or a WebSocket.
+        servers: The `ReplicaSet` objects of all databases that have replicas.
     """
 
     def __init__(self, serve: ASGIApp, servers: Iterable[ReplicaSet]) -> None:
@@ -33,7 +33,7 @@ class Positions:
         self._servers = tuple(servers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request or WebSocket."""
+        """Serve one HTTP request or WebSocket."""
         outer: dict[ReplicaSet, Seen] = scope.get(_KEY, {})
         own = {each: await _load(each, scope) for each in self._servers if each not in outer}
 
@@ -48,8 +48,8 @@ class Positions:
                 await self._serve(scope, receive, tell_and_send)
         finally:
             scope[_KEY] = outer
-            # Work after the start of the response may change what the client has seen. No cookie
-            # can be sent any more, but a store can save the change.
+            # After the start of the response, the client may see more, for example in a streaming
+            # body. A cookie cannot be sent any more then, but a store can save the new position.
             await _save(own, scope)
 
 
@@ -65,8 +65,8 @@ async def _load(servers: ReplicaSet, scope: Scope) -> Seen:
     if not found:
         return Seen()
     text, *others = found
-    # If the client sent two cookies of this name, nobody knows which cookie is right. An empty text
-    # makes the client read from the primary.
+    # The client sent several cookies of this name, and nobody knows which of them is right. The
+    # empty text makes the client read from the primary.
     return Seen("" if others else text)
 
 
@@ -85,7 +85,8 @@ async def _save(own: dict[ReplicaSet, Seen], scope: Scope) -> None:
         if store is not None and (text := seen.news()) is not None:
             try:
                 await store.save(scope, text)
-            # An error of the store must not fail a request whose work was committed.
+            # The work of the request is committed. An error of the store must not make the request
+            # fail.
             except Exception:
                 _logger.exception("The store of positions failed: the next read may be stale")
 
@@ -112,7 +113,7 @@ def _cookie(servers: ReplicaSet, text: str, scope: Scope) -> str:
 
 
 def _is_for_all(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Return True if shared caches may give the response to other clients."""
+    """Return True if the response may be stored in shared caches, and given to other clients."""
     return any(
         name.lower() == b"cache-control" and _SHARED.search(value) for name, value in headers
     )

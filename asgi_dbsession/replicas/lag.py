@@ -1,4 +1,4 @@
-"""Finds the WAL position that a replica must have replayed, so that its lag is within `max_lag`."""
+"""Finds the WAL position that a replica must have reached, so that it is not too far behind."""
 
 from collections import deque
 from threading import Lock
@@ -8,12 +8,12 @@ from .question import Answer
 
 
 class Lag:
-    """The WAL positions of the primary in the last seconds, each with its time.
+    """The last WAL positions of the primary, each with the time when the primary was asked.
 
-    The times are from the clock of this process, because the clocks of the servers may differ.
+    All times are from the clock of this process, because the clocks of the servers may differ.
 
     Args:
-        most: How many seconds a replica may be behind the primary: the option `max_lag`.
+        most: The option `max_lag`: how many seconds a replica may be behind the primary.
     """
 
     def __init__(self, most: float) -> None:
@@ -22,9 +22,9 @@ class Lag:
         self._mutex = Lock()
 
     def record(self, answer: Answer) -> None:
-        """Keep the WAL position that the primary reported, unless the last one is very recent.
+        """Record a WAL position of the primary, unless the last recorded one is very recent.
 
-        So the history has at most ten positions, spread over the allowed lag.
+        So at most about ten positions are stored, spread over the last `max_lag` seconds.
         """
         with self._mutex:
             history = self._history
@@ -32,19 +32,21 @@ class Lag:
                 last = history[-1]
                 passed = answer.asked - last.asked
                 if passed > self._most / 2 or not answer.flushed.includes(last.flushed):
-                    # Forget the earlier positions: the last answer is too old, or a replica has
-                    # become the primary.
+                    # The stored positions are of no use any more: the last one is too old, or
+                    # another server has become the primary.
                     history.clear()
                 elif passed < self._most / 10:
                     return
             history.append(answer)
 
     def floor(self, now: float) -> Position | None:
-        """Return the WAL position of the primary `max_lag` seconds ago; None if it is unknown.
+        """Return the WAL position that the primary had `max_lag` seconds ago, or None.
 
-        A replica is used only if it has replayed this position.
+        A replica is used only if it has replayed this position. The result is None if this process
+        did not know a position of the primary at that time.
 
-        While the primary is down, this position rises up to the last known position of the primary.
+        While the primary is down, it reports no new positions. So the result moves up to the last
+        position that it reported.
         """
         with self._mutex:
             history = self._history

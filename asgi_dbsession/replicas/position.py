@@ -1,4 +1,4 @@
-"""A position in the write-ahead log (WAL) of PostgreSQL, and which positions a client has seen."""
+"""A position in the write-ahead log (WAL) of PostgreSQL, and what a client has seen."""
 
 import re
 from time import time
@@ -7,22 +7,23 @@ from zlib import crc32
 
 from typing_extensions import override
 
-# A `Seen` as a string: timeline, WAL position and cluster; after a read from a replica, also the
-# replica's name and the time at which both were stored. Timeline and WAL position have fixed
-# widths, so in one cluster the strings sort in the same order as the positions.
+# The text of a `Seen` object, for a cookie: the timeline, the WAL position, and the cluster. After
+# a read from a replica, the name of this replica and a time follow. All numbers of the position
+# have a fixed width. So within one cluster, a later position has a greater text.
 _TEXT = re.compile(
     r"([0-9a-f]{8})\.([0-9a-f]{16})\.([0-9a-f]{8})(?:\.([0-9a-f]{8})\.([0-9a-f]{1,10}))?"
 )
 
 
 class Position(NamedTuple):
-    """The position in the write-ahead log (WAL) up to which a server has written or replayed it.
+    """How far a server has written or replayed the write-ahead log (WAL).
 
     Attributes:
-        timeline: A number that grows when a replica is promoted to primary. Positions of two
-            timelines cannot be compared.
-        lsn: The number of the byte in the WAL.
-        cluster: A checksum of the system identifier, which a primary and its replicas share.
+        timeline: A number that becomes greater when a replica is promoted to primary. Positions of
+            different timelines cannot be compared.
+        lsn: The number of the byte in the WAL (PostgreSQL's log sequence number).
+        cluster: A checksum of the system identifier, which is the same for a primary and its
+            replicas.
     """
 
     timeline: int
@@ -34,26 +35,28 @@ class Position(NamedTuple):
         return f"{self.timeline:08x}.{self.lsn:016x}.{self.cluster}"
 
     def includes(self, other: "Position") -> bool:
-        """Return True if a server at this position has replayed all changes up to `other`."""
+        """Return True if a server at this position has all changes up to the position `other`."""
         return self[::2] == other[::2] and self.lsn >= other.lsn
 
 
 class Seen:
-    """What one client has seen of one database, so that the client never reads an older state.
+    """What one client has seen of one database. The client must never read an older state.
 
-    After work on the primary, the client has seen the WAL up to the position of the primary. After
-    a read from a replica, the client may have seen more than the last known position of this
-    replica. So the client reads from the same replica, or from the primary.
+    After work on the primary, the client has seen everything up to the WAL position of the primary.
+    After a read from a replica, the client may have seen more than the last known position of this
+    replica. So the client then reads only from this replica or from the primary.
 
     Args:
-        text: The text that the client sent, or that a store returned; None without a text. If this
-            class cannot read the text, the client reads from the primary next.
+        text: The text that the client sent in its cookie, or that a store returned. None without
+            such a text. If the text is not readable, the client reads from the primary.
 
     Attributes:
-        position: The WAL position that a replica must have replayed before the client reads there.
-        replica: The name of the only replica that the client may read from; None for any replica.
-        users: The `Route` of each session of this client that uses the primary, or has used the
-            primary and not asked for its WAL position yet.
+        position: The WAL position that a replica must have replayed before this client may read
+            there.
+        replica: The name of the only replica from which the client may read. None if it may be any
+            replica.
+        users: The `Route` objects of sessions of this client that use the primary. A session is
+            removed after this package has asked for the WAL position that followed its work.
     """
 
     __slots__ = ("_instead", "_since", "_told", "position", "replica", "users")
@@ -63,7 +66,8 @@ class Seen:
         self.replica: str | None = None
         self.users: set[Any] = set()
         self._since = 0
-        self._instead: str | None = None  # the text to send if the position is unknown
+        # This text is sent instead of a position if the position is not known.
+        self._instead: str | None = None
         self._told: str | None = text
         if text is not None:
             self._read(text)
@@ -79,12 +83,12 @@ class Seen:
 
     @property
     def is_trusted(self) -> bool:
-        """False if the client must read from the primary, because nobody knows what it has seen."""
+        """False if nobody knows what the client has seen, so that it must read from the primary."""
         return self._instead is None
 
     @property
     def text(self) -> str | None:
-        """The text for the client's next request; None if the client has seen nothing."""
+        """The text for the next request of the client. None if the client has seen nothing yet."""
         if self._instead is not None:
             return self._instead
         if self.position is None:
@@ -94,17 +98,16 @@ class Seen:
 
     @property
     def _unclear(self) -> str:
-        """A text that is not a position, so that the client reads from the primary next.
+        """A text that is not a position, so that the client's next request reads from the primary.
 
-        The text of each later position is greater. So a store replaces this text when the position
-        is known again.
+        The texts of all later positions are greater than this text. So a store replaces it later.
         """
         return f"{self.position}?" if self.position is not None else "0"
 
     def news(self) -> str | None:
-        """Return the text to send to the client; None if the client already has this text."""
-        # Another session of the client may have committed on the primary, and may not have asked
-        # for the WAL position yet.
+        """Return the text to send to the client, or None if the client has this text already."""
+        # If `users` is not empty, a session of the client may have committed on the primary, and
+        # its WAL position is not known yet.
         text = self._unclear if self.users else self.text
         if text == self._told:
             return None
@@ -112,27 +115,27 @@ class Seen:
         return text
 
     def read_from_replica(self, name: str, position: Position, lifetime: float) -> None:
-        """Record that the client reads from a replica.
+        """Record that the client has read from a replica.
 
         Args:
             name: The name of the replica.
-            position: A WAL position that the replica has replayed.
-            lifetime: How long the client stores its text, in seconds. After half of this time, the
-                text is sent again, so that the text does not expire while the client reads.
+            position: A WAL position that the replica has replayed at least.
+            lifetime: For how many seconds the client stores its text. After half of this time, the
+                text is sent again, so that it does not expire while the client goes on reading.
         """
         now = int(time())
         if self.replica not in (None, name):
-            # The client has read from two replicas, and nobody knows which replica has replayed
-            # more. So the client must read from the primary next.
+            # The client has read from two replicas, and nobody knows which of them has replayed
+            # more. So its next request must read from the primary.
             self._instead = self._unclear
         elif self.replica is None or not 0 <= now - self._since <= lifetime / 2:
             self.replica, self._since = name, now
             self.position = self.position or position
 
     def add(self, text: str | None) -> None:
-        """Record what the client has seen in another process, for example.
+        """Record what the client has seen elsewhere, for example in another process.
 
-        If the two positions cannot be compared, the client reads from the primary next.
+        If the two positions cannot be compared, the next request reads from the primary.
         """
         if text is None or not self.is_trusted:
             return
@@ -152,12 +155,12 @@ class Seen:
         """Record that the client has used the primary.
 
         Args:
-            position: The WAL position of the primary after this use; None if it is unknown.
+            position: The WAL position of the primary after that. None if it is not known.
         """
         self.replica, self._instead = None, None if position is not None else self._unclear
         self.position = position or self.position
 
 
 def checksum(text: object) -> str:
-    """Return a checksum of a text, in eight characters."""
+    """Return a checksum of a text, as eight hexadecimal digits."""
     return f"{crc32(str(text).encode()):08x}"

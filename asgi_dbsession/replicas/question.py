@@ -1,12 +1,12 @@
-"""The SQL queries that ask a server for its WAL position, and the answer of the server."""
+"""The SQL queries that ask a server for its WAL position, and the answer to them."""
 
 from typing import Any, NamedTuple
 
 from .position import Position, checksum
 
-# Only roles with `pg_read_all_stats` may read `received_tli`, the timeline that a replica receives.
-# For all other roles, the query returns the timeline of the last restart point, which changes some
-# minutes after a promotion.
+# `received_tli` is the timeline that a replica receives from its primary. Only roles with
+# `pg_read_all_stats` may read it. All other roles get the timeline of the last restart point, which
+# changes only some minutes after a promotion.
 QUESTION = """
 SELECT standby,
        CAST(CASE WHEN standby THEN pg_last_wal_replay_lsn()
@@ -20,9 +20,9 @@ SELECT standby,
 FROM (SELECT pg_is_in_recovery() AS standby OFFSET 0) AS server
 """
 
-# This query is sent only once on each connection, because the server must read a file to answer.
-# The last column changes when the server restarts. It also changes when the server recovers from a
-# crash, because the recovery resets the statistics.
+# This query is sent once on each connection, because the server must read a file for it. The last
+# column tells when the server was started. It also changes after a crash, because crash recovery
+# resets the statistics.
 IDENTITY = """
 SELECT system_identifier,
        CAST(current_setting('wal_block_size') AS integer),
@@ -31,25 +31,26 @@ SELECT system_identifier,
               (SELECT extract(epoch FROM stats_reset) FROM pg_stat_bgwriter))
 FROM pg_control_system()
 """
-# The key of `connection.info` for the answer to `IDENTITY`.
+# `connection.info` has the answer to `IDENTITY` under this key.
 KEY = "asgi_dbsession.identity"
 
-# The number of bytes in the header of a WAL page, and of the first page of a segment.
+# The size of the header of a WAL page, and of the first page of a WAL segment, in bytes.
 _PAGE_HEADER, _SEGMENT_HEADER = 24, 40
 
 
 class Answer(NamedTuple):
-    """The WAL position of a server at one time.
+    """What a server answered to the query for its WAL position.
 
     Attributes:
-        asked: The time at which the query was sent, from `monotonic`.
-        position: The WAL position up to which a primary has written, or a replica has replayed.
-        is_standby: True if the server replays the WAL of another server.
-        flushed: The WAL position up to which a primary has sent its WAL. If the primary is idle, it
-            may send the WAL after this position up to 15 seconds later.
-        name: A checksum for the server and its last start. After a restart or crash, a replica has
-            another name, because it may accept readers before it has replayed the WAL up to its
-            earlier position.
+        asked: When the query was sent, as a time of Python's `monotonic`.
+        position: The WAL position up to which a primary has written its log, or a replica has
+            replayed it.
+        is_standby: True if the server is a replica, which replays the WAL of another server.
+        flushed: The WAL position up to which a primary has written its log to disk and sent it. An
+            idle primary may write and send the rest up to 15 seconds later.
+        name: A checksum of the address of the server and of the time of its start. So a replica has
+            a new name after a restart or crash. After that, it may accept readers before it has
+            replayed all WAL that it had replayed before.
     """
 
     asked: float
@@ -60,21 +61,22 @@ class Answer(NamedTuple):
 
     @classmethod
     def of(cls, row: Any, identity: Any, asked: float, timeline: int, address: object) -> "Answer":
-        """Convert the rows that a server returned.
+        """Make an `Answer` from the rows that a server returned.
 
         Args:
-            row: The row that the query `QUESTION` returned.
-            identity: The row that the query `IDENTITY` returned.
-            asked: The time at which the query was sent, from `monotonic`.
-            timeline: The timeline of the server's earlier answer; a timeline number can only grow.
-            address: The address of the server.
+            row: The row that the server returned for the query `QUESTION`.
+            identity: The row that the server returned for the query `IDENTITY`.
+            asked: When the query was sent, as a time of Python's `monotonic`.
+            timeline: The timeline of the earlier answer of this server. The number of a timeline
+                never becomes smaller.
+            address: The address of the server, a part of its name.
         """
         is_standby, lsn, flushed, current = row
         cluster, block, segment, start = identity
         number = _number(lsn)
-        # At the start of a new WAL page, the position of a primary includes the header of the page.
-        # The position of a replica includes this header only together with the first record of the
-        # page. So subtract the header from the position of a primary.
+        # If a primary has just started a new WAL page, its position includes the header of this
+        # page. A replica counts the header only together with the first record of the page. So
+        # subtract the header, to make the two positions comparable.
         if not is_standby and number % segment == _SEGMENT_HEADER:
             number -= _SEGMENT_HEADER
         elif not is_standby and number % block == _PAGE_HEADER:

@@ -1,4 +1,4 @@
-"""The replicas of one database, and the choice of the server that a client reads from."""
+"""The replicas of one database, and the choice of the server from which a client reads."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
@@ -24,10 +24,11 @@ from .server import Server, TaskServer, ThreadServer
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
-# If the last WAL position of a replica was too low, the replica is asked again after this time, in
-# seconds.
+# If the last known WAL position of a replica was too low, it is asked again after this time (in
+# seconds).
 _AGAIN = 0.005
-# The engine options that the single connection for the WAL position query does not use.
+# Each server is asked for its WAL position on a connection of its own. For this connection, these
+# engine options of the application are not used.
 _POOL = (
     "pool",
     "poolclass",
@@ -40,13 +41,13 @@ _POOL = (
 
 
 class ReplicaSet:
-    """The primary and the replicas of one database.
+    """The primary and all replicas of one database.
 
     Args:
-        database: The primary.
+        database: The database object of the primary.
         url: The URL that the application gave for the primary.
-        given: The value of the option `replicas`.
-        options: The engine options of the primary, which the replicas share.
+        given: The value of the option `replicas`: URLs, or a `Replicas` object.
+        options: The engine options of the primary, which are used for the replicas too.
 
     Raises:
         ConfigurationError: The driver is not for PostgreSQL, or an argument is wrong.
@@ -84,21 +85,21 @@ class ReplicaSet:
 
     @property
     def databases(self) -> tuple[AnyDatabase, ...]:
-        """The replicas as databases, each with a pool of its own."""
+        """The replicas as database objects. Each has its own connection pool."""
         return tuple(each.database for each in self.replicas)
 
     @property
     def position(self) -> str | None:
-        """The text of the WAL position that the client of this context has seen."""
+        """The WAL position that the current client has seen, as a text."""
         return seen_here(self).text
 
     async def startup(self) -> None:
-        """Build the engines of the replicas, but do not connect: a replica may be down."""
+        """Build the engines of the replicas. Do not connect, because a replica may be down."""
         for each in self._lives:
             await each.startup()
 
     async def shutdown(self) -> None:
-        """Close all connections to the replicas, even after several calls of `startup`."""
+        """Close all connections to the replicas, even if `startup` was called several times."""
         for server in self._servers:
             await server.stop()
         for each in self._lives:
@@ -106,13 +107,13 @@ class ReplicaSet:
                 await each.shutdown()
 
     def start_here(self) -> None:
-        """Build the engines of the replicas of a `SyncDatabase`, on the calling thread."""
+        """Build the engines of the replicas of a `SyncDatabase`, without an event loop."""
         for each in self._lives:
             if isinstance(each, SyncDatabase):
                 each.__enter__()
 
     def shutdown_here(self) -> None:
-        """Close all connections to the replicas of a `SyncDatabase`, on the calling thread."""
+        """Close all connections to the replicas of a `SyncDatabase`, without an event loop."""
         for server in self._servers:
             if isinstance(server, ThreadServer):
                 server.stop_here()
@@ -121,12 +122,12 @@ class ReplicaSet:
                 each.__exit__(None, None, None)
 
     def after_fork(self) -> None:
-        """In the child process, forget running queries: their threads exist only in the parent."""
+        """Called in a child process after a fork: forget queries that ran in the parent process."""
         for server in self._servers:
             server.forget()
 
     def observe(self, observer: UnitObserver) -> None:
-        """Call an observer with each engine that the replicas use now, or will use later."""
+        """Add an object to notify of each engine of the replicas."""
         for each in self.databases:
             each.observe(observer)
 
@@ -139,15 +140,15 @@ class ReplicaSet:
         return (*self.databases, *(each.asker for each in self._servers))
 
     def see(self, position: str | None) -> None:
-        """From now on, let the client of this context read no state older than `position`."""
+        """Let the current client read only from servers that have reached `position`."""
         seen_here(self).add(position)
 
     def give_route(self, made: ManagedSession[Any]) -> None:
-        """Give a session its `Route`, which chooses a server if the session has no engine yet."""
+        """Give a session its `Route`, which chooses the server if the session has no engine yet."""
         made.companion.route = Route(self, seen_here(self), chooses=made.orm.bind is None)
 
     def choose(self, seen: Seen) -> Choice | None:
-        """Return the replica to read from; None to read from the primary."""
+        """Return the replica from which to read, or None for the primary."""
         chosen = self._choose(seen)
         if chosen is None:
             return None
@@ -156,7 +157,7 @@ class ReplicaSet:
         return Choice(server, answer, seen, self.options.lifetime)
 
     def ask_primary(self) -> Position | None:
-        """Return the present position of the primary; None if the primary does not answer."""
+        """Return the current WAL position of the primary, or None if it does not answer."""
         answer = self.primary.answer_since(monotonic())
         if answer is None:
             return None
@@ -164,7 +165,7 @@ class ReplicaSet:
         return answer.position
 
     def _choose(self, seen: Seen) -> tuple[Server, Answer] | None:
-        """Return the least busy replica that has replayed what the client has seen, if any."""
+        """Return the least busy replica that has all that the client has seen, or None."""
         now = monotonic()
         needed = self._needed(seen, now)
         if needed is None:
@@ -174,7 +175,8 @@ class ReplicaSet:
         far_enough = _far_enough(allowed, needed, own, lambda each: each.current(now))
         if not far_enough:
             for each in allowed:
-                # Ask all replicas before waiting for the first answer, to wait only once.
+                # Ask all replicas before waiting for an answer, so that all of them answer at the
+                # same time.
                 each.ask()
             again = now - _AGAIN
             far_enough = _far_enough(allowed, needed, own, lambda each: each.answer_since(again))
@@ -182,10 +184,10 @@ class ReplicaSet:
         return least_busy[0] if least_busy else None
 
     def _needed(self, seen: Seen, now: float) -> Position | None:
-        """Return the position that a replica must have replayed; None to use the primary."""
+        """Return the WAL position that a replica must have reached, or None to use the primary."""
         if seen.users:
-            # A session of the client uses the primary, and may have committed there. So the client
-            # may have seen all data up to the present WAL position of the primary.
+            # A session of this client is using the primary now, and may have committed there. So
+            # the client may have seen everything up to the current WAL position of the primary.
             seen.read_from_primary(self.ask_primary())
         answer = self.primary.current(now)
         if answer is not None:

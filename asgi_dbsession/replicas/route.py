@@ -1,4 +1,4 @@
-"""Chooses the server of a session: the primary or a replica."""
+"""Chooses for a session if it uses the primary or a replica."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -17,39 +17,39 @@ S = TypeVar("S", bound=Session)
 
 
 class Servers(Protocol):
-    """The parts of a `ReplicaSet` that a `Route` uses."""
+    """The part of the class `ReplicaSet` that a `Route` uses."""
 
     primary: Server
 
     def choose(self, seen: Seen) -> Choice | None:
-        """Return the replica to read from; None to read from the primary."""
+        """Return the replica from which to read, or None for the primary."""
         ...
 
     def ask_primary(self) -> Position | None:
-        """Return the present WAL position of the primary; None if the primary does not answer."""
+        """Return the current WAL position of the primary, or None if it does not answer."""
 
 
 class Route:
-    """Chooses the server of one session: for a read-only unit of work, it may be a replica.
+    """Chooses the server of one session. This can be a replica if its unit of work may only read.
 
     Args:
-        servers: The servers to choose from.
-        seen: What the client of the session has seen.
-        chooses: False if the session always uses the primary, because its unit of work may write.
+        servers: The primary and the replicas to choose from.
+        seen: What the client of this session has seen.
+        chooses: False if the session must use the primary, because its unit of work may write.
     """
 
     def __init__(self, servers: Servers, seen: Seen, *, chooses: bool) -> None:
         self._servers = servers
         self._seen = seen
         self._chooses = chooses
-        self._choice: Choice | None = None  # None while the session uses the primary
+        self._choice: Choice | None = None  # None if the session uses the primary.
         self._has_ended = False
 
     def choose(self, session: Session) -> None:
-        """Choose a server at the first statement of a unit of work, for all its statements.
+        """Choose a server at the first statement of a unit of work, for all of its statements.
 
-        After the choice of a replica, the same client may use the primary, for example to write in
-        `begin()`. Then choose again, so that the next statement sees what was written.
+        Choose again if the same client has used the primary since then, for example in a `begin()`
+        block. Then the next statement sees what the client has written there.
         """
         is_new = session.bind is None or self._has_ended
         if self._chooses and (is_new or self._is_outdated(session)):
@@ -62,13 +62,13 @@ class Route:
             self._seen.users.add(self)
 
     def connect(self, session: Session) -> Connection:
-        """Connect to the chosen server, or to the primary if the chosen replica cannot be used."""
+        """Connect to the chosen replica, or to the primary if there is none or it is lost."""
         if self._choice is not None:
             connection = self._choice.connect()
             if connection is not None:
                 return connection
-            # Use the primary, and no other replica: this client may have read from the lost
-            # replica, and any other replica may have replayed less.
+            # The chosen replica is lost, so use the primary. Other replicas cannot be used: the
+            # client may have read from the lost replica, and they may have replayed less.
             self._choice, session.bind = None, self._servers.primary.engine
             self._seen.users.add(self)
         engine: Any = session.bind
@@ -79,28 +79,28 @@ class Route:
         if self._choice is None or self._seen.replica is not None:
             return False
         guarded: Any = session
-        # At any other isolation level, all statements must read the same state, so do not change
-        # the server.
+        # At all isolation levels above READ COMMITTED, all statements of the transaction must see
+        # the same data. So keep the server.
         return all(
             isolation_level(each) in ("READ COMMITTED", "AUTOCOMMIT")
             for each in guarded._companion.open_connections
         )
 
     def work_ended(self) -> bool:
-        """Record a commit or rollback; return True if the caller must call `learn`."""
+        """Called after a commit or rollback. Return True if the caller must call `learn`."""
         self._has_ended = True
         return self in self._seen.users
 
     def learn(self) -> None:
-        """Ask the primary for its WAL position; the client must not read an older state later."""
-        # Remove this object from `users` before the query. During the query, another thread may
-        # begin new work and add this object again.
+        """Ask the primary for its WAL position. Later, the client must not read older data."""
+        # Remove this object from `users` before the query and not after it. During the query,
+        # another thread may begin new work on the primary, and add this object again.
         self._seen.users.discard(self)
         self._seen.read_from_primary(self._servers.ask_primary())
 
 
 def routed_class(guarded: type[S]) -> type[S]:
-    """Derive a session class that calls `Route.choose` before each statement."""
+    """Derive a session class that chooses the server (`Route.choose`) before each statement."""
     return derive(guarded, (guarded,), {"get_bind": _routing(guarded.get_bind)})
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from .position import Seen
 
-# For each replica set, what the client of this context has seen. Each request sets its own
-# dictionary. A worker without a request gets a dictionary at its first unit of work.
+# What the current client has seen, for each `ReplicaSet`. Each request sets a dictionary of its
+# own. A worker has no request, and gets a dictionary at its first unit of work.
 _here: ContextVar[dict[Any, Seen] | None] = ContextVar("asgi_dbsession.seen", default=None)
 
 
 @contextmanager
 def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
-    """Inside the `with` block, use `seen` as what the client of this context has seen."""
+    """Inside the `with` block, `seen` is what the current client has seen."""
     token = _here.set(seen)
     try:
         yield
@@ -23,7 +23,7 @@ def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
 
 
 def seen_here(servers: Any) -> Seen:
-    """Return what the client of this context has seen of the replica set `servers`."""
+    """Return what the current client has seen of the database with the replicas `servers`."""
     found = _here.get()
     if found is None:
         found = {}

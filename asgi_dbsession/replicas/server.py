@@ -1,4 +1,4 @@
-"""Asks a server for its WAL position: one query at a time, whose answer all callers share."""
+"""Asks a server for its WAL position. Several callers share one query and its answer."""
 
 import asyncio
 import logging
@@ -18,24 +18,25 @@ from .question import IDENTITY, KEY, QUESTION, Answer
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# Times in seconds. If the last answer is older than `_FRESH`, the server is asked again. If the
-# last answer is older than `_STALE`, callers wait for the new answer, but not longer than
-# `_PATIENCE`. A server that did not answer is asked again after `_PAUSE`.
+# Times in seconds. If the last answer is older than `_FRESH`, the server is asked again, and
+# callers still get the old answer. If it is older than `_STALE`, callers wait for the new answer,
+# at most for `_PATIENCE`. A server that did not answer is asked again after `_PAUSE`.
 _FRESH, _STALE, _PATIENCE, _PAUSE = 0.1, 0.3, 1.0, 0.5
-# The time limit for a query in seconds; the time to connect to the server counts too.
+# The time limit for a query in seconds, including the time to connect to the server.
 _LIMIT = 5
 
 
 class Server(ABC):
-    """One server, primary or replica, and its last known WAL position.
+    """One server (the primary or a replica), and the WAL position that it last reported.
 
-    The methods are called where a session may block: in a thread, or in a greenlet of SQLAlchemy.
-    If a caller is cancelled, its query continues, because other callers share the answer.
+    The methods may block, so they are called in a thread or in a greenlet of SQLAlchemy. If a
+    caller is cancelled, its query goes on, because other callers may wait for the same answer.
 
     Args:
-        database: The database object of the server; units of work use its pool.
-        asker: A second database object for the same server. It has one connection, for the query,
-            because all connections of the first pool may be in use.
+        database: The database object of the server, whose connections units of work use.
+        asker: A second database object for the same server. It has a single connection, which only
+            asks for the WAL position. So it can ask even if all connections of `database` are in
+            use.
     """
 
     def __init__(self, database: Any, asker: Any) -> None:
@@ -43,14 +44,15 @@ class Server(ABC):
         self.asker: Any = asker
         url = database.url
         self._address = (url.host, url.query.get("host"), url.port, url.database)
-        self.chosen: int = 0  # the number of the last choice, so that equal servers take turns
+        # The number of this server's last choice. Equally busy servers take turns by it.
+        self.chosen: int = 0
         self.forget()
 
     def __repr__(self) -> str:
         return repr(self.database)
 
     def forget(self) -> None:
-        """Forget all answers and the running query, after a fork or a shutdown."""
+        """Forget all answers and the running query. Called after a fork and at shutdown."""
         self._mutex = Lock()
         self._question: Any = None
         self._began = 0.0
@@ -62,7 +64,7 @@ class Server(ABC):
 
     @property
     def engine(self) -> Engine:
-        """The engine that units of work use to talk to this server."""
+        """The engine by which units of work use this server."""
         engine: Any = self.database.engine
         sync_engine: Engine = getattr(engine, "sync_engine", engine)
         return sync_engine
@@ -74,9 +76,9 @@ class Server(ABC):
         return pool.checkedout() if hasattr(pool, "checkedout") else 0
 
     def current(self, now: float) -> Answer | None:
-        """Return the last answer of the server; None if the server does not answer.
+        """Return the last answer of the server, or None if the server does not answer.
 
-        Wait for a new answer only if the last answer is too old.
+        This waits for a new answer only if the last one is too old.
         """
         last = self._last
         if self._failed is not None:
@@ -90,7 +92,7 @@ class Server(ABC):
         return last
 
     def answer_since(self, moment: float) -> Answer | None:
-        """Return the answer to a query sent after `moment`; None if the server is too slow."""
+        """Return the answer to a query that was sent after `moment`, or None if it is too slow."""
         while True:
             with self._mutex:
                 if self._last is not None and self._last.asked >= moment:
@@ -103,12 +105,12 @@ class Server(ABC):
                 return None
 
     def lost(self) -> None:
-        """Record that a connection to the server was lost, or could not be made."""
+        """Record that a connection to the server was lost, or could not be opened."""
         self._fail(monotonic(), "a connection was lost")
         self.ask()
 
     def ask(self) -> Any:
-        """Send the query for the WAL position if none is running; do not wait for the answer."""
+        """Send the query for the WAL position, unless one is running. Do not wait for its end."""
         with self._mutex:
             if self._question is None:
                 self._began = monotonic()
@@ -132,7 +134,7 @@ class Server(ABC):
             _logger.warning("%s is not read from until it answers: %s", self, reason)
 
     def _unanswered(self, error: BaseException) -> None:
-        reason = type(error).__name__  # without the driver's text, which may contain a secret
+        reason = type(error).__name__  # The driver's text may contain a secret.
         self._fail(self._began, reason)
 
     @abstractmethod
@@ -143,16 +145,16 @@ class Server(ABC):
 
     @abstractmethod
     async def stop(self) -> None:
-        """At shutdown, wait until the query for the WAL position of the server has ended."""
+        """Wait until the running query for the WAL position has ended. Called at shutdown."""
 
 
 class TaskServer(Server):
-    """A server of an `AsyncDatabase`; the query for its WAL position runs in a task."""
+    """A server of an `AsyncDatabase`. The query for its WAL position runs in a task."""
 
     @override
     def _begin(self) -> "asyncio.Task[None]":
-        # Run the query in an empty context. Some drivers would keep the context of the current
-        # request in memory as long as the connection is open.
+        # Run the query in an empty context. In the context of a request, some drivers would keep
+        # all context variables of this request in memory as long as the connection is open.
         return asyncio.get_running_loop().create_task(self._ask(), context=Context())
 
     async def _ask(self) -> None:
@@ -169,7 +171,8 @@ class TaskServer(Server):
 
     @override
     def _wait(self, question: "asyncio.Task[None]", seconds: float) -> bool:
-        # The application itself has called `get_bind`, and there nothing can be awaited.
+        # Outside of SQLAlchemy's greenlet nothing can be awaited, for example if the application
+        # itself calls `session.get_bind()`.
         if not in_greenlet():
             return False
         await_only(asyncio.wait([question], timeout=seconds))
@@ -185,13 +188,13 @@ class TaskServer(Server):
 
 
 class ThreadServer(Server):
-    """A server of a `SyncDatabase`; the query for its WAL position runs in a thread."""
+    """A server of a `SyncDatabase`. The query for its WAL position runs in a thread."""
 
     @override
     def _begin(self) -> Event:
         done = Event()
-        # Run the query in an empty context, because drivers may keep the context of the request.
-        # Use a new thread, because all threads of the thread pool may be busy.
+        # Run the query in an empty context, because a driver may keep the context of the request.
+        # Use a new thread, because all threads of the pool may be busy.
         Thread(target=Context().run, args=(self._ask, done), daemon=True).start()
         return done
 
