@@ -1,4 +1,4 @@
-"""Tools for the tests of an application: roll back all work after each test, count statements."""
+"""Tools for tests of an application: roll back all work after each test, count statements."""
 
 from .isolation import NotIsolated
 from .rollback import rolled_back

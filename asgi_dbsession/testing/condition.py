@@ -1,4 +1,4 @@
-"""A lock that a thread or task acquires only when a condition is true."""
+"""A lock that a thread or task can acquire only while a condition is true."""
 
 import asyncio
 import time
@@ -11,11 +11,12 @@ from sqlalchemy.util import await_only
 
 
 class Condition:
-    """A `threading.Condition` that also works for the tasks of one event loop.
+    """Like `threading.Condition`, but also for asyncio tasks.
 
     Args:
-        asynchronous: True if the callers are tasks, inside SQLAlchemy's greenlets.
-        timeout: How many seconds a caller waits; then it gets an error.
+        asynchronous: True if the callers are asyncio tasks that run SQLAlchemy code (in its
+            greenlets).
+        timeout: For how many seconds a caller waits before it gets an error.
     """
 
     def __init__(self, *, asynchronous: bool, timeout: float) -> None:
@@ -27,12 +28,13 @@ class Condition:
 
     @contextmanager
     def alone(self, when: Callable[[], bool], timeout: float | None = None) -> Iterator[None]:
-        """Wait until `when()` returns True and no other caller is inside an `alone` block.
+        """Wait until `when()` returns True, and until no other caller is in such a `with` block.
 
         Args:
-            when: The condition. While a caller waits, this function is called again after each
-                `alone` block and at each `wake()`.
-            timeout: How many seconds to wait, if this is less than the timeout of this object.
+            when: The condition. While a caller waits, this function is called again when another
+                caller leaves its `with` block, and at each call of `wake()`.
+            timeout: For how many seconds to wait, if this is shorter than the timeout of the
+                object.
 
         Raises:
             TimeoutError: The condition did not become true in time.
@@ -48,11 +50,11 @@ class Condition:
             self.wake()
 
     def wake(self) -> None:
-        """Let all waiting callers of `alone` check their condition again."""
+        """Let all callers that wait in `alone` check their condition again."""
         with self._mutex:
             waiting, self._waiting = self._waiting, []
         for freed in waiting:
-            # Skip a caller that was cancelled while it waited.
+            # This is False for a caller that was cancelled while it waited.
             if freed.set_running_or_notify_cancel():
                 freed.set_result(None)
 

@@ -1,4 +1,4 @@
-"""The connection that all transactions of a test share; each transaction is a savepoint."""
+"""The single connection that all transactions of a test share. Each is only a savepoint."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,20 +12,20 @@ from .isolation import Isolation, NotIsolated
 from .read_only import refusing_writes
 from .transaction import SavepointTransaction, current_caller
 
-# The error number of MariaDB and MySQL for a savepoint that does not exist.
+# MariaDB and MySQL report this error number if a savepoint does not exist.
 _NO_SUCH_SAVEPOINT = 1305
-# Seconds to wait for a transaction that the test opened: the test itself waits, and cannot end it.
+# Seconds to wait for a transaction of the test, which itself waits, and so cannot end it.
 _LIMIT_FOR_THE_TEST = 0.8
 
 
 class SharedConnection:
-    """The shared connection, and its open transactions; each is nested in the previous transaction.
+    """The shared connection of a test, and its open transactions, each inside the one before.
 
     Args:
-        connection: A connection inside a transaction that is never committed.
-        dialect: The dialect of the engine.
-        database: The URL to show in errors.
-        isolation: The state of the `rolled_back` block.
+        connection: A connection with an open transaction, which is never committed.
+        dialect: The SQLAlchemy dialect of the engine.
+        database: The URL of the database, for error texts.
+        isolation: The state of the `rolled_back` block of the test.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class SharedConnection:
         self._known = violations(connection, dialect)
 
     def begin(self, transaction: SavepointTransaction) -> None:
-        """Wait for the transactions that must end first, and begin `transaction`."""
+        """Wait for transactions that must end first, and then begin `transaction` (a savepoint)."""
         transaction.caller = current_caller()
         transaction.aborted = False
 
@@ -58,18 +58,18 @@ class SharedConnection:
             below = self._open[-1] if self._open else None
             try:
                 if below is not None and below.saved and not below.wrote:
-                    # The outer transaction has written nothing yet, so remove its savepoint.
-                    # Otherwise a rollback to this savepoint would also undo the work that the inner
-                    # transaction commits.
+                    # The outer transaction has not written anything yet, so its savepoint is not
+                    # needed now. Remove it. Otherwise a rollback of the outer transaction would
+                    # undo what the inner one commits.
                     self._release(below)
                 self._save(transaction)
             except self._error as error:
                 if below is None or not below.saved:
                     self.lose(error)
                     raise
-                # PostgreSQL has aborted the outer transaction. On a separate connection, the inner
-                # transaction could begin even so. So roll back the outer transaction, and begin the
-                # inner transaction.
+                # PostgreSQL has aborted the outer transaction, and so refuses the new savepoint. On
+                # two real connections, the inner transaction could begin. So roll back the outer
+                # one first.
                 self._undo(below)
                 below.aborted = True
                 self._save(transaction)
@@ -79,15 +79,15 @@ class SharedConnection:
     def executing(
         self, transaction: SavepointTransaction, statement: str, *, read_only: bool
     ) -> Iterator[bool]:
-        """Wait for the transactions inside `transaction`; then the block executes a statement.
+        """Wait until all transactions inside `transaction` have ended; then the block may go on.
 
         Yields:
-            True if the `with` block must send the statement.
+            True if the `with` block must send the statement, False if it must skip the statement.
         """
         self.refuse_if_lost()
         if transaction not in self._open:
-            # An application that follows SQLAlchemy's recipe for SQLite sends BEGIN itself. Do not
-            # send this BEGIN, because the shared connection is in a transaction already.
+            # SQLAlchemy's documentation shows how to send BEGIN to SQLite in a listener. Skip this
+            # BEGIN, because the shared connection is in a transaction already.
             yield not statement.lstrip().upper().startswith("BEGIN")
             return
         with self._on_top(transaction):
@@ -104,13 +104,13 @@ class SharedConnection:
             yield True
 
     def prepare(self, transaction: SavepointTransaction) -> None:
-        """Check deferred constraints, as the database does at COMMIT."""
+        """Check the deferred constraints, as the database does before COMMIT."""
         with self._on_top(transaction):
             if transaction.wrote:
                 check_as_commit_would(self.connection, self._dialect, self._known)
 
     def commit(self, transaction: SavepointTransaction) -> None:
-        """Check deferred constraints as COMMIT does; keep the work until the end of the test."""
+        """Check the deferred constraints as COMMIT does. Keep the work until the test ends."""
         with self._on_top(transaction):
             try:
                 if transaction.wrote:
@@ -121,14 +121,14 @@ class SharedConnection:
                 self._undo(transaction)
                 raise
             finally:
-                # A lost connection has cleared the list of open transactions already.
+                # If the connection was lost, the list of open transactions is empty already.
                 if transaction in self._open:
                     self._open.remove(transaction)
             if self._open and (transaction.wrote or transaction.keeps):
                 self._open[-1].keeps = True
 
     def roll_back(self, transaction: SavepointTransaction) -> None:
-        """Roll back the transaction; do nothing if the transaction has ended already."""
+        """Roll back the transaction, unless it has ended already."""
         if transaction not in self._open:
             return
         with self._on_top(transaction):
@@ -143,7 +143,7 @@ class SharedConnection:
             self._open.remove(transaction)
 
     def abandon(self, transaction: SavepointTransaction) -> None:
-        """Roll back an unfinished transaction; if this fails, treat the connection as lost."""
+        """Roll back a transaction that was not ended. If this fails, the connection is lost."""
         try:
             self.roll_back(transaction)
         except BaseException as error:
@@ -152,16 +152,16 @@ class SharedConnection:
                 raise
 
     def lose(self, reason: BaseException) -> None:
-        """Treat the connection as lost: from now on, each use of it raises an error."""
+        """Mark the connection as lost. From now on, each use of it raises an error."""
         self.lost = self.lost or reason
         self._open.clear()
         self._free.wake()
 
     def end(self, reason: NotIsolated) -> AbstractContextManager[None]:
-        """Refuse all further use of the connection, and wait for the running statement.
+        """Mark the connection as lost, and wait until the running statement has ended.
 
         Raises:
-            TimeoutError: The statement did not end in time.
+            TimeoutError: The running statement did not end in time.
         """
         self.lose(reason)
         return self._free.alone(lambda: True)

@@ -1,13 +1,13 @@
-"""Checks deferred constraints in the same way as COMMIT, but without a COMMIT."""
+"""Checks deferred constraints without a COMMIT, so that a test can roll back afterwards."""
 
 from typing import Any
 
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
-# This statement checks all deferred constraints. Then it defers only constraints that are declared
-# INITIALLY DEFERRED. SET CONSTRAINTS ALL DEFERRED would also defer constraints that are INITIALLY
-# IMMEDIATE.
+# This block of SQL checks all deferred constraints. Then it makes those constraints deferred again
+# that are declared INITIALLY DEFERRED. The shorter SET CONSTRAINTS ALL DEFERRED would also defer
+# those that are INITIALLY IMMEDIATE.
 _POSTGRESQL = """
 DO $$
 DECLARE
@@ -28,7 +28,7 @@ $$
 
 
 def send(connection: PoolProxiedConnection, statement: str) -> list[Any]:
-    """Execute a statement without SQLAlchemy's events and log, and return its rows."""
+    """Send a statement past SQLAlchemy, so that no listener or log sees it. Return its rows."""
     cursor = connection.cursor()
     try:
         cursor.execute(statement)
@@ -38,9 +38,9 @@ def send(connection: PoolProxiedConnection, statement: str) -> list[Any]:
 
 
 def violations(connection: PoolProxiedConnection, dialect: Dialect) -> set[Any]:
-    """Return the rows that break a foreign key on SQLite.
+    """Return the rows of an SQLite database that break a foreign key.
 
-    On any other database, or if SQLite does not enforce foreign keys, the result is empty.
+    The result is empty for other databases, and if SQLite does not check foreign keys.
     """
     if dialect.name != "sqlite" or send(connection, "PRAGMA foreign_keys") != [(1,)]:
         return set()
@@ -50,19 +50,20 @@ def violations(connection: PoolProxiedConnection, dialect: Dialect) -> set[Any]:
 def check_as_commit_would(
     connection: PoolProxiedConnection, dialect: Dialect, known: set[Any]
 ) -> None:
-    """Raise the error of the driver if COMMIT would fail.
+    """Raise the same error of the driver as COMMIT, if COMMIT would fail.
 
-    MariaDB has no deferred constraints. SQLite checks deferred constraints only at the end of the
-    outermost transaction, not at the end of a savepoint.
-    Source: https://www.sqlite.org/foreignkeys.html#fk_deferred
+    On PostgreSQL a statement checks the deferred constraints. On SQLite this function searches for
+    rows that break a foreign key, because SQLite itself checks them only at the end of a whole
+    transaction, and not when a savepoint is released. MariaDB has no deferred constraints. Source:
+    https://www.sqlite.org/foreignkeys.html#fk_deferred
 
     Args:
-        connection: The connection with the work to commit.
-        dialect: The dialect of the engine.
-        known: The violations that existed before the test; COMMIT would ignore them.
+        connection: The connection with the work of the transaction.
+        dialect: The SQLAlchemy dialect of the engine.
+        known: The rows that broke a foreign key already before the test. COMMIT ignores them.
 
     Raises:
-        Exception: The `IntegrityError` of the driver.
+        Exception: The driver's `IntegrityError`.
     """
     if dialect.name == "postgresql":
         send(connection, _POSTGRESQL)

@@ -1,4 +1,4 @@
-"""A dialect that uses savepoints instead of transactions, so that a test can roll back all work."""
+"""An SQLAlchemy dialect for tests, in which each transaction is only a savepoint."""
 
 import types
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from .pool import SharedRecord
 
 
 class SavepointDialect(Dialect):
-    """A dialect that uses savepoints instead of transactions on connections of a `SharedPool`."""
+    """A dialect for connections of a `SharedPool`: BEGIN, COMMIT and ROLLBACK use savepoints."""
 
     @override
     def do_begin(self, dbapi_connection: PoolProxiedConnection) -> None:
@@ -82,7 +82,7 @@ class SavepointDialect(Dialect):
     def _set_connection_characteristics(
         self, connection: Connection, characteristics: Mapping[str, Any]
     ) -> None:
-        """Ignore the isolation level, because it cannot change during a transaction."""
+        """Ignore a new isolation level, because it cannot be changed inside a transaction."""
         dialect: Any = super()
         if record_of(connection.connection):
             known = dialect.connection_characteristics
@@ -95,8 +95,9 @@ class SavepointDialect(Dialect):
 
 
 def with_savepoints(dialect: type[Dialect]) -> type[Dialect]:
-    """Derive a dialect class that uses savepoints on connections of a `SharedPool`."""
-    # Without this attribute, SQLAlchemy does not cache statements for a derived dialect.
+    """Derive a dialect class that uses savepoints for the connections of a `SharedPool`."""
+    # A derived dialect needs this attribute. Without it, SQLAlchemy does not cache compiled
+    # statements.
     known = {"supports_statement_cache": dialect.supports_statement_cache}
     return types.new_class(
         dialect.__name__, (SavepointDialect, dialect), exec_body=lambda body: body.update(known)
@@ -104,7 +105,7 @@ def with_savepoints(dialect: type[Dialect]) -> type[Dialect]:
 
 
 def record_of(connection: PoolProxiedConnection) -> SharedRecord | None:
-    """Return the pool entry of a connection of a `SharedPool`; None for any other connection."""
+    """Return the pool entry of a connection if it belongs to a `SharedPool`, otherwise None."""
     record = connection._connection_record
     return record if isinstance(record, SharedRecord) else None
 

@@ -1,4 +1,4 @@
-"""Replaces the pool of an engine by a `SharedPool` during a test, and restores it afterwards."""
+"""Replaces the pool of an engine by a `SharedPool` for a test, and restores it afterwards."""
 
 import asyncio
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from .pool import SharedPool
 def share(engine: Engine, isolation: Isolation) -> None:
     """Let all transactions of an engine use one shared connection, one after the other.
 
-    The engine does not connect yet. The connection comes from the engine's own pool, so the pool's
-    event listeners are called.
+    This does not connect to the database yet. The engine's own pool will open the connection, so
+    that listeners for the pool's events are called.
 
     Args:
-        engine: The engine. It is changed in place, because other code refers to the same object.
-        isolation: The state of the `rolled_back` block.
+        engine: The engine. It is changed in place, because the application has a reference to it.
+        isolation: The state of the `rolled_back` block of the test.
 
     Raises:
         ConfigurationError: The engine has a `SharedPool` already.
@@ -35,17 +35,17 @@ def share(engine: Engine, isolation: Isolation) -> None:
             f"{name} is inside of `rolled_back` already: use it once for each test."
         )
     dialect = engine.dialect
-    # If work of an earlier test still uses a connection, `unshare` has not restored the class of
-    # the dialect. Do not derive a second class then: `unshare` would remove only one of the two.
+    # After an earlier test, `unshare` leaves the derived dialect class in place if a connection is
+    # still in use. Do not derive another class from it, because `unshare` removes only one.
     if not isinstance(dialect, SavepointDialect):
         dialect.__class__ = with_savepoints(type(dialect))
     engine.pool = SharedPool(engine.pool, dialect, name, isolation)
 
 
 def unshare(engine: Engine) -> None:
-    """At the end of a test, roll back its work, and give the engine its own pool again.
+    """At the end of a test, roll back its work, and give the engine its own pool back.
 
-    If the engine has no `SharedPool`, do nothing.
+    Do nothing if the engine has no `SharedPool`.
     """
     pool, dialect = engine.pool, engine.dialect
     if isinstance(pool, SharedPool):
@@ -53,21 +53,22 @@ def unshare(engine: Engine) -> None:
             pool.roll_back()
         finally:
             engine.pool = pool.source
-            # Keep the class `SavepointDialect` while connections are checked out, so that
-            # statements after the end of the test raise errors.
+            # If connections are still in use, keep the dialect class `SavepointDialect`. It lets
+            # statements that are sent after the end of the test raise an error.
             if pool.checkedout() == 0:
                 dialect.__class__ = type(dialect).__bases__[1]
 
 
 def home_of(engine: Engine) -> asyncio.AbstractEventLoop | None:
-    """Return the event loop of the engine's shared connection; None without such a connection."""
+    """Return the event loop to which the engine's shared connection belongs, or None."""
     return engine.pool.loop if isinstance(engine.pool, SharedPool) else None
 
 
 def engines_of(database: Database[Any, Any]) -> Iterator[Engine]:
-    """Iterate over the engines of a database: its own engine, and the engines in `binds`.
+    """Yield the engines of a database object: its own engine, and those in `binds`.
 
-    An engine that a session class chooses in `get_bind` is known only after a session has used it.
+    An engine that a session class returns from its own `get_bind` is found only when a session uses
+    it.
     """
     if database._engine is not None:
         yield root_of(database._sync_engine(database._engine))
@@ -78,7 +79,7 @@ def engines_of(database: Database[Any, Any]) -> Iterator[Engine]:
 
 
 def root_of(engine: Engine) -> Engine:
-    """Return the engine that owns the pool: `engine`, or the engine of which it is a copy."""
+    """Return the engine itself, or the original if `engine` is a copy with other options."""
     proxied: Any = engine
     while isinstance(proxied, OptionEngine):
         proxied = proxied._proxied

@@ -1,4 +1,4 @@
-"""The state of a `rolled_back` block, and the error `NotIsolated`."""
+"""The state of a `rolled_back` block, and the error class `NotIsolated`."""
 
 from dataclasses import dataclass, field
 from threading import Thread, enumerate as enumerate_threads
@@ -9,12 +9,12 @@ from asgi_dbsession.errors import DBSessionError
 
 
 class NotIsolated(DBSessionError, RuntimeError):
-    """The shared connection of a test cannot give the same result as several connections.
+    """With the single connection of the test, the result would not be the same as in production.
 
     Args:
-        database: The URL to show in the error, without its password.
-        what: A sentence about what happened.
-        cure: A sentence about what to write instead.
+        database: The URL of the database, without its password.
+        what: A sentence that says what happened.
+        cure: A sentence that says what to write instead.
     """
 
     def __init__(self, database: str, what: str, cure: str | None = None) -> None:
@@ -32,7 +32,7 @@ _STOP = (
 
 
 def outlived(database: str) -> NotIsolated:
-    """Return the error for work that uses the database after the end of its test."""
+    """Return the error for code that uses the database after the end of its test."""
     return NotIsolated(
         database,
         f"This work outlived its test: the `rolled_back` block around {database} has ended, and "
@@ -42,7 +42,7 @@ def outlived(database: str) -> NotIsolated:
 
 
 def disposed(database: str) -> NotIsolated:
-    """Return the error for work that still uses an engine after the engine was disposed."""
+    """Return the error for code that uses an engine after the engine was disposed."""
     return NotIsolated(
         database,
         f"This work outlived the engine of {database}, which was disposed inside of the "
@@ -53,17 +53,19 @@ def disposed(database: str) -> NotIsolated:
 
 @dataclass(eq=False)
 class Isolation:
-    """The state that all engines of one `rolled_back` block share.
+    """The state of one `rolled_back` block, which all engines in it share.
 
     Args:
-        timeout: How many seconds a transaction waits for the end of another transaction.
-        test: The task or thread that entered the block.
+        timeout: For how many seconds a transaction waits until another transaction has ended.
+        test: The task or thread that entered the `rolled_back` block: the test or its fixture.
 
     Attributes:
-        violations: Errors about work that would have had another result on several connections.
-        has_ended: True if the block has ended.
-        threads: The threads that ran before the first `rolled_back` block around these databases.
-        tasks: The tasks that used a session inside a `rolled_back` block.
+        violations: Errors about work that would have another result on several connections. The
+            block raises the first of them at its end.
+        has_ended: True if the `rolled_back` block has ended.
+        threads: The threads that were already running before the first `rolled_back` block of these
+            databases.
+        tasks: The tasks that used a session in a `rolled_back` block.
     """
 
     timeout: float

@@ -18,13 +18,13 @@ from .transaction import SavepointTransaction
 
 
 class SharedPool(Pool):
-    """A pool that gives the same connection to every caller.
+    """A connection pool that gives the same connection to each caller.
 
     Args:
-        source: The pool that provides the connection.
-        dialect: The dialect of the engine.
-        database: The URL to show in errors.
-        isolation: The state of the `rolled_back` block.
+        source: The engine's own pool, which opens the connection.
+        dialect: The SQLAlchemy dialect of the engine.
+        database: The URL of the database, for error texts.
+        isolation: The state of the `rolled_back` block of the test.
     """
 
     def __init__(self, source: Pool, dialect: Dialect, database: str, isolation: Isolation) -> None:
@@ -45,7 +45,7 @@ class SharedPool(Pool):
         self._out: WeakSet[SharedRecord] = WeakSet()
 
     def checkedout(self) -> int:
-        """Return how many connections a normal pool would have checked out now."""
+        """Return how many callers have the shared connection now."""
         return len(self._out)
 
     @override
@@ -63,9 +63,9 @@ class SharedPool(Pool):
         self.source.dispose()
 
     def roll_back(self) -> None:
-        """Roll back all work, and return the shared connection to the pool `source`.
+        """Roll back all work, and return the shared connection to the engine's own pool.
 
-        If a caller still holds the shared connection, each further use raises an error.
+        Code that still has the shared connection gets an error if it goes on using it.
         """
         shared, self._shared = self._shared, None
         if shared is None:
@@ -80,7 +80,8 @@ class SharedPool(Pool):
         finally:
             self._cut_off(reason)
             if shared.connection.is_valid:
-                # Close the connection, so that the database rolls back the transaction.
+                # The connection could not be returned to its pool. Close it, so that the database
+                # rolls back.
                 shared.connection.invalidate(shared.lost)
 
     def _give_back(self, shared: SharedConnection) -> None:
@@ -113,7 +114,7 @@ class SharedPool(Pool):
 
     @override
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
-        """Keep the shared connection open, because all other callers still use this connection."""
+        """Do nothing: the shared connection stays open, because other callers are using it."""
 
     def _open(self) -> SharedConnection:
         dialect = self._for_dialect
@@ -125,13 +126,14 @@ class SharedPool(Pool):
             dialect.set_isolation_level(_dbapi(connection), level)
         driver: Any = connection.driver_connection
         if dialect.name == "sqlite" and not driver.in_transaction:
-            # Send BEGIN, because without BEGIN the release of a savepoint is a COMMIT on SQLite.
+            # On SQLite, the release of a savepoint outside of a transaction is a COMMIT. So begin a
+            # transaction.
             send(connection, "BEGIN")
         return SharedConnection(connection, dialect, self._database, self.isolation)
 
 
 class SharedRecord(_ConnectionRecord):
-    """The pool entry for one caller of `SharedPool`; it contains the shared connection."""
+    """The pool entry of one caller of `SharedPool`, which has the shared connection in it."""
 
     def __init__(
         self, pool: Pool, shared: SharedConnection, transaction: SavepointTransaction
@@ -142,7 +144,7 @@ class SharedRecord(_ConnectionRecord):
         self.transaction = transaction
 
     def cut_off(self, reason: Exception) -> None:
-        """Replace the connection of this record by an object that raises `reason` at each use."""
+        """Replace the connection of this caller by an object that raises an error at each use."""
         connection: Any = CutOffConnection(reason)
         self.dbapi_connection = connection
         proxy: Any = self.fairy_ref() if self.fairy_ref is not None else None
@@ -151,10 +153,10 @@ class SharedRecord(_ConnectionRecord):
 
 
 class CutOffConnection:
-    """Takes the place of the driver's connection after the end of the test.
+    """Replaces the driver's connection after the end of the test.
 
     Args:
-        reason: The error that each access to the database raises.
+        reason: The error to raise at each use.
     """
 
     def __init__(self, reason: Exception) -> None:
@@ -164,18 +166,18 @@ class CutOffConnection:
         raise self._reason.with_traceback(None)
 
     def cursor(self, *_: object, **__: object) -> "CutOffCursor":
-        """Return a cursor that can only be closed; each statement raises `reason`."""
+        """Return a cursor that raises the error at each statement, and can be closed."""
         return CutOffCursor(self._reason)
 
     def rollback(self) -> None:
-        """Do nothing, because all work was rolled back at the end of the test."""
+        """Do nothing, because all work was rolled back when the test ended."""
 
     def close(self) -> None:
-        """Do nothing, because the shared connection was returned to its pool already."""
+        """Do nothing, because the shared connection is in its own pool again."""
 
 
 class CutOffCursor:
-    """The cursor of a `CutOffConnection`; each statement raises `reason`."""
+    """Replaces the driver's cursor after the end of the test: each statement raises an error."""
 
     def __init__(self, reason: Exception) -> None:
         self._reason = reason
@@ -184,11 +186,11 @@ class CutOffCursor:
         raise self._reason.with_traceback(None)
 
     def close(self) -> None:
-        """Do nothing, because no cursor of the driver exists."""
+        """Do nothing, because there is no real cursor."""
 
 
 def is_autocommit(dialect: Any) -> bool:
-    """Return True if the engine sets AUTOCOMMIT on each new connection."""
+    """Return True if the engine switches each new connection to AUTOCOMMIT."""
     return bool(dialect._on_connect_isolation_level == "AUTOCOMMIT")
 
 

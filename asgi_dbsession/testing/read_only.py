@@ -1,4 +1,4 @@
-"""Refuses writes in a transaction that may only read, inside of `rolled_back`."""
+"""Lets the database refuse the writes of a read-only unit of work, in a `rolled_back` block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +14,11 @@ from .transaction import SavepointTransaction
 def refusing_writes(
     connection: PoolProxiedConnection, dialect: Dialect, transaction: SavepointTransaction
 ) -> Iterator[None]:
-    """Let the database refuse writes while the `with` block executes one statement.
+    """Let the database refuse writes during the one statement that the `with` block sends.
 
-    Writes are refused only during this statement, because a nested transaction on the same
-    connection may write. On MariaDB writes are not refused, because it has no read-only savepoints.
+    All transactions of the test share one connection, and others of them may write. So on SQLite
+    writes are allowed again after the statement. On PostgreSQL they are allowed again after the
+    savepoint. MariaDB has no read-only savepoints, so it does not refuse writes.
     """
     if dialect.name == "sqlite":
         send(connection, "PRAGMA query_only = ON")
@@ -27,8 +28,8 @@ def refusing_writes(
             send(connection, "PRAGMA query_only = OFF")
         return
     if dialect.name == "postgresql" and not transaction.read_only:
-        # Send this statement only once for each savepoint. At the end of the savepoint, PostgreSQL
-        # allows writes again.
+        # This is needed only once for each savepoint. When the savepoint ends, PostgreSQL allows
+        # writes again.
         send(connection, "SET TRANSACTION READ ONLY")
         transaction.read_only = True
     yield

@@ -1,4 +1,4 @@
-"""Rolls back all work on the databases of an application at the end of a test."""
+"""Rolls back everything that a test has written to the databases of an application."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -33,47 +33,48 @@ AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
 
 def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
-    """Roll back all work of a test and of the application when the block ends.
+    """Roll back all work of a test, and of the application under test, at the end of the block.
 
     All transactions on a database share one connection, which is never committed. Each transaction
-    is a savepoint. A COMMIT keeps the work until the end of the block. If a real COMMIT would fail,
-    for example because of a deferred constraint, this COMMIT fails too. Later transactions see the
-    committed work, in requests and in the test.
+    is a savepoint. COMMIT only releases this savepoint, so later transactions of the test and of
+    the application see the work until the block ends. If a real COMMIT would fail (because of a
+    deferred constraint, for example), this COMMIT fails too.
 
-    Transactions of different requests run one after the other. A transaction is nested in another
-    transaction in two cases: if the test has a transaction open, or if another transaction of the
-    same request is open.
+    Transactions of different requests run one after the other. A transaction runs inside another
+    one in two cases: if the test itself has a transaction open, or if the same request has another
+    transaction open.
 
-    `async with` also starts the databases, for clients that send no lifespan. Use plain `with` in
-    tests written with `def`. There Starlette's `with TestClient(app):`, inside or around the block,
-    starts each `AsyncDatabase`. Both `with` and `async with` start a `SyncDatabase`.
+    In `async def` tests, write `async with`. It also starts the databases, because some test
+    clients send no startup message. In `def` tests, write `with`, inside or around Starlette's
+    `with TestClient(app):`. Then the test client starts each `AsyncDatabase`, and `rolled_back`
+    starts each `SyncDatabase`.
 
-    Engines in `session_options["binds"]` are included. If a session uses any other engine, for
-    example from its own `get_bind`, the session is refused; give `from_engine(engine)` to
-    `rolled_back` too. Tasks, threads, schedulers and sessions that use a database after the block
-    are refused too. Sequences and AUTO_INCREMENT are not reset, because no database can roll them
-    back.
+    Engines in `session_options["binds"]` are included. A session that uses any other engine (from
+    its own `get_bind`, for example) gets an error. To include that engine too, add
+    `from_engine(engine)` to `databases`. Tasks, threads, schedulers and sessions that use a
+    database after the block get an error too. Sequences and AUTO_INCREMENT keep their last number,
+    because no database can roll them back.
 
     Args:
-        *databases: The databases of the application. The application needs no other change.
-        timeout: How many seconds a transaction waits for the end of another transaction.
+        *databases: The databases of the application. The application itself needs no change.
+        timeout: For how many seconds a transaction waits until another transaction has ended.
 
     Returns:
-        A context manager for one use; in a coroutine, write `async with`.
+        An object for `with` or `async with`, which can be used only once.
 
     Raises:
-        NotIsolated: Several connections would have had another result, or the connection was lost,
-            or MariaDB has committed by itself. The error is raised in the request, or at the end of
-            the block.
-        ConfigurationError: A database is in a `rolled_back` block already, or plain `with` is used
-            in a coroutine.
+        NotIsolated: The result would not be the same on several connections, the connection was
+            lost, or MariaDB has sent a COMMIT by itself. The request gets this error, or it is
+            raised at the end of the block.
+        ConfigurationError: A database is in a `rolled_back` block already, or `with` was used in an
+            `async def` function.
         DatabaseUnavailable: A database did not answer.
     """
     return RolledBack(databases, timeout)
 
 
 class RolledBack(AbstractContextManager[None], AbstractAsyncContextManager[None]):
-    """The context manager that `rolled_back` returns, for `with` and `async with`."""
+    """The object that `rolled_back` returns, for `with` and for `async with`."""
 
     def __init__(self, databases: tuple[AnyDatabase, ...], timeout: float) -> None:
         self._databases = databases
@@ -152,14 +153,14 @@ def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
     try:
         yield
     finally:
-        # If a database failed to start, `leave_block` was not called, so set `has_ended` here.
+        # If a database failed to start, `leave_block` was never called. So set this here too.
         isolation.has_ended = True
         database._prepare = watch
         database._reads.is_shared = False
 
 
 def _share_once(engine: Engine, isolation: Isolation) -> None:
-    """Call `share` for an engine, unless it was called for another database with this engine."""
+    """Call `share` for an engine, unless another database object with this engine has done so."""
     pool = root_of(engine).pool
     if not (isinstance(pool, SharedPool) and pool.isolation is isolation):
         share(root_of(engine), isolation)
@@ -185,8 +186,8 @@ def _unshare(database: AnyDatabase) -> None:
         loop = home_of(engine)
         if loop is None:
             unshare(engine)
-        # The event loop of the shared connection runs in another thread, the thread of the test
-        # client. So run `unshare` in this event loop.
+        # The shared connection belongs to an event loop in another thread (of the test client). Run
+        # `unshare` in that event loop.
         elif loop.is_running():
             asyncio.run_coroutine_threadsafe(greenlet_spawn(unshare, engine), loop).result()
         elif not loop.is_closed():
@@ -206,6 +207,6 @@ def _shut_down(database: AnyDatabase) -> None:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    # Do not use `asyncio.run`: it would remove the event loop that a test plugin has set.
+    # `asyncio.run` would remove the event loop that a test plugin has set.
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         runner.run(work)

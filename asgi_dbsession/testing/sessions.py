@@ -1,4 +1,4 @@
-"""Refuses sessions whose work `rolled_back` could not roll back, during and after a test."""
+"""Lets sessions raise an error if `rolled_back` could not roll back their work."""
 
 import asyncio
 import threading
@@ -16,38 +16,40 @@ from asgi_dbsession.errors import without_secrets
 from .dialect import record_of
 from .isolation import Isolation, NotIsolated, outlived
 
-# The `rolled_back` block in which the running task or thread was started; None outside of a block.
+# The `rolled_back` block in which the current task or thread was started, or None.
 _block: ContextVar[Isolation | None] = ContextVar("asgi_dbsession.testing", default=None)
 
-# `_latest` has the latest `rolled_back` block around each database. `_block_of` has, for each
-# session, the `rolled_back` block in which the session was first used.
+# `_latest` has the last `rolled_back` block of each database object. `_block_of` has the
+# `rolled_back` block in which each session was used first.
 _latest: WeakKeyDictionary[Database[Any, Any], Isolation] = WeakKeyDictionary()
 _block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
 
-# The modules of thread pools. Their threads serve many tests, and so belong to no single test.
+# Threads from these modules are in a pool, and run code of many tests. So they belong to no single
+# test.
 _POOLS = ("anyio.", "trio.")
 
 
 def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
-    """Check each transaction of a session of the database when the transaction begins."""
+    """Check at each BEGIN of a session that `rolled_back` can roll back its transaction."""
     earlier = _latest.get(database)
     if earlier is None:
-        # Never remove this listener: it must also refuse work that continues after the test.
+        # This listener stays for ever, because it must also refuse work that goes on after the
+        # test.
         event.listen(session_class_of(database), "after_begin", _Check(database))
     else:
-        # Tasks and threads that an earlier test left running do not belong to this test.
+        # Tasks and threads that an earlier test has started are not a part of this test.
         isolation.threads.intersection_update(earlier.threads)
         isolation.tasks.update(earlier.tasks)
     _latest[database] = isolation
 
 
 def enter_block(isolation: Isolation) -> None:
-    """From now on, let new tasks and threads belong to the `rolled_back` block."""
+    """From now on, new tasks and threads belong to this `rolled_back` block."""
     _block.set(isolation)
 
 
 def leave_block(isolation: Isolation) -> None:
-    """Refuse from now on all work that was started in the `rolled_back` block."""
+    """From now on, refuse all work of tasks and threads that belong to this `rolled_back` block."""
     isolation.has_ended = True
     if (task := _current_task()) is not None:
         isolation.tasks.discard(task)
@@ -55,7 +57,7 @@ def leave_block(isolation: Isolation) -> None:
 
 
 def session_class_of(database: Database[Any, Any]) -> type[Session]:
-    """Return the session class of the database; each database has its own class."""
+    """Return the session class of a database object. Each object has a class of its own."""
     found: Any = database
     session_class: type[Session] = (
         found._sync_class if isinstance(database, AsyncDatabase) else found._class
@@ -64,7 +66,7 @@ def session_class_of(database: Database[Any, Any]) -> type[Session]:
 
 
 class _Check:
-    """A listener that checks each transaction that a session of the database begins."""
+    """A listener for BEGIN, which raises an error if the transaction could not be rolled back."""
 
     def __init__(self, database: Database[Any, Any]) -> None:
         self._database = database
@@ -87,14 +89,15 @@ class _Check:
 
 
 def _outlived(isolation: Isolation) -> bool:
-    """Return True if the running code was started in a `rolled_back` block that has ended."""
+    """Return True if the calling code belongs to a `rolled_back` block that has ended."""
     task = _current_task()
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
         return True
-    # A thread that was started without the context of its caller has no value of `_block`. Such a
-    # thread has outlived its test, unless it ran before the first block or belongs to a thread
-    # pool. Thread pools run each function in the context of the caller.
+    # If a thread was started without the context of its caller, `_block` is not set in this thread.
+    # Such a thread was started by a test that has ended. Two kinds of threads are excepted: those
+    # that ran before the first block, and those of a pool, which run each function in the context
+    # of its caller.
     thread = threading.current_thread()
     return (
         task is None
@@ -109,7 +112,8 @@ def _refuse(connection: Connection, error: NotIsolated) -> NoReturn:
     def refuse(*_: object) -> NoReturn:
         raise error.with_traceback(None)
 
-    # Refuse later statements on the connection too, because the application may catch the error.
+    # Let all later statements on this connection fail too, because the application may catch this
+    # error.
     for name in ("before_cursor_execute", "commit", "prepare_twophase", "commit_twophase"):
         event.listen(connection, name, refuse)
     raise error

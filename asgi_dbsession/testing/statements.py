@@ -1,4 +1,4 @@
-"""Counts the statements that are sent during a part of a test."""
+"""Counts the statements that are sent in a part of a test."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,30 +19,29 @@ from .sessions import session_class_of
 def count_statements(
     *databases: AsyncDatabase[Any] | SyncDatabase[Any], at_most: int | None = None
 ) -> Iterator[list[str]]:
-    """Record each statement that is sent to the databases, savepoints included.
+    """Record each statement that is sent to the databases in the `with` block.
 
-    Use plain `with`, in async tests too. `count_statements` works with and without `rolled_back`;
-    savepoints of `rolled_back` are not counted. BEGIN, COMMIT and ROLLBACK are not counted. All
-    engines that a session of the databases uses are included, such as those in `binds`.
+    Write `with` in async tests too. Savepoints of the application are counted. BEGIN, COMMIT,
+    ROLLBACK and the savepoints of `rolled_back` are not counted. All engines that sessions of the
+    databases use are included, also those in `binds`.
 
     Args:
-        *databases: The databases to watch; they must be running.
-        at_most: How many statements are allowed; None for any number.
+        *databases: The databases to watch. They must be running.
+        at_most: How many statements are allowed. None for any number.
 
     Yields:
-        The list of statements so far, with their parameters, in the order of sending. A statement
-        with many sets of parameters (`executemany`) counts once.
+        A list of the statements sent so far, with their parameters. A statement with many sets of
+        parameters (`executemany`) counts once.
 
     Raises:
-        AssertionError: There were more statements than allowed; the message shows them.
+        AssertionError: There were more statements than `at_most`. The error text shows all of them.
         DatabaseNotRunning: A database has not been started.
     """
     statements: list[str] = []
     with ExitStack() as stack:
         recorder = _Recorder(statements, stack)
         for database in databases:
-            # Read the engine, because this raises DatabaseNotRunning if the database is not
-            # started.
+            # This raises DatabaseNotRunning if the database was not started.
             _ = database.engine
             for engine in engines_of(database):
                 recorder.listen(engine)
@@ -57,7 +56,7 @@ def count_statements(
 
 
 class _Recorder:
-    """Records the statements of engines until the end of the `count_statements` block."""
+    """Records the statements of engines until the `count_statements` block ends."""
 
     def __init__(self, statements: list[str], stack: ExitStack) -> None:
         self._statements = statements

@@ -1,4 +1,4 @@
-"""A transaction of the application, as a savepoint on the shared connection."""
+"""A transaction of the application, which is only a savepoint in a test."""
 
 import asyncio
 from threading import get_ident
@@ -8,26 +8,27 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 
 def current_caller() -> object:
-    """Return the running task; outside of a task, the identifier of the thread."""
+    """Return the running task. Outside of tasks, return the number of the thread."""
     return current_task() or get_ident()
 
 
 class SavepointTransaction:
-    """A transaction of the application, as a savepoint on the shared connection.
+    """A transaction of the application, which is only a savepoint on the shared connection.
 
     Args:
-        number: The number in the name of the savepoint.
-        test: The task or thread that entered `rolled_back`: the test, or its fixture.
+        number: A number for the name of the savepoint.
+        test: The task or thread that entered the `rolled_back` block: the test or its fixture.
 
     Attributes:
-        unit: The unit of work in which the transaction began. None outside of a unit of work, for
-            example for `engine.connect()` or `Session(engine)` in a test.
+        unit: The unit of work in which the transaction began. None if the code used the engine
+            without a unit of work, for example with `engine.connect()` or `Session(engine)` in a
+            test.
         caller: The task or the thread that began the transaction.
-        saved: True if the savepoint exists.
-        wrote: True if the transaction has sent a statement other than SELECT.
-        keeps: True if a transaction inside this transaction was committed.
-        read_only: True if the savepoint was made read-only.
-        aborted: True if the transaction can only be rolled back.
+        saved: True if the savepoint exists on the server.
+        wrote: True if the transaction has sent any other statement than SELECT.
+        keeps: True if another transaction inside this one was committed.
+        read_only: True if PostgreSQL was told to refuse writes in this savepoint.
+        aborted: True if only a rollback is possible now.
     """
 
     caller: object = None
@@ -48,7 +49,7 @@ class SavepointTransaction:
         if self.unit.scope is None:
             return "a transaction outside of any request"
         scope = self.unit.scope
-        # `repr` escapes line breaks, which a client may send in the path.
+        # A client can put line breaks into the path. `repr` escapes them.
         path = repr(scope.get("path", ""))[1:-1]
         return f"the transaction of {scope.get('method', scope['type'])} {path}"
 
@@ -59,18 +60,18 @@ class SavepointTransaction:
 
     @property
     def is_of_engine(self) -> bool:
-        """True if the transaction began on the engine, for example with `Session(engine)`."""
+        """True if the transaction began without a unit of work, as in `Session(engine)`."""
         return self.unit is None
 
     @property
     def is_of_test(self) -> bool:
-        """True if the test itself began the transaction, outside of any request."""
+        """True if the test itself began the transaction, and not the application in a request."""
         return not self.is_of_request and self.caller == self._test and not _is_done(self._test)
 
     def may_begin_inside(self, other: "SavepointTransaction") -> bool:
-        """Return True if this transaction must begin although `other` is still open.
+        """Return True if this transaction must begin inside of the open transaction `other`.
 
-        If it waited for the end of `other`, the two could wait for each other (deadlock).
+        Otherwise the two could wait for each other (a deadlock).
         """
         unit = self.unit
         while unit is not None:
