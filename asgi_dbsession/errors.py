@@ -15,7 +15,7 @@ class DBSessionError(Exception):
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle an error by its complete text, because `__init__` takes other arguments."""
+        """Pickle the finished error text, because `__init__` takes only parts of the text."""
         return _restore_error, (type(self), self.args), vars(self)
 
 

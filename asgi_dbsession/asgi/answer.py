@@ -35,8 +35,8 @@ async def answer_or_raise(
     Call this function outside of an `except` block. Otherwise the traceback of the raised error
     would also show the internal exception AbortRequest.
     """
-    # There is no error in this middleware: the exception comes from an outer DBSessionMiddleware
-    # that stopped the request. Raise it again, so that the outer middleware answers the request.
+    # If `failure` is None, no COMMIT of this middleware has failed. Then an outer
+    # DBSessionMiddleware has stopped the request, and will answer it.
     if failure is None:
         raise AbortRequest
     answer: ASGIApp | None = None

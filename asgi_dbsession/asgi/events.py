@@ -109,7 +109,7 @@ class _Writes(UnitObserver):
         self._forget(session, transaction if transaction.parent is not None else None)
 
     def _forget(self, session: Session, savepoint: SessionTransaction | None) -> None:
-        """Forget all writes of a session, or only the writes inside of `savepoint`."""
+        """Remove the remembered writes of a session, or only those inside of `savepoint`."""
         for each in tuple(self._written):
             if each[0] is session and (savepoint is None or _is_inside(each[1], savepoint)):
                 self._written.discard(each)

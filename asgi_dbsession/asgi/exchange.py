@@ -32,7 +32,7 @@ class Exchange:
         self.may_commit: bool = False
 
     async def send(self, message: Message) -> None:
-        """Send a message. Before the first and the last of a response, commit or roll back."""
+        """Send a message. Commit or roll back before the first and last message of a response."""
         unit = self._unit
         if unit.failure is not None:
             raise AbortRequest

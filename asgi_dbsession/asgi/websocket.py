@@ -25,7 +25,7 @@ _INTERNAL_ERROR = (1011, 4500)
 
 
 class SocketExchange:
-    """Sends and receives the messages of one WebSocket; commits or rolls back before each.
+    """Passes on the messages of one WebSocket; commits or rolls back before each message.
 
     The work of a task is committed before the task sends a message or waits for one. If the message
     denies the handshake, or closes the WebSocket because of an error, the work is rolled back.

@@ -170,7 +170,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     @override
     async def startup(self) -> None:
         if self._owns_engine and self._loop is not None and self._loop.is_closed():
-            # The event loop of this engine was closed. No other loop can use its connections.
+            # The engine's event loop was closed, and no other loop can use its connections.
             self._forget_engine()
         self._refuse_other_loop()
         await super().startup()
@@ -194,7 +194,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _refuse_other_loop(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        # The calling thread has no event loop.
+        # This thread has no event loop, so it cannot be the wrong one.
         except RuntimeError:
             return
         if self._loop is loop:
@@ -209,7 +209,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         if self._loop is not None and not isinstance(engine.pool, NullPool):
             if not self._loop.is_closed():
                 raise DatabaseNotRunning(self, other_loop=True)
-            # The connections belong to the closed event loop, so nobody can close them.
+            # These connections belong to a closed event loop, so nobody can close them.
             engine.sync_engine.dispose(close=False)
         self._loop = loop
 

@@ -39,6 +39,6 @@ def _after_fork() -> None:
         database.after_fork()
 
 
-# On Windows there is no `fork`, and this function of Python does not exist.
+# Windows has no `fork`, so Python has no `os.register_at_fork` there.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

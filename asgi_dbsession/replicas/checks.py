@@ -38,14 +38,14 @@ def with_driver(url: str | URL, database: Any) -> str | URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError, AttributeError):
-        return url  # `AsyncDatabase` or `SyncDatabase` will raise the error.
+        return url  # `AsyncDatabase` or `SyncDatabase` will raise an error for this URL.
     if parsed.drivername in ("postgres", "postgresql"):
         return parsed.set(drivername=database.url.drivername)
     return parsed
 
 
 def check_replica(replica: Any, database: Any, others: Sequence[Any]) -> None:
-    """Raise an error if the object `replica` cannot be a replica of the object `database`.
+    """Raise an error if `replica` cannot be a replica of the primary `database`.
 
     Raises:
         ConfigurationError: The replica has another driver than the primary. Or it has the same URL

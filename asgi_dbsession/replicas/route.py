@@ -42,7 +42,8 @@ class Route:
         self._servers = servers
         self._seen = seen
         self._chooses = chooses
-        self._choice: Choice | None = None  # None if the session uses the primary.
+        # The chosen replica, or None if the session uses the primary.
+        self._choice: Choice | None = None
         self._has_ended = False
 
     def choose(self, session: Session) -> None:
@@ -79,15 +80,18 @@ class Route:
         if self._choice is None or self._seen.replica is not None:
             return False
         guarded: Any = session
-        # At all isolation levels above READ COMMITTED, all statements of the transaction must see
-        # the same data. So keep the server.
+        # Above READ COMMITTED, all statements of a transaction must see the same data. So the
+        # session must not change to another server during a transaction.
         return all(
             isolation_level(each) in ("READ COMMITTED", "AUTOCOMMIT")
             for each in guarded._companion.open_connections
         )
 
     def work_ended(self) -> bool:
-        """Called after a commit or rollback. Return True if the caller must call `learn`."""
+        """Called after a commit or rollback.
+
+        Return True if the caller must call `learn`, because the session has used the primary.
+        """
         self._has_ended = True
         return self in self._seen.users
 

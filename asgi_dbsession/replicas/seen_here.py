@@ -14,7 +14,7 @@ _here: ContextVar[dict[Any, Seen] | None] = ContextVar("asgi_dbsession.seen", de
 
 @contextmanager
 def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
-    """Inside the `with` block, `seen` is what the current client has seen."""
+    """Inside the `with` block, use `seen` as the record of what the current client has seen."""
     token = _here.set(seen)
     try:
         yield

@@ -134,7 +134,8 @@ class Server(ABC):
             _logger.warning("%s is not read from until it answers: %s", self, reason)
 
     def _unanswered(self, error: BaseException) -> None:
-        reason = type(error).__name__  # The driver's text may contain a secret.
+        # The text of the driver's error may contain a secret, so it is left out.
+        reason = type(error).__name__
         self._fail(self._began, reason)
 
     @abstractmethod

@@ -19,7 +19,7 @@ class Withholding(ABC):
         self.is_withheld: bool = False
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request. Do not send or raise what the other methods hold back."""
+        """Serve the request. Do not send a response, or raise an exception, that is held back."""
 
         async def withhold_or_send(message: Message) -> None:
             if self.is_withheld or (not self.is_answered and self.withholds_message(message)):

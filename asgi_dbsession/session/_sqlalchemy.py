@@ -100,9 +100,9 @@ class NamingTransaction(SessionTransaction):
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         session: Any = self.session
         names, route = session._companion.two_phases, session._companion.route
-        # The name of a two-phase transaction contains the position of its COMMIT in the order of
-        # COMMITs. So name only the transaction on the session's first connection. If a session has
-        # several connections (SQLAlchemy's option `binds`), the order of their COMMITs is unknown.
+        # Give a name only to the transaction on the session's first connection. The name contains
+        # the place of this transaction in the order of COMMITs. For further connections of the
+        # session (SQLAlchemy's option `binds`), this order is not known.
         is_first = self.parent is None and not self._connections
         if names is not None and is_first and isinstance(bind, Engine):
             bind = _NamingEngine(bind, names.name(session))
@@ -116,14 +116,14 @@ class NamingTransaction(SessionTransaction):
 
 
 class _RoutedEngine:
-    """Replaces an engine: its `connect()` uses the server that `companion.route` chooses."""
+    """Stands in for an engine: `connect()` uses the chosen server (the primary or a replica)."""
 
     def __init__(self, session: Any, route: Any) -> None:
         self.connect: Callable[[], Connection] = partial(route.connect, session)
 
 
 class _NamingEngine:
-    """Replaces an engine: its connection gives the next two-phase transaction the name `name`."""
+    """Stands in for an engine: the next two-phase transaction of its connection gets a name."""
 
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine = engine

@@ -44,7 +44,7 @@ def _sends_nothing(connection: Connection) -> bool:
         return False
     if _has_foreign(_listeners(connection.engine.pool, _OF_POOLS)):
         return False
-    if connection.invalidated:  # A lost connection has no driver connection to ask.
+    if connection.invalidated:  # A lost connection cannot be asked if a transaction is open.
         return False
     if connection.dialect.name == "sqlite":
         driver: Any = connection.connection.driver_connection

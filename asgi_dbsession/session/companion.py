@@ -27,14 +27,17 @@ class SessionRoute(Protocol):
     """Chooses for each session if it uses the primary or a replica; see the package `replicas`."""
 
     def choose(self, session: Session) -> None:
-        """Called before each statement of a session: choose the server, and set its engine."""
+        """Called before each statement: choose the primary or a replica, and set `session.bind`."""
 
     def connect(self, session: Session) -> Connection:
         """Return a new connection to the chosen server, or to the primary if the server is down."""
         ...
 
     def work_ended(self) -> bool:
-        """Called after a commit or rollback. Return True if the caller must call `learn` then."""
+        """Called after a commit or rollback.
+
+        Return True if the caller must call `learn`, because the session has used the primary.
+        """
         ...
 
     def learn(self) -> None:
@@ -92,5 +95,8 @@ class Companion:
 
     @property
     def needs_own_transaction(self) -> bool:
-        """True if the session's transactions must be objects of the class `LockedTransaction`."""
+        """True if the session's transactions must be objects of the class `LockedTransaction`.
+
+        Two-phase commit and replicas need this class.
+        """
         return self.two_phases is not None or self.route is not None

@@ -48,8 +48,7 @@ _OPERATIONS = (
 )
 
 
-# These statements always need a transaction: SQL text, INSERT, UPDATE and DELETE. So this package
-# sends BEGIN at once, and not only when a statement may write.
+# SQL text, INSERT, UPDATE and DELETE always need a transaction. BEGIN is never delayed for them.
 _NEVER_PLAIN = (TextClause, UpdateBase)
 
 
@@ -89,8 +88,8 @@ def locked(
 
     Args:
         operation: The method to wrap.
-        check: A function to call before the method, with the session's `Companion` and the
-            arguments of the method.
+        check: A function to call before the method. It gets the `Companion` of the session (this
+            package's data) and the arguments of the method.
     """
 
     @functools.wraps(operation)
@@ -155,7 +154,7 @@ class _ClosingAsyncSession(AsyncSession):
 
 
 class GuardedSession(NamingSession):
-    """The base class of all session classes with a lock. `ManagedSession` sets `_companion`."""
+    """The base class of all sessions of this package. Each operation holds the session's lock."""
 
     _companion: Companion
     # The module `managed.py` sets the class attribute `transaction_class`. An import of that class

@@ -67,7 +67,7 @@ class ManagedSession(Generic[S]):
     def ends_at_once(self) -> bool:
         """True if commit and rollback cannot block now, so `end` needs no worker thread."""
         if self.session is not self.orm or self.run is call_here:
-            # In these two cases `end` never runs in a worker thread.
+            # Async sessions, and sessions of a blocking unit of work, never need a worker thread.
             return False
         return ends_at_once(self.orm, self.companion)
 
@@ -112,7 +112,7 @@ class ManagedSession(Generic[S]):
         self.is_flushed = True
 
     def prepare(self) -> None:
-        """Send PREPARE for the flushed session. Then the caller must call `end` in any case.
+        """Send PREPARE. Afterwards the caller must call `end`, even if PREPARE failed.
 
         Raises:
             TransactionAborted: The application caught an error that aborted the transaction.

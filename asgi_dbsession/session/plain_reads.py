@@ -103,7 +103,7 @@ def _is_plain_element(element: Any, compiled: Compiled) -> bool:
 
 
 def _is_unquoted(name: object) -> bool:
-    """Return True if the name is written without quotes. Such a name may be any SQL text."""
+    """Return True if the name is written without quotes, so that it may be any SQL text."""
     return isinstance(name, quoted_name) and name.quote is False
 
 

@@ -54,7 +54,7 @@ class Condition:
         with self._mutex:
             waiting, self._waiting = self._waiting, []
         for freed in waiting:
-            # This is False for a caller that was cancelled while it waited.
+            # A caller that was cancelled while it waited need not be woken.
             if freed.set_running_or_notify_cancel():
                 freed.set_result(None)
 

@@ -50,7 +50,7 @@ def violations(connection: PoolProxiedConnection, dialect: Dialect) -> set[Any]:
 def check_as_commit_would(
     connection: PoolProxiedConnection, dialect: Dialect, known: set[Any]
 ) -> None:
-    """Raise the same error of the driver as COMMIT, if COMMIT would fail.
+    """Raise the driver's IntegrityError if COMMIT would fail because of a deferred constraint.
 
     On PostgreSQL a statement checks the deferred constraints. On SQLite this function searches for
     rows that break a foreign key, because SQLite itself checks them only at the end of a whole

@@ -153,7 +153,8 @@ def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
     try:
         yield
     finally:
-        # If a database failed to start, `leave_block` was never called. So set this here too.
+        # If a database failed to start, `leave_block` was never called. So mark the block as ended
+        # here.
         isolation.has_ended = True
         database._prepare = watch
         database._reads.is_shared = False

@@ -19,8 +19,8 @@ from .isolation import Isolation, NotIsolated, outlived
 # The `rolled_back` block in which the current task or thread was started, or None.
 _block: ContextVar[Isolation | None] = ContextVar("asgi_dbsession.testing", default=None)
 
-# `_latest` has the last `rolled_back` block of each database object. `_block_of` has the
-# `rolled_back` block in which each session was used first.
+# These two tell to which test a session belongs. `_latest` has the last `rolled_back` block of each
+# database object. `_block_of` has the block in which each session was used first.
 _latest: WeakKeyDictionary[Database[Any, Any], Isolation] = WeakKeyDictionary()
 _block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
 
@@ -37,7 +37,8 @@ def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
         # test.
         event.listen(session_class_of(database), "after_begin", _Check(database))
     else:
-        # Tasks and threads that an earlier test has started are not a part of this test.
+        # Tasks and threads of an earlier test may still be running. They do not belong to this
+        # test.
         isolation.threads.intersection_update(earlier.threads)
         isolation.tasks.update(earlier.tasks)
     _latest[database] = isolation

@@ -69,8 +69,8 @@ class AfterCommit:
     def record_commit(self, session: Session) -> None:
         """Called after a COMMIT of the session: the function waits for this session no longer."""
         if session in self._pending and session.get_transaction() not in self._transactions:
-            # The session is in a new transaction. The transaction that the function waits for was
-            # rolled back, and SQLAlchemy has not called `record_rollback`.
+            # The function waits for a transaction that was rolled back: the session is in a new
+            # transaction already. SQLAlchemy has not reported this rollback.
             self.rolled_back = True
         self._pending.discard(session)
         self.committed = self.committed or not (self._pending or self.rolled_back)

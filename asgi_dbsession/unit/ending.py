@@ -80,7 +80,7 @@ async def close(
             is True.
     """
     unit.closed = True
-    # Iterate over a copy, because another thread may open a session meanwhile.
+    # Iterate over a copy of the sessions, because another thread may open a session meanwhile.
     opened = tuple(unit.sessions.values())
     if unit.is_answered and not commit:
         log_unsaved(unit, opened, _reason_to_roll_back(error, unit.rollback))
@@ -89,8 +89,8 @@ async def close(
     if working and commit and sort_tasks:
         commit, failed = find_failed(unit, working)
     try:
-        # Make the two `End` objects here. Each stores the current task and the current exception,
-        # and the coroutine below may run in another task.
+        # Make the `End` objects here, in the calling task. An `End` object stores the current task
+        # and exception, and `_close_working` may run in another task.
         if working or unit.callbacks or unit.is_routed:
             end, rollback = _last_end(unit, commit, error), End(commit=False, reason="exception")
             ending = _close_working(unit, working, end, failed, rollback)

@@ -31,7 +31,7 @@ def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
 
 @asynccontextmanager
 async def joined(unit: UnitOfWork, database: SessionSource[S], read_only: bool) -> AsyncIterator[S]:
-    """Implements `async with database.begin(join=True)`: a savepoint in the outer transaction.
+    """Implements `async with database.begin(join=True)`, as a savepoint.
 
     Even if the task is cancelled, the savepoint is either released or rolled back.
     """
@@ -52,7 +52,7 @@ async def joined(unit: UnitOfWork, database: SessionSource[S], read_only: bool) 
 
 @contextmanager
 def joined_blocking(unit: UnitOfWork, database: SessionSource[S], read_only: bool) -> Iterator[S]:
-    """Implements `with database.begin(join=True)` of a `SyncDatabase`: a savepoint."""
+    """Implements `with database.begin(join=True)` of a `SyncDatabase`, as a savepoint."""
     session = unit.open(database)
     block = _Block(unit, database, read_only)
     block.begin()
@@ -79,11 +79,11 @@ class _Blocks:
         self._database = database
 
     def __call__(self) -> None:
-        """Raise an error if the calling code does not run inside the innermost block.
+        """Raise an error if the caller is not inside the innermost `begin(join=True)` block.
 
         Raises:
-            ConcurrentUse: The calling code runs outside of the innermost block.
-            SessionClosed: The calling task was started inside a block that has ended.
+            ConcurrentUse: The caller runs outside of the innermost `begin(join=True)` block.
+            SessionClosed: The caller was started inside a `begin(join=True)` block that has ended.
         """
         innermost = current_unit.get()
         units = innermost.chain() if innermost is not None else ()
@@ -97,7 +97,7 @@ class _Blocks:
         return unit.joined is self._unit and self._database in unit.databases
 
     def close(self, unit: UnitOfWork) -> bool:
-        """Mark a block as closed, and also the blocks inside it that tasks have left open.
+        """Mark a `begin(join=True)` block as closed, and also the open blocks inside of it.
 
         Returns:
             True if no block inside this block was still open.
@@ -138,12 +138,13 @@ class _Block:
         self._blocks = admit if isinstance(admit, _Blocks) else _Blocks(joined, database)
 
     def begin(self) -> None:
-        """Begin the savepoint of the block. SAVEPOINT is sent together with the first statement."""
+        """Begin the savepoint of the `begin(join=True)` block."""
         lock = self._opened.lock
         is_outermost = lock.acquire()
         try:
-            # `begin_nested` first flushes changes that were made before the block. So these changes
-            # are outside of the savepoint, and a rollback of the block keeps them.
+            # `begin_nested` first flushes changes that were made before the `begin(join=True)`
+            # block. So these changes are outside of its savepoint, and a rollback of the block
+            # keeps them.
             self._savepoint = self._opened.orm.begin_nested()
             self._forbids_writes = self._forbids_writes and not self._writes.forbidden
             if self._forbids_writes:
@@ -171,8 +172,8 @@ class _Block:
         except SessionClosed:
             if error is None:
                 raise
-            # The outer unit of work ended before the block. So the work of the block was already
-            # committed or rolled back together with the outer work.
+            # The outer unit of work ended before the `begin(join=True)` block. So the work of the
+            # block was committed or rolled back already, together with the outer work.
             return
         was_closed = self.unit.closed
         try:
@@ -194,7 +195,7 @@ class _Block:
 
     @property
     def _may_only_read(self) -> bool:
-        """True if the outer unit of work may only read, or any block that is still open."""
+        """True if the outer unit of work, or any open `begin(join=True)` block, may only read."""
         unit = self.unit.joined
         return any(each.read_only for each in (unit, *self._blocks.open) if each is not None)
 
@@ -203,8 +204,9 @@ class _Block:
             self._writes.check_commit()
             if self._is_open:
                 self._savepoint.commit()
-            # The application called `commit()` inside a read-only block, and the next transaction
-            # may only read too. End this transaction, because the outer unit of work may write.
+            # The application called `commit()` inside a read-only `begin(join=True)` block, and the
+            # next transaction may only read too. End this transaction, because the outer unit of
+            # work may write.
             elif self._forbids_writes:
                 self._opened.orm.flush()
                 self._opened.orm.rollback()
@@ -216,14 +218,15 @@ class _Block:
         try:
             if self._is_open:
                 self._savepoint.rollback()
-            # The application called `commit()` inside the block, which ended the savepoint. So roll
-            # back the transaction that has begun since then: all of its work belongs to the block.
+            # The application called `commit()` inside the `begin(join=True)` block, which ended its
+            # savepoint. So roll back the transaction since then: all of its work belongs to the
+            # block.
             else:
                 self._opened.orm.rollback()
         except Exception as failure:
-            # The rollback to the savepoint failed. After a deadlock, for example, MariaDB has no
-            # savepoint any more. So let the COMMIT of the outer unit of work fail too, because it
-            # would store only a part of the work.
+            # The rollback to the savepoint of the `begin(join=True)` block failed. After a
+            # deadlock, for example, MariaDB has no savepoint any more. So let the COMMIT of the
+            # outer unit of work fail too, because it would store only a part of the work.
             forbid_commit(self._opened.companion.open_connections, failure)
 
     @property

@@ -59,10 +59,10 @@ async def commit_in_two_phases(
 
 
 def _add_deciding(unit: UnitOfWork, sessions: Sessions) -> None:
-    """Add the session of transaction number 1 to `sessions`, even if it has no work.
+    """Add the deciding session to `sessions`, even if it has no work.
 
     Raises:
-        ConcurrentUse: This session has uncommitted work of another task.
+        ConcurrentUse: The deciding session has uncommitted work of another task.
     """
     deciding = two_phases_of(unit).deciding
     for each in tuple(unit.sessions.values()):
