@@ -194,7 +194,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _refuse_other_loop(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        # This thread has no event loop, so it cannot be the wrong one.
+        # This thread has no event loop, so the engine cannot be used in a wrong one.
         except RuntimeError:
             return
         if self._loop is loop:

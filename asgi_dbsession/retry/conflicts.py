@@ -19,7 +19,7 @@ from .causes import causes
 from .rule import Rule
 
 # After an error with an SQLSTATE that begins with 40, the database has rolled back the transaction,
-# so a retry is safe. The exception is 40003: nobody knows if the COMMIT has succeeded. Source:
+# so a retry is safe. Only 40003 is different: nobody knows if the COMMIT has succeeded. Source:
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _ROLLBACK, _UNKNOWN = "40", "40003"
 # PostgreSQL raises this error if a migration has changed the type of a column that a prepared

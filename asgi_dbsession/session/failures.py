@@ -185,8 +185,8 @@ def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
     try:
         _refuse_if_aborted(connection)
     except TransactionAborted:
-        # Send ROLLBACK here. SQLAlchemy believes that COMMIT itself failed, and so does not send
-        # ROLLBACK.
+        # If the error above is raised here, SQLAlchemy believes that COMMIT itself failed, and does
+        # not send ROLLBACK. So send ROLLBACK now.
         if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
             try:
                 connection.dialect.do_rollback(connection.connection)

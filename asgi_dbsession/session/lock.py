@@ -128,7 +128,7 @@ class SessionLock(ABC):
             SessionClosed: The unit of work of the session has ended.
         """
         caller = self._caller()
-        if self._holder == caller:  # No mutex: nobody else sets `_holder` to this caller.
+        if self._holder == caller:  # Safe without mutex: only this caller sets `_holder` to itself.
             return False
         while True:
             with self.mutex:

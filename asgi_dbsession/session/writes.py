@@ -98,14 +98,16 @@ class Writes:
     def record_commit(self, _session: Session) -> None:
         """Called after a COMMIT inside a read-only block: make the next transaction read-only.
 
-        The COMMIT has ended the savepoint of the block, so a read-only savepoint is not enough.
+        The COMMIT has ended the savepoint of the `begin(join=True, read_only=True)` block. So a
+        read-only savepoint is not enough any more.
         """
         self.in_block = False
 
     def record_rollback(self, transaction: SessionTransaction) -> None:
         """Called after a ROLLBACK inside a read-only block: make the next transaction read-only.
 
-        A rollback to a savepoint changes nothing here, because the transaction goes on.
+        A rollback to a savepoint changes nothing here, because the transaction around the
+        `begin(join=True, read_only=True)` block goes on.
         """
         if transaction.parent is None:
             self.in_block = False
@@ -126,7 +128,7 @@ class Writes:
         self.refused = None
 
     def refuse(self, name: str) -> ForbiddenWrite:
-        """Return the error for a refused write, and remember the first one for COMMIT."""
+        """Return the error for a refused write. COMMIT will raise the first such error again."""
         error = ForbiddenWrite(self._database, name)
         self.refused = self.refused or error
         return error

@@ -79,7 +79,7 @@ class SharedConnection:
     def executing(
         self, transaction: SavepointTransaction, statement: str, *, read_only: bool
     ) -> Iterator[bool]:
-        """Wait until all transactions inside `transaction` have ended; then the block may go on.
+        """Wait until all transactions inside `transaction` have ended. Then the `with` block runs.
 
         Yields:
             True if the `with` block must send the statement, False if it must skip the statement.

@@ -33,7 +33,7 @@ class AfterCommit:
     _transactions: set[SessionTransaction] = field(default_factory=set)
 
     def attach(self, opened: ManagedSession[Any]) -> None:
-        """Remember that the function waits for the session's open transaction and savepoints."""
+        """Let the `on_commit` function wait for the open transactions of the session."""
         session = opened.orm
         if session.in_transaction():
             self._pending.add(session)
@@ -53,7 +53,7 @@ class AfterCommit:
         self._transactions.clear()
 
     def waits_for_others(self, sessions: Iterable[ManagedSession[Any]]) -> bool:
-        """Return True if the function also waits for work of a session not in `sessions`."""
+        """Return True if the `on_commit` function also waits for a session not in `sessions`."""
         others = self._pending.difference(each.orm for each in sessions)
         return any(each.in_transaction() for each in others)
 
@@ -67,27 +67,27 @@ class AfterCommit:
         return self.committed or (success and not self.rolled_back and not self._pending)
 
     def record_commit(self, session: Session) -> None:
-        """Called after a COMMIT of the session: the function waits for this session no longer."""
+        """Called after a COMMIT of the session: the `on_commit` function waits for it no longer."""
         if session in self._pending and session.get_transaction() not in self._transactions:
-            # The function waits for a transaction that was rolled back: the session is in a new
-            # transaction already. SQLAlchemy has not reported this rollback.
+            # The `on_commit` function waits for a transaction that was rolled back: the session is
+            # in a new transaction already. SQLAlchemy has not reported this rollback.
             self.rolled_back = True
         self._pending.discard(session)
         self.committed = self.committed or not (self._pending or self.rolled_back)
 
     def record_rollback(self, transaction: SessionTransaction) -> None:
-        """Called after a rollback: the function is dropped if it waits for the rolled-back work."""
+        """Called after a rollback: drop the `on_commit` function if it waits for this work."""
         if transaction in self._transactions or transaction.parent is None:
             self.rolled_back = not self.committed
 
     async def call(self) -> None:
-        """Call the function on the event loop, or in a thread if a thread called `on_commit`."""
+        """Call the `on_commit` function on the event loop, or in a thread if a thread gave it."""
         result = await to_thread.run_sync(self.function) if self.in_thread else self.function()
         if isawaitable(result):
             await result
 
     def call_blocking(self) -> None:
-        """Call the function on the current thread, where a coroutine cannot be awaited."""
+        """Call the `on_commit` function on this thread, where a coroutine cannot be awaited."""
         result = self.function()
         if isawaitable(result):
             if isinstance(result, Coroutine):
@@ -97,7 +97,7 @@ class AfterCommit:
             raise refusal_to_await(self.function)
 
     def log(self, error: BaseException) -> None:
-        """Log an exception of the function; the request goes on, because COMMIT has succeeded."""
+        """Log an exception of the `on_commit` function; the COMMIT before it has succeeded."""
         name = name_of(self.function)
         _logger.error(
             "%s failed after COMMIT; the committed work stays stored.", name, exc_info=error

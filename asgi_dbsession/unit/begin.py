@@ -13,7 +13,7 @@ from .unit_of_work import SessionSource, UnitOfWork, current_unit
 def unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[UnitOfWork]:
     """Open a unit of work for one database; it is the current unit of work in the `with` block.
 
-    The code inside the block must commit or roll back the unit of work, and close it.
+    The code inside the `with` block must commit or roll back the unit of work, and close it.
     """
     around = current_unit.get()
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
@@ -36,8 +36,8 @@ def made_current(unit: UnitOfWork) -> Iterator[None]:
     try:
         yield
     finally:
-        # A unit of work that was opened inside the block may still be open, and is then still the
-        # current one. Do not replace it.
+        # A unit of work that was opened inside the `with` block may still be open, and is then
+        # still the current one. Do not replace it.
         if current_unit.get() is unit:
             current_unit.set(around if was_closed else _nearest_open(around))
 

@@ -128,8 +128,8 @@ async def _close_working(
 
 async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     given = tuple(unit.callbacks)
-    # The functions in `stored` waited for work that the application itself has committed already.
-    # So they are called even if the COMMIT of the other work fails.
+    # The `on_commit` functions in `stored` waited for work that the application itself has
+    # committed already. So they are called even if the COMMIT of the other work fails.
     stored = [each for each in given if each.committed]
     end.had_work = bool(working)
     token = current_end.set(end)
@@ -174,8 +174,8 @@ def _settle(
     """Remove `on_commit` functions that wait no longer, and return those to call now."""
     due: list[AfterCommit] = []
     for each in tuple(unit.callbacks):
-        # Keep a function if another task called `on_commit`, or if `on_commit` was called during
-        # this COMMIT. Such a function may wait for work that a later COMMIT stores.
+        # Keep an `on_commit` function if another task gave it, or if it was given during this
+        # COMMIT. It may wait for work that a later COMMIT stores.
         is_concerned = each in given and _is_of(each.given_by, end.task)
         ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):
@@ -211,8 +211,8 @@ async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
             await close(inner, commit=False, error=error)
             raise
         await close(inner, commit=not inner.rollback)
-    # A CancelledError can come only from the function itself, because nothing can cancel this task
-    # now.
+    # A CancelledError can come only from the `on_commit` function itself, because nothing can
+    # cancel this task now.
     except (Exception, CancelledError) as error:
         callback.log(error)
     finally:

@@ -73,7 +73,7 @@ def _add_deciding(unit: UnitOfWork, sessions: Sessions) -> None:
 
 
 def _refusal(unit: UnitOfWork, sessions: Sessions) -> ConcurrentUse | None:
-    """Return an error if a transaction is older than the last commit that ended in doubt."""
+    """Return an error if a transaction is older than the last commit with an unknown result."""
     for each in sessions:
         if two_phases_of(unit).has_renewed(names_of(each.companion.open_connections)):
             return ConcurrentUse(each.lock.database, mixed_with="failed")
