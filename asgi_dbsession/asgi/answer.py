@@ -40,7 +40,8 @@ async def answer_or_raise(
     if failure is None:
         raise AbortRequest
     answer: ASGIApp | None = None
-    # These two errors show a mistake in the application, which `on_commit_error` must not hide.
+    # ConfigurationError and ForbiddenWrite show a mistake in the application, which
+    # `on_commit_error` must not hide.
     is_mistake = isinstance(failure, ConfigurationError | ForbiddenWrite)
     if on_commit_error is not None and not is_mistake:
         try:

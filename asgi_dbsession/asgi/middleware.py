@@ -21,7 +21,7 @@ from .optional import with_optional_rooms, with_positions
 from .read_rule import ReadOnly, apply_read_rule
 from .websocket import SocketExchange
 
-# The ASGI scope has the unit of work under this key. An inner DBSessionMiddleware finds the unit of
+# This key of the ASGI scope has the unit of work. An inner DBSessionMiddleware finds the unit of
 # work of the outer DBSessionMiddleware there, and uses its sessions.
 _KEY = "asgi_dbsession"
 

@@ -17,8 +17,8 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from asgi_dbsession.session.completion import run_to_completion
 
 # The drivers whose connections keep a reference to the context. The other async drivers keep none.
-# aiosqlite must not be in this list: if the task of this module was cancelled, its file would stay
-# open.
+# aiosqlite must not be in this list: if the task that opens a connection was cancelled, aiosqlite
+# would leave its file open.
 _KEEPERS = ("aiomysql", "asyncmy", "asyncpg")
 
 

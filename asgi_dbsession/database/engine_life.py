@@ -146,8 +146,8 @@ class EngineLife(ABC, Generic[E]):
         if self._engine is None:
             return
         engine = self._sync_engine(self._engine)
-        # For an SQLite database in memory, keep the connections. They have no server, and a new
-        # connection would open an empty database.
+        # Keep the connections of an SQLite database in memory. Such a connection has no server, and
+        # a new connection would open an empty database.
         if not is_in_memory(engine.url):
             inherited_pools.append(engine.pool)
             engine.dispose(close=False)

@@ -1,4 +1,4 @@
-"""A replica that was chosen for a unit of work, and opens connections to this replica."""
+"""The replica that was chosen for a unit of work, and how to connect to this replica."""
 
 from time import monotonic
 from typing import Any
@@ -17,7 +17,7 @@ from .position import Seen
 from .question import Answer
 from .server import Server
 
-# `connection.info` has the time when the connection was opened under this key.
+# This key of `connection.info` has the time when the connection was opened.
 _OPENED = "asgi_dbsession.opened"
 
 

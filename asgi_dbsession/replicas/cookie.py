@@ -13,7 +13,7 @@ from .seen_here import used_here
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# The ASGI scope has what the client has seen under this key. An inner DBSessionMiddleware finds the
+# This key of the ASGI scope has what the client has seen. An inner DBSessionMiddleware finds the
 # object there and uses it too.
 _KEY = "asgi_dbsession.seen"
 _SAFE = ("GET", "HEAD")

@@ -31,7 +31,7 @@ SELECT system_identifier,
               (SELECT extract(epoch FROM stats_reset) FROM pg_stat_bgwriter))
 FROM pg_control_system()
 """
-# `connection.info` has the answer to `IDENTITY` under this key.
+# This key of `connection.info` has the answer to `IDENTITY`.
 KEY = "asgi_dbsession.identity"
 
 # The size of the header of a WAL page, and of the first page of a WAL segment, in bytes.

@@ -47,7 +47,7 @@ class TwoPhases:
         self._databases = databases
         self._begun: list[Session] = []
         self._unit = token_hex(16)
-        self._mutex = Lock()  # Several threads may begin transactions at the same time.
+        self._mutex = Lock()  # A lock, because several threads may begin transactions at once.
 
     @property
     def deciding(self) -> Session | None:
