@@ -419,7 +419,7 @@ def test_an_engine_of_ones_own_keeps_nothing_of_a_database_that_is_gone(real: Re
     before = listeners_on(engine)
     first, second = kind.from_engine(engine), kind.from_engine(engine)
     app: Any = respond
-    DBSessionMiddleware(app, first, on_report=print)
+    DBSessionMiddleware(app, first, on_report=print, attempts=2)
     watched = listeners_on(engine)
     assert watched != before
     gone = weakref.ref(first)
