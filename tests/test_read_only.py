@@ -217,6 +217,26 @@ async def test_a_connection_that_is_never_rolled_back_may_write(real: Real) -> N
     assert real.stored() == ["new"]
 
 
+def begin_by_hand(driver_connection: Any, *_: object) -> None:
+    """Begin a transaction when a connection leaves the pool."""
+    cursor = driver_connection.cursor()
+    cursor.execute("SELECT 1")
+    cursor.close()
+
+
+@pytest.mark.parametrize("real", ["asyncpg", "psycopg", "psycopg-sync"], indirect=True)
+async def test_a_transaction_that_a_pool_listener_began_may_only_read_too(real: Real) -> None:
+    """The driver has sent BEGIN without READ ONLY already."""
+    async with real.describe(pool_events=[(begin_by_hand, "checkout")]) as database:
+        running = Running(real, database)
+        exchange = await serve(running, lambda: on_session(running, WRITES["text"]))
+        assert "may only read" in "".join(getattr(exchange.error, "__notes__", ()))
+        assert (await serve(running, lambda: running.execute(select(ENTRY)))).status == 200
+        assert (await serve(running, lambda: running.write("new"), "POST")).status == 200
+        await real.assert_clean(database)
+    assert real.stored() == ["new"]
+
+
 async def test_begin_inside_of_a_request_that_may_only_read_may_write(running: Running) -> None:
     """`begin()` in the request is a new unit, for example for an audit row."""
 
