@@ -370,7 +370,7 @@ async def test_a_message_of_a_task_at_work_does_not_commit_what_another_task_is_
     assert running.stored() == []
 
 
-@pytest.mark.parametrize("work", ["a statement", "an object"])
+@pytest.mark.parametrize("work", ["a statement", "an object", "a joined block"])
 async def test_a_message_does_not_commit_what_another_task_is_at(
     running: Running, work: str
 ) -> None:
@@ -382,6 +382,10 @@ async def test_a_message_does_not_commit_what_another_task_is_at(
     async def write(send: Any) -> None:
         if work == "a statement":
             await running.write("one")
+        elif work == "a joined block":
+            database: Any = running.database
+            async with database.begin(join=True):
+                await running.write("one")
         else:
             running.database.get_session().add(Entry("one"))
         half_done.set()
