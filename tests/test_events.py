@@ -283,17 +283,6 @@ async def test_a_message_of_a_websocket_is_not_logged(
     assert warnings(caplog) == []
 
 
-async def test_the_number_of_lines_has_a_limit(
-    running: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An application may make its routes at run time."""
-    monkeypatch.setattr(events, "_LIMIT", 1)
-    app = application(running, add)
-    await get(app, "/one")
-    await get(app, "/other/two")
-    assert len(warnings(caplog)) == 1
-
-
 async def test_an_event_may_be_any_kind_of_bytes() -> None:
     """Starlette passes on what the application gives it."""
 

@@ -20,10 +20,8 @@ _WARNING = (
     "COMMIT can still fail. If the event says that work is stored, do the work in "
     "`database.begin()`, or call `commit()` before the event. This is logged once for each route."
 )
-# The routes for which the warning was logged already. `_LIMIT` keeps this set small, but is larger
-# than the number of event streams in a typical application.
+# The routes for which the warning was logged.
 _warned: set[str] = set()
-_LIMIT = 100
 
 
 def is_event_stream(start: Message) -> bool:
@@ -60,8 +58,9 @@ def warn_of_early_events(unit: UnitOfWork, send: Send) -> Send:
 
 def _warn(unit: UnitOfWork, writes: "_Writes") -> None:
     route = route_of(unit.scope) if unit.scope is not None else ""
-    is_new = route not in _warned and len(_warned) < _LIMIT
-    if is_new and any(writes.are_pending(each.orm) for each in tuple(unit.sessions.values())):
+    if route in _warned:
+        return
+    if any(writes.are_pending(each.orm) for each in tuple(unit.sessions.values())):
         _warned.add(route)
         _logger.warning(_WARNING, route)
 
