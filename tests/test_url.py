@@ -335,11 +335,12 @@ def test_what_is_no_url_is_refused_without_being_quoted(
 
 
 @BOTH
-def test_a_password_that_was_not_percent_encoded_does_not_leak_into_the_host(
-    database_class: type[AnyDatabase],
+@pytest.mark.parametrize("password", ["b@hush", "b@hush/1", "b@1/hush"])
+def test_a_password_that_was_not_percent_encoded_does_not_leak_into_the_host_or_name(
+    database_class: type[AnyDatabase], password: str
 ) -> None:
     """`app:hu@sh@db` is read as the host `sh@db`, which later messages would show."""
-    said = refused(database_class, "postgresql://app:b@hush@db/shop")
+    said = refused(database_class, f"postgresql://app:{password}@db/shop")
     assert "percent-encoded" in said
     assert "hush" not in said
 
