@@ -240,8 +240,7 @@ def _default_session(*, is_async: bool) -> Any:
     for unit in innermost.chain():
         for database in unit.databases:
             if database.is_async is is_async:
-                manages = not unit.joins_outer_unit or unit.manages(database)
-                return (unit if manages else unit_that_manages(database)).open(database)
+                return unit_that_manages(database).open(database)
     kind = "AsyncDatabase" if is_async else "SyncDatabase"
     other = "`get_sync_session()` in a `def`" if is_async else "`get_session()` in an `async def`"
     raise ConfigurationError(
