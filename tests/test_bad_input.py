@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from asgi import Life, get
-from conftest import AnyDatabase, becomes_true
+from conftest import AnyDatabase, becomes_true, real_database
 from hypothesis import example, given, strategies as st
 from sqlalchemy import URL
 from sqlalchemy.pool import StaticPool
@@ -370,6 +370,23 @@ async def test_a_connect_argument_that_the_driver_does_not_have_is_told_at_start
     assert "Check the options in its URL (after `?`) and in `connect_args`" in await told(
         database.startup
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("asyncpg", {"ssl": "nonsense"}),
+        ("asyncpg", {"server_settings": 5}),
+        ("asyncmy", {"charset": "nonsense"}),
+    ],
+)
+async def test_a_value_that_the_driver_does_not_take_is_told_at_startup(
+    kind: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """These drivers report a wrong value as if the server could not be reached."""
+    database = real_database(kind, tmp_path).describe(connect_args=arguments)
+    with pytest.raises(ConfigurationError, match="Check the options in its URL"):
+        await database.startup()
 
 
 @pytest.mark.parametrize(
