@@ -441,6 +441,18 @@ async def test_messages_of_a_socket_wait_for_them(running: Running) -> None:
     assert done == ["websocket.accept", "one", "websocket.send", "two", "websocket.send"]
 
 
+def test_the_result_of_a_call_is_refused() -> None:
+    """The error says how to write what was meant."""
+
+    async def send_mail() -> None:
+        """Return a coroutine, which is no function."""
+
+    given: Any = send_mail()
+    with pytest.raises(ConfigurationError, match=r"type coroutine.*`on_commit\(lambda: "):
+        on_commit(given)
+    given.close()
+
+
 async def test_begin_has_them_too(running: Running) -> None:
     """`begin()` of scripts and workers calls the functions too."""
     done: list[str] = []

@@ -1,7 +1,7 @@
 """The functions `set_rollback` and `on_commit`, by which code controls the current unit of work."""
 
 from contextlib import suppress
-from inspect import isawaitable, iscoroutinefunction
+from inspect import iscoroutinefunction
 
 from anyio import get_current_task
 
@@ -83,11 +83,6 @@ def on_commit(function: Function) -> None:
 
 
 def _check(function: object) -> None:
-    if isawaitable(function):
-        raise ConfigurationError(
-            "on_commit takes a function, and was given a coroutine: the function was called "
-            "already. Write `on_commit(lambda: send_mail(order))`."
-        )
     if not callable(function):
         raise ConfigurationError(
             f"on_commit takes a function, and was given something of type "
