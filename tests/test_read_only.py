@@ -158,6 +158,20 @@ async def test_a_write_is_refused_and_stores_nothing(running: Running, name: str
         assert running.stored() == before
 
 
+async def test_an_error_of_a_read_is_not_taken_for_a_refused_write(running: Running) -> None:
+    """The application may catch this error, and the request succeeds."""
+    wrong = "SELECT zeroblob(2000000000)" if running.real.is_sqlite else "SELECT nonsense"
+
+    async def work() -> None:
+        with pytest.raises(DBAPIError) as caught:
+            await running.execute(text(wrong))
+        assert not hasattr(caught.value, "__notes__")
+        await running.call("rollback")
+
+    exchange = await serve(running, work)
+    assert (exchange.status, exchange.error) == (200, None)
+
+
 @pytest.mark.parametrize("name", UNFLUSHED)
 async def test_what_was_never_flushed_fails_the_request_too(running: Running, name: str) -> None:
     """For example, a GET handler that clears the password of the shown object."""
