@@ -183,6 +183,27 @@ async def test_the_work_of_other_tasks_is_not_cut_in_two(
     assert real.stored() == []
 
 
+async def test_the_work_of_a_task_that_has_ended_is_stored_with_the_body(
+    real: Real, database: SyncDatabase
+) -> None:
+    """The sender has waited for the child, so its message also speaks for the child."""
+    stored: list[list[str]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        async with anyio.create_task_group() as children:
+            children.start_soon(store)
+        await send({"type": "http.response.body", "body": b"end"})
+
+    async def store() -> None:
+        get_sync_session().execute(ENTRY.insert().values(note="of the child"))
+
+    await serve(
+        DBSessionMiddleware(app, database), on_message=lambda _: stored.append(real.stored())
+    )
+    assert stored == [[], ["of the child"]]
+
+
 async def test_begin_is_a_unit_of_work_of_its_own(real: Real, database: SyncDatabase) -> None:
     """Functions run in a thread or a task; one that fails is rolled back, and stops no other."""
 
