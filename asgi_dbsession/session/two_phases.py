@@ -77,10 +77,6 @@ class TwoPhases:
         self._begun = []
         self._unit = token_hex(16)
 
-    def has_renewed(self, transactions: str) -> bool:
-        """Return True if `transactions` has a name from before the last call of `renew`."""
-        return transactions.count(_PREFIX) > transactions.count(_PREFIX + self._unit)
-
 
 def two_phases_of(unit: Any) -> TwoPhases:
     """Return the object that gives names to the two-phase transactions of a unit of work.

@@ -15,7 +15,7 @@ of work. Otherwise the operator commits all that are still prepared.
 
 from asgi_dbsession.errors import ConcurrentUse
 from asgi_dbsession.session.lock import End
-from asgi_dbsession.session.two_phases import log_doubt, names_of, two_phases_of
+from asgi_dbsession.session.two_phases import log_doubt, two_phases_of
 
 from .together import Sessions, commit_all, flush_all, roll_back_all
 from .unit_of_work import UnitOfWork
@@ -38,7 +38,7 @@ async def commit_in_two_phases(
         _add_deciding(unit, sessions)
     except ConcurrentUse as error:
         return await roll_back_all(sessions, end, error)
-    failure = await flush_all(sessions, end) or _refusal(unit, sessions)
+    failure = await flush_all(sessions, end)
     if failure is not None:
         return await roll_back_all(sessions, end, failure)
     connections = [one for each in sessions for one in each.companion.open_connections]
@@ -70,14 +70,6 @@ def _add_deciding(unit: UnitOfWork, sessions: Sessions) -> None:
             if each.has_work:
                 raise ConcurrentUse(each.lock.database, mixed_with="living")
             sessions.append(each)
-
-
-def _refusal(unit: UnitOfWork, sessions: Sessions) -> ConcurrentUse | None:
-    """Return an error if a transaction is older than the last commit with an unknown result."""
-    for each in sessions:
-        if two_phases_of(unit).has_renewed(names_of(each.companion.open_connections)):
-            return ConcurrentUse(each.lock.database, mixed_with="failed")
-    return None
 
 
 async def _prepare_all(sessions: Sessions) -> BaseException | None:
