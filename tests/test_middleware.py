@@ -175,20 +175,27 @@ async def test_an_application_that_swallows_a_failed_commit_cannot_answer_it(
     assert isinstance(exchange.error, running.real.refusal)
 
 
-async def test_no_handler_for_exceptions_sees_a_failed_commit(running: Running) -> None:
+@pytest.mark.parametrize("of", ["the response", "the body"])
+async def test_no_handler_for_exceptions_sees_a_failed_commit(running: Running, of: str) -> None:
     """`except Exception` around the handler, as in frameworks, does not catch it."""
     met = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
+        if of == "the body":
+            await send({"type": "http.response.start", "status": 201, "headers": []})
         await running.doom()
         try:
-            await respond(send, 201)
+            if of == "the body":
+                await send({"type": "http.response.body"})
+            else:
+                await respond(send, 201)
         except Exception as error:
             met.append(error)
             raise
 
     exchange = await get(serving(running, app))
     assert met == []
+    assert not exchange.complete
     assert isinstance(exchange.error, running.real.refusal)
 
 
