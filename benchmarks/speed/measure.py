@@ -41,10 +41,10 @@ async def _measure(size: Size, cluster: Cluster) -> dict[str, Any]:
             found["over uvicorn"][family] = await each_request.over_http(servers, size)
             if tools is FASTAPI:
                 found["held"] = await each_request.held(servers, size)
-                found["fast readers"] = await load.fast_readers(servers, size)
                 found["slow readers"] = await load.slow_readers(servers, size)
                 found["long run"] = await once.long_run(servers[OURS], size)
                 found["listeners"] = await load.event_streams(servers, size)
+    found["fast readers"] = await load.fast_readers(fastapi, size, url, _POOL)
     found["starts"] = await once.starts(fastapi, size, url)
     found["imports"] = await once.imports(fastapi, size)
     return found

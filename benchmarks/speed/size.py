@@ -31,7 +31,7 @@ class Size:
     few: bool = False
     clients: tuple[int, ...] = (1, 10, 100, 1000)
     load: float = 1.0
-    load_rounds: int = 3
+    load_rounds: int = 5
     coming: int = 2
     slow: int = 4
     patience: float = 5
