@@ -145,8 +145,7 @@ def record_refusal(context: ExceptionContext) -> None:
     connection, error = context.connection, context.original_exception
     writes: Writes | None = connection.info.get(_KEY) if connection is not None else None
     if writes is not None and writes.forbidden and is_refusal(error):
-        words = (context.statement or "").split(maxsplit=1)
-        refusal = writes.refuse(f"the statement {words[0] if words else ''}…")
+        refusal = writes.refuse(f"the statement {str(context.statement).split()[0]}…")
         refusal.__cause__ = context.sqlalchemy_exception or error
         refusal.__cause__.add_note(str(refusal))
 
