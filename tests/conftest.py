@@ -333,7 +333,12 @@ def postgresql(name: str) -> tuple[URL, Engine]:
 def maria_database() -> tuple[URL, Engine]:
     """Make one MariaDB database for the whole test run."""
     url, administrator_url = mariadb_server.new_database("tests")
-    reader = create_engine(administrator_url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    reader = create_engine(
+        administrator_url,
+        poolclass=NullPool,
+        isolation_level="AUTOCOMMIT",
+        connect_args=mariadb_server.NO_TLS,
+    )
     METADATA.create_all(reader, tables=[ENTRY])
     return url, reader
 
@@ -350,7 +355,8 @@ def real_database(kind: str, folder: Path, name: str = "tests") -> Real:
         url, reader = maria_database()
         with reader.begin() as connection:
             connection.execute(delete(ENTRY))
-        return Real(kind, url.set(drivername=f"mysql+{driver}"), reader)
+        options = {"connect_args": mariadb_server.NO_TLS} if driver == "pymysql" else {}
+        return Real(kind, url.set(drivername=f"mysql+{driver}"), reader, options)
     url, reader = postgresql(name)
     with reader.begin() as connection:
         connection.execute(delete(CHILD))

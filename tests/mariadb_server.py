@@ -15,6 +15,8 @@ from machine import program
 from sqlalchemy import URL, create_engine, text
 from sqlalchemy.pool import NullPool
 
+# The server has no TLS. Without this argument, PyMySQL loads all certificates of the machine first.
+NO_TLS = {"ssl_disabled": True}
 USER = "app"  # an ordinary user, because a read-only server does not refuse root
 
 # Switch durability off: it costs time, and the data is deleted anyway.
@@ -71,7 +73,9 @@ def administrator_url() -> URL:
 def new_database(name: str) -> tuple[URL, URL]:
     """Create an empty database, and return its URLs for an ordinary user and for root."""
     root = administrator_url()
-    engine = create_engine(root, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    engine = create_engine(
+        root, isolation_level="AUTOCOMMIT", poolclass=NullPool, connect_args=NO_TLS
+    )
     with engine.connect() as connection:
         connection.execute(text(f"DROP DATABASE IF EXISTS `{name}`"))
         connection.execute(text(f"CREATE DATABASE `{name}`"))
