@@ -82,10 +82,9 @@ class Exchange:
     @property
     def complete(self) -> bool:
         """True if the response has ended."""
-        return any(
-            message["type"] == "http.response.body" and not message.get("more_body", False)
-            for message in self.messages
-        )
+        # Nothing may follow the end, so only the last message can be the end.
+        last = self.messages[-1] if self.messages else {"type": None}
+        return last["type"] == "http.response.body" and not last.get("more_body", False)
 
     async def _receive(self) -> Message:
         if not self._asked:

@@ -28,6 +28,8 @@ def server() -> PostgresServer:
     made.ensure_pgdata_inited()
     with (made.pgdata / "postgresql.conf").open("a") as settings:
         settings.write("max_prepared_transactions = 20\n")  # needed for two-phase commit
+        # The tests kill the server, but not the machine, so they need no waiting for the disk.
+        settings.write("fsync = off\nfull_page_writes = off\n")
     access = made.pgdata / "pg_hba.conf"
     rules = access.read_text()
     access.write_text(f"local all {USER_WITH_PASSWORD} scram-sha-256\n{rules}")
