@@ -324,7 +324,9 @@ class Running:
 def postgresql(name: str) -> tuple[URL, Engine]:
     """Make one database with its tables for the whole test run."""
     url = postgres.new_database(name)
-    reader = create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    reader = create_engine(
+        url.set(drivername="postgresql+psycopg"), pool_size=1, pool_pre_ping=True
+    )
     METADATA.create_all(reader)
     return url, reader
 
@@ -418,7 +420,8 @@ def real(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Real]:
     if not database.is_sqlite:
         database.await_unused()
     yield database
-    database.reader.dispose()
+    if database.is_sqlite:
+        database.reader.dispose()
 
 
 @pytest.fixture
