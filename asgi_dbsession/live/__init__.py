@@ -1,4 +1,4 @@
-"""A web page that shows which code holds which connection now (optional)."""
+"""A web page that shows which code is holding which database connection now (optional)."""
 
 from .page import LivePage
 

@@ -1,4 +1,4 @@
-"""Decides which clients may see the live page."""
+"""Decides who may see the live page."""
 
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -6,10 +6,11 @@ from typing import Any, TypeAlias
 
 from asgi_dbsession.types import Scope
 
-# A function that returns True if the client of a request may see the page.
+# A function that takes the ASGI scope of a request, and returns True if its client may see the live
+# page.
 Allow: TypeAlias = Callable[[Scope], bool]
 
-# The headers that a proxy adds. A request with one of these headers came through a proxy, or
+# Proxies add these headers. A request with such a header came through a proxy, or its client
 # pretends that it did.
 _OF_PROXIES = ("forwarded", "via", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip")
 _OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -18,9 +19,10 @@ _OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
 def is_local(scope: Scope) -> bool:
     """Return True if a request comes from the same machine, and not through a proxy.
 
-    The client address and the requested host must be this machine. The check of the host refuses
-    requests of a foreign web page whose host name resolves to 127.0.0.1. A request with a header of
-    a proxy is refused, because the server may take the client address from such a header.
+    Both the address of the client and the requested host must be this machine. The check of the
+    host protects against a foreign web page: its host name may resolve to 127.0.0.1, and its
+    requests would come from this machine. A request with a header of a proxy is refused, because
+    the server may have read the address of the client from this header.
     """
     headers = [(_text(key).lower(), _text(value)) for key, value in scope.get("headers", ())]
     if any(key in _OF_PROXIES or key.startswith("x-forwarded") for key, _ in headers):
@@ -32,7 +34,8 @@ def is_local(scope: Scope) -> bool:
 def _is_loopback(client: Any) -> bool:
     try:
         address = ip_address(client[0])
-    # Without a client address, for example on a Unix socket, the client does not count as local.
+    # There is no address, for example because the server listens on a Unix socket. Then nobody
+    # knows if the client is on this machine.
     except (TypeError, ValueError, LookupError):
         return False
     mapped = getattr(address, "ipv4_mapped", None)

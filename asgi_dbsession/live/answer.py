@@ -1,9 +1,9 @@
-"""Sends the responses of the live page, with headers that forbid caching and framing."""
+"""Sends the responses of the live page, with headers that forbid caches and frames."""
 
 from asgi_dbsession.types import Send
 
 _NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-# A content security policy that allows only the style, the script and the event stream of the page.
+# This Content-Security-Policy allows the page only its own style, script and event stream.
 CSS_AND_SCRIPT = (
     _NOTHING + "; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'"
 )
@@ -30,13 +30,13 @@ async def answer(
     """Send a complete HTTP response.
 
     Args:
-        send: The ASGI function `send` of the request.
+        send: The `send` function of the request.
         status: The HTTP status.
-        text: The body.
-        media_type: The media type without a charset; the charset is UTF-8.
-        has_body: False for a HEAD request.
-        policy: The Content-Security-Policy.
-        **headers: More headers.
+        text: The body of the response.
+        media_type: The media type, without a charset. The charset is always UTF-8.
+        has_body: False for the response to a HEAD request.
+        policy: The value of the header Content-Security-Policy.
+        **headers: Further headers.
     """
     body = text.encode()
     own = {
@@ -50,7 +50,7 @@ async def answer(
 
 
 async def begin_events(send: Send) -> None:
-    """Start an event stream, with a header that stops proxies from buffering the stream."""
+    """Start an event stream, with a header that forbids proxies to buffer it."""
     own = {
         "content-type": "text/event-stream",
         "content-security-policy": _NOTHING,

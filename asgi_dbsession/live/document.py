@@ -1,4 +1,4 @@
-"""Builds the HTML of the live page, with its style and script inside."""
+"""Makes the HTML of the live page, with its style and its script in it."""
 
 from functools import cache
 from html import escape
@@ -44,13 +44,13 @@ class="rollback">ROLLBACK</span></p>
 
 
 def render(nonce: str, summary: str, parts: dict[str, str]) -> str:
-    """Return the HTML of the page.
+    """Return the HTML of the live page.
 
     Args:
-        nonce: A random text for this response; it allows the style and the script of the page to
-            run.
-        summary: One sentence for each database, as plain text.
-        parts: The HTML of each part of the page, by the name of the part.
+        nonce: A random text for this response. Browsers use a style or script only if it has this
+            text.
+        summary: A sentence about each database, as plain text.
+        parts: The HTML of the parts of the page. The keys are the names of the parts.
     """
     own = {"style": _asset("page.css"), "script": _asset("page.js")}
     return _PAGE.format(nonce=nonce, summary=escape(summary), **own, **parts)

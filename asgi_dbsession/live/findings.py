@@ -6,14 +6,14 @@ from typing import TypedDict
 from .now import Connection, DatabaseNow
 from .recent import Recent
 
-# A connection that is idle, or executes one statement, for more seconds than this number is shown
-# as a problem.
+# If a connection is idle, or is busy with one statement, for longer than this time (in seconds),
+# the page reports it as a problem.
 _LONG = 0.5
 _MOST_OF_A_KIND = 2
 
 
 class Finding(TypedDict):
-    """A line of the application, and the problem that the line causes."""
+    """A line of the application, and the problem that it causes."""
 
     kind: str
     line: str
@@ -22,7 +22,7 @@ class Finding(TypedDict):
 
 
 def find(databases: list[DatabaseNow], recent: Recent) -> list[Finding]:
-    """Return the lines to look at first: present problems, then problems of ended units."""
+    """Return the lines to look at first: problems that exist now, then problems of ended work."""
     found = [*_now(databases, "idle"), *_now(databases, "working")]
     lines = {each["line"] for each in found}
     idle = [

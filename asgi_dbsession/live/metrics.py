@@ -1,4 +1,4 @@
-"""Writes metrics in Prometheus' text format, with OpenTelemetry's names for databases."""
+"""Writes metrics in the text format of Prometheus, with the names of OpenTelemetry."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ _STATE = "db_client_connection_state"
 
 
 def render_metrics(databases: list[DatabaseNow], totals: list[Totals]) -> str | None:
-    """Return the metrics as text; None if `prometheus-client` is not installed.
+    """Return the metrics as text, or None if the package `prometheus-client` is not installed.
 
     Source: https://opentelemetry.io/docs/specs/semconv/database/database-metrics/
     """
@@ -23,7 +23,7 @@ def render_metrics(databases: list[DatabaseNow], totals: list[Totals]) -> str | 
 
 
 class _Collector:
-    """An object with metrics, which `generate_latest` reads in place of a registry."""
+    """Gives its metrics to `generate_latest`, which usually gets them from a registry."""
 
     def __init__(self, databases: list[DatabaseNow], totals: list[Totals]) -> None:
         self._databases = databases

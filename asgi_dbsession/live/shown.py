@@ -1,4 +1,4 @@
-"""Converts lines, statements and databases into text without secret values."""
+"""Makes texts from lines of code, statements and databases, and leaves out secret values."""
 
 import re
 from functools import lru_cache
@@ -8,24 +8,24 @@ from typing import Any
 from asgi_dbsession.reports.call_site import CallSite
 
 _LONGEST = 400
-# The characters that begin a string or a comment: quotes of PostgreSQL, `--`, `/*`, and `#` in
-# MySQL.
+# These characters begin a string or a comment: `'` and `$$` (strings), `--` and `/*` (comments).
+# `#` begins a comment in MySQL.
 _MARK = re.compile(r"'|--|/\*|\$(?:[A-Za-z_]\w*)?\$")
 _MARK_OR_HASH = re.compile(_MARK.pattern + "|#")
-# Hide numbers in a statement, which may be secret values, except numbers of parameters (`$1`,
-# `:id_1`) and numbers in names.
+# A number in a statement may be a secret value, so it is hidden. Numbers of parameters (`$1`,
+# `:id_1`) and numbers in names are shown.
 _NUMBER = re.compile(r"(?<![\w$:.%])\d[\w.]*")
-# Matches text in double quotes. In SQLite and MySQL, this text may be a string, which may be
-# secret. In all other dialects, this text is a name.
+# A text in double quotes. In SQLite and MySQL it may be a string, and so a secret. In all other
+# databases it is a name.
 _DOUBLE_QUOTED = re.compile(r'"[^"]*"|".*\Z', re.DOTALL)
 _TEXT_IN_DOUBLE_QUOTES = ("sqlite", "mysql", "mariadb")
 
 
 def line(call_site: CallSite) -> str:
-    """Return the line of code `call_site` as the text `file:line`; an empty text for None.
+    """Return a line of code as the text `file:line`, or an empty text for None.
 
-    The file is relative to the working directory. Of a file outside of the working directory, only
-    the last three parts of the path are shown.
+    The file is relative to the working directory. If it is somewhere else, only the last three
+    parts of its path are shown.
     """
     if call_site is None:
         return ""
@@ -43,15 +43,14 @@ def _short(file: str) -> str:
 
 @lru_cache(1024)
 def without_values(statement: str, dialect: str) -> str:
-    """Replace each string and number in a statement, and remove comments.
+    """Replace the strings and numbers in a statement, and remove its comments.
 
-    SQLAlchemy sends the values of parameters separately. This function replaces values that the
-    application wrote into the statement itself.
+    Values of parameters are never in the text of a statement. But the application may have written
+    a value into the text itself, and it may be a secret.
 
     Args:
-        statement: The compiled statement.
-        dialect: The name of the SQLAlchemy dialect, because the meaning of quotes depends on the
-            dialect.
+        statement: The SQL text.
+        dialect: The name of the SQLAlchemy dialect. It decides what double quotes mean.
     """
     is_mysql = dialect in _TEXT_IN_DOUBLE_QUOTES[1:]
     marks = list((_MARK_OR_HASH if is_mysql else _MARK).finditer(statement))
@@ -63,11 +62,11 @@ def without_values(statement: str, dialect: str) -> str:
 
 
 def _cut(statement: str, marks: list[re.Match[str]], *, may_quote_twice: bool) -> str:
-    """Replace everything from the first quote to the last quote.
+    """Replace the text from the first quote to the last quote, or cut the statement there.
 
-    The end of a string depends on the dialect and its settings, so nothing between the first and
-    the last quote is shown. If the statement has comments or other kinds of quotes, everything from
-    the first quote or comment on is removed.
+    The end of a string depends on the database and its settings, so nothing between the first and
+    the last quote is shown. If the statement has comments or other kinds of quotes, nothing after
+    the first of them is shown.
     """
     if not marks:
         return statement
@@ -79,8 +78,8 @@ def _cut(statement: str, marks: list[re.Match[str]], *, may_quote_twice: bool) -
 
 
 def _name_or_nothing(found: re.Match[str]) -> str:
-    # Show the names in `_QUOTED_NAMES`. SQLAlchemy writes these names in double quotes because they
-    # are words of SQL, so they are not values.
+    # SQLAlchemy writes the names in `_QUOTED_NAMES` in double quotes, because they are words of
+    # SQL. They are not values, so show them.
     return found.group() if found.group()[1:-1] in _QUOTED_NAMES else '"…"'
 
 
@@ -90,7 +89,7 @@ _QUOTED_NAMES = frozenset(
 
 
 def name(database: Any) -> str:
-    """Return the kind, host and name of a database, without user, password and options."""
+    """Return the kind, host and name of a database, without its user, password and options."""
     url = database.url
     port = f":{url.port}" if url.port else ""
     place = f"{url.host}{port}/" if url.host else ""

@@ -1,4 +1,4 @@
-"""Writes the data of the live page as HTML."""
+"""Makes HTML from the data of the live page."""
 
 from collections import Counter
 from html import escape
@@ -14,7 +14,7 @@ _STATES = {"free": "free", "working": "at work", "idle": "idle", "other": "in us
 
 
 def summary(databases: list[DatabaseNow]) -> str:
-    """Return one sentence for each database, as plain text."""
+    """Return a sentence about each database, as plain text."""
     sentences = []
     for each in databases:
         most = "" if each["most"] is None else f" of at most {each['most']}"
@@ -25,7 +25,7 @@ def summary(databases: list[DatabaseNow]) -> str:
 
 
 def findings(found: list[Finding]) -> str:
-    """Return an HTML list of the lines of code to look at first."""
+    """Return the lines of code to look at first, as an HTML list."""
     if not found:
         return "<p class=calm>Nothing stands out.</p>"
     items = "".join(
@@ -37,7 +37,7 @@ def findings(found: list[Finding]) -> str:
 
 
 def now(databases: list[DatabaseNow]) -> str:
-    """Return an HTML table of the connections of each database."""
+    """Return the connections of each database, as HTML tables."""
     return "".join(_database(each) for each in databases)
 
 
@@ -88,7 +88,7 @@ def _waiting(database: DatabaseNow) -> str:
 
 
 def recent(found: Recent) -> str:
-    """Return the HTML tables about the ended units of work."""
+    """Return what is known about the ended units of work, as HTML tables."""
     return f"{_routes(found)}{_repeated(found)}{_idle(found)}"
 
 
@@ -154,7 +154,7 @@ def _table(caption: str, heads: str, rows: list[str], empty: str) -> str:
 
 
 def _line(text: str) -> str:
-    """Return a line of code as HTML that may be wrapped at each slash of the file name."""
+    """Return a line of code as HTML. A browser may wrap it after each slash of the file name."""
     return escape(text).replace("/", "/<wbr>")
 
 

@@ -1,1 +1,1 @@
-"""Reports of the statements, connections and time that a unit of work used (optional)."""
+"""Measures what each unit of work costs: statements, connections and time (optional)."""

@@ -1,4 +1,4 @@
-"""Warns if a request holds a connection for a long time without using the connection."""
+"""Logs a warning if a request holds a connection for a long time without using it."""
 
 import logging
 from collections.abc import Callable
@@ -9,15 +9,16 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 def warn_when_idle(seconds: float = 1) -> Callable[[UnitReport], None]:
-    """Return a function for `on_report` that warns if a request held a connection without use.
+    """Return a function for `on_report`. It warns if a request held a connection without using it.
 
-    Write `DBSessionMiddleware(on_report=warn_when_idle())`, or call the returned function in your
-    own `on_report` function. The logger `asgi_dbsession` logs the warning, with the lines of code
-    before and after the idle time. For example, the code may call another server inside a
-    transaction. Meanwhile, no other request can use the connection or lock the same rows.
+    Write `DBSessionMiddleware(on_report=warn_when_idle())`, or call the returned function in an
+    `on_report` function of your own. The logger `asgi_dbsession` logs each warning. It names the
+    line of code before the idle time, and the line after it. Often the code between them calls
+    another server while its transaction is open. During this time, no other request can use the
+    connection, or change rows that the transaction has locked.
 
     Args:
-        seconds: The shortest idle time that causes a warning, in seconds.
+        seconds: Warn if a connection was idle for this number of seconds or longer.
     """
 
     def warn(report: UnitReport) -> None:
@@ -40,7 +41,7 @@ def _describe(report: UnitReport) -> str:
         return "A task that outlived its request"
     kind, path = report.scope["type"], report.scope.get("path", "")
     text = f"{report.scope.get('method', kind)} {path}"
-    # Escape the path, because the client chose it and may have put line breaks into it.
+    # The path comes from the client and may have line breaks in it. Escape them for the log.
     return text.encode("unicode_escape").decode()
 
 

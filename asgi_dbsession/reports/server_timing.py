@@ -1,4 +1,4 @@
-"""Adds the time that the databases needed to the `Server-Timing` header of each response."""
+"""Adds a `Server-Timing` header to responses, which says how long the databases worked."""
 
 from contextvars import ContextVar
 
@@ -8,8 +8,8 @@ from asgi_dbsession.unit.report import UnitReport
 
 class _Header:
     def __init__(self) -> None:
-        # The reports for the header; None after the header was sent, because later reports of a
-        # long stream would only fill the memory.
+        # The reports for the header. None after the header was sent. Reports that follow in a long
+        # stream are not needed, and would only use memory.
         self.noted: list[UnitReport] | None = []
 
 
@@ -17,17 +17,17 @@ _current: ContextVar[_Header | None] = ContextVar("asgi_dbsession.server_timing"
 
 
 class ServerTimingMiddleware:
-    """Add a `Server-Timing` header to each response; browsers show the header in the network view.
+    """Adds a `Server-Timing` header to each response, which browsers show in their network view.
 
     Wrap this middleware around `DBSessionMiddleware(..., on_report=ServerTimingMiddleware.note)`.
-    The header is sent with the status, so it includes only units of work that ended before the
-    status: the unit of the response, and earlier `begin()` blocks and `on_commit` functions. `db`
-    is the time that the databases worked; `db_wait` is the time spent waiting for connections. A
-    response without a session gets no header.
-    Source: https://www.w3.org/TR/server-timing/
+    The header is sent with the status. So it covers only work that ended before the status was
+    sent: the work of the request until then, `begin()` blocks and `on_commit` functions. In the
+    header, `db` is the time that the databases worked, and `db_wait` is the time that the request
+    waited for connections. If the request used no session, there is no header. Source:
+    https://www.w3.org/TR/server-timing/
 
     Args:
-        app: The ASGI application.
+        app: The ASGI application to wrap.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -35,14 +35,14 @@ class ServerTimingMiddleware:
 
     @staticmethod
     def note(report: UnitReport) -> None:
-        """Add a report to the header of the current request; ignore reports after the header."""
+        """Add a report to the header of the current request, unless the header was sent already."""
         header = _current.get()
         noted = header.noted if header is not None else None
         if noted is not None:
             noted.append(report)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI scope, and add the header if the scope is an HTTP request."""
+        """Serve one ASGI scope, and add the header if it is an HTTP request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
