@@ -6,6 +6,7 @@ from sqlalchemy import URL
 from typing_extensions import Never
 
 from asgi_dbsession.errors import ABORTED, AbortRequest
+from asgi_dbsession.session.two_phases import TwoPhases
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
 from asgi_dbsession.unit.ending import close
 from asgi_dbsession.unit.report import UnitReport
@@ -160,7 +161,9 @@ class DBSessionMiddleware:
         """Open a unit of work, call the application, and close the unit of work."""
         outer: UnitOfWork | None = scope.get(_KEY)
         unit = scope[_KEY] = UnitOfWork(self.databases, scope, outer, self._observers)
-        unit.joins_outer_unit, unit.two_phase = outer is not None, self.two_phase
+        unit.joins_outer_unit = outer is not None
+        if self.two_phase:
+            unit.two_phases = TwoPhases(len(self.databases))
         exchange: Exchange | SocketExchange
         if scope["type"] == "http":
             exchange = Exchange(unit, receive, send, self._commit_rule)

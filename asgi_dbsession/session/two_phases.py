@@ -78,15 +78,6 @@ class TwoPhases:
         self._unit = token_hex(16)
 
 
-def two_phases_of(unit: Any) -> TwoPhases:
-    """Return the object that gives names to the two-phase transactions of a unit of work.
-
-    If several threads call this function at the same time, all get the same object.
-    """
-    names: TwoPhases = vars(unit).setdefault("_two_phases", TwoPhases(len(unit.databases)))
-    return names
-
-
 def refuse_one_phase(database: object, url: URL) -> None:
     """Raise an error if a database does not support two-phase commit.
 

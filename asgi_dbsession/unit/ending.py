@@ -8,6 +8,7 @@ from asgi_dbsession.session.completion import complete_here, run_to_completion
 from asgi_dbsession.session.lock import End, Reason, current_end
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.tasks import has_ended
+from asgi_dbsession.session.two_phases import TwoPhases
 
 from .after_commit import AfterCommit
 from .shares import Living, find_failed, sort_work, with_work
@@ -134,8 +135,9 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     end.had_work = bool(working)
     token = current_end.set(end)
     try:
-        if unit.two_phase and not unit.read_only and end.commit and working:
-            end.failure = await commit_in_two_phases(unit, in_order(unit, working), end)
+        if unit.two_phases is not None and not unit.read_only and end.commit and working:
+            sessions = in_order(unit, working)
+            end.failure = await commit_in_two_phases(unit.two_phases, unit, sessions, end)
         elif len(working) == 1:
             only = working[0]
             if only.ends_at_once:
@@ -198,8 +200,9 @@ async def _call_due(
 async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
     """Call an `on_commit` function in a new unit of work. If the function fails, log the error."""
     inner = unit.within(callback.databases)
-    inner.read_only = callback.read_only
-    inner.is_blocking, inner.two_phase = unit.is_blocking, unit.two_phase
+    inner.read_only, inner.is_blocking = callback.read_only, unit.is_blocking
+    if unit.two_phases is not None:
+        inner.two_phases = TwoPhases(len(inner.databases))
     token = current_unit.set(inner)
     try:
         try:

@@ -13,20 +13,23 @@ So if the deciding session is still prepared, the operator rolls back all transa
 of work. Otherwise the operator commits all that are still prepared.
 """
 
+from sqlalchemy.orm import Session
+
 from asgi_dbsession.errors import ConcurrentUse
 from asgi_dbsession.session.lock import End
-from asgi_dbsession.session.two_phases import log_doubt, two_phases_of
+from asgi_dbsession.session.two_phases import TwoPhases, log_doubt
 
 from .together import Sessions, commit_all, flush_all, roll_back_all
 from .unit_of_work import UnitOfWork
 
 
 async def commit_in_two_phases(
-    unit: UnitOfWork, sessions: Sessions, end: End
+    two_phases: TwoPhases, unit: UnitOfWork, sessions: Sessions, end: End
 ) -> BaseException | None:
     """Flush all sessions, send PREPARE for all of them, and then send COMMIT for all of them.
 
     Args:
+        two_phases: The object that names the transactions of the sessions.
         unit: The unit of work that opened the sessions.
         sessions: The sessions that have work, in the order in which their databases were declared.
         end: The `End` object of this commit, which the locks of the sessions need.
@@ -35,7 +38,7 @@ async def commit_in_two_phases(
         The first error, or None if all COMMITs succeeded.
     """
     try:
-        _add_deciding(unit, sessions)
+        _add_deciding(two_phases.deciding, unit, sessions)
     except ConcurrentUse as error:
         return await roll_back_all(sessions, end, error)
     failure = await flush_all(sessions, end)
@@ -46,25 +49,26 @@ async def commit_in_two_phases(
         # For a single connection, a normal COMMIT is enough. Two phases would be slower, and could
         # leave the transaction prepared.
         return await commit_all(sessions, end)
-    deciding = two_phases_of(unit).deciding
+    deciding = two_phases.deciding
     sessions.sort(key=lambda each: each.orm is not deciding)
     failure = await _prepare_all(sessions)
     if failure is not None:
         failure = await _roll_back_prepared(sessions, end, failure)
     else:
         failure = await _commit_prepared(sessions, end)
-    if any(each.in_doubt for each in sessions):
-        two_phases_of(unit).renew()
+    for each in sessions:
+        if each.in_doubt and failure is not None:
+            log_doubt(each.in_doubt, failure)
+            two_phases.renew()
     return failure
 
 
-def _add_deciding(unit: UnitOfWork, sessions: Sessions) -> None:
+def _add_deciding(deciding: Session | None, unit: UnitOfWork, sessions: Sessions) -> None:
     """Add the deciding session to `sessions`, even if it has no work.
 
     Raises:
         ConcurrentUse: The deciding session has uncommitted work of another task.
     """
-    deciding = two_phases_of(unit).deciding
     for each in tuple(unit.sessions.values()):
         if each.orm is deciding and each not in sessions and len(sessions) > 1:
             if each.has_work:
@@ -86,14 +90,10 @@ async def _roll_back_prepared(
 ) -> BaseException:
     deciding, *others = sessions
     await roll_back_all(others, end, failure)
-    left = [each.in_doubt for each in others if each.in_doubt]
-    if left:
+    if any(each.in_doubt for each in others):
         await deciding.run(deciding.leave_in_doubt, end)
     else:
         await roll_back_all([deciding], end, failure)
-    for transactions in (deciding.in_doubt, *left):
-        if transactions:
-            log_doubt(transactions, failure)
     return failure
 
 
@@ -112,7 +112,4 @@ async def _commit_prepared(sessions: Sessions, end: End) -> BaseException | None
             await each.run(each.end, end, True)
         except BaseException as error:
             failure = failure or error
-    for each in sessions:
-        if each.in_doubt and failure is not None:
-            log_doubt(each.in_doubt, failure)
     return failure

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from asgi_dbsession.errors import ConfigurationError, NoSession, SessionClosed
 from asgi_dbsession.session.completion import call_here
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.session.two_phases import two_phases_of
+from asgi_dbsession.session.two_phases import TwoPhases
 from asgi_dbsession.types import Scope
 
 from .after_commit import AfterCommit
@@ -55,7 +55,8 @@ class UnitOfWork:
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
         failure: The first error of a commit or rollback. After this error, no message may be sent.
         callbacks: The functions given to `on_commit`, to be called after COMMIT.
-        two_phase: True if the sessions use two-phase commit.
+        two_phases: The object that names the two-phase transactions of the sessions. None if the
+            sessions do not use two-phase commit. Set it before the first session is opened.
         read_only: True if the sessions may only read. Set it before the first session is opened.
         is_routed: True if one of the sessions may use a replica.
         is_blocking: True if commit and rollback run on the calling thread, without an event loop.
@@ -69,7 +70,7 @@ class UnitOfWork:
     rollback_set_by: object = None
     failure: Exception | None = None
     closed: bool = False
-    two_phase: bool = False
+    two_phases: TwoPhases | None = None
     read_only: bool = False
     is_routed: bool = False
     is_blocking: bool = False
@@ -148,8 +149,8 @@ class UnitOfWork:
         # Another thread has opened a session of this database at the same time. Use that session.
         if opened is not made:
             return opened
-        if self.two_phase and not self.read_only:
-            made.orm.twophase, made.companion.two_phases = True, two_phases_of(self)
+        if self.two_phases is not None and not self.read_only:
+            made.orm.twophase, made.companion.two_phases = True, self.two_phases
         if self.is_blocking:
             made.run = call_here
         self.is_routed = self.is_routed or made.companion.route is not None
