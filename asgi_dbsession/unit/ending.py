@@ -155,7 +155,8 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     if isinstance(end.failure, Exception):
         unit.failure = unit.failure or end.failure
     if unit.callbacks:
-        await _call_due(unit, _settle(unit, end, given, working), end, stored)
+        for callback in _settle(unit, end, given, stored, working):
+            await _call(unit, callback)
     _tell(unit, end)
     if end.failure is not None:
         raise end.failure
@@ -171,7 +172,11 @@ def _last_end(unit: UnitOfWork, commit: bool, error: BaseException | None) -> En
 
 
 def _settle(
-    unit: UnitOfWork, end: End, given: tuple[AfterCommit, ...], working: Sessions
+    unit: UnitOfWork,
+    end: End,
+    given: tuple[AfterCommit, ...],
+    stored: list[AfterCommit],
+    working: Sessions,
 ) -> list[AfterCommit]:
     """Remove `on_commit` functions that wait no longer, and return those to call now."""
     due: list[AfterCommit] = []
@@ -182,19 +187,11 @@ def _settle(
         ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):
             continue
-        if each.should_run(success=ends and end.succeeded):
+        if each in stored or (end.succeeded and each.should_run(success=ends)):
             due.append(each)
         unit.callbacks.remove(each)
         each.detach()
     return due
-
-
-async def _call_due(
-    unit: UnitOfWork, due: list[AfterCommit], end: End, stored: list[AfterCommit]
-) -> None:
-    for callback in due:
-        if callback in stored or end.succeeded:
-            await _call(unit, callback)
 
 
 async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
