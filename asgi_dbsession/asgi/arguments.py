@@ -5,12 +5,12 @@ from difflib import get_close_matches
 from inspect import Parameter, iscoroutinefunction, signature
 from typing import Any, TypeAlias, TypeVar
 
-from anyio import get_current_task
 from sqlalchemy import URL
 
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.session.lock import current_task
 from asgi_dbsession.session.two_phases import refuse_one_phase
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
 from asgi_dbsession.unit.retry_on import check_retry_on
@@ -75,7 +75,7 @@ def usable_databases(
                 _check_number(name, options[name])
         _check_retry_on(options["retry_on"], options["attempts"])
     except ConfigurationError as error:
-        if not _is_in_event_loop():
+        if current_task() is None:
             raise
         return Unstartable(error)
     try:
@@ -166,11 +166,3 @@ def _check_number(name: str, given: object) -> None:
         )
     if given < 1:
         raise ConfigurationError(f"{name} takes a whole number from 1 on, not {given}.")
-
-
-def _is_in_event_loop() -> bool:
-    try:
-        get_current_task()
-    except RuntimeError:
-        return False
-    return True

@@ -23,7 +23,6 @@ class AfterCommit:
 
     function: Function
     databases: tuple[Any, ...]
-    in_thread: bool
     given_by: object
     read_only: bool
     committed: bool = False
@@ -82,7 +81,8 @@ class AfterCommit:
 
     async def call(self) -> None:
         """Call the `on_commit` function on the event loop, or in a thread if a thread gave it."""
-        result = await to_thread.run_sync(self.function) if self.in_thread else self.function()
+        is_from_thread = self.given_by is None
+        result = await to_thread.run_sync(self.function) if is_from_thread else self.function()
         if isawaitable(result):
             await result
 

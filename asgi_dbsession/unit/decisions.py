@@ -3,8 +3,6 @@
 from contextlib import suppress
 from inspect import iscoroutinefunction
 
-from anyio import get_current_task
-
 from asgi_dbsession.errors import ConfigurationError, NoSession, SessionClosed
 from asgi_dbsession.session.lock import current_end, current_task
 
@@ -64,9 +62,8 @@ def on_commit(function: Function) -> None:
         raise refusal_to_await(function)
     units = tuple(unit.of_same_request())
     databases = tuple(dict.fromkeys(each for unit in units for each in unit.databases))
-    in_thread = not unit.is_blocking and _is_in_thread()
     read_only = any(each.read_only for each in units)
-    callback = AfterCommit(function, databases, in_thread, current_task(), read_only)
+    callback = AfterCommit(function, databases, current_task(), read_only)
     for each in units:
         # Iterate over a copy of the sessions, because another thread may open a session meanwhile.
         for opened in tuple(each.sessions.values()):
@@ -102,12 +99,3 @@ def _unit(*, also_at_end: bool = False) -> UnitOfWork:
     if is_closed and not (also_at_end and current_end.get() and unit.outermost.sessions):
         raise SessionClosed("any database")
     return unit
-
-
-def _is_in_thread() -> bool:
-    """Return True if the calling code runs in a worker thread, not on the event loop."""
-    try:
-        get_current_task()
-    except RuntimeError:
-        return True
-    return False
