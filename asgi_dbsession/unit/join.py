@@ -1,31 +1,28 @@
 """The `database.begin(join=True)` block, which uses the session of the unit of work around it."""
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
 from sqlalchemy.orm import SessionTransaction
 from sqlalchemy.util import greenlet_spawn
 
-from asgi_dbsession.errors import ConcurrentUse, SessionClosed
+from asgi_dbsession.errors import ConcurrentUse, NoSession, SessionClosed
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.failures import forbid_commit
 from asgi_dbsession.session.lock import End
 
 from .begin import made_current
-from .unit_of_work import SessionSource, UnitOfWork, current_unit
+from .unit_of_work import SessionSource, UnitOfWork, current_unit, unit_that_manages
 
 S = TypeVar("S")
 
 
 def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
     """Return the open unit of work that a `begin(join=True)` block must join, or None."""
-    innermost = current_unit.get()
-    for unit in innermost.chain() if innermost is not None else ():
-        if unit.joined is not None and unit.closed and database in unit.databases:
-            return None
-        if unit.manages(database):
-            return None if unit.closed else unit
+    with suppress(NoSession, SessionClosed):
+        unit = unit_that_manages(database)
+        return None if unit.closed else unit
     return None
 
 
