@@ -227,10 +227,6 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         return engine
 
     @override
-    def _sync_engine(self, engine: AsyncEngine) -> Engine:
-        return engine.sync_engine
-
-    @override
     async def _select_one(self, engine: AsyncEngine) -> None:
         pool = engine.pool
         async with engine.connect() as connection:

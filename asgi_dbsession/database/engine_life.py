@@ -202,14 +202,15 @@ class EngineLife(ABC, Generic[E]):
             raise ConfigurationError(
                 f"{self} cannot be built with these engine options: {reason}"
             ) from None
-        own(self._sync_engine(engine))
-        self._prepare(self._sync_engine(engine))
-        watch_reads(self._sync_engine(engine))
-        connect_outside(self._sync_engine(engine))
+        sync_engine = self._sync_engine(engine)
+        own(sync_engine)
+        self._prepare(sync_engine)
+        watch_reads(sync_engine)
+        connect_outside(sync_engine)
         for observer in self._observers:
-            observer.engine_used(self._sync_engine(engine))
+            observer.engine_used(sync_engine)
         if self._on_engine is not None:
-            self._on_engine(self._sync_engine(engine))
+            self._on_engine(sync_engine)
         return engine
 
     def observe(self, observer: UnitObserver) -> None:
@@ -241,5 +242,5 @@ class EngineLife(ABC, Generic[E]):
     @abstractmethod
     async def _dispose(self, engine: E) -> None: ...
 
-    @abstractmethod
-    def _sync_engine(self, engine: E) -> Engine: ...
+    def _sync_engine(self, engine: E) -> Engine:
+        return engine.sync_engine if isinstance(engine, AsyncEngine) else engine

@@ -193,10 +193,6 @@ class SyncDatabase(Database[Engine, AnySession]):
         return create_engine(self.url, **self._engine_options)
 
     @override
-    def _sync_engine(self, engine: Engine) -> Engine:
-        return engine
-
-    @override
     async def _select_one(self, engine: Engine) -> None:
         await _run_in_thread(_select_one, engine)
 
