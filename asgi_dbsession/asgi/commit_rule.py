@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from http import HTTPStatus
-from inspect import Parameter, signature
+from inspect import Signature, signature
 from typing import Any, TypeAlias
 
 from asgi_dbsession.errors import ConfigurationError
@@ -15,7 +15,6 @@ CommitRule: TypeAlias = Callable[[int, Scope], bool]
 
 # `HTTPStatus.BAD_REQUEST` is an enumeration member, and slower to compare than an `int`.
 _BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)
-_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def below_400(status: int) -> bool:
@@ -43,23 +42,23 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
 
 def _takes_scope(rule: Callable[..., object]) -> bool:
     try:
-        parameters = signature(rule).parameters.values()
+        parameters = signature(rule)
     # Python cannot tell the parameters of some builtin functions. Call such a function with the
     # status alone.
     except (TypeError, ValueError):
         return False
-    positional = [each for each in parameters if each.kind in _POSITIONAL]
-    needed = [each for each in positional if each.default is Parameter.empty]
-    keywords = [
-        each
-        for each in parameters
-        if each.kind is Parameter.KEYWORD_ONLY and each.default is Parameter.empty
-    ]
-    takes_any = any(each.kind is Parameter.VAR_POSITIONAL for each in parameters)
-    if len(needed) > len(("status", "scope")) or keywords or not (positional or takes_any):
+    of_status, of_both = _bind(parameters, 0), _bind(parameters, 0, {})
+    if not (of_status or of_both):
         raise ConfigurationError(
             "commit_when takes a function of the status, or of the status and the scope. Write "
             "`def commit_when(status)` or `def commit_when(status, scope)`."
         )
-    second = positional[1] if len(positional) > 1 else None
-    return second is not None and (second in needed or second.name == "scope")
+    return not of_status or of_both[1:] == ["scope"]
+
+
+def _bind(parameters: Signature, *arguments: object) -> list[str]:
+    """Return the names of the parameters that get the arguments; empty if the call would fail."""
+    try:
+        return list(parameters.bind(*arguments).arguments)
+    except TypeError:
+        return []
