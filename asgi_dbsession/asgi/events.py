@@ -8,6 +8,7 @@ from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 from typing_extensions import override
 
 from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.roll_back import has_changes
 from asgi_dbsession.types import Message, Send
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
@@ -60,7 +61,7 @@ def _warn(unit: UnitOfWork, writes: "_Writes") -> None:
     route = route_of(unit.scope) if unit.scope is not None else ""
     if route in _warned:
         return
-    if any(writes.are_pending(each.orm) for each in tuple(unit.sessions.values())):
+    if any(writes.are_pending(each.orm) for each in unit.opened):
         _warned.add(route)
         _logger.warning(_WARNING, route)
 
@@ -84,9 +85,7 @@ class _Writes(UnitObserver):
 
     def are_pending(self, session: Session) -> bool:
         """Return True if the session has written or changed anything that is not committed yet."""
-        if session.new or session.deleted or session.identity_map.check_modified():
-            return True
-        return any(written is session for written, _ in self._written)
+        return has_changes(session) or any(written is session for written, _ in self._written)
 
     def _record_flush(self, session: Session, _context: object) -> None:
         self._written.add((session, session.get_nested_transaction()))

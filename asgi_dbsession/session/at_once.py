@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from .companion import Companion
 from .guard import GuardedSession
 from .reads import is_delayed
+from .roll_back import has_changes
 
 # SQLAlchemy calls listeners of these events during a commit or rollback. A listener of the
 # application may block the thread.
@@ -31,7 +32,7 @@ def ends_at_once(session: Session, companion: Companion) -> bool:
     the server, and the application has neither overridden the session's methods nor added
     listeners, because such code may block.
     """
-    if companion.lock.is_busy or session.new or session.deleted or session.dirty:
+    if companion.lock.is_busy or has_changes(session):
         return False
     if any(getattr(type(session), each) is not getattr(GuardedSession, each) for each in _METHODS):
         return False

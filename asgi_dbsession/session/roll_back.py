@@ -6,7 +6,7 @@ from sqlalchemy.orm import Session
 def roll_back(session: Session) -> bool:
     """Roll back the session. Return True if the server has confirmed the rollback."""
     try:
-        if not session.in_transaction() and _has_changes(session):
+        if not session.in_transaction() and has_changes(session):
             # Another task changed these objects while an earlier COMMIT was running. If the session
             # has no transaction, `rollback()` does not undo the changes, and the next COMMIT would
             # store them.
@@ -21,5 +21,6 @@ def roll_back(session: Session) -> bool:
     return True
 
 
-def _has_changes(session: Session) -> bool:
+def has_changes(session: Session) -> bool:
+    """Return True if the session has added, changed or deleted objects that are not flushed yet."""
     return bool(session.new or session.deleted or session.identity_map.check_modified())

@@ -65,8 +65,7 @@ def on_commit(function: Function) -> None:
     read_only = any(each.read_only for each in units)
     callback = AfterCommit(function, databases, current_task(), read_only)
     for each in units:
-        # Iterate over a copy of the sessions, because another thread may open a session meanwhile.
-        for opened in tuple(each.sessions.values()):
+        for opened in each.opened:
             callback.attach(opened)
     outermost = units[-1]
     outermost.is_used = True

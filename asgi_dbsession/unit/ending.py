@@ -81,8 +81,7 @@ async def close(
             is True.
     """
     unit.closed = True
-    # Iterate over a copy of the sessions, because another thread may open a session meanwhile.
-    opened = tuple(unit.sessions.values())
+    opened = unit.opened
     if unit.is_answered and not commit:
         log_unsaved(unit, opened, _reason_to_roll_back(error, unit.rollback))
     working, raised = close_idle(opened)
@@ -151,7 +150,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     finally:
         current_end.reset(token)
     if unit.is_routed:
-        await learn_positions(tuple(unit.sessions.values()))
+        await learn_positions(unit.opened)
     if isinstance(end.failure, Exception):
         unit.failure = unit.failure or end.failure
     if unit.callbacks:

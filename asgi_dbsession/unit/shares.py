@@ -72,8 +72,7 @@ def find_failed(unit: UnitOfWork, working: Sessions) -> tuple[bool, Sessions]:
 def with_work(unit: UnitOfWork) -> Sessions:
     """Return the sessions of a unit of work that have something to commit or roll back."""
     working = []
-    # Iterate over a copy of the sessions, because another thread may open a session meanwhile.
-    for each in tuple(unit.sessions.values()):
+    for each in unit.opened:
         if each.has_work:
             working.append(each)
         # The application itself has committed or rolled back this session. So forget which tasks

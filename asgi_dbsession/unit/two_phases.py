@@ -69,7 +69,7 @@ def _add_deciding(deciding: Session | None, unit: UnitOfWork, sessions: Sessions
     Raises:
         ConcurrentUse: The deciding session has uncommitted work of another task.
     """
-    for each in tuple(unit.sessions.values()):
+    for each in unit.opened:
         if each.orm is deciding and each not in sessions and len(sessions) > 1:
             if each.has_work:
                 raise ConcurrentUse(each.lock.database, mixed_with="living")

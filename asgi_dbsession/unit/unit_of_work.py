@@ -55,8 +55,7 @@ class UnitOfWork:
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
         failure: The first error of a commit or rollback. After this error, no message may be sent.
         callbacks: The functions given to `on_commit`, to be called after COMMIT.
-        two_phases: The object that names the two-phase transactions of the sessions. None if the
-            sessions do not use two-phase commit. Set it before the first session is opened.
+        two_phases: Names the two-phase transactions of the sessions. None without two-phase commit.
         read_only: True if the sessions may only read. Set it before the first session is opened.
         is_routed: True if one of the sessions may use a replica.
         is_blocking: True if commit and rollback run on the calling thread, without an event loop.
@@ -114,6 +113,11 @@ class UnitOfWork:
         """The outermost unit of work of the same request, which ends last."""
         return deque(self.of_same_request(), maxlen=1)[0] if self.joins_outer_unit else self
 
+    @property
+    def opened(self) -> tuple[ManagedSession[Any], ...]:
+        """The sessions. This is a copy, because another thread may open a session meanwhile."""
+        return tuple(self.sessions.values())
+
     def manages(self, database: SessionSource[Any]) -> bool:
         """Return True if this unit of work opens and closes the session of the database."""
         if database not in self.databases:
@@ -158,22 +162,18 @@ class UnitOfWork:
         if self.closed:
             made.close_if_idle()
             raise SessionClosed(database)
-        if self.callbacks or self.joins_outer_unit:
-            for callback in tuple(self.outermost.callbacks):
-                callback.attach(made)
+        for callback in tuple(self.outermost.callbacks):
+            callback.attach(made)
         for observer in database.observers:
-            self._add_observer(observer)
+            # The outer unit of work may have the same observer.
+            if observer not in self.observers:
+                self.observers = (*self.observers, observer)
+                observer.unit_began(self)
         if self.observers:
             made.companion.wait_failed = self._tell_of_failed_wait
             for observer in self.observers:
                 observer.session_opened(self, database, made)
         return opened
-
-    def _add_observer(self, observer: UnitObserver) -> None:
-        # The outer unit of work may have the same observer.
-        if observer not in self.observers:
-            self.observers = (*self.observers, observer)
-            observer.unit_began(self)
 
     def _tell_of_failed_wait(self, error: Exception) -> None:
         for observer in self.observers:
