@@ -77,6 +77,10 @@ def refuse_if_aborted(connections: tuple[Connection, ...]) -> None:
         TransactionAborted: A transaction on one of the connections was aborted, so COMMIT would
             store nothing.
     """
+    # SQLAlchemy's event `before_commit` calls this function before the flush. `ManagedSession.flush`
+    # calls it after the flush, because a listener of the application may send a statement during
+    # the flush and catch its error. Then no database of the unit of work may be committed. The
+    # flush of a single session is a part of its COMMIT, so `_refuse_at_the_last_moment` checks too.
     if failed_transactions:
         for connection in connections:
             _refuse_if_aborted(connection)
@@ -179,9 +183,6 @@ def _refuse_if_aborted(connection: Connection) -> None:
 
 
 def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
-    # A listener of the application may send a statement during the flush before COMMIT, and catch
-    # its error. SQLAlchemy's event `before_commit` comes before this flush, so check again just
-    # before COMMIT is sent.
     try:
         _refuse_if_aborted(connection)
     except TransactionAborted:

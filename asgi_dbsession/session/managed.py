@@ -10,7 +10,7 @@ from ._sqlalchemy import flush_for_commit, forget
 from .at_once import ends_at_once
 from .companion import Companion
 from .completion import call_here
-from .failures import failed_transactions, refuse_if_aborted, watch
+from .failures import refuse_if_aborted, watch
 from .guard import GuardedSession
 from .lock import End, SessionLock
 from .reads import begin_before_savepoint, begin_now
@@ -223,8 +223,7 @@ def _refuse_or_begin(session: Any, *_: object) -> None:
 
 def _refuse_to_commit(session: Any) -> None:
     session._companion.writes.check_commit()
-    if failed_transactions:
-        refuse_if_aborted(session._companion.connections)
+    refuse_if_aborted(session._companion.connections)
 
 
 def _record_commit(session: Any) -> None:
