@@ -77,10 +77,10 @@ def refuse_if_aborted(connections: tuple[Connection, ...]) -> None:
         TransactionAborted: A transaction on one of the connections was aborted, so COMMIT would
             store nothing.
     """
-    # SQLAlchemy's event `before_commit` calls this function before the flush. `ManagedSession.flush`
-    # calls it after the flush, because a listener of the application may send a statement during
-    # the flush and catch its error. Then no database of the unit of work may be committed. The
-    # flush of a single session is a part of its COMMIT, so `_refuse_at_the_last_moment` checks too.
+    # The event `before_commit` calls this function before the flush. During the flush, a listener
+    # of the application may send a statement and catch its error. So `ManagedSession.flush` calls
+    # this function again, before any database of the unit of work is committed. The flush of a
+    # single session is a part of its COMMIT. So `_refuse_at_the_last_moment` checks again, too.
     if failed_transactions:
         for connection in connections:
             _refuse_if_aborted(connection)
