@@ -79,8 +79,13 @@ class _Lifespan:
 
     async def start(self) -> None:
         self._startup = await self._receive()
-        failure = await self._start_each()
-        if failure is None:
+        try:
+            for database in self._databases:
+                await database.startup()
+                self._running.append(database)
+        except Exception as error:
+            failure = error
+        else:
             return
         # Send the message outside of an `except` block. If `send` raises too (as with hypercorn),
         # the traceback of that exception would otherwise show the database error a second time.
@@ -89,15 +94,6 @@ class _Lifespan:
         # Raise the error for test clients. A test client that gets no exception would run the test
         # although the startup failed, and would then wait forever for the end of the shutdown.
         raise failure
-
-    async def _start_each(self) -> Exception | None:
-        try:
-            for database in self._databases:
-                await database.startup()
-                self._running.append(database)
-        except Exception as error:
-            return error
-        return None
 
     async def serve(self, app: ASGIApp, scope: Scope) -> None:
         failure: Exception | None = None

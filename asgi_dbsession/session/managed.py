@@ -1,7 +1,7 @@
 """A session of a unit of work, whose work is committed or rolled back as a whole."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
@@ -194,6 +194,9 @@ class ManagedSession(Generic[S]):
             self.lock.release(closed=end.close)
 
 
+Sessions: TypeAlias = list[ManagedSession[Any]]
+
+
 def _remember_connection(
     session: Any, transaction: SessionTransaction, connection: Connection
 ) -> None:
@@ -227,9 +230,9 @@ def _refuse_to_commit(session: Any) -> None:
 
 
 def _record_commit(session: Any) -> None:
-    for follower in tuple(session._companion.followers):
-        # SQLAlchemy calls this function also when a savepoint is released, which commits nothing.
-        if not session.in_nested_transaction():
+    # SQLAlchemy calls this function also when a savepoint is released, which commits nothing.
+    if not session.in_nested_transaction():
+        for follower in tuple(session._companion.followers):
             follower.record_commit(session)
 
 

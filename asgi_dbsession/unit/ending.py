@@ -2,11 +2,11 @@
 
 from asyncio import CancelledError
 from collections.abc import Coroutine
-from typing import Any, TypeAlias
+from typing import Any
 
 from asgi_dbsession.session.completion import complete_here, run_to_completion
 from asgi_dbsession.session.lock import End, Reason, current_end
-from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.managed import Sessions
 from asgi_dbsession.session.tasks import has_ended
 from asgi_dbsession.session.two_phases import TwoPhases
 
@@ -16,8 +16,6 @@ from .together import close_idle, end_together, in_order, learn_positions, roll_
 from .two_phases import commit_in_two_phases
 from .unit_of_work import UnitOfWork, current_unit
 from .unsaved import log_unsaved
-
-Sessions: TypeAlias = list[ManagedSession[Any]]
 
 
 def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:

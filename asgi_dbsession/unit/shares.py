@@ -1,15 +1,13 @@
 """Decides whose uncommitted work is committed, if several tasks used one session."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from asgi_dbsession.errors import ConcurrentUse
 from asgi_dbsession.session.lock import SessionLock, current_task
-from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.managed import Sessions
 from asgi_dbsession.session.tasks import is_waiting_for
 
 from .unit_of_work import UnitOfWork
-
-Sessions: TypeAlias = list[ManagedSession[Any]]
 
 # One task is about to commit its work, and another task that is still running has uncommitted work
 # in the same session. `Living` says what `sort_work` does then. "refuse" (for WebSockets): raise

@@ -5,11 +5,10 @@ from typing import Any, TypeAlias
 
 from asgi_dbsession.session.completion import call_here, complete_here
 from asgi_dbsession.session.lock import End
-from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.managed import ManagedSession, Sessions
 
 from .unit_of_work import UnitOfWork
 
-Sessions: TypeAlias = list[ManagedSession[Any]]
 Run: TypeAlias = Callable[..., Awaitable[Any]]
 
 

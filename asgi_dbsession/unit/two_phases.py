@@ -17,9 +17,10 @@ from sqlalchemy.orm import Session
 
 from asgi_dbsession.errors import ConcurrentUse
 from asgi_dbsession.session.lock import End
+from asgi_dbsession.session.managed import Sessions
 from asgi_dbsession.session.two_phases import TwoPhases, log_doubt
 
-from .together import Sessions, commit_all, flush_all, roll_back_all
+from .together import commit_all, flush_all, roll_back_all
 from .unit_of_work import UnitOfWork
 
 
