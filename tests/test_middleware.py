@@ -767,6 +767,25 @@ async def test_the_scope_is_in_the_info_of_the_session(running: Running) -> None
     assert seen == [True]
 
 
+@pytest.mark.parametrize("when", ["before the response", "after the response"])
+async def test_a_closed_session_keeps_no_scope(running: Running, when: str) -> None:
+    """A task that outlives the request may still have the session."""
+    sessions = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        opened: Any = running.database.get_session()
+        sessions.append(getattr(opened, "sync_session", opened))
+        if when == "before the response":
+            await running.write("a")
+        await respond(send)
+        if when == "after the response":
+            await running.write("a")
+
+    await get(serving(running, app))
+    assert [(each.info["scope"], list(each)) for each in sessions] == [(None, [])]
+    assert running.stored() == ["a"]
+
+
 async def test_other_scopes_pass_untouched() -> None:
     """A WebSocket or an unknown scope reaches the application unchanged."""
     seen = []

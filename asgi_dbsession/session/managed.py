@@ -84,6 +84,7 @@ class ManagedSession(Generic[S]):
             self.lock.is_closed = True
         if list(self.orm):
             self.orm.expunge_all()
+        self._let_go()
         return True
 
     def flush(self, end: End) -> None:
@@ -182,14 +183,19 @@ class ManagedSession(Generic[S]):
         if roll_back(self.orm) and not is_lost:
             self.in_doubt = ""
 
+    def _let_go(self) -> None:
+        # A task that outlives the request may still have the closed session. The session must not
+        # keep the data of the request.
+        self.orm.info["scope"] = None
+        self.companion.two_phases = None
+        forget(self.orm)
+
     def _release(self, end: End) -> None:
         self.is_flushed = False
         try:
             if end.close:
                 self.orm.close()
-                self.orm.info["scope"] = None
-                self.companion.two_phases = None
-                forget(self.orm)
+                self._let_go()
         finally:
             self.lock.release(closed=end.close)
 
