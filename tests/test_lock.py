@@ -11,7 +11,8 @@ import pytest
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_dbsession import ConcurrentUse, ConfigurationError, SessionClosed
-from asgi_dbsession.session.lock import End, SessionLock, TaskLock, current_end
+from asgi_dbsession.session.lock import End, SessionLock, current_end
+from asgi_dbsession.session.task_lock import TaskLock
 from asgi_dbsession.session.thread_lock import ThreadLock
 
 

@@ -15,8 +15,8 @@ from typing_extensions import TypeVarTuple, Unpack, override
 from asgi_dbsession.errors import ConfigurationError, DatabaseNotRunning
 from asgi_dbsession.session.companion import Companion
 from asgi_dbsession.session.guard import guarded_async_class, guarded_class
-from asgi_dbsession.session.lock import TaskLock
 from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.task_lock import TaskLock
 from asgi_dbsession.session.writes import Writes
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.blocks import block_of

@@ -10,10 +10,7 @@ from dataclasses import dataclass, field
 from threading import RLock, get_ident
 from typing import Any, Literal, TypeAlias
 
-from sqlalchemy.util import await_only
-from typing_extensions import override
-
-from asgi_dbsession.errors import ConcurrentUse, ConfigurationError, SessionClosed
+from asgi_dbsession.errors import ConcurrentUse, SessionClosed
 
 from .tasks import has_ended, has_failed
 
@@ -229,22 +226,3 @@ class SessionLock(ABC):
 
     @abstractmethod
     def _wait(self, released: "Future[None]") -> None: ...
-
-
-class TaskLock(SessionLock):
-    """The lock of an async session. Each asyncio task is one caller of the lock."""
-
-    @override
-    def _caller(self) -> object:
-        try:
-            return asyncio.current_task()
-        except RuntimeError as error:
-            raise ConfigurationError(
-                f"This session of {self.database} was used in a thread, where nothing can be "
-                "awaited. Use it in an `async def` function, or give DBSessionMiddleware a "
-                "SyncDatabase for functions written with `def`."
-            ) from error
-
-    @override
-    def _wait(self, released: "Future[None]") -> None:
-        await_only(asyncio.wrap_future(released))

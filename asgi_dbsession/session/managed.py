@@ -26,17 +26,14 @@ class ManagedSession(Generic[S]):
 
     Args:
         session: The session object that the application uses. Its class is made by `guarded_class`.
-        orm: The `sqlalchemy.orm.Session` inside an `AsyncSession`. For a sync session, `session`
-            itself.
+        orm: The `sqlalchemy.orm.Session` inside an `AsyncSession`, or the sync session itself.
         companion: The data of this package to attach to the session.
-        run: A function that calls blocking code: in a greenlet for async sessions, in a thread for
-            sync sessions.
+        run: A function that calls blocking code, in a greenlet (async) or in a thread (sync).
 
     Attributes:
         is_flushed: True between the methods `flush` and `end`. `flush` acquires the lock of the
             session, and `end` releases it.
-        in_doubt: The names of two-phase transactions that may still be prepared on the server, as a
-            text.
+        in_doubt: The names of two-phase transactions that may still be prepared on the server.
     """
 
     is_flushed: bool = False
@@ -157,9 +154,8 @@ class ManagedSession(Generic[S]):
                 # A listener of the application may have raised this error after a successful
                 # COMMIT. So find out which transactions are still prepared.
                 self.in_doubt = names_of(self.companion.open_connections)
-            # A transaction is prepared, and another session of the unit of work may be committed
-            # already. So close the connection without ROLLBACK. The prepared transaction stays on
-            # the server.
+            # Another session of the unit of work may be committed already. So close the connection
+            # without ROLLBACK. The prepared transaction stays on the server.
             if self.in_doubt:
                 self.orm.invalidate()
             else:
@@ -184,8 +180,7 @@ class ManagedSession(Generic[S]):
             self.in_doubt = ""
 
     def _let_go(self) -> None:
-        # A task that outlives the request may still have the closed session. The session must not
-        # keep the data of the request.
+        # A task may still have the closed session, which must not keep the data of the request.
         self.orm.info["scope"] = None
         self.companion.two_phases = None
         forget(self.orm)
