@@ -37,6 +37,7 @@ from asgi_dbsession import (
 )
 from asgi_dbsession.live import LivePage
 from asgi_dbsession.live.shown import without_values
+from asgi_dbsession.session.recording import observed
 
 pytestmark = pytest.mark.anyio
 
@@ -308,13 +309,39 @@ async def test_memory_is_bounded(served: Served) -> None:
             await session.execute(select(1))
     facts = await served.facts()
     assert facts["recent"]["units"] == 400
-    observer = served.page._observer
-    assert not observer._open
-    assert max(len(tally.spans) for unit in observer.ended for _, tally in unit.tallies) == 200
+    assert not observed
+    ended = served.page._observer.ended()
+    assert max(len(list(tally.spans())) for unit in ended for _, tally in unit.tallies) <= 201
+    stored = [steps for *_, steps in served.page._observer._ended]
+    assert max(len(each) for steps in stored for each in steps.values()) <= 201
     assert (
         next(each for each in facts["recent"]["routes"] if each["route"] == "begin()")["statements"]
         == 300
     )
+
+
+def kinds_of(stored: Any) -> set[type]:
+    """Return the classes of all objects inside of nested lists, tuples and dictionaries."""
+    if isinstance(stored, dict):
+        stored = [*stored.keys(), *stored.values()]
+    if not isinstance(stored, list | tuple):
+        return {type(stored)}
+    return {kind for each in stored for kind in kinds_of(each)}
+
+
+async def test_it_keeps_no_request_alive(served: Served) -> None:
+    """Only texts and numbers are stored, also of a request that failed."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await get_session().execute(select(ITEM).where(ITEM.c.note == SECRET))
+        raise RuntimeError(SECRET)
+
+    served.app = DBSessionMiddleware(app, served.database)
+    await served.ask("/fails")
+    stored = list(served.page._observer._ended)
+    assert len(stored) == 1
+    assert kinds_of(stored) <= {str, int, float, bool, type(None), AsyncDatabase}
+    assert SECRET not in repr(stored)
 
 
 async def test_without_a_page_nothing_is_watched() -> None:

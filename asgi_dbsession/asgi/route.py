@@ -8,9 +8,10 @@ def route_of(scope: Scope) -> str:
 
     The real path of the request is never returned, because it may contain a secret.
     """
-    # FastAPI and Starlette store the route in `scope["route"]`, Litestar in
-    # `scope["path_template"]`.
-    path = getattr(scope.get("route"), "path", None) or scope.get("path_template")
+    try:
+        path = scope["route"].path  # set by FastAPI and Starlette
+    except (KeyError, AttributeError):
+        path = scope.get("path_template")  # set by Litestar
     if isinstance(path, str):
         return path
     return str(getattr(scope.get("endpoint"), "__qualname__", ""))

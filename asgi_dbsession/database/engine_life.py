@@ -216,7 +216,7 @@ class EngineLife(ABC, Generic[E]):
     def observe(self, observer: UnitObserver) -> None:
         """Add an object to notify of each engine that this database uses."""
         if not self._observers:
-            self._tell_binds()
+            self._record_waits()
         self._observers.append(observer)
         if self._engine is not None:
             observer.engine_used(self._sync_engine(self._engine))
@@ -231,7 +231,7 @@ class EngineLife(ABC, Generic[E]):
         return failure_of(self, error, secrets_of(self.url, self._engine_options))
 
     @abstractmethod
-    def _tell_binds(self) -> None: ...
+    def _record_waits(self) -> None: ...
 
     @abstractmethod
     def _create_engine(self) -> E: ...

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from typing_extensions import Self, override
 
 from asgi_dbsession.errors import ConfigurationError
-from asgi_dbsession.session.telling import telling_class
+from asgi_dbsession.session.recording import recording_class
 from asgi_dbsession.unit.observer import UnitObserver
 
 from .engine_life import EngineLife
@@ -93,8 +93,8 @@ class ReplicatedLife(EngineLife[E]):
             each.observe(observer)
 
     @override
-    def _tell_binds(self) -> None:
-        self._derive_session_class(telling_class)
+    def _record_waits(self) -> None:
+        self._derive_session_class(recording_class)
 
     @abstractmethod
     def _derive_session_class(self, derived: Callable[[type[Any]], type[Any]]) -> None: ...

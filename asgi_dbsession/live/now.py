@@ -6,10 +6,12 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy.pool import QueuePool
 
-from asgi_dbsession.reports.stats import Checkout
-from asgi_dbsession.session._sqlalchemy import most_overflow
+from asgi_dbsession.reports.tally import Tally
+from asgi_dbsession.session._sqlalchemy import most_overflow, pool_entry
+from asgi_dbsession.session.companion import Step
+from asgi_dbsession.session.managed import ManagedSession
 
-from .observer import LiveObserver
+from .observer import LiveObserver, server_of
 from .shown import line, name, without_values
 
 
@@ -82,13 +84,21 @@ class Now:
         used: dict[Any, list[Connection]] = {each: [] for each in self._databases}
         waiting: dict[Any, list[Waiting]] = {each: [] for each in self._databases}
         for request, unit in self._observer.open_units():
-            for database, stats in unit.used():
-                checkout, since = stats.checkout, stats.waits_since
-                if checkout is not None:
-                    lane = self._lanes[database].of(checkout.entry)
+            for opened_by, opened in tuple(unit.sessions.items()):
+                database, companion = server_of(opened_by, opened), opened.companion
+                if database not in used:
+                    continue
+                since, entry = companion.waits_since, _entry_of(opened)
+                steps = tuple(companion.steps or ())
+                tally = Tally(steps, now)
+                if entry is not None and tally.since is not None:
+                    shown = _connection(request, tally, steps[-1], now)
+                    shown["lane"] = self._lanes[database].of(entry)
+                    shown["in_transaction"] &= not _is_in_autocommit(entry)
+                    shown["read_only"] = unit.read_only
                     dialect = database.url.get_backend_name()
-                    shown = _connection(lane, request, checkout, dialect, now)
-                    used[database].append({**shown, "read_only": unit.read_only})
+                    shown["statement"] = without_values(shown["statement"], dialect)
+                    used[database].append(shown)
                 elif since is not None:
                     waiting[database].append({"request": request, "seconds": now - since})
         return [self._database(each, used[each], waiting[each]) for each in self._databases]
@@ -131,21 +141,28 @@ def pool_of(database: Any) -> Any:
     return database.engine.pool if database.is_running else None
 
 
-def _connection(
-    lane: int, request: str, checkout: Checkout, dialect: str, now: float
-) -> Connection:
-    busy_since = checkout.busy_since
-    is_busy = busy_since is not None
+def _entry_of(opened: ManagedSession[Any]) -> Any:
+    """Return the pool's entry of the connection that the session holds; None if it holds none."""
+    connections = opened.companion.open_connections
+    return pool_entry(connections[-1]) if connections else None
+
+
+def _is_in_autocommit(entry: Any) -> bool:
+    return getattr(entry.dbapi_connection, "autocommit", None) is True
+
+
+def _connection(request: str, tally: Tally, last: Step, now: float) -> Connection:
+    kind, start, stop, call_site, text = last
     return {
-        "lane": lane,
-        "state": "working" if is_busy else "idle",
+        "lane": 0,  # `look` replaces this value, `read_only`, and the values in the statement
+        "state": "working" if stop is None else "idle",
         "request": request,
-        "held": now - checkout.since,
-        "since": now - (checkout.idle_since if busy_since is None else busy_since),
-        "line": line(checkout.call_site),
-        "statement": without_values(checkout.statement, dialect) or checkout.kind.upper(),
-        "in_transaction": checkout.in_transaction and not checkout.is_in_autocommit,
-        "read_only": False,  # `look` replaces this value by the value of the unit of work
+        "held": now - (tally.since or now),
+        "since": now - (stop or start),
+        "line": line(call_site),
+        "statement": text or ("" if kind == "hold" else kind.upper()),
+        "in_transaction": tally.in_transaction,
+        "read_only": False,
     }
 
 

@@ -94,8 +94,7 @@ class LivePage:
         if wanted == "json":
             await reply(200, json.dumps(self._facts(), indent=1), "application/json")
         elif wanted == "metrics":
-            totals = [self._observer.totals[each] for each in self._databases]
-            text = render_metrics(self._now.look(), totals)
+            text = render_metrics(self._now.look(), self._observer.current_totals())
             if text is None:
                 await reply(501, _NO_METRICS)
             else:
@@ -134,7 +133,7 @@ class LivePage:
         parts = {
             "findings": tables.findings(found),
             "now": tables.now(databases),
-            "timeline": draw(tuple(self._observer.ended), perf_counter()),
+            "timeline": draw(self._observer.ended(), perf_counter()),
             "recent": tables.recent(recent),
         }
         return tables.summary(databases), parts
@@ -145,7 +144,7 @@ class LivePage:
 
     def _look(self) -> tuple[list[DatabaseNow], Recent, list[Finding]]:
         databases = self._now.look()
-        recent = summarize(tuple(self._observer.ended), perf_counter())
+        recent = summarize(self._observer.ended(), perf_counter())
         return databases, recent, find(databases, recent)
 
 

@@ -126,7 +126,7 @@ def _repeated(ended: Iterable[EndedUnit]) -> list[Repeated]:
         sent = Counter(
             (span.call_site, span.statement, database.url.get_backend_name())
             for database, tally in unit.tallies
-            for span in tally.all_spans()
+            for span in tally.spans()
             if span.kind == "statement" and span.call_site is not None
         )
         for key, number in sent.items():

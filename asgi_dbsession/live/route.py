@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from asgi_dbsession.asgi.route import route_of
@@ -16,24 +16,38 @@ RouteName: TypeAlias = Callable[[Scope], str]
 _METHODS = frozenset(
     ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE")
 )
+_SHOWN = _METHODS | {"WebSocket"}
+
+# What names a request: its method, its route, and True for a `begin()` inside of the request; None
+# outside of a request.
+Named: TypeAlias = tuple[str, str, bool] | None
 
 
-def name_of(unit: Any, route: RouteName | None, hint: str = "") -> str:
-    """Return the method and the route of the unit's request, such as `GET /orders/{id}`.
+def named(unit: Any, route: RouteName | None, by_quart: Mapping[Any, str]) -> Named:
+    """Return what names the request of a unit of work, without a reference to the request.
 
     Args:
         unit: The unit of work.
         route: A function that names the request; None for the route of the framework.
-        hint: The route in Quart, which only code inside Quart's request context can find.
+        by_quart: The routes of Quart, which only code inside Quart's request context can find.
     """
     scope = unit.scope
     if scope is None:
+        return None
+    found = route_of(scope) if route is None else _call(route, scope)
+    if not found and by_quart:
+        found = by_quart.get(unit, "")
+    return scope.get("method", "WebSocket"), found, unit.enclosing is not None
+
+
+def name_of(found: Named) -> str:
+    """Return the method and the route of a request, such as `GET /orders/{id}`."""
+    if found is None:
         return "begin()"
-    kind = scope.get("method", "WebSocket")
-    name = kind if kind in _METHODS or kind == "WebSocket" else "Other"
-    found = (route_of(scope) or hint or "(no route)") if route is None else _call(route, scope)
+    method, route, is_inner = found
+    name = f"{method if method in _SHOWN else 'Other'} {route or '(no route)'}"
     # A `begin()` inside a request holds a connection of its own, so show the `begin()` separately.
-    return f"{name} {found}" if unit.enclosing is None else f"{name} {found} › begin()"
+    return f"{name} › begin()" if is_inner else name
 
 
 def _call(route: RouteName, scope: Scope) -> str:

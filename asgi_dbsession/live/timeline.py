@@ -76,7 +76,7 @@ def _spans(unit: EndedUnit) -> Iterable[Span]:
     """Iterate over the measured times of a unit; join neighbours of the same kind into one time."""
     for _, tally in unit.tallies:
         last: Span | None = None
-        for each in tally.all_spans():
+        for each in tally.spans():
             gap = each.start - last.stop if last is not None else 0
             if last is not None and last.kind == each.kind and gap < _SECONDS / _WIDTH:
                 last = last._replace(stop=each.stop)

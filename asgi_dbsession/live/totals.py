@@ -1,4 +1,4 @@
-"""Counts the time and connections of all units of work since the page was created."""
+"""Counts the time and connections of all units of work, for metrics."""
 
 from bisect import bisect_left
 
@@ -28,7 +28,7 @@ class Histogram:
 
 
 class Totals:
-    """The counts of one database since the page was created; they are never reset.
+    """The counts of one database; they are never reset.
 
     Attributes:
         timeouts: How often no connection became free within the `pool_timeout`.

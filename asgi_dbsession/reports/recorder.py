@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Engine
 from typing_extensions import override
 
+from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.lock import End, Reason
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.unit.after_commit import name_of
@@ -18,8 +19,7 @@ from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import DatabaseReport, Outcome, UnitReport
 
 from .call_site import as_text
-from .stats import SessionStats, stats_of
-from .tally import Tally
+from .tally import Tally, ended_tally
 from .watching import unwatch_usage, watch_usage
 
 _logger = logging.getLogger("asgi_dbsession")
@@ -32,7 +32,6 @@ class _Record:
     start_time: float = field(default_factory=time)
     start: float = field(default_factory=perf_counter)
     running: RunningAttempt | None = field(default_factory=running_attempt.get)
-    stats: dict[Any, SessionStats] = field(default_factory=dict)
 
 
 class Recorder(UnitObserver):
@@ -60,15 +59,16 @@ class Recorder(UnitObserver):
 
     @override
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
-        self._records[unit].stats[database] = stats_of(opened)
+        if opened.companion.steps is None:
+            opened.companion.steps = []
 
     @override
-    def work_ended(self, unit: Any, end: End) -> None:
-        record, now = self._records[unit], perf_counter()
-        tallies = {each: stats.settle(end, now) for each, stats in record.stats.items()}
+    def work_ended(self, unit: Any, end: End, steps: dict[Any, list[Step]]) -> None:
+        now = perf_counter()
+        tallies = {each: ended_tally(steps.get(each, []), now) for each in unit.sessions}
         has_tallies = any(each.statements or each.wait_time for each in tallies.values())
         if end.had_work or not end.close or has_tallies:
-            self._report(unit, end, record, tallies, now)
+            self._report(unit, end, self._records[unit], tallies, now)
 
     def _report(
         self, unit: Any, end: End, record: _Record, tallies: dict[Any, Tally], now: float

@@ -1,6 +1,11 @@
-"""The statements and times of one session between two commits or rollbacks."""
+"""Adds up the steps of one session between two commits or rollbacks."""
 
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
+
+from asgi_dbsession.session.companion import Step
+from asgi_dbsession.session.read_only import PARTS_OF_BEGIN
+from asgi_dbsession.session.recording import ENDS
 
 from .call_site import CallSite
 
@@ -8,9 +13,21 @@ from .call_site import CallSite
 # connection, from checkout to checkin; this time includes the statements, COMMIT and ROLLBACK.
 Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 
-# At most this many spans are stored for each session, so that a long unit of work does not fill the
-# memory.
-_MOST_SPANS = 200
+# At most this many steps are stored for each session, so that a long unit of work does not fill the
+# memory. Further steps are only added up.
+MOST_STEPS = 200
+# A COMMIT or ROLLBACK that takes at most so many seconds has sent nothing to a server.
+_NOTHING = 50e-6
+# The text of a COMMIT or ROLLBACK that failed.
+FAILED = "failed"
+_KINDS: dict[str, Kind] = {
+    "wait": "wait",
+    "hold": "wait",
+    "statement": "statement",
+    "prepare": "commit",
+    "commit": "commit",
+    "rollback": "rollback",
+}
 
 
 class Span(NamedTuple):
@@ -28,14 +45,17 @@ class Span(NamedTuple):
     statement: str
 
 
-_Span: TypeAlias = tuple[Kind, float, float, CallSite, str]
-
-
 class Tally:
     """The statements and times between two commits or rollbacks of a session, in seconds.
 
+    Args:
+        steps: The steps of the session, in the order in which they began.
+        now: The end of a step that still runs.
+
     Attributes:
-        spans: The measured times, in the order in which they ended; only with `keeps_spans`.
+        began: When the session first asked for a connection.
+        since: When the session got the connection that it holds; None if it holds none.
+        in_transaction: True if a statement was sent since the last COMMIT or ROLLBACK.
     """
 
     # These defaults are class attributes, so that a session does not spend time on setting them.
@@ -47,16 +67,74 @@ class Tally:
     idle_time: float = 0
     idle_after: CallSite = None
     idle_before: CallSite = None
-    spans: list[_Span] | tuple[()] = ()
+    since: float | None = None
+    in_transaction: bool = False
+    _idle_since: float = 0
+    _line: CallSite = None
 
-    def keep(self, span: _Span) -> None:
-        """Store a measured time, unless `_MOST_SPANS` times are stored already."""
-        spans = self.spans
-        if not spans:
-            self.spans = [span]
-        elif len(spans) < _MOST_SPANS:
-            spans.append(span)
+    def __init__(self, steps: Sequence[Step], now: float) -> None:
+        self._holds: list[tuple[float, float]] = []
+        if steps and steps[0][0] == "sum":
+            vars(self).update(vars(steps[0][4]), _holds=steps[0][4]._holds[:])
+            self._steps: Sequence[Step] = [*self._steps, *steps[1:]][:MOST_STEPS]
+            steps = steps[1:]
+        else:
+            self._steps = steps
+        self.began: float = self._steps[0][1] if self._steps else now
+        for kind, start, stop, call_site, text in steps:
+            if kind == "wait":
+                self.wait_time += stop - start
+            elif kind == "hold":
+                self.leave(start)
+                self.wait_time += stop - start
+                self.since = self._idle_since = stop
+                self._line = None
+            # A step inside of another step is skipped: COMMIT may be sent as a statement.
+            elif start >= self._idle_since and (self.since is not None or kind == "statement"):
+                self._operate(kind, start, stop or now, call_site, text)
 
-    def all_spans(self) -> list[Span]:
-        """Convert the measured times to named tuples; they are stored as plain tuples for speed."""
-        return [Span(*each) for each in self.spans]
+    def _operate(
+        self, kind: str, start: float, stop: float, call_site: CallSite, text: str
+    ) -> None:
+        if self.since is None:  # the application has committed on the connection itself
+            self.since = self._idle_since = start
+        idle_time = start - self._idle_since
+        if idle_time > self.idle_time:
+            self.idle_time, self.idle_after, self.idle_before = idle_time, self._line, call_site
+        self._idle_since, self._line = stop, call_site
+        if kind == "statement":
+            self.in_transaction = True
+            self.statements += text not in PARTS_OF_BEGIN
+        if self.in_transaction:
+            self.operation_duration += stop - start
+        if kind in ENDS and text != FAILED:
+            self.commits += self.in_transaction and kind == "commit"
+            self.leave(stop)
+
+    def leave(self, now: float) -> None:
+        """Record that the session gave its connection back, if it held one."""
+        if self.since is not None:
+            self.use_time += now - self.since
+            self._holds.append((self.since, now))
+            self.since, self.in_transaction = None, False
+
+    def spans(self) -> Iterator[Span]:
+        """Iterate over the measured times of at most `MOST_STEPS` steps."""
+        for start, stop in self._holds[:MOST_STEPS]:
+            yield Span("hold", start, stop, None, "")
+        for kind, start, stop, call_site, text in self._steps:
+            # COMMIT of a connection in autocommit sends nothing, and so takes almost no time.
+            if stop is not None and (kind not in ENDS or stop - start > _NOTHING):
+                yield Span(_KINDS[kind], start, stop, call_site, text)
+
+
+def ended_tally(steps: Sequence[Step], now: float) -> Tally:
+    """Return the sums of the steps of a session at the end of a unit of work."""
+    tally = Tally(steps, now)
+    tally.leave(now)
+    return tally
+
+
+def condense(steps: list[Step]) -> None:
+    """Replace all steps but the last by their sums, in place."""
+    steps[:-1] = [["sum", 0, 0, None, Tally(steps[:-1], steps[-1][1])]]

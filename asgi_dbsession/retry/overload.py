@@ -42,7 +42,7 @@ class Overload(UnitObserver):
             await _send_unavailable(self._retry_after, send)
 
     @override
-    def wait_failed(self, unit: Any, error: Exception) -> None:
+    def wait_failed(self, unit: Any, database: Any) -> None:
         wait = _current.get()
         if wait is not None:
             wait.has_failed = True

@@ -189,6 +189,12 @@ def on_checkin(connection: Connection, function: Callable[[Any], object]) -> Non
         record.finalize_callback.append(function)
 
 
+def pool_entry(connection: Connection) -> Any:
+    """Return the pool's entry of a connection; None if another thread has just closed it."""
+    pooled: Any = connection._dbapi_connection
+    return pooled._connection_record if pooled is not None else None
+
+
 def most_overflow(pool: QueuePool) -> int:
     """Return how many connections a pool may open beyond `pool_size`; negative means no limit."""
     most: int = pool._max_overflow

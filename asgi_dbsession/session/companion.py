@@ -1,7 +1,7 @@
 """The data that this package attaches to a session: the class `Companion`."""
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from time import perf_counter
+from typing import Any, Protocol, TypeAlias
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -44,6 +44,14 @@ class SessionRoute(Protocol):
         """Ask the primary for its WAL position (how far it has written its log); this may block."""
 
 
+# One step of a session: its kind, its start and stop (from `perf_counter`), the line of the
+# application that led to it, and the SQL text. The stop is None while the step runs. The kinds:
+# `wait` (in vain), `hold` (waited from start to stop, and holds a connection since then),
+# `statement`, `prepare`, `commit`, `rollback`.
+# A step is a plain list, because a class would take twice as much time in each request.
+Step: TypeAlias = list[Any]
+
+
 class Companion:
     """The data that this package attaches to a session. It has no reference back to the session.
 
@@ -55,25 +63,22 @@ class Companion:
             INSERT, UPDATE or DELETE or is given as SQL text.
         connections: The connections that the session has used. Some of these may be closed now.
         followers: The objects to notify after each commit and rollback of the session.
-        bind_asked: A function that is called with an engine each time before the session uses the
-            engine.
-        wait_failed: A function that is called with the pool's error if no connection became free
-            within `pool_timeout`.
         two_phases: The object that names the session's two-phase transactions. None if the session
             does not use two-phase commit.
         route: The object that chooses the primary or a replica for the session. None if the
             database has no replicas.
-        stats: The measurements of the session, which reports and the live page share. None if
-            nothing is measured.
+        unit: The unit of work of the session, if it has observers. Otherwise None.
+        steps: What the session did since the last commit or rollback. None if nothing is measured.
+        asked: When the session last asked for an engine, and so for a connection unless it had one.
     """
 
     expects_read: bool = True
     connections: tuple[Connection, ...] = ()
-    bind_asked: Callable[[Any], None] | None = None
-    wait_failed: Callable[[PoolTimeout], None] | None = None
     two_phases: TwoPhases | None = None
     route: SessionRoute | None = None
-    stats: Any = None
+    unit: Any = None
+    steps: Any = None  # a list of `Step`
+    asked: float = 0
 
     def __init__(self, lock: SessionLock, reads: Reads, writes: Writes) -> None:
         self.lock: SessionLock = lock
@@ -87,6 +92,27 @@ class Companion:
         if used:
             used = tuple(each for each in used if not each.closed and each is not connection)
         self.connections = (*used, connection)
+
+    @property
+    def waits_since(self) -> float | None:
+        """When the session began to wait for a connection; None if it does not wait."""
+        is_newer = not self.steps or self.asked > (self.steps[-1][2] or self.asked)
+        is_waiting = self.asked and is_newer and self.lock.is_busy and not self.open_connections
+        return self.asked if is_waiting else None
+
+    def operation_failed(self, error: BaseException) -> None:
+        """Record how long the failed operation waited for a connection; tell of a time-out."""
+        since, now = self.waits_since, perf_counter()
+        if self.steps is not None and since is not None:
+            if self.steps and self.steps[-1][0] == "wait":
+                # Add up waits that follow each other, so that they do not fill the memory.
+                self.steps[-1][2] += now - since
+            else:
+                self.steps.append(["wait", since, now, None, ""])
+            self.unit.has_news = True
+        if isinstance(error, PoolTimeout):
+            for observer in self.unit.observers:
+                observer.wait_failed(self.unit, self.lock.database)
 
     @property
     def open_connections(self) -> tuple[Connection, ...]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, TextClause, UpdateBase
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import greenlet_spawn
@@ -101,9 +100,9 @@ def locked(
             if check is not None:
                 check(companion, *args, **kwargs)
             return operation(self, *args, **kwargs)
-        except PoolTimeout as error:
-            if companion.wait_failed is not None:
-                companion.wait_failed(error)
+        except BaseException as error:
+            if companion.unit is not None:
+                companion.operation_failed(error)
             raise
         finally:
             if is_outermost:

@@ -7,6 +7,7 @@ from typing import Any
 from asgi_dbsession.session.completion import complete_here, run_to_completion
 from asgi_dbsession.session.lock import End, Reason, current_end
 from asgi_dbsession.session.managed import Sessions
+from asgi_dbsession.session.recording import ENDS, begin_steps, observed
 from asgi_dbsession.session.tasks import has_ended
 from asgi_dbsession.session.two_phases import TwoPhases
 
@@ -93,10 +94,12 @@ async def close(
             end, rollback = _last_end(unit, commit, error), End(commit=False, reason="exception")
             ending = _close_working(unit, working, end, failed, rollback)
             await (ending if unit.is_blocking else run_to_completion(ending))
-        elif unit.observers:
+        elif unit.has_news:
             _tell(unit, _last_end(unit, commit, error))
     finally:
         unit.sessions.clear()
+        if unit.observers:
+            observed.discard(unit)
     if raised is not None:
         raise raised
 
@@ -160,8 +163,16 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
 
 
 def _tell(unit: UnitOfWork, end: End) -> None:
-    for observer in unit.observers:
-        observer.work_ended(unit, end)
+    if unit.observers:
+        unit.has_news, steps = False, {}
+        for database, opened in tuple(unit.sessions.items()):
+            companion = opened.companion
+            done = companion.steps
+            if done:
+                steps[database] = done
+                companion.steps = [] if done[-1][0] in ENDS else begin_steps(companion)
+        for observer in unit.observers:
+            observer.work_ended(unit, end, steps)
 
 
 def _last_end(unit: UnitOfWork, commit: bool, error: BaseException | None) -> End:

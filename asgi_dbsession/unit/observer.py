@@ -4,6 +4,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
+from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.lock import End
 from asgi_dbsession.session.managed import ManagedSession
 
@@ -22,13 +23,17 @@ class UnitObserver:
         """Called when no database uses `engine` any more: remove your listeners from it."""
 
     def unit_began(self, unit: Any) -> None:
-        """Called when a unit of work begins, for example at the start of a request."""
+        """Called when a unit of work begins. Observers of a database alone are not called."""
 
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
         """Called when a unit of work has opened its session of `database`."""
 
-    def wait_failed(self, unit: Any, error: Exception) -> None:
-        """Called if a session got no connection within `pool_timeout`, with the error."""
+    def wait_failed(self, unit: Any, database: Any) -> None:
+        """Called when the session of `database` waited longer than the `pool_timeout`."""
 
-    def work_ended(self, unit: Any, end: End) -> None:
-        """Called after each commit or rollback, and after the `on_commit` functions."""
+    def work_ended(self, unit: Any, end: End, steps: dict[Any, list[Step]]) -> None:
+        """Called after a commit or rollback of the unit, and after its `on_commit` functions.
+
+        Not called at the end of a unit that did nothing since its last commit or rollback. `steps`
+        are the steps of its sessions since then, for each database. Do not change them.
+        """

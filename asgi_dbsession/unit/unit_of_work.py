@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from asgi_dbsession.errors import ConfigurationError, NoSession, SessionClosed
 from asgi_dbsession.session.completion import call_here
 from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.recording import observed
 from asgi_dbsession.session.two_phases import TwoPhases
 from asgi_dbsession.types import Scope
 
@@ -60,6 +61,7 @@ class UnitOfWork:
         is_routed: True if one of the sessions may use a replica.
         is_blocking: True if commit and rollback run on the calling thread, without an event loop.
         is_answered: True after the start of the response was sent; always True for a WebSocket.
+        has_news: True if a measured session did something since the last commit or rollback.
         closed: True if this unit of work has ended.
     """
 
@@ -68,6 +70,7 @@ class UnitOfWork:
     rollback: bool | None = None
     rollback_set_by: object = None
     failure: Exception | None = None
+    has_news: bool = False
     closed: bool = False
     two_phases: TwoPhases | None = None
     read_only: bool = False
@@ -164,20 +167,18 @@ class UnitOfWork:
             raise SessionClosed(database)
         for callback in tuple(self.outermost.callbacks):
             callback.attach(made)
-        for observer in database.observers:
+        if not self.observers:
+            self.observers = database.observers
+        elif database.observers:
             # The outer unit of work may have the same observer.
-            if observer not in self.observers:
-                self.observers = (*self.observers, observer)
-                observer.unit_began(self)
+            new = [each for each in database.observers if each not in self.observers]
+            self.observers = (*self.observers, *new)
         if self.observers:
-            made.companion.wait_failed = self._tell_of_failed_wait
+            made.companion.unit = self
+            observed.add(self)
             for observer in self.observers:
                 observer.session_opened(self, database, made)
         return opened
-
-    def _tell_of_failed_wait(self, error: Exception) -> None:
-        for observer in self.observers:
-            observer.wait_failed(self, error)
 
 
 current_unit: ContextVar[UnitOfWork | None] = ContextVar("asgi_dbsession", default=None)
