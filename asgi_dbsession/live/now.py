@@ -89,7 +89,7 @@ class Now:
                 if database not in used:
                     continue
                 since, entry = companion.waits_since, _entry_of(opened)
-                steps = tuple(companion.steps or ())
+                steps: list[Step] = list(companion.steps or [])
                 tally = Tally(steps, now)
                 if entry is not None and tally.since is not None:
                     shown = _connection(request, tally, steps[-1], now)
