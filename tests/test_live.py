@@ -14,7 +14,7 @@ from urllib.parse import urljoin
 import postgres
 import pytest
 from anyio import to_thread
-from asgi import Exchange, Life
+from asgi import Exchange, Life, Socket
 from conftest import becomes_true, checked_out
 from fastapi import FastAPI
 from litestar import Litestar, asgi, get as litestar_get
@@ -318,6 +318,67 @@ async def test_memory_is_bounded(served: Served) -> None:
         next(each for each in facts["recent"]["routes"] if each["route"] == "begin()")["statements"]
         == 300
     )
+
+
+async def test_a_session_that_does_nothing_does_not_wait(served: Served) -> None:
+    """The application may ask the session for its engine, outside of any operation."""
+    async with served.database.begin() as session:
+        session.get_bind()
+        (database,) = (await served.facts())["now"]
+    assert (database["waiting"], database["in_use"]) == ([], 0)
+
+
+async def test_repeated_waits_in_vain_are_one_step() -> None:
+    """They do not fill the memory, and all of them count."""
+    url = postgres.new_database("live").set(drivername="postgresql+asyncpg")
+    database = AsyncDatabase(url, pool_size=1, max_overflow=0, pool_timeout=0.05)
+    page = LivePage(database)
+    async with database, database.begin() as holder:
+        await holder.execute(text("SELECT 1"))
+        async with database.begin() as waiter:
+            for _ in range(4):
+                with pytest.raises(PoolTimeout):
+                    await waiter.execute(text("SELECT 1"))
+    *_, steps = page._observer._ended[0]
+    assert len(steps[database]) == 1
+    ((_, tally),) = page._observer.ended()[0].tallies
+    assert 0.2 <= tally.wait_time < 1
+
+
+async def test_a_connection_that_another_task_holds_stays_on_the_page(
+    served: Served, tmp_path: Path
+) -> None:
+    """One task of a WebSocket commits its work, while another task keeps its connection."""
+    other = AsyncDatabase(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}")
+    is_held, may_end = asyncio.Event(), asyncio.Event()
+    shown: list[Any] = []
+
+    async def hold() -> None:
+        await served.database.get_session().execute(ITEM.insert().values(note="held"))
+        is_held.set()
+        await may_end.wait()
+        await served.database.get_session().execute(select(ITEM))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        task = asyncio.create_task(hold())
+        await is_held.wait()
+        await other.get_session().execute(text("SELECT 1"))
+        await send({"type": "websocket.accept"})
+        facts = json.loads((await asked(served.page, "/json").run()).body)
+        shown.extend(each["request"] for each in facts["now"][0]["connections"] if each["held"])
+        may_end.set()
+        await task
+        await send({"type": "websocket.close"})
+
+    async with other:
+        socket = Socket(DBSessionMiddleware(app, served.database, other))
+        await socket.run()
+    assert socket.error is None
+    assert shown == ["WebSocket (no route)"]
+    first, second = served.page._observer.ended()
+    assert [tally.statements for unit in (first, second) for _, tally in unit.tallies] == [1, 1]
+    assert min(tally.use_time for unit in (first, second) for _, tally in unit.tallies) > 0
+    assert (first.outcome, second.outcome) == ("nothing_to_do", "committed")
 
 
 def kinds_of(stored: Any) -> set[type]:

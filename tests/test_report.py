@@ -246,6 +246,43 @@ async def test_waiting_in_vain_counts(running: Running) -> None:
     assert 0.05 <= reports[0].databases[0].wait_time <= reports[0].duration
 
 
+@pytest.mark.parametrize("real", ["sqlite", "asyncpg"], indirect=True)
+async def test_a_wait_that_is_cancelled_counts(running: Running) -> None:
+    """The client disconnects while the request waits for a connection."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY), database)
+
+    async with running.real.describe(pool_size=1, max_overflow=0) as database:
+        served = DBSessionMiddleware(app, database, on_report=reports.append)
+        async with begun(database) as execute:
+            await execute(select(ENTRY))
+            task = asyncio.create_task(get(served))
+            await asyncio.sleep(0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+    assert outcomes(reports) == [("rolled_back", "cancelled")]
+    assert 0.05 < reports[0].databases[0].wait_time <= reports[0].duration
+
+
+async def test_a_session_that_is_only_asked_for_its_engine_does_not_wait(running: Running) -> None:
+    """The application may call `get_bind` itself, long before its first statement."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        running.database.get_session().get_bind()
+        await asyncio.sleep(0.1)
+        await running.execute(select(ENTRY))
+        running.database.get_session().get_bind()
+        await asyncio.sleep(0.1)
+        await respond(send)
+
+    await get(DBSessionMiddleware(app, running.database, on_report=reports.append))
+    assert reports[0].databases[0].wait_time < 0.1
+
+
 def here(offset: int = 0) -> str:
     """Return the line that calls this function, as `file:line`."""
     frame = inspect.stack()[1]

@@ -8,10 +8,9 @@ def route_of(scope: Scope) -> str:
 
     The real path of the request is never returned, because it may contain a secret.
     """
-    try:
-        path = scope["route"].path  # set by FastAPI and Starlette
-    except (KeyError, AttributeError):
-        path = scope.get("path_template")  # set by Litestar
+    # FastAPI and Starlette store the route in `scope["route"]`, Litestar in
+    # `scope["path_template"]`.
+    path = getattr(scope.get("route"), "path", None) or scope.get("path_template")
     if isinstance(path, str):
         return path
     return str(getattr(scope.get("endpoint"), "__qualname__", ""))

@@ -120,13 +120,13 @@ class LiveObserver(UnitObserver):
         if steps:
             if unit.is_routed:
                 steps = {server_of(each, unit.sessions[each]): steps[each] for each in steps}
-            has_failed = end.failure is not None or end.error is not None or not end.commit
-            failure = _failure_of(end) if has_failed else _NO_FAILURE
+            failure = _NO_FAILURE
+            if end.failure is not None or end.error is not None or not end.commit:
+                failure = _failure_of(end)
             name = named(unit, self._route, self._by_quart)
-            raw = (name, perf_counter(), failure, steps)
-            self._ended.append(raw)
+            self._ended.append((name, perf_counter(), failure, steps))
             if self._counts:
-                self._count(raw)
+                self._count(self._ended[-1])
 
     def _tallies(self, raw: _Raw) -> list[tuple[Any, Tally]]:
         _, now, _, steps = raw

@@ -34,9 +34,10 @@ def named(unit: Any, route: RouteName | None, by_quart: Mapping[Any, str]) -> Na
     scope = unit.scope
     if scope is None:
         return None
-    found = route_of(scope) if route is None else _call(route, scope)
-    if not found and by_quart:
-        found = by_quart.get(unit, "")
+    try:
+        found = scope["route"].path if route is None else _call(route, scope)
+    except (KeyError, AttributeError):  # only FastAPI and Starlette have this route
+        found = route_of(scope) or by_quart.get(unit, "")
     return scope.get("method", "WebSocket"), found, unit.enclosing is not None
 
 

@@ -21,16 +21,18 @@ observed: set[Any] = set()
 
 def recording_class(guarded: type[S]) -> type[S]:
     """Derive a session class that records when it asks for an engine, and so for a connection."""
-    return derive(guarded, (guarded,), {"get_bind": _recording(guarded.get_bind)})
+    # `connection` may get the engine as an argument, and then does not call `get_bind`.
+    methods = {name: _recording(getattr(guarded, name)) for name in ("get_bind", "connection")}
+    return derive(guarded, (guarded,), methods)
 
 
-def _recording(get_bind: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(get_bind)
-    def record_and_get_bind(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _recording(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def ask(self: Any, *args: Any, **kwargs: Any) -> Any:
         self._companion.asked = perf_counter()
-        return get_bind(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
-    return record_and_get_bind
+    return ask
 
 
 def record_checkout(companion: Companion, own: Any, connection: Any) -> None:

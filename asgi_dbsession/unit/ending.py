@@ -169,7 +169,7 @@ def _tell(unit: UnitOfWork, end: End) -> None:
             companion = opened.companion
             done = companion.steps
             if done:
-                steps[database] = done
+                steps[database], companion.asked = done, 0
                 companion.steps = [] if done[-1][0] in ENDS else begin_steps(companion)
         for observer in unit.observers:
             observer.work_ended(unit, end, steps)
