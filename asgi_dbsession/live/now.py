@@ -9,7 +9,6 @@ from sqlalchemy.pool import QueuePool
 from asgi_dbsession.reports.tally import Tally
 from asgi_dbsession.session._sqlalchemy import most_overflow, pool_entry
 from asgi_dbsession.session.companion import Step
-from asgi_dbsession.session.managed import ManagedSession
 
 from .observer import LiveObserver, server_of
 from .shown import line, name, without_values
@@ -88,16 +87,16 @@ class Now:
                 database, companion = server_of(opened_by, opened), opened.companion
                 if database not in used:
                     continue
-                since, entry = companion.waits_since, _entry_of(opened)
+                since, connections = companion.waits_since, companion.open_connections
+                entry = pool_entry(connections[-1]) if connections else None
                 steps: list[Step] = list(companion.steps or [])
                 tally = Tally(steps, now)
                 if entry is not None and tally.since is not None:
-                    shown = _connection(request, tally, steps[-1], now)
-                    shown["lane"] = self._lanes[database].of(entry)
-                    shown["in_transaction"] &= not _is_in_autocommit(entry)
-                    shown["read_only"] = unit.read_only
-                    dialect = database.url.get_backend_name()
-                    shown["statement"] = without_values(shown["statement"], dialect)
+                    is_in_autocommit = getattr(entry.dbapi_connection, "autocommit", None) is True
+                    shown = _connection(steps[-1], database.url.get_backend_name(), now)
+                    shown["lane"], shown["request"] = self._lanes[database].of(entry), request
+                    shown["held"], shown["read_only"] = now - tally.since, unit.read_only
+                    shown["in_transaction"] = tally.in_transaction and not is_in_autocommit
                     used[database].append(shown)
                 elif since is not None:
                     waiting[database].append({"request": request, "seconds": now - since})
@@ -141,28 +140,13 @@ def pool_of(database: Any) -> Any:
     return database.engine.pool if database.is_running else None
 
 
-def _entry_of(opened: ManagedSession[Any]) -> Any:
-    """Return the pool's entry of the connection that the session holds; None if it holds none."""
-    connections = opened.companion.open_connections
-    return pool_entry(connections[-1]) if connections else None
-
-
-def _is_in_autocommit(entry: Any) -> bool:
-    return getattr(entry.dbapi_connection, "autocommit", None) is True
-
-
-def _connection(request: str, tally: Tally, last: Step, now: float) -> Connection:
+def _connection(last: Step, dialect: str, now: float) -> Connection:
     kind, start, stop, call_site, text = last
     return {
-        "lane": 0,  # `look` replaces this value, `read_only`, and the values in the statement
-        "state": "working" if stop is None else "idle",
-        "request": request,
-        "held": now - (tally.since or now),
+        **_empty(0, "working" if stop is None else "idle"),
         "since": now - (stop or start),
         "line": line(call_site),
-        "statement": text or ("" if kind == "hold" else kind.upper()),
-        "in_transaction": tally.in_transaction,
-        "read_only": False,
+        "statement": without_values(text, dialect) or ("" if kind == "hold" else kind.upper()),
     }
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from typing_extensions import override
 
 from asgi_dbsession.reports.recorder import outcome_of, reason_of
-from asgi_dbsession.reports.tally import Tally, ended_tally
+from asgi_dbsession.reports.tally import Tally
 from asgi_dbsession.reports.watching import watch_usage
 from asgi_dbsession.retry.causes import causes
 from asgi_dbsession.retry.conflicts import is_conflict
@@ -50,21 +50,15 @@ class EndedUnit(NamedTuple):
     tallies: list[tuple[Any, Tally]]
 
 
-# Why a unit of work failed: True if it was rolled back, the reason, the class of the error, and
-# True for a conflict.
-_Failure: TypeAlias = tuple[bool, str, str, bool]
-_NO_FAILURE: _Failure = (False, "", "", False)
-
-# An ended unit as its request leaves it: the name, the time of the end, the failure, and the steps
-# of each database or replica.
-_Raw: TypeAlias = tuple[Named, float, _Failure, dict[Any, list[Step]]]
+# The outcome, the reason of a rollback, the class of the error, and True for a conflict.
+_Result: TypeAlias = tuple[Outcome, str, str, bool]
+_SUCCESS: _Result = ("committed", "", "", False)
 
 
 class LiveObserver(UnitObserver):
     """Observes databases for the live page; does nothing for a request without a session.
 
-    A request only stores what happened. The page evaluates this when somebody looks at it, so that
-    requests are fast.
+    A request only stores what happened. It is evaluated when somebody looks at the page.
 
     Args:
         databases: The databases to observe.
@@ -74,7 +68,11 @@ class LiveObserver(UnitObserver):
     def __init__(self, databases: tuple[Any, ...], route: RouteName | None) -> None:
         self.totals: dict[Any, Totals] = {each: Totals() for each in databases}
         self._route: RouteName | None = route
-        self._ended: deque[_Raw] = deque(maxlen=_MOST_UNITS)
+        # For each ended unit: its name, the time of its end, its result, and the steps of each
+        # database or replica.
+        self._ended: deque[tuple[Named, float, _Result, dict[Any, list[Step]]]] = deque(
+            maxlen=_MOST_UNITS
+        )
         self._counts: bool = False
         self._by_quart: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
         for each in databases:
@@ -88,15 +86,18 @@ class LiveObserver(UnitObserver):
 
     def ended(self) -> list[EndedUnit]:
         """Return the last ended units."""
-        found = [_evaluate(each, self._tallies(each)) for each in tuple(self._ended)]
+        found = [
+            _evaluate(name, now, result, self._tallies(steps, now))
+            for name, now, result, steps in tuple(self._ended)
+        ]
         return [each for each in found if each.tallies]
 
     def current_totals(self) -> list[Totals]:
         """Return the totals of each database; the first call begins to count."""
         if not self._counts:
             self._counts = True
-            for each in tuple(self._ended):
-                self._count(each)
+            for _, now, _, steps in tuple(self._ended):
+                self._count(steps, now)
         return list(self.totals.values())
 
     @override
@@ -120,20 +121,19 @@ class LiveObserver(UnitObserver):
         if steps:
             if unit.is_routed:
                 steps = {server_of(each, unit.sessions[each]): steps[each] for each in steps}
-            failure = _NO_FAILURE
+            result, now = _SUCCESS, perf_counter()
             if end.failure is not None or end.error is not None or not end.commit:
-                failure = _failure_of(end)
-            name = named(unit, self._route, self._by_quart)
-            self._ended.append((name, perf_counter(), failure, steps))
+                result = _result_of(end)
+            self._ended.append((named(unit, self._route, self._by_quart), now, result, steps))
             if self._counts:
-                self._count(self._ended[-1])
+                self._count(steps, now)
 
-    def _tallies(self, raw: _Raw) -> list[tuple[Any, Tally]]:
-        _, now, _, steps = raw
-        return [(each, ended_tally(steps[each], now)) for each in steps if each in self.totals]
+    def _tallies(self, steps: dict[Any, list[Step]], now: float) -> list[tuple[Any, Tally]]:
+        shown = [each for each in steps if each in self.totals]
+        return [(each, Tally(steps[each], now, has_ended=True)) for each in shown]
 
-    def _count(self, raw: _Raw) -> None:
-        for database, tally in self._tallies(raw):
+    def _count(self, steps: dict[Any, list[Step]], now: float) -> None:
+        for database, tally in self._tallies(steps, now):
             self.totals[database].add(tally)
 
 
@@ -146,23 +146,19 @@ def server_of(database: Any, opened: ManagedSession[Any]) -> Any:
     return database
 
 
-def _evaluate(raw: _Raw, tallies: list[tuple[Any, Tally]]) -> EndedUnit:
-    name, now, (is_rolled_back, reason, error, has_conflict), _ = raw
-    is_committed = any(tally.commits for _, tally in tallies)
-    outcome: Outcome = "committed" if is_committed else "nothing_to_do"
-    if is_rolled_back:
-        outcome = "rolled_back"
+def _evaluate(
+    name: Named, now: float, result: _Result, tallies: list[tuple[Any, Tally]]
+) -> EndedUnit:
+    outcome, reason, error, has_conflict = result
+    if outcome == "committed" and not any(tally.commits for _, tally in tallies):
+        outcome = "nothing_to_do"
     began = min((tally.began for _, tally in tallies), default=now)
     return EndedUnit(name_of(name), began, now, outcome, reason, error, has_conflict, tallies)
 
 
-def _failure_of(end: End) -> _Failure:
-    error = end.failure or end.error
-    is_rolled_back = outcome_of(end, 0) == "rolled_back"
-    reason = (reason_of(end) or "") if is_rolled_back else ""
+def _result_of(end: End) -> _Result:
+    error, outcome = end.failure or end.error, outcome_of(end, 1)
+    reason = (reason_of(end) or "") if outcome == "rolled_back" else ""
     name = "" if error is None else type(error).__name__
-    return is_rolled_back, reason, name, _has_conflict(error)
-
-
-def _has_conflict(error: BaseException | None) -> bool:
-    return any(is_conflict(getattr(each, "orig", each)) for each in causes(error))
+    has_conflict = any(is_conflict(getattr(each, "orig", each)) for each in causes(error))
+    return outcome, reason, name, has_conflict

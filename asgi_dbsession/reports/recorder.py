@@ -19,7 +19,7 @@ from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import DatabaseReport, Outcome, UnitReport
 
 from .call_site import as_text
-from .tally import Tally, ended_tally
+from .tally import Tally
 from .watching import unwatch_usage, watch_usage
 
 _logger = logging.getLogger("asgi_dbsession")
@@ -65,7 +65,7 @@ class Recorder(UnitObserver):
     @override
     def work_ended(self, unit: Any, end: End, steps: dict[Any, list[Step]]) -> None:
         now = perf_counter()
-        tallies = {each: ended_tally(steps.get(each, []), now) for each in unit.sessions}
+        tallies = {each: Tally(steps.get(each, []), now, has_ended=True) for each in unit.sessions}
         has_tallies = any(each.statements or each.wait_time for each in tallies.values())
         if end.had_work or not end.close or has_tallies:
             self._report(unit, end, self._records[unit], tallies, now)

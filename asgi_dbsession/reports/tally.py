@@ -20,14 +20,8 @@ MOST_STEPS = 200
 _NOTHING = 50e-6
 # The text of a COMMIT or ROLLBACK that failed.
 FAILED = "failed"
-_KINDS: dict[str, Kind] = {
-    "wait": "wait",
-    "hold": "wait",
-    "statement": "statement",
-    "prepare": "commit",
-    "commit": "commit",
-    "rollback": "rollback",
-}
+# How kinds of steps are shown, if their own name is not a `Kind`.
+_SHOWN_AS: dict[str, Kind] = {"hold": "wait", "prepare": "commit"}
 
 
 class Span(NamedTuple):
@@ -51,6 +45,7 @@ class Tally:
     Args:
         steps: The steps of the session, in the order in which they began.
         now: The end of a step that still runs.
+        has_ended: True if the unit of work has ended now, so that the session holds no connection.
 
     Attributes:
         began: When the session first asked for a connection.
@@ -72,7 +67,7 @@ class Tally:
     _idle_since: float = 0
     _line: CallSite = None
 
-    def __init__(self, steps: Sequence[Step], now: float) -> None:
+    def __init__(self, steps: Sequence[Step], now: float, *, has_ended: bool = False) -> None:
         self._holds: list[tuple[float, float]] = []
         if steps and steps[0][0] == "sum":
             vars(self).update(vars(steps[0][4]), _holds=steps[0][4]._holds[:])
@@ -85,13 +80,15 @@ class Tally:
             if kind == "wait":
                 self.wait_time += stop - start
             elif kind == "hold":
-                self.leave(start)
+                self._leave(start)
                 self.wait_time += stop - start
                 self.since = self._idle_since = stop
                 self._line = None
             # A step inside of another step is skipped: COMMIT may be sent as a statement.
             elif start >= self._idle_since and (self.since is not None or kind == "statement"):
                 self._operate(kind, start, stop or now, call_site, text)
+        if has_ended:
+            self._leave(now)
 
     def _operate(
         self, kind: str, start: float, stop: float, call_site: CallSite, text: str
@@ -109,30 +106,23 @@ class Tally:
             self.operation_duration += stop - start
         if kind in ENDS and text != FAILED:
             self.commits += self.in_transaction and kind == "commit"
-            self.leave(stop)
+            self._leave(stop)
 
-    def leave(self, now: float) -> None:
-        """Record that the session gave its connection back, if it held one."""
+    def _leave(self, now: float) -> None:
         if self.since is not None:
             self.use_time += now - self.since
-            self._holds.append((self.since, now))
+            if len(self._holds) < MOST_STEPS:
+                self._holds.append((self.since, now))
             self.since, self.in_transaction = None, False
 
     def spans(self) -> Iterator[Span]:
         """Iterate over the measured times of at most `MOST_STEPS` steps."""
-        for start, stop in self._holds[:MOST_STEPS]:
+        for start, stop in self._holds:
             yield Span("hold", start, stop, None, "")
         for kind, start, stop, call_site, text in self._steps:
             # COMMIT of a connection in autocommit sends nothing, and so takes almost no time.
             if stop is not None and (kind not in ENDS or stop - start > _NOTHING):
-                yield Span(_KINDS[kind], start, stop, call_site, text)
-
-
-def ended_tally(steps: Sequence[Step], now: float) -> Tally:
-    """Return the sums of the steps of a session at the end of a unit of work."""
-    tally = Tally(steps, now)
-    tally.leave(now)
-    return tally
+                yield Span(_SHOWN_AS.get(kind) or kind, start, stop, call_site, text)
 
 
 def condense(steps: list[Step]) -> None:
