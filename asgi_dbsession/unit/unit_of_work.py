@@ -171,8 +171,7 @@ class UnitOfWork:
             self.observers = database.observers
         elif database.observers:
             # The outer unit of work may have the same observer.
-            new = [each for each in database.observers if each not in self.observers]
-            self.observers = (*self.observers, *new)
+            self.observers = tuple(dict.fromkeys((*self.observers, *database.observers)))
         if self.observers:
             made.companion.unit = self
             observed.add(self)
