@@ -4,7 +4,7 @@ import importlib as _importlib
 import typing as _typing
 
 from .asgi.middleware import DBSessionMiddleware
-from .asgi.read_rule import safe_methods
+from .asgi.rules import safe_methods
 from .database.async_database import AsyncDatabase
 from .database.health import Health
 from .database.replicas import Replicas

@@ -212,6 +212,13 @@ def without_secrets(url: URL) -> str:
     return url.set(query={}).render_as_string(hide_password=True)
 
 
+def kind_of(given: object) -> str:
+    """Describe a wrong argument for an error text, without its value, which may be a secret."""
+    return (
+        given.__name__ if isinstance(given, type) else f"something of type {type(given).__name__}"
+    )
+
+
 def _restore_error(
     error_class: type[DBSessionError], arguments: tuple[object, ...]
 ) -> DBSessionError:

@@ -1,6 +1,6 @@
 """Answers a request whose COMMIT failed: sends an error response, or raises the error."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 
 from asgi_dbsession.errors import AbortRequest, ConfigurationError, ForbiddenWrite
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
@@ -63,26 +63,4 @@ def add_note(failure: Exception, error: BaseException) -> None:
     failure.add_note(
         "While the application was stopped because of this error, it raised "
         f"{type(error).__name__}: {error}"
-    )
-
-
-def checked(decision: object, rule: str) -> bool:
-    """Return `decision` if it is True or False, and raise an error for any other value.
-
-    Args:
-        decision: The value that a function of the application returned, for example `commit_when`.
-        rule: The name of the middleware option that has this function, for the error text.
-
-    Raises:
-        ConfigurationError: `decision` is neither True nor False.
-    """
-    if decision is True or decision is False:
-        return decision
-    if isinstance(decision, Coroutine):
-        # Close the coroutine, so that Python does not warn about a coroutine that was never
-        # awaited.
-        decision.close()
-    raise ConfigurationError(
-        f"{rule} must return True or False, and returned something of type "
-        f"{type(decision).__name__}. Write a plain function, which is not awaited."
     )

@@ -15,8 +15,8 @@ from asgi_dbsession.session.two_phases import refuse_one_phase
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
 from asgi_dbsession.unit.retry_on import check_retry_on
 
-from .commit_rule import commit_rule
 from .lifespan import Unstartable
+from .rules import commit_rule
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 D = TypeVar("D")

@@ -7,8 +7,8 @@ from asgi_dbsession.types import Message, Receive, Send
 from asgi_dbsession.unit.ending import end_work, end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
-from .commit_rule import CommitRule
 from .events import is_event_stream, warn_of_early_events
+from .rules import CommitRule
 
 # A message of one of these types is the last of a response if its `more_body` is False.
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")

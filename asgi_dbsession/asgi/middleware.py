@@ -15,11 +15,10 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 from .answer import add_note, answer_or_raise
 from .arguments import AnyDatabase, application_first, no_application, usable_databases
-from .commit_rule import CommitWhen, below_400, commit_rule
 from .exchange import Exchange
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .optional import with_optional_rooms, with_positions
-from .read_rule import ReadOnly, apply_read_rule
+from .rules import CommitWhen, ReadOnly, apply_read_rule, below_400, commit_rule
 from .websocket import SocketExchange
 
 # This key of the ASGI scope has the unit of work. An inner DBSessionMiddleware finds the unit of

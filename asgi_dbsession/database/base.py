@@ -14,10 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
 from typing_extensions import Self
 
-from asgi_dbsession.errors import (
-    ConfigurationError,
-    DBSessionError,
-)
+from asgi_dbsession.errors import ConfigurationError, DBSessionError, kind_of
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.reads import Reads, check_autocommit_reads
 from asgi_dbsession.types import Scope
@@ -232,12 +229,5 @@ class Database(ReplicatedLife[E], Generic[E, S]):
             return session_class
         raise ConfigurationError(
             f"{type(self).__name__} needs a subclass of {base.__name__} as "
-            f'session_options["{option}"], not {_kind_of(session_class)}.'
+            f'session_options["{option}"], not {kind_of(session_class)}.'
         )
-
-
-def _kind_of(given: object) -> str:
-    # Do not show the value, because the caller may have passed a secret to the wrong argument.
-    return (
-        given.__name__ if isinstance(given, type) else f"something of type {type(given).__name__}"
-    )

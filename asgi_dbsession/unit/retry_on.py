@@ -4,7 +4,7 @@ from collections.abc import Callable
 from inspect import iscoroutinefunction
 from typing import TypeAlias
 
-from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.errors import ConfigurationError, kind_of
 
 RetryOn: TypeAlias = (
     type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool] | None
@@ -29,10 +29,7 @@ def check_retry_on(given: object) -> None:
             "retry_on takes a plain function, not a coroutine function. Write it with `def`, not "
             "`async def`."
         )
-    shown = (
-        given.__name__ if isinstance(given, type) else f"something of type {type(given).__name__}"
-    )
     raise ConfigurationError(
         "retry_on takes a class of exceptions, a tuple of such classes, or a plain function, not "
-        f"{shown}."
+        f"{kind_of(given)}."
     )

@@ -1,20 +1,21 @@
-"""Checks the option `commit_when`, which decides by the response status if work is committed."""
+"""Decides, by the options `commit_when` and `read_only`, what a request may store."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from inspect import Signature, signature
 from typing import Any, TypeAlias
 
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.types import Scope
-
-from .answer import checked
+from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
 CommitWhen: TypeAlias = Callable[[int], bool] | Callable[[int, Scope], bool]
 CommitRule: TypeAlias = Callable[[int, Scope], bool]
+ReadOnly: TypeAlias = Callable[[Scope], bool]
 
 # `HTTPStatus.BAD_REQUEST` is an enumeration member, and slower to compare than an `int`.
 _BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)
+_SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
 
 
 def below_400(status: int) -> bool:
@@ -62,3 +63,49 @@ def _bind(parameters: Signature, *arguments: object) -> list[str]:
         return list(parameters.bind(*arguments).arguments)
     except TypeError:
         return []
+
+
+def safe_methods(scope: Scope) -> bool:
+    """Return True for methods that should not change data: GET, HEAD, OPTIONS and TRACE."""
+    return scope["type"] == "http" and scope["method"] in _SAFE_METHODS
+
+
+def apply_read_rule(rule: ReadOnly, unit: UnitOfWork, scope: Scope) -> None:
+    """Call the function `read_only` of the application, and store its result in the unit of work.
+
+    Raises:
+        ConfigurationError: The function returned neither True nor False. Or the request may only
+            read, but its sessions belong to an outer DBSessionMiddleware that allows writes.
+    """
+    unit.read_only = checked(rule(scope), "read_only")
+    if not unit.read_only or not unit.joins_outer_unit:
+        return
+    for database in unit.databases:
+        outer = next(each for each in unit.of_same_request() if each.manages(database))
+        if not outer.read_only:
+            raise ConfigurationError(
+                f"This request may only read {database}, but a DBSessionMiddleware further out "
+                "opens the session and lets it write. Give `read_only` to that one too."
+            )
+
+
+def checked(decision: object, rule: str) -> bool:
+    """Return `decision` if it is True or False, and raise an error for any other value.
+
+    Args:
+        decision: The value that a function of the application returned, for example `commit_when`.
+        rule: The name of the middleware option that has this function, for the error text.
+
+    Raises:
+        ConfigurationError: `decision` is neither True nor False.
+    """
+    if decision is True or decision is False:
+        return decision
+    if isinstance(decision, Coroutine):
+        # Close the coroutine, so that Python does not warn about a coroutine that was never
+        # awaited.
+        decision.close()
+    raise ConfigurationError(
+        f"{rule} must return True or False, and returned something of type "
+        f"{type(decision).__name__}. Write a plain function, which is not awaited."
+    )
