@@ -3,6 +3,7 @@
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from contextvars import Context
 from threading import Lock, Thread
 from typing import Any
@@ -105,66 +106,55 @@ class ThreadQuestions(Questions):
     def __init__(self, ask: Callable[[Engine], None]) -> None:
         self._ask = ask
         self._mutex = Lock()
-        self._current: _Question | None = None
+        self._current: tuple[Engine, Future[None]] | None = None
         self._abandoned = 0
 
     @override
     async def answers(self, engine: Engine, seconds: float) -> bool:
-        question = self._current_or_new(engine)
-        if question is None:
+        answer = self._current_or_new(engine)
+        if answer is None:
             return False
         look = _FIRST_LOOK
         with move_on_after(seconds):
-            while not question.is_answered:
+            while not answer.done():
                 await sleep(look)
                 look = min(2 * look, _LAST_LOOK)
         with self._mutex:
-            if not question.is_answered:
-                self._abandon(question)
+            if not answer.done():
+                self._abandon(answer)
                 return False
-        if question.error is not None:
-            raise question.error
-        return True
+        return answer.result() is None
 
-    def _current_or_new(self, engine: Engine) -> "_Question | None":
+    def _current_or_new(self, engine: Engine) -> "Future[None] | None":
         with self._mutex:
-            if self._current is not None and self._current.engine is engine:
-                return self._current
+            if self._current is not None and self._current[0] is engine:
+                return self._current[1]
             # The running check is for an old engine, which was replaced by `engine`. So start a new
             # check.
             if self._current is not None:
-                self._abandon(self._current)
+                self._abandon(self._current[1])
             if self._abandoned >= _MAX_ABANDONED:
                 return None
-            question = self._current = _Question(engine)
+            answer: Future[None] = Future()
+            self._current = engine, answer
         # Run the check in an empty context, because a driver may keep the context of the request.
         # Use a new thread, because all threads of the pool may be busy.
-        Thread(target=Context().run, args=(self._run, question), daemon=True).start()
-        return question
+        Thread(target=Context().run, args=(self._run, engine, answer), daemon=True).start()
+        return answer
 
-    def _run(self, question: "_Question") -> None:
+    def _run(self, engine: Engine, answer: "Future[None]") -> None:
+        failure: Exception | None = None
         try:
-            self._ask(question.engine)
+            self._ask(engine)
         except Exception as error:
-            question.error = error
+            failure = error
         finally:
             with self._mutex:
-                question.is_answered = True
-                if self._current is question:
-                    self._current = None
-                else:
-                    self._abandoned -= 1
+                answer.set_exception(failure)  # None: the database has answered.
+                self._abandon(answer)
+                self._abandoned -= 1
 
-    def _abandon(self, question: "_Question") -> None:
-        if self._current is question:
+    def _abandon(self, answer: "Future[None]") -> None:
+        if self._current is not None and self._current[1] is answer:
             self._current = None
             self._abandoned += 1
-
-
-class _Question:
-    """One running check of a database with a sync driver, in a thread."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.error: Exception | None = None
-        self.is_answered = False
