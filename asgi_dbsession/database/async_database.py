@@ -23,8 +23,8 @@ from asgi_dbsession.unit.blocks import block_of
 from asgi_dbsession.unit.retry_on import RetryOn
 
 from .base import Database
+from .health import TaskQuestions
 from .options import AnyAsyncSession, AsyncSessionOptions
-from .questions import TaskQuestions
 from .replicas import Replicas
 
 T = TypeVar("T")

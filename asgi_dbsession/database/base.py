@@ -22,8 +22,7 @@ from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
 from .borrowed import borrow
-from .health import Health
-from .questions import Questions
+from .health import Health, Questions
 from .replicated import ReplicatedLife
 
 E = TypeVar("E", bound=Engine | AsyncEngine)

@@ -22,8 +22,8 @@ from asgi_dbsession.unit.retry_on import RetryOn
 
 from .base import Database
 from .decorator import DecoratingBlock
+from .health import ThreadQuestions
 from .options import AnySession, SessionOptions
-from .questions import ThreadQuestions
 from .replicas import Replicas
 
 T = TypeVar("T")
