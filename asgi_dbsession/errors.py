@@ -16,7 +16,7 @@ class DBSessionError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the finished error text, because `__init__` takes only parts of the text."""
-        return _restore_error, (type(self), self.args), vars(self)
+        return type(self).__new__, (type(self),), {**vars(self), "args": self.args}
 
 
 class NoSession(DBSessionError, LookupError):
@@ -79,28 +79,26 @@ class ConcurrentUse(DBSessionError, RuntimeError):
     """
 
     def __init__(self, database: object, *, mixed_with: str | None = None) -> None:
-        if mixed_with is None:
-            text = (
+        texts = {
+            None: (
                 f"Another task is in the middle of an operation on this session of {database}, and "
                 "a session does one thing at a time."
-            )
-        elif mixed_with == "living":
-            text = (
+            ),
+            "living": (
                 f"Another task has uncommitted work on this session of {database}, in the same "
                 "transaction as the work of the task that sends. Nothing was sent, and nothing "
                 "was stored."
-            )
-        elif mixed_with == "block":
-            text = (
+            ),
+            "block": (
                 f"Another task is inside of `begin(join=True)` on this session of {database}. "
                 "Work of this task would be kept or rolled back together with that block."
-            )
-        else:
-            text = (
+            ),
+            "failed": (
                 f"A task that has failed left uncommitted work on this session of {database}, in "
                 "the same transaction as work that should be committed. All of it is rolled back."
-            )
-        super().__init__(f"{text} Open `database.begin()` in each task.")
+            ),
+        }
+        super().__init__(f"{texts[mixed_with]} Open `database.begin()` in each task.")
 
 
 class DatabaseNotRunning(DBSessionError, RuntimeError):
@@ -217,14 +215,6 @@ def kind_of(given: object) -> str:
     return (
         given.__name__ if isinstance(given, type) else f"something of type {type(given).__name__}"
     )
-
-
-def _restore_error(
-    error_class: type[DBSessionError], arguments: tuple[object, ...]
-) -> DBSessionError:
-    error = error_class.__new__(error_class)
-    error.args = arguments
-    return error
 
 
 def _ways_to_start(database: object) -> str:
