@@ -32,8 +32,7 @@ class ManagedSession(Generic[S]):
         run: A function that calls blocking code, in a greenlet (async) or in a thread (sync).
 
     Attributes:
-        is_flushed: True between the methods `flush` and `end`. `flush` acquires the lock of the
-            session, and `end` releases it.
+        is_flushed: True between the methods `flush` and `end`, while they hold the lock.
         in_doubt: The names of two-phase transactions that may still be prepared on the server.
     """
 
@@ -205,8 +204,7 @@ def _remember_connection(
     companion: Companion = session._companion
     if not transaction.nested and session.in_nested_transaction():
         begin_before_savepoint(connection)
-    # SQLAlchemy's options `binds` and `bind_arguments` can bring in an engine that does not have
-    # the listeners of this package yet.
+    # With `binds`, the engine may not have the listeners of this package yet.
     if connection.engine is not session.bind:
         watch(connection.engine)
     companion.add_connection(connection)
@@ -221,9 +219,8 @@ def _remember_connection(
 
 def _refuse_or_begin(session: Any, *_: object) -> None:
     session._companion.writes.check_flush(session)
-    # Send BEGIN before the flush, even if the session has only read so far. During the flush, a
-    # listener of the application may write on the driver's own connection. This package cannot see
-    # such a write, but a rollback must undo it.
+    # Send BEGIN now, because a listener of the application may write on the driver's own connection
+    # during the flush. This package cannot see such a write, but a rollback must undo it.
     for connection in session._companion.open_connections:
         begin_now(connection)
 
