@@ -222,13 +222,14 @@ async def test_an_error_while_a_request_is_stopped_is_kept(running: Running) -> 
 
 
 @pytest.mark.parametrize("real", ["sqlite", "asyncpg"], indirect=True)
+@pytest.mark.parametrize("catches", [True, False])
 @pytest.mark.parametrize("how", ["async with", "close in except"])
 async def test_a_session_that_is_closed_because_of_an_error_hides_no_error(
-    running: Running, how: str
+    running: Running, how: str, *, catches: bool
 ) -> None:
-    """The error of the application reaches the server, and the work is rolled back."""
+    """The application gets its own error, and the work is rolled back even if it catches it."""
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
+    async def work() -> None:
         session: Any = running.database.get_session()
         if how == "async with":
             async with session:
@@ -241,8 +242,17 @@ async def test_a_session_that_is_closed_because_of_an_error_hides_no_error(
             await session.close()
             raise
 
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await work()
+        except LookupError:
+            if not catches:
+                raise
+        await respond(send)
+
     exchange = await get(DBSessionMiddleware(app, running.database))
-    assert isinstance(exchange.error, LookupError)
+    assert isinstance(exchange.error, LookupError) is not catches
+    assert exchange.status == (200 if catches else None)
     assert running.stored() == []
     await running.assert_clean()
 
