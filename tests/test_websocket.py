@@ -406,6 +406,31 @@ async def test_a_message_does_not_commit_what_another_task_is_at(
     assert running.stored() == []
 
 
+@pytest.mark.parametrize("real", ["sqlite", "asyncpg"], indirect=True)
+async def test_a_message_rolls_back_what_a_failed_task_did(running: Running) -> None:
+    """The failed task holds no connection, and the next work is not mixed with its work."""
+    seen = []
+
+    async def fail() -> None:
+        await running.write("half done")
+        raise LookupError
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(ACCEPT)
+        await asyncio.wait([asyncio.create_task(fail())])
+        await send(text("sorry"))
+        await running.write("mine")
+        await send(text("stored"))
+
+    def look(_: Message) -> None:
+        seen.append((running.stored(), checked_out(running.database)))
+
+    peer = await socket(running, app, on_message=look).run()
+    assert peer.error is None
+    assert seen == [([], 0), ([], 0), (["mine"], 0)]
+
+
 async def test_a_reader_and_a_writer_task_have_a_unit_of_work_each(real: Real) -> None:
     """Sockets with several tasks should use `database.begin()`, as documented."""
     if real.is_sync:
