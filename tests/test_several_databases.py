@@ -116,6 +116,27 @@ async def test_all_are_rolled_back_together(several: Several, end: str) -> None:
     assert several.stored() == [[], [], []]
 
 
+async def test_a_rollback_that_is_stopped_stops_no_other_and_is_not_hidden(
+    several: Several,
+) -> None:
+    """A listener may raise what is no `Exception`, as a time limit in a signal handler does."""
+
+    class Stop(BaseException):
+        """Raised by a listener."""
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.write("lost")
+        event.listen(orm(several.each[0]), "after_rollback", stop, once=True)
+        await respond(send, 404)
+
+    with pytest.raises(Stop):
+        await get(DBSessionMiddleware(app, *several.databases))
+    assert several.stored() == [[], [], []]
+
+
 async def test_a_listener_of_before_commit_has_its_say_before_anything_is_stored(
     several: Several,
 ) -> None:
