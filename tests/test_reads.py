@@ -309,11 +309,22 @@ async def test_other_isolation_levels_keep_their_transaction(real: Real, level: 
     assert found == [True]
 
 
-@pytest.mark.parametrize(("wanted", "expected"), [(True, False), (False, True), (None, False)])
-async def test_autocommit_reads_decides(real: Real, *, wanted: bool | None, expected: bool) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "level", "expected"),
+    [
+        (True, None, False),
+        (True, "REPEATABLE READ", False),
+        (False, None, True),
+        (None, None, False),
+    ],
+)
+async def test_autocommit_reads_decides(
+    real: Real, wanted: bool | None, level: str | None, *, expected: bool
+) -> None:
     """True: at each isolation level. False: never. None: only if nobody sees a difference."""
     found = []
-    async with real.describe(autocommit_reads=wanted) as database:
+    options = {"isolation_level": level} if level else {}
+    async with real.describe(autocommit_reads=wanted, **options) as database:
         running = Running(real, database)
 
         async def work(watched: Watched) -> None:
