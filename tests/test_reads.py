@@ -309,6 +309,22 @@ async def test_other_isolation_levels_keep_their_transaction(real: Real, level: 
     assert found == [True]
 
 
+@pytest.mark.parametrize("of", ["the engine", "its connections"])
+async def test_an_engine_in_autocommit_stays_in_autocommit(real: Real, of: str) -> None:
+    """A write after a read is stored at once, so a later rollback does not take it back."""
+    level: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
+    options = level if of == "the engine" else {"execution_options": level}
+    async with real.describe(**options) as database:
+        running = Running(real, database)
+
+        async def work(_: Watched) -> None:
+            await running.execute(PLAIN["columns"])
+            await running.write("kept")
+
+        await in_request(running, work, 409)
+    assert real.stored() == ["kept"]
+
+
 @pytest.mark.parametrize(
     ("wanted", "level", "expected"),
     [
