@@ -102,6 +102,24 @@ async def test_what_cannot_be_prepared_is_stored_nowhere(several: Several) -> No
     assert (exchange.messages, done, several.stored()) == ([], [], [[], []])
 
 
+async def test_what_was_prepared_before_another_failed_is_rolled_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two are prepared when the third cannot be prepared: none of them is in doubt."""
+    async with several_databases("asyncpg + asyncmy + psycopg", tmp_path) as several:
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await several.write("lost")
+            await several.each[2].doom()
+            await respond(send)
+
+        exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
+        assert isinstance(exchange.error, IntegrityError)
+        assert [in_doubt(real) for real in several.reals] == [[], [], []]
+        assert several.stored() == [[], [], []]
+    assert "In doubt" not in caplog.text
+
+
 async def test_an_error_that_a_listener_swallows_is_seen_before_anything_is_decided(
     several: Several,
 ) -> None:
