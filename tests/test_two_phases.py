@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import sqlite3
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,11 +16,12 @@ from asgi import Life, get, respond
 from conftest import ENTRY, Real, becomes_true
 from pages import ROOT, Page
 from several import Several, engine_of, in_session, orm, several_databases, swallow_an_error
-from sqlalchemy import event, text
+from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from asgi_dbsession import ConfigurationError, DBSessionMiddleware, TransactionAborted, on_commit
+from asgi_dbsession.session.two_phases import is_refused
 
 pytestmark = pytest.mark.anyio
 
@@ -100,6 +102,35 @@ async def test_what_cannot_be_prepared_is_stored_nowhere(several: Several) -> No
     exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
     assert isinstance(exchange.error, IntegrityError)
     assert (exchange.messages, done, several.stored()) == ([], [], [[], []])
+
+
+@pytest.mark.parametrize("several", PAIRS[:2], indirect=True)
+async def test_what_mariadb_refuses_to_prepare_is_not_in_doubt(
+    several: Several, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The transaction is rolled back, and no operator is asked for."""
+    (refusing,) = (each for each in several.each if each.real.is_mariadb)
+
+    def end_too_early(connection: Connection, name: str) -> None:
+        connection.exec_driver_sql(f"XA END '{name}'")
+
+    event.listen(engine_of(refusing), "prepare_twophase", end_too_early)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.write("lost")
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
+    assert isinstance(exchange.error, DBAPIError)
+    assert several.stored() == [[], []]
+    assert "In doubt" not in caplog.text
+
+
+@pytest.mark.parametrize(("number", "refused"), [(1399, True), (2013, False)])
+def test_an_error_without_sqlstate_is_known_by_its_number(number: int, *, refused: bool) -> None:
+    """Older drivers of MariaDB give no SQLSTATE; only 2000 to 2999 come from the client."""
+    error = sqlite3.OperationalError(number, "XA PREPARE failed")
+    assert is_refused(DBAPIError("XA PREPARE", None, error)) is refused
 
 
 async def test_what_was_prepared_before_another_failed_is_rolled_back(
@@ -400,7 +431,7 @@ async def test_the_script_demands_all_databases(tmp_path: Path) -> None:
 PROGRAM = """
 import asyncio, json, os, signal, sys
 
-from sqlalchemy import event, text
+from sqlalchemy import Connection, event, text
 
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware
 
