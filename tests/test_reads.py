@@ -309,6 +309,30 @@ async def test_other_isolation_levels_keep_their_transaction(real: Real, level: 
     assert found == [True]
 
 
+WRITE = "INSERT INTO entry (note) VALUES ('lost')"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        (ENTRY.insert(), [{"note": "lost"}, {"note": "gone"}]),
+        (text(WRITE).execution_options(no_parameters=True),),
+    ],
+    ids=["many rows", "no parameters"],
+)
+async def test_a_write_after_a_read_begins_the_transaction(
+    running: Running, statement: Any
+) -> None:
+    """The driver has other methods for many rows, and for SQL text with percent signs."""
+
+    async def work(_: Watched) -> None:
+        await running.execute(PLAIN["columns"])
+        await running.call("execute", *statement)
+
+    assert (await in_request(running, work, 409)).error is None
+    assert running.stored() == []
+
+
 @pytest.mark.parametrize("of", ["the engine", "its connections"])
 async def test_an_engine_in_autocommit_stays_in_autocommit(real: Real, of: str) -> None:
     """A write after a read is stored at once, so a later rollback does not take it back."""
