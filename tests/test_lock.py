@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -113,9 +114,10 @@ def test_an_end_takes_over_what_its_own_thread_has_abandoned() -> None:
 
 
 def test_an_end_does_not_take_over_what_another_thread_is_at() -> None:
-    """The commit waits until the operation has ended."""
+    """The commit waits until the operation has ended, and uses no processor meanwhile."""
     lock = ThreadLock("the database", None)
     acquired, go_on = threading.Event(), threading.Event()
+    used: list[float] = []
 
     def operate() -> None:
         lock.acquire()
@@ -123,15 +125,20 @@ def test_an_end_does_not_take_over_what_another_thread_is_at() -> None:
         go_on.wait(10)
         lock.release()
 
+    def wait() -> None:
+        lock.acquire_for_end(an_end())
+        used.append(time.thread_time())
+
     threading.Thread(target=operate, daemon=True).start()
     assert acquired.wait(10)
-    waits = threading.Thread(target=lambda: lock.acquire_for_end(an_end()), daemon=True)
+    waits = threading.Thread(target=wait, daemon=True)
     waits.start()
     waits.join(0.2)
     assert waits.is_alive()
     go_on.set()
     waits.join(10)
     assert not waits.is_alive()
+    assert used[0] < 0.05
 
 
 def test_listeners_of_one_end_may_use_its_other_sessions_in_any_thread() -> None:
