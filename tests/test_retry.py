@@ -195,6 +195,21 @@ async def lose_at_commit(running: Running) -> None:
         other.commit()
 
 
+async def test_a_server_that_cannot_be_reached_is_no_lost_race() -> None:
+    """The next attempts would not reach it either."""
+    url = "postgresql+psycopg://app@127.0.0.1:1/shop"
+    runs: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        runs.append(scope["path"])
+        await database.get_session().execute(text("SELECT 1"))
+
+    async with AsyncDatabase(url, ping_on_startup=False) as database:
+        exchange = await get(DBSessionMiddleware(app, database, attempts=3))
+    assert isinstance(exchange.error, DBAPIError)
+    assert len(runs) == 1
+
+
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "psycopg-sync"])
 async def test_a_race_that_only_commit_can_lose_is_run_again(driver: str, tmp_path: Path) -> None:
     """PostgreSQL reports it at COMMIT; `on_commit_error` is not called, functions run once."""
