@@ -102,6 +102,24 @@ async def test_each_end_is_reported_with_its_reason(
     assert running.stored() == (["row"] if outcome == "committed" else [])
 
 
+@pytest.mark.parametrize("real", ["sqlite", "asyncpg"], indirect=True)
+async def test_the_rollback_of_a_failed_task_is_reported(running: Running) -> None:
+    """The application returns without an error, so its last report says nothing of the task."""
+    reports: list[UnitReport] = []
+
+    async def fail() -> None:
+        await running.write("half done")
+        raise LookupError
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await respond(send)
+        await asyncio.wait([asyncio.create_task(fail())])
+
+    await get(DBSessionMiddleware(app, running.database, on_report=reports.append))
+    assert ("rolled_back", "exception") in outcomes(reports)
+    assert running.stored() == []
+
+
 @pytest.mark.parametrize("fails", [False, True])
 async def test_what_an_on_commit_function_does_is_a_unit_of_its_own(
     running: Running, caplog: pytest.LogCaptureFixture, *, fails: bool
