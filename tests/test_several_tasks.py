@@ -526,8 +526,9 @@ async def test_what_a_failed_task_adds_during_a_commit_is_never_stored(running: 
     await running.assert_clean()
 
 
-async def test_what_a_task_adds_during_a_commit_is_rolled_back_with_a_500(
-    running: Running,
+@pytest.mark.parametrize("does", ["adds", "changes"])
+async def test_what_a_task_does_during_a_commit_is_rolled_back_with_a_500(
+    running: Running, does: str
 ) -> None:
     """Background work of the same request does not store it."""
     if running.real.is_sync:
@@ -536,13 +537,18 @@ async def test_what_a_task_adds_during_a_commit_is_rolled_back_with_a_500(
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         session: Any = running.database.get_session()
+        own = Entry("own")
 
-        async def add() -> None:
+        async def work() -> None:
             await committing.wait()
-            session.add(Entry("of a request that failed"))
+            if does == "adds":
+                session.add(Entry("of a request that failed"))
+            else:
+                own.note = "of a request that failed"
 
-        await running.write("own")
-        child = asyncio.create_task(add())
+        session.add(own)
+        await session.flush()
+        child = asyncio.create_task(work())
         await session.commit()
         await child
         await respond(send, 500)
