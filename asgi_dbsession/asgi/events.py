@@ -21,7 +21,7 @@ _WARNING = (
     "COMMIT can still fail. If the event says that work is stored, do the work in "
     "`database.begin()`, or call `commit()` before the event. This is logged once for each route."
 )
-# The routes for which the warning was logged.
+# The warning was logged for these routes already. It is logged once for each route.
 _warned: set[str] = set()
 
 
