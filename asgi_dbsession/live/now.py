@@ -1,4 +1,4 @@
-"""Finds which unit of work holds which connection now, and which units wait for a connection."""
+"""Finds out which unit of work is holding which connection now, and which ones are waiting."""
 
 from time import perf_counter
 from typing import Any, TypedDict
@@ -15,7 +15,7 @@ from .shown import line, name, without_values
 
 
 class Connection(TypedDict):
-    """One connection of a pool, as the live page shows the connection; times in seconds."""
+    """A connection of a pool, as the live page shows it. All times are in seconds."""
 
     lane: int
     state: str
@@ -29,16 +29,16 @@ class Connection(TypedDict):
 
 
 class Waiting(TypedDict):
-    """A unit of work that waits for a connection."""
+    """A unit of work that is waiting for a connection."""
 
     request: str
     seconds: float
 
 
 class DatabaseNow(TypedDict):
-    """The present state of one database.
+    """The current state of one database and its connection pool.
 
-    `most` is the largest number of connections that the pool may open; None without a limit.
+    `most` is how many connections the pool may open. It is None if there is no limit.
     """
 
     name: str
@@ -50,13 +50,13 @@ class DatabaseNow(TypedDict):
 
 
 class Lanes:
-    """Gives each connection of a pool a permanent number: the number of its row on the page."""
+    """Gives each connection of a pool a number, which is the number of its row on the page."""
 
     def __init__(self) -> None:
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def of(self, entry: Any) -> int:
-        """Return the permanent number of a connection; the first number is 1."""
+        """Return the number of a connection, which never changes. The first number is 1."""
         if entry not in self._numbers:
             taken = set(self._numbers.values())
             self._numbers[entry] = next(n for n in range(1, len(taken) + 2) if n not in taken)
@@ -64,11 +64,11 @@ class Lanes:
 
 
 class Now:
-    """Reads the state of the databases' pools; it opens no connection.
+    """Reads the current state of the connection pools, without opening a connection.
 
     Args:
-        databases: The databases to show.
-        observer: The observer that knows the open units of work.
+        databases: The databases to show on the page.
+        observer: The object that knows which units of work are open.
     """
 
     def __init__(self, databases: tuple[Any, ...], observer: LiveObserver) -> None:
@@ -78,7 +78,7 @@ class Now:
         self._shown: dict[Any, int] = dict.fromkeys(databases, 0)
 
     def look(self) -> list[DatabaseNow]:
-        """Return the state of all databases, in the order given to the page."""
+        """Return the current state of all databases, in the order in which the page shows them."""
         now = perf_counter()
         used: dict[Any, list[Connection]] = {each: [] for each in self._databases}
         waiting: dict[Any, list[Waiting]] = {each: [] for each in self._databases}
@@ -115,7 +115,7 @@ class Now:
         shown = max(size, checked_out, self._shown[database], *lanes, 0)
         if most is not None:
             shown = max(min(shown, most), *lanes, 0)
-        # Keep all rows that the page has shown, so that the rows do not jump.
+        # The page never shows fewer rows than before, so that rows do not jump.
         self._shown[database] = shown
         others = max(0, checked_out - len(used))
         connections = []
@@ -136,7 +136,7 @@ class Now:
 
 
 def pool_of(database: Any) -> Any:
-    """Return the pool of a database; None before its startup and after its shutdown."""
+    """Return the connection pool of a database. None if the database is not running."""
     return database.engine.pool if database.is_running else None
 
 

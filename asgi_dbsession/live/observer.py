@@ -1,4 +1,4 @@
-"""Records the open units of work, and the last few hundred ended units."""
+"""Records which units of work are open, and stores the last ended units of work."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -25,19 +25,21 @@ from asgi_dbsession.unit.report import Outcome
 from .route import Named, RouteName, name_of, named, route_by_quart
 from .totals import Totals
 
-# The largest number of ended units of work that the page remembers.
+# The page stores at most this many ended units of work.
 _MOST_UNITS = 400
 
 
 class EndedUnit(NamedTuple):
-    """A unit of work that has ended, without a reference to its request or to statement values.
+    """A unit of work that has ended, without its request and without values of statements.
 
     Attributes:
-        began: When the unit first asked for a connection; the time is from `perf_counter`.
-        ended: When the work of the unit was committed or rolled back.
-        error: The class of the exception of the application or of COMMIT; empty if there was none.
+        began: When the unit of work first asked for a connection, as a time of Python's
+            `perf_counter`.
+        ended: When the work was committed or rolled back.
+        error: The name of the exception's class, for an exception of the application or of COMMIT.
+            Empty if there was none.
         is_conflict: True if the exception is a conflict with another transaction.
-        tallies: The statements and times of each database or replica.
+        tallies: What the unit of work did with each database or replica: statements and time.
     """
 
     route: str
@@ -50,26 +52,29 @@ class EndedUnit(NamedTuple):
     tallies: list[tuple[Any, Tally]]
 
 
-# The outcome, the reason of a rollback, the class of the error, and True for a conflict.
+# Four values: (1) the outcome, (2) the reason of a rollback, (3) the name of the error's class, (4)
+# True if the error is a conflict.
 _Result: TypeAlias = tuple[Outcome, str, str, bool]
 _SUCCESS: _Result = ("committed", "", "", False)
 
 
 class LiveObserver(UnitObserver):
-    """Observes databases for the live page; does nothing for a request without a session.
+    """Records the units of work for the live page. Requests without a session cost nothing.
 
-    A request only stores what happened. It is evaluated when somebody looks at the page.
+    During a request, this object only stores what happened. The evaluation follows when somebody
+    looks at the page.
 
     Args:
-        databases: The databases to observe.
-        route: A function that names a request; None to use the route that the framework declares.
+        databases: The databases to record.
+        route: A function that returns a name for a request. None to use the route that is declared
+            in the framework.
     """
 
     def __init__(self, databases: tuple[Any, ...], route: RouteName | None) -> None:
         self.totals: dict[Any, Totals] = {each: Totals() for each in databases}
         self._route: RouteName | None = route
-        # For each ended unit: its name, the time of its end, its result, and the steps of each
-        # database or replica.
+        # For each ended unit of work: its name, when it ended, its result, and its steps
+        # (statements, for example) by database or replica.
         self._ended: deque[tuple[Named, float, _Result, dict[Any, list[Step]]]] = deque(
             maxlen=_MOST_UNITS
         )
@@ -79,13 +84,13 @@ class LiveObserver(UnitObserver):
             each.add_observer(self)
 
     def open_units(self) -> Iterator[tuple[str, Any]]:
-        """Iterate over the units that use a connection or wait for one, each with its name."""
+        """Yield the units of work that use a connection or wait for one, each with its name."""
         for unit in tuple(observed):
             if not self.totals.keys().isdisjoint(tuple(unit.sessions)):
                 yield name_of(named(unit, self._route, self._by_quart)), unit
 
     def ended(self) -> list[EndedUnit]:
-        """Return the last ended units."""
+        """Return the units of work that ended last."""
         found = [
             _evaluate(name, now, result, self._tallies(steps, now))
             for name, now, result, steps in tuple(self._ended)
@@ -93,7 +98,7 @@ class LiveObserver(UnitObserver):
         return [each for each in found if each.tallies]
 
     def current_totals(self) -> list[Totals]:
-        """Return the totals of each database; the first call begins to count."""
+        """Return the sums for each database. They are counted from the first call on."""
         if not self._counts:
             self._counts = True
             for _, now, _, steps in tuple(self._ended):
@@ -138,7 +143,7 @@ class LiveObserver(UnitObserver):
 
 
 def server_of(database: Any, opened: ManagedSession[Any]) -> Any:
-    """Return the replica that the session uses, or the database itself."""
+    """Return the replica that the session is using, or the database object itself."""
     engine: Any = opened.orm.bind
     for each in database.replicas:
         if each.is_running and engine is not None and each.engine.pool is engine.pool:

@@ -1,4 +1,4 @@
-"""The live page: an ASGI application that shows which code holds which connection."""
+"""The live page: an ASGI application that shows which code is holding which connection."""
 
 import json
 from functools import partial
@@ -26,10 +26,10 @@ from .recent import Recent, summarize
 from .route import RouteName
 from .timeline import draw
 
-# Seconds between two updates of the page.
+# How many seconds lie between two updates of the page.
 _PERIOD = 1.0
-# Seconds until a stream of updates ends and the browser opens a new stream. A server that shuts
-# down waits for the end of the stream.
+# A stream of updates ends after this number of seconds, and the browser opens a new one. A server
+# that is shutting down waits for the end of the stream.
 _STREAM = 10.0
 
 _REFUSAL = "This page is for clients on the same machine. LivePage(allow=...) lets others in.\n"
@@ -37,22 +37,23 @@ _NO_METRICS = "Install prometheus-client for metrics: pip install prometheus-cli
 
 
 class LivePage:
-    """Show which request holds or waits for a connection, and what the last units of work did.
+    """Shows which requests hold or wait for connections now, and what the last requests did.
 
-    Mount the page anywhere: `app.mount("/db", LivePage(database))`. The page observes its databases
-    from its creation on, and holds no connection. Below the path of the page, `/json` returns the
-    same data for scripts. `/metrics` returns metrics for Prometheus, if `prometheus-client` is
+    Mount the page at any path: `app.mount("/db", LivePage(database))`. It observes its databases
+    from then on, and holds no connection itself. Below its path, `/json` returns the same data for
+    scripts. `/metrics` returns metrics for Prometheus, if the package `prometheus-client` is
     installed.
 
-    The page shows methods, routes, lines of code and statements, but no values: no path that a
+    The page shows methods, routes, lines of code and statements. It shows no values: no path that a
     client sent, no parameter of a statement, no header and no body.
 
     Args:
-        *databases: Each `AsyncDatabase` or `SyncDatabase` to show, with its replicas.
+        *databases: The databases to show, each an `AsyncDatabase` or a `SyncDatabase`. Their
+            replicas are shown too.
         allow: A plain function that takes the ASGI scope of a request for the page, and returns
-            True to show the page. None: show the page to clients on the same machine that use the
-            name `localhost` or its address, and no proxy.
-        route: A plain function that takes an ASGI scope and returns a name for the request. None:
+            True if the client may see the page. None: only clients on the same machine may see it,
+            if they ask for `localhost` or its address and use no proxy.
+        route: A plain function that takes an ASGI scope and returns a name for the request. None to
             use the route that is declared in the framework.
 
     Raises:
@@ -80,8 +81,8 @@ class LivePage:
         if scope["type"] != "http":
             raise ConfigurationError("LivePage serves HTTP alone. Mount it in an application.")
         reply = partial(answer, send, has_body=scope["method"] != "HEAD")
-        # Compare with True: the coroutine that an `async def` function returns would count as true
-        # too.
+        # An `async def` function would return a coroutine, which counts as true in an `if`. So
+        # compare with True.
         if self._allow(scope) is not True:
             await reply(403, _REFUSAL)
         elif scope["method"] not in ("GET", "HEAD"):
@@ -108,7 +109,7 @@ class LivePage:
             await reply(200, render(nonce, summary, parts), "text/html", policy=policy)
 
     async def _stream(self, receive: Receive, send: Send) -> None:
-        """Send updates of the page until the client disconnects."""
+        """Send updates of the page until the client disconnects or `_STREAM` seconds are over."""
         await begin_events(send)
 
         async def leave() -> None:
@@ -149,10 +150,10 @@ class LivePage:
 
 
 def _wanted(scope: Scope) -> str:
-    """Return the requested form of the page, such as `json`, from the path or the query string.
+    """Return which form of the page is requested, for example `json`, from the path or the query.
 
-    The links on the page use the query string, as in `?json`: such a link works with and without a
-    slash at the end of the path.
+    The links on the page use the query, as in `?json`. Such a link works if the path of the page
+    ends with a slash, and also if it does not.
     """
     last = scope["path"].rstrip("/").rpartition("/")[2]
     query: str = scope.get("query_string", b"").decode("latin-1")

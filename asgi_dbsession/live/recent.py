@@ -1,4 +1,4 @@
-"""Summarizes the ended units of work, and finds the lines that cause problems."""
+"""Summarizes the ended units of work, and finds the lines of code that cause problems."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,17 +10,18 @@ from asgi_dbsession.reports.tally import Tally
 from .observer import EndedUnit
 from .shown import line, name, without_values
 
-# A statement is shown if one line of code sent it at least this many times in one unit of work.
+# If one line of code sent the same statement this often or more often in one unit of work, the page
+# reports it.
 _REPEATED = 5
-# The shortest idle time of a connection that is shown, in seconds.
+# An idle time of a connection is reported only if it is this long or longer, in seconds.
 _IDLE = 0.05
 _MOST_SHOWN = 8
 
 
 class Route(TypedDict):
-    """The statistics of the units of one route; times in seconds.
+    """What the units of work of one route did. All times are in seconds.
 
-    `held_p50` and `held_p95` are percentiles of the time that a unit held its connections.
+    `held_p50` and `held_p95` are percentiles: how long a unit of work held its connections.
     """
 
     route: str
@@ -34,10 +35,10 @@ class Route(TypedDict):
 
 
 class Repeated(TypedDict):
-    """A statement that one line of code sent many times in one unit of work (N+1 queries).
+    """A statement that one line of code sent many times in a unit of work (N+1 queries).
 
-    `times` is how often the line sent the statement in the worst unit. The real number may be
-    higher, because only a limited number of statements is stored for each unit.
+    `times` is the number for the worst unit of work. The real number may be higher, because only a
+    limited number of statements is stored for each unit of work.
     """
 
     route: str
@@ -48,7 +49,7 @@ class Repeated(TypedDict):
 
 
 class Idle(TypedDict):
-    """Two lines of code between which a connection was held without use; times in seconds."""
+    """Two lines of code, between which a connection was held but not used. Times are in seconds."""
 
     route: str
     database: str
@@ -60,7 +61,7 @@ class Idle(TypedDict):
 
 
 class Recent(TypedDict):
-    """The summary of the ended units of work; each list starts with the worst entry."""
+    """The summary of the ended units of work. In each list, the worst entry is first."""
 
     units: int
     seconds: float

@@ -1,4 +1,4 @@
-"""Names the request of a unit of work, without any text that the client chose."""
+"""Names the request of a unit of work, without any text that the client sent."""
 
 import logging
 import sys
@@ -10,7 +10,7 @@ from asgi_dbsession.types import Scope
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# A function that returns a name for the request of an ASGI scope.
+# A function that gets an ASGI scope, and returns a name for its request.
 RouteName: TypeAlias = Callable[[Scope], str]
 
 _METHODS = frozenset(
@@ -18,50 +18,52 @@ _METHODS = frozenset(
 )
 _SHOWN = _METHODS | {"WebSocket"}
 
-# What names a request: its method, its route, and True for a `begin()` inside of the request; None
-# outside of a request.
+# What is needed to name a request: (1) its method, (2) its route, (3) True for a `begin()` block in
+# the request. None outside of a request.
 Named: TypeAlias = tuple[str, str, bool] | None
 
 
 def named(unit: Any, route: RouteName | None, by_quart: Mapping[Any, str]) -> Named:
-    """Return what names the request of a unit of work, without a reference to the request.
+    """Return what is needed to name the request of a unit of work, without keeping the request.
 
     Args:
         unit: The unit of work.
-        route: A function that names the request; None for the route of the framework.
-        by_quart: The routes of Quart, which only code inside Quart's request context can find.
+        route: A function that names the request. None to use the route of the framework.
+        by_quart: The routes of requests to the framework Quart, which are known only while Quart
+            serves them.
     """
     scope = unit.scope
     if scope is None:
         return None
     try:
         found = scope["route"].path if route is None else _call(route, scope)
-    except (KeyError, AttributeError):  # only FastAPI and Starlette have this route
+    except (KeyError, AttributeError):  # Only FastAPI and Starlette have `scope["route"].path`.
         found = route_of(scope) or by_quart.get(unit, "")
     return scope.get("method", "WebSocket"), found, unit.enclosing is not None
 
 
 def name_of(found: Named) -> str:
-    """Return the method and the route of a request, such as `GET /orders/{id}`."""
+    """Return the name of a request: its method and its route, such as `GET /orders/{id}`."""
     if found is None:
         return "begin()"
     method, route, is_inner = found
     name = f"{method if method in _SHOWN else 'Other'} {route or '(no route)'}"
-    # A `begin()` inside a request holds a connection of its own, so show the `begin()` separately.
+    # A `begin()` block in a request has a connection of its own, so the page shows it separately.
     return f"{name} › begin()" if is_inner else name
 
 
 def _call(route: RouteName, scope: Scope) -> str:
     try:
         return str(route(scope))
-    # An error of the function `route` must not fail the request, so log the error.
+    # If the application's function `route` fails, log the error. The request must not fail because
+    # of it.
     except Exception:
         _logger.exception("%r failed; the request is shown without a route.", route)
         return "(route failed)"
 
 
 def route_by_quart() -> str:
-    """Return the route of Quart's current request; an empty string outside of such a request."""
+    """Return the route of the current request of the framework Quart, or an empty text."""
     quart: Any = sys.modules.get("quart")
     if quart is None or not quart.has_request_context():
         return ""

@@ -9,18 +9,19 @@ from .observer import EndedUnit
 
 _WIDTH = 1200
 _HEIGHT = 300
-# The allowed numbers of rows; the picture uses the smallest number that is enough.
+# The drawing has one of these numbers of rows: the smallest that has room for all bars.
 _ROWS = (12, 30, 75)
-# The length of the time axis in seconds; on a longer axis, units would be too narrow to see.
+# The length of the time axis in seconds. On a longer time axis, the bars would be too narrow.
 _SECONDS = 30.0
-# The smallest visible width of a bar, in units of the SVG.
+# The smallest width of a bar, so that it is still visible, in units of the SVG drawing.
 _LEAST = 1.5
-# The order of drawing the kinds of time: a later kind covers an earlier kind.
+# The kinds of measured time in the order in which they are drawn. A later kind is drawn over an
+# earlier kind.
 _ORDER: tuple[Kind, ...] = ("wait", "hold", "statement", "rollback", "commit")
 
 
 def draw(ended: Sequence[EndedUnit], now: float) -> str:
-    """Return an SVG of the last seconds; each unit is a bar in the first free row."""
+    """Return an SVG drawing of the last seconds, in which each unit of work is a bar."""
     begin = now - _SECONDS
     rows: list[float] = []
     placed: list[tuple[EndedUnit, int]] = []
@@ -33,7 +34,7 @@ def draw(ended: Sequence[EndedUnit], now: float) -> str:
         rows[row:row] = [begin] if row == len(rows) else []
         rows[row] = max(unit.ended, unit.began + _SECONDS * (_LEAST + 1) / _WIDTH)
         placed.append((unit, row))
-    # The height of the picture is fixed, so more rows mean thinner rows.
+    # The height of the drawing is fixed. So if there are more rows, each row is lower.
     height = _HEIGHT / next(number for number in _ROWS if number >= len(rows))
     bars: dict[Kind, list[str]] = {kind: [] for kind in _ORDER}
     for unit, row in placed:
@@ -73,7 +74,7 @@ def _draw_unit(
 
 
 def _spans(unit: EndedUnit) -> Iterable[Span]:
-    """Iterate over the measured times of a unit; join neighbours of the same kind into one time."""
+    """Yield the measured times of a unit of work. Times of one kind that touch are joined."""
     for _, tally in unit.tallies:
         last: Span | None = None
         for each in tally.spans():

@@ -1,20 +1,20 @@
-"""Counts the time and connections of all units of work, for metrics."""
+"""Counts for the metrics how long units of work waited for connections and held them."""
 
 from bisect import bisect_left
 
 from asgi_dbsession.reports.tally import Tally
 
-# The upper bounds of each histogram, in seconds, which OpenTelemetry recommends for
-# `db.client.operation.duration`.
+# The upper limits of the histogram buckets, in seconds. OpenTelemetry recommends them for the
+# metric `db.client.operation.duration`.
 BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
 
 
 class Histogram:
-    """A histogram of durations: a count for each bound, and the sum of all durations.
+    """A histogram of durations: how many fall into each bucket, and the sum of all durations.
 
     Attributes:
-        counts: For each bound, the number of durations above the previous bound and up to this
-            bound. The last number counts the durations above all bounds.
+        counts: How many durations fall into each bucket. Bucket number i has the durations up to
+            `BOUNDS[i]` that are in no bucket before. The last bucket has all longer durations.
     """
 
     def __init__(self) -> None:
@@ -22,18 +22,18 @@ class Histogram:
         self.total: float = 0
 
     def add(self, duration: float) -> None:
-        """Add a duration, in seconds, to the count of its bound and to the sum."""
+        """Add a duration in seconds to its bucket and to the sum."""
         self.counts[bisect_left(BOUNDS, duration)] += 1
         self.total += duration
 
 
 class Totals:
-    """The counts of one database; they are never reset.
+    """The sums for one database. They are never reset.
 
     Attributes:
-        timeouts: How often no connection became free within the `pool_timeout`.
-        waited: How long units waited for connections; only units that waited are counted.
-        used: How long units held connections; only units that held a connection are counted.
+        timeouts: How often a session got no connection within `pool_timeout`.
+        waited: How long units of work waited for connections. Those that did not wait are left out.
+        used: How long units of work held connections. Those that held none are left out.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Totals:
         self.used: Histogram = Histogram()
 
     def add(self, tally: Tally) -> None:
-        """Add the waiting time and the holding time of one unit of work."""
+        """Add how long one unit of work waited for connections, and how long it held them."""
         if tally.wait_time:
             self.waited.add(tally.wait_time)
         if tally.use_time:

@@ -1,4 +1,4 @@
-"""Finds the line of the application that uses a session."""
+"""Finds the line of the application that is using a session now."""
 
 import sys
 from importlib import import_module
@@ -9,38 +9,38 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from asgi_dbsession.session.lock import current_end
 
-# Import greenlet with `import_module`: it has no type annotations, so mypy refuses `import`.
+# The package greenlet has no type annotations. With a normal import, mypy would report an error.
 _getcurrent: Any = import_module("greenlet").getcurrent
 
-# The file and the line number of code that uses a session. The text `file:line` is made only when
-# it is shown, which saves time.
+# A line of code that uses a session: the file and the line number. To save time, they are joined to
+# the text `file:line` only when somebody reads them.
 CallSite: TypeAlias = tuple[str, int] | None
 
-# The packages between the application and the database, whose lines are never reported.
+# Code of these packages is never reported as the line of the application that uses a session.
 _BETWEEN = frozenset(
     ("sqlalchemy", "asgi_dbsession", "sqlmodel", "greenlet", "contextlib", "functools", "asyncio")
 )
-# For each file: True if it belongs to the application. A lookup by code object would be slower,
-# because Python computes the hash of a code object each time.
+# True for files of the application, False for all others. Files are the keys and not code objects,
+# because Python computes the hash of a code object at each look-up, which is slow.
 _is_application: dict[str, bool] = {}
 _MOST_FILES = 10_000
-# The methods of `AsyncSession` that run a method of SQLAlchemy in a greenlet. `run_sync` runs a
-# function of the application there.
+# These methods of `AsyncSession` run a method of SQLAlchemy in a greenlet. `run_sync` is left out,
+# because it runs a function of the application there.
 _AWAITED = frozenset(
     method.__code__.co_qualname
     for name, method in vars(AsyncSession).items()
     if iscoroutinefunction(method) and name != "run_sync"
 )
-# How many stack frames lie between `find_call_site` and the method of SQLAlchemy's `Connection`.
-# These frames never belong to the application, so skipping them saves time.
+# So many stack frames lie between `find_call_site` and the method of SQLAlchemy's `Connection` that
+# led to its call. They are never code of the application, so they are skipped, which saves time.
 _BELOW_CONNECTION = 4
 
 
 def find_line() -> CallSite:
-    """Return the line of the application that led to the running statement.
+    """Return the line of the application that sent the statement that is running now.
 
-    For an operation of an `AsyncSession`, this is the line that calls the operation. Listeners that
-    run inside of the operation are not searched, which saves time.
+    For an `AsyncSession`, this is the line that called the method of the session. Listeners of the
+    application that run inside of this method are not searched, which saves time.
     """
     try:
         method = _getcurrent().parent.gr_frame.f_back
@@ -49,17 +49,18 @@ def find_line() -> CallSite:
             file = frame.f_code.co_filename
             if _is_application[file]:
                 return file, frame.f_lineno
-    # In a sync session, there is no other greenlet; or this file is not known yet.
+    # A sync session has no second greenlet, and a file that was not seen before is not in
+    # `_is_application`. In both cases, search the whole stack.
     except (AttributeError, KeyError):
         pass
     return find_call_site()
 
 
 def find_call_site() -> CallSite:
-    """Return the innermost line of the application that led to the running database operation.
+    """Return the innermost line of the application that led to the current database operation.
 
-    Return None during the commit or rollback at the end of a unit of work, which no line of the
-    application requests.
+    Return None if the operation belongs to the commit or rollback at the end of a unit of work,
+    because no line of the application called it.
     """
     if current_end.get() is not None:
         return None
@@ -82,9 +83,11 @@ def find_call_site() -> CallSite:
 
 def _classify(file: str, module: str) -> bool:
     found = module.partition(".")[0] not in _BETWEEN
-    # Code that is made at run time has a name like `<string>`, which many modules share.
+    # Code that is made at run time has a file name such as `<string>`, which many modules share. So
+    # the result is not stored for such a name.
     if not file.startswith("<"):
-        # Empty the cache if it is too large, because some applications make up file names.
+        # An application may make up file names, without limit. So empty the cache if it is too
+        # large.
         if len(_is_application) > _MOST_FILES:
             _is_application.clear()
         _is_application[file] = found
@@ -92,5 +95,5 @@ def _classify(file: str, module: str) -> bool:
 
 
 def as_text(call_site: CallSite) -> str | None:
-    """Return the line as `file:line`, which editors and terminals make clickable."""
+    """Return a line of code as the text `file:line`, which editors and terminals make clickable."""
     return None if call_site is None else f"{call_site[0]}:{call_site[1]}"

@@ -1,4 +1,4 @@
-"""Calls a function with a report about each finished unit of work."""
+"""Calls a function with a report after each unit of work."""
 
 import logging
 from collections.abc import Callable
@@ -27,7 +27,7 @@ _logger = logging.getLogger("asgi_dbsession")
 
 @dataclass
 class _Record:
-    """The time and cost of one unit of work since its last commit or rollback."""
+    """When the current unit of work began, and what its sessions have measured since then."""
 
     start_time: float = field(default_factory=time)
     start: float = field(default_factory=perf_counter)
@@ -35,10 +35,10 @@ class _Record:
 
 
 class Recorder(UnitObserver):
-    """Calls a function with a report at each commit or rollback of a unit of work.
+    """Calls the function `on_report` with a report after each commit or rollback.
 
     Args:
-        on_report: The function to call; its exceptions are logged.
+        on_report: The function to call. If it raises an exception, the exception is logged.
     """
 
     def __init__(self, on_report: Callable[[UnitReport], object]) -> None:
@@ -102,14 +102,14 @@ def _will_retry(unit: Any, end: End, record: _Record) -> bool:
 
 
 def outcome_of(end: End, commits: int) -> Outcome:
-    """Return how the work ended: committed, rolled back, or nothing to do."""
+    """Return what happened to the work: `committed`, `rolled_back`, or `nothing_to_do`."""
     if end.failure is not None or (end.had_work and not end.commit):
         return "rolled_back"
     return "committed" if commits else "nothing_to_do"
 
 
 def reason_of(end: End) -> Reason | None:
-    """Return why the work was not committed; None if it was committed."""
+    """Return why the work was not committed, or None if it was committed."""
     if not end.commit:
         return end.reason
     return None if end.failure is None else "commit_failed"

@@ -1,4 +1,4 @@
-"""Adds up the steps of one session between two commits or rollbacks."""
+"""Adds up the steps of one session: its statements, its COMMITs, and its waits for a connection."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
@@ -9,27 +9,27 @@ from asgi_dbsession.session.recording import ENDS
 
 from .call_site import CallSite
 
-# What a session did in a measured time. `wait`: it waited for a connection. `hold`: it held a
-# connection, from checkout to checkin; this time includes the statements, COMMIT and ROLLBACK.
+# The kinds of measured time. `wait`: the session waited for a connection. `hold`: the session held
+# a connection, from checkout to checkin. The other three kinds are operations during `hold`.
 Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 
-# At most this many steps are stored for each session, so that a long unit of work does not fill the
-# memory. Further steps are only added up.
+# At most this many steps are stored for each session, so that a long unit of work does not use much
+# memory. Of all further steps, only the sums are stored.
 MOST_STEPS = 200
-# A COMMIT or ROLLBACK that takes at most so many seconds has sent nothing to a server.
+# If a COMMIT or ROLLBACK takes less time than this (in seconds), nothing was sent to a server.
 _NOTHING = 50e-6
-# The text of a COMMIT or ROLLBACK that failed.
+# A COMMIT or ROLLBACK that failed has this text instead of an SQL text.
 FAILED = "failed"
-# How kinds of steps are shown, if their own name is not a `Kind`.
+# The kinds of steps that are shown as another kind.
 _SHOWN_AS: dict[str, Kind] = {"hold": "wait", "prepare": "commit"}
 
 
 class Span(NamedTuple):
-    """A measured time from `start` to `stop`, both from `perf_counter`, of one `kind`.
+    """A measured time of one `kind`. `start` and `stop` are times of Python's `perf_counter`.
 
     Attributes:
         call_site: The line of the application that caused the operation.
-        statement: The compiled statement, without the values of its parameters.
+        statement: The SQL text, without the values of its parameters.
     """
 
     kind: Kind
@@ -40,20 +40,22 @@ class Span(NamedTuple):
 
 
 class Tally:
-    """The statements and times between two commits or rollbacks of a session, in seconds.
+    """What one session did between two commits or rollbacks. All times are in seconds.
 
     Args:
-        steps: The steps of the session, in the order in which they began.
-        now: The end of a step that still runs.
-        has_ended: True if the unit of work has ended now, so that the session holds no connection.
+        steps: The steps of the session (its statements, for example), in the order in which they
+            began.
+        now: The current time, which is used as the end of a step that is still running.
+        has_ended: True if the unit of work has ended, so that the session holds no connection any
+            more.
 
     Attributes:
-        began: When the session first asked for a connection.
-        since: When the session got the connection that it holds; None if it holds none.
+        began: When the session asked for a connection for the first time.
+        since: When the session got the connection that it is holding. None if it holds none.
         in_transaction: True if a statement was sent since the last COMMIT or ROLLBACK.
     """
 
-    # These defaults are class attributes, so that a session does not spend time on setting them.
+    # Defaults are class attributes, because setting them for each session would cost time.
     commits: int = 0
     statements: int = 0
     operation_duration: float = 0
@@ -84,7 +86,7 @@ class Tally:
                 self.wait_time += stop - start
                 self.since = self._idle_since = stop
                 self._line = None
-            # A step inside of another step is skipped: COMMIT may be sent as a statement.
+            # Ignore a step that is inside of another step: COMMIT may also be sent as a statement.
             elif start >= self._idle_since and (self.since is not None or kind == "statement"):
                 self._operate(kind, start, stop or now, call_site, text)
         if has_ended:
@@ -93,7 +95,7 @@ class Tally:
     def _operate(
         self, kind: str, start: float, stop: float, call_site: CallSite, text: str
     ) -> None:
-        if self.since is None:  # the application has committed on the connection itself
+        if self.since is None:  # The application has committed on the connection itself.
             self.since = self._idle_since = start
         idle_time = start - self._idle_since
         if idle_time > self.idle_time:
@@ -116,15 +118,16 @@ class Tally:
             self.since, self.in_transaction = None, False
 
     def spans(self) -> Iterator[Span]:
-        """Iterate over the measured times of at most `MOST_STEPS` steps."""
+        """Yield the measured times of the stored steps, at most `MOST_STEPS`."""
         for start, stop in self._holds:
             yield Span("hold", start, stop, None, "")
         for kind, start, stop, call_site, text in self._steps:
-            # COMMIT of a connection in autocommit sends nothing, and so takes almost no time.
+            # In autocommit mode, COMMIT sends nothing to the server and takes almost no time. Leave
+            # it out.
             if stop is not None and (kind not in ENDS or stop - start > _NOTHING):
                 yield Span(_SHOWN_AS.get(kind) or kind, start, stop, call_site, text)
 
 
 def condense(steps: list[Step]) -> None:
-    """Replace all steps but the last by their sums, in place."""
+    """Replace all steps except the last by one step with their sums. This changes the list."""
     steps[:-1] = [["sum", 0, 0, None, Tally(steps[:-1], steps[-1][1])]]

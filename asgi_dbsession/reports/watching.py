@@ -1,4 +1,4 @@
-"""Records the statements, commits and rollbacks of sessions on an engine."""
+"""Records the statements, COMMITs and ROLLBACKs of the sessions that use an engine."""
 
 from collections.abc import Callable
 from time import perf_counter
@@ -17,10 +17,10 @@ _watched: WeakSet[Dialect] = WeakSet()
 
 
 def watch_usage(engine: Engine) -> None:
-    """Record the operations of `engine`; a second call for the engine does nothing.
+    """Start to record the operations of `engine`. A second call does nothing.
 
-    This function wraps methods of the dialect, because SQLAlchemy's connection events would take
-    three times as much time in each request.
+    This replaces methods of SQLAlchemy's dialect object. SQLAlchemy's events for connections could
+    do the same, but would take three times as much time in each request.
     """
     dialect: Any = engine.dialect
     if dialect not in _watched:
@@ -37,8 +37,9 @@ def unwatch_usage(engine: Engine) -> None:
             delattr(engine.dialect, name)
 
 
-# The wrappers look up their method at each call, because tests may replace the class of the
-# dialect. The attribute `asgi_dbsession_steps` is missing if no session uses the connection.
+# Find the method of the dialect anew at each call, because `testing.rolled_back()` changes the
+# class of the dialect object. A connection has the attribute `asgi_dbsession_steps` only while a
+# session uses it.
 
 
 def _executing(dialect: Any, name: str) -> Callable[..., None]:
@@ -49,8 +50,8 @@ def _executing(dialect: Any, name: str) -> Callable[..., None]:
         except AttributeError:
             getattr(type(dialect), name)(dialect, cursor, statement, *values)
             return
-        # Use the compiled text, because the final text of an `IN` list differs for each number of
-        # values.
+        # Use the SQL text before the values are known. In the final text, an `IN` list has as many
+        # parameters as there are values, so the same statement would have many texts.
         compiled = context.compiled
         text = statement if compiled is None else compiled.string
         step: Step = ["statement", perf_counter(), None, find_line(), text]
@@ -73,8 +74,8 @@ def _ending(dialect: Any, name: str) -> Callable[..., None]:
             steps = connection.asgi_dbsession_steps
         except AttributeError:
             steps = None
-        # The pool sends ROLLBACK whenever a connection is returned. After COMMIT or ROLLBACK, this
-        # is no work of the session.
+        # The pool also sends ROLLBACK when a connection returns to it after COMMIT or ROLLBACK.
+        # This is no work of the session, so it is not recorded.
         if steps is None:
             getattr(type(dialect), name)(dialect, connection)
             return
@@ -97,8 +98,8 @@ def _in_two_phases(dialect: Any, name: str) -> Callable[..., None]:
         steps: list[Step] = getattr(connection, "asgi_dbsession_steps", [])
         place, start = len(steps), perf_counter()
         getattr(type(dialect), name)(dialect, connection, *identity, **options)
-        # The driver may have sent a statement, which is a part of this step. So insert this step
-        # before the statement.
+        # The driver may have sent a statement as a part of this step, which is already in the list.
+        # So insert this step before it.
         steps.insert(place, [_kind(name), start, perf_counter(), find_call_site(), ""])
 
     return end_in_two_phases
