@@ -1,4 +1,4 @@
-"""Decides, by the options `commit_when` and `read_only`, what a request may store."""
+"""Applies the options `commit_when` and `read_only`, which decide what a request may store."""
 
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
@@ -58,7 +58,7 @@ def _takes_scope(rule: Callable[..., object]) -> bool:
 
 
 def _bind(parameters: Signature, *arguments: object) -> list[str]:
-    """Return the names of the parameters that get the arguments; empty if the call would fail."""
+    """Return the names of the parameters for these arguments, or nothing if the call would fail."""
     try:
         return list(parameters.bind(*arguments).arguments)
     except TypeError:

@@ -1,4 +1,4 @@
-"""The health of a database: the checks if it answers, and their result."""
+"""Checks if a database answers, and describes the result and the state of its pool."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -178,7 +178,7 @@ class ThreadQuestions(Questions):
             failure = error
         finally:
             with self._mutex:
-                answer.set_exception(failure)  # None: the database has answered.
+                answer.set_exception(failure)  # None means that the database has answered.
                 self._abandon(answer)
                 self._abandoned -= 1
 

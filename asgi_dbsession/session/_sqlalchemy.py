@@ -190,7 +190,7 @@ def on_checkin(connection: Connection, function: Callable[[Any], object]) -> Non
 
 
 def pool_entry(connection: Connection) -> Any:
-    """Return the pool's entry of a connection; None if another thread has just closed it."""
+    """Return the pool entry of a connection, or None if another thread has just closed it."""
     pooled: Any = connection._dbapi_connection
     return pooled._connection_record if pooled is not None else None
 

@@ -44,11 +44,12 @@ class SessionRoute(Protocol):
         """Ask the primary for its WAL position (how far it has written its log); this may block."""
 
 
-# One step of a session: its kind, its start and stop (from `perf_counter`), the line of the
-# application that led to it, and the SQL text. The stop is None while the step runs. The kinds:
-# `wait` (in vain), `hold` (waited from start to stop, and holds a connection since then),
-# `statement`, `prepare`, `commit`, `rollback`.
-# A step is a plain list, because a class would take twice as much time in each request.
+# One thing that a session did. A step is a list of: its kind, its start, its stop (both times of
+# Python's `perf_counter`), the line of the application that led to it, and the SQL text. The stop
+# is None while the step is running. These are the kinds. `wait`: the session waited and got no
+# connection. `hold`: the session waited from start to stop, and has held a connection since then.
+# The other kinds are `statement`, `prepare`, `commit` and `rollback`. A step is a plain list,
+# because an object of a class would take twice as much time in each request.
 Step: TypeAlias = list[Any]
 
 
@@ -68,8 +69,10 @@ class Companion:
         route: The object that chooses the primary or a replica for the session. None if the
             database has no replicas.
         unit: The unit of work of the session, if it has observers. Otherwise None.
-        steps: What the session did since the last commit or rollback. None if nothing is measured.
-        asked: When the session last asked for an engine, and so for a connection unless it had one.
+        steps: What the session did since the last commit or rollback, as a list of `Step`. None if
+            nothing is measured.
+        asked: When the session last asked for an engine. If it had no connection, it began to wait
+            for one then.
     """
 
     expects_read: bool = True
@@ -77,7 +80,7 @@ class Companion:
     two_phases: TwoPhases | None = None
     route: SessionRoute | None = None
     unit: Any = None
-    steps: Any = None  # a list of `Step`
+    steps: Any = None
     asked: float = 0
 
     def __init__(self, lock: SessionLock, reads: Reads, writes: Writes) -> None:
@@ -95,17 +98,18 @@ class Companion:
 
     @property
     def waits_since(self) -> float | None:
-        """When the session began to wait for a connection; None if it does not wait."""
+        """When the session began to wait for a connection. None if it is not waiting now."""
         is_newer = not self.steps or self.asked > (self.steps[-1][2] or self.asked)
         is_waiting = self.asked and is_newer and self.lock.is_busy and not self.open_connections
         return self.asked if is_waiting else None
 
     def operation_failed(self, error: BaseException) -> None:
-        """Record how long the failed operation waited for a connection; tell of a time-out."""
+        """Record how long a failed operation waited for a connection, and notify of a time-out."""
         since, now = self.waits_since, perf_counter()
         if self.steps is not None and since is not None:
             if self.steps and self.steps[-1][0] == "wait":
-                # Add up waits that follow each other, so that they do not fill the memory.
+                # Waits that follow each other are one step, so that the list does not grow without
+                # limit.
                 self.steps[-1][2] += now - since
             else:
                 self.steps.append(["wait", since, now, None, ""])

@@ -180,7 +180,7 @@ class ManagedSession(Generic[S]):
             self.in_doubt = ""
 
     def _let_go(self) -> None:
-        # A task may still have the closed session, which must not keep the data of the request.
+        # A task may keep the closed session, and must not keep the request in memory with it.
         self.orm.info["scope"] = None
         self.companion.two_phases = None
         forget(self.orm)
@@ -204,7 +204,7 @@ def _remember_connection(
     companion: Companion = session._companion
     if not transaction.nested and session.in_nested_transaction():
         begin_before_savepoint(connection)
-    # With `binds`, the engine may not have the listeners of this package yet.
+    # With the option `binds`, an engine may not have the listeners of this package yet.
     if connection.engine is not session.bind:
         watch(connection.engine)
     companion.add_connection(connection)

@@ -1,4 +1,4 @@
-"""Records how a session waits for a connection, holds it and gives it back; for reports."""
+"""Records for reports when a session waits for a connection, gets it, and gives it back."""
 
 import functools
 from collections.abc import Callable
@@ -12,16 +12,17 @@ from .guard import derive
 
 S = TypeVar("S", bound=Session)
 
-# After a step of these kinds, the connection is back in its pool.
+# After a COMMIT or ROLLBACK, the connection is in its pool again.
 ENDS = frozenset(("commit", "rollback"))
 
-# The units of work with observers that have opened a session and have not ended.
+# The open units of work that have opened a session, if reports or the live page observe them.
 observed: set[Any] = set()
 
 
 def recording_class(guarded: type[S]) -> type[S]:
-    """Derive a session class that records when it asks for an engine, and so for a connection."""
-    # `connection` may get the engine as an argument, and then does not call `get_bind`.
+    """Derive a session class that records when the session asks for an engine."""
+    # Replace the method `connection` too: if it gets an engine as an argument, it does not call
+    # `get_bind`.
     methods = {name: _recording(getattr(guarded, name)) for name in ("get_bind", "connection")}
     return derive(guarded, (guarded,), methods)
 
@@ -39,10 +40,10 @@ def record_checkout(companion: Companion, own: Any, connection: Any) -> None:
     """Record that a session got a connection.
 
     Args:
-        companion: The data of the session.
-        own: The engine of the session; the connections of all other engines are ignored.
-        connection: SQLAlchemy's `Connection`. It and the connection of the pool below it get the
-            attribute `asgi_dbsession_steps`, the list of the steps of the session.
+        companion: The data that this package attaches to the session.
+        own: The engine of the session. Connections of other engines are ignored.
+        connection: The SQLAlchemy connection. It and the pool's connection inside it get the
+            attribute `asgi_dbsession_steps`, which is the list of the session's steps.
     """
     if connection.engine is own or own is None or connection.engine.pool is own.engine.pool:
         steps = companion.steps
@@ -52,9 +53,10 @@ def record_checkout(companion: Companion, own: Any, connection: Any) -> None:
 
 
 def begin_steps(companion: Companion) -> list[Step]:
-    """Return a new list for the steps of a session after a commit or rollback of its unit of work.
+    """Return a new list for the steps of a session, after a commit or rollback of its unit of work.
 
-    Another task of the unit may still use the session. Then the list begins with its connection.
+    If the session has a connection again, because another task uses the session, the list begins
+    with a step for this connection.
     """
     steps: list[Step] = []
     for each in companion.open_connections:

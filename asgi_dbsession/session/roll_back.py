@@ -22,5 +22,5 @@ def roll_back(session: Session) -> bool:
 
 
 def has_changes(session: Session) -> bool:
-    """Return True if the session has added, changed or deleted objects that are not flushed yet."""
+    """Return True if the session has changed objects that were not sent to the database yet."""
     return bool(session.new or session.deleted or session.identity_map.check_modified())

@@ -1,4 +1,4 @@
-"""The lock of an async session: a task that waits for this lock lets other tasks run."""
+"""The lock of an async session: while a task waits for the lock, other tasks can run."""
 
 import asyncio
 from concurrent.futures import Future

@@ -23,17 +23,17 @@ class UnitObserver:
         """Called when no database uses `engine` any more: remove your listeners from it."""
 
     def unit_began(self, unit: Any) -> None:
-        """Called when a unit of work begins. Observers of a database alone are not called."""
+        """Called when a unit of work begins. Not called for observers of a single database."""
 
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
         """Called when a unit of work has opened its session of `database`."""
 
     def wait_failed(self, unit: Any, database: Any) -> None:
-        """Called when the session of `database` waited longer than the `pool_timeout`."""
+        """Called if the session of `database` got no connection within `pool_timeout`."""
 
     def work_ended(self, unit: Any, end: End, steps: dict[Any, list[Step]]) -> None:
-        """Called after a commit or rollback of the unit, and after its `on_commit` functions.
+        """Called after a commit or rollback of a unit of work, and its `on_commit` functions.
 
-        Not called at the end of a unit that did nothing since its last commit or rollback. `steps`
-        are the steps of its sessions since then, for each database. Do not change them.
+        This is not called if the unit of work did nothing since its last commit or rollback.
+        `steps` has the steps of its sessions since then, by database. Do not change these lists.
         """

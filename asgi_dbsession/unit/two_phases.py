@@ -30,7 +30,7 @@ async def commit_in_two_phases(
     """Flush all sessions, send PREPARE for all of them, and then send COMMIT for all of them.
 
     Args:
-        two_phases: The object that names the transactions of the sessions.
+        two_phases: The object that gives names to the two-phase transactions.
         unit: The unit of work that opened the sessions.
         sessions: The sessions that have work, in the order in which their databases were declared.
         end: The `End` object of this commit, which the locks of the sessions need.

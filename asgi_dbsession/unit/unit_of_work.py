@@ -56,12 +56,12 @@ class UnitOfWork:
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
         failure: The first error of a commit or rollback. After this error, no message may be sent.
         callbacks: The functions given to `on_commit`, to be called after COMMIT.
-        two_phases: Names the two-phase transactions of the sessions. None without two-phase commit.
+        two_phases: Gives names to the two-phase transactions. None without two-phase commit.
         read_only: True if the sessions may only read. Set it before the first session is opened.
         is_routed: True if one of the sessions may use a replica.
         is_blocking: True if commit and rollback run on the calling thread, without an event loop.
         is_answered: True after the start of the response was sent; always True for a WebSocket.
-        has_news: True if a measured session did something since the last commit or rollback.
+        has_news: True if a measured session has done something since the last commit or rollback.
         closed: True if this unit of work has ended.
     """
 
@@ -118,7 +118,7 @@ class UnitOfWork:
 
     @property
     def opened(self) -> tuple[ManagedSession[Any], ...]:
-        """The sessions. This is a copy, because another thread may open a session meanwhile."""
+        """The sessions, as a copy, because another thread may open a session meanwhile."""
         return tuple(self.sessions.values())
 
     def manages(self, database: SessionSource[Any]) -> bool:
