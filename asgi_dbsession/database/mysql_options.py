@@ -4,19 +4,7 @@ from ssl import CERT_NONE, CERT_REQUIRED, SSLContext, create_default_context
 
 from .url_options import UrlOptions, is_on, take_ssl_mode
 
-_MODES = {
-    "disable": "disabled",
-    "false": "disabled",
-    "0": "disabled",
-    "require": "required",
-    "true": "required",
-    "1": "required",
-    "accept_invalid_certs": "required",
-    "verify-ca": "verify_ca",
-    "verify-full": "verify_identity",
-    "verify_full": "verify_identity",
-    "strict": "verify_identity",
-}
+_MODES = ("disable", "require", "verify-ca", "verify-full")
 
 
 def for_mysql(options: UrlOptions) -> None:
@@ -30,10 +18,10 @@ def for_mysql(options: UrlOptions) -> None:
     mode = take_ssl_mode(options, _MODES)
     verify = options.take("ssl_verify_cert"), options.take("ssl_verify_identity")
     if mode is None and any(map(is_on, verify)):
-        mode = "verify_identity" if is_on(verify[1]) else "verify_ca"
-    if mode == "disabled" and options.driver == "pymysql":
+        mode = "verify-full" if is_on(verify[1]) else "verify-ca"
+    if mode == "disable" and options.driver == "pymysql":
         options.arguments["ssl_disabled"] = True
-    elif mode not in (None, "disabled"):
+    elif mode not in (None, "disable"):
         if options.driver == "aiomysql":
             options.refuse(
                 "ssl-mode",
@@ -45,13 +33,13 @@ def for_mysql(options: UrlOptions) -> None:
 
 
 def _context(mode: str, files: dict[str, str | None]) -> SSLContext:
-    """Make an SSL context that means the same as this value of `ssl-mode` in MySQL's programs.
+    """Make an SSL context that does what MySQL's programs do at the same value of `ssl-mode`.
 
     Source: https://dev.mysql.com/doc/refman/8.4/en/connection-options.html#option_general_ssl-mode
     """
     context = create_default_context(cafile=files["ca"], capath=files["capath"])
-    context.check_hostname = mode == "verify_identity"
-    context.verify_mode = CERT_NONE if mode == "required" else CERT_REQUIRED
+    context.check_hostname = mode == "verify-full"
+    context.verify_mode = CERT_NONE if mode == "require" else CERT_REQUIRED
     if files["cert"] is not None:
         context.load_cert_chain(files["cert"], files["key"])
     return context

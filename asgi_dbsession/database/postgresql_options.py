@@ -6,22 +6,7 @@ from sqlalchemy import URL
 
 from .url_options import UrlOptions, is_on, take_ssl_mode
 
-_MODES = {
-    "allow": "allow",
-    "prefer": "prefer",
-    "required": "require",
-    "true": "require",
-    "1": "require",
-    "disabled": "disable",
-    "false": "disable",
-    "0": "disable",
-    "preferred": "prefer",
-    "verify_ca": "verify-ca",
-    "verify_full": "verify-full",
-    "verify_identity": "verify-full",
-    "strict": "verify-full",
-    "accept_invalid_certs": "require",
-}
+_MODES = ("allow", "disable", "prefer", "require", "verify-ca", "verify-full")
 # asyncpg accepts these options of libpq (PostgreSQL's C library) only in its argument `dsn`.
 _DSN_ONLY = (
     "application_name",

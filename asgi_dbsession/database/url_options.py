@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -13,6 +13,21 @@ from asgi_dbsession.errors import ConfigurationError, without_secrets
 
 # Different database programs use these different names for the TLS option.
 _SSL_MODE = ("sslmode", "ssl-mode", "ssl_mode", "sslMode", "ssl", "sslaccept")
+# Other names for the values of PostgreSQL's option `sslmode`.
+_SYNONYMS = {
+    "0": "disable",
+    "1": "require",
+    "accept_invalid_certs": "require",
+    "disabled": "disable",
+    "false": "disable",
+    "preferred": "prefer",
+    "required": "require",
+    "strict": "verify-full",
+    "true": "require",
+    "verify_ca": "verify-ca",
+    "verify_full": "verify-full",
+    "verify_identity": "verify-full",
+}
 
 
 class UrlOptions:
@@ -59,8 +74,13 @@ class UrlOptions:
         ) from None
 
 
-def take_ssl_mode(options: UrlOptions, modes: Mapping[str, str]) -> str | None:
-    """Remove the TLS option from the URL, and return its value as the driver writes it."""
+def take_ssl_mode(options: UrlOptions, modes: Sequence[str]) -> str | None:
+    """Remove the TLS option from the URL, and return its value as PostgreSQL's programs write it.
+
+    Args:
+        options: The options in the URL.
+        modes: The values that the driver supports. Any other value is refused.
+    """
     value = options.take(*_SSL_MODE)
     if value is None:
         return None
@@ -71,10 +91,9 @@ def take_ssl_mode(options: UrlOptions, modes: Mapping[str, str]) -> str | None:
         except ValueError:
             strict = True
         value = "strict" if strict else "accept_invalid_certs"
-    value = value.lower()
-    mode = modes.get(value, value)
-    if mode not in modes.values():
-        options.refuse("sslmode", f"It takes one of {', '.join(sorted(set(modes.values())))}.")
+    mode = _SYNONYMS.get(value.lower(), value.lower())
+    if mode not in modes:
+        options.refuse("sslmode", f"It takes one of {', '.join(modes)}.")
     return mode
 
 
