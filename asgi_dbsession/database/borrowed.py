@@ -1,4 +1,4 @@
-"""Adds listeners to an engine of the application, and removes them after the last use."""
+"""Adds the listeners of this package to engines, and removes them after the last use."""
 
 from collections import Counter
 from threading import RLock
@@ -23,6 +23,19 @@ _users: WeakKeyDictionary[Engine, Counter[str]] = WeakKeyDictionary()
 _observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
 
 
+def prepare(engine: Engine) -> None:
+    """Add all listeners that this package needs to an engine."""
+    watch(engine)
+    watch_reads(engine)
+    connect_outside(engine)
+
+
+def _restore(engine: Engine) -> None:
+    unwatch(engine)
+    unwatch_reads(engine)
+    connect_as_before(engine)
+
+
 def own(engine: Engine) -> None:
     """Count a database object that has built the engine, so that the engine keeps its listeners."""
     with _mutex:
@@ -39,9 +52,7 @@ def borrow(engine: Engine, database: object, observers: list[UnitObserver]) -> N
     """
     with _mutex:
         _users.setdefault(engine, Counter())["borrowers"] += 1
-        watch(engine)
-        watch_reads(engine)
-        connect_outside(engine)
+        prepare(engine)
     finalize(database, _release, engine, observers).atexit = False
 
 
@@ -52,8 +63,6 @@ def _release(engine: Engine, observers: list[UnitObserver]) -> None:
         observers = _observers.setdefault(engine, []) + observers
         _observers[engine] = observers
         if not users.total():
-            unwatch(engine)
-            unwatch_reads(engine)
-            connect_as_before(engine)
+            _restore(engine)
             for observer in _observers.pop(engine):
                 observer.engine_left(engine)

@@ -18,12 +18,9 @@ from asgi_dbsession.errors import (
     without_secrets,
 )
 from asgi_dbsession.session.completion import run_to_completion
-from asgi_dbsession.session.failures import watch
-from asgi_dbsession.session.reads import watch_reads
 from asgi_dbsession.unit.observer import UnitObserver
 
-from .borrowed import own
-from .connecting import connect_outside
+from .borrowed import own, prepare
 from .failures import failure_of, reason_of
 from .forks import inherited_pools, notice_forks
 from .options_in_url import translate_options
@@ -57,7 +54,7 @@ class EngineLife(ABC, Generic[E]):
         self._owns_engine = True
         self._starts = 0
         self._starting = Lock()
-        self._prepare: Callable[[Engine], None] = watch
+        self._prepare: Callable[[Engine], None] = prepare
         self._observers: list[UnitObserver] = []
         notice_forks(self)
 
@@ -205,8 +202,6 @@ class EngineLife(ABC, Generic[E]):
         sync_engine = self._sync_engine(engine)
         own(sync_engine)
         self._prepare(sync_engine)
-        watch_reads(sync_engine)
-        connect_outside(sync_engine)
         for observer in self._observers:
             observer.engine_used(sync_engine)
         if self._on_engine is not None:

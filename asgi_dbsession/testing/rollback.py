@@ -18,10 +18,10 @@ from sqlalchemy import Engine
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_dbsession.database.async_database import AsyncDatabase
+from asgi_dbsession.database.borrowed import prepare
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.session.completion import run_to_completion
-from asgi_dbsession.session.failures import watch
 
 from .engine import engines_of, home_of, root_of, share, unshare
 from .isolation import Isolation
@@ -136,7 +136,7 @@ class RolledBack(AbstractContextManager[None], AbstractAsyncContextManager[None]
 
 @contextmanager
 def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
-    if database._prepare is not watch:
+    if database._prepare is not prepare:
         raise ConfigurationError(
             f"{database} is inside of `rolled_back` already: use it once for each test."
         )
@@ -144,11 +144,11 @@ def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
     for engine in engines_of(database):
         _share_once(engine, isolation)
 
-    def prepare(engine: Engine) -> None:
-        watch(engine)
+    def prepare_and_share(engine: Engine) -> None:
+        prepare(engine)
         _share_once(engine, isolation)
 
-    database._prepare = prepare
+    database._prepare = prepare_and_share
     database._reads.is_shared = True
     try:
         yield
@@ -156,7 +156,7 @@ def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
         # If a database failed to start, `leave_block` was never called. So mark the block as ended
         # here.
         isolation.has_ended = True
-        database._prepare = watch
+        database._prepare = prepare
         database._reads.is_shared = False
 
 
