@@ -4,6 +4,7 @@ from asgi_dbsession.errors import AbortRequest
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.lock import current_task
 from asgi_dbsession.types import Message, Receive, Send
+from asgi_dbsession.unit.decisions import forget_decisions
 from asgi_dbsession.unit.ending import end_work, end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
@@ -48,7 +49,9 @@ class Exchange:
                 # failed. If so, send nothing.
                 if unit.failure is not None:
                     raise AbortRequest
-            unit.rollback, unit.is_answered = None, True
+            elif unit.rollback is not None:
+                forget_decisions(unit)
+            unit.is_answered = True
             if is_event_stream(message):
                 self._send = warn_of_early_events(unit, self._send)
         elif kind in _LAST and not message.get("more_body", False) and unit.is_answered:

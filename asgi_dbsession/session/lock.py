@@ -87,6 +87,7 @@ class SessionLock(ABC):
         users: The running tasks that used the session since the last commit or rollback.
         has_finished_work: True if a task that has returned used the session, or an unknown task.
         has_failed_work: True if a task that used the session has failed or was cancelled.
+        last_user: The task that used the session last, also before the last commit or rollback.
         admit: A function that refuses tasks outside of an open `begin(join=True)` block; or None.
     """
 
@@ -94,8 +95,10 @@ class SessionLock(ABC):
     is_closed: bool = False
     has_finished_work: bool = False
     has_failed_work: bool = False
+    last_user: object = None
     _is_held_by_end = False
     _holder: object = None
+    _reserved_for: End | None = None
     _ends = 0  # The number of commits and rollbacks that run or wait for the lock.
     _waiters: "tuple[Future[None], ...]" = ()
 
@@ -142,10 +145,28 @@ class SessionLock(ABC):
                 released = self._new_waiter()
             self._wait(released)
 
+    def reserve_for(self, end: End) -> None:
+        """Let no operation begin until `end`, which runs in another task, has acquired the lock.
+
+        Otherwise an operation of another task could begin first, and `end` would commit its work.
+        """
+        with self.mutex:
+            self._reserved_for, self._ends = end, self._ends + 1
+
+    def cancel_reservation(self, end: End) -> None:
+        """Let operations begin again if `end` has not acquired the lock and never will."""
+        with self.mutex:
+            if self._reserved_for is end:
+                self._reserved_for, self._ends = None, self._ends - 1
+                self._wake_all()
+
     def acquire_for_end(self, end: End, *, of_block: bool = False) -> None:
         """Wait for the running operation, then acquire the lock for a commit or rollback."""
         with self.mutex:
-            self._ends += 1
+            if self._reserved_for is end:
+                self._reserved_for = None
+            else:
+                self._ends += 1
         try:
             while True:
                 with self.mutex:
@@ -204,6 +225,7 @@ class SessionLock(ABC):
         self.users, self.has_finished_work, self.has_failed_work = set(), False, False
 
     def _add_user(self, task: object) -> None:
+        self.last_user = task
         if task not in self.users:
             if self.users:
                 # Remove ended tasks, so that `users` does not grow in a long streaming response.

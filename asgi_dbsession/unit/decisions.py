@@ -5,6 +5,7 @@ from inspect import iscoroutinefunction
 
 from asgi_dbsession.errors import ConfigurationError, NoSession, SessionClosed
 from asgi_dbsession.session.lock import current_end, current_task
+from asgi_dbsession.session.tasks import has_ended
 
 from .after_commit import AfterCommit, Function, refusal_to_await
 from .unit_of_work import UnitOfWork, current_unit
@@ -27,7 +28,36 @@ def set_rollback(rollback: bool) -> None:
         raise ConfigurationError("set_rollback takes True or False.")
     task = current_task()
     for unit in _unit().of_same_request():
-        unit.is_used, unit.rollback, unit.rollback_set_by = True, rollback, task
+        others = {each: value for each, value in unit.rollbacks.items() if each is not task}
+        unit.is_used, unit.rollback, unit.rollbacks = True, rollback, {**others, task: rollback}
+
+
+def take_decision(unit: UnitOfWork, task: object, *, has_work: bool) -> bool | None:
+    """Return the value that `set_rollback` was called with for the work of `task`, and forget it.
+
+    Args:
+        unit: The unit of work.
+        task: The task that is about to send a message or to wait for a message.
+        has_work: True if `task` has work, or if no task has work. Then calls of worker threads, and
+            of tasks that have ended, count as calls of `task`.
+
+    Returns:
+        None if `set_rollback` was not called for the work of `task`.
+    """
+    taken = [
+        each
+        for each in unit.rollbacks
+        if each is task or (has_work and (each is None or has_ended(each)))
+    ]
+    decision = unit.rollbacks[taken[-1]] if taken else None
+    unit.rollbacks = {each: value for each, value in unit.rollbacks.items() if each not in taken}
+    unit.rollback = next(reversed(unit.rollbacks.values()), None)
+    return decision
+
+
+def forget_decisions(unit: UnitOfWork) -> None:
+    """Forget all calls of `set_rollback`, so that they do not apply to later work."""
+    unit.rollback, unit.rollbacks = None, {}
 
 
 def on_commit(function: Function) -> None:

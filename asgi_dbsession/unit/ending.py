@@ -12,6 +12,7 @@ from asgi_dbsession.session.tasks import has_ended
 from asgi_dbsession.session.two_phases import TwoPhases
 
 from .after_commit import AfterCommit
+from .decisions import forget_decisions, take_decision
 from .shares import Living, find_failed, sort_work, with_work
 from .together import close_idle, end_together, in_order, learn_positions, roll_back_all
 from .two_phases import commit_in_two_phases
@@ -30,7 +31,7 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
         Exception: The error of the flush or of COMMIT. `unit.failure` has the same error.
     """
     end = End(commit, "status" if unit.rollback is None else "set_rollback")
-    unit.rollback = None
+    forget_decisions(unit)
     return _end(unit, end, with_work(unit))
 
 
@@ -43,8 +44,7 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         task: The task that is about to send a message or to wait for a message.
         unit: The unit of work of the HTTP request or WebSocket.
         commit: True to commit, False to roll back.
-        living: What to do with uncommitted work of other tasks that are still running. See the type
-            `Living`.
+        living: What to do with uncommitted work of other running tasks; see the type `Living`.
 
     Raises:
         ConcurrentUse: `task` and another task have uncommitted work in the same transaction.
@@ -53,14 +53,22 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
     working = with_work(unit)
     own, failed = sort_work(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
-    if unit.rollback is not None and _is_of(unit.rollback_set_by, task):
-        # Reset `rollback` now, even if this task has no work. Otherwise the `set_rollback` call
-        # would also apply to work that is done later.
-        commit, unit.rollback, reason = not unit.rollback, None, "set_rollback"
-    if failed:
-        await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
-    if own or (unit.callbacks and any(_is_of(each.given_by, task) for each in unit.callbacks)):
-        await run_to_completion(_end(unit, End(commit, reason, task=task), own))
+    # If the work of `task` is left for later, keep its call of `set_rollback` for later too.
+    if unit.rollbacks and (own or not working or living == "refuse"):
+        rollback = take_decision(unit, task, has_work=bool(own) or not working)
+        if rollback is not None:
+            commit, reason = not rollback, "set_rollback"
+    end = End(commit, reason, task=task)
+    for each in own:
+        each.lock.reserve_for(end)
+    try:
+        if failed:
+            await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
+        if own or any(_is_of(each.given_by, task) for each in unit.callbacks):
+            await run_to_completion(_end(unit, end, own))
+    finally:
+        for each in own:
+            each.lock.cancel_reservation(end)
 
 
 async def close(
@@ -76,8 +84,7 @@ async def close(
         unit: The unit of work to close.
         commit: True to commit, False to roll back.
         error: The exception that the application raised, or None.
-        sort_tasks: True to roll back the work of tasks that raised an exception, even if `commit`
-            is True.
+        sort_tasks: True to roll back the work of failed tasks even if `commit` is True.
     """
     unit.closed = True
     opened = unit.opened

@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 from asgi_dbsession.errors import ConcurrentUse
 from asgi_dbsession.session.lock import SessionLock, current_task
 from asgi_dbsession.session.managed import Sessions
-from asgi_dbsession.session.tasks import is_waiting_for
+from asgi_dbsession.session.tasks import has_ended, is_waiting_for
 
 from .unit_of_work import UnitOfWork
 
@@ -38,6 +38,9 @@ def sort_work(
     for opened in sessions:
         lock = opened.lock
         lock.sort_out_users()
+        changer = lock.last_user if _is_in_memory(lock) else None
+        if changer is not None and not has_ended(changer):
+            lock.users.add(changer)
         others = {each for each in lock.users if not _speaks_for(task, each)}
         is_own = lock.has_finished_work or len(others) < len(lock.users) or _is_in_memory(lock)
         if (others or lock.is_busy) and living != "include":
@@ -93,6 +96,6 @@ def _is_in_memory(lock: SessionLock) -> bool:
     """Return True if the only work of a session is attributes that were changed in Python.
 
     SQLAlchemy does not report which task changed an attribute. So the change counts as work of the
-    task that sends the message now.
+    task that used the session last, or of the sender if that task has ended.
     """
     return not lock.is_used and not lock.is_busy

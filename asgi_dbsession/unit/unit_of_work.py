@@ -1,8 +1,9 @@
 """The unit of work: the sessions of one request or of one `begin()` block."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -39,8 +40,7 @@ class UnitOfWork:
     task or worker thread, the middleware would not see the new value of `current_unit`.
 
     Args:
-        databases: The databases of the unit of work. The first database of each kind (async or
-            sync) is the default one.
+        databases: The databases. The first one of each kind (async or sync) is the default.
         scope: The ASGI scope for `session.info["scope"]`. None after the request has ended.
         enclosing: The outer unit of work, for databases that are not in `databases`.
         observers: The objects to notify of each event of this unit of work. Observers of a database
@@ -52,7 +52,7 @@ class UnitOfWork:
             database, its session belongs to `enclosing`.
         joined: The outer unit of work whose session a `begin(join=True)` block uses, or None.
         rollback: The value of the last `set_rollback` call since the last commit, or None.
-        rollback_set_by: The task that called `set_rollback`.
+        rollbacks: The last argument of `set_rollback` of each task, the newest call last.
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
         failure: The first error of a commit or rollback. After this error, no message may be sent.
         callbacks: The functions given to `on_commit`, to be called after COMMIT.
@@ -68,7 +68,7 @@ class UnitOfWork:
     # Defaults are class attributes, because setting them for each request would cost time.
     is_used: bool = False
     rollback: bool | None = None
-    rollback_set_by: object = None
+    rollbacks: Mapping[object, bool] = MappingProxyType({})
     failure: Exception | None = None
     has_news: bool = False
     closed: bool = False
