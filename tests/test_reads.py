@@ -19,6 +19,7 @@ from sqlalchemy import (
     Table,
     case,
     cast,
+    column,
     event,
     exists,
     func,
@@ -32,6 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, joinedload, mapped_column, relationship
 from sqlalchemy.schema import ForeignKey
+from sqlalchemy.sql.elements import quoted_name
 
 from asgi_dbsession import (
     AsyncDatabase,
@@ -76,6 +78,7 @@ OTHERS: dict[str, Any] = {
     "FOR UPDATE": select(ENTRY.c.id).with_for_update(),
     "text": text("SELECT 1"),
     "a literal column": select(literal_column("1")),
+    "a name without quotes": select(column(quoted_name("now()", quote=False))),
     "a part of text": select(ENTRY.c.id).where(text("true")),
     "a common table expression": select(select(ENTRY.c.id).cte().c.id),
     "an operator of one's own": select(ENTRY.c.id.op("+")(1)),
