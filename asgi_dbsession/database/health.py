@@ -13,9 +13,9 @@ from anyio import move_on_after, sleep
 from sqlalchemy import Engine
 from typing_extensions import override
 
-# A blocking driver cannot be stopped. This many checks may still run in threads after their callers
-# have stopped waiting.
-_MAX_ABANDONED = 3
+# A blocking driver cannot be stopped, so a check may still run in its thread after its callers have
+# stopped waiting. At most this many checks run at the same time.
+_MAX_RUNNING = 3
 # A caller asks again and again if the thread of its check has finished. It pauses between these
 # questions: first for `_FIRST_LOOK`, later for up to `_LAST_LOOK` seconds.
 _FIRST_LOOK, _LAST_LOOK = 0.0005, 0.02
@@ -135,7 +135,7 @@ class ThreadQuestions(Questions):
         self._ask = ask
         self._mutex = Lock()
         self._current: tuple[Engine, Future[None]] | None = None
-        self._abandoned = 0
+        self._running = 0
 
     @override
     async def answers(self, engine: Engine, seconds: float) -> bool:
@@ -149,7 +149,7 @@ class ThreadQuestions(Questions):
                 look = min(2 * look, _LAST_LOOK)
         with self._mutex:
             if not answer.done():
-                self._abandon(answer)
+                self._forget(answer)
                 return False
         return answer.result() is None
 
@@ -157,14 +157,12 @@ class ThreadQuestions(Questions):
         with self._mutex:
             if self._current is not None and self._current[0] is engine:
                 return self._current[1]
-            # The running check is for an old engine, which was replaced by `engine`. So start a new
-            # check.
-            if self._current is not None:
-                self._abandon(self._current[1])
-            if self._abandoned >= _MAX_ABANDONED:
+            # The checks that still run were given up, or are for engines that were replaced.
+            if self._running >= _MAX_RUNNING:
                 return None
             answer: Future[None] = Future()
             self._current = engine, answer
+            self._running += 1
         # Run the check in an empty context, because a driver may keep the context of the request.
         # Use a new thread, because all threads of the pool may be busy.
         Thread(target=Context().run, args=(self._run, engine, answer), daemon=True).start()
@@ -179,10 +177,9 @@ class ThreadQuestions(Questions):
         finally:
             with self._mutex:
                 answer.set_exception(failure)  # None means that the database has answered.
-                self._abandon(answer)
-                self._abandoned -= 1
+                self._forget(answer)
+                self._running -= 1
 
-    def _abandon(self, answer: "Future[None]") -> None:
+    def _forget(self, answer: "Future[None]") -> None:
         if self._current is not None and self._current[1] is answer:
             self._current = None
-            self._abandoned += 1
