@@ -37,7 +37,8 @@ def named(unit: Any, route: RouteName | None, by_quart: Mapping[Any, str]) -> Na
         return None
     try:
         found = scope["route"].path if route is None else _call(route, scope)
-    except (KeyError, AttributeError):  # Only FastAPI and Starlette have `scope["route"].path`.
+    except (KeyError, AttributeError):
+        # Only FastAPI and Starlette store the route in the ASGI scope.
         found = route_of(scope) or by_quart.get(unit, "")
     return scope.get("method", "WebSocket"), found, unit.enclosing is not None
 

@@ -27,7 +27,7 @@ _logger = logging.getLogger("asgi_dbsession")
 
 @dataclass
 class _Record:
-    """When the current unit of work began, and what its sessions have measured since then."""
+    """When the current unit of work began, and during which attempt of the request."""
 
     start_time: float = field(default_factory=time)
     start: float = field(default_factory=perf_counter)

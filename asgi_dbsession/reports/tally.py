@@ -18,9 +18,9 @@ Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 MOST_STEPS = 200
 # If a COMMIT or ROLLBACK takes less time than this (in seconds), nothing was sent to a server.
 _NOTHING = 50e-6
-# A COMMIT or ROLLBACK that failed has this text instead of an SQL text.
+# If a COMMIT or ROLLBACK failed, its step has this text instead of an SQL text.
 FAILED = "failed"
-# The kinds of steps that are shown as another kind.
+# Steps of these kinds are drawn as another kind: a wait for a connection, or a COMMIT.
 _SHOWN_AS: dict[str, Kind] = {"hold": "wait", "prepare": "commit"}
 
 
@@ -95,7 +95,7 @@ class Tally:
     def _operate(
         self, kind: str, start: float, stop: float, call_site: CallSite, text: str
     ) -> None:
-        if self.since is None:  # The application has committed on the connection itself.
+        if self.since is None:  # The application itself has called `commit()` on the connection.
             self.since = self._idle_since = start
         idle_time = start - self._idle_since
         if idle_time > self.idle_time:

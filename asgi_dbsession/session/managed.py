@@ -180,7 +180,7 @@ class ManagedSession(Generic[S]):
             self.in_doubt = ""
 
     def _let_go(self) -> None:
-        # A task may keep the closed session, and must not keep the request in memory with it.
+        # A task may still refer to this session, which must not keep the request in memory.
         self.orm.info["scope"] = None
         self.companion.two_phases = None
         forget(self.orm)
