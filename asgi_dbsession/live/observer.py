@@ -84,7 +84,7 @@ class LiveObserver(UnitObserver):
             each.add_observer(self)
 
     def open_units(self) -> Iterator[tuple[str, Any]]:
-        """Yield the units of work that use a connection or wait for one, each with its name."""
+        """Yield units of work that use or await a connection, with the name of their request."""
         for unit in tuple(observed):
             if not self.totals.keys().isdisjoint(tuple(unit.sessions)):
                 yield name_of(named(unit, self._route, self._by_quart)), unit
