@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from asgi import Exchange, Message, get, respond
 from conftest import ENTRY, WITH_MARIADB, Real, Running, checked_out
-from sqlalchemy import select
+from sqlalchemy import event, select
 
 from asgi_dbsession import (
     AsyncDatabase,
@@ -532,6 +532,21 @@ async def test_set_rollback_after_the_request_is_refused(running: Running) -> No
     over.set()
     with pytest.raises(SessionClosed):
         await tasks[0]
+
+
+async def test_set_rollback_during_the_last_commit_is_refused(running: Running) -> None:
+    """A listener cannot change the decision any more, and its error rolls back."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await respond(send)
+        await running.write("background")
+        session: Any = running.database.get_session()
+        session = getattr(session, "sync_session", session)
+        event.listen(session, "before_commit", lambda _: set_rollback(True), once=True)
+
+    exchange = await get(serving(running, app))
+    assert isinstance(exchange.error, SessionClosed)
+    assert running.stored() == []
 
 
 @pytest.mark.parametrize("answer", ["raises", "returns no application", "sends no response"])
