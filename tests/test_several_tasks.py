@@ -151,13 +151,20 @@ async def test_an_operation_that_meets_the_end_waits_for_it(running: Running) ->
 
 
 @pytest.mark.parametrize("real", ["sqlite", "asyncpg", "asyncmy"], indirect=True)
-async def test_a_close_that_meets_the_end_waits_for_it(running: Running) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_close_that_meets_the_end_waits_for_it(running: Running, *, fails: bool) -> None:
     """A task that closes the session during COMMIT does not stop the COMMIT."""
     done: list[str] = []
     tasks: list[asyncio.Task[None]] = []
 
     async def close() -> None:
-        await running.call("close")
+        try:
+            if fails:
+                raise LookupError
+        except LookupError:
+            await running.call("close")
+        else:
+            await running.call("close")
         done.append("closed")
 
     def look(_: object) -> None:
