@@ -1,4 +1,4 @@
-"""Commits or rolls back the work of a task before it uses the WebSocket."""
+"""Commits or rolls back the work of a task before this task uses the WebSocket."""
 
 from contextlib import suppress
 

@@ -17,7 +17,7 @@ _SHORTEST_PART = 4
 
 
 def secrets_of(url: URL, engine_options: Mapping[str, Any]) -> set[str]:
-    """Return all values that must not be shown: passwords, and options named like a secret."""
+    """Return all values that must not be shown: passwords, and options such as `token`."""
     found = {str(url.password or ""), (url.username or "").partition(":")[2]}
     arguments = engine_options.get("connect_args")
     for options in (url.query, engine_options, arguments if isinstance(arguments, dict) else {}):

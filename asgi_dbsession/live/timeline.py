@@ -34,7 +34,7 @@ def draw(ended: Sequence[EndedUnit], now: float) -> str:
         rows[row:row] = [begin] if row == len(rows) else []
         rows[row] = max(unit.ended, unit.began + _SECONDS * (_LEAST + 1) / _WIDTH)
         placed.append((unit, row))
-    # The height of the drawing is fixed. So if there are more rows, each row is lower.
+    # The drawing always has the same height. So if it has more rows, each row has less height.
     height = _HEIGHT / next(number for number in _ROWS if number >= len(rows))
     bars: dict[Kind, list[str]] = {kind: [] for kind in _ORDER}
     for unit, row in placed:

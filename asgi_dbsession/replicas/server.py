@@ -44,7 +44,8 @@ class Server(ABC):
         self.asker: Any = asker
         url = database.url
         self._address = (url.host, url.query.get("host"), url.port, url.database)
-        # The number of this server's last choice. Equally busy servers take turns by it.
+        # Increases each time a replica is chosen. Of equally busy replicas, the one with the
+        # smallest number was chosen longest ago, and is chosen next.
         self.chosen: int = 0
         self.forget()
 

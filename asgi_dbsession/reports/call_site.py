@@ -39,8 +39,8 @@ _BELOW_CONNECTION = 4
 def find_line() -> CallSite:
     """Return the line of the application that sent the statement that is running now.
 
-    For an `AsyncSession`, this is the line that called the method of the session. Listeners of the
-    application that run inside of this method are not searched, which saves time.
+    For an `AsyncSession`, this is the line that called the method of the session, even if a
+    listener of the application has sent the statement inside this method.
     """
     try:
         method = _getcurrent().parent.gr_frame.f_back

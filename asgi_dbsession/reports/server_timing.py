@@ -42,7 +42,7 @@ class ServerTimingMiddleware:
             noted.append(report)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI scope, and add the header if it is an HTTP request."""
+        """Serve one ASGI scope, and add the header `Server-Timing` to an HTTP response."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

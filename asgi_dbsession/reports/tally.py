@@ -129,5 +129,5 @@ class Tally:
 
 
 def condense(steps: list[Step]) -> None:
-    """Replace all steps except the last by one step with their sums. This changes the list."""
+    """Replace the recorded steps of a session, except the last one, by one step with the sums."""
     steps[:-1] = [["sum", 0, 0, None, Tally(steps[:-1], steps[-1][1])]]

@@ -37,9 +37,9 @@ def unwatch_usage(engine: Engine) -> None:
             delattr(engine.dialect, name)
 
 
-# Find the method of the dialect anew at each call, because `testing.rolled_back()` changes the
-# class of the dialect object. A connection has the attribute `asgi_dbsession_steps` only while a
-# session uses it.
+# Look up the method of the dialect again at each call, because `testing.rolled_back()` changes the
+# class of the dialect object. A connection that no session uses has no attribute
+# `asgi_dbsession_steps`; its statements are not recorded.
 
 
 def _executing(dialect: Any, name: str) -> Callable[..., None]:

@@ -175,7 +175,7 @@ def _record_stored(session: Session) -> None:
 
 
 def _under_way() -> list[WatchedAttempt]:
-    """Return the running attempts (of `run_transaction` and of the request) around this code."""
+    """Return the attempts that called this code: of the request, and of `run_transaction`."""
     attempt = running_attempt.get()
     return attempt.enclosing() if isinstance(attempt, WatchedAttempt) else []
 

@@ -98,8 +98,8 @@ class Writes:
     def record_commit(self, _session: Session) -> None:
         """Called after a COMMIT inside a read-only block: make the next transaction read-only.
 
-        The COMMIT has ended the savepoint of the `begin(join=True, read_only=True)` block. So a
-        read-only savepoint is not enough any more.
+        The savepoint of the `begin(join=True, read_only=True)` block was read-only. The COMMIT has
+        ended this savepoint, so the whole next transaction must be read-only.
         """
         self.in_block = False
 

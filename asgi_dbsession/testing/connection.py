@@ -110,7 +110,7 @@ class SharedConnection:
                 check_as_commit_would(self.connection, self._dialect, self._known)
 
     def commit(self, transaction: SavepointTransaction) -> None:
-        """Check the deferred constraints as COMMIT does. Keep the work until the test ends."""
+        """Check the deferred constraints as COMMIT does. Send no COMMIT, to roll back later."""
         with self._on_top(transaction):
             try:
                 if transaction.wrote:

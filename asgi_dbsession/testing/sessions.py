@@ -1,4 +1,4 @@
-"""Lets sessions raise an error if `rolled_back` could not roll back their work."""
+"""Makes sessions raise an error if the end of the test could not roll back their work."""
 
 import asyncio
 import threading

@@ -64,9 +64,10 @@ def on_commit(function: Function) -> None:
     """Call a function after the current work was committed, and before the response is sent.
 
     The function is not called if the current work is rolled back, by this package or by the
-    application. The same is true after a rollback to a savepoint that was open when `on_commit` was
-    called. So call `on_commit` after the work. If the application itself calls `commit()`, the
-    function is called when the unit of work ends.
+    application. If a savepoint is open when `on_commit` is called, a rollback to this savepoint
+    also drops the function. So do the work first, and then call `on_commit` inside the same
+    savepoint. If the application itself calls `commit()`, the function is called when the unit of
+    work ends.
 
     Functions are called in the order of their `on_commit` calls. They run to the end even if the
     request is cancelled. If a function raises an exception, the logger `asgi_dbsession` logs it;

@@ -193,7 +193,7 @@ def _settle(
     stored: list[AfterCommit],
     working: Sessions,
 ) -> list[AfterCommit]:
-    """Remove `on_commit` functions that wait no longer, and return those to call now."""
+    """Remove the `on_commit` functions whose work has ended. Return those that must be called."""
     due: list[AfterCommit] = []
     for each in tuple(unit.callbacks):
         # Keep an `on_commit` function if another task gave it, or if it was given during this
