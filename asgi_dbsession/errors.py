@@ -141,8 +141,9 @@ class TransactionAborted(DBSessionError, PendingRollbackError):
 
     PostgreSQL aborts a transaction when a statement fails. At COMMIT, PostgreSQL then rolls back,
     and the drivers report success. MySQL and MariaDB roll back the transaction at a deadlock, and
-    the next statement begins a new transaction. COMMIT would then store only the work after the
-    deadlock. Source: https://www.postgresql.org/docs/current/sql-commit.html
+    SQLite at `INSERT OR ROLLBACK`. The next statement begins a new transaction, and COMMIT would
+    store only the work after the error. Source:
+    https://www.postgresql.org/docs/current/sql-commit.html
     """
 
     def __init__(self, database: object, reason: str, *, rolled_back: bool = False) -> None:

@@ -14,6 +14,7 @@ from asgi_dbsession.errors import TransactionAborted, without_secrets
 
 from ._sqlalchemy import is_prepared
 from .completion import run_to_completion
+from .sqlite import unwatch_sqlite, was_rolled_back, watch_sqlite
 from .writes import record_refusal
 
 # The statements that failed. Each key is a weak reference to the transaction or savepoint in which
@@ -41,6 +42,7 @@ def watch(engine: Engine) -> None:
     """Start to record the statements that fail on `engine`. A second call does nothing."""
     if engine.dialect not in _dialects:
         event.listen(engine, "handle_error", _record_failure)
+        watch_sqlite(engine)
         _dialects.add(engine.dialect)
         _watched.add(engine)
         for watcher in _watchers:
@@ -64,6 +66,7 @@ def unwatch(engine: Engine) -> None:
     """Remove the listeners that `watch` added to `engine`."""
     if engine in _watched:
         event.remove(engine, "handle_error", _record_failure)
+        unwatch_sqlite(engine)
         for undo in _watchers.values():
             undo(engine)
         _dialects.discard(engine.dialect)
@@ -134,13 +137,19 @@ def _was_answered(error: Exception | None) -> bool:
 def _remember(connection: Connection, transaction: Transaction, error: BaseException) -> None:
     hidden = connection.engine.hide_parameters
     message = type(error).__name__ if hidden else " ".join(str(error).split())
-    number = error.args[0] if error.args else None
-    if connection.dialect.name in {"mysql", "mariadb"} and number in _ROLLING_BACK:
+    if _has_rolled_back(connection, error):
         failed_transactions[_key(transaction)] = message, True
     else:
         savepoint = connection.get_nested_transaction() or transaction
         failed_transactions.setdefault(_key(savepoint), (message, False))
     _listen_for_commit(connection)
+
+
+def _has_rolled_back(connection: Connection, error: BaseException) -> bool:
+    """Return True if the error made the database roll back the whole transaction."""
+    if connection.dialect.name in {"mysql", "mariadb"}:
+        return bool(error.args) and error.args[0] in _ROLLING_BACK
+    return was_rolled_back(connection)
 
 
 def forbid_commit(connections: tuple[Connection, ...], error: Exception) -> None:

@@ -20,7 +20,8 @@ from ._sqlalchemy import NamingSession, begin
 from .companion import Companion
 from .completion import run_to_completion
 from .failures import discard
-from .reads import begin_before_savepoint, begin_now, begin_on_server
+from .reads import begin_now, begin_on_server
+from .sqlite import begin_before_savepoint
 
 R = TypeVar("R")
 A = TypeVar("A", bound=AsyncSession)

@@ -13,9 +13,10 @@ from .completion import call_here
 from .failures import refuse_if_aborted, watch
 from .guard import GuardedSession
 from .lock import End, SessionLock
-from .reads import begin_before_savepoint, begin_now
+from .reads import begin_now
 from .recording import record_checkout
 from .roll_back import roll_back
+from .sqlite import begin_for_session
 from .transaction import LockedTransaction
 from .two_phases import is_refused, names_of, prepare
 
@@ -202,8 +203,7 @@ def _remember_connection(
     session: Any, transaction: SessionTransaction, connection: Connection
 ) -> None:
     companion: Companion = session._companion
-    if not transaction.nested and session.in_nested_transaction():
-        begin_before_savepoint(connection)
+    begin_for_session(session, transaction, connection)
     # With the option `binds`, an engine may not have the listeners of this package yet.
     if connection.engine is not session.bind:
         watch(connection.engine)

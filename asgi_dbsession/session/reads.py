@@ -144,19 +144,6 @@ def begin_on_server(connection: Connection) -> None:
             cursor.close()
 
 
-def begin_before_savepoint(connection: Connection) -> None:
-    """On SQLite, send BEGIN before the first savepoint of a transaction.
-
-    Python's module `sqlite3` sends BEGIN before the first INSERT, UPDATE or DELETE, but not before
-    or after SAVEPOINT. If a savepoint is not inside a transaction, its RELEASE is a COMMIT, and a
-    later ROLLBACK cannot undo its changes.
-    """
-    if connection.dialect.name == "sqlite":
-        driver: Any = connection.connection.driver_connection
-        if driver.isolation_level is not None and not driver.in_transaction:
-            connection.exec_driver_sql("BEGIN")
-
-
 def _begin_unless_plain(
     _cursor: object, _statement: str, _parameters: object, context: ExecutionContext
 ) -> None:

@@ -1,0 +1,124 @@
+"""Sends BEGIN on SQLite before each statement that may write, so that a rollback undoes it."""
+
+import re
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from sqlalchemy import CompoundSelect, Connection, Engine, Select, event
+from sqlalchemy.engine import Dialect, ExecutionContext
+from sqlalchemy.orm import Session, SessionTransaction
+
+# The first word of a statement, after comments.
+_FIRST_WORD = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)
+# Python's module `sqlite3` itself sends BEGIN before these statements.
+_BY_DRIVER = frozenset(("INSERT", "UPDATE", "DELETE", "REPLACE"))
+# These statements only read, or SQLite refuses or ignores them inside a transaction. Those in
+# `_CONTROL` begin or end a transaction themselves. All other statements of SQLite may write.
+# Source: https://www.sqlite.org/lang.html
+_OUTSIDE = frozenset(("SELECT", "VALUES", "EXPLAIN", "PRAGMA", "VACUUM", "ATTACH", "DETACH"))
+_CONTROL = frozenset(("BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE"))
+
+# The connections of sessions. The value is True if a transaction was open before the last
+# statement on the connection.
+_was_open: WeakKeyDictionary[Connection, bool] = WeakKeyDictionary()
+# The connections on which an error made SQLite roll back the transaction. COMMIT will be refused,
+# so later statements must be in a transaction too, although the application may have switched
+# the driver to autocommit (to send BEGIN in a listener).
+_rolled_back: WeakSet[Connection] = WeakSet()
+# The dialects whose engines have the listeners of this module. An engine and its copies with other
+# options share one dialect, so that no listener is added twice.
+_watched: WeakSet[Dialect] = WeakSet()
+
+
+def watch_sqlite(engine: Engine) -> None:
+    """If `engine` is for SQLite, add listeners to it that send BEGIN."""
+    if engine.dialect.name == "sqlite" and engine.dialect not in _watched:
+        _watched.add(engine.dialect)
+        for name in _EVENTS:
+            event.listen(engine, name, _begin_before_statement)
+
+
+def unwatch_sqlite(engine: Engine) -> None:
+    """Remove the listeners that `watch_sqlite` added to `engine`."""
+    if engine.dialect in _watched:
+        _watched.discard(engine.dialect)
+        for name in _EVENTS:
+            event.remove(engine, name, _begin_before_statement)
+
+
+def begin_for_session(
+    session: Session, transaction: SessionTransaction, connection: Connection
+) -> None:
+    """Called when a session gets a connection: BEGIN will be sent before its first write."""
+    if connection.dialect.name == "sqlite" and not transaction.nested:
+        _was_open[connection] = False
+        _rolled_back.discard(connection)
+        if session.in_nested_transaction():
+            begin_before_savepoint(connection)
+
+
+def begin_before_savepoint(connection: Connection) -> None:
+    """Send BEGIN before the first savepoint of a transaction.
+
+    If a savepoint is not inside a transaction, its RELEASE is a COMMIT, and a later ROLLBACK cannot
+    undo its changes.
+    """
+    if connection.dialect.name == "sqlite" and not _is_open(connection):
+        _begin(connection)
+
+
+def was_rolled_back(connection: Connection) -> bool:
+    """Called after an error: return True if it made SQLite roll back the whole transaction.
+
+    This happens at `INSERT OR ROLLBACK`, at `RAISE(ROLLBACK)` in a trigger, and at some errors of
+    the disk. SQLite then answers the next statements as if nothing had happened. Source:
+    https://www.sqlite.org/lang_transaction.html
+    """
+    if not _was_open.get(connection) or _is_open(connection):
+        return False
+    _rolled_back.add(connection)
+    return True
+
+
+def _begin_before_statement(*arguments: Any) -> None:
+    statement: str = arguments[1]
+    context: ExecutionContext = arguments[-1]
+    connection = context.root_connection
+    if connection not in _was_open:
+        return
+    _was_open[connection] = is_open = _is_open(connection)
+    if not is_open and _needs_begin(connection, context, statement):
+        _begin(connection)
+
+
+def _needs_begin(connection: Connection, context: ExecutionContext, statement: str) -> bool:
+    found = _FIRST_WORD.match(statement)
+    word = found[1].upper() if found else ""
+    if word in _BY_DRIVER:
+        return connection in _rolled_back
+    # A SELECT with a common table expression begins with WITH, as an INSERT with one does.
+    compiled: Any = context.compiled
+    is_select = compiled is not None and isinstance(compiled.statement, Select | CompoundSelect)
+    return word not in _OUTSIDE | _CONTROL and not is_select
+
+
+def _begin(connection: Connection) -> None:
+    driver: Any = connection.connection.driver_connection
+    level = driver.isolation_level
+    # Without an isolation level, the application has switched the driver to autocommit. Only newer
+    # versions of Python have the attribute `autocommit`.
+    is_autocommit = level is None or getattr(driver, "autocommit", None) is True
+    if not is_autocommit or connection in _rolled_back:
+        cursor = connection.connection.cursor()
+        try:
+            cursor.execute(f"BEGIN {level or ''}".strip())
+        finally:
+            cursor.close()
+
+
+def _is_open(connection: Connection) -> bool:
+    driver: Any = connection.connection.driver_connection
+    return bool(driver.in_transaction)
+
+
+_EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
