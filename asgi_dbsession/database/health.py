@@ -157,7 +157,7 @@ class ThreadQuestions(Questions):
         with self._mutex:
             if self._current is not None and self._current[0] is engine:
                 return self._current[1]
-            # The checks that still run were given up, or are for engines that were replaced.
+            # Nobody waits for these running checks any more, or their engines were replaced.
             if self._running >= _MAX_RUNNING:
                 return None
             answer: Future[None] = Future()

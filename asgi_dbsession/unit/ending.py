@@ -53,7 +53,7 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
     working = with_work(unit)
     own, failed = sort_work(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
-    # If the work of `task` is left for later, keep its call of `set_rollback` for later too.
+    # If the work of `task` stays uncommitted now, keep its `set_rollback` call for that work.
     if unit.rollbacks and (own or not working or living == "refuse"):
         rollback = take_decision(unit, task, has_work=bool(own) or not working)
         if rollback is not None:

@@ -96,6 +96,7 @@ def _is_in_memory(lock: SessionLock) -> bool:
     """Return True if the only work of a session is attributes that were changed in Python.
 
     SQLAlchemy does not report which task changed an attribute. So the change counts as work of the
-    task that used the session last, or of the sender if that task has ended.
+    task that used the session last. If that task has ended, the change counts as work of the task
+    that sends the message.
     """
     return not lock.is_used and not lock.is_busy
