@@ -18,12 +18,14 @@ import pytest
 import sqlmodel
 from asgi import Exchange, get, respond
 from conftest import (
+    CHILD,
     ENTRY,
     METADATA,
     AnyDatabase,
     Real,
     Running,
     becomes_true,
+    enforce_foreign_keys,
     real_database,
 )
 from sqlalchemy import URL, create_engine, select, text
@@ -1062,6 +1064,26 @@ async def test_a_database_in_memory_outlives_its_sessions(
         statuses = [(await get(middleware, path)).status for path in ("/1", "/2", "/3")]
         assert statuses == [200, 200, 200]
         assert await notes(running.database) == ["/1", "/2", "/3"]
+
+
+@pytest.mark.parametrize(("database_class", "url"), MEMORY[::4])
+async def test_a_database_in_memory_outlives_a_failed_commit(
+    database_class: type[AnyDatabase], url: str
+) -> None:
+    """ROLLBACK is enough then: a new connection would find an empty database."""
+    options: Any = {"pool_events": [(enforce_foreign_keys, "connect")]}
+    async with with_tables(database_class(url, **options)) as running:
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await running.write(scope["path"])
+            if scope["path"] == "/doomed":
+                await running.execute(CHILD.insert().values(entry_id=-1))
+            await respond(send)
+
+        middleware = DBSessionMiddleware(app, running.database)
+        assert (await get(middleware, "/kept")).status == 200
+        assert isinstance((await get(middleware, "/doomed")).error, IntegrityError)
+        assert await notes(running.database) == ["/kept"]
 
 
 @pytest.mark.parametrize(("database_class", "url"), MEMORY)
