@@ -32,7 +32,8 @@ class ThreadLock(SessionLock):
     def _add_user(self, task: object) -> None:
         user = current_task() or self._opener
         if user is None:
-            self.has_finished_work, self.last_user = True, None
+            self.has_finished_work = True
+            self.last_user: object = None
         else:
             super()._add_user(user)
 
