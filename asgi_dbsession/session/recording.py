@@ -1,4 +1,4 @@
-"""Records for reports when a session waits for a connection, gets it, and gives it back."""
+"""Notes the times at which a session asks for a connection and gets it, for reports."""
 
 import functools
 from collections.abc import Callable

@@ -63,9 +63,9 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
         An object for `with` or `async with`, which can be used only once.
 
     Raises:
-        NotIsolated: The result would not be the same on several connections, the connection was
-            lost, or MariaDB has sent a COMMIT by itself. The request gets this error, or it is
-            raised at the end of the block.
+        NotIsolated: The transactions of the test cannot share one connection with the same result
+            as on connections of their own, the connection was lost, or MariaDB has sent a COMMIT by
+            itself. The request gets this error, or it is raised at the end of the block.
         ConfigurationError: A database is in a `rolled_back` block already, or `with` was used in an
             `async def` function.
         DatabaseUnavailable: A database did not answer.

@@ -196,8 +196,8 @@ def _settle(
     """Remove the `on_commit` functions whose work has ended. Return those that must be called."""
     due: list[AfterCommit] = []
     for each in tuple(unit.callbacks):
-        # Keep an `on_commit` function if another task gave it, or if it was given during this
-        # COMMIT. It may wait for work that a later COMMIT stores.
+        # Do not call or drop an `on_commit` function of another task, or one given during this
+        # COMMIT: the work that it belongs to may be stored by a later COMMIT.
         is_concerned = each in given and _is_of(each.given_by, end.task)
         ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):

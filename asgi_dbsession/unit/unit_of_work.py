@@ -48,8 +48,8 @@ class UnitOfWork:
 
     Attributes:
         is_inner: True if this unit of work was made by `within`.
-        joins_outer_unit: True if `enclosing` is a part of the same request. If both have a
-            database, its session belongs to `enclosing`.
+        joins_outer_unit: True if `enclosing` is a part of the same request. If `enclosing` has the
+            same database, the session belongs to `enclosing`.
         joined: The outer unit of work whose session a `begin(join=True)` block uses, or None.
         rollback: The value of the last `set_rollback` call since the last commit, or None.
         rollbacks: The last argument of `set_rollback` of each task, the newest call last.
