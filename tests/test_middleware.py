@@ -782,6 +782,27 @@ async def test_the_scope_is_in_the_info_of_the_session(running: Running) -> None
     assert seen == [True]
 
 
+async def test_trailers_wait_for_a_commit_too(running: Running) -> None:
+    """The trailers of gRPC carry the status of the call."""
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [], "trailers": True})
+        await send({"type": "http.response.body", "body": b"x"})
+        await running.doom()
+        await send({"type": "http.response.trailers", "headers": [(b"grpc-status", b"0")]})
+
+    async def receive() -> Any: ...
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"].removeprefix("http.response."))
+
+    with pytest.raises(running.real.refusal):
+        await DBSessionMiddleware(app, running.database)(Exchange(app).scope, receive, send)
+    assert sent == ["start", "body"]
+    await running.assert_clean()
+
+
 @pytest.mark.parametrize("when", ["before the response", "after the response"])
 async def test_a_closed_session_keeps_no_scope(running: Running, when: str) -> None:
     """A task that outlives the request may still have the session."""

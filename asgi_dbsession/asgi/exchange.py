@@ -13,6 +13,8 @@ from .rules import CommitRule
 
 # A message of one of these types is the last of a response if its `more_body` is False.
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
+# Trailers follow the last part of the body. With gRPC, they carry the status of the call.
+_TRAILERS = "http.response.trailers"
 
 
 class Exchange:
@@ -67,6 +69,8 @@ class Exchange:
             finally:
                 current_unit.reset(token)
             return
+        elif kind == _TRAILERS and unit.is_used:
+            await self._end_body()
         await self._send(message)
 
     def _decide(self, message: Message) -> bool:
