@@ -408,13 +408,112 @@ async def test_a_statement_that_commits_by_itself_is_found_out(real: Real) -> No
     async def create() -> None:
         await shop.execute(text("CREATE OR REPLACE TABLE surprise (id INT)"))
 
-    async with rolled_back(shop.database):
-        with pytest.raises(NotIsolated, match="CREATE TABLE, TRUNCATE"):
-            await shop.alone(create)
-        with pytest.raises(NotIsolated, match="The connection was lost"):
-            await shop.all()
+    with pytest.raises(NotIsolated, match="CREATE TABLE, TRUNCATE"):
+        async with rolled_back(shop.database):
+            with pytest.raises(NotIsolated, match="CREATE TABLE, TRUNCATE"):
+                await shop.alone(create)
+            with pytest.raises(NotIsolated, match="The outer transaction of the test has ended"):
+                await shop.all()
     with real.reader.begin() as connection:
         connection.exec_driver_sql("DROP TABLE surprise")
+
+
+async def commit_on_the_driver(shop: Shop, note: str) -> None:
+    """Store a row past SQLAlchemy, on a connection that `engine.raw_connection()` returns."""
+    engine: Any = shop.database.engine
+
+    def store(_: object = None) -> None:
+        raw = getattr(engine, "sync_engine", engine).raw_connection()
+        cursor = raw.cursor()
+        cursor.execute(f"INSERT INTO entry (note) VALUES ('{note}')")
+        cursor.close()
+        raw.commit()
+        raw.close()
+
+    if shop.real.is_sync:
+        store()
+    else:
+        async with engine.connect() as connection:
+            await connection.run_sync(store)
+
+
+async def commit_below_the_session(shop: Shop, note: str) -> None:
+    """Store a row, and call `commit()` of the driver's connection of the session."""
+
+    def commit(session: Session) -> None:
+        driver: Any = session.connection().connection.dbapi_connection
+        driver.commit()
+
+    await shop.write(note)
+    session: Any = shop.database.get_session()
+    if shop.real.is_sync:
+        commit(session)
+    else:
+        await session.run_sync(commit)
+
+
+async def commit_with_text(shop: Shop, note: str) -> None:
+    """Store a row, and send COMMIT as SQL text."""
+    await shop.write(note)
+    await shop.execute(text("COMMIT"))
+
+
+@pytest.mark.parametrize(
+    "commit", [commit_on_the_driver, commit_below_the_session, commit_with_text]
+)
+@pytest.mark.parametrize("then", ["nothing", "another request"])
+async def test_a_commit_past_sqlalchemy_is_found_out(real: Real, commit: Any, then: str) -> None:
+    """What was committed cannot be rolled back, so the test fails, whatever the request says."""
+    shop = Shop.of(real)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await commit(shop, "stored")
+        await respond(send, 201)
+
+    with pytest.raises(NotIsolated, match="The outer transaction of the test has ended"):
+        async with rolled_back(shop.database):
+            await get(shop.around(app))
+            if then == "another request":
+                await get(shop.app, "/more/201")
+    assert real.stored() == ["stored"]
+    await becomes_true(lambda: real.open_transactions() == 0)
+    with real.reader.begin() as connection:
+        connection.execute(ENTRY.delete())
+    async with rolled_back(shop.database):
+        await get(shop.app, "/next/201")
+        assert await shop.all() == ["next"]
+    assert real.stored() == []
+
+
+async def test_a_transaction_that_sqlite_rolled_back_is_found_out(real: Real) -> None:
+    """`INSERT OR ROLLBACK` also undoes what the test has done before the request."""
+    if backend(real) != "sqlite":
+        pytest.skip("SQLite only")
+    shop = Shop.of(real)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await shop.execute(text("INSERT OR ROLLBACK INTO entry (note) VALUES ('first')"))
+        await respond(send, 201)
+
+    with pytest.raises(NotIsolated, match="SQLite rolls back"):
+        async with rolled_back(shop.database):
+            await shop.add("first")
+            exchange = await get(shop.around(app))
+            assert exchange.error is not None
+    assert real.stored() == []
+
+
+def test_a_commit_on_the_driver_is_found_out_in_a_test_without_a_loop(real: Real) -> None:
+    """`with rolled_back(…)` does the same."""
+    if not real.is_sync:
+        pytest.skip("an async one belongs to an event loop")
+    shop = Shop.of(real)
+    with (
+        pytest.raises(NotIsolated, match="The outer transaction of the test has ended"),
+        rolled_back(shop.database),
+    ):
+        asyncio.run(commit_on_the_driver(shop, "stored"))
+    assert real.stored() == ["stored"]
 
 
 async def test_after_a_commit_each_constraint_is_as_its_table_declares_it(real: Real) -> None:

@@ -1,19 +1,18 @@
 """The single connection that all transactions of a test share. Each is only a savepoint."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 
 from .condition import Condition
-from .constraints import check_as_commit_would, send, violations
+from .constraints import check_as_commit_would, violations
 from .isolation import Isolation, NotIsolated
+from .outer import MARK, UNDO, send_inside
 from .read_only import refusing_writes
 from .transaction import SavepointTransaction, current_caller
 
-# MariaDB and MySQL report this error number if a savepoint does not exist.
-_NO_SUCH_SAVEPOINT = 1305
 # Seconds to wait for a transaction of the test, which itself waits, and so cannot end it.
 _LIMIT_FOR_THE_TEST = 0.8
 
@@ -44,6 +43,7 @@ class SharedConnection:
         self._open: list[SavepointTransaction] = []
         self._free = Condition(asynchronous=dialect.is_async, timeout=isolation.timeout)
         self._known = violations(connection, dialect)
+        self._send(MARK)
 
     def begin(self, transaction: SavepointTransaction) -> None:
         """Wait for transactions that must end first, and then begin `transaction` (a savepoint)."""
@@ -67,9 +67,8 @@ class SharedConnection:
                 if below is None or not below.saved:
                     self.lose(error)
                     raise
-                # PostgreSQL has aborted the outer transaction, and so refuses the new savepoint. On
-                # two real connections, the inner transaction could begin. So roll back the outer
-                # one first.
+                # PostgreSQL has aborted the outer transaction. On two real connections, the inner
+                # one could begin. So roll back the outer transaction first.
                 self._undo(below)
                 below.aborted = True
                 self._save(transaction)
@@ -166,6 +165,11 @@ class SharedConnection:
         self.lose(reason)
         return self._free.alone(lambda: True)
 
+    def undo(self) -> None:
+        """Roll back all work of the test. If this is not possible, the block raises an error."""
+        with suppress(NotIsolated, self._error):
+            self._send(UNDO)
+
     def refuse_if_lost(self) -> None:
         """Raise an error if the connection was lost or the test has ended.
 
@@ -198,15 +202,11 @@ class SharedConnection:
 
     def _send(self, statement: str) -> None:
         try:
-            send(self.connection, statement)
-        except self._error as error:
-            if _NO_SUCH_SAVEPOINT not in error.args:
-                raise
+            send_inside(self.connection, self._dialect, self._database, statement)
+        except NotIsolated as error:
+            self._isolation.violations.append(error)
             self.lose(error)
-            raise self._refusal(
-                "MariaDB has committed by itself, as it does at CREATE TABLE, TRUNCATE and the "
-                "like, and nothing before that can be rolled back: do this before the test."
-            ) from error
+            raise
 
     def _on_top(self, transaction: SavepointTransaction) -> AbstractContextManager[None]:
         def is_on_top() -> bool:

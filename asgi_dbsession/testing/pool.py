@@ -85,6 +85,7 @@ class SharedPool(Pool):
                 shared.connection.invalidate(shared.lost)
 
     def _give_back(self, shared: SharedConnection) -> None:
+        shared.undo()
         self._for_dialect.do_rollback(shared.connection)
         if is_autocommit(self._for_dialect):
             self._for_dialect.reset_isolation_level(_dbapi(shared.connection))

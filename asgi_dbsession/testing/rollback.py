@@ -64,8 +64,9 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
 
     Raises:
         NotIsolated: The transactions of the test cannot share one connection with the same result
-            as on connections of their own, the connection was lost, or MariaDB has sent a COMMIT by
-            itself. The request gets this error, or it is raised at the end of the block.
+            as on connections of their own, the connection was lost, or COMMIT was sent by MariaDB
+            itself or past SQLAlchemy. The request gets this error, or it is raised at the end of
+            the block.
         ConfigurationError: A database is in a `rolled_back` block already, or `with` was used in an
             `async def` function.
         DatabaseUnavailable: A database did not answer.
@@ -112,26 +113,27 @@ class RolledBack(AbstractContextManager[None], AbstractAsyncContextManager[None]
                 "`async with rolled_back(…)` here."
             )
         isolation = Isolation(self._timeout, current_caller())
-        with ExitStack() as stack:
+        with _raising_violations(isolation), ExitStack() as stack:
             for database in self._databases:
                 stack.enter_context(_sharing(database, isolation))
                 stack.callback(_unshare, database)
                 if isinstance(database, SyncDatabase):
                     _run(database.startup())
                     stack.callback(_shut_down, database)
-            with _reporting(isolation):
+            with _in_block(isolation):
                 yield
 
     @asynccontextmanager
     async def _in_loop(self) -> AsyncIterator[None]:
         isolation = Isolation(self._timeout, current_caller())
-        async with AsyncExitStack() as stack:
-            for database in self._databases:
-                stack.enter_context(_sharing(database, isolation))
-                stack.push_async_callback(_unshare_async, database)
-                await stack.enter_async_context(database)
-            with _reporting(isolation):
-                yield
+        with _raising_violations(isolation):
+            async with AsyncExitStack() as stack:
+                for database in self._databases:
+                    stack.enter_context(_sharing(database, isolation))
+                    stack.push_async_callback(_unshare_async, database)
+                    await stack.enter_async_context(database)
+                with _in_block(isolation):
+                    yield
 
 
 @contextmanager
@@ -168,16 +170,23 @@ def _share_once(engine: Engine, isolation: Isolation) -> None:
 
 
 @contextmanager
-def _reporting(isolation: Isolation) -> Iterator[None]:
+def _in_block(isolation: Isolation) -> Iterator[None]:
     enter_block(isolation)
+    try:
+        yield
+    finally:
+        leave_block(isolation)
+
+
+@contextmanager
+def _raising_violations(isolation: Isolation) -> Iterator[None]:
+    # The rollback at the end of the block may find a violation too.
     try:
         yield
     except BaseException as error:
         for each in isolation.violations:
             error.add_note(str(each))
         raise
-    finally:
-        leave_block(isolation)
     if isolation.violations:
         raise isolation.violations[0]
 

@@ -1,0 +1,55 @@
+"""Finds out that the outer transaction of a test has ended before the test."""
+
+from typing import Any
+
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.pool import PoolProxiedConnection
+
+from .constraints import send
+from .isolation import NotIsolated
+
+# This savepoint exists as long as the outer transaction of the test. `UNDO` fails without it.
+MARK = "SAVEPOINT asgi_dbsession_test"
+UNDO = "ROLLBACK TO SAVEPOINT asgi_dbsession_test"
+
+# The errors at the use of a savepoint that does not exist: of MariaDB and MySQL, of PostgreSQL
+# inside and outside of a transaction, and of SQLite, which has only a text.
+_ON_MARIADB, _ON_POSTGRESQL, _ON_SQLITE = 1305, ("3B001", "25P01"), "no such savepoint"
+
+
+def send_inside(
+    connection: PoolProxiedConnection, dialect: Dialect, database: str, statement: str
+) -> None:
+    """Send a statement about a savepoint.
+
+    Raises:
+        NotIsolated: The outer transaction has ended, so the savepoint cannot exist.
+    """
+    driver: Any = connection.driver_connection
+    if dialect.name == "sqlite" and not driver.in_transaction:
+        # The savepoint would be a transaction, and its RELEASE a COMMIT.
+        raise _ended_early(database)
+    try:
+        send(connection, statement)
+    except dialect.loaded_dbapi.Error as error:
+        if _is_gone(error):
+            raise _ended_early(database) from error
+        raise
+
+
+def _is_gone(error: BaseException) -> bool:
+    if _ON_MARIADB in error.args or getattr(error, "sqlstate", None) in _ON_POSTGRESQL:
+        return True
+    return str(error).startswith(_ON_SQLITE)
+
+
+def _ended_early(database: str) -> NotIsolated:
+    return NotIsolated(
+        database,
+        f"The outer transaction of the test has ended on {database}, so its work may be stored, or "
+        "lost. Something sent COMMIT or ROLLBACK past SQLAlchemy (on the driver's own connection, "
+        'or as `text("COMMIT")`), or MariaDB has committed by itself, as it does at CREATE TABLE, '
+        "TRUNCATE and the like, or there was an error at which SQLite rolls back everything.",
+        "Commit with SQLAlchemy, create tables before the test, or test this code on a separate "
+        "database, without `rolled_back`.",
+    )
