@@ -32,7 +32,7 @@ from sqlalchemy import URL, create_engine, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, object_session
-from sqlalchemy.pool import NullPool, StaticPool
+from sqlalchemy.pool import NullPool, Pool, SingletonThreadPool, StaticPool
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelAsyncSession
 from starlette.testclient import TestClient
 
@@ -1142,6 +1142,41 @@ async def test_engine_options_for_a_database_in_memory_are_respected(
         assert exchange.status == 200
         async with beginning(database) as session:  # now in the thread of the event loop
             await result_of(session.execute(select(1)))
+
+
+@pytest.mark.parametrize("pool", [StaticPool, SingletonThreadPool, None], ids=str)
+@pytest.mark.parametrize("how", ["from_engine", "options"])
+@pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
+async def test_an_engine_with_one_connection_for_all_sessions_is_named_in_the_log(
+    database_class: type[AnyDatabase],
+    how: str,
+    pool: type[Pool] | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A COMMIT of one request would store the work of another that fails: say it, once."""
+    is_async = database_class is AsyncDatabase
+    if is_async and pool is SingletonThreadPool:
+        pytest.skip("SQLAlchemy refuses this pool")
+    url = f"sqlite+{'aiosqlite' if is_async else 'pysqlite'}:///{tmp_path / 'shared.db'}"
+    options: dict[str, Any] = {"poolclass": pool} if pool is not None else {}
+    if how == "from_engine":
+        make: Any = create_async_engine if is_async else create_engine
+        engine = make(url, **options)
+        for _ in range(2):
+            async with database_class.from_engine(engine, ping_on_startup=False):
+                pass
+        await result_of(engine.dispose())
+    else:
+        async with database_class(url, ping_on_startup=False, **options):
+            pass
+    lines = [each.getMessage() for each in caplog.records if each.name == "asgi_dbsession"]
+    if pool is None:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert pool.__name__ in line
+        assert "without `poolclass`" in line
 
 
 # Error texts

@@ -11,6 +11,7 @@ from asgi_dbsession.session.reads import unwatch_reads, watch_reads
 from asgi_dbsession.unit.observer import UnitObserver
 
 from .connecting import connect_as_before, connect_outside
+from .shared import warn_of_shared_connection
 
 # This must be an RLock. The garbage collector may call `_release` in the thread that holds this
 # lock.
@@ -24,10 +25,11 @@ _observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
 
 
 def prepare(engine: Engine) -> None:
-    """Add all listeners that this package needs to an engine."""
+    """Add all listeners that this package needs to an engine, and warn of its pool."""
     watch(engine)
     watch_reads(engine)
     connect_outside(engine)
+    warn_of_shared_connection(engine)
 
 
 def _restore(engine: Engine) -> None:

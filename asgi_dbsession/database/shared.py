@@ -1,0 +1,27 @@
+"""Warns if all sessions of an engine share one connection, and so one transaction."""
+
+import logging
+from weakref import WeakSet
+
+from sqlalchemy import Engine
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+from asgi_dbsession.errors import without_secrets
+
+_logger = logging.getLogger("asgi_dbsession")
+_warned: WeakSet[Engine] = WeakSet()
+
+
+def warn_of_shared_connection(engine: Engine) -> None:
+    """Log a warning, once for each engine, if several sessions may get the same connection."""
+    pool = engine.pool
+    if isinstance(pool, StaticPool | SingletonThreadPool) and engine not in _warned:
+        _warned.add(engine)
+        _logger.warning(
+            "Requests at the same time share one connection of %s, because its engine has a %s. "
+            "The COMMIT of one request then stores the work of another request, even if that one "
+            "fails. Give the URL to `AsyncDatabase` or `SyncDatabase`, without `poolclass`. "
+            "Tests that send one request after the other may ignore this.",
+            without_secrets(engine.url),
+            type(pool).__name__,
+        )
