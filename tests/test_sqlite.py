@@ -43,6 +43,9 @@ WRITES: dict[str, Executable] = {
         "-- one\n /* two */ WITH new(note) AS (SELECT 'new') "
         "INSERT INTO entry (note) SELECT note FROM new"
     ),
+    "text in lower case": text(
+        "with new(note) as (select 'new') replace into entry select 1, note from new"
+    ),
     "text after a semicolon": text(";INSERT INTO entry (note) VALUES ('new')"),
     "text of REPLACE": text("REPLACE INTO entry (id, note) VALUES (1, 'new')"),
     "CREATE TABLE": text("CREATE TABLE made (id INTEGER)"),
@@ -191,6 +194,7 @@ async def test_a_retry_repeats_no_write(running: Running) -> None:
         text("SELECT note FROM entry"),
         text("/* a comment */ VALUES (1)"),
         text("EXPLAIN SELECT note FROM entry"),
+        text("WITH one AS (SELECT note AS last_update FROM entry) SELECT last_update FROM one"),
         select(ONE.c.id),
         select(ENTRY.c.note),
     ],

@@ -4,12 +4,13 @@ import re
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import CompoundSelect, Connection, Engine, Select, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExecutionContext
 from sqlalchemy.orm import Session, SessionTransaction
 
 # The first word of a statement, after comments.
 _FIRST_WORD = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)
+_WORD = re.compile(r"\w+")
 # Python's module `sqlite3` itself sends BEGIN before these statements.
 _BY_DRIVER = frozenset(("INSERT", "UPDATE", "DELETE", "REPLACE"))
 # These statements only read, or SQLite refuses or ignores them inside a transaction. Those in
@@ -87,19 +88,19 @@ def _begin_before_statement(*arguments: Any) -> None:
     if connection not in _was_open:
         return
     _was_open[connection] = is_open = _is_open(connection)
-    if not is_open and _needs_begin(connection, context, statement):
+    if not is_open and _needs_begin(connection, statement):
         _begin(connection)
 
 
-def _needs_begin(connection: Connection, context: ExecutionContext, statement: str) -> bool:
+def _needs_begin(connection: Connection, statement: str) -> bool:
     found = _FIRST_WORD.match(statement)
     word = found[1].upper() if found else ""
     if word in _BY_DRIVER:
         return connection in _rolled_back
-    # A SELECT with a common table expression begins with WITH, as an INSERT with one does.
-    compiled: Any = context.compiled
-    is_select = compiled is not None and isinstance(compiled.statement, Select | CompoundSelect)
-    return word not in _OUTSIDE | _CONTROL and not is_select
+    if word == "WITH":
+        # A statement with common table expressions writes only if it has one of these words.
+        return not _BY_DRIVER.isdisjoint(_WORD.findall(statement.upper()))
+    return word not in _OUTSIDE | _CONTROL
 
 
 def _begin(connection: Connection) -> None:
