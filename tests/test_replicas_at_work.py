@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from asgi import Socket, respond
-from conftest import ENTRY, becomes_true
+from conftest import CHILD, ENTRY, becomes_true
 from replicas import Cluster
 from replicated_shop import COUNT, KINDS, Client, Shop, ports, reads_from, set_cookies
 from sqlalchemy import event, select
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
@@ -304,6 +305,50 @@ async def test_the_application_may_commit_by_itself(nodes: Cluster, kind: str) -
         exchange = await Client(shop.app).ask("POST")
         assert exchange.body == b"1"
         assert len(set_cookies(exchange)) == 1
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+@pytest.mark.parametrize(("path", "status"), [("/commit", 409), ("/pool", 503), ("/inner", 409)])
+async def test_a_response_of_the_middleware_tells_of_a_commit(
+    nodes: Cluster, path: str, status: int, attempts: int
+) -> None:
+    """The next read sees what a `begin()` block committed, although the request itself failed."""
+
+    async def handle(scope: Any, receive: Any, send: Any) -> None:
+        if scope["method"] == "GET":
+            await shop.answer(scope, receive, send)
+            return
+        database: Any = shop.database
+        async with database.begin() as session:
+            await session.execute(ENTRY.insert().values(note="stored"))
+        if path == "/pool":
+            raise PoolTimeout
+        child = CHILD.insert().values(entry_id=-1)
+        await database.get_session().execute(child)
+        await respond(send)
+
+    async def conflict(scope: Any, receive: Any, send: Any) -> None:
+        await respond(send, 409)
+
+    shop = Shop(nodes)
+    app = DBSessionMiddleware(
+        handle,
+        shop.database,
+        read_only=safe_methods,
+        on_commit_error=lambda _: conflict,
+        retry_after=1 if path == "/pool" else None,
+        attempts=attempts,
+    )
+    if path == "/inner":
+        app = DBSessionMiddleware(app, AsyncDatabase("sqlite+aiosqlite://"), attempts=attempts)
+    async with shop.database:
+        await reads_from(lambda: Client(app), ports(nodes))
+        nodes.lag(1000)
+        client = Client(app)
+        exchange = await client.ask("POST", path)
+        assert exchange.status == status
+        assert len(set_cookies(exchange)) == 1
+        assert (await client.read())[0] == 1
 
 
 async def test_a_socket_sees_what_it_wrote(nodes: Cluster) -> None:

@@ -13,11 +13,11 @@ from asgi_dbsession.unit.report import UnitReport
 from asgi_dbsession.unit.retry_on import RetryOn
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
-from .answer import add_note, answer_or_raise
+from .answer import add_note
 from .arguments import AnyDatabase, application_first, no_application, usable_databases
 from .exchange import Exchange
 from .lifespan import Startable, Unstartable, serve_lifespan
-from .optional import with_optional_rooms, with_positions
+from .optional import with_answers, with_optional_rooms
 from .rules import CommitWhen, ReadOnly, apply_read_rule, below_400, commit_rule
 from .websocket import SocketExchange
 
@@ -124,9 +124,9 @@ class DBSessionMiddleware:
             return
         self._startable = self.databases = usable
         self._commit_rule = commit_rule(commit_when)
-        self._serve = with_positions(self._serve_one, usable)
+        self._serve = with_answers(self._serve_one, usable, on_commit_error)
         self._serve_http, self._observers = with_optional_rooms(
-            self._serve,
+            self._serve_one,
             usable,
             attempts=attempts,
             retry_on=retry_on,
@@ -142,13 +142,7 @@ class DBSessionMiddleware:
             # If an outer DBSessionMiddleware serves this request too, leave retries and 503
             # responses to the outer middleware.
             serve = self._serve_http if scope.get(_KEY) is None else self._serve
-            try:
-                await serve(scope, receive, send)
-            except AbortRequest as abort:
-                failure = abort.failure
-            else:
-                return
-            await answer_or_raise(failure, self.on_commit_error, scope, receive, send)
+            await serve(scope, receive, send)
         elif kind == "websocket":
             await self._serve(scope, receive, send)
         elif kind == "lifespan":

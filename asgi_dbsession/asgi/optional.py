@@ -12,11 +12,21 @@ from .answer import serve_and_answer
 from .arguments import AnyDatabase
 
 
-def with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIApp:
+def with_answers(
+    serve: ASGIApp,
+    databases: tuple[AnyDatabase, ...],
+    on_commit_error: Callable[[Exception], ASGIApp | None] | None,
+) -> ASGIApp:
+    """Wrap `serve`, so that a failed COMMIT is answered, and each client reads its own writes."""
+    return _with_positions(partial(serve_and_answer, serve, on_commit_error), databases)
+
+
+def _with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIApp:
     """Wrap `serve` so that each client reads its own writes, if a database has replicas.
 
-    The class `Positions` stores the WAL position that each client has seen. Without replicas,
-    return `serve` itself.
+    The class `Positions` stores the WAL position that each client has seen. It must get all
+    responses of this package too, because a request may have committed before its COMMIT failed.
+    Without replicas, return `serve` itself.
     """
     servers = [each._replica_set for each in databases if each._replica_set is not None]
     if not servers:
@@ -47,16 +57,17 @@ def with_optional_rooms(
         from asgi_dbsession.reports.recorder import Recorder
 
         observers.append(Recorder(on_report))
+    if attempts > 1 and on_commit_error is not None:
+        from asgi_dbsession.retry.attempt import unless_retried
+
+        on_commit_error = unless_retried(on_commit_error)
+    serve = partial(serve_and_answer, serve, on_commit_error)
     if retry_after is not None:
         from asgi_dbsession.retry.overload import Overload
 
-        if attempts > 1 and on_commit_error is not None:
-            from asgi_dbsession.retry.attempt import unless_retried
-
-            on_commit_error = unless_retried(on_commit_error)
-        answering = partial(serve_and_answer, serve, on_commit_error)
-        serve = overload = Overload(answering, retry_after)
+        serve = overload = Overload(serve, retry_after)
         observers.append(overload)
+    serve = _with_positions(serve, databases)
     if attempts > 1:
         from asgi_dbsession.retry.retry import Retry
 
