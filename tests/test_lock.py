@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_dbsession import ConcurrentUse, ConfigurationError, SessionClosed
-from asgi_dbsession.session.lock import End, SessionLock, current_end
+from asgi_dbsession.session.end import End, current_end
+from asgi_dbsession.session.lock import SessionLock
 from asgi_dbsession.session.task_lock import TaskLock
 from asgi_dbsession.session.thread_lock import ThreadLock
 
@@ -167,7 +168,7 @@ def test_whoever_waits_for_an_end_is_told_when_it_closed_the_session(kind: Any) 
         lock: SessionLock = kind("the database", *([None] if kind is ThreadLock else []))
         lock.acquire_for_end(an_end())
         lock.release(closed=True)
-        for late in (lock.acquire, lock.record_user, lambda: lock.acquire_for_end(an_end())):
+        for late in (lock.acquire, lambda: lock.acquire_for_end(an_end())):
             with pytest.raises(SessionClosed):
                 late()
         assert not lock.is_busy
@@ -180,9 +181,8 @@ def test_a_thread_has_no_part_in_a_session_of_tasks() -> None:
 
     async def main() -> None:
         lock = TaskLock("the database")
-        for use in (lock.acquire, lock.record_user):
-            with pytest.raises(ConfigurationError, match="SyncDatabase"):
-                await asyncio.to_thread(use)
+        with pytest.raises(ConfigurationError, match="SyncDatabase"):
+            await asyncio.to_thread(lock.acquire)
         assert not lock.is_busy
         assert not lock.is_used
 

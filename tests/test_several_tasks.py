@@ -3,13 +3,14 @@
 import asyncio
 from contextlib import nullcontext
 from threading import Event
+from time import sleep
 from typing import Any
 
 import pytest
 from anyio import to_thread
 from asgi import Exchange, get, respond
 from conftest import ENTRY, WITH_MARIADB, Running, checked_out
-from several import Entry, engine_of
+from several import Entry, engine_of, orm
 from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
@@ -549,7 +550,8 @@ async def test_what_a_task_does_during_a_commit_is_rolled_back_with_a_500(
         async def work() -> None:
             await committing.wait()
             if does == "adds":
-                session.add(Entry("of a request that failed"))
+                with pytest.raises(ConcurrentUse, match=r"database.begin\(\)"):
+                    session.add(Entry("too early"))
             else:
                 own.note = "of a request that failed"
 
@@ -564,6 +566,141 @@ async def test_what_a_task_does_during_a_commit_is_rolled_back_with_a_500(
     event.listen(engine_of(running), "commit", lambda _: committing.set())
     await get(DBSessionMiddleware(app, running.database))
     assert running.stored() == ["own", "background"]
+    await running.assert_clean()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda session: session.add(Entry("too early")),
+        lambda session: session.add_all([Entry("too early")]),
+        lambda session: session.expire_all(),
+        lambda session: session.expunge_all(),
+    ],
+)
+async def test_objects_cannot_change_during_the_statement_of_another_task(
+    running: Running, change: Any
+) -> None:
+    """Tasks and threads that use one session at the same time always get an error."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+        statement = asyncio.create_task(running.execute(slow(running)))
+        await is_in_flight(running)
+        with pytest.raises(ConcurrentUse, match=r"database.begin\(\)"):
+            await in_thread_of(running, change, session)
+        await statement
+        await in_thread_of(running, change, session)
+        session.expunge_all()
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error) == (200, None)
+    await running.assert_clean()
+
+
+async def in_thread_of(running: Running, change: Any, session: Any) -> None:
+    """Call a function where a handler of this kind would call it."""
+    if running.real.is_sync:
+        await to_thread.run_sync(change, session)
+    else:
+        change(session)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_another_task_adds_during_a_commit_is_not_a_part_of_it(
+    running: Running, *, fails: bool
+) -> None:
+    """Below a `BaseHTTPMiddleware`, a body runs during the COMMIT of the start."""
+    flushing = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    seen = []
+
+    def tell(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("INSERT"):
+            loop.call_soon_threadsafe(flushing.set)
+            if running.real.is_sync:
+                sleep(0.05)  # let the body call `add()` meanwhile
+
+    async def handler(request: Request) -> Response:
+        session = orm(running)
+
+        async def parts() -> Any:
+            await flushing.wait()
+            session.add(Entry("body"))
+            yield b"part"
+            if fails:
+                raise LookupError
+
+        session.add(Entry("handler"))
+        return StreamingResponse(parts())
+
+    app = below_base_http_middleware(running, handler)
+    event.listen(engine_of(running), "before_cursor_execute", tell)
+    exchange = Exchange(app, on_message=lambda _: seen.append(running.stored()))
+    await asyncio.wait_for(exchange.run(), 10)
+    assert isinstance(exchange.error, LookupError if fails else type(None))
+    assert seen[0] == ["handler"]
+    # The work of a thread counts as the work of the task that opened the session.
+    if not (fails and running.real.is_sync):
+        assert running.stored() == (["handler"] if fails else ["handler", "body"])
+    await running.assert_clean()
+
+
+async def test_nothing_can_be_added_during_the_last_rollback(running: Running) -> None:
+    """The object would be lost, so a task that outlives its request gets an error."""
+    if running.real.is_sync:
+        pytest.skip("what threads do says nothing of tasks")
+    ending = asyncio.Event()
+    late: list[asyncio.Task[None]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+
+        async def add() -> None:
+            await ending.wait()
+            session.add(Entry("late"))
+
+        await running.write("rolled back")
+        late.append(asyncio.create_task(add()))
+        await asyncio.sleep(0)
+        raise LookupError
+
+    event.listen(engine_of(running), "rollback", lambda _: ending.set())
+    await get(DBSessionMiddleware(app, running.database))
+    with pytest.raises(SessionClosed):
+        await late[0]
+    await running.assert_clean()
+
+
+async def test_a_change_that_fails_after_a_commit_rolls_the_later_work_back(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The task has gone on, so it cannot get the error of its `add()` any more."""
+    if running.real.is_sync:
+        pytest.skip("what threads do says nothing of tasks")
+    committing = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+
+        async def add() -> None:
+            await committing.wait()
+            session.add("no mapped object")
+
+        await running.write("handler")
+        child = asyncio.create_task(add())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await child
+        await running.write("body")
+        await send({"type": "http.response.body", "body": b"end"})
+
+    event.listen(engine_of(running), "commit", lambda _: committing.set())
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert isinstance(exchange.error, ConcurrentUse)
+    assert not exchange.complete
+    assert running.stored() == ["handler"]
+    assert "UnmappedInstanceError" in caplog.text
     await running.assert_clean()
 
 

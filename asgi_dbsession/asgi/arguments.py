@@ -10,7 +10,7 @@ from sqlalchemy import URL
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError
-from asgi_dbsession.session.lock import current_task
+from asgi_dbsession.session.tasks import current_task
 from asgi_dbsession.session.two_phases import refuse_one_phase
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
 from asgi_dbsession.unit.retry_on import check_retry_on

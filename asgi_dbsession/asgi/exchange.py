@@ -2,7 +2,7 @@
 
 from asgi_dbsession.errors import AbortRequest
 from asgi_dbsession.session.completion import run_to_completion
-from asgi_dbsession.session.lock import current_task
+from asgi_dbsession.session.tasks import current_task
 from asgi_dbsession.types import Message, Receive, Send
 from asgi_dbsession.unit.decisions import forget_decisions
 from asgi_dbsession.unit.ending import end_work, end_work_of

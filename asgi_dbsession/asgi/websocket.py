@@ -3,7 +3,7 @@
 from contextlib import suppress
 
 from asgi_dbsession.errors import AbortRequest, ConcurrentUse
-from asgi_dbsession.session.lock import current_task
+from asgi_dbsession.session.tasks import current_task
 from asgi_dbsession.types import Message, Receive, Send
 from asgi_dbsession.unit.ending import end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork

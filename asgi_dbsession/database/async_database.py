@@ -13,8 +13,9 @@ from sqlalchemy.util import greenlet_spawn
 from typing_extensions import TypeVarTuple, Unpack, override
 
 from asgi_dbsession.errors import ConfigurationError, DatabaseNotRunning
+from asgi_dbsession.session.async_guard import guarded_async_class
 from asgi_dbsession.session.companion import Companion
-from asgi_dbsession.session.guard import guarded_async_class, guarded_class
+from asgi_dbsession.session.guard import guarded_class
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.task_lock import TaskLock
 from asgi_dbsession.session.writes import Writes

@@ -12,8 +12,8 @@ from typing_extensions import Self, TypeVarTuple, Unpack, override
 
 from asgi_dbsession.session.companion import Companion
 from asgi_dbsession.session.guard import guarded_class
-from asgi_dbsession.session.lock import current_task
 from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.tasks import current_task
 from asgi_dbsession.session.thread_lock import ThreadLock
 from asgi_dbsession.session.writes import Writes
 from asgi_dbsession.types import Scope

@@ -16,7 +16,7 @@ from asgi_dbsession.reports.watching import watch_usage
 from asgi_dbsession.retry.causes import causes
 from asgi_dbsession.retry.conflicts import is_conflict
 from asgi_dbsession.session.companion import Step
-from asgi_dbsession.session.lock import End
+from asgi_dbsession.session.end import End
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.recording import observed
 from asgi_dbsession.unit.observer import UnitObserver

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from asgi_dbsession.session.lock import current_end
+from asgi_dbsession.session.end import current_end
 
 # The package greenlet has no type annotations. With a normal import, mypy would report an error.
 _getcurrent: Any = import_module("greenlet").getcurrent

@@ -1,30 +1,24 @@
 """Session classes that hold a lock during each operation, so that operations never overlap."""
 
-import asyncio
 import functools
-import inspect
 import sys
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, TextClause, UpdateBase
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
-from sqlalchemy.util import greenlet_spawn
 from typing_extensions import override
 
-from asgi_dbsession.errors import ConfigurationError, PrematureClose
+from asgi_dbsession.errors import PrematureClose
 
 from ._sqlalchemy import NamingSession, begin
 from .companion import Companion
-from .completion import run_to_completion
 from .failures import discard
 from .reads import begin_now, begin_on_server
 from .sqlite import begin_before_savepoint
 
 R = TypeVar("R")
-A = TypeVar("A", bound=AsyncSession)
 S = TypeVar("S", bound=Session)
 T = TypeVar("T")
 
@@ -46,7 +40,17 @@ _OPERATIONS = (
     "refresh",
     "rollback",
 )
-
+# These methods send nothing, but change what a flush stores; `add()` also begins the transaction of
+# the session. A task cannot wait in them, because they are not awaited.
+_CHANGES = (
+    "add",
+    "add_all",
+    "enable_relationship_loading",
+    "expire",
+    "expire_all",
+    "expunge",
+    "expunge_all",
+)
 
 # SQL text, INSERT, UPDATE and DELETE always need a transaction. BEGIN is never delayed for them.
 _NEVER_PLAIN = (TextClause, UpdateBase)
@@ -56,20 +60,6 @@ def guarded_class(session_class: type[S]) -> type[S]:
     """Derive a session class whose operations hold the session's lock, lazy loading included."""
     bases = (GuardedSession,) if session_class is Session else (session_class, GuardedSession)
     return derive(session_class, bases, {})
-
-
-def guarded_async_class(session_class: type[A]) -> type[A]:
-    """Derive an `AsyncSession` class whose methods raise an error if a `def` function calls them.
-
-    In a `def` function, `session.execute(…)` would only return a coroutine that nobody awaits, and
-    the statement would not be sent.
-    """
-    methods = {
-        name: _on_event_loop(method)
-        for name, method in inspect.getmembers(session_class, inspect.iscoroutinefunction)
-        if not name.startswith("_") and name != "close"
-    }
-    return derive(session_class, (_ClosingAsyncSession, session_class), methods)
 
 
 def derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, Any]) -> type[T]:
@@ -112,45 +102,22 @@ def locked(
     return operate_locked
 
 
-def _on_event_loop(method: Callable[..., R]) -> Callable[..., R]:
-    @functools.wraps(method)
-    def call_on_event_loop(self: Any, *args: Any, **kwargs: Any) -> R:
-        if asyncio._get_running_loop() is None:
-            raise ConfigurationError(
-                f"`session.{method.__name__}()` of an AsyncSession was called in a `def` function, "
-                "where nothing awaits it, and so would do nothing. Write the function with "
-                "`async def` and `await` the call, or use a SyncDatabase in it."
-            )
-        return method(self, *args, **kwargs)
+def _changing(change: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a method of `_CHANGES`: hold the lock, or call the method after a commit or rollback."""
 
-    return call_on_event_loop
+    @functools.wraps(change)
+    def change_locked(self: Any, *args: Any, **kwargs: Any) -> None:
+        lock = self._companion.lock
+        if lock.delay(change, self, *args, **kwargs):
+            return
+        is_outermost = lock.acquire()
+        try:
+            change(self, *args, **kwargs)
+        finally:
+            if is_outermost:
+                lock.release()
 
-
-class _ClosingAsyncSession(AsyncSession):
-    """An `AsyncSession` whose `close()` never hides an exception that the application raised."""
-
-    @override
-    async def close(self) -> None:
-        if sys.exception() is None:
-            await super().close()
-        else:
-            await self._discard()
-
-    @override
-    async def __aexit__(
-        self,
-        type_: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: types.TracebackType | None,
-    ) -> None:
-        if type_ is None:
-            await super().__aexit__(type_, value, traceback)
-        else:
-            await self._discard()
-
-    async def _discard(self) -> None:
-        session: Any = self.sync_session
-        await run_to_completion(greenlet_spawn(session.discard))
+    return change_locked
 
 
 class GuardedSession(NamingSession):
@@ -159,11 +126,6 @@ class GuardedSession(NamingSession):
     _companion: Companion
     # The module `managed.py` sets the class attribute `transaction_class`. An import of that class
     # into this module would be a circular import.
-
-    @override
-    def add(self, instance: object, *args: Any, **kwargs: Any) -> None:
-        self._companion.lock.record_user()
-        super().add(instance, *args, **kwargs)
 
     @override
     @locked
@@ -242,3 +204,5 @@ _checks: dict[str, Callable[..., None] | None] = {
 for _name, _check in _checks.items():
     if hasattr(Session, _name):
         setattr(GuardedSession, _name, locked(getattr(Session, _name), _check))
+for _name in _CHANGES:
+    setattr(GuardedSession, _name, _changing(getattr(Session, _name)))

@@ -1,77 +1,19 @@
 """The lock of a session: only one task or thread at a time may use the session."""
 
-import asyncio
-import sys
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from threading import RLock, get_ident
-from typing import Any, Literal, TypeAlias
+from functools import partial
+from threading import RLock
+from typing import Any
 
 from asgi_dbsession.errors import ConcurrentUse, SessionClosed
 
-from .tasks import has_ended, has_failed
+from .end import End
+from .tasks import current_task, has_ended, has_failed
 
-
-def current_task() -> object:
-    """Return the running task of asyncio or trio; None in a worker thread."""
-    try:
-        return asyncio.current_task()
-    except RuntimeError:
-        trio: Any = sys.modules.get("trio")
-        if trio is None:  # No event loop runs in this thread.
-            return None
-    try:
-        task: object = trio.lowlevel.current_task()
-    except RuntimeError:
-        return None
-    return task
-
-
-Reason: TypeAlias = Literal[
-    "status", "set_rollback", "exception", "cancelled", "unfinished", "commit_failed"
-]
-
-
-@dataclass(slots=True, weakref_slot=True, eq=False)
-class End:
-    """One commit or rollback of a unit of work. Its steps may run in several threads.
-
-    Args:
-        commit: True to commit, False to roll back.
-        reason: Why the work is rolled back. Reports show the reason.
-        close: True to close the sessions permanently after the commit or rollback.
-        task: Commit or roll back only the work of this task. None for the work of all tasks.
-        error: The exception that the application raised, or None.
-
-    Attributes:
-        handled: The exception of the `except` block that started this commit or rollback, or None.
-        requested_by: The task and the thread that wait for this commit or rollback. If one of them
-            still holds the lock, a signal handler interrupted its operation with an exception.
-        had_work: True if the sessions had anything to commit or roll back.
-        failure: The exception that the commit or rollback itself raised. None if it succeeded.
-    """
-
-    commit: bool
-    reason: Reason
-    close: bool = False
-    task: object = None
-    error: BaseException | None = None
-    requested_by: tuple[object, int] = field(default_factory=lambda: (current_task(), get_ident()))
-    handled: BaseException | None = field(default_factory=sys.exception)
-    had_work: bool = False
-    failure: BaseException | None = None
-
-    @property
-    def succeeded(self) -> bool:
-        """True if the work was committed. False after a rollback or a failed COMMIT."""
-        return self.commit and self.failure is None
-
-
-# The commit or rollback that is running now; None if no commit or rollback is running.
-current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=None)
+_logger = logging.getLogger("asgi_dbsession")
 
 
 class SessionLock(ABC):
@@ -84,6 +26,7 @@ class SessionLock(ABC):
 
     Attributes:
         is_closed: True if every new operation is refused, because the unit of work has ended.
+        is_closing: True if the last commit or rollback of the unit of work runs or waits.
         users: The running tasks that used the session since the last commit or rollback.
         has_finished_work: True if a task that has returned used the session, or an unknown task.
         has_failed_work: True if a task that used the session has failed or was cancelled.
@@ -93,6 +36,7 @@ class SessionLock(ABC):
 
     admit: Callable[[], None] | None = None
     is_closed: bool = False
+    is_closing: bool = False
     has_finished_work: bool = False
     has_failed_work: bool = False
     last_user: object = None
@@ -101,6 +45,7 @@ class SessionLock(ABC):
     _reserved_for: End | None = None
     _ends = 0  # The number of commits and rollbacks that run or wait for the lock.
     _waiters: "tuple[Future[None], ...]" = ()
+    _delayed: tuple[tuple[object, Callable[[], None]], ...] = ()
 
     def __init__(self, database: object) -> None:
         self.database: object = database
@@ -152,12 +97,15 @@ class SessionLock(ABC):
         """
         with self.mutex:
             self._reserved_for, self._ends = end, self._ends + 1
+            self.is_closing = self.is_closing or end.close
 
     def cancel_reservation(self, end: End) -> None:
         """Let operations begin again if `end` has not acquired the lock and never will."""
         with self.mutex:
             if self._reserved_for is end:
                 self._reserved_for, self._ends = None, self._ends - 1
+                if self._holder is None:
+                    self._change_delayed()
                 self._wake_all()
 
     def acquire_for_end(self, end: End, *, of_block: bool = False) -> None:
@@ -167,6 +115,7 @@ class SessionLock(ABC):
                 self._reserved_for = None
             else:
                 self._ends += 1
+            self.is_closing = self.is_closing or end.close
         try:
             while True:
                 with self.mutex:
@@ -188,6 +137,8 @@ class SessionLock(ABC):
     def release(self, *, closed: bool = False) -> None:
         """Release the lock. With `closed=True`, refuse all later operations of the session."""
         with self.mutex:
+            if self._delayed:
+                self._change_delayed()
             if self._is_held_by_end:
                 self._is_held_by_end, self._ends = False, self._ends - 1
             if closed:
@@ -196,19 +147,45 @@ class SessionLock(ABC):
             if self._waiters:
                 self._wake_all()
 
+    def delay(self, change: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
+        """If a commit or rollback runs or waits, call `change` after it, and return True.
+
+        Return False if `change` can be called now, or if the caller is a worker thread, which may
+        wait for the lock.
+
+        Raises:
+            SessionClosed: This commit or rollback is the last one of the unit of work.
+        """
+        if not self._ends or current_task() is None:
+            return False
+        caller = self._caller()
+        with self.mutex:
+            if not self._ends or self._holder == caller:
+                return False
+            if self.is_closing:
+                raise SessionClosed(self.database)
+            if self.admit is not None:
+                self.admit()
+            self._delayed = (*self._delayed, (caller, partial(change, *args, **kwargs)))
+        return True
+
+    def _change_delayed(self) -> None:
+        if self._ends > self._is_held_by_end and not self.is_closing:
+            return  # Another commit or rollback waits, and the changes must not be a part of it.
+        delayed, self._delayed = self._delayed, ()
+        for caller, change in delayed:
+            self._add_user(caller)
+            try:
+                change()
+            # The task that asked for the change has gone on. So its work counts as failed, and is
+            # rolled back.
+            except Exception:
+                self.has_failed_work = True
+                _logger.exception("A change of a session of %s failed", self.database)
+
     def is_held_by_end_of_caller(self) -> bool:
         """Return True if the caller runs the commit or rollback that holds the lock now."""
         return self._is_held_by_end and self._holder == self._caller()
-
-    def record_user(self) -> None:
-        """Record that the caller added an object to the session, which sends no statement."""
-        caller = self._caller()
-        with self.mutex:
-            if self.is_closed:
-                raise SessionClosed(self.database)
-            if self.admit is not None and self._holder != caller:
-                self.admit()
-            self._add_user(caller)
 
     def sort_out_users(self) -> None:
         """Remove ended tasks from `users`, and record if these tasks returned or failed."""

@@ -10,9 +10,10 @@ from ._sqlalchemy import flush_for_commit, forget
 from .at_once import ends_at_once
 from .companion import Companion
 from .completion import call_here
+from .end import End
 from .failures import refuse_if_aborted, watch
 from .guard import GuardedSession
-from .lock import End, SessionLock
+from .lock import SessionLock
 from .reads import begin_now
 from .recording import record_checkout
 from .roll_back import roll_back
@@ -53,9 +54,8 @@ class ManagedSession(Generic[S]):
     @property
     def has_work(self) -> bool:
         """True if the session has anything to commit or roll back, or if an operation runs."""
-        # `in_transaction()` is True after a flush or a statement. The other checks find objects
-        # that another task changed or added while an earlier COMMIT was running. A refused write
-        # counts too: it must make the unit of work fail, even if the application caught its error.
+        # `in_transaction()` is True after a flush or a statement. The other checks find changed and
+        # new objects. A refused write makes the unit of work fail, even if its error was caught.
         session, lock = self.orm, self.lock
         if session.in_transaction() or session.identity_map.check_modified() or lock.is_busy:
             return True
@@ -81,7 +81,7 @@ class ManagedSession(Generic[S]):
                 return False
             self.lock.is_closed = True
         if list(self.orm):
-            self.orm.expunge_all()
+            Session.expunge_all(self.orm)
         self._let_go()
         return True
 

@@ -1,8 +1,24 @@
-"""Functions that tell if a task has ended, if it failed, and if it waits for another task."""
+"""Functions that find the running task, and tell if a task has ended, failed, or waits."""
 
 import asyncio
 import inspect
+import sys
 from typing import Any
+
+
+def current_task() -> object:
+    """Return the running task of asyncio or trio; None in a worker thread."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        trio: Any = sys.modules.get("trio")
+        if trio is None:  # No event loop runs in this thread.
+            return None
+    try:
+        task: object = trio.lowlevel.current_task()
+    except RuntimeError:
+        return None
+    return task
 
 
 def has_ended(task: Any) -> bool:

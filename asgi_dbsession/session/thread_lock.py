@@ -5,7 +5,9 @@ from threading import get_ident
 
 from typing_extensions import override
 
-from .lock import SessionLock, current_end, current_task
+from .end import current_end
+from .lock import SessionLock
+from .tasks import current_task
 
 
 class ThreadLock(SessionLock):

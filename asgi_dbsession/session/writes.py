@@ -12,7 +12,7 @@ from sqlalchemy.sql.dml import UpdateBase
 from asgi_dbsession.errors import ForbiddenWrite
 
 from ._sqlalchemy import on_checkin
-from .lock import Reason
+from .end import Reason
 from .read_only import begin_read_only, is_refusal, set_savepoint_read_only
 
 # `connection.info` has this key while the connection belongs to a session that may only read. The

@@ -3,7 +3,7 @@
 import asyncio
 from threading import get_ident
 
-from asgi_dbsession.session.lock import current_task
+from asgi_dbsession.session.tasks import current_task
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 

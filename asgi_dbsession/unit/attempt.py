@@ -3,7 +3,7 @@
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from asgi_dbsession.session.lock import End
+from asgi_dbsession.session.end import End
 
 
 @dataclass(frozen=True)

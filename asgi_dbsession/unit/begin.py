@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from asgi_dbsession.session.lock import current_end
+from asgi_dbsession.session.end import current_end
 
 from .unit_of_work import SessionSource, UnitOfWork, current_unit
 

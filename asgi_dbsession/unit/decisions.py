@@ -4,8 +4,8 @@ from contextlib import suppress
 from inspect import iscoroutinefunction
 
 from asgi_dbsession.errors import ConfigurationError, NoSession, SessionClosed
-from asgi_dbsession.session.lock import current_end, current_task
-from asgi_dbsession.session.tasks import has_ended
+from asgi_dbsession.session.end import current_end
+from asgi_dbsession.session.tasks import current_task, has_ended
 
 from .after_commit import AfterCommit, Function, refusal_to_await
 from .unit_of_work import UnitOfWork, current_unit

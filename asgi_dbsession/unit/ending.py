@@ -5,7 +5,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from asgi_dbsession.session.completion import complete_here, run_to_completion
-from asgi_dbsession.session.lock import End, Reason, current_end
+from asgi_dbsession.session.end import End, Reason, current_end
 from asgi_dbsession.session.managed import Sessions
 from asgi_dbsession.session.recording import ENDS, begin_steps, observed
 from asgi_dbsession.session.tasks import has_ended

@@ -9,8 +9,8 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_dbsession.errors import ConcurrentUse, NoSession, SessionClosed
 from asgi_dbsession.session.completion import run_to_completion
+from asgi_dbsession.session.end import End
 from asgi_dbsession.session.failures import forbid_commit
-from asgi_dbsession.session.lock import End
 
 from .begin import made_current
 from .unit_of_work import SessionSource, UnitOfWork, current_unit, unit_that_manages

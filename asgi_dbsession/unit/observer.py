@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import Engine
 
 from asgi_dbsession.session.companion import Step
-from asgi_dbsession.session.lock import End
+from asgi_dbsession.session.end import End
 from asgi_dbsession.session.managed import ManagedSession
 
 

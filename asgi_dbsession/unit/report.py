@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from asgi_dbsession.session.lock import Reason
+from asgi_dbsession.session.end import Reason
 from asgi_dbsession.types import Scope
 
 Outcome: TypeAlias = Literal["committed", "rolled_back", "nothing_to_do"]

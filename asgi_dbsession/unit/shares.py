@@ -3,9 +3,9 @@
 from typing import Literal, TypeAlias
 
 from asgi_dbsession.errors import ConcurrentUse
-from asgi_dbsession.session.lock import SessionLock, current_task
+from asgi_dbsession.session.lock import SessionLock
 from asgi_dbsession.session.managed import Sessions
-from asgi_dbsession.session.tasks import has_ended, is_waiting_for
+from asgi_dbsession.session.tasks import current_task, has_ended, is_waiting_for
 
 from .unit_of_work import UnitOfWork
 

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
 from asgi_dbsession.session.completion import call_here, complete_here
-from asgi_dbsession.session.lock import End
+from asgi_dbsession.session.end import End
 from asgi_dbsession.session.managed import ManagedSession, Sessions
 
 from .unit_of_work import UnitOfWork

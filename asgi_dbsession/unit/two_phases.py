@@ -16,7 +16,7 @@ of work. Otherwise the operator commits all that are still prepared.
 from sqlalchemy.orm import Session
 
 from asgi_dbsession.errors import ConcurrentUse
-from asgi_dbsession.session.lock import End
+from asgi_dbsession.session.end import End
 from asgi_dbsession.session.managed import Sessions
 from asgi_dbsession.session.two_phases import TwoPhases, log_doubt
 

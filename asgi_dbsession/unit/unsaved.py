@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from asgi_dbsession.session.lock import Reason
+from asgi_dbsession.session.end import Reason
 from asgi_dbsession.session.managed import ManagedSession
 
 from .unit_of_work import UnitOfWork

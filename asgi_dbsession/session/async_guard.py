@@ -1,0 +1,76 @@
+"""`AsyncSession` classes whose mistakes (use in a `def` function, close) are never silent."""
+
+import asyncio
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.util import greenlet_spawn
+from typing_extensions import override
+
+from asgi_dbsession.errors import ConfigurationError
+
+from .completion import run_to_completion
+from .guard import derive
+
+R = TypeVar("R")
+A = TypeVar("A", bound=AsyncSession)
+
+
+def guarded_async_class(session_class: type[A]) -> type[A]:
+    """Derive an `AsyncSession` class whose methods raise an error if a `def` function calls them.
+
+    In a `def` function, `session.execute(…)` would only return a coroutine that nobody awaits, and
+    the statement would not be sent.
+    """
+    methods = {
+        name: _on_event_loop(method)
+        for name, method in inspect.getmembers(session_class, inspect.iscoroutinefunction)
+        if not name.startswith("_") and name != "close"
+    }
+    return derive(session_class, (_ClosingAsyncSession, session_class), methods)
+
+
+def _on_event_loop(method: Callable[..., R]) -> Callable[..., R]:
+    @functools.wraps(method)
+    def call_on_event_loop(self: Any, *args: Any, **kwargs: Any) -> R:
+        if asyncio._get_running_loop() is None:
+            raise ConfigurationError(
+                f"`session.{method.__name__}()` of an AsyncSession was called in a `def` function, "
+                "where nothing awaits it, and so would do nothing. Write the function with "
+                "`async def` and `await` the call, or use a SyncDatabase in it."
+            )
+        return method(self, *args, **kwargs)
+
+    return call_on_event_loop
+
+
+class _ClosingAsyncSession(AsyncSession):
+    """An `AsyncSession` whose `close()` never hides an exception that the application raised."""
+
+    @override
+    async def close(self) -> None:
+        if sys.exception() is None:
+            await super().close()
+        else:
+            await self._discard()
+
+    @override
+    async def __aexit__(
+        self,
+        type_: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        if type_ is None:
+            await super().__aexit__(type_, value, traceback)
+        else:
+            await self._discard()
+
+    async def _discard(self) -> None:
+        session: Any = self.sync_session
+        await run_to_completion(greenlet_spawn(session.discard))
