@@ -3,7 +3,7 @@
 import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -491,6 +491,81 @@ async def test_never_when_it_was_cancelled(postgresql: Running, answers: bool) -
     with pytest.raises(asyncio.CancelledError):
         await task
     assert (race.runs, exchange.messages) == (1, [])
+
+
+@pytest.mark.parametrize("where", ["raised", "answered", "handled before"])
+async def test_a_task_group_that_fails_is_no_cancellation(postgresql: Running, where: str) -> None:
+    """Before Python 3.13, it leaves the task of the request as if the server had cancelled it."""
+    runs = 0
+
+    async def lose_in_group() -> None:
+        async def work() -> None:
+            async with postgresql.database.begin():
+                if runs == 1:
+                    await lose(postgresql)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(work())
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal runs
+        runs += 1
+        try:
+            await lose_in_group()
+        except* DBAPIError:
+            if where == "raised":
+                raise
+            if where == "answered":
+                await respond(send, 500)
+            await lose(postgresql)
+        await respond(send, 201)
+
+    # A server may have such a number in its task already.
+    with suppress(ExceptionGroup):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+    exchange = await get(ours(app, postgresql))
+    assert (exchange.status, exchange.error, runs) == (201, None, 2)
+
+
+async def fail() -> None:
+    """Fail in a child task.
+
+    Raises:
+        LookupError: Always.
+    """
+    raise LookupError
+
+
+async def test_a_cancelled_request_with_a_task_group_that_fails_never_runs_again(
+    postgresql: Running,
+) -> None:
+    """The group takes the place of the cancellation with the errors of its children."""
+    runs, waiting = 0, asyncio.Event()
+
+    async def work() -> None:
+        try:
+            waiting.set()
+            await asyncio.sleep(60)
+        finally:
+            await lose(postgresql)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal runs
+        runs += 1
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(work())
+        except* DBAPIError:
+            await respond(send, 500)
+
+    exchange = Exchange(ours(app, postgresql))
+    task = asyncio.create_task(exchange.run())
+    await waiting.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (runs, exchange.messages) == (1, [])
 
 
 async def test_a_cancelled_pause_ends_the_request(

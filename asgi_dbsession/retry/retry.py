@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 from functools import partial
@@ -25,6 +26,12 @@ _logger = logging.getLogger("asgi_dbsession")
 # How long to wait before a retry, in seconds. The pause is a random time of at most `_PAUSE`. This
 # limit doubles with each further retry, up to `_LONGEST_PAUSE`.
 _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
+
+# True if `Task.cancelling()` counts real cancellations only. Before Python 3.13, an asyncio
+# TaskGroup whose child has failed leaves the number too high. So there, each attempt runs in a task
+# of its own, and the number of the task that waits for it is right. Source:
+# https://docs.python.org/3/library/asyncio-task.html#task-groups
+_COUNTS = sys.version_info >= (3, 13)
 
 
 class Retry:
@@ -54,12 +61,13 @@ class Retry:
 
     async def _serve(self, scope: Scope, body: Replay, send: Send) -> None:
         context, restore = copy_context(), _keep_contents(scope)
+        cancellations = _cancellations()
         for number in range(1, self._attempts):
             watched = WatchedAttempt(Attempt(number, self._attempts - number), self._counts)
             attempt = RequestAttempt(body, watched)
             serve = partial(attempt.serve, self._app, scope, body.from_start(), send)
             try:
-                await (serve() if number == 1 else _run_in(context, serve))
+                await (serve() if number == 1 and _COUNTS else _run_in(context, serve))
                 if not attempt.can_retry:
                     # An error response was not sent, because a retry seemed possible. Then a
                     # COMMIT, or a body that is too large, made the retry impossible. So raise the
@@ -73,7 +81,7 @@ class Retry:
                 watched.make_final()
             # The request was cancelled, and the application has answered the cancellation with an
             # error response. A cancelled request is not retried.
-            if _is_cancelled():
+            if _cancellations() > cancellations:
                 raise asyncio.CancelledError
             pause = pause_after(number)
             await anyio.sleep(pause)
@@ -107,14 +115,15 @@ def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
     )
 
 
-def _is_cancelled() -> bool:
+def _cancellations() -> int:
+    """Return how often the current task was cancelled."""
     try:
         task = asyncio.current_task()
     # The caller runs on trio. In trio, a cancelled task raises an exception at its next `await`, so
-    # nothing has to be checked here.
+    # nothing has to be counted here.
     except RuntimeError:
-        return False
-    return task is not None and task.cancelling() > 0
+        return 0
+    return task.cancelling() if task is not None else 0
 
 
 async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> None:
