@@ -409,6 +409,91 @@ async def test_never_where_each_statement_is_stored_at_once(
     assert (race.runs, exchange.status, postgresql.stored()) == (1, 500, ["kept"])
 
 
+@pytest.mark.parametrize("where", ["session", "begin", "engine"])
+@pytest.mark.parametrize("then", ["raised", "answered", "conflict elsewhere"])
+async def test_never_after_a_statement_that_was_stored_at_once(
+    postgresql: Running, where: str, then: str
+) -> None:
+    """The error comes from somewhere else, but another run would store the row again."""
+    runs = 0
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal runs
+        runs += 1
+        insert = ENTRY.insert().values(note=f"stored {runs}")
+        if where == "session":
+            await automatic.get_session().execute(insert)
+        elif where == "begin":
+            with suppress(KeyError):
+                async with automatic.begin() as session:
+                    await session.execute(insert)
+                    raise KeyError
+        else:
+            async with automatic.engine.connect() as connection:
+                await connection.execute(insert)
+        if then == "conflict elsewhere":
+            await lose(postgresql)
+        elif then == "raised":
+            raise LookupError
+        try:
+            raise LookupError
+        except LookupError:
+            await respond(send, 500)
+
+    async with postgresql.real.describe(isolation_level="AUTOCOMMIT") as database:
+        automatic: Any = database
+        middleware = DBSessionMiddleware(
+            app, postgresql.database, automatic, attempts=3, retry_on=LookupError
+        )
+        await get(middleware)
+    assert (runs, postgresql.stored()) == (1, ["stored 1"])
+
+
+@pytest.mark.parametrize("by", ["begin", "commit"])
+async def test_never_after_a_commit_on_an_engine_with_a_copy(postgresql: Running, by: str) -> None:
+    """A copy with other options has been used before the engine."""
+    engine = create_async_engine(postgresql.real.url)
+    copy = AsyncDatabase.from_engine(engine.execution_options(isolation_level="AUTOCOMMIT"))
+    database = AsyncDatabase.from_engine(engine)
+    running = Running(postgresql.real, database)
+    race = Race(running)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if by == "begin":
+            async with database.begin():
+                await running.write(f"stored {race.runs}")
+        else:
+            await running.write(f"stored {race.runs}")
+            await running.call("commit")
+        await race(scope, receive, send)
+
+    exchange = await get(ours(app, running))
+    assert isinstance(exchange.error, DBAPIError)
+    assert (race.runs, postgresql.stored()) == (1, ["stored 0"])
+    await engine.dispose()
+    del copy
+
+
+async def test_a_conflict_on_a_copied_engine_is_run_again(postgresql: Running) -> None:
+    """The COMMIT of a copy is recorded once, although its original is in use too."""
+    engine = create_async_engine(postgresql.real.url)
+    level = engine.execution_options(isolation_level="SERIALIZABLE")
+    databases = [AsyncDatabase.from_engine(each) for each in (engine, level)]
+    running = Running(postgresql.real, databases[1])
+    runs = 0
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            await lose_at_commit(running)
+        await respond(send)
+
+    assert (await get(ours(app, running))).status == 200
+    assert (runs, postgresql.stored()) == (2, ["other"])
+    await engine.dispose()
+
+
 async def test_a_commit_on_an_engine_that_no_database_has_is_done_again(
     postgresql: Running,
 ) -> None:

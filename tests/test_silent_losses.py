@@ -1,6 +1,7 @@
 """Tests that work which SQLAlchemy and its drivers would lose silently raises an error."""
 
 import asyncio
+import gc
 from typing import Any
 
 import anyio
@@ -10,6 +11,7 @@ from asgi import Exchange, Socket, get, respond
 from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running, checked_out
 from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session, registry
 
 from asgi_dbsession import (
@@ -236,6 +238,38 @@ async def test_another_engine_of_the_session_is_watched_too(running: Running) ->
     other.dispose()
     assert isinstance(exchange.error, TransactionAborted)
     assert (exchange.messages, running.stored()) == ([], [])
+
+
+@pytest.mark.parametrize("first", ["engine", "copy"])
+@pytest.mark.parametrize("freed", ["engine", "copy", "none"])
+@pytest.mark.parametrize("real", ["asyncpg", "psycopg-sync"], indirect=True)
+async def test_an_engine_and_its_copy_with_other_options_are_watched(
+    real: Real, first: str, freed: str
+) -> None:
+    """In any order, and also if the database of the other one is freed."""
+    kind: Any = SyncDatabase if real.is_sync else AsyncDatabase
+    engine: Any = create_engine(real.url) if real.is_sync else create_async_engine(real.url)
+    engines = {"engine": engine, "copy": engine.execution_options(logging_token="copy")}
+    order = sorted(engines, key=lambda each: each != first)
+    databases = {each: kind.from_engine(engines[each]) for each in order}
+    databases.pop(freed, None)
+    gc.collect()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("before")
+        await swallow(running)
+        await respond(send, 201)
+
+    for database in databases.values():
+        running = Running(real, database)
+        exchange = await get(DBSessionMiddleware(app, database))
+        assert isinstance(exchange.error, TransactionAborted)
+        assert exchange.messages == []
+    assert real.stored() == []
+    if real.is_sync:
+        engine.dispose()
+    else:
+        await engine.dispose()
 
 
 async def test_on_commit_error_hears_of_an_aborted_transaction(running: Running) -> None:

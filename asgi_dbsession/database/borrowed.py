@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary, finalize
 
 from sqlalchemy import Engine
 
+from asgi_dbsession.session._sqlalchemy import original_engine
 from asgi_dbsession.session.failures import unwatch, watch
 from asgi_dbsession.session.reads import unwatch_reads, watch_reads
 from asgi_dbsession.unit.observer import UnitObserver
@@ -26,6 +27,7 @@ _observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
 
 def prepare(engine: Engine) -> None:
     """Add all listeners that this package needs to an engine, and warn of its pool."""
+    engine = original_engine(engine)
     watch(engine)
     watch_reads(engine)
     connect_outside(engine)
@@ -33,6 +35,7 @@ def prepare(engine: Engine) -> None:
 
 
 def _restore(engine: Engine) -> None:
+    engine = original_engine(engine)
     unwatch(engine)
     unwatch_reads(engine)
     connect_as_before(engine)
@@ -65,6 +68,14 @@ def _release(engine: Engine, observers: list[UnitObserver]) -> None:
         observers = _observers.setdefault(engine, []) + observers
         _observers[engine] = observers
         if not users.total():
-            _restore(engine)
+            if not _is_used(original_engine(engine)):
+                _restore(engine)
             for observer in _observers.pop(engine):
                 observer.engine_left(engine)
+
+
+def _is_used(original: Engine) -> bool:
+    """Return True if a database object uses the engine, or a copy of it with other options."""
+    return any(
+        users.total() and original_engine(engine) is original for engine, users in _users.items()
+    )

@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 from typing_extensions import override
 
 from asgi_dbsession.session._sqlalchemy import isolation_level_on_connect
-from asgi_dbsession.session.end import End
 from asgi_dbsession.session.guard import GuardedSession
+from asgi_dbsession.session.lock import End
 from asgi_dbsession.session.lost import is_lost_read
 from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
 
@@ -157,6 +157,13 @@ def _record_commit(connection: Connection, *_: object) -> None:
         attempt.committing = connection
 
 
+def _record_rollback(connection: Connection) -> None:
+    # In autocommit mode, the database has stored each statement already.
+    if _is_autocommit(connection):
+        for attempt in _under_way():
+            attempt.has_committed = True
+
+
 def watch_sessions() -> None:
     """From now on, record each successful COMMIT of a session in the attempts around it."""
     if not event.contains(GuardedSession, "after_commit", _record_stored):
@@ -184,6 +191,7 @@ _LISTENERS: dict[str, Any] = {
     "handle_error": _record_conflict,
     "commit": _record_commit,
     "commit_twophase": _record_commit,
+    "rollback": _record_rollback,
 }
 
 

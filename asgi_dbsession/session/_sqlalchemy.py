@@ -195,6 +195,18 @@ def pool_entry(connection: Connection) -> Any:
     return pooled._connection_record if pooled is not None else None
 
 
+def original_engine(engine: Any) -> Engine:
+    """Return the engine from which `engine` was copied with other options, or `engine` itself.
+
+    An engine and its copies (`Engine.execution_options`) share a dialect and a pool, and a copy has
+    all listeners of its original. So this package adds its listeners to the original engine only.
+    """
+    while (original := vars(engine).get("_proxied")) is not None:
+        engine = original
+    found: Engine = engine
+    return found
+
+
 def most_overflow(pool: QueuePool) -> int:
     """Return how many connections a pool may open beyond `pool_size`; negative means no limit."""
     most: int = pool._max_overflow

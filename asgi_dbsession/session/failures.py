@@ -6,13 +6,13 @@ from contextlib import suppress
 from weakref import WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event, select
-from sqlalchemy.engine import Dialect, ExceptionContext, Transaction, TwoPhaseTransaction
+from sqlalchemy.engine import ExceptionContext, Transaction, TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbsession.errors import TransactionAborted, without_secrets
 
-from ._sqlalchemy import is_prepared
+from ._sqlalchemy import is_prepared, original_engine
 from .completion import run_to_completion
 from .sqlite import unwatch_sqlite, was_rolled_back, watch_sqlite
 from .writes import record_refusal
@@ -30,20 +30,18 @@ failed_transactions: dict[ref[Transaction], tuple[str, bool]] = {}
 _ROLLING_BACK = (1213, 1020, 1206)
 
 
-# `_watched` has the engines whose failed statements are recorded. `_dialects` has the dialects of
-# these engines: an engine and its copies with other options share one dialect, so that no listener
-# is added twice. `_watchers` has the functions that were given to `watch_all`.
+# `_watched` has the engines whose failed statements are recorded. `_watchers` has the functions
+# that were given to `watch_all`.
 _watched: WeakSet[Engine] = WeakSet()
-_dialects: WeakSet[Dialect] = WeakSet()
 _watchers: dict[Callable[[Engine], None], Callable[[Engine], None]] = {}
 
 
 def watch(engine: Engine) -> None:
     """Start to record the statements that fail on `engine`. A second call does nothing."""
-    if engine.dialect not in _dialects:
+    engine = original_engine(engine)
+    if engine not in _watched:
         event.listen(engine, "handle_error", _record_failure)
         watch_sqlite(engine)
-        _dialects.add(engine.dialect)
         _watched.add(engine)
         for watcher in _watchers:
             watcher(engine)
@@ -64,12 +62,12 @@ def watch_all(watcher: Callable[[Engine], None], undo: Callable[[Engine], None])
 
 def unwatch(engine: Engine) -> None:
     """Remove the listeners that `watch` added to `engine`."""
+    engine = original_engine(engine)
     if engine in _watched:
         event.remove(engine, "handle_error", _record_failure)
         unwatch_sqlite(engine)
         for undo in _watchers.values():
             undo(engine)
-        _dialects.discard(engine.dialect)
         _watched.discard(engine)
 
 
