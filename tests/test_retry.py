@@ -582,10 +582,11 @@ async def test_never_when_it_was_cancelled(postgresql: Running, answers: bool) -
 async def test_a_task_group_that_fails_is_no_cancellation(postgresql: Running, where: str) -> None:
     """Before Python 3.13, it leaves the task of the request as if the server had cancelled it."""
     runs = 0
+    database: Any = postgresql.database
 
     async def lose_in_group() -> None:
         async def work() -> None:
-            async with postgresql.database.begin():
+            async with database.begin():
                 if runs == 1:
                     await lose(postgresql)
 
