@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 from typing_extensions import override
 
 from asgi_dbsession.session._sqlalchemy import isolation_level_on_connect
-from asgi_dbsession.session.guard import GuardedSession
 from asgi_dbsession.session.end import End
+from asgi_dbsession.session.guard import GuardedSession
 from asgi_dbsession.session.lost import is_lost_read
 from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
 
