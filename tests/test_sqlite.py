@@ -136,6 +136,23 @@ async def test_a_savepoint_written_as_sql_is_inside_of_a_transaction(running: Ru
     assert running.stored() == list(BEFORE)
 
 
+async def test_begin_locks_as_the_driver_is_told(real: Real) -> None:
+    """`isolation_level` of the driver says which lock BEGIN takes."""
+    database = real.describe(connect_args={"isolation_level": "IMMEDIATE"})
+    running = Running(real, database)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(text("SAVEPOINT mine"))
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+        await respond(send, 200)
+
+    other = sqlite3.connect(str(real.url.database), isolation_level=None, timeout=0)
+    async with database:
+        assert (await get(DBSessionMiddleware(app, database))).error is None
+    other.close()
+
+
 async def test_a_write_on_the_connection_of_the_session_is_rolled_back(running: Running) -> None:
     """`session.connection()` takes part in the unit of work."""
 
