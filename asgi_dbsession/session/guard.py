@@ -16,7 +16,6 @@ from ._sqlalchemy import NamingSession, begin
 from .companion import Companion
 from .failures import discard
 from .reads import begin_now, begin_on_server
-from .sqlite import begin_before_savepoint
 
 R = TypeVar("R")
 S = TypeVar("S", bound=Session)
@@ -132,9 +131,6 @@ class GuardedSession(NamingSession):
     def begin(self, nested: bool = False) -> SessionTransaction:
         # This method holds the lock, so that SAVEPOINT is never sent in the middle of a commit or
         # rollback.
-        if nested:
-            for connection in self._companion.open_connections:
-                begin_before_savepoint(connection)
         return begin(self, self.transaction_class, nested=nested)
 
     @override

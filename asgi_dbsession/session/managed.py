@@ -203,7 +203,7 @@ def _remember_connection(
     session: Any, transaction: SessionTransaction, connection: Connection
 ) -> None:
     companion: Companion = session._companion
-    begin_for_session(session, transaction, connection)
+    begin_for_session(transaction, connection)
     # With the option `binds`, an engine may not have the listeners of this package yet.
     if connection.engine is not session.bind:
         watch(connection.engine)

@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExecutionContext
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import SessionTransaction
 
 # The first word of a statement, after comments.
 _FIRST_WORD = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)
@@ -47,25 +47,11 @@ def unwatch_sqlite(engine: Engine) -> None:
             event.remove(engine, name, _begin_before_statement)
 
 
-def begin_for_session(
-    session: Session, transaction: SessionTransaction, connection: Connection
-) -> None:
+def begin_for_session(transaction: SessionTransaction, connection: Connection) -> None:
     """Called when a session gets a connection: BEGIN will be sent before its first write."""
     if connection.dialect.name == "sqlite" and not transaction.nested:
         _was_open[connection] = False
         _rolled_back.discard(connection)
-        if session.in_nested_transaction():
-            begin_before_savepoint(connection)
-
-
-def begin_before_savepoint(connection: Connection) -> None:
-    """Send BEGIN before the first savepoint of a transaction.
-
-    If a savepoint is not inside a transaction, its RELEASE is a COMMIT, and a later ROLLBACK cannot
-    undo its changes.
-    """
-    if connection.dialect.name == "sqlite" and not _is_open(connection):
-        _begin(connection)
 
 
 def was_rolled_back(connection: Connection) -> bool:
