@@ -445,6 +445,116 @@ async def test_a_session_that_the_application_closes_does_not_lose_its_work_in_s
     assert running.stored() == []
 
 
+@pytest.mark.parametrize("how", ["close", "with"])
+@pytest.mark.parametrize("status", [201, 400])
+async def test_a_close_while_an_exception_is_handled_loses_no_work_in_silence(
+    running: Running, how: str, status: int
+) -> None:
+    """An exception handler writes a row and closes: the exception has not interrupted this work."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            raise LookupError
+        except LookupError:
+            if how == "close":
+                await running.write("lost")
+                await close_here(running)
+            else:
+                with blocking(running.database.get_session()):
+                    await running.write("lost")
+        await respond(send, status)
+
+    if how == "with" and not running.real.is_sync:
+        pytest.skip("`async with` knows if an exception has left its block")
+    answered: list[Exception] = []
+    middleware = DBSessionMiddleware(app, running.database, on_commit_error=answered.append)
+    exchange = await get(middleware)
+    if status == 400 and how == "close":
+        assert (exchange.status, exchange.error) == (400, None)
+    else:
+        assert exchange.messages == []
+        assert isinstance(exchange.error, PrematureClose)
+    assert answered == []
+    assert running.stored() == []
+    await running.assert_clean()
+
+
+async def close_here(running: Running) -> None:
+    """Close in the thread that handles the exception; in another thread there is no exception."""
+    session: Any = running.database.get_session()
+    closing = session.close()
+    if closing is not None:
+        await closing
+
+
+def blocking(session: Any) -> Any:
+    """Return a session of a `SyncDatabase`, which works in `with`."""
+    return session
+
+
+@pytest.mark.parametrize("how", ["read", "with", "commit"])
+async def test_a_close_after_an_error_is_no_loss_if_nothing_is_lost_by_mistake(
+    running: Running, how: str
+) -> None:
+    """The session has only read, or the block failed, or the application commits by itself."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+        try:
+            if how == "with":
+                await fail_in_block(running, session)
+            else:
+                await running.execute(select(ENTRY))
+                if how == "commit":
+                    await running.write("undone")
+                raise LookupError
+        except LookupError:
+            if how != "with":
+                await close_here(running)
+        if how == "commit":
+            await running.write("kept")
+            await running.call("commit")
+        await respond(send)
+
+    if how == "read" and running.real.is_mariadb:
+        pytest.skip("its reads are in a transaction, like writes")
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error) == (200, None)
+    assert running.stored() == (["kept"] if how == "commit" else [])
+    await running.assert_clean()
+
+
+async def fail_in_block(running: Running, session: Any) -> None:
+    """Leave a block of the session by an exception.
+
+    Raises:
+        LookupError: Always.
+    """
+    if running.real.is_sync:
+        with session:
+            await running.write("undone")
+            raise LookupError
+    async with session:
+        await running.write("undone")
+        raise LookupError
+
+
+async def test_a_close_never_takes_the_place_of_an_exception(running: Running) -> None:
+    """The server gets the exception of the application."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("undone")
+        try:
+            raise LookupError
+        finally:
+            await close_here(running)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert isinstance(exchange.error, LookupError)
+    assert running.stored() == []
+    await running.assert_clean()
+
+
 async def test_a_session_without_work_may_be_closed_and_used_again(running: Running) -> None:
     """`close()` releases nothing that `commit()` has not released already."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from asgi_dbsession.errors import AbortRequest, ConfigurationError, ForbiddenWrite
+from asgi_dbsession.errors import AbortRequest, ConfigurationError, ForbiddenWrite, PrematureClose
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
 
 
@@ -40,9 +40,8 @@ async def answer_or_raise(
     if failure is None:
         raise AbortRequest
     answer: ASGIApp | None = None
-    # ConfigurationError and ForbiddenWrite show a mistake in the application, which
-    # `on_commit_error` must not hide.
-    is_mistake = isinstance(failure, ConfigurationError | ForbiddenWrite)
+    # These errors show a mistake in the application, which `on_commit_error` must not hide.
+    is_mistake = isinstance(failure, ConfigurationError | ForbiddenWrite | PrematureClose)
     if on_commit_error is not None and not is_mistake:
         try:
             answer = on_commit_error(failure)

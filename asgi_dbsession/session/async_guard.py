@@ -57,7 +57,7 @@ class _ClosingAsyncSession(AsyncSession):
         if sys.exception() is None:
             await super().close()
         else:
-            await self._discard()
+            await _run(self, "close_after_error")
 
     @override
     async def __aexit__(
@@ -69,8 +69,8 @@ class _ClosingAsyncSession(AsyncSession):
         if type_ is None:
             await super().__aexit__(type_, value, traceback)
         else:
-            await self._discard()
+            await _run(self, "discard")
 
-    async def _discard(self) -> None:
-        session: Any = self.sync_session
-        await run_to_completion(greenlet_spawn(session.discard))
+
+async def _run(session: AsyncSession, method: str) -> None:
+    await run_to_completion(greenlet_spawn(getattr(session.sync_session, method)))

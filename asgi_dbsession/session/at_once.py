@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from .companion import Companion
 from .guard import GuardedSession
-from .reads import is_delayed
+from .reads import has_only_read
 from .roll_back import has_changes
 
 # SQLAlchemy calls listeners of these events during a commit or rollback. A listener of the
@@ -45,12 +45,7 @@ def _sends_nothing(connection: Connection) -> bool:
         return False
     if _has_foreign(_listeners(connection.engine.pool, _OF_POOLS)):
         return False
-    if connection.invalidated:  # A lost connection cannot be asked if a transaction is open.
-        return False
-    if connection.dialect.name == "sqlite":
-        driver: Any = connection.connection.driver_connection
-        return not driver.in_transaction
-    return is_delayed(connection)
+    return has_only_read(connection)
 
 
 def _listeners(target: Any, events: Iterable[str]) -> Iterable[Any]:

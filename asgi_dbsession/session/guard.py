@@ -15,7 +15,8 @@ from asgi_dbsession.errors import PrematureClose
 from ._sqlalchemy import NamingSession, begin
 from .companion import Companion
 from .failures import discard
-from .reads import begin_now, begin_on_server
+from .reads import begin_now, begin_on_server, has_only_read
+from .roll_back import has_changes
 
 R = TypeVar("R")
 S = TypeVar("S", bound=Session)
@@ -150,15 +151,28 @@ class GuardedSession(NamingSession):
 
     @override
     def close(self) -> None:
+        self._close(self.reset if sys.exception() is None else self.close_after_error)
+
+    @override
+    def __exit__(
+        self,
+        type_: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        if type(self).close is not GuardedSession.close:
+            super().__exit__(type_, value, traceback)
+        else:
+            self._close(self.reset if type_ is None else self.discard)
+
+    def _close(self, close_now: Callable[[], None]) -> None:
         lock = self._companion.lock
         if lock.is_closed:
             return
         if lock.is_held_by_end_of_caller():
             super().close()
-        elif sys.exception() is None:
-            self.reset()
         else:
-            self.discard()
+            close_now()
 
     @override
     @locked
@@ -168,6 +182,19 @@ class GuardedSession(NamingSession):
             # committed. The close would lose the work, and the client would still get a success
             # status.
             raise PrematureClose(self._companion.lock.database)
+        super().reset()
+
+    @locked
+    def close_after_error(self) -> None:
+        """Empty the session while an exception is handled, without another exception in its place.
+
+        Nobody knows if this exception has interrupted the work, or if the work is newer (an
+        exception handler may write a row). So if there is work, the COMMIT of the unit of work
+        raises `PrematureClose`.
+        """
+        companion = self._companion
+        if has_changes(self) or not all(map(has_only_read, companion.open_connections)):
+            companion.writes.record_loss()
         super().reset()
 
     @locked

@@ -122,6 +122,16 @@ def is_delayed(connection: Connection) -> bool:
     return connection in _delayed
 
 
+def has_only_read(connection: Connection) -> bool:
+    """Return True if it is certain that no transaction with writes is open on the connection."""
+    if connection.invalidated:  # A lost connection cannot be asked.
+        return False
+    if connection.dialect.name == "sqlite":
+        driver: Any = connection.connection.driver_connection
+        return not driver.in_transaction
+    return connection in _delayed
+
+
 def begin_now(connection: Connection) -> None:
     """Switch autocommit off, so that the driver sends BEGIN before the next statement."""
     if connection in _delayed:

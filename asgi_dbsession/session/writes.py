@@ -9,10 +9,10 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.dml import UpdateBase
 
-from asgi_dbsession.errors import ForbiddenWrite
+from asgi_dbsession.errors import ForbiddenWrite, PrematureClose
 
 from ._sqlalchemy import on_checkin
-from .end import Reason
+from .end import Reason, current_end
 from .read_only import begin_read_only, is_refusal, set_savepoint_read_only
 
 # `connection.info` has this key while the connection belongs to a session that may only read. The
@@ -33,11 +33,11 @@ class Writes:
         in_block: True inside a `begin(join=True, read_only=True)` block. Then only the savepoint of
             the block is read-only, and the transaction outside of the block may write.
         refused: The error of the first refused write. The application may have caught this error,
-            so COMMIT raises it again.
+            so COMMIT raises it again. Or the error for work that `close()` has discarded.
     """
 
     in_block: bool = False
-    refused: ForbiddenWrite | None = None
+    refused: ForbiddenWrite | PrematureClose | None = None
 
     def __init__(self, database: object, forbidden: bool) -> None:
         self._database = database
@@ -65,11 +65,15 @@ class Writes:
             raise self.refuse(name)
 
     def check_commit(self) -> None:
-        """Raise an error before COMMIT if a write of the session was refused.
+        """Raise an error before COMMIT if a write was refused, or if work was discarded.
 
         Raises:
             ForbiddenWrite: A write was refused, and the application caught the error.
+            PrematureClose: The application called `close()` while it handled an exception. This
+                error is not raised if the application calls `commit()` itself.
         """
+        if isinstance(self.refused, PrematureClose) and current_end.get() is None:
+            self.refused = None
         if self.refused is not None:
             raise self.refused
 
@@ -126,6 +130,10 @@ class Writes:
         """Allow writes again, at the end of a `begin(join=True, read_only=True)` block."""
         self.forbidden = self.in_block = False
         self.refused = None
+
+    def record_loss(self) -> None:
+        """Record that `close()` discards work of the session."""
+        self.refused = self.refused or PrematureClose(self._database)
 
     def refuse(self, name: str) -> ForbiddenWrite:
         """Return the error for a refused write. COMMIT will raise the first such error again."""
