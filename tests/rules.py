@@ -238,6 +238,8 @@ class Expected:
         elif is_ending and self.is_answered and not self.is_success:
             self.is_success = True
             self.end(success=not self.rollback)
+        elif message.do == "trailers" and self.is_success:
+            self.end(success=not self.rollback)
         self.forward(message)
 
     def forward(self, message: Step) -> None:

@@ -69,7 +69,7 @@ class Exchange:
             finally:
                 current_unit.reset(token)
             return
-        elif kind == _TRAILERS and unit.is_used:
+        elif kind == _TRAILERS and self.may_commit and unit.is_used:
             await self._end_body()
         await self._send(message)
 
