@@ -3,7 +3,7 @@
 import asyncio
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from benchmarks.speed.servers import Server, running_servers
 OURS, HELD = "asgi_dbsession", "depends"
 POOLS, CLIENTS = (1, 2, 5, 10), (1, 10, 100, 1000)
 SLOW_POOLS, SLOW_CLIENTS = (5, 10), (10, 100)
+LARGE = 20  # a pool that the model is not validated with, only given times of
 NOTHING, READ, WAIT = "no database use", "one SELECT", "a query of 500 ms"
 _REQUESTS = {
     NOTHING: ("GET", "/nothing"),
@@ -37,10 +38,11 @@ async def measure(rounds: int, seconds: float, slow: int) -> dict[str, Any]:
         for setting in _SETTINGS:
             await cluster.query(setting)
         url = cluster.url("asyncpg")
-        async with _servers(url, OURS, HELD) as servers:
+        async with _servers(url, (*POOLS, LARGE), OURS, HELD) as servers:
             ours = {size: servers[OURS, size] for size in POOLS}
             found = {
                 "alone": await _alone(ours[max(POOLS)], rounds, seconds),
+                "in_a_crowd": await _in_a_crowd(servers[OURS, LARGE], rounds, seconds),
                 "responses": await _fast(ours, rounds, seconds),
                 "held": await _held_by_download(servers),
                 "downloads": await _downloads(servers, slow),
@@ -50,11 +52,13 @@ async def measure(rounds: int, seconds: float, slow: int) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _servers(url: str, *tools: str) -> AsyncIterator[dict[tuple[str, int], Server]]:
+async def _servers(
+    url: str, sizes: Sequence[int], *tools: str
+) -> AsyncIterator[dict[tuple[str, int], Server]]:
     """A server for each tool and each size of the pool."""
     async with AsyncExitStack() as stack:
         found = {}
-        for size in POOLS:
+        for size in sizes:
             servers = await stack.enter_async_context(running_servers(tools, url, size))
             found.update({(tool, size): server for tool, server in servers.items()})
         yield found
@@ -88,6 +92,20 @@ async def _one_at_a_time(
     return statistics.mean(taken), server_took / len(taken), own / len(taken)
 
 
+async def _in_a_crowd(server: Server, rounds: int, seconds: float) -> dict[str, dict[str, float]]:
+    """What a request takes of the server's processor, for each number of clients."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for _ in range(rounds):
+        for name in (NOTHING, READ):
+            for clients in CLIENTS:
+                rate, busy = await _rate(server, name, clients, seconds)
+                found.setdefault((name, clients), []).append(busy / rate)
+    return {
+        name: {str(clients): min(found[name, clients]) for clients in CLIENTS}
+        for name in (NOTHING, READ)
+    }
+
+
 async def _fast(servers: dict[int, Server], rounds: int, seconds: float) -> list[Any]:
     """Responses per second to one SELECT, for each pool and number of clients."""
     cells: dict[tuple[int, int], list[tuple[float, float]]] = {}
@@ -106,7 +124,7 @@ async def _waiting(url: str, seconds: float) -> list[Any]:
     """
     cells: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for clients in CLIENTS:
-        async with _servers(url, OURS) as servers:
+        async with _servers(url, POOLS, OURS) as servers:
             at_once = asyncio.Semaphore(1 if clients == max(CLIENTS) else len(servers))
 
             async def ask(server: Server, clients: int, at_once: asyncio.Semaphore) -> Any:
@@ -133,7 +151,10 @@ def _cell(name: str, size: int, clients: int, found: list[tuple[float, float]]) 
 
 async def _rate(server: Server, name: str, clients: int, seconds: float) -> tuple[float, float]:
     """Responses per second, and the share of a processor that the server had meanwhile."""
-    coming = 0.3 if clients < max(CLIENTS) else 3.0
+    coming = 0.3
+    if clients == max(CLIENTS):
+        # Each of them waits for more than half a second.
+        coming, seconds = 3.0, max(seconds, 2.0)
     server_seconds = await _processor_of(server)
     asking = asyncio.create_task(ask_on(server.port, _REQUESTS[name], clients, coming, seconds))
     await asyncio.sleep(coming)

@@ -1,9 +1,14 @@
-"""What the model predicts for this machine, beside what was measured on it."""
+"""What the model predicts for this machine, beside what was measured on it.
+
+What a request takes of the processor depends on how many are under way. `_in_a_crowd` calculates
+how, from measurements with a pool that is not among those that are predicted.
+"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from .measure import HELD, NOTHING, READ, WAIT
+from .measure import HELD, LARGE, NOTHING, READ, WAIT
 from .model import Deployment, Kind, Model, Way
 
 _WAIT = 0.5  # seconds of that query
@@ -47,6 +52,7 @@ def predicted(found: Mapping[str, Any], seed: int, *, quick: bool = False) -> li
     cells = []
     for cell in found["responses"]:
         kind = kind_of(alone, cell["request"], share)
+        kind = _in_a_crowd(kind, found["in_a_crowd"], cell["clients"], cell["pool"])
         long = (40 if cell["request"] == WAIT else 2) * short
         pause = alone[cell["request"]]["client"]
         model = Model(Deployment(pool_size=cell["pool"]), Way.STATEMENTS, [kind], seed)
@@ -88,6 +94,32 @@ def kind_of(alone: Mapping[str, Any], name: str, share: float) -> Kind:
     work = max(one["taken"] - wait - one["server"] - one["client"], 0) / trips
     statements = _SAVED if waits else 1
     return Kind(name, idle * 0.6, idle * 0.4, statements, loop, work, wait, writes=waits)
+
+
+def _in_a_crowd(
+    kind: Kind, crowd: Mapping[str, Mapping[str, float]], clients: int, pool: int
+) -> Kind:
+    """Return the request with its times for so many clients and connections.
+
+    An event loop that finds several events asks the system for all of them at once. So the fixed
+    time of one turn is shared by as many statements as are under way. If many clients wait, each
+    statement takes longer the more connections are at work: they, the event loop and the clients
+    share the caches of two processors. By how much, is measured with a pool of `LARGE` connections,
+    and taken in proportion.
+    """
+    without = {int(each): taken for each, taken in crowd[NOTHING].items()}
+    statement = {int(each): taken - without[int(each)] for each, taken in crowd[READ].items()}
+    turn = (statement[1] - statement[10]) / (1 - 1 / 10)
+    together = statement[1] - turn + turn / min(clients, pool)
+    growth = max(statement[clients] / statement[10], 1) if clients > 10 else 1
+    growth = 1 + (growth - 1) * pool / LARGE
+    requests = without[clients] / without[1]
+    return replace(
+        kind,
+        handle=kind.handle * requests,
+        send=kind.send * requests,
+        loop=kind.loop * growth * together / statement[1],
+    )
 
 
 def _download(alone: Mapping[str, Any], share: float, held: float) -> Kind:
