@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
+from fcntl import LOCK_EX, flock
 from functools import cache
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import gettempdir
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -54,15 +56,21 @@ class Html(HTMLParser):
 
 @cache
 def site() -> dict[Path, Html]:
-    """Build all pages of the site, with warnings as errors."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "zensical", "build", "--strict", "--clean"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    """Build all pages of the site, with warnings as errors; once for all processes of a run."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    built_by = SITE / f".{run}"
+    with (Path(gettempdir()) / "asgi-dbsession-site.lock").open("w") as lock:
+        flock(lock, LOCK_EX)
+        if run is None or not built_by.exists():
+            finished = subprocess.run(
+                [sys.executable, "-m", "zensical", "build", "--strict", "--clean"],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert finished.returncode == 0, finished.stdout + finished.stderr
+            built_by.touch()
     return {file: Html(file) for file in SITE.rglob("*.html")}
 
 
