@@ -16,9 +16,9 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbsession.session.completion import run_to_completion
 
-# The drivers whose connections keep a reference to the context. The other async drivers keep none.
-# aiosqlite must not be in this list: if the task that opens a connection was cancelled, aiosqlite
-# would leave its file open.
+# The drivers whose connections keep the `contextvars` context in which they were opened. For these
+# drivers only, a connection is opened in an empty context, by a task of its own. aiosqlite must not
+# be in this list: a cancellation of that task would leave the database file open.
 _KEEPERS = ("aiomysql", "asyncmy", "asyncpg")
 
 

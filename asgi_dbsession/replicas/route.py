@@ -34,7 +34,7 @@ class Route:
 
     Args:
         servers: The primary and the replicas to choose from.
-        seen: What the client of this session has seen.
+        seen: Which state of the database the client has read already: a WAL position.
         chooses: False if the session must use the primary, because its unit of work may write.
     """
 

@@ -14,7 +14,7 @@ _here: ContextVar[dict[Any, Seen] | None] = ContextVar("asgi_dbsession.seen", de
 
 @contextmanager
 def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
-    """Inside the `with` block, use `seen` as the record of what the current client has seen."""
+    """Use `seen` in the `with` block: which state of each database the client has read already."""
     token = _here.set(seen)
     try:
         yield

@@ -107,7 +107,7 @@ class WatchedAttempt(RunningAttempt):
         return is_conflicting or self._counts(found)
 
     def enclosing(self) -> "list[WatchedAttempt]":
-        """Return this attempt and the attempts around it, without those that are final.
+        """Return this attempt and the attempts around it, without those that will not be repeated.
 
         For example, an attempt of `run_transaction` may run inside an attempt of a request.
         """

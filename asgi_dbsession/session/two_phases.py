@@ -51,7 +51,7 @@ class TwoPhases:
 
     @property
     def deciding(self) -> Session | None:
-        """The session whose transaction has number 1; None if no transaction is open now."""
+        """The session whose transaction began first; None if no transaction is open now."""
         begun = self._begun
         return begun[0] if any(each.in_transaction() for each in begun) else None
 

@@ -12,8 +12,8 @@ from .isolation import NotIsolated
 MARK = "SAVEPOINT asgi_dbsession_test"
 UNDO = "ROLLBACK TO SAVEPOINT asgi_dbsession_test"
 
-# The errors at the use of a savepoint that does not exist: of MariaDB and MySQL, of PostgreSQL
-# inside and outside of a transaction, and of SQLite, which has only a text.
+# How a database reports that a savepoint does not exist. MariaDB and MySQL have an error number.
+# PostgreSQL has one code inside a transaction, and another code outside. SQLite has only a message.
 _ON_MARIADB, _ON_POSTGRESQL, _ON_SQLITE = 1305, ("3B001", "25P01"), "no such savepoint"
 
 

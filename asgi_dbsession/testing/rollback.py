@@ -63,10 +63,10 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
         An object for `with` or `async with`, which can be used only once.
 
     Raises:
-        NotIsolated: The transactions of the test cannot share one connection with the same result
-            as on connections of their own, the connection was lost, or COMMIT was sent by MariaDB
-            itself or past SQLAlchemy. The request gets this error, or it is raised at the end of
-            the block.
+        NotIsolated: The test would have another result with several connections; or the connection
+            was lost; or MariaDB committed by itself (CREATE TABLE, for example); or COMMIT was sent
+            on the driver's own connection. The request gets this error, or it is raised at the end
+            of the block.
         ConfigurationError: A database is in a `rolled_back` block already, or `with` was used in an
             `async def` function.
         DatabaseUnavailable: A database did not answer.
