@@ -6,6 +6,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 from functools import partial
+from importlib import import_module
 from random import SystemRandom
 
 import anyio
@@ -32,6 +33,9 @@ _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
 # of its own, and the number of the task that waits for it is right. Source:
 # https://docs.python.org/3/library/asyncio-task.html#task-groups
 _COUNTS = sys.version_info >= (3, 13)
+
+# Load this part of anyio now, and not in the first request.
+import_module("anyio._backends._asyncio")
 
 
 class Retry:

@@ -2,7 +2,7 @@
 
 import re
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExecutionContext
@@ -19,13 +19,13 @@ _BY_DRIVER = frozenset(("INSERT", "UPDATE", "DELETE", "REPLACE"))
 _OUTSIDE = frozenset(("SELECT", "VALUES", "EXPLAIN", "PRAGMA", "VACUUM", "ATTACH", "DETACH"))
 _CONTROL = frozenset(("BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE"))
 
-# The connections of sessions. The value is True if a transaction was open before the last
-# statement on the connection.
-_was_open: WeakKeyDictionary[Connection, bool] = WeakKeyDictionary()
-# The connections on which an error made SQLite roll back the transaction. COMMIT will be refused,
-# so later statements must be in a transaction too, although the application may have switched
-# the driver to autocommit (to send BEGIN in a listener).
-_rolled_back: WeakSet[Connection] = WeakSet()
+# Attributes of a connection that a session uses: whether a transaction was open before the last
+# statement, and whether an error made SQLite roll back the transaction. In that case COMMIT will be
+# refused, so later statements must be in a transaction too, although the application may have
+# switched the driver to autocommit (to send BEGIN in a listener). A weak dictionary would not do:
+# Python ignores an exception of a signal handler in the callback that removes an entry.
+_WAS_OPEN, _ROLLED_BACK = "asgi_dbsession_was_open", "asgi_dbsession_rolled_back"
+
 # The dialects whose engines have the listeners of this module. An engine and its copies with other
 # options share one dialect, so that no listener is added twice.
 _watched: WeakSet[Dialect] = WeakSet()
@@ -50,8 +50,7 @@ def unwatch_sqlite(engine: Engine) -> None:
 def begin_for_session(transaction: SessionTransaction, connection: Connection) -> None:
     """Called when a session gets a connection: BEGIN will be sent before its first write."""
     if connection.dialect.name == "sqlite" and not transaction.nested:
-        _was_open[connection] = False
-        _rolled_back.discard(connection)
+        vars(connection).update({_WAS_OPEN: False, _ROLLED_BACK: False})
 
 
 def was_rolled_back(connection: Connection) -> bool:
@@ -61,9 +60,9 @@ def was_rolled_back(connection: Connection) -> bool:
     the disk. SQLite then answers the next statements as if nothing had happened. Source:
     https://www.sqlite.org/lang_transaction.html
     """
-    if not _was_open.get(connection) or _is_open(connection):
+    if not vars(connection).get(_WAS_OPEN) or _is_open(connection):
         return False
-    _rolled_back.add(connection)
+    vars(connection)[_ROLLED_BACK] = True
     return True
 
 
@@ -71,9 +70,9 @@ def _begin_before_statement(*arguments: Any) -> None:
     statement: str = arguments[1]
     context: ExecutionContext = arguments[-1]
     connection = context.root_connection
-    if connection not in _was_open:
+    if _WAS_OPEN not in vars(connection):
         return
-    _was_open[connection] = is_open = _is_open(connection)
+    vars(connection)[_WAS_OPEN] = is_open = _is_open(connection)
     if not is_open and _needs_begin(connection, statement):
         _begin(connection)
 
@@ -82,7 +81,7 @@ def _needs_begin(connection: Connection, statement: str) -> bool:
     found = _FIRST_WORD.match(statement)
     word = found[1].upper() if found else ""
     if word in _BY_DRIVER:
-        return connection in _rolled_back
+        return bool(vars(connection).get(_ROLLED_BACK))
     if word == "WITH":
         # A statement with common table expressions writes only if it has one of these words.
         return not _BY_DRIVER.isdisjoint(_WORD.findall(statement.upper()))
@@ -95,7 +94,7 @@ def _begin(connection: Connection) -> None:
     # Without an isolation level, the application has switched the driver to autocommit. Only newer
     # versions of Python have the attribute `autocommit`.
     is_autocommit = level is None or getattr(driver, "autocommit", None) is True
-    if not is_autocommit or connection in _rolled_back:
+    if not is_autocommit or vars(connection).get(_ROLLED_BACK, False):
         cursor = connection.connection.cursor()
         try:
             cursor.execute(f"BEGIN {level or ''}".strip())
