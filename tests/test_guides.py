@@ -458,12 +458,13 @@ async def calls(app: Any, number: int) -> list[bytes]:
 
 def test_a_function_works_in_whatever_event_loop(guide: Guide) -> None:
     """Several calls, each in its own event loop, with no open connection between them."""
-    module = guide.load(DEPLOYMENT, "function")
-    for _ in range(2):
-        assert asyncio.run(calls(module.app, 2)) == [b"42", b"42"]
     others = (
         "SELECT count(*) FROM pg_stat_activity "
         "WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
+    before = guide.stored(others)  # The traceback of an earlier test may keep a connection.
+    module = guide.load(DEPLOYMENT, "function")
+    for _ in range(2):
+        assert asyncio.run(calls(module.app, 2)) == [b"42", b"42"]
     # PostgreSQL ends the process of a closed connection a moment later.
-    asyncio.run(becomes_true(lambda: guide.stored(others) == [0]))
+    asyncio.run(becomes_true(lambda: guide.stored(others) <= before))
