@@ -9,10 +9,10 @@ from anyio import to_thread
 from asgi import Socket, get
 from conftest import Running
 from several import Entry
-from sqlalchemy import event
+from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
-from asgi_dbsession import DBSessionMiddleware, set_rollback
+from asgi_dbsession import ConcurrentUse, DBSessionMiddleware, set_rollback
 
 pytestmark = pytest.mark.anyio
 KINDS = ("sqlite", "asyncpg", "psycopg")
@@ -22,9 +22,9 @@ CLOSE = {"type": "websocket.close", "code": 1000}
 Send = Callable[[Any], Awaitable[None]]
 
 
-def say(text: str) -> dict[str, str]:
+def say(words: str) -> dict[str, str]:
     """A message to the client."""
-    return {"type": "websocket.send", "text": text}
+    return {"type": "websocket.send", "text": words}
 
 
 async def talk(running: Running, handler: Callable[[Send], Awaitable[None]]) -> Socket:
@@ -88,6 +88,34 @@ async def test_work_that_begins_while_a_commit_begins_is_not_in_it(
         assert (await get(DBSessionMiddleware(app, running.database))).body == b"own"
     assert running.stored() == ["own"]
     await running.assert_clean()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("real", ["sqlite-sync"], indirect=True)
+async def test_a_blocking_statement_does_not_wait_for_a_commit_that_needs_its_event_loop(
+    running: Running,
+) -> None:
+    """The event loop would stand still for ever."""
+    about_to_send = asyncio.Event()
+    session: Any = None
+
+    async def block() -> None:
+        await about_to_send.wait()
+        session.execute(text("SELECT 1"))
+
+    async def handler(send: Send) -> None:
+        nonlocal session
+        session = running.database.get_session()
+        task = asyncio.create_task(block())
+        await running.write("own")
+        about_to_send.set()
+        await send(say("own"))
+        await asyncio.wait([task])
+        assert isinstance(task.exception(), (ConcurrentUse, type(None)))
+
+    peer = await talk(running, handler)
+    assert (peer.heard, peer.error) == (["own"], None)
+    assert running.stored() == ["own"]
 
 
 @pytest.mark.parametrize("who", ["the task", "a child task", "a thread"])

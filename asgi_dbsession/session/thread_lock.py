@@ -5,6 +5,8 @@ from threading import get_ident
 
 from typing_extensions import override
 
+from asgi_dbsession.errors import ConcurrentUse
+
 from .end import current_end
 from .lock import SessionLock
 from .tasks import current_task
@@ -41,4 +43,8 @@ class ThreadLock(SessionLock):
 
     @override
     def _wait(self, released: "Future[None]") -> None:
+        # A reserved commit or rollback starts on the event loop. If the event loop waited for it
+        # here, both would wait for ever.
+        if self._reserved_for is not None and current_task() is not None:
+            raise ConcurrentUse(self.database)
         released.result()

@@ -59,9 +59,9 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         if rollback is not None:
             commit, reason = not rollback, "set_rollback"
     end = End(commit, reason, task=task)
-    for each in own:
-        each.lock.reserve_for(end)
     try:
+        for each in own:
+            each.lock.reserve_for(end)
         if failed:
             await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
         if own or any(_is_of(each.given_by, task) for each in unit.callbacks):
