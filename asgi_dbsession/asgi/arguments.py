@@ -11,7 +11,6 @@ from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.session.tasks import current_task
-from asgi_dbsession.session.two_phases import refuse_one_phase
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
 from asgi_dbsession.unit.retry_on import check_retry_on
 
@@ -80,8 +79,11 @@ def usable_databases(
         return Unstartable(error)
     try:
         databases = _databases_of(given)
-        for database in databases if options["two_phase"] else ():
-            refuse_one_phase(database, database.url)
+        if options["two_phase"]:
+            from asgi_dbsession.two_phases.commit import refuse_one_phase
+
+            for database in databases:
+                refuse_one_phase(database, database.url)
     except ConfigurationError as error:
         return Unstartable(error)
     return databases

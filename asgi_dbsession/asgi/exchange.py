@@ -8,7 +8,6 @@ from asgi_dbsession.unit.decisions import forget_decisions
 from asgi_dbsession.unit.ending import end_work, end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
-from .events import is_event_stream, warn_of_early_events
 from .rules import CommitRule
 
 # A message of one of these types is the last of a response if its `more_body` is False.
@@ -54,7 +53,9 @@ class Exchange:
             elif unit.rollback is not None:
                 forget_decisions(unit)
             unit.is_answered = True
-            if is_event_stream(message):
+            if _is_event_stream(message):
+                from asgi_dbsession.mistakes.events import warn_of_early_events
+
                 self._send = warn_of_early_events(unit, self._send)
         elif kind in _LAST and not message.get("more_body", False) and unit.is_answered:
             if unit.is_used and not self.may_commit:
@@ -83,3 +84,16 @@ class Exchange:
             await end_work_of(current_task(), self._unit, commit=True, living="leave")
         except Exception as error:
             raise AbortRequest from error
+
+
+def _is_event_stream(start: Message) -> bool:
+    """Return True if a start message begins a response of type `text/event-stream`."""
+    headers = start.get("headers")
+    # Read the headers only if they are a list. An iterator can be read only once, and the server
+    # needs it.
+    for name, value in headers if isinstance(headers, list) else ():
+        if name == b"content-length":  # An event stream has no Content-Length header.
+            return False
+        if name == b"content-type":
+            return bool(value.startswith(b"text/event-stream"))
+    return False

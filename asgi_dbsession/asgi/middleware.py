@@ -6,7 +6,6 @@ from sqlalchemy import URL
 from typing_extensions import Never
 
 from asgi_dbsession.errors import ABORTED, AbortRequest
-from asgi_dbsession.session.two_phases import TwoPhases
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
 from asgi_dbsession.unit.ending import close
 from asgi_dbsession.unit.report import UnitReport
@@ -17,7 +16,7 @@ from .answer import add_note
 from .arguments import AnyDatabase, application_first, no_application, usable_databases
 from .exchange import Exchange
 from .lifespan import Startable, Unstartable, serve_lifespan
-from .optional import with_answers, with_optional_rooms
+from .optional import two_phase_commit, with_answers, with_optional_rooms
 from .rules import CommitWhen, ReadOnly, apply_read_rule, below_400, commit_rule
 from .websocket import SocketExchange
 
@@ -124,6 +123,7 @@ class DBSessionMiddleware:
             return
         self._startable = self.databases = usable
         self._commit_rule = commit_rule(commit_when)
+        self._two_phases = two_phase_commit(two_phase, len(usable))
         self._serve = with_answers(self._serve_one, usable, on_commit_error)
         self._serve_http, self._observers = with_optional_rooms(
             self._serve_one,
@@ -155,8 +155,8 @@ class DBSessionMiddleware:
         outer: UnitOfWork | None = scope.get(_KEY)
         unit = scope[_KEY] = UnitOfWork(self.databases, scope, outer, self._observers)
         unit.joins_outer_unit = outer is not None
-        if self.two_phase:
-            unit.two_phases = TwoPhases(len(self.databases))
+        if self._two_phases is not None:
+            unit.two_phases = self._two_phases()
         exchange: Exchange | SocketExchange
         if scope["type"] == "http":
             exchange = Exchange(unit, receive, send, self._commit_rule)

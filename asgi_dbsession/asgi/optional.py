@@ -1,4 +1,4 @@
-"""Imports the optional packages (retry, reports, replicas) only if an option needs them."""
+"""Imports the optional packages (such as `retry`) only if an option needs them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,9 +7,19 @@ from typing import Any
 from asgi_dbsession.types import ASGIApp
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import UnitReport
+from asgi_dbsession.unit.two_phases import TwoPhaseCommit
 
 from .answer import serve_and_answer
 from .arguments import AnyDatabase
+
+
+def two_phase_commit(two_phase: bool, databases: int) -> Callable[[], TwoPhaseCommit] | None:
+    """Return a function that makes the attribute `two_phases` of each unit of work, or None."""
+    if not two_phase:
+        return None
+    from asgi_dbsession.two_phases.commit import TwoPhases
+
+    return partial(TwoPhases, databases)
 
 
 def with_answers(

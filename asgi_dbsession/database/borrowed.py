@@ -5,6 +5,7 @@ from threading import RLock
 from weakref import WeakKeyDictionary, finalize
 
 from sqlalchemy import Engine
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from asgi_dbsession.session._sqlalchemy import original_engine
 from asgi_dbsession.session.failures import unwatch, watch
@@ -12,7 +13,6 @@ from asgi_dbsession.session.reads import unwatch_reads, watch_reads
 from asgi_dbsession.unit.observer import UnitObserver
 
 from .connecting import connect_as_before, connect_outside
-from .shared import warn_of_shared_connection
 
 # This must be an RLock. The garbage collector may call `_release` in the thread that holds this
 # lock.
@@ -31,7 +31,10 @@ def prepare(engine: Engine) -> None:
     watch(engine)
     watch_reads(engine)
     connect_outside(engine)
-    warn_of_shared_connection(engine)
+    if isinstance(engine.pool, StaticPool | SingletonThreadPool):
+        from asgi_dbsession.mistakes.shared import warn_of_shared_connection
+
+        warn_of_shared_connection(engine)
 
 
 def _restore(engine: Engine) -> None:

@@ -145,7 +145,8 @@ class ReplicaSet:
 
     def give_route(self, made: ManagedSession[Any]) -> None:
         """Give a session its `Route`, which chooses the server if the session has no engine yet."""
-        made.companion.route = Route(self, seen_here(self), chooses=made.orm.bind is None)
+        route = Route(self, seen_here(self), chooses=made.orm.bind is None)
+        made.companion.route, made.companion.connect = route, route.connect
 
     def choose(self, seen: Seen) -> Choice | None:
         """Return the replica from which to read, or None for the primary."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
 from asgi_dbsession.session.guard import derive
@@ -62,19 +62,23 @@ class Route:
         else:
             self._seen.users.add(self)
 
-    def connect(self, session: Session) -> Connection:
-        """Connect to the chosen replica, or to the primary if there is none or it is lost."""
+    def connect(self, session: Session, engine: Engine) -> Connection:
+        """Connect to the chosen replica, or to the primary if there is none or it is lost.
+
+        If the session uses a further engine (SQLAlchemy's option `binds`), connect to that engine.
+        """
+        if engine is not session.bind:
+            return engine.connect()
         if self._choice is not None:
             connection = self._choice.connect()
             if connection is not None:
                 return connection
             # The chosen replica is lost, so use the primary. Other replicas cannot be used: the
             # client may have read from the lost replica, and they may have replayed less.
-            self._choice, session.bind = None, self._servers.primary.engine
+            self._choice = None
+            session.bind = engine = self._servers.primary.engine
             self._seen.users.add(self)
-        engine: Any = session.bind
-        connection_to_primary: Connection = engine.connect()
-        return connection_to_primary
+        return engine.connect()
 
     def _is_outdated(self, session: Session) -> bool:
         if self._choice is None or self._seen.replica is not None:

@@ -51,93 +51,56 @@ def forget(session: Session) -> None:
     _sessions.pop(session.hash_key, None)
 
 
-def flush_for_commit(session: Session, *, prepare: bool) -> None:
+def flush_for_commit(session: Session) -> None:
     """Do what SQLAlchemy does before COMMIT: flush, release the savepoints, and send PREPARE.
 
+    PREPARE is sent only if the application has given the option `twophase=True` of SQLAlchemy.
     SQLAlchemy's method `Session.prepare` does not fit here, because it raises an error if a
-    savepoint is open or if the session does not use two-phase commit.
+    savepoint is open or without this option.
 
     Args:
         session: The session to flush. Its next operation must be COMMIT or ROLLBACK.
-        prepare: True to send PREPARE if the session uses two-phase commit. False if the caller
-            sends PREPARE itself.
     """
     transaction = session.get_transaction() or session.begin()
-    is_in_two_phases = session.twophase
-    session.twophase = is_in_two_phases and prepare
-    try:
-        transaction._prepare_impl()
-    finally:
-        session.twophase = is_in_two_phases
+    transaction._prepare_impl()
 
 
-class NamingSession(Session):
-    """A session that makes its transaction objects with the class `transaction_class` if needed.
+class ConnectingSession(Session):
+    """A session whose companion may replace how its transactions connect to the database.
 
     SQLAlchemy always uses the class `SessionTransaction` for a transaction that begins
-    automatically at the first statement. A session with two-phase commit or with replicas needs the
-    methods of `transaction_class`.
+    automatically at the first statement. If the companion has a function `connect`, this class uses
+    `transaction_class` instead, which calls this function.
     """
 
     transaction_class: type[SessionTransaction] = SessionTransaction
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:
         companion: Any = vars(self).get("_companion")
-        is_own = companion is not None and companion.needs_own_transaction
+        is_own = companion is not None and companion.connect is not None
         if not is_own or self._transaction is not None or not (begin or self.autobegin):
             return super()._autobegin_t(begin)
         return self.transaction_class(self, SessionTransactionOrigin.AUTOBEGIN)
 
 
-class NamingTransaction(SessionTransaction):
-    """The transaction object of a session that uses two-phase commit or replicas.
-
-    With two-phase commit, this class gives each database transaction a name that an operator can
-    understand. SQLAlchemy's own names would be random. With replicas, this class connects to the
-    server (primary or replica) that `companion.route` has chosen.
-    """
+class ConnectingTransaction(SessionTransaction):
+    """A transaction object that connects with the function `connect` of the session's companion."""
 
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         session: Any = self.session
-        names, route = session._companion.two_phases, session._companion.route
-        # Give a name only to the transaction on the session's first connection. The name contains
-        # the place of this transaction in the order of COMMITs. For further connections of the
-        # session (SQLAlchemy's option `binds`), this order is not known.
-        is_first = self.parent is None and not self._connections
-        if names is not None and is_first and isinstance(bind, Engine):
-            bind = _NamingEngine(bind, names.name(session))
-        elif route is not None and self._is_routed(bind):
-            bind = _RoutedEngine(session, route)
+        connect = session._companion.connect
+        is_new = self.parent is None and bind not in self._connections
+        if connect is not None and is_new and isinstance(bind, Engine):
+            bind = _StandIn(partial(connect, session, bind))
         connection: Connection = super()._connection_for_bind(bind, execution_options)
         return connection
 
-    def _is_routed(self, bind: Any) -> bool:
-        return self.parent is None and bind is self.session.bind and bind not in self._connections
 
+class _StandIn:
+    """Stands in for an engine: the method `connect()` calls another function."""
 
-class _RoutedEngine:
-    """Stands in for an engine: `connect()` uses the chosen server (the primary or a replica)."""
-
-    def __init__(self, session: Any, route: Any) -> None:
-        self.connect: Callable[[], Connection] = partial(route.connect, session)
-
-
-class _NamingEngine:
-    """Stands in for an engine: the next two-phase transaction of its connection gets a name."""
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self._engine = engine
-        self._name = name
-
-    def connect(self) -> Connection:
-        connection = self._engine.connect()
-
-        def begin_named() -> TwoPhaseTransaction:
-            del vars(connection)["begin_twophase"]
-            return connection.begin_twophase(self._name)
-
-        vars(connection)["begin_twophase"] = begin_named
-        return connection
+    def __init__(self, connect: Callable[[], Connection]) -> None:
+        self.connect: Callable[[], Connection] = connect
 
 
 def is_prepared(transaction: Transaction | None) -> bool:

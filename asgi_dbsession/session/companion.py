@@ -1,15 +1,15 @@
 """The data that this package attaches to a session: the class `Companion`."""
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any, Protocol, TypeAlias
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, SessionTransaction
 
 from .lock import SessionLock
 from .reads import Reads
-from .two_phases import TwoPhases
 from .writes import Writes
 
 
@@ -25,13 +25,6 @@ class Follower(Protocol):
 
 class SessionRoute(Protocol):
     """Chooses for each session if it uses the primary or a replica; see the package `replicas`."""
-
-    def choose(self, session: Session) -> None:
-        """Called before each statement: choose the primary or a replica, and set `session.bind`."""
-
-    def connect(self, session: Session) -> Connection:
-        """Return a new connection to the chosen server, or to the primary if the server is down."""
-        ...
 
     def work_ended(self) -> bool:
         """Called after a commit or rollback.
@@ -64,8 +57,8 @@ class Companion:
             INSERT, UPDATE or DELETE or is given as SQL text.
         connections: The connections that the session has used. Some of these may be closed now.
         followers: The objects to notify after each commit and rollback of the session.
-        two_phases: The object that names the session's two-phase transactions. None if the session
-            does not use two-phase commit.
+        connect: A function that connects to the given engine of the session, or to another server.
+            None without two-phase commit and without replicas, which need such a function.
         route: The object that chooses the primary or a replica for the session. None if the
             database has no replicas.
         unit: The unit of work of the session, if it has observers. Otherwise None.
@@ -77,7 +70,7 @@ class Companion:
 
     expects_read: bool = True
     connections: tuple[Connection, ...] = ()
-    two_phases: TwoPhases | None = None
+    connect: Callable[[Any, Engine], Connection] | None = None
     route: SessionRoute | None = None
     unit: Any = None
     steps: Any = None
@@ -122,11 +115,3 @@ class Companion:
     def open_connections(self) -> tuple[Connection, ...]:
         """The open connections of the session."""
         return tuple(each for each in self.connections if not each.closed)
-
-    @property
-    def needs_own_transaction(self) -> bool:
-        """True if the session's transactions must be objects of the class `LockedTransaction`.
-
-        Two-phase commit and replicas need this class.
-        """
-        return self.two_phases is not None or self.route is not None

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from asgi_dbsession.errors import PrematureClose
 
-from ._sqlalchemy import NamingSession, begin
+from ._sqlalchemy import ConnectingSession, ConnectingTransaction, begin
 from .companion import Companion
 from .failures import discard
 from .reads import begin_now, begin_on_server, has_only_read
@@ -120,12 +120,25 @@ def _changing(change: Callable[..., None]) -> Callable[..., None]:
     return change_locked
 
 
-class GuardedSession(NamingSession):
+class LockedTransaction(ConnectingTransaction):
+    """The transaction object of `session.begin()`. Each operation holds the session's lock."""
+
+    @property
+    def _companion(self) -> Companion:
+        session: Any = self.session
+        companion: Companion = session._companion
+        return companion
+
+
+for _name in ("close", "commit", "prepare", "rollback"):
+    setattr(LockedTransaction, _name, locked(getattr(SessionTransaction, _name)))
+
+
+class GuardedSession(ConnectingSession):
     """The base class of all sessions of this package. Each operation holds the session's lock."""
 
     _companion: Companion
-    # The module `managed.py` sets the class attribute `transaction_class`. An import of that class
-    # into this module would be a circular import.
+    transaction_class: type[SessionTransaction] = LockedTransaction
 
     @override
     @locked

@@ -18,8 +18,6 @@ from .reads import begin_now
 from .recording import record_checkout
 from .roll_back import roll_back
 from .sqlite import begin_for_session
-from .transaction import LockedTransaction
-from .two_phases import is_refused, names_of, prepare
 
 S = TypeVar("S")
 
@@ -35,11 +33,9 @@ class ManagedSession(Generic[S]):
 
     Attributes:
         is_flushed: True between the methods `flush` and `end`, while they hold the lock.
-        in_doubt: The names of two-phase transactions that may still be prepared on the server.
     """
 
     is_flushed: bool = False
-    in_doubt: str = ""
 
     def __init__(
         self, session: S, orm: Session, companion: Companion, run: Callable[..., Awaitable[Any]]
@@ -96,12 +92,7 @@ class ManagedSession(Generic[S]):
         """
         self.lock.acquire_for_end(end)
         try:
-            if self.companion.two_phases is not None:
-                # In two-phase commit, the first session must be prepared even if it has no work. So
-                # begin its transaction here.
-                self.orm.connection()
-            flush_for_commit(self.orm, prepare=self.companion.two_phases is None)
-            refuse_if_aborted(self.companion.open_connections)
+            self._flush()
         except BaseException:
             try:
                 roll_back(self.orm)
@@ -110,22 +101,9 @@ class ManagedSession(Generic[S]):
             raise
         self.is_flushed = True
 
-    def prepare(self) -> None:
-        """Send PREPARE. Afterwards the caller must call `end`, even if PREPARE failed.
-
-        Raises:
-            TransactionAborted: The application caught an error that aborted the transaction.
-            Exception: The error of PREPARE.
-        """
-        connections = self.companion.open_connections
-        self.in_doubt = names_of(connections)
-        try:
-            for connection in connections:
-                prepare(connection)
-        except BaseException as error:
-            if is_refused(error) and len(connections) == 1:
-                self.in_doubt = ""
-            raise
+    def _flush(self) -> None:
+        flush_for_commit(self.orm)
+        refuse_if_aborted(self.companion.open_connections)
 
     def end(self, end: End, commit: bool) -> None:
         """Wait until the running operation has ended; then commit or roll back the session.
@@ -146,44 +124,22 @@ class ManagedSession(Generic[S]):
         try:
             if commit:
                 self.orm.commit()
-                self.in_doubt = ""
             else:
-                self._roll_back()
+                roll_back(self.orm)
                 self.companion.writes.rolled_back(end.reason)
         except BaseException:
-            if self.in_doubt:
-                # A listener of the application may have raised this error after a successful
-                # COMMIT. So find out which transactions are still prepared.
-                self.in_doubt = names_of(self.companion.open_connections)
-            # Another session of the unit of work may be committed already. So close the connection
-            # without ROLLBACK. The prepared transaction stays on the server.
-            if self.in_doubt:
-                self.orm.invalidate()
-            else:
-                # Send ROLLBACK before `close()`. With SQLite, `close()` alone would give the pool a
-                # connection with an open transaction, and the next request would see the
-                # uncommitted rows.
-                roll_back(self.orm)
+            # Send ROLLBACK before `close()`. With SQLite, `close()` alone would give the pool a
+            # connection with an open transaction, and the next request would see the uncommitted
+            # rows.
+            roll_back(self.orm)
             raise
         finally:
             self._release(end)
 
-    def leave_in_doubt(self, end: End) -> None:
-        """Close the connection; its prepared transaction stays until an operator ends it."""
-        try:
-            self.orm.invalidate()
-        finally:
-            self._release(end)
-
-    def _roll_back(self) -> None:
-        is_lost = any(each.invalidated for each in self.companion.open_connections)
-        if roll_back(self.orm) and not is_lost:
-            self.in_doubt = ""
-
     def _let_go(self) -> None:
         # A task may still refer to this session, which must not keep the request in memory.
         self.orm.info["scope"] = None
-        self.companion.two_phases = None
+        self.companion.connect = None
         forget(self.orm)
 
     def _release(self, end: End) -> None:
@@ -242,7 +198,6 @@ def _record_rollback(session: Any, transaction: SessionTransaction) -> None:
         follower.record_rollback(transaction)
 
 
-GuardedSession.transaction_class = LockedTransaction
 event.listen(GuardedSession, "after_begin", _remember_connection)
 event.listen(GuardedSession, "before_flush", _refuse_or_begin)
 event.listen(GuardedSession, "before_commit", _refuse_to_commit)

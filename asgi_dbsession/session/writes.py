@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import Connection, inspect
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.dml import UpdateBase
 
@@ -99,23 +99,6 @@ class Writes:
         else:
             begin_read_only(connection)
 
-    def record_commit(self, _session: Session) -> None:
-        """Called after a COMMIT inside a read-only block: make the next transaction read-only.
-
-        The savepoint of the `begin(join=True, read_only=True)` block was read-only. The COMMIT has
-        ended this savepoint, so the whole next transaction must be read-only.
-        """
-        self.in_block = False
-
-    def record_rollback(self, transaction: SessionTransaction) -> None:
-        """Called after a ROLLBACK inside a read-only block: make the next transaction read-only.
-
-        A rollback to a savepoint changes nothing here, because the transaction around the
-        `begin(join=True, read_only=True)` block goes on.
-        """
-        if transaction.parent is None:
-            self.in_block = False
-
     def rolled_back(self, reason: Reason) -> None:
         """Forget the refused write, because the unit of work was rolled back.
 
@@ -125,11 +108,6 @@ class Writes:
         """
         if reason != "exception":
             self.refused = None
-
-    def allow(self) -> None:
-        """Allow writes again, at the end of a `begin(join=True, read_only=True)` block."""
-        self.forbidden = self.in_block = False
-        self.refused = None
 
     def record_loss(self) -> None:
         """Record that `close()` discards work of the session."""

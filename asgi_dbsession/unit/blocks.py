@@ -6,7 +6,6 @@ from typing import TypeVar
 
 from .begin import unit_of_its_own
 from .ending import close, close_blocking
-from .join import joined, joined_blocking, unit_to_join
 from .unit_of_work import SessionSource
 
 S = TypeVar("S")
@@ -15,11 +14,14 @@ S = TypeVar("S")
 @asynccontextmanager
 async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> AsyncIterator[S]:
     """Implements `async with database.begin()`; its value is a session."""
-    outer = unit_to_join(database) if join else None
-    if outer is not None:
-        async with joined(outer, database, read_only) as session:
-            yield session
-        return
+    if join:
+        from asgi_dbsession.join.block import joined, unit_to_join
+
+        outer = unit_to_join(database)
+        if outer is not None:
+            async with joined(outer, database, read_only) as session:
+                yield session
+            return
     with unit_of_its_own(database, read_only) as unit:
         try:
             yield unit.open(database)
@@ -33,11 +35,14 @@ async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> A
 @contextmanager
 def blocking_block_of(database: SessionSource[S], join: bool, read_only: bool) -> Iterator[S]:
     """Implements `with database.begin()` of a `SyncDatabase`; its value is a session."""
-    outer = unit_to_join(database) if join else None
-    if outer is not None:
-        with joined_blocking(outer, database, read_only) as session:
-            yield session
-        return
+    if join:
+        from asgi_dbsession.join.block import joined_blocking, unit_to_join
+
+        outer = unit_to_join(database)
+        if outer is not None:
+            with joined_blocking(outer, database, read_only) as session:
+                yield session
+            return
     with unit_of_its_own(database, read_only) as unit:
         unit.is_blocking = True
         try:

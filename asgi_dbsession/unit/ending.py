@@ -8,16 +8,13 @@ from asgi_dbsession.session.completion import complete_here, run_to_completion
 from asgi_dbsession.session.end import End, Reason, current_end
 from asgi_dbsession.session.managed import Sessions
 from asgi_dbsession.session.recording import ENDS, begin_steps, observed
-from asgi_dbsession.session.tasks import has_ended
-from asgi_dbsession.session.two_phases import TwoPhases
+from asgi_dbsession.session.roll_back import has_changes
 
-from .after_commit import AfterCommit
+from .after_commit import AfterCommit, is_of, settle
 from .decisions import forget_decisions, take_decision
 from .shares import Living, find_failed, sort_work, with_work
 from .together import close_idle, end_together, in_order, learn_positions, roll_back_all
-from .two_phases import commit_in_two_phases
 from .unit_of_work import UnitOfWork, current_unit
-from .unsaved import log_unsaved
 
 
 def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
@@ -64,7 +61,7 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
             each.lock.reserve_for(end)
         if failed:
             await run_to_completion(_end(unit, End(commit=False, reason="exception"), failed))
-        if own or any(_is_of(each.given_by, task) for each in unit.callbacks):
+        if own or any(is_of(each.given_by, task) for each in unit.callbacks):
             await run_to_completion(_end(unit, end, own))
     finally:
         for each in own:
@@ -89,7 +86,11 @@ async def close(
     unit.closed = True
     opened = unit.opened
     if unit.is_answered and not commit:
-        log_unsaved(unit, opened, _reason_to_roll_back(error, unit.rollback))
+        is_cut_short = _reason_to_roll_back(error, unit.rollback) in ("cancelled", "unfinished")
+        if is_cut_short and any(has_changes(each.orm) for each in opened):
+            from asgi_dbsession.mistakes.unsaved import log_unsaved
+
+            log_unsaved(unit, opened)
     working, raised = close_idle(opened)
     failed: Sessions = []
     if working and commit and sort_tasks:
@@ -144,7 +145,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     try:
         if unit.two_phases is not None and not unit.read_only and end.commit and working:
             sessions = in_order(unit, working)
-            end.failure = await commit_in_two_phases(unit.two_phases, unit, sessions, end)
+            end.failure = await unit.two_phases.commit(unit, sessions, end)
         elif len(working) == 1:
             only = working[0]
             if only.ends_at_once:
@@ -162,7 +163,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     if isinstance(end.failure, Exception):
         unit.failure = unit.failure or end.failure
     if unit.callbacks:
-        for callback in _settle(unit, end, given, stored, working):
+        for callback in settle(unit.callbacks, end, given, stored, working):
             await _call(unit, callback)
     _tell(unit, end)
     if end.failure is not None:
@@ -186,35 +187,12 @@ def _last_end(unit: UnitOfWork, commit: bool, error: BaseException | None) -> En
     return End(commit, _reason_to_roll_back(error, unit.rollback), close=True, error=error)
 
 
-def _settle(
-    unit: UnitOfWork,
-    end: End,
-    given: tuple[AfterCommit, ...],
-    stored: list[AfterCommit],
-    working: Sessions,
-) -> list[AfterCommit]:
-    """Remove the `on_commit` functions whose work has ended. Return those that must be called."""
-    due: list[AfterCommit] = []
-    for each in tuple(unit.callbacks):
-        # Do not call or drop an `on_commit` function of another task, or one given during this
-        # COMMIT: the work that it belongs to may be stored by a later COMMIT.
-        is_concerned = each in given and _is_of(each.given_by, end.task)
-        ends = end.close or (is_concerned and not each.waits_for_others(working))
-        if not (ends or each.committed or each.rolled_back):
-            continue
-        if each in stored or (end.succeeded and each.should_run(success=ends)):
-            due.append(each)
-        unit.callbacks.remove(each)
-        each.detach()
-    return due
-
-
 async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
     """Call an `on_commit` function in a new unit of work. If the function fails, log the error."""
     inner = unit.within(callback.databases)
     inner.read_only, inner.is_blocking = callback.read_only, unit.is_blocking
     if unit.two_phases is not None:
-        inner.two_phases = TwoPhases(len(inner.databases))
+        inner.two_phases = unit.two_phases.anew(len(inner.databases))
     token = current_unit.set(inner)
     try:
         try:
@@ -232,15 +210,6 @@ async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
         callback.log(error)
     finally:
         current_unit.reset(token)
-
-
-def _is_of(task: object, asking: object) -> bool:
-    """Return True if a commit for the task `asking` includes the work of the task `task`.
-
-    A commit for a task includes its own work, and the work of tasks that have ended. If `asking` is
-    None, the commit includes the work of all tasks.
-    """
-    return asking is None or task is None or task is asking or has_ended(task)
 
 
 def _reason_to_roll_back(error: BaseException | None, rollback: bool | None) -> Reason:

@@ -1,6 +1,6 @@
 """Commits or rolls back the sessions of several databases, one after the other."""
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from asgi_dbsession.session.completion import call_here, complete_here
@@ -61,7 +61,10 @@ async def flush_all(sessions: Sessions, end: End, run: Run | None = None) -> Bas
 
 
 async def roll_back_all(
-    sessions: Sessions, end: End, failure: BaseException | None, run: Run | None = None
+    sessions: Sequence[ManagedSession[Any]],
+    end: End,
+    failure: BaseException | None,
+    run: Run | None = None,
 ) -> BaseException | None:
     """Roll back the sessions one after the other, even if one rollback fails."""
     for each in sessions:

@@ -1,116 +1,23 @@
-"""Commits the sessions of one unit of work with a two-phase commit.
+"""The methods by which a unit of work commits its sessions in two phases."""
 
-If the process is killed or a connection is lost, some transactions may stay prepared on the
-servers. Then an operator must commit or roll back each of them, and can see only which transactions
-are still prepared. One session of the unit of work is the deciding session. It shows the operator
-what to do:
+from typing import Any, Protocol, TypeVar
 
-1. The deciding session is prepared first.
-2. The deciding session is committed first. If its COMMIT fails, no other session is committed.
-3. The deciding session is rolled back last, and only if no other session can still be prepared.
-
-So if the deciding session is still prepared, the operator rolls back all transactions of the unit
-of work. Otherwise the operator commits all that are still prepared.
-"""
-
-from sqlalchemy.orm import Session
-
-from asgi_dbsession.errors import ConcurrentUse
 from asgi_dbsession.session.end import End
-from asgi_dbsession.session.managed import Sessions
-from asgi_dbsession.session.two_phases import TwoPhases, log_doubt
+from asgi_dbsession.session.managed import ManagedSession, Sessions
 
-from .together import commit_all, flush_all, roll_back_all
-from .unit_of_work import UnitOfWork
+S = TypeVar("S")
 
 
-async def commit_in_two_phases(
-    two_phases: TwoPhases, unit: UnitOfWork, sessions: Sessions, end: End
-) -> BaseException | None:
-    """Flush all sessions, send PREPARE for all of them, and then send COMMIT for all of them.
+class TwoPhaseCommit(Protocol):
+    """The methods of the class `TwoPhases` (in the package `two_phases`) of a unit of work."""
 
-    Args:
-        two_phases: The object that gives names to the two-phase transactions.
-        unit: The unit of work that opened the sessions.
-        sessions: The sessions that have work, in the order in which their databases were declared.
-        end: The `End` object of this commit, which the locks of the sessions need.
+    def anew(self, databases: int) -> "TwoPhaseCommit":
+        """Return an object for another unit of work, which has `databases` databases."""
+        ...
 
-    Returns:
-        The first error, or None if all COMMITs succeeded.
-    """
-    try:
-        _add_deciding(two_phases.deciding, unit, sessions)
-    except ConcurrentUse as error:
-        return await roll_back_all(sessions, end, error)
-    failure = await flush_all(sessions, end)
-    if failure is not None:
-        return await roll_back_all(sessions, end, failure)
-    connections = [one for each in sessions for one in each.companion.open_connections]
-    if len(connections) == 1:
-        # For a single connection, a normal COMMIT is enough. Two phases would be slower, and could
-        # leave the transaction prepared.
-        return await commit_all(sessions, end)
-    deciding = two_phases.deciding
-    sessions.sort(key=lambda each: each.orm is not deciding)
-    failure = await _prepare_all(sessions)
-    if failure is not None:
-        failure = await _roll_back_prepared(sessions, end, failure)
-    else:
-        failure = await _commit_prepared(sessions, end)
-    for each in sessions:
-        if each.in_doubt and failure is not None:
-            log_doubt(each.in_doubt, failure)
-            two_phases.renew()
-    return failure
+    def manage(self, opened: ManagedSession[S]) -> ManagedSession[S]:
+        """Return the session to use in the place of `opened`, which was opened just now."""
+        ...
 
-
-def _add_deciding(deciding: Session | None, unit: UnitOfWork, sessions: Sessions) -> None:
-    """Add the deciding session to `sessions`, even if it has no work.
-
-    Raises:
-        ConcurrentUse: The deciding session has uncommitted work of another task.
-    """
-    for each in unit.opened:
-        if each.orm is deciding and each not in sessions and len(sessions) > 1:
-            if each.has_work:
-                raise ConcurrentUse(each.lock.database, mixed_with="living")
-            sessions.append(each)
-
-
-async def _prepare_all(sessions: Sessions) -> BaseException | None:
-    for each in sessions:
-        try:
-            await each.run(each.prepare)
-        except BaseException as error:
-            return error
-    return None
-
-
-async def _roll_back_prepared(
-    sessions: Sessions, end: End, failure: BaseException
-) -> BaseException:
-    deciding, *others = sessions
-    await roll_back_all(others, end, failure)
-    if any(each.in_doubt for each in others):
-        await deciding.run(deciding.leave_in_doubt, end)
-    else:
-        await roll_back_all([deciding], end, failure)
-    return failure
-
-
-async def _commit_prepared(sessions: Sessions, end: End) -> BaseException | None:
-    failure: BaseException | None = None
-    deciding, *others = sessions
-    try:
-        await deciding.run(deciding.end, end, True)
-    except BaseException as error:
-        failure = error
-    for each in others:
-        if deciding.in_doubt and failure is not None:
-            await each.run(each.leave_in_doubt, end)
-            continue
-        try:
-            await each.run(each.end, end, True)
-        except BaseException as error:
-            failure = failure or error
-    return failure
+    async def commit(self, unit: Any, sessions: Sessions, end: End) -> BaseException | None:
+        """Commit the sessions, and return the first error, or None."""

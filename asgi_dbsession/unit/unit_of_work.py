@@ -13,11 +13,11 @@ from asgi_dbsession.errors import ConfigurationError, NoSession, SessionClosed
 from asgi_dbsession.session.completion import call_here
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.recording import observed
-from asgi_dbsession.session.two_phases import TwoPhases
 from asgi_dbsession.types import Scope
 
 from .after_commit import AfterCommit
 from .observer import UnitObserver
+from .two_phases import TwoPhaseCommit
 
 S = TypeVar("S")
 
@@ -56,7 +56,7 @@ class UnitOfWork:
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
         failure: The first error of a commit or rollback. After this error, no message may be sent.
         callbacks: The functions given to `on_commit`, to be called after COMMIT.
-        two_phases: Gives names to the two-phase transactions. None without two-phase commit.
+        two_phases: Commits the sessions in two phases. None without two-phase commit.
         read_only: True if the sessions may only read. Set it before the first session is opened.
         is_routed: True if one of the sessions may use a replica.
         is_blocking: True if commit and rollback run on the calling thread, without an event loop.
@@ -72,7 +72,7 @@ class UnitOfWork:
     failure: Exception | None = None
     has_news: bool = False
     closed: bool = False
-    two_phases: TwoPhases | None = None
+    two_phases: TwoPhaseCommit | None = None
     read_only: bool = False
     is_routed: bool = False
     is_blocking: bool = False
@@ -152,12 +152,12 @@ class UnitOfWork:
     def _open(self, database: SessionSource[S]) -> ManagedSession[S]:
         self.is_used = True
         made = database.open_session(self.scope, read_only=self.read_only)
+        if self.two_phases is not None and not self.read_only:
+            made = self.two_phases.manage(made)
         opened = self.sessions.setdefault(database, made)
         # Another thread has opened a session of this database at the same time. Use that session.
         if opened is not made:
             return opened
-        if self.two_phases is not None and not self.read_only:
-            made.orm.twophase, made.companion.two_phases = True, self.two_phases
         if self.is_blocking:
             made.run = call_here
         self.is_routed = self.is_routed or made.companion.route is not None

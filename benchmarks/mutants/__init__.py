@@ -1,1 +1,1 @@
-"""Mutation testing: does a test fail when a line of the core is changed?"""
+"""Mutation testing: does a test fail when a line of the package is changed?"""

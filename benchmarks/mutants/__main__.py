@@ -1,4 +1,4 @@
-"""Changes lines of the core at random, and lists the changes that no test notices.
+"""Changes lines of the package at random, and lists the changes that no test notices.
 
     python -m benchmarks.mutants                                  200 mutants
     python -m benchmarks.mutants --count 50 --only '*/session/*'  50 mutants of some files
@@ -20,18 +20,15 @@ from .trial import copy, survives
 
 _ROOT = Path(__file__).parents[2]
 _CORE = "asgi_dbsession/{}/*.py"
+_ROOMS = ("session", "unit", "asgi", "database", "join", "two_phases", "mistakes")
 # The weight of a file in the random choice: code of the two promises comes first.
 _WEIGHTS = {"session": 3, "unit": 3, "asgi/middleware": 3, "asgi/exchange": 3}
 
 
 def drawn(count: int, seed: int, only: str) -> list[Mutation]:
-    """Return random mutations of the core; the same seed gives the same mutations."""
+    """Return random mutations of the package; the same seed gives the same mutations."""
     chance = random.Random(seed)
-    files = [
-        each
-        for room in ("session", "unit", "asgi", "database")
-        for each in sorted(_ROOT.glob(_CORE.format(room)))
-    ]
+    files = [each for room in _ROOMS for each in sorted(_ROOT.glob(_CORE.format(room)))]
     candidates = [
         (chance.random() ** (1 / _weight(each.file)), number, each)
         for number, each in enumerate(each for file in files for each in mutations_of(_ROOT, file))

@@ -28,6 +28,9 @@ _ROOMS = {
     "unit": ("on_commit", "database", "nesting", "several_databases", "two_phases"),
     "asgi": ("misuse", "lifespan", "nesting", "websocket", "on_commit", "events", "starlette"),
     "database": ("database", "url", "bad_input", "health", "lifespan"),
+    "join": ("join", "read_only"),
+    "mistakes": ("events", "silent_losses", "sqlite"),
+    "two_phases": ("two_phases",),
 }
 _FEW_DRIVERS = "not sqlite-sync and not psycopg-sync"
 # Tests for a single file, which run first. Some of them need drivers that block.

@@ -4,7 +4,6 @@ import logging
 from weakref import WeakSet
 
 from sqlalchemy import Engine
-from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from asgi_dbsession.errors import without_secrets
 
@@ -13,9 +12,8 @@ _warned: WeakSet[Engine] = WeakSet()
 
 
 def warn_of_shared_connection(engine: Engine) -> None:
-    """Log a warning, once for each engine, if several sessions may get the same connection."""
-    pool = engine.pool
-    if isinstance(pool, StaticPool | SingletonThreadPool) and engine not in _warned:
+    """Log a warning, once for each engine, because several sessions may get one connection."""
+    if engine not in _warned:
         _warned.add(engine)
         _logger.warning(
             "Requests at the same time share one connection of %s, because its engine has a %s. "
@@ -23,5 +21,5 @@ def warn_of_shared_connection(engine: Engine) -> None:
             "fails. Give the URL to `AsyncDatabase` or `SyncDatabase`, without `poolclass`. "
             "Tests that send one request after the other may ignore this.",
             without_secrets(engine.url),
-            type(pool).__name__,
+            type(engine.pool).__name__,
         )

@@ -4,10 +4,8 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from asgi_dbsession.session.end import Reason
 from asgi_dbsession.session.managed import ManagedSession
-
-from .unit_of_work import UnitOfWork
+from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
 _logger = logging.getLogger("asgi_dbsession")
 _UNSAVED = (
@@ -16,12 +14,9 @@ _UNSAVED = (
 )
 
 
-def log_unsaved(unit: UnitOfWork, opened: Iterable[ManagedSession[Any]], reason: Reason) -> None:
-    """Log an error if changed objects were lost because the response was not completed."""
-    if reason not in ("cancelled", "unfinished"):
-        return
+def log_unsaved(unit: UnitOfWork, opened: Iterable[ManagedSession[Any]]) -> None:
+    """Log an error for changed objects that are lost because the response was not completed."""
     unsaved = sum(
         len(each.orm.new) + len(each.orm.dirty) + len(each.orm.deleted) for each in opened
     )
-    if unsaved:
-        _logger.error(_UNSAVED, unsaved, unit.scope["path"] if unit.scope else "")
+    _logger.error(_UNSAVED, unsaved, unit.scope["path"] if unit.scope else "")

@@ -11,9 +11,15 @@ from asgi_dbsession.errors import ConcurrentUse, NoSession, SessionClosed
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.end import End
 from asgi_dbsession.session.failures import forbid_commit
+from asgi_dbsession.unit.begin import made_current
+from asgi_dbsession.unit.unit_of_work import (
+    SessionSource,
+    UnitOfWork,
+    current_unit,
+    unit_that_manages,
+)
 
-from .begin import made_current
-from .unit_of_work import SessionSource, UnitOfWork, current_unit, unit_that_manages
+from .open_blocks import OpenBlocks
 
 S = TypeVar("S")
 
@@ -63,50 +69,6 @@ def joined_blocking(unit: UnitOfWork, database: SessionSource[S], read_only: boo
             block.end(End(commit=True, reason="exception"), None)
 
 
-class _Blocks:
-    """The `begin(join=True)` blocks of one session that are open now. The innermost block is last.
-
-    Only code inside the innermost block may use the session. Work of any other code would be inside
-    the block's savepoint too, and a rollback of the block would undo this work.
-    """
-
-    def __init__(self, unit: UnitOfWork, database: SessionSource[Any]) -> None:
-        self.open: list[UnitOfWork] = []
-        self._unit = unit
-        self._database = database
-
-    def __call__(self) -> None:
-        """Raise an error if the caller is not inside the innermost `begin(join=True)` block.
-
-        Raises:
-            ConcurrentUse: The caller runs outside of the innermost `begin(join=True)` block.
-            SessionClosed: The caller was started inside a `begin(join=True)` block that has ended.
-        """
-        innermost = current_unit.get()
-        units = innermost.chain() if innermost is not None else ()
-        mine = next(filter(self._is_block, units), None)
-        if mine is not None and mine.closed:
-            raise SessionClosed(self._database, of_block=True)
-        if mine is not (self.open[-1] if self.open else None):
-            raise ConcurrentUse(self._database, mixed_with="block")
-
-    def _is_block(self, unit: UnitOfWork) -> bool:
-        return unit.joined is self._unit and self._database in unit.databases
-
-    def close(self, unit: UnitOfWork) -> bool:
-        """Mark a `begin(join=True)` block as closed, and also the open blocks inside of it.
-
-        Returns:
-            True if no block inside this block was still open.
-        """
-        number = self.open.index(unit)
-        for each in self.open[number:]:
-            each.closed = True
-        is_innermost = number == len(self.open) - 1
-        del self.open[number:]
-        return is_innermost
-
-
 class _Block:
     """One `begin(join=True)` block: a savepoint in the transaction of an outer unit of work.
 
@@ -132,7 +94,9 @@ class _Block:
         self._writes = self._opened.companion.writes
         self._forbids_writes = read_only
         admit = self._opened.lock.admit
-        self._blocks = admit if isinstance(admit, _Blocks) else _Blocks(joined, database)
+        if not isinstance(admit, OpenBlocks):
+            admit = OpenBlocks(joined, database, self._opened)
+        self._blocks = admit
 
     def begin(self) -> None:
         """Begin the savepoint of the `begin(join=True)` block."""
@@ -145,8 +109,7 @@ class _Block:
             self._savepoint = self._opened.orm.begin_nested()
             self._forbids_writes = self._forbids_writes and not self._writes.forbidden
             if self._forbids_writes:
-                self._writes.forbidden = self._writes.in_block = True
-                self._opened.companion.followers.append(self._writes)
+                self._blocks.forbid_writes()
             self.unit.read_only = self._writes.forbidden
             self._blocks.open.append(self.unit)
             lock.admit = self._blocks
@@ -185,16 +148,8 @@ class _Block:
             else:
                 self._roll_back()
         finally:
-            if self._writes.forbidden and not self._may_only_read:
-                self._writes.allow()
-                self._opened.companion.followers.remove(self._writes)
+            self._blocks.allow_writes()
             lock.release()
-
-    @property
-    def _may_only_read(self) -> bool:
-        """True if the outer unit of work, or any open `begin(join=True)` block, may only read."""
-        unit = self.unit.joined
-        return any(each.read_only for each in (unit, *self._blocks.open) if each is not None)
 
     def _release(self) -> None:
         try:

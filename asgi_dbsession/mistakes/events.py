@@ -7,13 +7,12 @@ from sqlalchemy import event
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 from typing_extensions import override
 
+from asgi_dbsession.asgi.route import route_of
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.roll_back import has_changes
 from asgi_dbsession.types import Message, Send
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
-
-from .route import route_of
 
 _logger = logging.getLogger("asgi_dbsession")
 _WARNING = (
@@ -23,19 +22,6 @@ _WARNING = (
 )
 # The warning was logged for these routes already. It is logged once for each route.
 _warned: set[str] = set()
-
-
-def is_event_stream(start: Message) -> bool:
-    """Return True if a start message begins a response of type `text/event-stream`."""
-    headers = start.get("headers")
-    # Read the headers only if they are a list. An iterator can be read only once, and the server
-    # needs it.
-    for name, value in headers if isinstance(headers, list) else ():
-        if name == b"content-length":  # An event stream has no Content-Length header.
-            return False
-        if name == b"content-type":
-            return bool(value.startswith(b"text/event-stream"))
-    return False
 
 
 def warn_of_early_events(unit: UnitOfWork, send: Send) -> Send:

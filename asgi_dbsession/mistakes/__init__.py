@@ -1,0 +1,1 @@
+"""Logs mistakes of an application that lose work or store it too early."""

@@ -1,0 +1,157 @@
+"""Commits the sessions of one unit of work with a two-phase commit.
+
+If the process is killed or a connection is lost, some transactions may stay prepared on the
+servers. Then an operator must commit or roll back each of them, and can see only which transactions
+are still prepared. One session of the unit of work is the deciding session. It shows the operator
+what to do:
+
+1. The deciding session is prepared first.
+2. The deciding session is committed first. If its COMMIT fails, no other session is committed.
+3. The deciding session is rolled back last, and only if no other session can still be prepared.
+
+So if the deciding session is still prepared, the operator rolls back all transactions of the unit
+of work. Otherwise the operator commits all that are still prepared.
+"""
+
+import logging
+from typing import Any, TypeAlias, TypeVar
+
+from sqlalchemy import URL
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.orm import Session
+from typing_extensions import Self
+
+from asgi_dbsession.errors import ConcurrentUse, ConfigurationError
+from asgi_dbsession.session.end import End
+from asgi_dbsession.session.managed import ManagedSession, Sessions
+from asgi_dbsession.unit.together import commit_all, flush_all, roll_back_all
+from asgi_dbsession.unit.unit_of_work import UnitOfWork
+
+from .names import Names
+from .session import TwoPhaseSession
+
+S = TypeVar("S")
+Prepared: TypeAlias = list[TwoPhaseSession[Any]]
+
+_logger = logging.getLogger("asgi_dbsession")
+
+
+def refuse_one_phase(database: object, url: URL) -> None:
+    """Raise an error if a database does not support two-phase commit.
+
+    Raises:
+        ConfigurationError: The SQLAlchemy dialect of the database has no two-phase commit.
+    """
+    if url.get_dialect().do_begin_twophase is Dialect.do_begin_twophase:
+        raise ConfigurationError(
+            f"{database} cannot commit in two phases. Leave out `two_phase=True`, or give this "
+            "database to a DBSessionMiddleware of its own without it."
+        )
+
+
+class TwoPhases:
+    """The attribute `two_phases` of a unit of work whose sessions are committed in two phases.
+
+    Args:
+        databases: How many databases the unit of work has.
+    """
+
+    def __init__(self, databases: int) -> None:
+        self._names = Names(databases)
+
+    def anew(self, databases: int) -> Self:
+        """Return the same for another unit of work, which runs an `on_commit` function."""
+        return type(self)(databases)
+
+    def manage(self, opened: ManagedSession[S]) -> ManagedSession[S]:
+        """Return the session that the unit of work must use in the place of `opened`."""
+        return TwoPhaseSession(opened, self._names)
+
+    async def commit(self, unit: UnitOfWork, sessions: Sessions, end: End) -> BaseException | None:
+        """Flush all sessions, send PREPARE for all of them, and then send COMMIT for all of them.
+
+        Args:
+            unit: The unit of work that opened the sessions.
+            sessions: The sessions that have work, in the order in which their databases were
+                declared.
+            end: The `End` object of this commit, which the locks of the sessions need.
+
+        Returns:
+            The first error, or None if all COMMITs succeeded.
+        """
+        deciding = self._names.deciding
+        try:
+            _add_deciding(deciding, unit, sessions)
+        except ConcurrentUse as error:
+            return await roll_back_all(sessions, end, error)
+        failure = await flush_all(sessions, end)
+        if failure is not None:
+            return await roll_back_all(sessions, end, failure)
+        connections = [one for each in sessions for one in each.companion.open_connections]
+        if len(connections) == 1:
+            # For a single connection, a normal COMMIT is enough. Two phases would be slower, and
+            # could leave the transaction prepared.
+            return await commit_all(sessions, end)
+        deciding = self._names.deciding
+        prepared = [each for each in sessions if isinstance(each, TwoPhaseSession)]
+        prepared.sort(key=lambda each: each.orm is not deciding)
+        failure = await _prepare_all(prepared)
+        if failure is not None:
+            await _roll_back_prepared(prepared, end, failure)
+        else:
+            failure = await _commit_prepared(prepared, end)
+        for each in prepared:
+            if each.in_doubt and failure is not None:
+                # An operator must end these transactions.
+                _logger.error("In doubt: %s", each.in_doubt, exc_info=failure)
+                self._names.renew()
+        return failure
+
+
+def _add_deciding(deciding: Session | None, unit: UnitOfWork, sessions: Sessions) -> None:
+    """Add the deciding session to `sessions`, even if it has no work.
+
+    Raises:
+        ConcurrentUse: The deciding session has uncommitted work of another task.
+    """
+    for each in unit.opened:
+        if each.orm is deciding and each not in sessions and len(sessions) > 1:
+            if each.has_work:
+                raise ConcurrentUse(each.lock.database, mixed_with="living")
+            sessions.append(each)
+
+
+async def _prepare_all(sessions: Prepared) -> BaseException | None:
+    for each in sessions:
+        try:
+            await each.run(each.prepare)
+        except BaseException as error:
+            return error
+    return None
+
+
+async def _roll_back_prepared(sessions: Prepared, end: End, failure: BaseException) -> None:
+    deciding, *others = sessions
+    await roll_back_all(others, end, failure)
+    if any(each.in_doubt for each in others):
+        await deciding.run(deciding.leave_in_doubt, end)
+    else:
+        await roll_back_all([deciding], end, failure)
+
+
+async def _commit_prepared(sessions: Prepared, end: End) -> BaseException | None:
+    failure: BaseException | None = None
+    deciding, *others = sessions
+    try:
+        await deciding.run(deciding.end, end, True)
+    except BaseException as error:
+        failure = error
+    for each in others:
+        if deciding.in_doubt and failure is not None:
+            await each.run(each.leave_in_doubt, end)
+            continue
+        try:
+            await each.run(each.end, end, True)
+        except BaseException as error:
+            failure = failure or error
+    return failure

@@ -1,0 +1,84 @@
+"""Names the transactions of a two-phase commit, so that an operator can end them after a crash."""
+
+from secrets import token_hex
+from threading import Lock
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.engine import TwoPhaseTransaction
+from sqlalchemy.orm import Session
+
+_PREFIX = "asgi_dbsession_"
+
+
+class Names:
+    """Gives names to the two-phase transactions of one unit of work, before they begin.
+
+    A name has three parts: a random text, which is the same for all transactions of the unit of
+    work; the number of the transaction; and how many databases the unit of work has.
+
+    Transaction number 1 is prepared first, committed first, and rolled back last. So after a crash,
+    number 1 tells an operator what to do with the other prepared transactions of the unit of work.
+    If number 1 is still prepared too, roll back all of them, and number 1 last. If number 1 is not
+    prepared any more, it was committed, so commit all others.
+
+    MariaDB needs the name before the first statement of a transaction. At that time nobody knows
+    which other sessions the unit of work will open. So number 1 is the transaction that begins
+    first.
+
+    Args:
+        databases: How many databases the unit of work has.
+    """
+
+    def __init__(self, databases: int) -> None:
+        self._databases = databases
+        self._begun: list[Session] = []
+        self._unit = token_hex(16)
+        self._mutex = Lock()  # A lock, because several threads may begin transactions at once.
+
+    @property
+    def deciding(self) -> Session | None:
+        """The session whose transaction began first; None if no transaction is open now."""
+        begun = self._begun
+        return begun[0] if any(each.in_transaction() for each in begun) else None
+
+    def connect(self, session: Any, engine: Engine) -> Connection:
+        """Return a new connection for a session. Its next transaction gets a name.
+
+        Only the transaction on the session's first connection gets a name. The name contains the
+        place of this transaction in the order of COMMITs. For further connections of the session
+        (SQLAlchemy's option `binds`), this order is not known.
+        """
+        if session._companion.open_connections:
+            return engine.connect()
+        name = self._name(session)
+        connection = engine.connect()
+
+        def begin_named() -> TwoPhaseTransaction:
+            del vars(connection)["begin_twophase"]
+            return connection.begin_twophase(name)
+
+        vars(connection)["begin_twophase"] = begin_named
+        return connection
+
+    def _name(self, session: Session) -> str:
+        """Return the name for the next transaction of a session.
+
+        The name has at most 64 bytes, which is the limit of MariaDB. PostgreSQL allows 199 bytes.
+        """
+        with self._mutex:
+            if not any(each.in_transaction() for each in self._begun if each is not session):
+                self.renew()
+            if session not in self._begun:
+                self._begun.append(session)
+            number = self._begun.index(session) + 1
+            return f"{_PREFIX}{self._unit}_{number}_{self._databases}"
+
+    def renew(self) -> None:
+        """Use a new random text in all names from now on.
+
+        If an earlier transaction may still be prepared on the server, a later transaction must not
+        get the same name.
+        """
+        self._begun = []
+        self._unit = token_hex(16)
