@@ -13,31 +13,18 @@ async def serve_and_answer(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Serve a request. If its COMMIT fails, send an error response or raise the error."""
+    """Serve a request. If its COMMIT fails, send the response of `on_commit_error`, or raise."""
     try:
         await serve(scope, receive, send)
     except AbortRequest as abort:
         failure = abort.failure
     else:
         return
-    await answer_or_raise(failure, on_commit_error, scope, receive, send)
-
-
-async def answer_or_raise(
-    failure: Exception | None,
-    on_commit_error: Callable[[Exception], ASGIApp | None] | None,
-    scope: Scope,
-    receive: Receive,
-    send: Send,
-) -> None:
-    """Send the response that `on_commit_error` returns, or raise the error of the COMMIT.
-
-    Call this function outside of an `except` block. Otherwise the traceback of the raised error
-    would also show the internal exception AbortRequest.
-    """
-    # If `failure` is None, no COMMIT of this middleware has failed. Then an outer
-    # DBSessionMiddleware has stopped the request, and will answer it.
+    # Errors are raised outside of the `except` block. Otherwise their tracebacks would also show
+    # the internal exception AbortRequest.
     if failure is None:
+        # No COMMIT of this middleware has failed. An outer DBSessionMiddleware has stopped the
+        # request, and will answer it.
         raise AbortRequest
     answer: ASGIApp | None = None
     # These errors show a mistake in the application, which `on_commit_error` must not hide.
