@@ -12,7 +12,8 @@ from typing_extensions import override
 from asgi_dbsession.session._sqlalchemy import isolation_level_on_connect
 from asgi_dbsession.session.end import End
 from asgi_dbsession.session.guard import GuardedSession
-from asgi_dbsession.session.lost import is_lost_read
+from asgi_dbsession.session.lost import is_lost
+from asgi_dbsession.session.writes import may_only_read
 from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
 
 from .causes import causes
@@ -103,7 +104,7 @@ class WatchedAttempt(RunningAttempt):
     def is_conflict(self, context: ExceptionContext) -> bool:
         """Return True if an error of the driver is a conflict or another reason to retry."""
         found = context.sqlalchemy_exception or context.original_exception
-        is_conflicting = is_conflict(context.original_exception) or is_lost_read(context)
+        is_conflicting = is_conflict(context.original_exception) or _is_lost_read(context)
         return is_conflicting or self._counts(found)
 
     def enclosing(self) -> "list[WatchedAttempt]":
@@ -223,3 +224,13 @@ def _is_autocommit(connection: Connection) -> bool:
 def _text(error: BaseException) -> str:
     original = getattr(error, "orig", None) or error
     return f"{type(original).__name__}: {' '.join(str(original).split())}"
+
+
+def _is_lost_read(context: ExceptionContext) -> bool:
+    """Return True if the connection was lost in a transaction that could only read."""
+    connection = context.connection
+    # After its first error the connection is marked as lost. Then nobody knows any more if its
+    # transaction was read-only.
+    if connection is None or connection.invalidated:
+        return False
+    return is_lost(context) and may_only_read(connection)

@@ -1,9 +1,7 @@
-"""Decides if an error means that a connection was lost, and if the lost transaction only read."""
+"""Decides if an error means that a connection was lost."""
 
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import InvalidRequestError
-
-from .writes import may_only_read
 
 
 def is_lost(context: ExceptionContext) -> bool:
@@ -18,13 +16,3 @@ def is_lost(context: ExceptionContext) -> bool:
     # this error as a disconnect.
     is_disconnect = context.is_disconnect or isinstance(error, ConnectionError)
     return is_disconnect or context.connection is None
-
-
-def is_lost_read(context: ExceptionContext) -> bool:
-    """Return True if the connection was lost in a transaction that could only read."""
-    connection = context.connection
-    # After its first error the connection is marked as lost. Then nobody knows any more if its
-    # transaction was read-only.
-    if connection is None or connection.invalidated:
-        return False
-    return is_lost(context) and may_only_read(connection)
