@@ -1,4 +1,4 @@
-"""Type aliases for ASGI: the scope, a message, `receive`, `send` and an application."""
+"""Type aliases that several rooms use: those of ASGI, and the type of the option `retry_on`."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
@@ -11,3 +11,7 @@ Message: TypeAlias = Any
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+RetryOn: TypeAlias = (
+    type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool] | None
+)

@@ -11,8 +11,7 @@ from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.session.tasks import current_task
-from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
-from asgi_dbsession.unit.retry_on import check_retry_on
+from asgi_dbsession.types import ASGIApp, Receive, RetryOn, Scope, Send
 
 from .lifespan import Unstartable
 from .rules import commit_rule
@@ -72,7 +71,8 @@ def usable_databases(
         for name in ("attempts", "retry_after"):
             if name == "attempts" or options[name] is not None:
                 _check_number(name, options[name])
-        _check_retry_on(options["retry_on"], options["attempts"])
+        if options["retry_on"] is not None:
+            _check_retry_on(options["retry_on"], options["attempts"])
     except ConfigurationError as error:
         if current_task() is None:
             raise
@@ -151,9 +151,11 @@ def _check_function(name: str, given: object) -> None:
         )
 
 
-def _check_retry_on(given: object, attempts: int) -> None:
-    check_retry_on(given)
-    if given is not None and attempts == 1:
+def _check_retry_on(given: RetryOn, attempts: int) -> None:
+    from asgi_dbsession.retry.rule import rule_of
+
+    rule_of(given)
+    if attempts == 1:
         raise ConfigurationError(
             "retry_on has no effect, because a request runs only once. Set `attempts` to 2 or more."
         )

@@ -6,10 +6,9 @@ from sqlalchemy import URL
 from typing_extensions import Never
 
 from asgi_dbsession.errors import ABORTED, AbortRequest
-from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
+from asgi_dbsession.types import ASGIApp, Receive, RetryOn, Scope, Send
 from asgi_dbsession.unit.ending import close
 from asgi_dbsession.unit.report import UnitReport
-from asgi_dbsession.unit.retry_on import RetryOn
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 from .answer import add_note

@@ -19,9 +19,8 @@ from asgi_dbsession.session.guard import guarded_class
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.task_lock import TaskLock
 from asgi_dbsession.session.writes import Writes
-from asgi_dbsession.types import Scope
+from asgi_dbsession.types import RetryOn, Scope
 from asgi_dbsession.unit.blocks import block_of
-from asgi_dbsession.unit.retry_on import RetryOn
 
 from .base import Database
 from .health import TaskQuestions

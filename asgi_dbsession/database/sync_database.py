@@ -16,9 +16,8 @@ from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.tasks import current_task
 from asgi_dbsession.session.thread_lock import ThreadLock
 from asgi_dbsession.session.writes import Writes
-from asgi_dbsession.types import Scope
+from asgi_dbsession.types import RetryOn, Scope
 from asgi_dbsession.unit.blocks import blocking_block_of
-from asgi_dbsession.unit.retry_on import RetryOn
 
 from .base import Database
 from .decorator import DecoratingBlock

@@ -13,9 +13,8 @@ import anyio
 
 from asgi_dbsession.errors import ABORTED
 from asgi_dbsession.session.failures import watch_all
-from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
+from asgi_dbsession.types import ASGIApp, Receive, RetryOn, Scope, Send
 from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
-from asgi_dbsession.unit.retry_on import RetryOn
 
 from .attempt import RequestAttempt
 from .conflicts import WatchedAttempt, unwatch_conflicts, watch_conflicts, watch_sessions

@@ -1,20 +1,37 @@
 """Makes a function from the option `retry_on`, which tells if an error is retried."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from inspect import iscoroutinefunction
+from typing import Any, TypeAlias
 
 from asgi_dbsession.asgi.rules import checked
-from asgi_dbsession.unit.retry_on import RetryOn
+from asgi_dbsession.errors import ConfigurationError, kind_of
+from asgi_dbsession.types import RetryOn
 
 Rule: TypeAlias = Callable[[BaseException], bool]
 
 
 def rule_of(retry_on: RetryOn) -> Rule:
-    """Return a function that tells if an error is retried in the same way as a conflict."""
+    """Return a function that tells if an error is retried in the same way as a conflict.
+
+    Raises:
+        ConfigurationError: `retry_on` is neither an exception class, nor a tuple of exception
+            classes, nor a plain function, nor None.
+    """
     if retry_on is None:
         return lambda _: False
-    if isinstance(retry_on, type | tuple):
-        classes = retry_on
+    classes: Any = retry_on if isinstance(retry_on, tuple) else (retry_on,)
+    if all(isinstance(each, type) and issubclass(each, Exception) for each in classes):
         return lambda error: isinstance(error, classes)
-    rule = retry_on
+    rule: Any = retry_on
+    if isinstance(rule, type) or not callable(rule):
+        raise ConfigurationError(
+            "retry_on takes a class of exceptions, a tuple of such classes, or a plain function, "
+            f"not {kind_of(rule)}."
+        )
+    if iscoroutinefunction(rule):
+        raise ConfigurationError(
+            "retry_on takes a plain function, not a coroutine function. Write it with `def`, not "
+            "`async def`."
+        )
     return lambda error: isinstance(error, Exception) and checked(rule(error), "retry_on")

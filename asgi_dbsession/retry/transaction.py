@@ -11,9 +11,9 @@ from typing_extensions import TypeVarTuple, Unpack
 
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.session.failures import watch_all
+from asgi_dbsession.types import RetryOn
 from asgi_dbsession.unit.after_commit import name_of
 from asgi_dbsession.unit.attempt import Attempt, running_attempt
-from asgi_dbsession.unit.retry_on import RetryOn, check_retry_on
 
 from .conflicts import WatchedAttempt, unwatch_conflicts, watch_conflicts
 from .retry import log_retry, pause_after
@@ -70,7 +70,6 @@ def run_transaction_blocking(
 def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:
     if type(attempts) is not int or attempts < 1:
         raise ConfigurationError("attempts takes a whole number from 1 on.")
-    check_retry_on(retry_on)
     counts = rule_of(retry_on)
     watch_all(watch_conflicts, unwatch_conflicts)
     for number in range(1, attempts + 1):
