@@ -116,9 +116,11 @@ def _check_names(unknown: Mapping[str, object], made_by: type) -> None:
 
 
 def _check_databases(given: Sequence[object]) -> None:
-    databases = [each for each in given if not isinstance(each, str | URL)]
-    for each in databases:
-        if not isinstance(each, AsyncDatabase | SyncDatabase):
+    databases: list[AnyDatabase] = []
+    for each in given:
+        if isinstance(each, AsyncDatabase | SyncDatabase):
+            databases.append(each)
+        elif not isinstance(each, str | URL):
             raise ConfigurationError(
                 "DBSessionMiddleware takes a URL, an AsyncDatabase or a SyncDatabase, not "
                 f"something of type {type(each).__name__}. Write "
@@ -126,17 +128,11 @@ def _check_databases(given: Sequence[object]) -> None:
             )
     if len(set(databases)) < len(databases):
         raise ConfigurationError(f"The same database was given twice: {databases}.")
-    _check_cookies([each for each in databases if isinstance(each, AsyncDatabase | SyncDatabase)])
-
-
-def _check_cookies(databases: Sequence[AnyDatabase]) -> None:
     sets = [each._replica_set for each in databases if each._replica_set is not None]
-    cookies = [each.options.cookie for each in sets if each.options.store is None]
-    if len(set(cookies)) < len(cookies):
-        raise ConfigurationError(
-            f"Several databases with replicas have the same cookie: {', '.join(cookies)}. Write "
-            '`replicas=Replicas(urls, cookie="...")` for one of them.'
-        )
+    if sets:
+        from asgi_dbsession.replicas.checks import check_cookies
+
+        check_cookies(sets)
 
 
 def _check_function(name: str, given: object) -> None:

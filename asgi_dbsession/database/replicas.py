@@ -1,17 +1,11 @@
 """The option `replicas`: the URLs of replicas, and where the WAL position of a client is stored."""
 
-import re
 from collections.abc import Sequence
 from typing import Protocol
 
 from sqlalchemy import URL
 
-from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.types import Scope
-
-# The name of a cookie consists of these characters. Source: RFC 6265, section 4.1.1
-_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
-_PATH = re.compile(r"/[^;\s\x00-\x1f\x7f]*")
 
 
 class PositionStore(Protocol):
@@ -63,18 +57,9 @@ class Replicas:
         path: str = "/",
         store: PositionStore | None = None,
     ) -> None:
-        if isinstance(urls, str | URL) or not isinstance(urls, Sequence):
-            raise ConfigurationError(
-                "replicas takes a list of URLs, even of one: `replicas=[url]`."
-            )
-        if isinstance(max_lag, bool) or not isinstance(max_lag, int | float) or not max_lag >= 1:
-            raise ConfigurationError("max_lag takes a number of seconds, 1 or more.")
-        if not isinstance(cookie, str) or not _NAME.fullmatch(cookie):
-            raise ConfigurationError(
-                "cookie takes the name of a cookie: letters, digits, `_` and `-`."
-            )
-        if not isinstance(path, str) or not _PATH.fullmatch(path):
-            raise ConfigurationError("path takes the path of a cookie, such as `/`.")
+        from asgi_dbsession.replicas.checks import check_replicas
+
+        check_replicas(urls, max_lag, cookie, path)
         self.urls: tuple[str | URL, ...] = tuple(urls)
         self.max_lag: float = max_lag
         self.cookie: str = cookie

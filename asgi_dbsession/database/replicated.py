@@ -8,7 +8,6 @@ from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from typing_extensions import Self, override
 
-from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.session.recording import recording_class
 from asgi_dbsession.unit.observer import UnitObserver
 
@@ -52,15 +51,10 @@ class ReplicatedLife(EngineLife[E]):
             self._derive_session_class(routed_class)
 
     def _see(self, position: str | None, *, join: bool, read_only: bool) -> None:
-        if position is None:
-            return
-        if join or not read_only:
-            raise ConfigurationError(
-                "`after` is for a unit of work of its own that may only read. Write "
-                "`begin(read_only=True, after=position)`; all other work uses the primary."
-            )
-        if self._replica_set is not None:
-            self._replica_set.see(position)
+        if position is not None:
+            from asgi_dbsession.replicas.seen_here import see
+
+            see(self._replica_set, position, join=join, read_only=read_only)
 
     @override
     async def startup(self) -> None:

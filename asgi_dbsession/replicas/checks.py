@@ -1,5 +1,6 @@
-"""Checks that a database can have replicas, and that each replica fits to its primary."""
+"""Checks the option `replicas`, and that each replica fits to its primary."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,43 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from asgi_dbsession.errors import ConfigurationError
+
+# The name of a cookie consists of these characters. Source: RFC 6265, section 4.1.1
+_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_PATH = re.compile(r"/[^;\s\x00-\x1f\x7f]*")
+
+
+def check_replicas(urls: object, max_lag: object, cookie: object, path: object) -> None:
+    """Check the arguments of `Replicas`.
+
+    Raises:
+        ConfigurationError: An argument is wrong.
+    """
+    if isinstance(urls, str | URL) or not isinstance(urls, Sequence):
+        raise ConfigurationError("replicas takes a list of URLs, even of one: `replicas=[url]`.")
+    if isinstance(max_lag, bool) or not isinstance(max_lag, int | float) or not max_lag >= 1:
+        raise ConfigurationError("max_lag takes a number of seconds, 1 or more.")
+    if not isinstance(cookie, str) or not _NAME.fullmatch(cookie):
+        raise ConfigurationError("cookie takes the name of a cookie: letters, digits, `_` and `-`.")
+    if not isinstance(path, str) or not _PATH.fullmatch(path):
+        raise ConfigurationError("path takes the path of a cookie, such as `/`.")
+
+
+def check_cookies(sets: Sequence[Any]) -> None:
+    """Raise an error if two databases would store their WAL positions in the same cookie.
+
+    Args:
+        sets: The `ReplicaSet` objects of all databases that have replicas.
+
+    Raises:
+        ConfigurationError: Two databases have the same cookie.
+    """
+    cookies = [each.options.cookie for each in sets if each.options.store is None]
+    if len(set(cookies)) < len(cookies):
+        raise ConfigurationError(
+            f"Several databases with replicas have the same cookie: {', '.join(cookies)}. Write "
+            '`replicas=Replicas(urls, cookie="...")` for one of them.'
+        )
 
 
 def check_primary(database: Any, options: Mapping[str, Any]) -> None:

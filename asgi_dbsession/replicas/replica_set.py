@@ -11,7 +11,6 @@ from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.replicas import Replicas
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.unit.observer import UnitObserver
 
 from .checks import check_primary, check_replica, with_driver
 from .choice import Choice, Watch
@@ -126,11 +125,6 @@ class ReplicaSet:
         for server in self._servers:
             server.forget()
 
-    def observe(self, observer: UnitObserver) -> None:
-        """Add an object to notify of each engine of the replicas."""
-        for each in self.databases:
-            each.observe(observer)
-
     @property
     def _servers(self) -> tuple[Server, ...]:
         return (self.primary, *self.replicas)
@@ -138,10 +132,6 @@ class ReplicaSet:
     @property
     def _lives(self) -> tuple[AnyDatabase, ...]:
         return (*self.databases, *(each.asker for each in self._servers))
-
-    def see(self, position: str | None) -> None:
-        """Let the current client read only from servers that have reached `position`."""
-        seen_here(self).add(position)
 
     def give_route(self, made: ManagedSession[Any]) -> None:
         """Give a session its `Route`, which chooses the server if the session has no engine yet."""

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from asgi_dbsession.errors import ConfigurationError
+
 from .position import Seen
 
 # What the current client has seen, for each `ReplicaSet`. Each request sets a dictionary of its
@@ -29,3 +31,24 @@ def seen_here(servers: Any) -> Seen:
         found = {}
         _here.set(found)
     return found.setdefault(servers, Seen())
+
+
+def see(servers: Any, position: str, *, join: bool, read_only: bool) -> None:
+    """Let the current client read only from servers that have reached `position`.
+
+    Args:
+        servers: The `ReplicaSet` of the database, or None if the database has no replicas.
+        position: The value of the option `after` of `begin()`.
+        join: The option `join` of `begin()`.
+        read_only: The option `read_only` of `begin()`.
+
+    Raises:
+        ConfigurationError: The block joins another unit of work, or may write.
+    """
+    if join or not read_only:
+        raise ConfigurationError(
+            "`after` is for a unit of work of its own that may only read. Write "
+            "`begin(read_only=True, after=position)`; all other work uses the primary."
+        )
+    if servers is not None:
+        seen_here(servers).add(position)
