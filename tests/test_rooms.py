@@ -18,7 +18,7 @@ HOME = Path(asgi_dbsession.__file__).parent
 # Each room imports only from rooms before it. Optional rooms import no other optional room, except
 # for the live page, which shows reports.
 CORE = ("types", "errors", "session", "unit", "database", "asgi")
-OPTIONAL = ("join", "two_phases", "mistakes", "retry", "reports", "replicas", "testing")
+OPTIONAL = ("urls", "join", "two_phases", "mistakes", "retry", "reports", "replicas", "testing")
 
 
 def room_of(module: str) -> str:
@@ -93,14 +93,33 @@ async def main():
             await session.execute(text("SELECT 1"))
 
 asyncio.run(main())
-print(*(name for name in sys.modules if name.startswith("asgi_dbsession.")))
 """
+
+
+def rooms_after(program: str) -> set[str]:
+    """Return the rooms that a process has imported after it has run a program."""
+    program += "\nprint(*(name for name in sys.modules if name.startswith('asgi_dbsession.')))"
+    printed = subprocess.check_output([sys.executable, "-c", program], text=True)
+    return {room_of(name) for name in printed.split()}
 
 
 def test_the_core_alone_imports_no_optional_room() -> None:
     """A request and a `begin()` block without further options import no code of these rooms."""
-    printed = subprocess.check_output([sys.executable, "-c", PROGRAM], text=True)
-    assert {room_of(name) for name in printed.split()} == set(CORE)
+    assert rooms_after(PROGRAM) == set(CORE)
+
+
+@pytest.mark.parametrize(
+    ("used", "room"),
+    [
+        ("AsyncDatabase('sqlite+aiosqlite:///shop.db?timeout=5')", "urls"),
+        ("DBSessionMiddleware(app, database, attempts=2, retry_on=KeyError)", "retry"),
+        ("DBSessionMiddleware(app, database, on_report=print)", "reports"),
+        ("from asgi_dbsession import warn_when_idle", "reports"),
+    ],
+)
+def test_an_optional_room_is_imported_when_it_is_used(used: str, room: str) -> None:
+    """And no other optional room."""
+    assert rooms_after(PROGRAM + used) == {*CORE, room}
 
 
 def test_no_file_is_too_long_to_read_at_once() -> None:

@@ -23,9 +23,8 @@ from asgi_dbsession.unit.observer import UnitObserver
 from .borrowed import own, prepare
 from .failures import failure_of, reason_of
 from .forks import inherited_pools, notice_forks
-from .options_in_url import translate_options
 from .secrets import secrets_of
-from .url import is_in_memory, options_for_memory, url_with_driver
+from .url import is_in_memory, options_for_memory, refuse_autocommit, url_with_driver
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 
@@ -45,8 +44,12 @@ class EngineLife(ABC, Generic[E]):
         if on_engine is not None and (not callable(on_engine) or iscoroutinefunction(on_engine)):
             raise ConfigurationError("on_engine takes a plain function (`def`) of an Engine.")
         named = url_with_driver(url, asynchronous=self.is_async)
-        translated, engine_options = translate_options(named, engine_options)
-        self.url: URL = translated
+        refuse_autocommit(named, engine_options)
+        if named.query:
+            from asgi_dbsession.urls.translation import translate_options
+
+            named, engine_options = translate_options(named, engine_options)
+        self.url: URL = named
         self._engine_options = options_for_memory(self.url, engine_options)
         self._ping_on_startup = ping_on_startup
         self._on_engine = on_engine

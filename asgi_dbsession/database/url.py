@@ -80,6 +80,22 @@ def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def refuse_autocommit(url: URL, engine_options: dict[str, Any]) -> None:
+    """Raise an error if the driver would store each statement at once.
+
+    Raises:
+        ConfigurationError: The URL or `connect_args` has the driver's option `autocommit`.
+    """
+    arguments = engine_options.get("connect_args")
+    for options in (url.query, arguments if isinstance(arguments, dict) else {}):
+        if str(options.get("autocommit")).lower() in ("true", "yes", "on", "1"):
+            raise ConfigurationError(
+                "The driver's `autocommit` stores each statement at once, and a rollback takes "
+                "nothing back. Leave `autocommit` out of the URL and of `connect_args`, or write "
+                '`isolation_level="AUTOCOMMIT"` after the URL.'
+            )
+
+
 def is_in_memory(url: URL) -> bool:
     """Return True if the URL is for an SQLite database in memory."""
     if url.get_backend_name() != "sqlite":

@@ -2,7 +2,7 @@
 
 from ssl import CERT_NONE, CERT_REQUIRED, SSLContext, create_default_context
 
-from .url_options import UrlOptions, is_on, take_ssl_mode
+from .options import UrlOptions, is_on, take_ssl_mode
 
 _MODES = ("disable", "require", "verify-ca", "verify-full")
 

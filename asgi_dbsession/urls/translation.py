@@ -5,11 +5,9 @@ from typing import Any
 
 from sqlalchemy import URL
 
-from asgi_dbsession.errors import ConfigurationError
-
-from .mysql_options import for_mysql
-from .postgresql_options import for_asyncpg, for_psycopg, known_to_psycopg
-from .url_options import UrlOptions, known_to
+from .mysql import for_mysql
+from .options import UrlOptions, known_to
+from .postgresql import for_asyncpg, for_psycopg, known_to_psycopg
 
 _CURES = {
     "channel_binding": "Leave it out, or use psycopg (`postgresql+psycopg://`), which has it.",
@@ -61,27 +59,14 @@ def translate_options(url: URL, given: dict[str, Any]) -> tuple[URL, dict[str, A
     Raises:
         ConfigurationError: The driver has no such option. The error says what to write instead.
     """
-    arguments = given.get("connect_args", {})
-    _refuse_autocommit(url.query.get("autocommit"))
-    _refuse_autocommit(arguments.get("autocommit") if isinstance(arguments, dict) else None)
-    if not url.query:
-        return url, given
     options = UrlOptions(url)
     if options.driver in _TRANSLATIONS:
         _TRANSLATIONS[options.driver](options)
         _refuse_unknown(options)
+    arguments = given.get("connect_args", {})
     if options.arguments and isinstance(arguments, dict):
         given = {**given, "connect_args": options.arguments | arguments}
     return url.set(query=options.query), given
-
-
-def _refuse_autocommit(value: object) -> None:
-    if str(value).lower() in ("true", "yes", "on", "1"):
-        raise ConfigurationError(
-            "The driver's `autocommit` stores each statement at once, and a rollback takes nothing "
-            "back. Leave `autocommit` out of the URL and of `connect_args`, or write "
-            '`isolation_level="AUTOCOMMIT"` after the URL.'
-        )
 
 
 def _refuse_unknown(options: UrlOptions) -> None:

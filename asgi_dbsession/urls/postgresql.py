@@ -4,7 +4,7 @@ from importlib import import_module
 
 from sqlalchemy import URL
 
-from .url_options import UrlOptions, is_on, take_ssl_mode
+from .options import UrlOptions, is_on, take_ssl_mode
 
 _MODES = ("allow", "disable", "prefer", "require", "verify-ca", "verify-full")
 # asyncpg accepts these options of libpq (PostgreSQL's C library) only in its argument `dsn`.
