@@ -3,6 +3,8 @@
 import asyncio
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 from anyio import to_thread
 from conftest import ENTRY, Running
-from sqlalchemy import create_engine, func, select
+from sqlalchemy import create_engine, event, func, select
 from sqlalchemy.pool import QueuePool
 
 from asgi_dbsession import NoSession, SyncDatabase
@@ -100,6 +102,25 @@ async def test_a_session_of_the_parent_process_is_not_current(running: Running) 
         session.execute(ENTRY.insert().values(note="parent"))
         await in_child(child)
     assert running.stored() == ["parent"]
+
+
+async def test_a_health_check_that_runs_in_the_parent_is_not_awaited(running: Running) -> None:
+    """No thread of the parent goes on in the child, so the child starts a check of its own."""
+    database: Any = running.database
+    has_begun = threading.Event()
+
+    @event.listens_for(database.engine, "before_cursor_execute")
+    def be_slow(*_: Any) -> None:
+        has_begun.set()
+        time.sleep(0.5)
+
+    async def ask() -> None:
+        assert (await database.health(within=10)).answers
+
+    task = asyncio.create_task(ask())
+    await asyncio.to_thread(has_begun.wait)
+    await in_child(lambda: asyncio.run(ask()))
+    await task
 
 
 @ASYNC

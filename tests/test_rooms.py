@@ -18,7 +18,17 @@ HOME = Path(asgi_dbsession.__file__).parent
 # Each room imports only from rooms before it. Optional rooms import no other optional room, except
 # for the live page, which shows reports.
 CORE = ("types", "errors", "session", "unit", "database", "asgi")
-OPTIONAL = ("urls", "join", "two_phases", "mistakes", "retry", "reports", "replicas", "testing")
+OPTIONAL = (
+    "urls",
+    "health",
+    "join",
+    "two_phases",
+    "mistakes",
+    "retry",
+    "reports",
+    "replicas",
+    "testing",
+)
 
 
 def room_of(module: str) -> str:
@@ -112,6 +122,7 @@ def test_the_core_alone_imports_no_optional_room() -> None:
     ("used", "room"),
     [
         ("AsyncDatabase('sqlite+aiosqlite:///shop.db?timeout=5')", "urls"),
+        ("asyncio.run(database.health())", "health"),
         ("DBSessionMiddleware(app, database, attempts=2, retry_on=KeyError)", "retry"),
         ("DBSessionMiddleware(app, database, on_report=print)", "reports"),
         ("from asgi_dbsession import warn_when_idle", "reports"),

@@ -16,7 +16,7 @@ from sqlalchemy import event, func, select
 from sqlalchemy.orm import Session
 
 from asgi_dbsession import DBSessionMiddleware, SyncDatabase, on_commit
-from asgi_dbsession.database import sync_database
+from asgi_dbsession.database import engines, sync_database
 
 pytestmark = pytest.mark.anyio
 KINDS = ("sqlite-sync", "psycopg-sync")
@@ -172,13 +172,13 @@ async def test_several_databases_are_ended_in_one_other_thread(
 ) -> None:
     """All of them, with one change of thread; with none, if all of them only read."""
     changes = []
-    run_in_thread = sync_database._run_in_thread
+    run_in_thread = engines.run_in_thread
 
     async def count(function: Any, *args: Any) -> Any:
         changes.append(function)
         return await run_in_thread(function, *args)
 
-    monkeypatch.setattr(sync_database, "_run_in_thread", count)
+    monkeypatch.setattr(sync_database, "run_in_thread", count)
     reals = [real_database("psycopg-sync", tmp_path, name) for name in ("tests", "second")]
     first, second = (describe(each) for each in reals)
     insert = execute(ENTRY.insert().values(note="new").returning(ENTRY.c.id))

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Engine, select
+from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -23,7 +23,6 @@ from asgi_dbsession.types import RetryOn, Scope
 from asgi_dbsession.unit.blocks import block_of
 
 from .base import Database
-from .health import TaskQuestions
 from .options import AnyAsyncSession, AsyncSessionOptions
 from .replicas import Replicas
 
@@ -73,11 +72,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         session_class: type[AnyAsyncSession] = self._session_class(AsyncSession)
         self._guarded_class = guarded_async_class(session_class)
         default = session_class.sync_session_class
-        self._sync_class = guarded_class(
-            self._session_class(Session, "sync_session_class", default)
-        )
+        self._orm_class = guarded_class(self._session_class(Session, "sync_session_class", default))
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._questions = TaskQuestions(self._select_one)
         self._check_session_options()
         self._add_replicas(url, replicas, {"on_engine": on_engine} | engine_options)
 
@@ -180,16 +176,12 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         self, engine: AsyncEngine | None, scope: Scope | None, read_only: bool
     ) -> ManagedSession[AnyAsyncSession]:
         session = self._guarded_class(
-            bind=engine, sync_session_class=self._sync_class, **self._session_options
+            bind=engine, sync_session_class=self._orm_class, **self._session_options
         )
         orm = session.sync_session
         orm.info["scope"] = scope
         companion = Companion(TaskLock(self), self._reads, Writes(self, read_only))
         return ManagedSession(session, orm, companion, greenlet_spawn)
-
-    @override
-    def _derive_session_class(self, derived: Callable[[type[Any]], type[Any]]) -> None:
-        self._sync_class = derived(self._sync_class)
 
     def _refuse_other_loop(self) -> None:
         try:
@@ -225,20 +217,6 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         engine = create_async_engine(self.url, **self._engine_options)
         self._loop = loop
         return engine
-
-    @override
-    async def _select_one(self, engine: AsyncEngine) -> None:
-        pool = engine.pool
-        async with engine.connect() as connection:
-            await connection.execute(select(1))
-            # The engine was disposed during this statement, and its new pool does not know this
-            # connection. So close the connection here.
-            if engine.pool is not pool:
-                await connection.invalidate()
-
-    @override
-    async def _dispose(self, engine: AsyncEngine) -> None:
-        await engine.dispose()
 
     @override
     def _forget_engine(self) -> None:

@@ -4,17 +4,13 @@ import os
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from time import perf_counter
 from typing import Any, Generic, TypeVar
 
-from anyio import create_task_group
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import QueuePool
 from typing_extensions import Self
 
-from asgi_dbsession.errors import ConfigurationError, DBSessionError, kind_of
+from asgi_dbsession.errors import ConfigurationError, kind_of
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.reads import Reads, check_autocommit_reads
 from asgi_dbsession.types import Scope
@@ -22,7 +18,8 @@ from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
 from .borrowed import borrow
-from .health import Health, Questions
+from .engines import sync_engine_of
+from .health import Health
 from .replicated import ReplicatedLife
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
@@ -33,7 +30,6 @@ class Database(ReplicatedLife[E], Generic[E, S]):
     """The methods that `AsyncDatabase` and `SyncDatabase` have in common."""
 
     _engine_class: type[E]
-    _questions: Questions
 
     def __init__(
         self,
@@ -121,7 +117,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         database = cls(engine.url, **options)
         database._engine = engine
         database._owns_engine = False
-        borrow(database._sync_engine(engine), database, database._observers)
+        borrow(sync_engine_of(engine), database, database._observers)
         return database
 
     async def health(self, *, within: float = 1) -> Health:
@@ -139,34 +135,9 @@ class Database(ReplicatedLife[E], Generic[E, S]):
             The health of the database. Its attribute `replicas` has the health of each replica,
             which is checked at the same time. `answers` is about the primary alone.
         """
-        if not self.replicas:
-            return await self._health(within)
-        found: list[Health | None] = [None for _ in (self, *self.replicas)]
+        from asgi_dbsession.health.check import health_of
 
-        async def ask(number: int, database: Self) -> None:
-            found[number] = await database._health(within)
-
-        async with create_task_group() as tasks:
-            for number, each in enumerate((self, *self.replicas)):
-                tasks.start_soon(ask, number, each)
-        own, *replicas = (each for each in found if each is not None)
-        return replace(own, replicas=tuple(replicas))
-
-    async def _health(self, within: float) -> Health:
-        start = perf_counter()
-        try:
-            answers = await self._questions.answers(self.engine, within)
-            reason = None if answers else f"{self} did not answer within {within:g} s"
-        except DBSessionError as error:
-            answers, reason = False, str(error)
-        except Exception as error:
-            answers, reason = False, str(self._failure(error))
-        latency = perf_counter() - start if answers else None
-        pool = self._sync_engine(self._engine).pool if self._engine is not None else None
-        if not isinstance(pool, QueuePool):
-            return Health(answers, latency, reason, None, None, None)
-        overflow = max(0, pool.overflow())
-        return Health(answers, latency, reason, pool.size(), pool.checkedout(), overflow)
+        return await health_of(self, within)
 
     def get_session(self) -> S:
         """Return the session of this database in the current unit of work.

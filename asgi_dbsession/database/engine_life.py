@@ -18,9 +18,11 @@ from asgi_dbsession.errors import (
     without_secrets,
 )
 from asgi_dbsession.session.completion import run_to_completion
+from asgi_dbsession.session.recording import recording_class
 from asgi_dbsession.unit.observer import UnitObserver
 
 from .borrowed import own, prepare
+from .engines import dispose, select_one, sync_engine_of
 from .failures import failure_of, reason_of
 from .forks import inherited_pools, notice_forks
 from .secrets import secrets_of
@@ -33,6 +35,8 @@ class EngineLife(ABC, Generic[E]):
     """The engine of a database object: built at startup and disposed at shutdown."""
 
     is_async: bool
+    # The class of the sessions: a subclass of SQLAlchemy's `Session`, also for an async database.
+    _orm_class: type[Any]
 
     def __init__(
         self,
@@ -115,7 +119,7 @@ class EngineLife(ABC, Generic[E]):
         """
         engine = self._end_start()
         if engine is not None:
-            await run_to_completion(self._dispose(engine))
+            await run_to_completion(dispose(engine))
 
     def _begin_start(self) -> E:
         """Count a call of `startup`. At the first call, build the engine."""
@@ -145,7 +149,7 @@ class EngineLife(ABC, Generic[E]):
         self._starting = Lock()
         if self._engine is None:
             return
-        engine = self._sync_engine(self._engine)
+        engine = sync_engine_of(self._engine)
         # Keep the connections of an SQLite database in memory. Such a connection has no server, and
         # a new connection would open an empty database.
         if not is_in_memory(engine.url):
@@ -181,14 +185,14 @@ class EngineLife(ABC, Generic[E]):
         """
         engine = self.engine
         try:
-            await self._select_one(engine)
+            await select_one(engine)
         except Exception as error:
             self._raise_failure(error)
         finally:
             # If the database was shut down during this statement, its new connection is still open.
             # So dispose the engine again.
             if self._engine is not engine:
-                await run_to_completion(self._dispose(engine))
+                await run_to_completion(dispose(engine))
 
     def _build_engine(self) -> E:
         try:
@@ -202,7 +206,7 @@ class EngineLife(ABC, Generic[E]):
             raise ConfigurationError(
                 f"{self} cannot be built with these engine options: {reason}"
             ) from None
-        sync_engine = self._sync_engine(engine)
+        sync_engine = sync_engine_of(engine)
         own(sync_engine)
         self._prepare(sync_engine)
         for observer in self._observers:
@@ -214,10 +218,10 @@ class EngineLife(ABC, Generic[E]):
     def observe(self, observer: UnitObserver) -> None:
         """Add an object to notify of each engine that this database uses."""
         if not self._observers:
-            self._record_waits()
+            self._orm_class = recording_class(self._orm_class)
         self._observers.append(observer)
         if self._engine is not None:
-            observer.engine_used(self._sync_engine(self._engine))
+            observer.engine_used(sync_engine_of(self._engine))
 
     def _raise_failure(self, error: Exception) -> NoReturn:
         failure = self._failure(error)
@@ -229,16 +233,4 @@ class EngineLife(ABC, Generic[E]):
         return failure_of(self, error, secrets_of(self.url, self._engine_options))
 
     @abstractmethod
-    def _record_waits(self) -> None: ...
-
-    @abstractmethod
     def _create_engine(self) -> E: ...
-
-    @abstractmethod
-    async def _select_one(self, engine: E) -> None: ...
-
-    @abstractmethod
-    async def _dispose(self, engine: E) -> None: ...
-
-    def _sync_engine(self, engine: E) -> Engine:
-        return engine.sync_engine if isinstance(engine, AsyncEngine) else engine

@@ -1,14 +1,12 @@
 """Starts and stops the replicas of a database object together with its own engine."""
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from typing_extensions import Self, override
 
-from asgi_dbsession.session.recording import recording_class
 from asgi_dbsession.unit.observer import UnitObserver
 
 from .engine_life import EngineLife
@@ -48,7 +46,7 @@ class ReplicatedLife(EngineLife[E]):
 
             database: Any = self
             self._replica_set = ReplicaSet(database, url, replicas, options)
-            self._derive_session_class(routed_class)
+            self._orm_class = routed_class(self._orm_class)
 
     def _see(self, position: str | None, *, join: bool, read_only: bool) -> None:
         if position is not None:
@@ -85,10 +83,3 @@ class ReplicatedLife(EngineLife[E]):
         super().observe(observer)
         for each in self.replicas:
             each.observe(observer)
-
-    @override
-    def _record_waits(self) -> None:
-        self._derive_session_class(recording_class)
-
-    @abstractmethod
-    def _derive_session_class(self, derived: Callable[[type[Any]], type[Any]]) -> None: ...

@@ -5,8 +5,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
-from anyio import CapacityLimiter, to_thread
-from sqlalchemy import URL, Engine, create_engine, select
+from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.orm import Session
 from typing_extensions import Self, TypeVarTuple, Unpack, override
 
@@ -21,7 +20,7 @@ from asgi_dbsession.unit.blocks import blocking_block_of
 
 from .base import Database
 from .decorator import DecoratingBlock
-from .health import ThreadQuestions
+from .engines import run_in_thread, select_one_here
 from .options import AnySession, SessionOptions
 from .replicas import Replicas
 
@@ -70,8 +69,7 @@ class SyncDatabase(Database[Engine, AnySession]):
     ) -> None:
         options = session_options, ping_on_startup, autocommit_reads, engine_options
         super().__init__(url, *options, on_engine=on_engine)
-        self._class: type[AnySession] = guarded_class(self._session_class(Session))
-        self._questions = ThreadQuestions(_select_one)
+        self._orm_class = guarded_class(self._session_class(Session))
         self._check_session_options()
         self._add_replicas(url, replicas, {"on_engine": on_engine} | engine_options)
 
@@ -80,7 +78,7 @@ class SyncDatabase(Database[Engine, AnySession]):
         engine = self._begin_start()
         try:
             if self._ping_on_startup:
-                _select_one(engine)
+                select_one_here(engine)
             if self._replica_set is not None:
                 self._replica_set.start_here()
         except BaseException as error:
@@ -176,43 +174,13 @@ class SyncDatabase(Database[Engine, AnySession]):
     def _make_session(
         self, engine: Engine | None, scope: Scope | None, read_only: bool
     ) -> ManagedSession[AnySession]:
-        session = self._class(bind=engine, **self._session_options)
+        session = self._orm_class(bind=engine, **self._session_options)
         session.info["scope"] = scope
         companion = Companion(
             ThreadLock(self, current_task()), self._reads, Writes(self, read_only)
         )
-        return ManagedSession(session, session, companion, _run_in_thread)
-
-    @override
-    def _derive_session_class(self, derived: Callable[[type[Any]], type[Any]]) -> None:
-        self._class = derived(self._class)
+        return ManagedSession(session, session, companion, run_in_thread)
 
     @override
     def _create_engine(self) -> Engine:
         return create_engine(self.url, **self._engine_options)
-
-    @override
-    async def _select_one(self, engine: Engine) -> None:
-        await _run_in_thread(_select_one, engine)
-
-    @override
-    async def _dispose(self, engine: Engine) -> None:
-        await _run_in_thread(engine.dispose)
-
-
-def _select_one(engine: Engine) -> None:
-    pool = engine.pool
-    with engine.connect() as connection:
-        connection.execute(select(1))
-        # The engine was disposed during this statement. So its new pool does not know this
-        # connection, and would not close it later. Detach the connection, so that the end of the
-        # `with` block closes it.
-        if engine.pool is not pool:
-            connection.detach()
-
-
-async def _run_in_thread(function: Callable[..., T], *args: Any) -> T:
-    # Each call has its own limit for threads. The limit of anyio is shared with handlers. Handlers
-    # that wait for a database connection could use it up, and then the COMMIT that frees a
-    # connection would have no thread.
-    return await to_thread.run_sync(function, *args, limiter=CapacityLimiter(1))

@@ -9,6 +9,7 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_dbsession.database.base import Database
+from asgi_dbsession.database.engines import sync_engine_of
 from asgi_dbsession.errors import ConfigurationError, without_secrets
 
 from .dialect import SavepointDialect, with_savepoints
@@ -71,7 +72,7 @@ def engines_of(database: Database[Any, Any]) -> Iterator[Engine]:
     it.
     """
     if database._engine is not None:
-        yield root_of(database._sync_engine(database._engine))
+        yield root_of(sync_engine_of(database._engine))
     for bind in (database._session_options.get("binds") or {}).values():
         engine = bind.sync_engine if isinstance(bind, AsyncEngine) else bind
         if isinstance(engine, Engine):

@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session
 
-from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.base import Database
 from asgi_dbsession.errors import without_secrets
 
@@ -35,7 +34,7 @@ def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
     if earlier is None:
         # This listener stays for ever, because it must also refuse work that goes on after the
         # test.
-        event.listen(session_class_of(database), "after_begin", _Check(database))
+        event.listen(database._orm_class, "after_begin", _Check(database))
     else:
         # Tasks and threads of an earlier test may still be running. They do not belong to this
         # test.
@@ -55,15 +54,6 @@ def leave_block(isolation: Isolation) -> None:
     if (task := _current_task()) is not None:
         isolation.tasks.discard(task)
     _block.set(None)
-
-
-def session_class_of(database: Database[Any, Any]) -> type[Session]:
-    """Return the session class of a database object. Each object has a class of its own."""
-    found: Any = database
-    session_class: type[Session] = (
-        found._sync_class if isinstance(database, AsyncDatabase) else found._class
-    )
-    return session_class
 
 
 class _Check:

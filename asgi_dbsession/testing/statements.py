@@ -12,7 +12,6 @@ from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.session.read_only import PARTS_OF_BEGIN
 
 from .engine import engines_of, root_of
-from .sessions import session_class_of
 
 
 @contextmanager
@@ -45,7 +44,7 @@ def count_statements(
             _ = database.engine
             for engine in engines_of(database):
                 recorder.listen(engine)
-            sessions = session_class_of(database)
+            sessions = database._orm_class
             event.listen(sessions, "after_begin", recorder.listen_to_session)
             stack.callback(event.remove, sessions, "after_begin", recorder.listen_to_session)
         yield statements

@@ -1,0 +1,1 @@
+"""Checks if a database answers, and how full its pool is (optional)."""

@@ -1,0 +1,67 @@
+"""Checks a database and its replicas at the same time, for `database.health()`."""
+
+import os
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from anyio import create_task_group
+from sqlalchemy.pool import QueuePool
+
+from asgi_dbsession.database.base import Database
+from asgi_dbsession.database.engines import sync_engine_of
+from asgi_dbsession.database.health import Health
+from asgi_dbsession.errors import DBSessionError
+
+from .questions import TaskQuestions, ThreadQuestions
+
+# The checks of each database that run now, which callers of several threads may share.
+_questions: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+# A check of the parent process does not go on in a child process, so forget it there. Windows has
+# no `fork`, so Python has no `os.register_at_fork` there.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_questions.clear)
+
+
+async def health_of(database: Database[Any, Any], within: float) -> Health:
+    """Return the health of a database, with the health of each of its replicas.
+
+    Args:
+        database: The database. It need not be running.
+        within: The time limit in seconds.
+    """
+    if not database.replicas:
+        return await _check(database, within)
+    found: dict[Any, Health] = {}
+
+    async def check(each: Database[Any, Any]) -> None:
+        found[each] = await _check(each, within)
+
+    async with create_task_group() as tasks:
+        for each in (database, *database.replicas):
+            tasks.start_soon(check, each)
+    return replace(found[database], replicas=tuple(found[each] for each in database.replicas))
+
+
+async def _check(database: Database[Any, Any], within: float) -> Health:
+    start = perf_counter()
+    try:
+        answers = await _questions_of(database).answers(database.engine, within)
+        reason = None if answers else f"{database} did not answer within {within:g} s"
+    except DBSessionError as error:
+        answers, reason = False, str(error)
+    except Exception as error:
+        answers, reason = False, str(database._failure(error))
+    latency = perf_counter() - start if answers else None
+    pool = sync_engine_of(database._engine).pool if database._engine is not None else None
+    if not isinstance(pool, QueuePool):
+        return Health(answers, latency, reason, None, None, None)
+    overflow = max(0, pool.overflow())
+    return Health(answers, latency, reason, pool.size(), pool.checkedout(), overflow)
+
+
+def _questions_of(database: Database[Any, Any]) -> Any:
+    # `setdefault` is atomic, so callers of several threads get the same object.
+    kind = TaskQuestions if database.is_async else ThreadQuestions
+    return _questions.setdefault(database, kind())

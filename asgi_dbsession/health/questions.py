@@ -1,0 +1,145 @@
+"""Checks if an engine's database answers; callers at the same time share one check."""
+
+import asyncio
+from concurrent.futures import Future
+from contextvars import Context
+from threading import Lock, Thread
+
+from anyio import move_on_after, sleep
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from asgi_dbsession.database.engines import select_one, select_one_here
+
+# A blocking driver cannot be stopped, so a check may still run in its thread after its callers have
+# stopped waiting. At most this many checks run at the same time.
+_MAX_RUNNING = 3
+# A caller asks again and again if the thread of its check has finished. It pauses between these
+# questions: first for `_FIRST_LOOK`, later for up to `_LAST_LOOK` seconds.
+_FIRST_LOOK, _LAST_LOOK = 0.0005, 0.02
+
+
+class TaskQuestions:
+    """Checks an async database in a task, which is cancelled if no caller waits for it any more."""
+
+    def __init__(self) -> None:
+        self._current: tuple[AsyncEngine, asyncio.Task[None]] | None = None
+        self._callers: dict[asyncio.Task[None], int] = {}
+
+    async def answers(self, engine: AsyncEngine, seconds: float) -> bool:
+        """Return True if the database behind the engine answers within the given seconds.
+
+        If a check takes too long, the next caller starts a new check.
+
+        Raises:
+            Exception: The exception that the statement raised.
+        """
+        task = self._current_or_new(engine)
+        self._callers[task] += 1
+        try:
+            await asyncio.wait([task], timeout=seconds)
+            if not task.done():
+                self._abandon(task)
+                return False
+            return not task.cancelled() and task.result() is None
+        finally:
+            self._leave(task)
+
+    def _current_or_new(self, engine: AsyncEngine) -> "asyncio.Task[None]":
+        if self._current is not None and self._current[0] is engine:
+            return self._current[1]
+        # Run the check in an empty context. In the context of a request, some drivers would keep
+        # all context variables of this request in memory as long as the connection is open.
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(select_one(engine), context=Context())
+        task.add_done_callback(self._forget)
+        self._current, self._callers[task] = (engine, task), 0
+        return task
+
+    def _leave(self, task: "asyncio.Task[None]") -> None:
+        if task.done():
+            return
+        self._callers[task] -= 1
+        if self._callers[task] == 0:
+            # Do not wait for the cancelled task, because the driver may need long to end it if the
+            # server is down.
+            self._abandon(task)
+            task.cancel()
+
+    def _abandon(self, task: "asyncio.Task[None]") -> None:
+        if self._current is not None and self._current[1] is task:
+            self._current = None
+
+    def _forget(self, task: "asyncio.Task[None]") -> None:
+        self._abandon(task)
+        del self._callers[task]
+        if not task.cancelled():
+            # Read the exception. Otherwise asyncio would log that the exception was never
+            # retrieved.
+            task.exception()
+
+
+class ThreadQuestions:
+    """Checks a database with a sync driver in threads. Their number is limited.
+
+    A thread with a blocking driver cannot be stopped. Callers may be on several threads and event
+    loops, of asyncio and of trio.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = Lock()
+        self._current: tuple[Engine, Future[None]] | None = None
+        self._running = 0
+
+    async def answers(self, engine: Engine, seconds: float) -> bool:
+        """Return True if the database behind the engine answers within the given seconds.
+
+        If a check takes too long, the next caller starts a new check.
+
+        Raises:
+            Exception: The exception that the statement raised.
+        """
+        answer = self._current_or_new(engine)
+        if answer is None:
+            return False
+        look = _FIRST_LOOK
+        with move_on_after(seconds):
+            while not answer.done():
+                await sleep(look)
+                look = min(2 * look, _LAST_LOOK)
+        with self._mutex:
+            if not answer.done():
+                self._forget(answer)
+                return False
+        return answer.result() is None
+
+    def _current_or_new(self, engine: Engine) -> "Future[None] | None":
+        with self._mutex:
+            if self._current is not None and self._current[0] is engine:
+                return self._current[1]
+            # Nobody waits for these running checks any more, or their engines were replaced.
+            if self._running >= _MAX_RUNNING:
+                return None
+            answer: Future[None] = Future()
+            self._current = engine, answer
+            self._running += 1
+        # Run the check in an empty context, because a driver may keep the context of the request.
+        # Use a new thread, because all threads of the pool may be busy.
+        Thread(target=Context().run, args=(self._run, engine, answer), daemon=True).start()
+        return answer
+
+    def _run(self, engine: Engine, answer: "Future[None]") -> None:
+        failure: Exception | None = None
+        try:
+            select_one_here(engine)
+        except Exception as error:
+            failure = error
+        finally:
+            with self._mutex:
+                answer.set_exception(failure)  # None means that the database has answered.
+                self._forget(answer)
+                self._running -= 1
+
+    def _forget(self, answer: "Future[None]") -> None:
+        if self._current is not None and self._current[1] is answer:
+            self._current = None
