@@ -17,28 +17,7 @@ from sqlalchemy.orm.session import (
     _sessions,
 )
 from sqlalchemy.pool import QueuePool
-
-
-def begin(session: Any, made_by: type[SessionTransaction], *, nested: bool) -> SessionTransaction:
-    """Do the same as `Session.begin`, but make the transaction object with the class `made_by`.
-
-    SQLAlchemy has no public option to choose the class of the transaction object.
-
-    Raises:
-        sqlalchemy.exc.InvalidRequestError: In the same cases as `Session.begin`.
-    """
-    if not session.in_transaction():
-        transaction = made_by(session, SessionTransactionOrigin.BEGIN)
-        if not nested:
-            return transaction
-    outer: Any = session.get_nested_transaction() or session.get_transaction()
-    if not nested or outer._state is not SessionTransactionState.ACTIVE:
-        # The session's transaction cannot begin now: it has begun already, or has ended. Call
-        # SQLAlchemy's own `begin`, which raises the error for this case.
-        return Session.begin(session, nested)
-    inner = made_by(session, SessionTransactionOrigin.BEGIN_NESTED, session._transaction)
-    session._nested_transaction = inner
-    return inner
+from typing_extensions import override
 
 
 def forget(session: Session) -> None:
@@ -66,21 +45,36 @@ def flush_for_commit(session: Session) -> None:
 
 
 class ConnectingSession(Session):
-    """A session whose companion may replace how its transactions connect to the database.
+    """A session that makes transaction objects of other classes than SQLAlchemy, where needed.
 
-    SQLAlchemy always uses the class `SessionTransaction` for a transaction that begins
-    automatically at the first statement. If the companion has a function `connect`, this class uses
-    `transaction_class` instead, which calls this function.
+    `begin()` and `begin_nested()` make objects of the class `transaction_class`. A transaction that
+    begins automatically, at the first statement, is a `ConnectingTransaction` if the companion of
+    the session has a function `connect`. SQLAlchemy has no public option for these classes.
     """
 
     transaction_class: type[SessionTransaction] = SessionTransaction
 
+    @override
+    def begin(self, nested: bool = False) -> SessionTransaction:
+        outer = self._transaction
+        if not nested or (outer is not None and outer._state is not SessionTransactionState.ACTIVE):
+            # SQLAlchemy raises an error if the session's transaction cannot begin now.
+            return super().begin(nested)
+        outer = outer or self._autobegin_t(begin=True)
+        inner = self.transaction_class(self, SessionTransactionOrigin.BEGIN_NESTED, outer)
+        self._nested_transaction = inner
+        return inner
+
+    @override
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:
+        if self._transaction is not None:
+            return self._transaction
+        if begin:
+            return self.transaction_class(self, SessionTransactionOrigin.BEGIN)
         companion: Any = vars(self).get("_companion")
-        is_own = companion is not None and companion.connect is not None
-        if not is_own or self._transaction is not None or not (begin or self.autobegin):
-            return super()._autobegin_t(begin)
-        return self.transaction_class(self, SessionTransactionOrigin.AUTOBEGIN)
+        if companion is None or companion.connect is None or not self.autobegin:
+            return super()._autobegin_t()
+        return ConnectingTransaction(self, SessionTransactionOrigin.AUTOBEGIN)
 
 
 class ConnectingTransaction(SessionTransaction):

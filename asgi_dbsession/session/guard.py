@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from asgi_dbsession.errors import PrematureClose
 
-from ._sqlalchemy import ConnectingSession, ConnectingTransaction, begin
+from ._sqlalchemy import ConnectingSession, ConnectingTransaction
 from .companion import Companion
 from .failures import discard
 from .reads import begin_now, begin_on_server, has_only_read
@@ -145,7 +145,7 @@ class GuardedSession(ConnectingSession):
     def begin(self, nested: bool = False) -> SessionTransaction:
         # This method holds the lock, so that SAVEPOINT is never sent in the middle of a commit or
         # rollback.
-        return begin(self, self.transaction_class, nested=nested)
+        return super().begin(nested)
 
     @override
     @locked
