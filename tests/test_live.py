@@ -37,7 +37,7 @@ from asgi_dbsession import (
 )
 from asgi_dbsession.live import LivePage
 from asgi_dbsession.live.shown import without_values
-from asgi_dbsession.session.recording import observed
+from asgi_dbsession.unit.observer import observed
 
 pytestmark = pytest.mark.anyio
 

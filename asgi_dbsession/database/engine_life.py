@@ -18,7 +18,6 @@ from asgi_dbsession.errors import (
     without_secrets,
 )
 from asgi_dbsession.session.completion import run_to_completion
-from asgi_dbsession.session.recording import recording_class
 from asgi_dbsession.unit.observer import UnitObserver
 
 from .borrowed import own, prepare
@@ -217,8 +216,6 @@ class EngineLife(ABC, Generic[E]):
 
     def observe(self, observer: UnitObserver) -> None:
         """Add an object to notify of each engine that this database uses."""
-        if not self._observers:
-            self._orm_class = recording_class(self._orm_class)
         self._observers.append(observer)
         if self._engine is not None:
             observer.engine_used(sync_engine_of(self._engine))

@@ -85,11 +85,12 @@ class Now:
         for request, unit in self._observer.open_units():
             for opened_by, opened in tuple(unit.sessions.items()):
                 database, companion = server_of(opened_by, opened), opened.companion
-                if database not in used:
+                recording: Any = companion.recording
+                if database not in used or recording is None:
                     continue
-                since, connections = companion.waits_since, companion.open_connections
+                connections = companion.open_connections
                 entry = pool_entry(connections[-1]) if connections else None
-                steps: list[Step] = list(companion.steps or [])
+                steps: list[Step] = list(recording.steps)
                 tally = Tally(steps, now)
                 if entry is not None and tally.since is not None:
                     is_in_autocommit = getattr(entry.dbapi_connection, "autocommit", None) is True
@@ -98,8 +99,9 @@ class Now:
                     shown["held"], shown["read_only"] = now - tally.since, unit.read_only
                     shown["in_transaction"] = tally.in_transaction and not is_in_autocommit
                     used[database].append(shown)
-                elif since is not None:
-                    waiting[database].append({"request": request, "seconds": now - since})
+                elif recording.waits_since is not None:
+                    seconds = now - recording.waits_since
+                    waiting[database].append({"request": request, "seconds": seconds})
         return [self._database(each, used[each], waiting[each]) for each in self._databases]
 
     def _database(

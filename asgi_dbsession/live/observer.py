@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from sys import modules
 from time import perf_counter
 from typing import Any, NamedTuple, TypeAlias
@@ -11,15 +12,16 @@ from sqlalchemy import Engine
 from typing_extensions import override
 
 from asgi_dbsession.reports.recorder import outcome_of, reason_of
+from asgi_dbsession.reports.recording import record
 from asgi_dbsession.reports.tally import Tally
 from asgi_dbsession.reports.watching import watch_usage
 from asgi_dbsession.retry.causes import causes
 from asgi_dbsession.retry.conflicts import is_conflict
+from asgi_dbsession.retry.overload import on_pool_timeout
 from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.end import End
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.session.recording import observed
-from asgi_dbsession.unit.observer import UnitObserver
+from asgi_dbsession.unit.observer import UnitObserver, observed
 from asgi_dbsession.unit.report import Outcome
 
 from .route import Named, RouteName, name_of, named, route_by_quart
@@ -111,15 +113,10 @@ class LiveObserver(UnitObserver):
 
     @override
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
-        if opened.companion.steps is None:
-            opened.companion.steps = []
+        record(unit, opened.companion)
+        on_pool_timeout(opened.companion, partial(self._count_timeout, database, opened))
         if "quart" in modules:
             self._by_quart[unit] = route_by_quart()
-
-    @override
-    def wait_failed(self, unit: Any, database: Any) -> None:
-        if database in self.totals:
-            self.totals[server_of(database, unit.sessions[database])].timeouts += 1
 
     @override
     def work_ended(self, unit: Any, end: End, steps: dict[Any, list[Step]]) -> None:
@@ -132,6 +129,10 @@ class LiveObserver(UnitObserver):
             self._ended.append((named(unit, self._route, self._by_quart), now, result, steps))
             if self._counts:
                 self._count(steps, now)
+
+    def _count_timeout(self, database: Any, opened: ManagedSession[Any]) -> None:
+        if database in self.totals:
+            self.totals[server_of(database, opened)].timeouts += 1
 
     def _tallies(self, steps: dict[Any, list[Step]], now: float) -> list[tuple[Any, Tally]]:
         shown = [each for each in steps if each in self.totals]

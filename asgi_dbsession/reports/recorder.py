@@ -19,6 +19,7 @@ from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import DatabaseReport, Outcome, UnitReport
 
 from .call_site import as_text
+from .recording import record
 from .tally import Tally
 from .watching import unwatch_usage, watch_usage
 
@@ -59,8 +60,7 @@ class Recorder(UnitObserver):
 
     @override
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
-        if opened.companion.steps is None:
-            opened.companion.steps = []
+        record(unit, opened.companion)
 
     @override
     def work_ended(self, unit: Any, end: End, steps: dict[Any, list[Step]]) -> None:

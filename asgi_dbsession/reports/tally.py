@@ -5,9 +5,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.read_only import PARTS_OF_BEGIN
-from asgi_dbsession.session.recording import ENDS
 
 from .call_site import CallSite
+from .recording import ENDS
 
 # The kinds of measured time. `wait`: the session waited for a connection. `hold`: the session held
 # a connection, from checkout to checkin. The other three kinds are operations during `hold`.

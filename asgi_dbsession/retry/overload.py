@@ -1,13 +1,18 @@
 """Answers 503 if a request got no connection of the pool within `pool_timeout`."""
 
 import logging
+from collections.abc import Callable
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
 from typing_extensions import override
 
+from asgi_dbsession.session.companion import Companion, Connect
+from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_dbsession.unit.observer import UnitObserver
 
@@ -42,10 +47,27 @@ class Overload(UnitObserver):
             await _send_unavailable(self._retry_after, send)
 
     @override
-    def wait_failed(self, unit: Any, database: Any) -> None:
-        wait = _current.get()
-        if wait is not None:
-            wait.has_failed = True
+    def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
+        on_pool_timeout(opened.companion, _record_failure)
+
+
+def on_pool_timeout(companion: Companion, function: Callable[[], None]) -> None:
+    """Call `function` each time the session gets no connection within `pool_timeout`."""
+
+    def connect_or_tell(connect: Connect, session: Session, engine: Engine) -> Connection:
+        try:
+            return connect(session, engine)
+        except PoolTimeout:
+            function()
+            raise
+
+    companion.wrap_connect(connect_or_tell)
+
+
+def _record_failure() -> None:
+    wait = _current.get()
+    if wait is not None:
+        wait.has_failed = True
 
 
 class _Wait(Withholding):

@@ -1,11 +1,10 @@
 """The data that this package attaches to a session: the class `Companion`."""
 
 from collections.abc import Callable
-from time import perf_counter
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, SessionTransaction
 
 from .lock import SessionLock
@@ -46,6 +45,21 @@ class SessionRoute(Protocol):
 Step: TypeAlias = list[Any]
 
 
+class SessionRecording(Protocol):
+    """Records what a session does; see the package `reports`."""
+
+    def connected(self, own: Any, connection: Connection) -> None:
+        """Called when the session, whose engine is `own`, has begun a transaction."""
+
+    def take(self, connections: tuple[Connection, ...]) -> list[Step]:
+        """Return the steps since the last call. `connections` are open and stay in use."""
+        ...
+
+
+# A function that returns a new connection for a session to an engine, or to another server.
+Connect: TypeAlias = Callable[[Any, Engine], Connection]
+
+
 class Companion:
     """The data that this package attaches to a session. It has no reference back to the session.
 
@@ -58,29 +72,28 @@ class Companion:
         connections: The connections that the session has used. Some of these may be closed now.
         followers: The objects to notify after each commit and rollback of the session.
         connect: A function that connects to the given engine of the session, or to another server.
-            None without two-phase commit and without replicas, which need such a function.
+            None if nothing needs such a function: no two-phase commit, no replicas, no report.
         route: The object that chooses the primary or a replica for the session. None if the
             database has no replicas.
-        unit: The unit of work of the session, if it has observers. Otherwise None.
-        steps: What the session did since the last commit or rollback, as a list of `Step`. None if
-            nothing is measured.
-        asked: When the session last asked for an engine. If it had no connection, it began to wait
-            for one then.
+        recording: The object that records what the session does, for reports. None if nothing is
+            measured.
     """
 
     expects_read: bool = True
     connections: tuple[Connection, ...] = ()
-    connect: Callable[[Any, Engine], Connection] | None = None
+    connect: Connect | None = None
     route: SessionRoute | None = None
-    unit: Any = None
-    steps: Any = None
-    asked: float = 0
+    recording: SessionRecording | None = None
 
     def __init__(self, lock: SessionLock, reads: Reads, writes: Writes) -> None:
         self.lock: SessionLock = lock
         self.reads: Reads = reads
         self.writes: Writes = writes
         self.followers: list[Follower] = []
+
+    def wrap_connect(self, wrapper: Callable[[Connect, Any, Engine], Connection]) -> None:
+        """Let `wrapper` connect. Its first argument is the function that connected until now."""
+        self.connect = partial(wrapper, self.connect or _connect)
 
     def add_connection(self, connection: Connection) -> None:
         """Add a connection to `connections`, and remove closed connections from `connections`."""
@@ -90,28 +103,10 @@ class Companion:
         self.connections = (*used, connection)
 
     @property
-    def waits_since(self) -> float | None:
-        """When the session began to wait for a connection. None if it is not waiting now."""
-        is_newer = not self.steps or self.asked > (self.steps[-1][2] or self.asked)
-        is_waiting = self.asked and is_newer and self.lock.is_busy and not self.open_connections
-        return self.asked if is_waiting else None
-
-    def operation_failed(self, error: BaseException) -> None:
-        """Record how long a failed operation waited for a connection, and notify of a time-out."""
-        since, now = self.waits_since, perf_counter()
-        if self.steps is not None and since is not None:
-            if self.steps and self.steps[-1][0] == "wait":
-                # Waits that follow each other are one step, so that the list does not grow without
-                # limit.
-                self.steps[-1][2] += now - since
-            else:
-                self.steps.append(["wait", since, now, None, ""])
-            self.unit.has_news = True
-        if isinstance(error, PoolTimeout):
-            for observer in self.unit.observers:
-                observer.wait_failed(self.unit, self.lock.database)
-
-    @property
     def open_connections(self) -> tuple[Connection, ...]:
         """The open connections of the session."""
         return tuple(each for each in self.connections if not each.closed)
+
+
+def _connect(_session: Any, engine: Engine) -> Connection:
+    return engine.connect()

@@ -91,10 +91,6 @@ def locked(
             if check is not None:
                 check(companion, *args, **kwargs)
             return operation(self, *args, **kwargs)
-        except BaseException as error:
-            if companion.unit is not None:
-                companion.operation_failed(error)
-            raise
         finally:
             if is_outermost:
                 lock.release()

@@ -15,7 +15,6 @@ from .failures import refuse_if_aborted, watch
 from .guard import GuardedSession
 from .lock import SessionLock
 from .reads import begin_now
-from .recording import record_checkout
 from .roll_back import roll_back
 from .sqlite import begin_for_session
 
@@ -164,8 +163,8 @@ def _remember_connection(
     if connection.engine is not session.bind:
         watch(connection.engine)
     companion.add_connection(connection)
-    if companion.steps is not None and not transaction.nested:
-        record_checkout(companion, session.bind, connection)
+    if companion.recording is not None and not transaction.nested:
+        companion.recording.connected(session.bind, connection)
     if companion.writes.forbidden:
         is_shared = companion.reads.is_shared
         companion.writes.begin(connection, in_savepoint=transaction.nested, is_shared=is_shared)

@@ -7,11 +7,11 @@ from typing import Any
 from asgi_dbsession.session.completion import complete_here, run_to_completion
 from asgi_dbsession.session.end import End, Reason, current_end
 from asgi_dbsession.session.managed import Sessions
-from asgi_dbsession.session.recording import ENDS, begin_steps, observed
 from asgi_dbsession.session.roll_back import has_changes
 
 from .after_commit import AfterCommit, is_of, settle
 from .decisions import forget_decisions, take_decision
+from .observer import observed
 from .shares import Living, find_failed, sort_work, with_work
 from .together import close_idle, end_together, in_order, learn_positions, roll_back_all
 from .unit_of_work import UnitOfWork, current_unit
@@ -175,10 +175,10 @@ def _tell(unit: UnitOfWork, end: End) -> None:
         unit.has_news, steps = False, {}
         for database, opened in tuple(unit.sessions.items()):
             companion = opened.companion
-            done = companion.steps
-            if done:
-                steps[database], companion.asked = done, 0
-                companion.steps = [] if done[-1][0] in ENDS else begin_steps(companion)
+            if companion.recording is not None:
+                done = companion.recording.take(companion.open_connections)
+                if done:
+                    steps[database] = done
         for observer in unit.observers:
             observer.work_ended(unit, end, steps)
 

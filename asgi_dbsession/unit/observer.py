@@ -8,6 +8,9 @@ from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.end import End
 from asgi_dbsession.session.managed import ManagedSession
 
+# The open units of work that have opened a session, if an object observes them.
+observed: set[Any] = set()
+
 
 class UnitObserver:
     """The base class of objects that are notified of each event of a unit of work.
@@ -27,9 +30,6 @@ class UnitObserver:
 
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
         """Called when a unit of work has opened its session of `database`."""
-
-    def wait_failed(self, unit: Any, database: Any) -> None:
-        """Called if the session of `database` got no connection within `pool_timeout`."""
 
     def work_ended(self, unit: Any, end: End, steps: dict[Any, list[Step]]) -> None:
         """Called after a commit or rollback of a unit of work, and its `on_commit` functions.

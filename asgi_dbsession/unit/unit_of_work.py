@@ -12,11 +12,10 @@ from sqlalchemy.orm import Session
 from asgi_dbsession.errors import ConfigurationError, NoSession, SessionClosed
 from asgi_dbsession.session.completion import call_here
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.session.recording import observed
 from asgi_dbsession.types import Scope
 
 from .after_commit import AfterCommit
-from .observer import UnitObserver
+from .observer import UnitObserver, observed
 from .two_phases import TwoPhaseCommit
 
 S = TypeVar("S")
@@ -173,7 +172,6 @@ class UnitOfWork:
             # The outer unit of work may have the same observer.
             self.observers = tuple(dict.fromkeys((*self.observers, *database.observers)))
         if self.observers:
-            made.companion.unit = self
             observed.add(self)
             for observer in self.observers:
                 observer.session_opened(self, database, made)

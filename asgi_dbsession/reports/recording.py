@@ -1,0 +1,95 @@
+"""Records the steps of a session: when it waits for a connection, and what it does with it."""
+
+from time import perf_counter
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+
+from asgi_dbsession.session.companion import Companion, Connect, Step
+
+# After a COMMIT or ROLLBACK, the connection is in its pool again.
+ENDS = frozenset(("commit", "rollback"))
+
+
+class Recording:
+    """Records what one session did since the last commit or rollback of its unit of work.
+
+    Args:
+        unit: The unit of work of the session.
+        companion: The data of this package that is attached to the session.
+
+    Attributes:
+        steps: What the session did, as a list of `Step`.
+        waits_since: When the session began to wait for a connection. None if it is not waiting now.
+    """
+
+    waits_since: float | None = None
+    _asked: float = 0
+
+    def __init__(self, unit: Any, companion: Companion) -> None:
+        self.steps: list[Step] = []
+        self._unit = unit
+        companion.recording = self
+        companion.wrap_connect(self._connect)
+
+    def _connect(self, connect: Connect, session: Any, engine: Engine) -> Connection:
+        self.waits_since = since = perf_counter()
+        try:
+            connection = connect(session, engine)
+        except BaseException:
+            self._record_wait(since, perf_counter())
+            raise
+        finally:
+            self.waits_since = None
+        self._asked = since
+        return connection
+
+    def _record_wait(self, start: float, stop: float) -> None:
+        if self.steps and self.steps[-1][0] == "wait":
+            # Waits that follow each other are one step, so that the list does not grow without
+            # limit.
+            self.steps[-1][2] += stop - start
+        else:
+            self.steps.append(["wait", start, stop, None, ""])
+        self._unit.has_news = True
+
+    def connected(self, own: Any, connection: Any) -> None:
+        """Record that the session got a connection, and has begun its transaction.
+
+        Args:
+            own: The engine of the session. Connections of other engines are ignored.
+            connection: The SQLAlchemy connection. It and the pool's connection inside it get the
+                attribute `asgi_dbsession_steps`, which is the list of the session's steps.
+        """
+        if connection.engine is own or own is None or connection.engine.pool is own.engine.pool:
+            steps = self.steps
+            connection.asgi_dbsession_steps = connection.connection.asgi_dbsession_steps = steps
+            now = perf_counter()
+            steps.append(["hold", self._asked or now, now, None, ""])
+            self._asked = 0
+            self._unit.has_news = True
+
+    def take(self, connections: tuple[Any, ...]) -> list[Step]:
+        """Return the steps, and begin a new list, after a commit or rollback of the unit of work.
+
+        Args:
+            connections: The open connections of the session. If there is one, because another task
+                uses the session, the new list begins with a step for this connection.
+        """
+        done = self.steps
+        if done:
+            steps: list[Step] = []
+            self.steps = steps
+            for held in connections if done[-1][0] not in ENDS else ():
+                if hasattr(held, "asgi_dbsession_steps"):
+                    held.asgi_dbsession_steps = held.connection.asgi_dbsession_steps = steps
+                    now = perf_counter()
+                    steps[:] = [["hold", now, now, None, ""]]
+                    self._unit.has_news = True
+        return done
+
+
+def record(unit: Any, companion: Companion) -> None:
+    """Record the steps of a session from now on, unless another observer has asked for it."""
+    if companion.recording is None:
+        Recording(unit, companion)
