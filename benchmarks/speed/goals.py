@@ -56,7 +56,7 @@ def goals(found: dict[str, Any]) -> list[Goal]:
 
 
 def _ratio(in_process: dict[str, Any], family: str, scenario: str, most: float) -> Goal:
-    ratio = in_process[family][scenario][OURS]["to by hand"][1]
+    ratio = in_process[family][scenario][OURS]["ratio"][1]
     hoped = f"{family}, {scenario}: at most {most:.2f} times hand-written code"
     return Goal(hoped, f"{ratio:.2f} times", ratio <= most)
 

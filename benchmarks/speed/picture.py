@@ -63,7 +63,7 @@ def picture(found: dict[str, Any], columns: int) -> str:
 
 def _ratios(found: dict[str, Any], scenario: str) -> Panel:
     figures = found["in process"]["FastAPI"][scenario]
-    values = {tool: each["to by hand"] for tool, each in figures.items()}
+    values = {tool: each["ratio"] for tool, each in figures.items()}
     return Panel(scenario, "time, hand-written = 1; less is better", values)
 
 

@@ -49,7 +49,7 @@ def _families(families: Mapping[str, Any]) -> str:
 
 
 def _request(figures: Mapping[str, _Values]) -> str:
-    low, ratio, high = figures["to by hand"]
+    low, ratio, high = figures["ratio"]
     return f"**{ratio:.2f}** ({low:.2f} to {high:.2f}), {_number(figures['taken'][1])} µs"
 
 

@@ -14,8 +14,8 @@ def costs(found: dict[str, Any]) -> str:
     select, insert = (found["in process"]["FastAPI"][each][OURS] for each in _STATEMENTS)
     return (
         f"a request without database use takes {more:.1f} µs longer than without the package; a "
-        f"request with one SELECT takes {select['to by hand'][1]:.2f} times, and with one INSERT "
-        f"{insert['to by hand'][1]:.2f} times the time of hand-written code."
+        f"request with one SELECT takes {select['ratio'][1]:.2f} times, and with one INSERT "
+        f"{insert['ratio'][1]:.2f} times the time of hand-written code."
     )
 
 
@@ -39,7 +39,7 @@ def loses(found: dict[str, Any]) -> str:
     return (
         f"with {crowd} over uvicorn, *{title(fastest)}* serves {theirs} responses per second, and "
         f"this package {ours}; a `def` handler with one SELECT takes "
-        f"{blocking['to by hand'][1]:.2f} times the time of hand-written code."
+        f"{blocking['ratio'][1]:.2f} times the time of hand-written code."
     )
 
 

@@ -64,7 +64,7 @@ def compare(rounds: Rounds) -> dict[str, dict[str, Spread]]:
     return {
         tool: {
             "taken": spread(values),
-            "to by hand": _ratio(values, by_base["by_hand"]),
+            "ratio": _ratio(values, by_base["by_hand"]),
             "ours to it": _ratio(by_base["asgi_dbsession"], values),
         }
         for tool, values in by_base.items()
