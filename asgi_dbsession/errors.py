@@ -184,16 +184,9 @@ class AbortRequest(BaseException):
     """Stops the application if its response must not be sent, for example after a failed COMMIT.
 
     This class is not a subclass of `Exception`, so that no exception handler of the application
-    catches it and sends a response. The middleware catches it. Then it raises `failure`, or sends
-    the response of `on_commit_error`.
-
-    Args:
-        failure: The error of the COMMIT. None if the unit of work has stored the error already.
+    catches it and sends a response. The middleware catches it. Then it raises the error of the
+    COMMIT, which the unit of work has stored, or sends the response of `on_commit_error`.
     """
-
-    def __init__(self, failure: Exception | None = None) -> None:
-        super().__init__(failure)
-        self.failure: Exception | None = failure
 
 
 # Code that catches AbortRequest must catch all of these, because frameworks and task groups may

@@ -1,31 +1,26 @@
 """Answers a request whose COMMIT failed: sends an error response, or raises the error."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from asgi_dbsession.errors import AbortRequest, ConfigurationError, ForbiddenWrite, PrematureClose
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
 
+OnCommitError: TypeAlias = Callable[[Exception], ASGIApp | None] | None
 
-async def serve_and_answer(
-    serve: ASGIApp,
-    on_commit_error: Callable[[Exception], ASGIApp | None] | None,
+
+async def answer_or_raise(
+    failure: Exception,
+    on_commit_error: OnCommitError,
     scope: Scope,
     receive: Receive,
     send: Send,
 ) -> None:
-    """Serve a request. If its COMMIT fails, send the response of `on_commit_error`, or raise."""
-    try:
-        await serve(scope, receive, send)
-    except AbortRequest as abort:
-        failure = abort.failure
-    else:
-        return
-    # Errors are raised outside of the `except` block. Otherwise their tracebacks would also show
-    # the internal exception AbortRequest.
-    if failure is None:
-        # No COMMIT of this middleware has failed. An outer DBSessionMiddleware has stopped the
-        # request, and will answer it.
-        raise AbortRequest
+    """Send the response that `on_commit_error` returns, or raise the error of the COMMIT.
+
+    Call this function outside of an `except` block. Otherwise the traceback of the raised error
+    would also show the internal exception AbortRequest.
+    """
     answer: ASGIApp | None = None
     # These errors show a mistake in the application, which `on_commit_error` must not hide.
     is_mistake = isinstance(failure, ConfigurationError | ForbiddenWrite | PrematureClose)

@@ -5,17 +5,22 @@ from collections.abc import Callable
 from sqlalchemy import URL
 from typing_extensions import Never
 
-from asgi_dbsession.errors import ABORTED, AbortRequest
+from asgi_dbsession.errors import ABORTED
 from asgi_dbsession.types import ASGIApp, Receive, RetryOn, Scope, Send
 from asgi_dbsession.unit.ending import close
 from asgi_dbsession.unit.report import UnitReport
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
-from .answer import add_note
+from .answer import OnCommitError, add_note, answer_or_raise
 from .arguments import AnyDatabase, application_first, no_application, usable_databases
 from .exchange import Exchange
 from .lifespan import Startable, Unstartable, serve_lifespan
-from .optional import two_phase_commit, with_answers, with_optional_rooms
+from .optional import (
+    for_last_attempt,
+    two_phase_commit,
+    with_optional_rooms,
+    with_positions,
+)
 from .rules import CommitWhen, ReadOnly, apply_read_rule, below_400, commit_rule
 from .websocket import SocketExchange
 
@@ -94,7 +99,7 @@ class DBSessionMiddleware:
         /,
         *databases: AnyDatabase | str | URL,
         commit_when: CommitWhen = below_400,
-        on_commit_error: Callable[[Exception], ASGIApp | None] | None = None,
+        on_commit_error: OnCommitError = None,
         attempts: int = 1,
         retry_on: RetryOn = None,
         retry_after: int | None = None,
@@ -107,7 +112,7 @@ class DBSessionMiddleware:
         self.app: ASGIApp = app
         self.databases: tuple[AnyDatabase, ...] = ()
         self.commit_when: CommitWhen = commit_when
-        self.on_commit_error: Callable[[Exception], ASGIApp | None] | None = on_commit_error
+        self.on_commit_error: OnCommitError = on_commit_error
         self.attempts: int = attempts
         self.retry_on: RetryOn = retry_on
         self.retry_after: int | None = retry_after
@@ -123,14 +128,14 @@ class DBSessionMiddleware:
         self._startable = self.databases = usable
         self._commit_rule = commit_rule(commit_when)
         self._two_phases = two_phase_commit(two_phase, len(usable))
-        self._serve = with_answers(self._serve_one, usable, on_commit_error)
+        self._on_commit_error = for_last_attempt(on_commit_error, attempts)
+        self._serve = with_positions(self._serve_one, usable)
         self._serve_http, self._observers = with_optional_rooms(
             self._serve_one,
             usable,
             attempts=attempts,
             retry_on=retry_on,
             retry_after=retry_after,
-            on_commit_error=on_commit_error,
             on_report=on_report,
         )
 
@@ -191,4 +196,4 @@ class DBSessionMiddleware:
         if failure is not None:
             if unit.is_answered:
                 raise failure
-            raise AbortRequest(failure) from failure
+            await answer_or_raise(failure, self._on_commit_error, scope, receive, send)

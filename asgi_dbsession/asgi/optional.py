@@ -9,7 +9,7 @@ from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import UnitReport
 from asgi_dbsession.unit.two_phases import TwoPhaseCommit
 
-from .answer import serve_and_answer
+from .answer import OnCommitError
 from .arguments import AnyDatabase
 
 
@@ -22,16 +22,7 @@ def two_phase_commit(two_phase: bool, databases: int) -> Callable[[], TwoPhaseCo
     return partial(TwoPhases, databases)
 
 
-def with_answers(
-    serve: ASGIApp,
-    databases: tuple[AnyDatabase, ...],
-    on_commit_error: Callable[[Exception], ASGIApp | None] | None,
-) -> ASGIApp:
-    """Wrap `serve`, so that a failed COMMIT is answered, and each client reads its own writes."""
-    return _with_positions(partial(serve_and_answer, serve, on_commit_error), databases)
-
-
-def _with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIApp:
+def with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIApp:
     """Wrap `serve` so that each client reads its own writes, if a database has replicas.
 
     The class `Positions` stores the WAL position that each client has seen. It must get all
@@ -53,7 +44,6 @@ def with_optional_rooms(
     attempts: int,
     retry_on: Any,
     retry_after: int | None,
-    on_commit_error: Callable[[Exception], ASGIApp | None] | None,
     on_report: Callable[[UnitReport], object] | None,
 ) -> tuple[ASGIApp, tuple[UnitObserver, ...]]:
     """Wrap `serve` in the optional packages that the options of the middleware need.
@@ -67,17 +57,12 @@ def with_optional_rooms(
         from asgi_dbsession.reports.recorder import Recorder
 
         observers.append(Recorder(on_report))
-    if attempts > 1 and on_commit_error is not None:
-        from asgi_dbsession.retry.attempt import unless_retried
-
-        on_commit_error = unless_retried(on_commit_error)
-    serve = partial(serve_and_answer, serve, on_commit_error)
     if retry_after is not None:
         from asgi_dbsession.retry.overload import Overload
 
         serve = overload = Overload(serve, retry_after)
         observers.append(overload)
-    serve = _with_positions(serve, databases)
+    serve = with_positions(serve, databases)
     if attempts > 1:
         from asgi_dbsession.retry.retry import Retry
 
@@ -86,3 +71,12 @@ def with_optional_rooms(
         for database in databases:
             database.observe(observer)
     return serve, tuple(observers)
+
+
+def for_last_attempt(on_commit_error: OnCommitError, attempts: int) -> OnCommitError:
+    """Return `on_commit_error`. If the request will be retried, the result sends no response."""
+    if on_commit_error is None or attempts == 1:
+        return on_commit_error
+    from asgi_dbsession.retry.attempt import unless_retried
+
+    return unless_retried(on_commit_error)
