@@ -73,31 +73,14 @@ _MARIADB = ("asyncmy", "aiomysql", "pymysql-sync")
 # The kinds that `--quick` keeps: SQLite, an async driver and a blocking driver.
 _QUICK_KINDS = ("sqlite", "asyncpg", "psycopg-sync")
 # The tests that `--quick` skips: tests of other programs, other libraries and the documentation.
-_SLOW = (
-    *(
-        "servers",
-        "frameworks",
-        "libraries",
-        "test_audit.py",
-        "test_benchmarks.py",
-        "test_capacity.py",
-        "test_comparison.py",
-    ),
-    *("test_drivers.py", "test_example.py", "test_faults.py", "test_galera.py", "test_guides.py"),
-    *("test_hosting_providers.py", "test_postgresql_guide.py"),
-    *(
-        "test_live_in_a_browser.py",
-        "test_matrix.py",
-        "test_migrations.py",
-        "test_observability_guide.py",
-        "test_package.py",
-    ),
-    *("test_replicas.py", "test_replicas_at_work.py", "test_replicas_failover.py"),
-    "test_replicas_guide.py",
-    *("test_readme.py", "test_shop.py", "test_site.py", "test_site_in_a_browser.py"),
-    *("test_tenants.py", "test_testing_guide.py", "test_tutorial.py", "test_when_it_goes_wrong.py"),
-    "test_workers.py",
-)
+_SLOW_FOLDERS = ("servers", "frameworks", "libraries")
+_SLOW_MODULES = """
+    audit benchmarks capacity comparison drivers example faults galera guides hosting_providers
+    live_in_a_browser matrix migrations observability_guide package postgresql_guide races
+    readme replicas replicas_at_work replicas_failover replicas_guide replicas_lost shop site
+    site_in_a_browser slow_uploads tenants testing_guide tutorial when_it_goes_wrong workers
+"""
+_SLOW = {*_SLOW_FOLDERS, *(f"test_{each}.py" for each in _SLOW_MODULES.split())}
 
 
 def enforce_foreign_keys(connection: Any, _record: Any) -> None:
