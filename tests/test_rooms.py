@@ -20,6 +20,7 @@ HOME = Path(asgi_dbsession.__file__).parent
 CORE = ("types", "errors", "session", "unit", "database", "asgi")
 OPTIONAL = (
     "urls",
+    "borrowed",
     "health",
     "join",
     "two_phases",
@@ -83,6 +84,7 @@ def test_the_modules_of_a_room_import_each_other_without_a_circle() -> None:
 PROGRAM = """
 import asyncio, sys
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, get_session
 
 database = AsyncDatabase("sqlite+aiosqlite://")
@@ -122,6 +124,10 @@ def test_the_core_alone_imports_no_optional_room() -> None:
     ("used", "room"),
     [
         ("AsyncDatabase('sqlite+aiosqlite:///shop.db?timeout=5')", "urls"),
+        (
+            "AsyncDatabase.from_engine(create_async_engine('sqlite+aiosqlite:///shop.db'))",
+            "borrowed",
+        ),
         ("asyncio.run(database.health())", "health"),
         ("DBSessionMiddleware(app, database, attempts=2, retry_on=KeyError)", "retry"),
         ("DBSessionMiddleware(app, database, on_report=print)", "reports"),

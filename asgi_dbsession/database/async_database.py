@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import NullPool
 from sqlalchemy.util import greenlet_spawn
 from typing_extensions import TypeVarTuple, Unpack, override
 
@@ -192,18 +191,11 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         if self._loop is loop:
             return
         if not self._owns_engine and self._engine is not None:
-            self._take_to_loop(self._engine, loop)
+            from asgi_dbsession.borrowed.loop import take_to_loop
+
+            take_to_loop(self, self._engine, loop)
         elif self._loop is not None:
             raise DatabaseNotRunning(self, other_loop=True)
-
-    def _take_to_loop(self, engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
-        """Let the current event loop use an engine of the application for the first time."""
-        if self._loop is not None and not isinstance(engine.pool, NullPool):
-            if not self._loop.is_closed():
-                raise DatabaseNotRunning(self, other_loop=True)
-            # These connections belong to a closed event loop, so nobody can close them.
-            engine.sync_engine.dispose(close=False)
-        self._loop = loop
 
     @override
     def _create_engine(self) -> AsyncEngine:

@@ -17,7 +17,6 @@ from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
-from .borrowed import borrow
 from .engines import sync_engine_of
 from .health import Health
 from .replicated import ReplicatedLife
@@ -117,6 +116,8 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         database = cls(engine.url, **options)
         database._engine = engine
         database._owns_engine = False
+        from asgi_dbsession.borrowed.listeners import borrow
+
         borrow(sync_engine_of(engine), database, database._observers)
         return database
 

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from inspect import iscoroutinefunction
 from threading import Lock
-from types import TracebackType
 from typing import Any, Generic, NoReturn, TypeVar
 
 from sqlalchemy import URL, Engine
@@ -20,10 +19,10 @@ from asgi_dbsession.errors import (
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.unit.observer import UnitObserver
 
-from .borrowed import own, prepare
 from .engines import dispose, select_one, sync_engine_of
 from .failures import failure_of, reason_of
 from .forks import inherited_pools, notice_forks
+from .listeners import built, prepare
 from .secrets import secrets_of
 from .url import is_in_memory, options_for_memory, refuse_autocommit, url_with_driver
 
@@ -164,12 +163,7 @@ class EngineLife(ABC, Generic[E]):
         await self.startup()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.shutdown()
 
     async def ping(self) -> None:
@@ -206,7 +200,7 @@ class EngineLife(ABC, Generic[E]):
                 f"{self} cannot be built with these engine options: {reason}"
             ) from None
         sync_engine = sync_engine_of(engine)
-        own(sync_engine)
+        built.add(sync_engine)
         self._prepare(sync_engine)
         for observer in self._observers:
             observer.engine_used(sync_engine)

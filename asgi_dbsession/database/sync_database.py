@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Engine, create_engine
@@ -82,18 +81,13 @@ class SyncDatabase(Database[Engine, AnySession]):
             if self._replica_set is not None:
                 self._replica_set.start_here()
         except BaseException as error:
-            self.__exit__(None, None, None)
+            self.__exit__()
             if isinstance(error, Exception):
                 self._raise_failure(error)
             raise
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         engine = self._end_start()
         if engine is not None:
             engine.dispose()

@@ -118,7 +118,7 @@ class ReplicaSet:
                 server.stop_here()
         for each in self._lives:
             while isinstance(each, SyncDatabase) and each.is_running:
-                each.__exit__(None, None, None)
+                each.__exit__()
 
     def after_fork(self) -> None:
         """Called in a child process after a fork: forget queries that ran in the parent process."""

@@ -18,7 +18,7 @@ from sqlalchemy import Engine
 from sqlalchemy.util import greenlet_spawn
 
 from asgi_dbsession.database.async_database import AsyncDatabase
-from asgi_dbsession.database.borrowed import prepare
+from asgi_dbsession.database.listeners import prepare
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.session.completion import run_to_completion

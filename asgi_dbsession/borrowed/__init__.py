@@ -1,0 +1,1 @@
+"""Uses an engine that the application has made, for `from_engine` (optional)."""

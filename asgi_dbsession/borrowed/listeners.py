@@ -1,0 +1,58 @@
+"""Adds listeners to an engine of the application, and removes them after the last use."""
+
+from threading import RLock
+from weakref import WeakKeyDictionary, finalize
+
+from sqlalchemy import Engine
+
+from asgi_dbsession.database.connecting import connect_as_before
+from asgi_dbsession.database.listeners import built, prepare
+from asgi_dbsession.session._sqlalchemy import original_engine
+from asgi_dbsession.session.failures import unwatch
+from asgi_dbsession.session.reads import unwatch_reads
+from asgi_dbsession.unit.observer import UnitObserver
+
+# This must be an RLock. The garbage collector may call `_release` in the thread that holds this
+# lock.
+_mutex = RLock()
+# For each engine: one object for each database object that has got the engine by `from_engine`.
+# The object is alive as long as the database object.
+_users: "WeakKeyDictionary[Engine, list[finalize[..., object]]]" = WeakKeyDictionary()
+# For each engine: the observers of database objects that were garbage collected. Their method
+# `engine_left` is called later, when no database object uses the engine any more.
+_observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
+
+
+def borrow(engine: Engine, database: object, observers: list[UnitObserver]) -> None:
+    """Add listeners to an engine of the application, until the database object is freed.
+
+    Args:
+        engine: The engine that the application has made.
+        database: The database object that uses the engine.
+        observers: The list of observers of the database object, which may grow later.
+    """
+    with _mutex:
+        prepare(engine)
+        user = finalize(database, _release, engine, observers)
+        user.atexit = False
+        _users.setdefault(engine, []).append(user)
+
+
+def _release(engine: Engine, observers: list[UnitObserver]) -> None:
+    with _mutex:
+        _users[engine] = [each for each in _users[engine] if each.alive]
+        _observers.setdefault(engine, []).extend(observers)
+        if _users[engine] or engine in built:
+            return
+        original = original_engine(engine)
+        if original not in built and not _is_used(original):
+            unwatch(original)
+            unwatch_reads(original)
+            connect_as_before(original)
+        for observer in _observers.pop(engine, ()):
+            observer.engine_left(engine)
+
+
+def _is_used(original: Engine) -> bool:
+    """Return True if a database object uses the engine, or a copy of it with other options."""
+    return any(users and original_engine(engine) is original for engine, users in _users.items())

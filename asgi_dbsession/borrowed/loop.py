@@ -1,0 +1,23 @@
+"""Lets one event loop after the other use an async engine of the application."""
+
+from asyncio import AbstractEventLoop
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import NullPool
+
+from asgi_dbsession.errors import DatabaseNotRunning
+
+
+def take_to_loop(database: Any, engine: AsyncEngine, loop: AbstractEventLoop) -> None:
+    """Let the current event loop use an engine of the application for the first time.
+
+    Raises:
+        DatabaseNotRunning: Another event loop uses the engine, and its connections.
+    """
+    if database._loop is not None and not isinstance(engine.pool, NullPool):
+        if not database._loop.is_closed():
+            raise DatabaseNotRunning(database, other_loop=True)
+        # These connections belong to a closed event loop, so nobody can close them.
+        engine.sync_engine.dispose(close=False)
+    database._loop = loop

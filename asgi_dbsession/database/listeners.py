@@ -1,0 +1,27 @@
+"""Adds all listeners that this package needs to an engine."""
+
+from weakref import WeakSet
+
+from sqlalchemy import Engine
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+from asgi_dbsession.session._sqlalchemy import original_engine
+from asgi_dbsession.session.failures import watch
+from asgi_dbsession.session.reads import watch_reads
+
+from .connecting import connect_outside
+
+# The engines that this package has built itself. They keep their listeners.
+built: WeakSet[Engine] = WeakSet()
+
+
+def prepare(engine: Engine) -> None:
+    """Add all listeners that this package needs to an engine, and warn of its pool."""
+    engine = original_engine(engine)
+    watch(engine)
+    watch_reads(engine)
+    connect_outside(engine)
+    if isinstance(engine.pool, StaticPool | SingletonThreadPool):
+        from asgi_dbsession.mistakes.shared import warn_of_shared_connection
+
+        warn_of_shared_connection(engine)
