@@ -23,6 +23,7 @@ OPTIONAL = (
     "borrowed",
     "health",
     "join",
+    "read_only",
     "two_phases",
     "mistakes",
     "retry",

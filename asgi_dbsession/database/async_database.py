@@ -17,7 +17,6 @@ from asgi_dbsession.session.companion import Companion
 from asgi_dbsession.session.guard import guarded_class
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.task_lock import TaskLock
-from asgi_dbsession.session.writes import Writes
 from asgi_dbsession.types import RetryOn, Scope
 from asgi_dbsession.unit.blocks import block_of
 
@@ -172,14 +171,14 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     @override
     def _make_session(
-        self, engine: AsyncEngine | None, scope: Scope | None, read_only: bool
+        self, engine: AsyncEngine | None, scope: Scope | None
     ) -> ManagedSession[AnyAsyncSession]:
         session = self._guarded_class(
             bind=engine, sync_session_class=self._orm_class, **self._session_options
         )
         orm = session.sync_session
         orm.info["scope"] = scope
-        companion = Companion(TaskLock(self), self._reads, Writes(self, read_only))
+        companion = Companion(TaskLock(self), self._reads)
         return ManagedSession(session, orm, companion, greenlet_spawn)
 
     def _refuse_other_loop(self) -> None:

@@ -166,15 +166,18 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         """Open a session for a unit of work. Applications use `get_session` or `begin` instead."""
         engine: E | None = self.engine
         if self._replica_set is None or self._reads.is_shared:
-            return self._make_session(engine, scope, read_only)
-        made = self._make_session(None if read_only else engine, scope, read_only)
-        self._replica_set.give_route(made)
+            made = self._make_session(engine, scope)
+        else:
+            made = self._make_session(None if read_only else engine, scope)
+            self._replica_set.give_route(made)
+        if read_only:
+            from asgi_dbsession.read_only.refusals import Refusals
+
+            Refusals(made.companion)
         return made
 
     @abstractmethod
-    def _make_session(
-        self, engine: E | None, scope: Scope | None, read_only: bool
-    ) -> ManagedSession[S]: ...
+    def _make_session(self, engine: E | None, scope: Scope | None) -> ManagedSession[S]: ...
 
     def add_observer(self, observer: UnitObserver) -> None:
         """Add an object to notify of each unit of work that uses this database.
@@ -188,7 +191,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
 
     def _check_session_options(self) -> None:
         try:
-            self._make_session(None, None, False)
+            self._make_session(None, None)
         except TypeError as error:
             raise ConfigurationError(
                 f"{self} cannot make a session with these session options: {error}"

@@ -13,7 +13,6 @@ from asgi_dbsession.session.guard import guarded_class
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.tasks import current_task
 from asgi_dbsession.session.thread_lock import ThreadLock
-from asgi_dbsession.session.writes import Writes
 from asgi_dbsession.types import RetryOn, Scope
 from asgi_dbsession.unit.blocks import blocking_block_of
 
@@ -166,13 +165,11 @@ class SyncDatabase(Database[Engine, AnySession]):
 
     @override
     def _make_session(
-        self, engine: Engine | None, scope: Scope | None, read_only: bool
+        self, engine: Engine | None, scope: Scope | None
     ) -> ManagedSession[AnySession]:
         session = self._orm_class(bind=engine, **self._session_options)
         session.info["scope"] = scope
-        companion = Companion(
-            ThreadLock(self, current_task()), self._reads, Writes(self, read_only)
-        )
+        companion = Companion(ThreadLock(self, current_task()), self._reads)
         return ManagedSession(session, session, companion, run_in_thread)
 
     @override

@@ -91,7 +91,7 @@ class _Block:
         self.unit.is_blocking = joined.is_blocking
         self._database = database
         self._opened = joined.sessions[database]
-        self._writes = self._opened.companion.writes
+        self._companion = self._opened.companion
         self._forbids_writes = read_only
         admit = self._opened.lock.admit
         if not isinstance(admit, OpenBlocks):
@@ -107,10 +107,10 @@ class _Block:
             # block. So these changes are outside of its savepoint, and a rollback of the block
             # keeps them.
             self._savepoint = self._opened.orm.begin_nested()
-            self._forbids_writes = self._forbids_writes and not self._writes.forbidden
+            self._forbids_writes = self._forbids_writes and self._companion.read_only is None
             if self._forbids_writes:
                 self._blocks.forbid_writes()
-            self.unit.read_only = self._writes.forbidden
+            self.unit.read_only = self._companion.read_only is not None
             self._blocks.open.append(self.unit)
             lock.admit = self._blocks
         finally:
@@ -153,7 +153,7 @@ class _Block:
 
     def _release(self) -> None:
         try:
-            self._writes.check_commit()
+            self._companion.check_commit()
             if self._is_open:
                 self._savepoint.commit()
             # The application called `commit()` inside a read-only `begin(join=True)` block, and the
@@ -179,7 +179,7 @@ class _Block:
             # The rollback to the savepoint of the `begin(join=True)` block failed. After a
             # deadlock, for example, MariaDB has no savepoint any more. So let the COMMIT of the
             # outer unit of work fail too, because it would store only a part of the work.
-            forbid_commit(self._opened.companion.open_connections, failure)
+            forbid_commit(self._companion.open_connections, failure)
 
     @property
     def _is_open(self) -> bool:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from sqlalchemy.orm import Session, SessionTransaction
-
 from asgi_dbsession.errors import ConcurrentUse, SessionClosed
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.unit.unit_of_work import SessionSource, UnitOfWork, current_unit
@@ -27,8 +25,10 @@ class OpenBlocks:
         self.open: list[UnitOfWork] = []
         self._unit = unit
         self._database = database
-        self._writes = opened.companion.writes
-        self._followers = opened.companion.followers
+        self._companion = opened.companion
+        # The object that refuses writes, while a block may only read in a unit of work that may
+        # write.
+        self._refusals: Any = None
 
     def __call__(self) -> None:
         """Raise an error if the caller is not inside the innermost `begin(join=True)` block.
@@ -63,29 +63,16 @@ class OpenBlocks:
 
     def forbid_writes(self) -> None:
         """Refuse writes of the session in the savepoint that has begun just now."""
-        self._writes.forbidden = self._writes.in_block = True
-        self._followers.append(self)
+        from asgi_dbsession.read_only.refusals import Refusals
+
+        self._refusals = Refusals(self._companion, in_block=True)
+        self._companion.followers.append(self._refusals)
 
     def allow_writes(self) -> None:
         """Allow writes again if no open block, and not the outer unit of work, may only read."""
-        if self._writes.forbidden and not any(each.read_only for each in (self._unit, *self.open)):
-            self._writes.forbidden = self._writes.in_block = False
-            self._writes.refused = None
-            self._followers.remove(self)
-
-    def record_commit(self, _session: Session) -> None:
-        """Called after a COMMIT inside a read-only block: make the next transaction read-only.
-
-        The savepoint of the `begin(join=True, read_only=True)` block was read-only. The COMMIT has
-        ended this savepoint, so the whole next transaction must be read-only.
-        """
-        self._writes.in_block = False
-
-    def record_rollback(self, transaction: SessionTransaction) -> None:
-        """Called after a ROLLBACK inside a read-only block: make the next transaction read-only.
-
-        A rollback to a savepoint changes nothing here, because the transaction around the
-        `begin(join=True, read_only=True)` block goes on.
-        """
-        if transaction.parent is None:
-            self._writes.in_block = False
+        refusals = self._refusals
+        if refusals is None or any(each.read_only for each in (self._unit, *self.open)):
+            return
+        refusals.forbidden = False
+        self._companion.followers.remove(refusals)
+        self._companion.read_only = self._companion.refused = self._refusals = None

@@ -13,7 +13,7 @@ from asgi_dbsession.session._sqlalchemy import isolation_level_on_connect
 from asgi_dbsession.session.end import End
 from asgi_dbsession.session.guard import GuardedSession
 from asgi_dbsession.session.lost import is_lost
-from asgi_dbsession.session.writes import may_only_read
+from asgi_dbsession.session.read_only import may_only_read
 from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
 
 from .causes import causes

@@ -7,9 +7,12 @@ from typing import Any, Protocol, TypeAlias
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session, SessionTransaction
 
+from asgi_dbsession.errors import ForbiddenWrite, PrematureClose
+
+from .end import Reason, current_end
 from .lock import SessionLock
+from .read_only import ReadOnlySession
 from .reads import Reads
-from .writes import Writes
 
 
 class Follower(Protocol):
@@ -66,7 +69,9 @@ class Companion:
     Attributes:
         lock: The lock that every operation of the session holds.
         reads: The object that decides if the session may read without BEGIN and COMMIT.
-        writes: The object that refuses writes if the session may only read.
+        read_only: The object that refuses writes. None if the session may write now.
+        refused: The error of the first refused write. The application may have caught this error,
+            so COMMIT raises it again. Or the error for work that `close()` has discarded.
         expects_read: False if the running statement needs BEGIN in any case, because it is an
             INSERT, UPDATE or DELETE or is given as SQL text.
         connections: The connections that the session has used. Some of these may be closed now.
@@ -79,21 +84,45 @@ class Companion:
             measured.
     """
 
+    read_only: ReadOnlySession | None = None
+    refused: ForbiddenWrite | PrematureClose | None = None
     expects_read: bool = True
     connections: tuple[Connection, ...] = ()
     connect: Connect | None = None
     route: SessionRoute | None = None
     recording: SessionRecording | None = None
 
-    def __init__(self, lock: SessionLock, reads: Reads, writes: Writes) -> None:
+    def __init__(self, lock: SessionLock, reads: Reads) -> None:
         self.lock: SessionLock = lock
         self.reads: Reads = reads
-        self.writes: Writes = writes
         self.followers: list[Follower] = []
 
     def wrap_connect(self, wrapper: Callable[[Connect, Any, Engine], Connection]) -> None:
         """Let `wrapper` connect. Its first argument is the function that connected until now."""
         self.connect = partial(wrapper, self.connect or _connect)
+
+    def check_commit(self) -> None:
+        """Raise an error before COMMIT if a write was refused, or if work was discarded.
+
+        Raises:
+            ForbiddenWrite: A write was refused, and the application caught the error.
+            PrematureClose: The application called `close()` while it handled an exception. This
+                error is not raised if the application calls `commit()` itself.
+        """
+        if isinstance(self.refused, PrematureClose) and current_end.get() is None:
+            self.refused = None
+        if self.refused is not None:
+            raise self.refused
+
+    def rolled_back(self, reason: Reason) -> None:
+        """Forget the refused write, because the unit of work was rolled back.
+
+        If the unit of work was rolled back because a task failed, keep the refused write. Other
+        code may catch the exception of the task, and then COMMIT must still raise the error of the
+        refused write.
+        """
+        if reason != "exception":
+            self.refused = None
 
     def add_connection(self, connection: Connection) -> None:
         """Add a connection to `connections`, and remove closed connections from `connections`."""

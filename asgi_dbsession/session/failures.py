@@ -14,8 +14,8 @@ from asgi_dbsession.errors import TransactionAborted, without_secrets
 
 from ._sqlalchemy import is_prepared, original_engine
 from .completion import run_to_completion
+from .read_only import KEY
 from .sqlite import unwatch_sqlite, was_rolled_back, watch_sqlite
-from .writes import record_refusal
 
 # The statements that failed. Each key is a weak reference to the transaction or savepoint in which
 # a statement failed. Each value is a pair: (1) the message of the driver, (2) True if the error
@@ -102,7 +102,9 @@ def _record_failure(context: ExceptionContext) -> None:
         context.invalidate_pool_on_disconnect = False
     elif transaction is not None:
         _remember(connection, transaction, context.original_exception)
-        record_refusal(context)
+        read_only = connection.info.get(KEY)
+        if read_only is not None:
+            read_only.record_refusal(context)
 
 
 def _is_unusable_after(context: ExceptionContext, transaction: Transaction | None) -> bool:

@@ -203,7 +203,8 @@ class GuardedSession(ConnectingSession):
         """
         companion = self._companion
         if has_changes(self) or not all(map(has_only_read, companion.open_connections)):
-            companion.writes.record_loss()
+            lost = PrematureClose(companion.lock.database)
+            companion.refused = companion.refused or lost
         super().reset()
 
     @locked
@@ -216,14 +217,14 @@ def _check_statement(
     companion: Companion, statement: object = None, *_: object, **__: object
 ) -> None:
     companion.expects_read = not isinstance(statement, _NEVER_PLAIN)
-    if companion.writes.forbidden:
-        companion.writes.check_statement(statement)
+    if companion.read_only is not None:
+        companion.read_only.check_statement(statement)
 
 
 def _bulk_check(name: str) -> Callable[..., None]:
     def check(companion: Companion, *_: object, **__: object) -> None:
-        if companion.writes.forbidden:
-            raise companion.writes.refuse(f"`{name}()`")
+        if companion.read_only is not None:
+            raise companion.read_only.refuse(f"`{name}()`")
 
     return check
 

@@ -54,7 +54,7 @@ class ManagedSession(Generic[S]):
         session, lock = self.orm, self.lock
         if session.in_transaction() or session.identity_map.check_modified() or lock.is_busy:
             return True
-        return (lock.is_used and bool(session.new)) or self.companion.writes.refused is not None
+        return (lock.is_used and bool(session.new)) or self.companion.refused is not None
 
     @property
     def ends_at_once(self) -> bool:
@@ -125,7 +125,7 @@ class ManagedSession(Generic[S]):
                 self.orm.commit()
             else:
                 roll_back(self.orm)
-                self.companion.writes.rolled_back(end.reason)
+                self.companion.rolled_back(end.reason)
         except BaseException:
             # Send ROLLBACK before `close()`. With SQLite, `close()` alone would give the pool a
             # connection with an open transaction, and the next request would see the uncommitted
@@ -165,23 +165,25 @@ def _remember_connection(
     companion.add_connection(connection)
     if companion.recording is not None and not transaction.nested:
         companion.recording.connected(session.bind, connection)
-    if companion.writes.forbidden:
+    if companion.read_only is not None:
         is_shared = companion.reads.is_shared
-        companion.writes.begin(connection, in_savepoint=transaction.nested, is_shared=is_shared)
+        companion.read_only.begin(connection, in_savepoint=transaction.nested, is_shared=is_shared)
     if companion.expects_read:
         companion.reads.delay_begin(session, connection)
 
 
 def _refuse_or_begin(session: Any, *_: object) -> None:
-    session._companion.writes.check_flush(session)
+    companion: Companion = session._companion
+    if companion.read_only is not None:
+        companion.read_only.check_flush(session)
     # Send BEGIN now, because a listener of the application may write on the driver's own connection
     # during the flush. This package cannot see such a write, but a rollback must undo it.
-    for connection in session._companion.open_connections:
+    for connection in companion.open_connections:
         begin_now(connection)
 
 
 def _refuse_to_commit(session: Any) -> None:
-    session._companion.writes.check_commit()
+    session._companion.check_commit()
     refuse_if_aborted(session._companion.connections)
 
 

@@ -1,97 +1,48 @@
-"""Makes the transaction of a session read-only, so that the database itself refuses writes."""
+"""The methods by which a session that may only read refuses writes."""
 
-from typing import Any
+from typing import Protocol
 
 from sqlalchemy import Connection
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.orm import Session
 
-from ._sqlalchemy import on_checkin
-from .reads import DRIVERS, is_in_transaction
+from asgi_dbsession.errors import ForbiddenWrite
 
-# The error codes that databases report for a write in a read-only transaction. Sources: PostgreSQL
-# https://www.postgresql.org/docs/current/errcodes-appendix.html MariaDB
-# https://mariadb.com/kb/en/mariadb-error-code-reference/ and SQLite
-# https://www.sqlite.org/rescode.html
-_POSTGRESQL, _MARIADB, _SQLITE = "25006", 1792, 8
-
-_ON_MARIADB, _ON_POSTGRESQL = "START TRANSACTION READ ONLY", "SET TRANSACTION READ ONLY"
+ON_MARIADB, ON_POSTGRESQL = "START TRANSACTION READ ONLY", "SET TRANSACTION READ ONLY"
 # These statements make a transaction read-only. Reports do not count them as statements of the
 # application.
-PARTS_OF_BEGIN = frozenset((_ON_MARIADB, _ON_POSTGRESQL))
+PARTS_OF_BEGIN = frozenset((ON_MARIADB, ON_POSTGRESQL))
+# `connection.info` has this key while the connection belongs to a session that may only read. The
+# value is the attribute `read_only` of the session's companion.
+KEY = "asgi_dbsession.read_only"
 
 
-def begin_read_only(connection: Connection) -> None:
-    """Make a transaction read-only, at once after it has begun on the connection.
+class ReadOnlySession(Protocol):
+    """The methods of the class `Refusals` (in the package `read_only`) of a session."""
 
-    With asyncpg and psycopg, `READ ONLY` is sent together with BEGIN. All other drivers of
-    PostgreSQL, MySQL and MariaDB need one more round trip to the server. For SQLite, `PRAGMA
-    query_only` refuses writes. Any other database still accepts writes.
-    """
-    name = connection.dialect.name
-    if name == "postgresql":
-        _begin_on_postgresql(connection)
-    elif name in {"mysql", "mariadb"}:
-        # Do this only if SQLAlchemy sends ROLLBACK before the connection returns to the pool.
-        # Otherwise the next user of the connection would get the read-only transaction.
-        if not _skips_rollback(connection):
-            connection.exec_driver_sql(_ON_MARIADB)
-    elif name == "sqlite" and not isinstance(connection.engine.pool, StaticPool):
-        _begin_on_sqlite(connection)
+    @property
+    def covers_transaction(self) -> bool:
+        """True if the transaction is read-only as a whole, and not only one of its savepoints."""
+        ...
 
+    def begin(self, connection: Connection, *, in_savepoint: bool, is_shared: bool) -> None:
+        """Called when a transaction or savepoint of the session has begun."""
 
-def set_savepoint_read_only(connection: Connection) -> None:
-    """Make the current savepoint read-only on PostgreSQL; do nothing on other databases.
+    def check_statement(self, statement: object) -> None:
+        """Called before each statement."""
 
-    PostgreSQL refuses writes until the savepoint ends. The other databases have no read-only
-    savepoints.
-    """
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql(_ON_POSTGRESQL)
+    def check_flush(self, session: Session) -> None:
+        """Called before each flush."""
+
+    def refuse(self, name: str) -> ForbiddenWrite:
+        """Return the error for a write, which COMMIT will raise again."""
+        ...
+
+    def record_refusal(self, context: ExceptionContext) -> None:
+        """Called when a statement has failed."""
 
 
-def is_refusal(error: BaseException) -> bool:
-    """Return True if the database reports that it refused a write in a read-only transaction."""
-    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-    if state == _POSTGRESQL or getattr(error, "sqlite_errorcode", 0) & 0xFF == _SQLITE:
-        return True
-    return bool(error.args) and error.args[0] == _MARIADB
-
-
-def _begin_on_postgresql(connection: Connection) -> None:
-    dialect: Any = connection.dialect
-    if dialect.driver not in DRIVERS or is_in_transaction(connection):
-        connection.exec_driver_sql(_ON_POSTGRESQL)
-        return
-    driver = connection.connection.dbapi_connection
-    earlier = dialect.get_readonly(driver)
-    if not earlier:
-        on_checkin(connection, lambda returned: dialect.set_readonly(returned, earlier))
-        dialect.set_readonly(driver, True)
-
-
-def _skips_rollback(connection: Connection) -> bool:
-    """Return True if the connection is in autocommit mode and SQLAlchemy sends no ROLLBACK on it.
-
-    SQLAlchemy 2.0.43 and newer sends no ROLLBACK if its option `skip_autocommit_rollback` is set.
-    """
-    dialect: Any = connection.dialect
-    driver = connection.connection.dbapi_connection
-    return getattr(dialect, "skip_autocommit_rollback", False) and bool(
-        dialect.detect_autocommit_setting(driver)
-    )
-
-
-def _begin_on_sqlite(connection: Connection) -> None:
-    driver = connection.connection.dbapi_connection
-    if not _ask(driver, "PRAGMA query_only")[0]:
-        on_checkin(connection, lambda returned: _ask(returned, "PRAGMA query_only = OFF"))
-        _ask(driver, "PRAGMA query_only = ON")
-
-
-def _ask(driver: Any, statement: str) -> Any:
-    cursor = driver.cursor()
-    try:
-        cursor.execute(statement)
-        return cursor.fetchone()
-    finally:
-        cursor.close()
+def may_only_read(connection: Connection) -> bool:
+    """Return True if the transaction on the connection is read-only as a whole."""
+    read_only: ReadOnlySession | None = connection.info.get(KEY)
+    return read_only is not None and read_only.covers_transaction

@@ -10,7 +10,7 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
 from typing_extensions import override
 
-from asgi_dbsession.session.writes import may_only_read
+from asgi_dbsession.session.read_only import may_only_read
 
 from .pool import SharedRecord
 

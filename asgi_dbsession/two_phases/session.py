@@ -85,7 +85,7 @@ class TwoPhaseSession(ManagedSession[S]):
                 is_lost = any(each.invalidated for each in self.companion.open_connections)
                 if roll_back(self.orm) and not is_lost:
                     self.in_doubt = ""
-                self.companion.writes.rolled_back(end.reason)
+                self.companion.rolled_back(end.reason)
         except BaseException:
             if self.in_doubt:
                 # A listener of the application may have raised this error after a successful

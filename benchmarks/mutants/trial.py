@@ -29,6 +29,7 @@ _ROOMS = {
     "asgi": ("misuse", "lifespan", "nesting", "websocket", "on_commit", "events", "starlette"),
     "database": ("database", "url", "bad_input", "health", "lifespan"),
     "join": ("join", "read_only"),
+    "read_only": ("read_only", "join"),
     "mistakes": ("events", "silent_losses", "sqlite"),
     "two_phases": ("two_phases",),
 }

@@ -1,0 +1,93 @@
+"""Makes the transaction of a session read-only, so that the database itself refuses writes."""
+
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.pool import StaticPool
+
+from asgi_dbsession.session._sqlalchemy import on_checkin
+from asgi_dbsession.session.read_only import ON_MARIADB, ON_POSTGRESQL
+from asgi_dbsession.session.reads import DRIVERS, is_in_transaction
+
+# The error codes that databases report for a write in a read-only transaction. Sources: PostgreSQL
+# https://www.postgresql.org/docs/current/errcodes-appendix.html MariaDB
+# https://mariadb.com/kb/en/mariadb-error-code-reference/ and SQLite
+# https://www.sqlite.org/rescode.html
+_POSTGRESQL, _MARIADB, _SQLITE = "25006", 1792, 8
+
+
+def begin_read_only(connection: Connection) -> None:
+    """Make a transaction read-only, at once after it has begun on the connection.
+
+    With asyncpg and psycopg, `READ ONLY` is sent together with BEGIN. All other drivers of
+    PostgreSQL, MySQL and MariaDB need one more round trip to the server. For SQLite, `PRAGMA
+    query_only` refuses writes. Any other database still accepts writes.
+    """
+    name = connection.dialect.name
+    if name == "postgresql":
+        _begin_on_postgresql(connection)
+    elif name in {"mysql", "mariadb"}:
+        # Do this only if SQLAlchemy sends ROLLBACK before the connection returns to the pool.
+        # Otherwise the next user of the connection would get the read-only transaction.
+        if not _skips_rollback(connection):
+            connection.exec_driver_sql(ON_MARIADB)
+    elif name == "sqlite" and not isinstance(connection.engine.pool, StaticPool):
+        _begin_on_sqlite(connection)
+
+
+def set_savepoint_read_only(connection: Connection) -> None:
+    """Make the current savepoint read-only on PostgreSQL; do nothing on other databases.
+
+    PostgreSQL refuses writes until the savepoint ends. The other databases have no read-only
+    savepoints.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(ON_POSTGRESQL)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return True if the database reports that it refused a write in a read-only transaction."""
+    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    if state == _POSTGRESQL or getattr(error, "sqlite_errorcode", 0) & 0xFF == _SQLITE:
+        return True
+    return bool(error.args) and error.args[0] == _MARIADB
+
+
+def _begin_on_postgresql(connection: Connection) -> None:
+    dialect: Any = connection.dialect
+    if dialect.driver not in DRIVERS or is_in_transaction(connection):
+        connection.exec_driver_sql(ON_POSTGRESQL)
+        return
+    driver = connection.connection.dbapi_connection
+    earlier = dialect.get_readonly(driver)
+    if not earlier:
+        on_checkin(connection, lambda returned: dialect.set_readonly(returned, earlier))
+        dialect.set_readonly(driver, True)
+
+
+def _skips_rollback(connection: Connection) -> bool:
+    """Return True if the connection is in autocommit mode and SQLAlchemy sends no ROLLBACK on it.
+
+    SQLAlchemy 2.0.43 and newer sends no ROLLBACK if its option `skip_autocommit_rollback` is set.
+    """
+    dialect: Any = connection.dialect
+    driver = connection.connection.dbapi_connection
+    return getattr(dialect, "skip_autocommit_rollback", False) and bool(
+        dialect.detect_autocommit_setting(driver)
+    )
+
+
+def _begin_on_sqlite(connection: Connection) -> None:
+    driver = connection.connection.dbapi_connection
+    if not _ask(driver, "PRAGMA query_only")[0]:
+        on_checkin(connection, lambda returned: _ask(returned, "PRAGMA query_only = OFF"))
+        _ask(driver, "PRAGMA query_only = ON")
+
+
+def _ask(driver: Any, statement: str) -> Any:
+    cursor = driver.cursor()
+    try:
+        cursor.execute(statement)
+        return cursor.fetchone()
+    finally:
+        cursor.close()
