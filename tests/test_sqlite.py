@@ -250,6 +250,28 @@ async def test_statements_that_sqlite_refuses_in_a_transaction_begin_none(
     assert (exchange.status, exchange.body, exchange.error) == (200, b"0", None)
 
 
+@pytest.mark.parametrize(
+    "pragma", ["user_version = {}", "main.application_id({})", "schema.user_version={}"]
+)
+async def test_a_number_in_the_header_of_the_file_is_rolled_back(
+    running: Running, pragma: str
+) -> None:
+    """Applications keep the version of their schema in it, and a transaction includes it."""
+    name = "user_version" if "user" in pragma else "application_id"
+    engine = running.real.reader
+    for status, number in ((201, 1), (500, 2)):
+        statement = f"/* one */ PRAGMA {pragma.format(number).replace('schema.', 'main . ')}"
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await running.execute(text(statement))  # noqa: B023
+            await respond(send, status)  # noqa: B023
+
+        exchange = await get(DBSessionMiddleware(app, running.database))
+        assert (exchange.status, exchange.error) == (status, None)
+        with engine.connect() as connection:
+            assert connection.exec_driver_sql(f"PRAGMA {name}").scalar_one() == 1
+
+
 async def test_the_applications_own_connections_stay_as_they_are(running: Running) -> None:
     """The driver alone decides about `engine.connect()`, which is no unit of work."""
     if isinstance(running.database, AsyncDatabase):

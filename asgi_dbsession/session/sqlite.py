@@ -16,8 +16,14 @@ _BY_DRIVER = frozenset(("INSERT", "UPDATE", "DELETE", "REPLACE"))
 # These statements only read, or SQLite refuses or ignores them inside a transaction. Those in
 # `_CONTROL` begin or end a transaction themselves. All other statements of SQLite may write.
 # Source: https://www.sqlite.org/lang.html
-_OUTSIDE = frozenset(("SELECT", "VALUES", "EXPLAIN", "PRAGMA", "VACUUM", "ATTACH", "DETACH"))
+_OUTSIDE = frozenset(("SELECT", "VALUES", "EXPLAIN", "VACUUM", "ATTACH", "DETACH"))
 _CONTROL = frozenset(("BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE"))
+# The PRAGMA statements that store a number in the file of the database, and roll it back. SQLite
+# ignores other PRAGMA statements inside a transaction, so they must stay outside.
+_NUMBERS = re.compile(
+    r"\bPRAGMA\s+(?:\w+\s*\.\s*)?(?:application_id|schema_version|user_version)\s*[=(]",
+    re.IGNORECASE,
+)
 
 # Attributes of a connection that a session uses: whether a transaction was open before the last
 # statement, and whether an error made SQLite roll back the transaction. In that case COMMIT will be
@@ -82,6 +88,8 @@ def _needs_begin(connection: Connection, statement: str) -> bool:
     word = found[1].upper() if found else ""
     if word in _BY_DRIVER:
         return bool(vars(connection).get(_ROLLED_BACK))
+    if word == "PRAGMA":
+        return _NUMBERS.search(statement) is not None
     if word == "WITH":
         # A statement with common table expressions writes only if it has one of these words.
         return not _BY_DRIVER.isdisjoint(_WORD.findall(statement.upper()))
