@@ -21,6 +21,7 @@ from litestar import Litestar, asgi, get as litestar_get
 from litestar.middleware import DefineMiddleware
 from pages import Page
 from quart import Quart
+from several import Entry
 from sqlalchemy import Column, Integer, MetaData, String, Table, select, text
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.applications import Starlette
@@ -287,6 +288,20 @@ async def test_a_wait_in_vain_is_counted() -> None:
     assert re.search(r'^db_client_connection_count\{.*"used"\} 1.0$', metrics, re.MULTILINE)
 
 
+async def test_a_wait_in_vain_is_counted_once_if_an_operation_is_inside_another() -> None:
+    """`get()` executes a SELECT, and both see the same error."""
+    url = postgres.new_database("live").set(drivername="postgresql+asyncpg")
+    database = AsyncDatabase(url, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    page = LivePage(database)
+    async with database, database.begin() as holder:
+        await holder.execute(text("SELECT 1"))
+        with pytest.raises(PoolTimeout):
+            async with database.begin() as waiter:
+                await waiter.get(Entry, 1)
+    (totals,) = page._observer.current_totals()
+    assert totals.timeouts == 1
+
+
 async def test_two_pages_and_a_report_agree(served: Served) -> None:
     """Several observers measure each session once, and all get the same values."""
     other = LivePage(served.database)
@@ -313,6 +328,10 @@ async def test_memory_is_bounded(served: Served) -> None:
     assert not observed
     ended = served.page._observer.ended()
     assert max(len(list(tally.spans())) for unit in ended for _, tally in unit.tallies) <= 400
+    async with served.database.begin() as session:
+        for _ in range(300):
+            await session.connection()  # for COPY by the driver, which is no statement
+            await session.commit()
     stored = [steps for *_, steps in served.page._observer._ended]
     assert max(len(each) for steps in stored for each in steps.values()) <= 201
     assert (

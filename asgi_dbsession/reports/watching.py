@@ -81,6 +81,8 @@ def _ending(dialect: Any, name: str) -> Callable[..., None]:
             return
         step: Step = [kind, perf_counter(), None, find_call_site(), ""]
         steps.append(step)
+        if len(steps) > MOST_STEPS:
+            condense(steps)
         try:
             getattr(type(dialect), name)(dialect, connection)
             connection.asgi_dbsession_steps = None
