@@ -114,6 +114,87 @@ def test_an_end_takes_over_what_its_own_thread_has_abandoned() -> None:
     assert not lock.is_busy
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_nobody_waits_for_an_operation_that_another_task_has_abandoned(*, ends: bool) -> None:
+    """The exception of a signal handler ends the task, or the task catches it and goes on."""
+
+    class Stop(Exception):
+        """Raised by a signal handler."""
+
+    def operate(lock: TaskLock) -> None:
+        lock.acquire()
+        raise Stop
+
+    async def main() -> None:
+        lock = TaskLock("the database")
+
+        async def child() -> None:
+            try:
+                await greenlet_spawn(operate, lock)
+            except Stop:
+                if not ends:
+                    await asyncio.sleep(60)
+                raise
+
+        task = asyncio.create_task(child())
+        await asyncio.sleep(0.01)
+        await greenlet_spawn(lock.acquire)
+        lock.release()
+        await asyncio.wait_for(greenlet_spawn(lock.acquire_for_end, an_end()), 5)
+        lock.release()
+        assert not lock.is_busy
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(main())
+
+
+def test_a_commit_of_several_steps_is_not_abandoned_between_them() -> None:
+    """A session is flushed, then other sessions are flushed, and then it is committed."""
+
+    async def main() -> None:
+        lock = TaskLock("the database")
+        first, second = an_end(), an_end()
+
+        async def end_first() -> None:
+            await greenlet_spawn(lock.acquire_for_end, first)
+            await asyncio.sleep(0.1)
+            assert not ending.done()
+            lock.release()
+
+        steps = asyncio.create_task(end_first())
+        await asyncio.sleep(0.01)
+        ending = asyncio.create_task(greenlet_spawn(lock.acquire_for_end, second))
+        await steps
+        await asyncio.wait_for(ending, 5)
+
+    asyncio.run(main())
+
+
+def test_a_commit_that_was_interrupted_keeps_nobody_waiting() -> None:
+    """A signal handler stops it before it releases the lock; the next one closes the session."""
+
+    async def main() -> None:
+        lock = TaskLock("the database")
+
+        async def end(*, releases: bool) -> None:
+            await greenlet_spawn(lock.acquire_for_end, an_end())
+            await asyncio.sleep(0.01)
+            if releases:
+                lock.release()
+
+        ending = asyncio.create_task(end(releases=False))
+        await asyncio.sleep(0)
+        waits = asyncio.create_task(greenlet_spawn(lock.acquire))
+        await asyncio.wait([ending])
+        await asyncio.wait_for(end(releases=True), 5)
+        await asyncio.wait_for(waits, 5)
+        lock.release()
+        assert not lock.is_busy
+
+    asyncio.run(main())
+
+
 def test_an_end_does_not_take_over_what_another_thread_is_at() -> None:
     """The commit waits until the operation has ended, and uses no processor meanwhile."""
     lock = ThreadLock("the database", None)

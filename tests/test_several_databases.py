@@ -22,6 +22,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from test_cancellation import run_and_cancel
 
 from asgi_dbsession import (
+    ConcurrentUse,
     DBSessionMiddleware,
     SessionClosed,
     TransactionAborted,
@@ -434,6 +435,38 @@ async def test_a_thread_may_open_a_session_in_the_middle_of_an_end(
     else:
         with pytest.raises(SessionClosed):
             opened[0].result().connection()
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "several", ["sqlite + psycopg-sync", "asyncpg + sqlite-sync"], indirect=True
+)
+async def test_a_blocking_statement_does_not_wait_for_the_commit_of_an_async_database(
+    several: Several,
+) -> None:
+    """The event loop would stand still for ever: only it can go on with that COMMIT."""
+    first, second = several.each
+    errors: list[BaseException | None] = []
+    committing = asyncio.Event()
+    event.listen(engine_of(first), "commit", lambda _: committing.set())
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = orm(second)
+
+        async def block() -> None:
+            await committing.wait()
+            session.execute(text("SELECT 1"))
+
+        task = asyncio.create_task(block())
+        await several.write("row")
+        await respond(send)
+        await asyncio.wait([task])
+        errors.append(task.exception())
+
+    exchange = await get(DBSessionMiddleware(app, *several.databases))
+    assert (exchange.status, exchange.error) == (200, None)
+    assert several.stored() == [["row"], ["row"]]
+    assert [type(each) for each in errors] == [ConcurrentUse]
 
 
 async def test_one_that_was_not_used_is_left_alone(several: Several) -> None:

@@ -647,6 +647,29 @@ async def test_what_another_task_adds_during_a_commit_is_not_a_part_of_it(
     await running.assert_clean()
 
 
+async def test_what_a_callback_adds_during_a_commit_is_stored_later(running: Running) -> None:
+    """A callback of a task runs in no task, and cannot wait for the COMMIT."""
+    if running.real.is_sync:
+        pytest.skip("COMMIT runs in a thread there")
+    committing = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = orm(running)
+        session.add(Entry("handler"))
+        task = asyncio.create_task(committing.wait())
+        task.add_done_callback(lambda _: session.add(Entry("callback")))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        assert running.stored() == ["handler"]
+        await asyncio.wait([task])
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    event.listen(engine_of(running), "commit", lambda _: committing.set())
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.error is None
+    assert running.stored() == ["handler", "callback"]
+    await running.assert_clean()
+
+
 async def test_nothing_can_be_added_during_the_last_rollback(running: Running) -> None:
     """The object would be lost, so a task that outlives its request gets an error."""
     if running.real.is_sync:

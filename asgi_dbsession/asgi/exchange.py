@@ -83,6 +83,7 @@ class Exchange:
         try:
             await end_work_of(current_task(), self._unit, commit=True, living="leave")
         except Exception as error:
+            self._unit.failure = self._unit.failure or error
             raise AbortRequest from error
 
 

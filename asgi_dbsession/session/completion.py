@@ -40,14 +40,19 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     # of the caller cancels only the future, and `work` goes on.
     finished = loop.create_future()
 
+    def finish(_: object) -> None:
+        if not finished.done():
+            finished.set_result(None)
+
     async def work_to_the_end() -> T:
         try:
             return await work
         finally:
-            if not finished.done():
-                finished.set_result(None)
+            finish(None)
 
     task = _start(loop, work_to_the_end())
+    # A signal handler may raise an exception in `finish`. So it is called twice.
+    task.add_done_callback(finish)
     try:
         await finished
     except asyncio.CancelledError as cancelled:

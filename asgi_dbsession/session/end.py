@@ -28,6 +28,7 @@ class End:
         handled: The exception of the `except` block that started this commit or rollback, or None.
         requested_by: The task and the thread that wait for this commit or rollback. If one of them
             still holds the lock, a signal handler interrupted its operation with an exception.
+        needs_loop: True if the event loop runs between the steps, which use several databases.
         had_work: True if the sessions had anything to commit or roll back.
         failure: The exception that the commit or rollback itself raised. None if it succeeded.
     """
@@ -39,6 +40,7 @@ class End:
     error: BaseException | None = None
     requested_by: tuple[object, int] = field(default_factory=lambda: (current_task(), get_ident()))
     handled: BaseException | None = field(default_factory=sys.exception)
+    needs_loop: bool = False
     had_work: bool = False
     failure: BaseException | None = None
 

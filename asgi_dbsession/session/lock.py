@@ -3,7 +3,8 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from functools import partial
 from threading import RLock
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from asgi_dbsession.errors import ConcurrentUse, SessionClosed
 
 from .end import End
-from .tasks import current_task, has_ended, has_failed
+from .tasks import has_ended, has_failed, is_on_event_loop
 
 _logger = logging.getLogger("asgi_dbsession")
 
@@ -40,10 +41,10 @@ class SessionLock(ABC):
     has_finished_work: bool = False
     has_failed_work: bool = False
     last_user: object = None
-    _is_held_by_end = False
     _holder: object = None
+    _held_for: End | None = None  # The commit or rollback that holds the lock.
     _reserved_for: End | None = None
-    _ends = 0  # The number of commits and rollbacks that run or wait for the lock.
+    _ends: frozenset[End] = frozenset()  # Those that run or wait for the lock.
     _waiters: "tuple[Future[None], ...]" = ()
     _delayed: tuple[tuple[object, Callable[[], None]], ...] = ()
 
@@ -55,7 +56,7 @@ class SessionLock(ABC):
     @property
     def is_busy(self) -> bool:
         """True if an operation, a commit or a rollback is running or waiting for the lock."""
-        return self._holder is not None or self._ends > 0
+        return self._holder is not None or bool(self._ends)
 
     @property
     def is_used(self) -> bool:
@@ -80,11 +81,11 @@ class SessionLock(ABC):
                 if self.is_closed:
                     raise SessionClosed(self.database)
                 if not self._ends:
-                    if self._holder is not None:
+                    if self._holder is not None and not self._is_abandoned():
                         raise ConcurrentUse(self.database)
                     if self.admit is not None:
                         self.admit()
-                    self._holder = caller
+                    self._hold(caller)
                     self._add_user(caller)
                     return True
                 released = self._new_waiter()
@@ -96,14 +97,14 @@ class SessionLock(ABC):
         Otherwise an operation of another task could begin first, and `end` would commit its work.
         """
         with self.mutex:
-            self._reserved_for, self._ends = end, self._ends + 1
+            self._reserved_for, self._ends = end, self._ends | {end}
             self.is_closing = self.is_closing or end.close
 
     def cancel_reservation(self, end: End) -> None:
         """Let operations begin again if `end` has not acquired the lock and never will."""
         with self.mutex:
             if self._reserved_for is end:
-                self._reserved_for, self._ends = None, self._ends - 1
+                self._reserved_for, self._ends = None, self._ends - {end}
                 if self._holder is None:
                     self._change_delayed()
                 self._wake_all()
@@ -113,16 +114,18 @@ class SessionLock(ABC):
         with self.mutex:
             if self._reserved_for is end:
                 self._reserved_for = None
-            else:
-                self._ends += 1
+            self._ends |= {end}
             self.is_closing = self.is_closing or end.close
         try:
             while True:
                 with self.mutex:
                     if self.is_closed:
                         raise SessionClosed(self.database)
-                    if self._holder is None or self._holder in end.requested_by:
-                        self._holder, self._is_held_by_end = self._caller(), True
+                    if self._holder in (None, *end.requested_by) or self._is_abandoned():
+                        if self._held_for is not None:
+                            self._ends -= {self._held_for}
+                        self._held_for = end
+                        self._hold(self._caller())
                         if not of_block:
                             self.forget_users()
                         return
@@ -130,7 +133,7 @@ class SessionLock(ABC):
                 self._wait(released)
         except BaseException:  # This wait was cancelled. Wake the operations that wait behind it.
             with self.mutex:
-                self._ends -= 1
+                self._ends -= {end}
                 self._wake_all()
             raise
 
@@ -139,13 +142,19 @@ class SessionLock(ABC):
         with self.mutex:
             if self._delayed:
                 self._change_delayed()
-            if self._is_held_by_end:
-                self._is_held_by_end, self._ends = False, self._ends - 1
+            if self._held_for is not None:
+                self._ends -= {self._held_for}
+                self._held_for = None
             if closed:
                 self.is_closed = True
             self._holder = None
             if self._waiters:
                 self._wake_all()
+
+    def close(self) -> None:
+        """Refuse all later operations of the session. The caller must hold `mutex`."""
+        self.is_closed = True
+        self._wake_all()
 
     def delay(self, change: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
         """If a commit or rollback runs or waits, call `change` after it, and return True.
@@ -156,7 +165,7 @@ class SessionLock(ABC):
         Raises:
             SessionClosed: This commit or rollback is the last one of the unit of work.
         """
-        if not self._ends or current_task() is None:
+        if not self._ends or not is_on_event_loop():
             return False
         caller = self._caller()
         with self.mutex:
@@ -170,7 +179,7 @@ class SessionLock(ABC):
         return True
 
     def _change_delayed(self) -> None:
-        if self._ends > self._is_held_by_end and not self.is_closing:
+        if not self.is_closing and any(each is not self._held_for for each in self._ends):
             return  # Another commit or rollback waits, and the changes must not be a part of it.
         delayed, self._delayed = self._delayed, ()
         for caller, change in delayed:
@@ -185,7 +194,7 @@ class SessionLock(ABC):
 
     def is_held_by_end_of_caller(self) -> bool:
         """Return True if the caller runs the commit or rollback that holds the lock now."""
-        return self._is_held_by_end and self._holder == self._caller()
+        return self._held_for is not None and self._holder == self._caller()
 
     def sort_out_users(self) -> None:
         """Remove ended tasks from `users`, and record if these tasks returned or failed."""
@@ -203,11 +212,23 @@ class SessionLock(ABC):
 
     def _add_user(self, task: object) -> None:
         self.last_user = task
-        if task not in self.users:
+        if task is None:
+            self.has_finished_work = True
+        elif task not in self.users:
             if self.users:
                 # Remove ended tasks, so that `users` does not grow in a long streaming response.
                 self.sort_out_users()
             self.users.add(task)
+
+    def _hold(self, caller: object) -> None:
+        self._holder = caller
+
+    def _is_abandoned(self) -> bool:
+        """Return True if the holder of the lock has certainly ended, and has not released it.
+
+        A signal handler may have raised an exception before the release.
+        """
+        return False
 
     def _new_waiter(self) -> "Future[None]":
         released: Future[None] = Future()
@@ -215,10 +236,10 @@ class SessionLock(ABC):
         return released
 
     def _wake_all(self) -> None:
-        waiters, self._waiters = self._waiters, ()
-        for released in waiters:
-            if released.set_running_or_notify_cancel():
+        for released in self._waiters:
+            with suppress(InvalidStateError):  # This wait was cancelled.
                 released.set_result(None)
+        self._waiters = ()
 
     @abstractmethod
     def _caller(self) -> object: ...

@@ -74,7 +74,7 @@ class ManagedSession(Generic[S]):
         with self.lock.mutex:
             if self.has_work or type(self.orm).close is not GuardedSession.close:
                 return False
-            self.lock.is_closed = True
+            self.lock.close()
         if list(self.orm):
             Session.expunge_all(self.orm)
         self._let_go()

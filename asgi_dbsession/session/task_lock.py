@@ -2,6 +2,9 @@
 
 import asyncio
 from concurrent.futures import Future
+from importlib import import_module
+from typing import Any
+from weakref import ref
 
 from sqlalchemy.util import await_only
 from typing_extensions import override
@@ -10,14 +13,20 @@ from asgi_dbsession.errors import ConfigurationError
 
 from .lock import SessionLock
 
+# The package greenlet has no type annotations. With a normal import, mypy would report an error.
+_getcurrent: Any = import_module("greenlet").getcurrent
+
 
 class TaskLock(SessionLock):
     """The lock of an async session. Each asyncio task is one caller of the lock."""
 
+    _greenlet: Any = None
+
     @override
     def _caller(self) -> object:
         try:
-            return asyncio.current_task()
+            # A callback of the event loop has no task.
+            return asyncio.current_task() or asyncio.get_running_loop()
         except RuntimeError as error:
             raise ConfigurationError(
                 f"This session of {self.database} was used in a thread, where nothing can be "
@@ -28,3 +37,21 @@ class TaskLock(SessionLock):
     @override
     def _wait(self, released: "Future[None]") -> None:
         await_only(asyncio.wrap_future(released))
+
+    @override
+    def _hold(self, caller: object) -> None:
+        # SQLAlchemy runs each awaited operation in a greenlet of its own. A strong reference would
+        # keep the context variables of the request in memory.
+        self._greenlet = ref(_getcurrent())
+        super()._hold(caller)
+
+    @override
+    def _is_abandoned(self) -> bool:
+        greenlet, holder = self._greenlet(), self._holder
+        # The steps of a commit or rollback run in several greenlets, but in one task.
+        has_ended = self._held_for is None and (greenlet is None or greenlet.dead)
+        return has_ended or (isinstance(holder, asyncio.Future) and holder.done())
+
+    @override
+    def _add_user(self, task: object) -> None:
+        super()._add_user(task if isinstance(task, asyncio.Future) else None)

@@ -21,6 +21,11 @@ def current_task() -> object:
     return task
 
 
+def is_on_event_loop() -> bool:
+    """Return True if an event loop calls this code, in a task or in a callback."""
+    return asyncio._get_running_loop() is not None or current_task() is not None
+
+
 def has_ended(task: Any) -> bool:
     """Return True if a task (of asyncio or trio) has returned, failed, or was cancelled."""
     if isinstance(task, asyncio.Future):

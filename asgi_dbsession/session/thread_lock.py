@@ -9,7 +9,7 @@ from asgi_dbsession.errors import ConcurrentUse
 
 from .end import current_end
 from .lock import SessionLock
-from .tasks import current_task
+from .tasks import current_task, is_on_event_loop
 
 
 class ThreadLock(SessionLock):
@@ -34,17 +34,14 @@ class ThreadLock(SessionLock):
 
     @override
     def _add_user(self, task: object) -> None:
-        user = current_task() or self._opener
-        if user is None:
-            self.has_finished_work = True
-            self.last_user: object = None
-        else:
-            super()._add_user(user)
+        super()._add_user(current_task() or self._opener)
 
     @override
     def _wait(self, released: "Future[None]") -> None:
-        # A reserved commit or rollback starts on the event loop. If the event loop waited for it
-        # here, both would wait for ever.
-        if self._reserved_for is not None and current_task() is not None:
+        # A reserved commit or rollback starts on the event loop, and that of several databases may
+        # need the event loop for another database. If the event loop waited for it here, both would
+        # wait for ever.
+        needs_loop = self._reserved_for is not None or any(each.needs_loop for each in self._ends)
+        if needs_loop and is_on_event_loop():
             raise ConcurrentUse(self.database)
         released.result()

@@ -48,6 +48,7 @@ async def flush_all(sessions: Sessions, end: End, run: Run | None = None) -> Bas
         run: The function that calls `flush`, for example `call_here`. None to use the attribute
             `run` of each session.
     """
+    end.needs_loop = run is None
     for each in sessions:
         try:
             await (run or each.run)(each.flush, end)
