@@ -76,6 +76,17 @@ def test_memory_is_measured_and_nothing_is_left_behind() -> None:
     assert all(each.endswith("| 0 | 0 | 0 |") for each in rows)
 
 
+def test_the_garbage_collector_is_measured() -> None:
+    """The short form of `python -m benchmarks.garbage`: a figure for each tool."""
+    short = ("--rounds", "1", "--seconds", "0.2", "--clients", "5", "--thresholds", "700")
+    command = [sys.executable, "-m", "benchmarks.garbage", *short]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    _, *tools = done.stdout.splitlines()
+    assert [re.sub(r"[1-9][\d,]* at", "N at", each.partition(":")[2]) for each in tools] == [
+        " N at 700"
+    ] * 3
+
+
 def test_a_slow_reader_who_has_waited_does_not_hurry() -> None:
     """Otherwise, a server that lets readers wait is measured as fast as one that does not."""
 
