@@ -157,12 +157,11 @@ def _check_retry_on(given: RetryOn, attempts: int) -> None:
         )
 
 
-def _check_number(name: str, given: object) -> None:
+def _check_number(name: str, given: Any) -> None:
     # `isinstance` would accept True and False too, because `bool` is a subclass of `int`.
-    if type(given) is not int:
-        # Do not show the value, because the caller may have passed a secret to the wrong argument.
-        raise ConfigurationError(
-            f"{name} takes a whole number from 1 on, not something of type {type(given).__name__}."
-        )
-    if given < 1:
-        raise ConfigurationError(f"{name} takes a whole number from 1 on, not {given}.")
+    is_integer = type(given) is int
+    if is_integer and given >= 1:
+        return
+    # Show only numbers, because the caller may have passed a secret to the wrong argument.
+    shown = given if is_integer else f"something of type {type(given).__name__}"
+    raise ConfigurationError(f"{name} takes a whole number from 1 on, not {shown}.")
