@@ -112,12 +112,12 @@ class Database(ReplicatedLife[E], Generic[E, S]):
                 f"{cls.__name__} needs an engine of the class "
                 f"{cls._engine_class.__name__}, not {type(engine).__name__}."
             )
+        from asgi_dbsession.borrowed.listeners import borrow
+
         options = {"session_options": session_options, "ping_on_startup": ping_on_startup}
         database = cls(engine.url, **options)
         database._engine = engine
         database._owns_engine = False
-        from asgi_dbsession.borrowed.listeners import borrow
-
         borrow(sync_engine_of(engine), database, database._observers)
         return database
 
