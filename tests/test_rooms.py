@@ -24,6 +24,7 @@ OPTIONAL = (
     "health",
     "join",
     "read_only",
+    "reads",
     "two_phases",
     "mistakes",
     "retry",

@@ -9,7 +9,7 @@ from asgi_dbsession.database.connecting import connect_as_before
 from asgi_dbsession.database.listeners import built, prepare
 from asgi_dbsession.session._sqlalchemy import original_engine
 from asgi_dbsession.session.failures import unwatch
-from asgi_dbsession.session.reads import unwatch_reads
+from asgi_dbsession.session.reads import DRIVERS
 from asgi_dbsession.unit.observer import UnitObserver
 
 # This must be an RLock. The garbage collector may call `_release` in the thread that holds this
@@ -47,7 +47,10 @@ def _release(engine: Engine, observers: list[UnitObserver]) -> None:
         original = original_engine(engine)
         if original not in built and not _is_used(original):
             unwatch(original)
-            unwatch_reads(original)
+            if original.dialect.driver in DRIVERS:
+                from asgi_dbsession.reads.delayed import unwatch_reads
+
+                unwatch_reads(original)
             connect_as_before(original)
         for observer in _observers.pop(engine, ()):
             observer.engine_left(engine)

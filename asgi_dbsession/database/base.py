@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from asgi_dbsession.errors import ConfigurationError, kind_of
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.session.reads import Reads, check_autocommit_reads
+from asgi_dbsession.session.reads import reads_of
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
@@ -41,8 +41,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         on_engine: Callable[[Engine], object] | None,
     ) -> None:
         super().__init__(url, ping_on_startup, on_engine, engine_options)
-        check_autocommit_reads(self, autocommit_reads, self.url.get_dialect().driver)
-        self._reads = Reads(autocommit_reads)
+        self._reads = reads_of(self, autocommit_reads, self.url.get_dialect().driver)
         if not isinstance(session_options or {}, Mapping):
             raise ConfigurationError(
                 f"session_options takes a dictionary, not something of type "

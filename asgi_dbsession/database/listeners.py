@@ -7,7 +7,7 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from asgi_dbsession.session._sqlalchemy import original_engine
 from asgi_dbsession.session.failures import watch
-from asgi_dbsession.session.reads import watch_reads
+from asgi_dbsession.session.reads import DRIVERS
 
 from .connecting import connect_outside
 
@@ -19,7 +19,10 @@ def prepare(engine: Engine) -> None:
     """Add all listeners that this package needs to an engine, and warn of its pool."""
     engine = original_engine(engine)
     watch(engine)
-    watch_reads(engine)
+    if engine.dialect.driver in DRIVERS:
+        from asgi_dbsession.reads.delayed import watch_reads
+
+        watch_reads(engine)
     connect_outside(engine)
     if isinstance(engine.pool, StaticPool | SingletonThreadPool):
         from asgi_dbsession.mistakes.shared import warn_of_shared_connection

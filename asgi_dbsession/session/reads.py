@@ -1,80 +1,57 @@
-"""Delays BEGIN until a session sends a statement that may write."""
+"""Knows which connections have only read so far, and sends BEGIN on them when needed."""
 
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Engine, event
-from sqlalchemy.engine import Dialect, ExecutionContext, TwoPhaseTransaction
+from sqlalchemy import Connection
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import ConnectionPoolEntry
 
 from asgi_dbsession.errors import ConfigurationError
 
-from ._sqlalchemy import is_flushing, isolation_level_on_connect
-from .plain_reads import is_plain_read
+from ._sqlalchemy import isolation_level_on_connect
 
-# The connections that this module has switched to autocommit, and that have sent no BEGIN yet.
-# `connection.info` of such a connection has the key `_KEY`. When the connection returns to the
-# pool, the listener `_restore` finds this key and switches autocommit off again.
-_delayed: WeakSet[Connection] = WeakSet()
-_KEY = "asgi_dbsession.delayed_begin"
-
-# The dialects whose engines have the listeners of this module. An engine and its copies with other
-# options share one dialect, so that no listener is added twice.
-_watched: WeakSet[Dialect] = WeakSet()
-
-# The drivers that can switch autocommit on and off without a round trip to the server.
+# The drivers of PostgreSQL that can switch autocommit on and off without a round trip to the
+# server. Only with these drivers, the package `reads` delays BEGIN.
 DRIVERS = ("asyncpg", "psycopg")
+# The connections that were switched to autocommit, and that have sent no BEGIN yet. The key `KEY`
+# of `connection.info` of such a connection lets autocommit be switched off again before the
+# connection returns to the pool.
+delayed: WeakSet[Connection] = WeakSet()
+KEY = "asgi_dbsession.delayed_begin"
 
 
 class Reads:
-    """Decides if the sessions of a database read without BEGIN and COMMIT.
+    """Decides if the sessions of a database read without BEGIN and COMMIT: they never do.
 
-    At the isolation level READ COMMITTED, each statement sees its own snapshot of the data. So
-    BEGIN and COMMIT around a SELECT only cost two round trips to the server. Source:
-    https://www.postgresql.org/docs/current/transaction-iso.html
-
-    Args:
-        wanted: The option `autocommit_reads` of the database. True: read without BEGIN at every
-            isolation level. None: read without BEGIN only at READ COMMITTED. False: always send
-            BEGIN.
+    Attributes:
+        is_shared: True inside `testing.rolled_back()`, where all sessions share one transaction.
     """
 
-    def __init__(self, wanted: bool | None) -> None:
-        self._wanted = wanted
-        # The helper `testing.rolled_back()` sets this attribute to True, because all sessions of
-        # the test share one transaction.
-        self.is_shared: bool = False
+    is_shared: bool = False
 
     def delay_begin(self, session: Session, connection: Connection) -> None:
-        """Switch the connection to autocommit, until the session may write."""
-        if self._wanted is False or self.is_shared or not self._can_delay(session, connection):
-            return
-        # Set `_KEY` before the switch to autocommit. If a signal handler raises an exception
-        # between these two steps, the listener `_restore` still switches autocommit off.
-        connection.info[_KEY] = True
-        _delayed.add(connection)
-        _set_autocommit(connection, True)
+        """Called when a transaction has begun in Python. A subclass delays BEGIN on the server."""
 
-    def _can_delay(self, session: Session, connection: Connection) -> bool:
-        dialect = connection.dialect
-        if dialect not in _watched or connection.engine is not session.bind:
-            return False
-        if is_flushing(session) or is_in_transaction(connection):
-            return False
-        # A savepoint exists only inside a transaction that has begun already, so autocommit is not
-        # possible.
-        if connection.in_nested_transaction():
-            return False
-        if isinstance(connection.get_transaction(), TwoPhaseTransaction):
-            return False
-        if len(list(session.dispatch.after_begin)) > 1 or list(connection.dispatch.begin):
-            # The application has a listener for BEGIN, which may need a transaction (to send `SET
-            # LOCAL`, for example). This package cannot see what a listener sends on the driver's
-            # own connection. So do not delay BEGIN.
-            return False
-        level = isolation_level(connection)
-        return level != "AUTOCOMMIT" and (self._wanted is True or level == "READ COMMITTED")
+
+def reads_of(database: object, wanted: object, driver: str) -> Reads:
+    """Return the object that decides for a database, which has the option `autocommit_reads`.
+
+    Raises:
+        ConfigurationError: The driver cannot switch autocommit on and off without a round trip to
+            the server, and the option is True.
+    """
+    if wanted is not None and not isinstance(wanted, bool):
+        raise ConfigurationError("autocommit_reads takes True, False or None.")
+    if driver in DRIVERS:
+        from asgi_dbsession.reads.delayed import DelayingReads
+
+        return DelayingReads(wanted)
+    if wanted:
+        raise ConfigurationError(
+            f"{database} cannot read in autocommit: only {' and '.join(DRIVERS)} (PostgreSQL) "
+            "change it without a round trip. Leave out `autocommit_reads=True`."
+        )
+    return Reads()
 
 
 def isolation_level(connection: Connection) -> str | None:
@@ -84,44 +61,6 @@ def isolation_level(connection: Connection) -> str | None:
     return level or isolation_level_on_connect(connection) or default
 
 
-def check_autocommit_reads(database: object, wanted: object, driver: str) -> None:
-    """Raise an error for `autocommit_reads=True` if the driver does not support this option.
-
-    Raises:
-        ConfigurationError: The driver cannot switch autocommit on and off without a round trip to
-            the server.
-    """
-    if wanted is not None and not isinstance(wanted, bool):
-        raise ConfigurationError("autocommit_reads takes True, False or None.")
-    if wanted and driver not in DRIVERS:
-        raise ConfigurationError(
-            f"{database} cannot read in autocommit: only {' and '.join(DRIVERS)} (PostgreSQL) "
-            "change it without a round trip. Leave out `autocommit_reads=True`."
-        )
-
-
-def watch_reads(engine: Engine) -> None:
-    """Add listeners to `engine` that send BEGIN before a statement that may write."""
-    if engine.dialect.driver in DRIVERS and engine.dialect not in _watched:
-        _watched.add(engine.dialect)
-        for name, listener in _LISTENERS.items():
-            event.listen(engine, name, listener)
-
-
-def unwatch_reads(engine: Engine) -> None:
-    """Remove the listeners that `watch_reads` added to `engine`."""
-    if engine.dialect in _watched:
-        _watched.discard(engine.dialect)
-        for name, listener in _LISTENERS.items():
-            if event.contains(engine, name, listener):
-                event.remove(engine, name, listener)
-
-
-def is_delayed(connection: Connection) -> bool:
-    """Return True if the connection is in autocommit, because the session has only read so far."""
-    return connection in _delayed
-
-
 def has_only_read(connection: Connection) -> bool:
     """Return True if it is certain that no transaction with writes is open on the connection."""
     if connection.invalidated:  # A lost connection cannot be asked.
@@ -129,15 +68,15 @@ def has_only_read(connection: Connection) -> bool:
     if connection.dialect.name == "sqlite":
         driver: Any = connection.connection.driver_connection
         return not driver.in_transaction
-    return connection in _delayed
+    return connection in delayed
 
 
 def begin_now(connection: Connection) -> None:
     """Switch autocommit off, so that the driver sends BEGIN before the next statement."""
-    if connection in _delayed:
-        _set_autocommit(connection, False)
-        connection.info.pop(_KEY, None)
-        _delayed.discard(connection)
+    if connection in delayed:
+        set_autocommit(connection, False)
+        connection.info.pop(KEY, None)
+        delayed.discard(connection)
 
 
 def begin_on_server(connection: Connection) -> None:
@@ -154,31 +93,6 @@ def begin_on_server(connection: Connection) -> None:
             cursor.close()
 
 
-def _begin_unless_plain(
-    _cursor: object, _statement: str, _parameters: object, context: ExecutionContext
-) -> None:
-    connection = context.root_connection
-    if connection in _delayed and not is_plain_read(context):
-        begin_now(connection)
-
-
-def _begin_always(*arguments: Any) -> None:
-    begin_now(arguments[-1].root_connection)
-
-
-def _restore(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
-    if record.info.pop(_KEY, False) and dbapi_connection is not None:
-        dbapi_connection.autocommit = False
-
-
-_LISTENERS: dict[str, Any] = {
-    "do_execute": _begin_unless_plain,
-    "do_executemany": _begin_always,
-    "do_execute_no_params": _begin_always,
-    "checkin": _restore,
-}
-
-
 def is_in_transaction(connection: Connection) -> bool:
     """Return True if a transaction is open on the driver's connection, whoever has begun it."""
     driver: Any = connection.connection.driver_connection
@@ -188,6 +102,7 @@ def is_in_transaction(connection: Connection) -> bool:
     return bool(driver.info.transaction_status != 0)
 
 
-def _set_autocommit(connection: Connection, value: bool) -> None:
+def set_autocommit(connection: Connection, value: bool) -> None:
+    """Switch autocommit of the driver's connection on or off."""
     driver: Any = connection.connection.dbapi_connection
     driver.autocommit = value

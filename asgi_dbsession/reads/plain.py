@@ -13,7 +13,12 @@ from sqlalchemy.sql.elements import quoted_name
 from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.sql.visitors import iterate
 
-from ._sqlalchemy import has_additions, is_orm_enabled, is_server_side, renders_expressions
+from asgi_dbsession.session._sqlalchemy import (
+    has_additions,
+    is_orm_enabled,
+    is_server_side,
+    renders_expressions,
+)
 
 # The classes of SQLAlchemy from which a statement may be built if it only reads. Everything else
 # may write: other functions, FOR UPDATE, SQL text, literal columns, common table expressions, and

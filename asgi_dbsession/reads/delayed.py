@@ -1,0 +1,118 @@
+"""Delays BEGIN until a session sends a statement that may write."""
+
+from typing import Any
+from weakref import WeakSet
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import Dialect, ExecutionContext, TwoPhaseTransaction
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
+from typing_extensions import override
+
+from asgi_dbsession.session._sqlalchemy import is_flushing
+from asgi_dbsession.session.reads import (
+    DRIVERS,
+    KEY,
+    Reads,
+    begin_now,
+    delayed,
+    is_in_transaction,
+    isolation_level,
+    set_autocommit,
+)
+
+from .plain import is_plain_read
+
+# The dialects whose engines have the listeners of this module. An engine and its copies with other
+# options share one dialect, so that no listener is added twice.
+_watched: WeakSet[Dialect] = WeakSet()
+
+
+class DelayingReads(Reads):
+    """Decides if the sessions of a database read without BEGIN and COMMIT.
+
+    At the isolation level READ COMMITTED, each statement sees its own snapshot of the data. So
+    BEGIN and COMMIT around a SELECT only cost two round trips to the server. Source:
+    https://www.postgresql.org/docs/current/transaction-iso.html
+
+    Args:
+        wanted: The option `autocommit_reads` of the database. True: read without BEGIN at every
+            isolation level. None: read without BEGIN only at READ COMMITTED. False: always send
+            BEGIN.
+    """
+
+    def __init__(self, wanted: bool | None) -> None:
+        self._wanted = wanted
+
+    @override
+    def delay_begin(self, session: Session, connection: Connection) -> None:
+        """Switch the connection to autocommit, until the session may write."""
+        if self._wanted is False or self.is_shared or not self._can_delay(session, connection):
+            return
+        # Set `KEY` before the switch to autocommit. If a signal handler raises an exception
+        # between these two steps, the listener `_restore` still switches autocommit off.
+        connection.info[KEY] = True
+        delayed.add(connection)
+        set_autocommit(connection, True)
+
+    def _can_delay(self, session: Session, connection: Connection) -> bool:
+        dialect = connection.dialect
+        if dialect not in _watched or connection.engine is not session.bind:
+            return False
+        if is_flushing(session) or is_in_transaction(connection):
+            return False
+        # A savepoint exists only inside a transaction that has begun already, so autocommit is not
+        # possible.
+        if connection.in_nested_transaction():
+            return False
+        if isinstance(connection.get_transaction(), TwoPhaseTransaction):
+            return False
+        if len(list(session.dispatch.after_begin)) > 1 or list(connection.dispatch.begin):
+            # The application has a listener for BEGIN, which may need a transaction (to send `SET
+            # LOCAL`, for example). This package cannot see what a listener sends on the driver's
+            # own connection. So do not delay BEGIN.
+            return False
+        level = isolation_level(connection)
+        return level != "AUTOCOMMIT" and (self._wanted is True or level == "READ COMMITTED")
+
+
+def watch_reads(engine: Engine) -> None:
+    """Add listeners to `engine` that send BEGIN before a statement that may write."""
+    if engine.dialect.driver in DRIVERS and engine.dialect not in _watched:
+        _watched.add(engine.dialect)
+        for name, listener in _LISTENERS.items():
+            event.listen(engine, name, listener)
+
+
+def unwatch_reads(engine: Engine) -> None:
+    """Remove the listeners that `watch_reads` added to `engine`."""
+    if engine.dialect in _watched:
+        _watched.discard(engine.dialect)
+        for name, listener in _LISTENERS.items():
+            if event.contains(engine, name, listener):
+                event.remove(engine, name, listener)
+
+
+def _begin_unless_plain(
+    _cursor: object, _statement: str, _parameters: object, context: ExecutionContext
+) -> None:
+    connection = context.root_connection
+    if connection in delayed and not is_plain_read(context):
+        begin_now(connection)
+
+
+def _begin_always(*arguments: Any) -> None:
+    begin_now(arguments[-1].root_connection)
+
+
+def _restore(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+    if record.info.pop(KEY, False) and dbapi_connection is not None:
+        dbapi_connection.autocommit = False
+
+
+_LISTENERS: dict[str, Any] = {
+    "do_execute": _begin_unless_plain,
+    "do_executemany": _begin_always,
+    "do_execute_no_params": _begin_always,
+    "checkin": _restore,
+}
