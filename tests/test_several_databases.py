@@ -437,6 +437,27 @@ async def test_a_thread_may_open_a_session_in_the_middle_of_an_end(
             opened[0].result().connection()
 
 
+@pytest.mark.parametrize(
+    "several", ["asyncpg + sqlite", "psycopg-sync + sqlite-sync"], indirect=True
+)
+async def test_what_a_flush_adds_to_a_database_that_is_flushed_already_is_stored_later(
+    several: Several,
+) -> None:
+    """An audit log in another database, for example, is no part of this COMMIT."""
+    first, last = several.each
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.add("row")
+        audited = orm(first)
+        audit = lambda *_: audited.add(Entry("audit"))  # noqa: E731
+        event.listen(orm(last), "after_flush", audit, once=True)
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, *several.databases))
+    assert (exchange.status, exchange.error) == (200, None)
+    assert several.stored() == [["row", "audit"], ["row"]]
+
+
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     "several", ["sqlite + psycopg-sync", "asyncpg + sqlite-sync"], indirect=True

@@ -123,6 +123,9 @@ class ManagedSession(Generic[S]):
         try:
             if commit:
                 self.orm.commit()
+                # A listener has added these objects after the flush. They are work after this
+                # COMMIT, and the next one stores them.
+                self.lock.has_finished_work = bool(self.orm.new)
             else:
                 roll_back(self.orm)
                 self.companion.rolled_back(end.reason)
