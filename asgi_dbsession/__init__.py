@@ -22,11 +22,12 @@ from .errors import (
     TransactionAborted,
 )
 from .unit.attempt import Attempt, current_attempt
-from .unit.decisions import on_commit, set_rollback
+from .unit.decisions import set_rollback
 from .unit.report import DatabaseReport, UnitReport
 from .unit.unit_of_work import get_session, get_sync_session, session_dependency
 
 if _typing.TYPE_CHECKING:
+    from .after_commit.give import on_commit
     from .reports.idle import warn_when_idle
     from .reports.server_timing import ServerTimingMiddleware
 
@@ -61,10 +62,16 @@ __all__ = [
 ]
 
 # Names from optional parts of the package. Each is imported when an application first uses it.
-_OPTIONAL = {"ServerTimingMiddleware": "server_timing", "warn_when_idle": "idle"}
+_OPTIONAL = {
+    "ServerTimingMiddleware": "reports.server_timing",
+    "on_commit": "after_commit.give",
+    "warn_when_idle": "reports.idle",
+}
 
 
 def __getattr__(name: str) -> _typing.Any:
     if name not in _OPTIONAL:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_importlib.import_module(f"{__name__}.reports.{_OPTIONAL[name]}"), name)
+    module = _importlib.import_module(f"{__name__}.{_OPTIONAL[name]}")
+    found = globals()[name] = getattr(module, name)
+    return found

@@ -211,6 +211,12 @@ def kind_of(given: object) -> str:
     )
 
 
+def name_of(function: object) -> str:
+    """Return the name of a function, without arguments of a `partial`, which may be secret."""
+    inner = getattr(function, "func", function)
+    return getattr(inner, "__qualname__", type(inner).__name__)
+
+
 def _ways_to_start(database: object) -> str:
     if hasattr(database, "__enter__"):
         return "`with database:` (in a coroutine `async with database:`)"

@@ -23,6 +23,7 @@ OPTIONAL = (
     "borrowed",
     "health",
     "join",
+    "after_commit",
     "read_only",
     "reads",
     "two_phases",

@@ -10,10 +10,10 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Engine
 from typing_extensions import override
 
+from asgi_dbsession.errors import name_of
 from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.end import End, Reason
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.unit.after_commit import name_of
 from asgi_dbsession.unit.attempt import RunningAttempt, running_attempt
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import DatabaseReport, Outcome, UnitReport

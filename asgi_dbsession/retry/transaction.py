@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 import anyio
 from typing_extensions import TypeVarTuple, Unpack
 
-from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.errors import ConfigurationError, name_of
 from asgi_dbsession.session.failures import watch_all
 from asgi_dbsession.types import RetryOn
-from asgi_dbsession.unit.after_commit import name_of
 from asgi_dbsession.unit.attempt import Attempt, running_attempt
 
 from .conflicts import WatchedAttempt, unwatch_conflicts, watch_conflicts

@@ -1,6 +1,5 @@
 """Commits or rolls back the work of a unit of work: all of it, or only the work of one task."""
 
-from asyncio import CancelledError
 from collections.abc import Coroutine
 from typing import Any
 
@@ -9,12 +8,11 @@ from asgi_dbsession.session.end import End, Reason, current_end
 from asgi_dbsession.session.managed import Sessions
 from asgi_dbsession.session.roll_back import has_changes
 
-from .after_commit import AfterCommit, is_of, settle
 from .decisions import forget_decisions, take_decision
 from .observer import observed
-from .shares import Living, find_failed, sort_work, with_work
+from .shares import Living, find_failed, is_of, sort_work, with_work
 from .together import close_idle, end_together, in_order, learn_positions, roll_back_all
-from .unit_of_work import UnitOfWork, current_unit
+from .unit_of_work import UnitOfWork
 
 
 def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
@@ -163,8 +161,9 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     if isinstance(end.failure, Exception):
         unit.failure = unit.failure or end.failure
     if unit.callbacks:
-        for callback in settle(unit.callbacks, end, given, stored, working):
-            await _call(unit, callback)
+        from asgi_dbsession.after_commit.call import call_after_commit
+
+        await call_after_commit(unit, end, given, stored, working)
     _tell(unit, end)
     if end.failure is not None:
         raise end.failure
@@ -185,31 +184,6 @@ def _tell(unit: UnitOfWork, end: End) -> None:
 
 def _last_end(unit: UnitOfWork, commit: bool, error: BaseException | None) -> End:
     return End(commit, _reason_to_roll_back(error, unit.rollback), close=True, error=error)
-
-
-async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
-    """Call an `on_commit` function in a new unit of work. If the function fails, log the error."""
-    inner = unit.within(callback.databases)
-    inner.read_only, inner.is_blocking = callback.read_only, unit.is_blocking
-    if unit.two_phases is not None:
-        inner.two_phases = unit.two_phases.anew(len(inner.databases))
-    token = current_unit.set(inner)
-    try:
-        try:
-            if unit.is_blocking:
-                callback.call_blocking()
-            else:
-                await callback.call()
-        except BaseException as error:
-            await close(inner, commit=False, error=error)
-            raise
-        await close(inner, commit=not inner.rollback)
-    # A CancelledError can come only from the `on_commit` function itself, because nothing can
-    # cancel this task now.
-    except (Exception, CancelledError) as error:
-        callback.log(error)
-    finally:
-        current_unit.reset(token)
 
 
 def _reason_to_roll_back(error: BaseException | None, rollback: bool | None) -> Reason:

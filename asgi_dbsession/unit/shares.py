@@ -88,6 +88,15 @@ def _refuse(unit: UnitOfWork, error: ConcurrentUse) -> ConcurrentUse:
     return error
 
 
+def is_of(task: object, asking: object) -> bool:
+    """Return True if a commit for the task `asking` includes the work of the task `task`.
+
+    A commit for a task includes its own work, and the work of tasks that have ended. If `asking` is
+    None, the commit includes the work of all tasks.
+    """
+    return asking is None or task is None or task is asking or has_ended(task)
+
+
 def _speaks_for(task: object, user: object) -> bool:
     return user is task or is_waiting_for(user, task)
 

@@ -14,7 +14,6 @@ from asgi_dbsession.session.completion import call_here
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.types import Scope
 
-from .after_commit import AfterCommit
 from .observer import UnitObserver, observed
 from .two_phases import TwoPhaseCommit
 
@@ -54,7 +53,7 @@ class UnitOfWork:
         rollbacks: The last argument of `set_rollback` of each task, the newest call last.
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
         failure: The first error of a commit or rollback. After this error, no message may be sent.
-        callbacks: The functions given to `on_commit`, to be called after COMMIT.
+        callbacks: The functions given to `on_commit`, as objects of the class `AfterCommit`.
         two_phases: Commits the sessions in two phases. None without two-phase commit.
         read_only: True if the sessions may only read. Set it before the first session is opened.
         is_routed: True if one of the sessions may use a replica.
@@ -92,7 +91,7 @@ class UnitOfWork:
         self.enclosing: UnitOfWork | None = enclosing
         self.observers: tuple[UnitObserver, ...] = observers
         self.sessions: dict[SessionSource[Any], ManagedSession[Any]] = {}
-        self.callbacks: list[AfterCommit] = []
+        self.callbacks: list[Any] = []
         for observer in observers:
             observer.unit_began(self)
 

@@ -30,6 +30,7 @@ _ROOMS = {
     "database": ("database", "url", "bad_input", "health", "lifespan"),
     "join": ("join", "read_only"),
     "read_only": ("read_only", "join"),
+    "after_commit": ("on_commit",),
     "reads": ("reads", "isolation"),
     "mistakes": ("events", "silent_losses", "sqlite"),
     "two_phases": ("two_phases",),

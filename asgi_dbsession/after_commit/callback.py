@@ -9,10 +9,8 @@ from typing import Any, TypeAlias
 from anyio import to_thread
 from sqlalchemy.orm import Session, SessionTransaction
 
-from asgi_dbsession.errors import ConfigurationError
-from asgi_dbsession.session.end import End
-from asgi_dbsession.session.managed import ManagedSession, Sessions
-from asgi_dbsession.session.tasks import has_ended
+from asgi_dbsession.errors import ConfigurationError, name_of
+from asgi_dbsession.session.managed import ManagedSession
 
 Function: TypeAlias = Callable[[], object] | Callable[[], Awaitable[object]]
 
@@ -106,55 +104,9 @@ class AfterCommit:
         )
 
 
-def settle(
-    callbacks: list[AfterCommit],
-    end: End,
-    given: tuple[AfterCommit, ...],
-    stored: list[AfterCommit],
-    working: Sessions,
-) -> list[AfterCommit]:
-    """Remove the `on_commit` functions whose work has ended. Return those that must be called.
-
-    Args:
-        callbacks: The `on_commit` functions of the unit of work.
-        end: The commit or rollback that has ended.
-        given: The functions that were given before this commit or rollback.
-        stored: The functions that waited for work that the application itself has committed.
-        working: The sessions that were committed or rolled back.
-    """
-    due: list[AfterCommit] = []
-    for each in tuple(callbacks):
-        # Do not call or drop an `on_commit` function of another task, or one given during this
-        # COMMIT: the work that it belongs to may be stored by a later COMMIT.
-        is_concerned = each in given and is_of(each.given_by, end.task)
-        ends = end.close or (is_concerned and not each.waits_for_others(working))
-        if not (ends or each.committed or each.rolled_back):
-            continue
-        if each in stored or (end.succeeded and each.should_run(success=ends)):
-            due.append(each)
-        callbacks.remove(each)
-        each.detach()
-    return due
-
-
-def is_of(task: object, asking: object) -> bool:
-    """Return True if a commit for the task `asking` includes the work of the task `task`.
-
-    A commit for a task includes its own work, and the work of tasks that have ended. If `asking` is
-    None, the commit includes the work of all tasks.
-    """
-    return asking is None or task is None or task is asking or has_ended(task)
-
-
 def refusal_to_await(function: Function) -> ConfigurationError:
     """Return the error for a coroutine function given to `on_commit` in `SyncDatabase.begin()`."""
     return ConfigurationError(
         "on_commit takes a plain function inside SyncDatabase.begin(), where nothing can be "
         f"awaited, and {name_of(function)} is a coroutine function. Write it with `def`."
     )
-
-
-def name_of(function: object) -> str:
-    """Return the name of a function, without arguments of a `partial`, which may be secret."""
-    inner = getattr(function, "func", function)
-    return getattr(inner, "__qualname__", type(inner).__name__)

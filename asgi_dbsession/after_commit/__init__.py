@@ -1,0 +1,1 @@
+"""Calls the functions of an application that follow a COMMIT."""

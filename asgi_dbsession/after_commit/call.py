@@ -1,0 +1,80 @@
+"""Calls the functions given to `on_commit` after a COMMIT."""
+
+from asyncio import CancelledError
+from collections.abc import Sequence
+
+from asgi_dbsession.session.end import End
+from asgi_dbsession.session.managed import Sessions
+from asgi_dbsession.unit.ending import close
+from asgi_dbsession.unit.shares import is_of
+from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
+
+from .callback import AfterCommit
+
+
+async def call_after_commit(
+    unit: UnitOfWork,
+    end: End,
+    given: Sequence[AfterCommit],
+    stored: Sequence[AfterCommit],
+    working: Sessions,
+) -> None:
+    """Call the `on_commit` functions whose work was committed, and forget those that have ended.
+
+    Args:
+        unit: The unit of work.
+        end: The commit or rollback that has ended.
+        given: The functions that were given before this commit or rollback.
+        stored: The functions that waited for work that the application itself has committed.
+        working: The sessions that were committed or rolled back.
+    """
+    for callback in _settle(unit.callbacks, end, given, stored, working):
+        await _call(unit, callback)
+
+
+async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
+    """Call an `on_commit` function in a new unit of work. If the function fails, log the error."""
+    inner = unit.within(callback.databases)
+    inner.read_only, inner.is_blocking = callback.read_only, unit.is_blocking
+    if unit.two_phases is not None:
+        inner.two_phases = unit.two_phases.anew(len(inner.databases))
+    token = current_unit.set(inner)
+    try:
+        try:
+            if unit.is_blocking:
+                callback.call_blocking()
+            else:
+                await callback.call()
+        except BaseException as error:
+            await close(inner, commit=False, error=error)
+            raise
+        await close(inner, commit=not inner.rollback)
+    # A CancelledError can come only from the `on_commit` function itself, because nothing can
+    # cancel this task now.
+    except (Exception, CancelledError) as error:
+        callback.log(error)
+    finally:
+        current_unit.reset(token)
+
+
+def _settle(
+    callbacks: list[AfterCommit],
+    end: End,
+    given: Sequence[AfterCommit],
+    stored: Sequence[AfterCommit],
+    working: Sessions,
+) -> list[AfterCommit]:
+    """Remove the `on_commit` functions whose work has ended. Return those that must be called."""
+    due: list[AfterCommit] = []
+    for each in tuple(callbacks):
+        # Do not call or drop an `on_commit` function of another task, or one given during this
+        # COMMIT: the work that it belongs to may be stored by a later COMMIT.
+        is_concerned = each in given and is_of(each.given_by, end.task)
+        ends = end.close or (is_concerned and not each.waits_for_others(working))
+        if not (ends or each.committed or each.rolled_back):
+            continue
+        if each in stored or (end.succeeded and each.should_run(success=ends)):
+            due.append(each)
+        callbacks.remove(each)
+        each.detach()
+    return due
