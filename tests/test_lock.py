@@ -171,6 +171,52 @@ def test_a_commit_of_several_steps_is_not_abandoned_between_them() -> None:
     asyncio.run(main())
 
 
+def test_a_commit_that_was_interrupted_on_the_event_loop_keeps_no_thread_waiting() -> None:
+    """A session that has only read is committed there, and then closed in a worker thread."""
+    lock = ThreadLock("the database", None)
+    interrupted, last = an_end(), an_end()
+    token = current_end.set(interrupted)
+    lock.acquire_for_end(interrupted)
+    current_end.reset(token)
+    interrupted.failure = LookupError()
+    with pytest.raises(ConcurrentUse):
+        lock.acquire()
+
+    def close() -> None:
+        token = current_end.set(last)
+        lock.acquire_for_end(last)
+        lock.release(closed=True)
+        current_end.reset(token)
+
+    in_other_thread(close)
+    assert not lock.is_busy
+
+
+def test_a_failed_commit_keeps_the_lock_while_its_thread_is_at_work() -> None:
+    """The exception of a signal handler reaches the event loop, and not the worker thread."""
+    lock = ThreadLock("the database", None)
+    failed = an_end()
+    acquired, go_on = threading.Event(), threading.Event()
+
+    def commit() -> None:
+        current_end.set(failed)
+        lock.acquire_for_end(failed)
+        acquired.set()
+        go_on.wait(10)
+        lock.release()
+
+    threading.Thread(target=commit, daemon=True).start()
+    assert acquired.wait(10)
+    failed.failure = LookupError()
+    waits = threading.Thread(target=lock.acquire_for_end, args=(an_end(),), daemon=True)
+    waits.start()
+    waits.join(0.2)
+    assert waits.is_alive()
+    go_on.set()
+    waits.join(10)
+    assert not waits.is_alive()
+
+
 def test_a_commit_that_was_interrupted_keeps_nobody_waiting() -> None:
     """A signal handler stops it before it releases the lock; the next one closes the session."""
 

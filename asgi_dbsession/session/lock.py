@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Any
 
 from asgi_dbsession.errors import ConcurrentUse, SessionClosed
@@ -81,7 +81,7 @@ class SessionLock(ABC):
                 if self.is_closed:
                     raise SessionClosed(self.database)
                 if not self._ends:
-                    if self._holder is not None and not self._is_abandoned():
+                    if self._holder is not None and not self._is_abandoned(get_ident()):
                         raise ConcurrentUse(self.database)
                     if self.admit is not None:
                         self.admit()
@@ -121,7 +121,8 @@ class SessionLock(ABC):
                 with self.mutex:
                     if self.is_closed:
                         raise SessionClosed(self.database)
-                    if self._holder in (None, *end.requested_by) or self._is_abandoned():
+                    task, thread = end.requested_by
+                    if self._holder in (None, task, thread) or self._is_abandoned(thread):
                         if self._held_for is not None:
                             self._ends -= {self._held_for}
                         self._held_for = end
@@ -223,12 +224,13 @@ class SessionLock(ABC):
     def _hold(self, caller: object) -> None:
         self._holder = caller
 
-    def _is_abandoned(self) -> bool:
+    @abstractmethod
+    def _is_abandoned(self, thread: int) -> bool:
         """Return True if the holder of the lock has certainly ended, and has not released it.
 
-        A signal handler may have raised an exception before the release.
+        A signal handler may have raised an exception before the release. `thread` is the thread
+        that now asks for the lock, or for the commit or rollback that does.
         """
-        return False
 
     def _new_waiter(self) -> "Future[None]":
         released: Future[None] = Future()

@@ -46,7 +46,7 @@ class TaskLock(SessionLock):
         super()._hold(caller)
 
     @override
-    def _is_abandoned(self) -> bool:
+    def _is_abandoned(self, thread: int) -> bool:
         greenlet, holder = self._greenlet(), self._holder
         # The steps of a commit or rollback run in several greenlets, but in one task.
         has_ended = self._held_for is None and (greenlet is None or greenlet.dead)

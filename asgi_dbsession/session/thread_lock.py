@@ -37,11 +37,22 @@ class ThreadLock(SessionLock):
         super()._add_user(current_task() or self._opener)
 
     @override
+    def _hold(self, caller: object) -> None:
+        self._thread = get_ident()
+        super()._hold(caller)
+
+    @override
+    def _is_abandoned(self, thread: int) -> bool:
+        # The step of a failed commit or rollback may still run, but not in the thread that asks.
+        has_failed = self._held_for is not None and self._held_for.failure is not None
+        return has_failed and self._thread == thread
+
+    @override
     def _wait(self, released: "Future[None]") -> None:
         # A reserved commit or rollback starts on the event loop, and that of several databases may
         # need the event loop for another database. If the event loop waited for it here, both would
         # wait for ever.
         needs_loop = self._reserved_for is not None or any(each.needs_loop for each in self._ends)
-        if needs_loop and is_on_event_loop():
+        if (needs_loop and is_on_event_loop()) or self._is_abandoned(get_ident()):
             raise ConcurrentUse(self.database)
         released.result()
