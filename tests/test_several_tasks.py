@@ -849,3 +849,39 @@ async def test_a_session_is_closed_although_the_rollback_of_its_failed_task_rais
         await session.execute(select(ENTRY))
     assert running.stored() == []
     await running.assert_clean()
+
+
+@pytest.mark.parametrize("kind_of_error", [Exception, BaseException])
+async def test_a_close_that_is_interrupted_leaves_no_connection_behind(
+    running: Running, kind_of_error: type[BaseException]
+) -> None:
+    """A signal handler raises the exception before it is known which sessions have work."""
+    interrupts: list[BaseException] = []
+
+    class Stop(kind_of_error):  # type: ignore[misc, valid-type]
+        """Raised by a signal handler."""
+
+    class Interrupted(Session):
+        def in_transaction(self) -> bool:
+            if interrupts:
+                raise interrupts.pop()
+            return super().in_transaction()
+
+    option = "class_" if running.real.is_sync else "sync_session_class"
+    database: Any = running.real.describe(session_options={option: Interrupted})
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await respond(send)
+        await running.execute(ENTRY.insert().values(note="late"), database)
+        interrupts.append(Stop())
+
+    async with database:
+        exchange = Exchange(DBSessionMiddleware(app, database))
+        try:
+            await exchange.run()
+        except Stop as stop:
+            exchange.error = stop
+        assert isinstance(exchange.error, Stop)
+        assert checked_out(database) == 0
+    assert running.stored() == []
+    await running.assert_clean()

@@ -82,18 +82,18 @@ async def close(
         sort_tasks: True to roll back the work of failed tasks even if `commit` is True.
     """
     unit.closed = True
-    opened = unit.opened
-    if unit.is_answered and not commit:
-        is_cut_short = _reason_to_roll_back(error, unit.rollback) in ("cancelled", "unfinished")
-        if is_cut_short and any(has_changes(each.orm) for each in opened):
-            from asgi_dbsession.mistakes.unsaved import log_unsaved
-
-            log_unsaved(unit, opened)
-    working, raised = close_idle(opened)
-    failed: Sessions = []
-    if working and commit and sort_tasks:
-        commit, failed = find_failed(unit, working)
     try:
+        opened = unit.opened
+        if unit.is_answered and not commit:
+            is_cut_short = _reason_to_roll_back(error, unit.rollback) in ("cancelled", "unfinished")
+            if is_cut_short and any(has_changes(each.orm) for each in opened):
+                from asgi_dbsession.mistakes.unsaved import log_unsaved
+
+                log_unsaved(unit, opened)
+        working, raised = close_idle(opened)
+        failed: Sessions = []
+        if working and commit and sort_tasks:
+            commit, failed = find_failed(unit, working)
         # Make the `End` objects here, in the calling task. An `End` object stores the current task
         # and exception, and `_close_working` may run in another task.
         if working or unit.callbacks or unit.is_routed:
@@ -102,6 +102,9 @@ async def close(
             await (ending if unit.is_blocking else run_to_completion(ending))
         elif unit.has_news:
             _tell(unit, _last_end(unit, commit, error))
+    except BaseException:
+        await _close_left(unit)
+        raise
     finally:
         unit.sessions.clear()
         if unit.observers:
@@ -113,6 +116,14 @@ async def close(
 def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
     """Close a unit of work on the current thread. `unit.is_blocking` must be True."""
     complete_here(close(unit, commit=commit, error=error))
+
+
+async def _close_left(unit: UnitOfWork) -> None:
+    """Close the sessions that are open still, because a signal handler has raised an exception."""
+    left = [each for each in unit.opened if not each.lock.is_closed]
+    if left:
+        ending = roll_back_all(left, End(commit=False, reason="exception", close=True), None)
+        await (ending if unit.is_blocking else run_to_completion(ending))
 
 
 async def _close_working(

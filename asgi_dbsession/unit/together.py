@@ -116,5 +116,7 @@ def close_idle(opened: Iterable[ManagedSession[Any]]) -> tuple[Sessions, Excepti
         # A listener of the application raised this exception. It is raised again after the other
         # sessions are closed.
         except Exception as error:
+            if not each.lock.is_closed:
+                raise
             raised = raised or error
     return working, raised
