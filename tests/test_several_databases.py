@@ -438,10 +438,16 @@ async def test_a_thread_may_open_a_session_in_the_middle_of_an_end(
 
 
 @pytest.mark.parametrize(
-    "several", ["asyncpg + sqlite", "psycopg-sync + sqlite-sync"], indirect=True
+    ("several", "two_phase"),
+    [
+        ("asyncpg + sqlite", False),
+        ("psycopg-sync + sqlite-sync", False),
+        ("asyncpg + asyncmy", True),
+    ],
+    indirect=["several"],
 )
 async def test_what_a_flush_adds_to_a_database_that_is_flushed_already_is_stored_later(
-    several: Several,
+    several: Several, *, two_phase: bool
 ) -> None:
     """An audit log in another database, for example, is no part of this COMMIT."""
     first, last = several.each
@@ -453,7 +459,7 @@ async def test_what_a_flush_adds_to_a_database_that_is_flushed_already_is_stored
         event.listen(orm(last), "after_flush", audit, once=True)
         await respond(send)
 
-    exchange = await get(DBSessionMiddleware(app, *several.databases))
+    exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=two_phase))
     assert (exchange.status, exchange.error) == (200, None)
     assert several.stored() == [["row", "audit"], ["row"]]
 

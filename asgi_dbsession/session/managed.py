@@ -122,10 +122,7 @@ class ManagedSession(Generic[S]):
             self.lock.acquire_for_end(end)
         try:
             if commit:
-                self.orm.commit()
-                # A listener has added these objects after the flush. They are work after this
-                # COMMIT, and the next one stores them.
-                self.lock.has_finished_work = bool(self.orm.new)
+                self._commit()
             else:
                 roll_back(self.orm)
                 self.companion.rolled_back(end.reason)
@@ -137,6 +134,12 @@ class ManagedSession(Generic[S]):
             raise
         finally:
             self._release(end)
+
+    def _commit(self) -> None:
+        self.orm.commit()
+        # A listener has added these objects after the flush. They are work after this COMMIT, and
+        # the next one stores them.
+        self.lock.has_finished_work = bool(self.orm.new)
 
     def _let_go(self) -> None:
         # A task may still refer to this session, which must not keep the request in memory.
