@@ -1,0 +1,1 @@
+"""Sends BEGIN on SQLite, so that a rollback undoes each write."""
