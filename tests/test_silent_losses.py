@@ -129,7 +129,8 @@ async def test_a_lock_that_mariadb_waits_for_in_vain_may_be_swallowed(running: R
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.execute(text("SET innodb_lock_wait_timeout = 1"))
-        await running.write("kept")
+        # No other test writes this note. With a deleted one, the INSERT would wait for the lock.
+        await running.write("kept beside a lock")
         with pytest.raises(OperationalError, match="1205"):
             await running.execute(text("UPDATE entry SET note = 'lost' WHERE note = 'locked'"))
         await respond(send)
@@ -142,7 +143,7 @@ async def test_a_lock_that_mariadb_waits_for_in_vain_may_be_swallowed(running: R
         exchange = await get(DBSessionMiddleware(app, running.database))
         connection.execute(text("ROLLBACK"))
     assert (exchange.status, exchange.error) == (200, None)
-    assert running.stored() == ["locked", "kept"]
+    assert running.stored() == ["locked", "kept beside a lock"]
 
 
 async def test_an_error_on_the_raw_connection_counts_too(running: Running) -> None:
