@@ -122,7 +122,7 @@ class ManagedSession(Generic[S]):
             self.lock.acquire_for_end(end)
         try:
             if commit:
-                self._commit()
+                self.orm.commit()
             else:
                 roll_back(self.orm)
                 self.companion.rolled_back(end.reason)
@@ -135,12 +135,6 @@ class ManagedSession(Generic[S]):
         finally:
             self._release(end)
 
-    def _commit(self) -> None:
-        self.orm.commit()
-        # A listener has added these objects after the flush. They are work after this COMMIT, and
-        # the next one stores them.
-        self.lock.has_finished_work = bool(self.orm.new)
-
     def _let_go(self) -> None:
         # A task may still refer to this session, which must not keep the request in memory.
         self.orm.info["scope"] = None
@@ -150,6 +144,9 @@ class ManagedSession(Generic[S]):
     def _release(self, end: End) -> None:
         self.is_flushed = False
         try:
+            # A listener has added these objects after the flush. They are work after this COMMIT,
+            # and the next one stores them.
+            self.lock.has_finished_work = bool(self.orm.new)
             if end.close:
                 self.orm.close()
                 self._let_go()

@@ -79,7 +79,7 @@ class TwoPhaseSession(ManagedSession[S]):
             return
         try:
             if commit:
-                self._commit()
+                self.orm.commit()
                 self.in_doubt = ""
             else:
                 is_lost = any(each.invalidated for each in self.companion.open_connections)
