@@ -22,7 +22,16 @@ _ROOT = Path(__file__).parents[2]
 _CORE = "asgi_dbsession/{}/*.py"
 _ROOMS = (
     *("session", "unit", "asgi", "database", "urls", "health"),
-    *("after_commit", "join", "read_only", "reads", "sqlite", "two_phases", "mistakes"),
+    *(
+        "websockets",
+        "after_commit",
+        "join",
+        "read_only",
+        "reads",
+        "sqlite",
+        "two_phases",
+        "mistakes",
+    ),
 )
 # The weight of a file in the random choice: code of the two promises comes first.
 _WEIGHTS = {"session": 3, "unit": 3, "asgi/middleware": 3, "asgi/exchange": 3}

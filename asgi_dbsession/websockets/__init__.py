@@ -1,0 +1,1 @@
+"""Commits the work of a WebSocket before its messages."""
