@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from asgi_dbsession.errors import ConfigurationError, name_of
 from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.savepoints import with_outer
 
 Function: TypeAlias = Callable[[], object] | Callable[[], Awaitable[object]]
 
@@ -36,10 +37,8 @@ class AfterCommit:
         session = opened.orm
         if session.in_transaction():
             self._pending.add(session)
-        transaction = session.get_nested_transaction() or session.get_transaction()
-        while transaction is not None:
-            self._transactions.add(transaction)
-            transaction = transaction.parent
+        innermost = session.get_nested_transaction() or session.get_transaction()
+        self._transactions.update(with_outer(innermost))
         self._attached.append(opened)
         opened.companion.followers.append(self)
 

@@ -11,6 +11,7 @@ from asgi_dbsession.errors import ConcurrentUse, NoSession, SessionClosed
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.end import End
 from asgi_dbsession.session.failures import forbid_commit
+from asgi_dbsession.session.savepoints import with_outer
 from asgi_dbsession.unit.begin import made_current
 from asgi_dbsession.unit.unit_of_work import (
     SessionSource,
@@ -183,7 +184,4 @@ class _Block:
 
     @property
     def _is_open(self) -> bool:
-        transaction = self._opened.orm.get_nested_transaction()
-        while transaction is not None and transaction is not self._savepoint:
-            transaction = transaction.parent
-        return transaction is not None
+        return self._savepoint in with_outer(self._opened.orm.get_nested_transaction())

@@ -10,6 +10,7 @@ from typing_extensions import override
 from asgi_dbsession.asgi.route import route_of
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.roll_back import has_changes
+from asgi_dbsession.session.savepoints import with_outer
 from asgi_dbsession.types import Message, Send
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
@@ -87,7 +88,8 @@ class _Writes(UnitObserver):
             self._forget(session, None)
         elif (session, savepoint) in self._written:
             self._written.discard((session, savepoint))
-            self._written.add((session, _savepoint_around(savepoint)))
+            around = (each for each in with_outer(savepoint.parent) if each.nested)
+            self._written.add((session, next(around, None)))
 
     def _record_rollback(self, session: Session, transaction: SessionTransaction) -> None:
         self._forget(session, transaction if transaction.parent is not None else None)
@@ -95,18 +97,5 @@ class _Writes(UnitObserver):
     def _forget(self, session: Session, savepoint: SessionTransaction | None) -> None:
         """Remove the remembered writes of a session, or only those inside of `savepoint`."""
         for each in tuple(self._written):
-            if each[0] is session and (savepoint is None or _is_inside(each[1], savepoint)):
+            if each[0] is session and (savepoint is None or savepoint in with_outer(each[1])):
                 self._written.discard(each)
-
-
-def _savepoint_around(transaction: SessionTransaction) -> SessionTransaction | None:
-    outer = transaction.parent
-    while outer is not None and not outer.nested:
-        outer = outer.parent
-    return outer
-
-
-def _is_inside(savepoint: SessionTransaction | None, outer: SessionTransaction) -> bool:
-    while savepoint is not None and savepoint is not outer:
-        savepoint = savepoint.parent
-    return savepoint is outer

@@ -22,16 +22,8 @@ _ROOT = Path(__file__).parents[2]
 _CORE = "asgi_dbsession/{}/*.py"
 _ROOMS = (
     *("session", "unit", "asgi", "database", "urls", "health"),
-    *(
-        "websockets",
-        "after_commit",
-        "join",
-        "read_only",
-        "reads",
-        "sqlite",
-        "two_phases",
-        "mistakes",
-    ),
+    *("sqlite", "reads", "read_only", "join", "two_phases"),
+    *("websockets", "after_commit", "mistakes"),
 )
 # The weight of a file in the random choice: code of the two promises comes first.
 _WEIGHTS = {"session": 3, "unit": 3, "asgi/middleware": 3, "asgi/exchange": 3}
