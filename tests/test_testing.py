@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from anyio import CancelScope
 from asgi import get, respond
 from conftest import (
     CHILD,
@@ -217,6 +218,44 @@ async def test_concurrent_requests_take_turns(shop: Shop) -> None:
 
 
 @pytest.mark.matrix("Tests of an application", "real")
+async def read_until_cancelled(database: Any, way: str, turns: int) -> None:
+    """Send SELECTs in a unit of work that may only read, and cancel them after some turns."""
+    scopes: list[CancelScope] = []
+
+    async def read() -> None:
+        with CancelScope() as scope:
+            scopes.append(scope)
+            async with database.begin(read_only=True) as session:
+                for _ in range(2):
+                    await session.execute(select(ENTRY))
+
+    task = asyncio.create_task(read())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    if way == "anyio" and scopes:
+        scopes[0].cancel()
+    else:
+        task.cancel()
+    await asyncio.wait([task])
+
+
+@pytest.mark.parametrize("way", ["native", "anyio"])
+async def test_a_cancelled_reader_leaves_the_connection_to_writers(real: Real, way: str) -> None:
+    """SQLite is told to refuse writes for one statement, and not for the rest of the test."""
+    if real.kind != "sqlite":
+        pytest.skip("other drivers are not told for each statement")
+    database: Any = real.describe()
+    async with database:
+        for turns in range(100):
+            async with rolled_back(database):
+                await read_until_cancelled(database, way, turns)
+                async with database.begin() as session:
+                    await session.execute(ENTRY.insert().values(note="written"))
+            async with database.begin() as session:
+                await session.execute(ENTRY.insert().values(note=f"after {turns}"))
+    assert real.stored() == [f"after {turns}" for turns in range(100)]
+
+
 async def test_a_request_that_is_cancelled_leaves_the_connection_to_the_others(shop: Shop) -> None:
     """A request that is cancelled in the middle of a statement rolls back its own work only."""
     await get(shop.app, "/one/201")

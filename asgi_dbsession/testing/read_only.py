@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from asgi_dbsession.session.completion import run_to_completion
 
 from .constraints import send
 from .transaction import SavepointTransaction
@@ -21,11 +24,11 @@ def refusing_writes(
     savepoint. MariaDB has no read-only savepoints, so it does not refuse writes.
     """
     if dialect.name == "sqlite":
-        send(connection, "PRAGMA query_only = ON")
         try:
+            send(connection, "PRAGMA query_only = ON")
             yield
         finally:
-            send(connection, "PRAGMA query_only = OFF")
+            _allow_writes(connection, dialect)
         return
     if dialect.name == "postgresql" and not transaction.read_only:
         # This is needed only once for each savepoint. When the savepoint ends, PostgreSQL allows
@@ -33,3 +36,12 @@ def refusing_writes(
         send(connection, "SET TRANSACTION READ ONLY")
         transaction.read_only = True
     yield
+
+
+def _allow_writes(connection: PoolProxiedConnection, dialect: Dialect) -> None:
+    """Let SQLite accept writes again, even if the task is cancelled."""
+    statement = "PRAGMA query_only = OFF"
+    if dialect.is_async:
+        await_only(run_to_completion(greenlet_spawn(send, connection, statement)))
+    else:
+        send(connection, statement)
