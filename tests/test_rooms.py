@@ -23,7 +23,6 @@ OPTIONAL = (
     "borrowed",
     "health",
     "join",
-    "websockets",
     "after_commit",
     "sqlite",
     "read_only",
@@ -109,12 +108,6 @@ async def main():
         async with database.begin() as session:
             await session.execute(text("SELECT 1"))
 
-async def nothing(scope, receive, send):
-    ...
-
-async def connect():
-    await DBSessionMiddleware(nothing, database)({"type": "websocket"}, None, send)
-
 async def begin(**options):
     async with database, database.begin(**options):
         ...
@@ -148,7 +141,6 @@ def test_the_core_alone_imports_no_optional_room() -> None:
         ("DBSessionMiddleware(app, database, on_report=print)", "reports"),
         ("from asgi_dbsession import warn_when_idle", "reports"),
         ("from asgi_dbsession import on_commit", "after_commit"),
-        ("asyncio.run(connect())", "websockets"),
         ("AsyncDatabase('postgresql+asyncpg://app@db/shop')", "reads"),
         ("asyncio.run(begin(join=True))", "join"),
         ("asyncio.run(begin(read_only=True))", "read_only"),

@@ -1,7 +1,6 @@
 """The class `DBSessionMiddleware`, which opens and closes the unit of work of each request."""
 
 from collections.abc import Callable
-from typing import Any
 
 from sqlalchemy import URL
 from typing_extensions import Never
@@ -23,6 +22,7 @@ from .optional import (
     with_positions,
 )
 from .rules import CommitWhen, ReadOnly, apply_read_rule, below_400, commit_rule
+from .websocket import SocketExchange
 
 # This key of the ASGI scope has the unit of work. An inner DBSessionMiddleware finds the unit of
 # work of the outer DBSessionMiddleware there, and uses its sessions.
@@ -161,12 +161,10 @@ class DBSessionMiddleware:
         unit.joins_outer_unit = outer is not None
         if self._two_phases is not None:
             unit.two_phases = self._two_phases()
-        exchange: Any
+        exchange: Exchange | SocketExchange
         if scope["type"] == "http":
             exchange = Exchange(unit, receive, send, self._commit_rule)
         else:
-            from asgi_dbsession.websockets.exchange import SocketExchange
-
             exchange = SocketExchange(unit, receive, send)
         token = current_unit.set(unit)
         try:

@@ -30,7 +30,6 @@ _ROOMS = {
     "database": ("database", "url", "bad_input", "health", "lifespan"),
     "join": ("join", "read_only"),
     "read_only": ("read_only", "join"),
-    "websockets": ("websocket", "several_tasks"),
     "after_commit": ("on_commit",),
     "reads": ("reads", "isolation"),
     "sqlite": ("sqlite",),

@@ -1,1 +1,0 @@
-"""Commits the work of a WebSocket before its messages."""
