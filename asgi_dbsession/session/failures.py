@@ -15,7 +15,7 @@ from asgi_dbsession.errors import TransactionAborted, without_secrets
 from ._sqlalchemy import is_prepared, original_engine
 from .completion import run_to_completion
 from .read_only import KEY
-from .sqlite import was_rolled_back
+from .sqlite import unwatch_sqlite, was_rolled_back, watch_sqlite
 
 # The statements that failed. Each key is a weak reference to the transaction or savepoint in which
 # a statement failed. Each value is a pair: (1) the message of the driver, (2) True if the error
@@ -41,10 +41,7 @@ def watch(engine: Engine) -> None:
     engine = original_engine(engine)
     if engine not in _watched:
         event.listen(engine, "handle_error", _record_failure)
-        if engine.dialect.name == "sqlite":
-            from asgi_dbsession.sqlite.begin import watch_sqlite
-
-            watch_sqlite(engine)
+        watch_sqlite(engine)
         _watched.add(engine)
         for watcher in _watchers:
             watcher(engine)
@@ -68,10 +65,7 @@ def unwatch(engine: Engine) -> None:
     engine = original_engine(engine)
     if engine in _watched:
         event.remove(engine, "handle_error", _record_failure)
-        if engine.dialect.name == "sqlite":
-            from asgi_dbsession.sqlite.begin import unwatch_sqlite
-
-            unwatch_sqlite(engine)
+        unwatch_sqlite(engine)
         for undo in _watchers.values():
             undo(engine)
         _watched.discard(engine)

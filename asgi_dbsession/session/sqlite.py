@@ -1,22 +1,62 @@
-"""Knows if a transaction is open on a connection to SQLite that a session uses."""
+"""Sends BEGIN on SQLite before each statement that may write, so that a rollback undoes it."""
 
+import re
 from typing import Any
+from weakref import WeakSet
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import Dialect, ExecutionContext
 from sqlalchemy.orm import SessionTransaction
+
+# The first word of a statement, after comments.
+_FIRST_WORD = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)
+_WORD = re.compile(r"\w+")
+# Python's module `sqlite3` itself sends BEGIN before these statements.
+_BY_DRIVER = frozenset(("INSERT", "UPDATE", "DELETE", "REPLACE"))
+# These statements only read, or SQLite refuses or ignores them inside a transaction. Those in
+# `_CONTROL` begin or end a transaction themselves. All other statements of SQLite may write.
+# Source: https://www.sqlite.org/lang.html
+_OUTSIDE = frozenset(("SELECT", "VALUES", "EXPLAIN", "VACUUM", "ATTACH", "DETACH"))
+_CONTROL = frozenset(("BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE"))
+# The PRAGMA statements that store a number in the file of the database, and roll it back. SQLite
+# ignores other PRAGMA statements inside a transaction, so they must stay outside.
+_NUMBERS = re.compile(
+    r"\bPRAGMA\s+(?:\w+\s*\.\s*)?(?:application_id|schema_version|user_version)\s*[=(]",
+    re.IGNORECASE,
+)
 
 # Attributes of a connection that a session uses: whether a transaction was open before the last
 # statement, and whether an error made SQLite roll back the transaction. In that case COMMIT will be
 # refused, so later statements must be in a transaction too, although the application may have
 # switched the driver to autocommit (to send BEGIN in a listener). A weak dictionary would not do:
 # Python ignores an exception of a signal handler in the callback that removes an entry.
-WAS_OPEN, ROLLED_BACK = "asgi_dbsession_was_open", "asgi_dbsession_rolled_back"
+_WAS_OPEN, _ROLLED_BACK = "asgi_dbsession_was_open", "asgi_dbsession_rolled_back"
+
+# The dialects whose engines have the listeners of this module. An engine and its copies with other
+# options share one dialect, so that no listener is added twice.
+_watched: WeakSet[Dialect] = WeakSet()
+
+
+def watch_sqlite(engine: Engine) -> None:
+    """If `engine` is for SQLite, add listeners to it that send BEGIN."""
+    if engine.dialect.name == "sqlite" and engine.dialect not in _watched:
+        _watched.add(engine.dialect)
+        for name in _EVENTS:
+            event.listen(engine, name, _begin_before_statement)
+
+
+def unwatch_sqlite(engine: Engine) -> None:
+    """Remove the listeners that `watch_sqlite` added to `engine`."""
+    if engine.dialect in _watched:
+        _watched.discard(engine.dialect)
+        for name in _EVENTS:
+            event.remove(engine, name, _begin_before_statement)
 
 
 def begin_for_session(transaction: SessionTransaction, connection: Connection) -> None:
     """Called when a session gets a connection: BEGIN will be sent before its first write."""
     if connection.dialect.name == "sqlite" and not transaction.nested:
-        vars(connection).update({WAS_OPEN: False, ROLLED_BACK: False})
+        vars(connection).update({_WAS_OPEN: False, _ROLLED_BACK: False})
 
 
 def was_rolled_back(connection: Connection) -> bool:
@@ -26,13 +66,53 @@ def was_rolled_back(connection: Connection) -> bool:
     the disk. SQLite then answers the next statements as if nothing had happened. Source:
     https://www.sqlite.org/lang_transaction.html
     """
-    if not vars(connection).get(WAS_OPEN) or is_open(connection):
+    if not vars(connection).get(_WAS_OPEN) or _is_open(connection):
         return False
-    vars(connection)[ROLLED_BACK] = True
+    vars(connection)[_ROLLED_BACK] = True
     return True
 
 
-def is_open(connection: Connection) -> bool:
-    """Return True if a transaction is open on the driver's connection."""
+def _begin_before_statement(*arguments: Any) -> None:
+    statement: str = arguments[1]
+    context: ExecutionContext = arguments[-1]
+    connection = context.root_connection
+    if _WAS_OPEN not in vars(connection):
+        return
+    vars(connection)[_WAS_OPEN] = is_open = _is_open(connection)
+    if not is_open and _needs_begin(connection, statement):
+        _begin(connection)
+
+
+def _needs_begin(connection: Connection, statement: str) -> bool:
+    found = _FIRST_WORD.match(statement)
+    word = found[1].upper() if found else ""
+    if word in _BY_DRIVER:
+        return bool(vars(connection).get(_ROLLED_BACK))
+    if word == "PRAGMA":
+        return _NUMBERS.search(statement) is not None
+    if word == "WITH":
+        # A statement with common table expressions writes only if it has one of these words.
+        return not _BY_DRIVER.isdisjoint(_WORD.findall(statement.upper()))
+    return word not in _OUTSIDE | _CONTROL
+
+
+def _begin(connection: Connection) -> None:
+    driver: Any = connection.connection.driver_connection
+    level = driver.isolation_level
+    # Without an isolation level, the application has switched the driver to autocommit. Only newer
+    # versions of Python have the attribute `autocommit`.
+    is_autocommit = level is None or getattr(driver, "autocommit", None) is True
+    if not is_autocommit or vars(connection).get(_ROLLED_BACK, False):
+        cursor = connection.connection.cursor()
+        try:
+            cursor.execute(f"BEGIN {level or ''}".strip())
+        finally:
+            cursor.close()
+
+
+def _is_open(connection: Connection) -> bool:
     driver: Any = connection.connection.driver_connection
     return bool(driver.in_transaction)
+
+
+_EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")

@@ -32,7 +32,6 @@ _ROOMS = {
     "read_only": ("read_only", "join"),
     "after_commit": ("on_commit",),
     "reads": ("reads", "isolation"),
-    "sqlite": ("sqlite",),
     "mistakes": ("events", "silent_losses", "sqlite"),
     "two_phases": ("two_phases",),
 }

@@ -1,1 +1,0 @@
-"""Sends BEGIN on SQLite, so that a rollback undoes each write."""
