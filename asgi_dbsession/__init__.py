@@ -27,9 +27,9 @@ from .unit.report import DatabaseReport, UnitReport
 from .unit.unit_of_work import get_session, get_sync_session, session_dependency
 
 if _typing.TYPE_CHECKING:
-    from .after_commit.give import on_commit
     from .reports.idle import warn_when_idle
     from .reports.server_timing import ServerTimingMiddleware
+    from .unit.optional.after_commit.give import on_commit
 
 __all__ = [
     "AsyncDatabase",
@@ -64,7 +64,7 @@ __all__ = [
 # Names from optional parts of the package. Each is imported when an application first uses it.
 _OPTIONAL = {
     "ServerTimingMiddleware": "reports.server_timing",
-    "on_commit": "after_commit.give",
+    "on_commit": "unit.optional.after_commit.give",
     "warn_when_idle": "reports.idle",
 }
 

@@ -18,7 +18,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, SyncDatabase
-from asgi_dbsession.mistakes import events
+from asgi_dbsession.asgi.optional import events
 
 pytestmark = pytest.mark.anyio
 KINDS = WITH_MARIADB

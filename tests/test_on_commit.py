@@ -28,7 +28,7 @@ from asgi_dbsession import (
     on_commit,
     set_rollback,
 )
-from asgi_dbsession.after_commit.callback import AfterCommit
+from asgi_dbsession.unit.optional.after_commit.callback import AfterCommit
 
 pytestmark = pytest.mark.anyio
 

@@ -478,6 +478,6 @@ async def test_what_the_orm_loads_is_a_plain_read_too(running: Running) -> None:
 
 def test_a_cte_is_on_no_list() -> None:
     """An unknown construct is not a plain read, because the list names the known ones."""
-    from asgi_dbsession.reads import plain  # noqa: PLC0415
+    from asgi_dbsession.session.optional.reads import plain  # noqa: PLC0415
 
     assert CTE not in plain._PLAIN

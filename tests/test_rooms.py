@@ -15,29 +15,21 @@ from sqlalchemy.orm import Session, session as orm_session
 import asgi_dbsession
 
 HOME = Path(asgi_dbsession.__file__).parent
-# Each room imports only from rooms before it. Optional rooms import no other optional room, except
-# for the live page, which shows reports.
+# Each room imports only from rooms before it.
 CORE = ("types", "errors", "session", "unit", "database", "asgi")
-OPTIONAL = (
-    "urls",
-    "borrowed",
-    "health",
-    "join",
-    "after_commit",
-    "read_only",
-    "reads",
-    "two_phases",
-    "mistakes",
-    "retry",
-    "reports",
-    "replicas",
-    "testing",
-)
+# The live page shows reports. No other optional room imports another optional room.
+OPTIONAL = ("retry", "reports", "replicas", "testing")
+# The features in the folder `optional` of each room of the core.
+FEATURES = {
+    each.stem: room for room in CORE for each in sorted((HOME / room / "optional").glob("[!_]*"))
+}
 
 
 def room_of(module: str) -> str:
-    """`asgi_dbsession.unit.ending` is in the room `unit`."""
-    return module.split(".")[1] if "." in module else ""
+    """`asgi_dbsession.unit.ending` is in `unit`, `asgi_dbsession.unit.optional.join` in `join`."""
+    _, *names = module.split(".")
+    is_feature = len(names) > 2 and names[1] == "optional"
+    return (names[2] if is_feature else names[0]) if names else ""
 
 
 def imports(path: Path) -> set[str]:
@@ -54,12 +46,15 @@ def imports(path: Path) -> set[str]:
 
 
 def modules(room: str) -> list[Path]:
-    """The files of a room."""
-    return (
-        [HOME / f"{room}.py"]
-        if (HOME / f"{room}.py").exists()
-        else list((HOME / room).rglob("*.py"))
-    )
+    """The files of a room or feature."""
+    home = HOME / FEATURES[room] / "optional" if room in FEATURES else HOME
+    file, folder = home / f"{room}.py", home / room
+    inside = [each for each in folder.rglob("*.py") if each.parent.name != "optional"]
+    return [file] if file.exists() else [each for each in inside if room_of(_name(each)) == room]
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(HOME.parent).with_suffix("").parts)
 
 
 @pytest.mark.parametrize("room", CORE)
@@ -73,15 +68,24 @@ def test_a_room_of_the_core_imports_only_from_those_before_it(room: str) -> None
 @pytest.mark.parametrize("room", OPTIONAL)
 def test_an_optional_room_imports_no_other_optional_room(room: str) -> None:
     """Each optional room can be removed without the others."""
+    assert modules(room)
     for path in modules(room):
         assert imports(path) <= {*CORE, room}, path
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_imports_only_what_its_room_may_import(feature: str) -> None:
+    """Each feature can be removed without the others."""
+    assert modules(feature)
+    allowed = {*CORE[: CORE.index(FEATURES[feature]) + 1], feature}
+    for path in modules(feature):
+        assert imports(path) <= allowed, path
 
 
 def test_the_modules_of_a_room_import_each_other_without_a_circle() -> None:
     """Any module can be imported first."""
     for path in HOME.rglob("*.py"):
-        name = ".".join(path.relative_to(HOME.parent).with_suffix("").parts)
-        assert importlib.import_module(name.removesuffix(".__init__"))
+        assert importlib.import_module(_name(path).removesuffix(".__init__"))
 
 
 PROGRAM = """
@@ -119,7 +123,7 @@ def rooms_after(program: str) -> set[str]:
 
 
 def test_the_core_alone_imports_no_optional_room() -> None:
-    """A request and a `begin()` block without further options import no code of these rooms."""
+    """A request and a `begin()` block without further options import no optional code."""
     assert rooms_after(PROGRAM) == set(CORE)
 
 

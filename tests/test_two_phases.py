@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from asgi_dbsession import ConfigurationError, DBSessionMiddleware, TransactionAborted, on_commit
-from asgi_dbsession.two_phases.session import is_refused
+from asgi_dbsession.unit.optional.two_phases.session import is_refused
 
 pytestmark = pytest.mark.anyio
 

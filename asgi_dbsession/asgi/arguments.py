@@ -80,7 +80,7 @@ def usable_databases(
     try:
         databases = _databases_of(given)
         if options["two_phase"]:
-            from asgi_dbsession.two_phases.commit import refuse_one_phase
+            from asgi_dbsession.unit.optional.two_phases.commit import refuse_one_phase
 
             for database in databases:
                 refuse_one_phase(database, database.url)

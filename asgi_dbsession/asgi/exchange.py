@@ -54,7 +54,7 @@ class Exchange:
                 forget_decisions(unit)
             unit.is_answered = True
             if _is_event_stream(message):
-                from asgi_dbsession.mistakes.events import warn_of_early_events
+                from .optional.events import warn_of_early_events
 
                 self._send = warn_of_early_events(unit, self._send)
         elif kind in _LAST and not message.get("more_body", False) and unit.is_answered:

@@ -13,14 +13,14 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 from .answer import OnCommitError, add_note, answer_or_raise
 from .arguments import AnyDatabase, application_first, no_application, usable_databases
-from .exchange import Exchange
-from .lifespan import Startable, Unstartable, serve_lifespan
-from .optional import (
+from .composition import (
     for_last_attempt,
     two_phase_commit,
     with_optional_rooms,
     with_positions,
 )
+from .exchange import Exchange
+from .lifespan import Startable, Unstartable, serve_lifespan
 from .rules import CommitWhen, ReadOnly, apply_read_rule, below_400, commit_rule
 from .websocket import SocketExchange
 

@@ -190,7 +190,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         if self._loop is loop:
             return
         if not self._owns_engine and self._engine is not None:
-            from asgi_dbsession.borrowed.loop import take_to_loop
+            from .optional.borrowed.loop import take_to_loop
 
             take_to_loop(self, self._engine, loop)
         elif self._loop is not None:

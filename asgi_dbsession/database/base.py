@@ -111,7 +111,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
                 f"{cls.__name__} needs an engine of the class "
                 f"{cls._engine_class.__name__}, not {type(engine).__name__}."
             )
-        from asgi_dbsession.borrowed.listeners import borrow
+        from .optional.borrowed.listeners import borrow
 
         options = {"session_options": session_options, "ping_on_startup": ping_on_startup}
         database = cls(engine.url, **options)
@@ -135,7 +135,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
             The health of the database. Its attribute `replicas` has the health of each replica,
             which is checked at the same time. `answers` is about the primary alone.
         """
-        from asgi_dbsession.health.check import health_of
+        from .optional.health.check import health_of
 
         return await health_of(self, within)
 
@@ -170,7 +170,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
             made = self._make_session(None if read_only else engine, scope)
             self._replica_set.give_route(made)
         if read_only:
-            from asgi_dbsession.read_only.refusals import Refusals
+            from asgi_dbsession.session.optional.read_only.refusals import Refusals
 
             Refusals(made.companion)
         return made

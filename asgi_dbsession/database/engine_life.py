@@ -48,7 +48,7 @@ class EngineLife(ABC, Generic[E]):
         named = url_with_driver(url, asynchronous=self.is_async)
         refuse_autocommit(named, engine_options)
         if named.query:
-            from asgi_dbsession.urls.translation import translate_options
+            from .optional.urls.translation import translate_options
 
             named, engine_options = translate_options(named, engine_options)
         self.url: URL = named

@@ -20,11 +20,11 @@ def prepare(engine: Engine) -> None:
     engine = original_engine(engine)
     watch(engine)
     if engine.dialect.driver in DRIVERS:
-        from asgi_dbsession.reads.delayed import watch_reads
+        from asgi_dbsession.session.optional.reads.delayed import watch_reads
 
         watch_reads(engine)
     connect_outside(engine)
     if isinstance(engine.pool, StaticPool | SingletonThreadPool):
-        from asgi_dbsession.mistakes.shared import warn_of_shared_connection
+        from .optional.shared import warn_of_shared_connection
 
         warn_of_shared_connection(engine)

@@ -43,7 +43,7 @@ def reads_of(database: object, wanted: object, driver: str) -> Reads:
     if wanted is not None and not isinstance(wanted, bool):
         raise ConfigurationError("autocommit_reads takes True, False or None.")
     if driver in DRIVERS:
-        from asgi_dbsession.reads.delayed import DelayingReads
+        from .optional.reads.delayed import DelayingReads
 
         return DelayingReads(wanted)
     if wanted:

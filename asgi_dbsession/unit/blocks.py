@@ -15,7 +15,7 @@ S = TypeVar("S")
 async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> AsyncIterator[S]:
     """Implements `async with database.begin()`; its value is a session."""
     if join:
-        from asgi_dbsession.join.block import joined, unit_to_join
+        from .optional.join.block import joined, unit_to_join
 
         outer = unit_to_join(database)
         if outer is not None:
@@ -36,7 +36,7 @@ async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> A
 def blocking_block_of(database: SessionSource[S], join: bool, read_only: bool) -> Iterator[S]:
     """Implements `with database.begin()` of a `SyncDatabase`; its value is a session."""
     if join:
-        from asgi_dbsession.join.block import joined_blocking, unit_to_join
+        from .optional.join.block import joined_blocking, unit_to_join
 
         outer = unit_to_join(database)
         if outer is not None:

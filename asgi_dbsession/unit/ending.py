@@ -87,7 +87,7 @@ async def close(
         if unit.is_answered and not commit:
             is_cut_short = _reason_to_roll_back(error, unit.rollback) in ("cancelled", "unfinished")
             if is_cut_short and any(has_changes(each.orm) for each in opened):
-                from asgi_dbsession.mistakes.unsaved import log_unsaved
+                from .optional.unsaved import log_unsaved
 
                 log_unsaved(unit, opened)
         working, raised = close_idle(opened)
@@ -172,7 +172,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     if isinstance(end.failure, Exception):
         unit.failure = unit.failure or end.failure
     if unit.callbacks:
-        from asgi_dbsession.after_commit.call import call_after_commit
+        from .optional.after_commit.call import call_after_commit
 
         await call_after_commit(unit, end, given, stored, working)
     _tell(unit, end)

@@ -32,7 +32,7 @@ _ROOMS = {
     "read_only": ("read_only", "join"),
     "after_commit": ("on_commit",),
     "reads": ("reads", "isolation"),
-    "mistakes": ("events", "silent_losses", "sqlite"),
+    "optional": ("events", "silent_losses", "sqlite"),
     "two_phases": ("two_phases",),
 }
 _FEW_DRIVERS = "not sqlite-sync and not psycopg-sync"

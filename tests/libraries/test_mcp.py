@@ -14,7 +14,7 @@ from mcp.client.sse import sse_client
 from pages import Page
 
 from asgi_dbsession import SessionClosed, get_session
-from asgi_dbsession.mistakes import events
+from asgi_dbsession.asgi.optional import events
 
 pytestmark = pytest.mark.anyio
 

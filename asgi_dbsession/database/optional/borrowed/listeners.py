@@ -48,7 +48,7 @@ def _release(engine: Engine, observers: list[UnitObserver]) -> None:
         if original not in built and not _is_used(original):
             unwatch(original)
             if original.dialect.driver in DRIVERS:
-                from asgi_dbsession.reads.delayed import unwatch_reads
+                from asgi_dbsession.session.optional.reads.delayed import unwatch_reads
 
                 unwatch_reads(original)
             connect_as_before(original)

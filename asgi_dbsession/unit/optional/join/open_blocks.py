@@ -63,7 +63,7 @@ class OpenBlocks:
 
     def forbid_writes(self) -> None:
         """Refuse writes of the session in the savepoint that has begun just now."""
-        from asgi_dbsession.read_only.refusals import Refusals
+        from asgi_dbsession.session.optional.read_only.refusals import Refusals
 
         self._refusals = Refusals(self._companion, in_block=True)
         self._companion.followers.append(self._refusals)

@@ -17,7 +17,7 @@ def two_phase_commit(two_phase: bool, databases: int) -> Callable[[], TwoPhaseCo
     """Return a function that makes the attribute `two_phases` of each unit of work, or None."""
     if not two_phase:
         return None
-    from asgi_dbsession.two_phases.commit import TwoPhases
+    from asgi_dbsession.unit.optional.two_phases.commit import TwoPhases
 
     return partial(TwoPhases, databases)
 

@@ -1,1 +1,0 @@
-"""Logs mistakes of an application that lose work or store it too early."""
