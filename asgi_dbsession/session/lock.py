@@ -86,7 +86,8 @@ class SessionLock(ABC):
                     if self.admit is not None:
                         self.admit()
                     self._hold(caller)
-                    self._add_user(caller)
+                    if caller is not self.last_user or caller not in self.users:
+                        self._add_user(caller)
                     return True
                 released = self._new_waiter()
             self._wait(released)
@@ -139,7 +140,7 @@ class SessionLock(ABC):
             raise
 
     def release(self, *, closed: bool = False) -> None:
-        """Release the lock. With `closed=True`, refuse all later operations of the session."""
+        """Release the lock. If `closed` is True, refuse all later operations of the session."""
         with self.mutex:
             if self._delayed:
                 self._change_delayed()
@@ -221,15 +222,14 @@ class SessionLock(ABC):
                 self.sort_out_users()
             self.users.add(task)
 
-    def _hold(self, caller: object) -> None:
-        self._holder = caller
+    @abstractmethod
+    def _hold(self, caller: object) -> None: ...
 
     @abstractmethod
     def _is_abandoned(self, thread: int) -> bool:
-        """Return True if the holder of the lock has certainly ended, and has not released it.
+        """Return True if the holder has ended without a release, because of a signal handler.
 
-        A signal handler may have raised an exception before the release. `thread` is the thread
-        that now asks for the lock, or for the commit or rollback that does.
+        `thread` is the thread that now asks for the lock, for itself or for a commit or rollback.
         """
 
     def _new_waiter(self) -> "Future[None]":

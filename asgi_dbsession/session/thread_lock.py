@@ -39,7 +39,7 @@ class ThreadLock(SessionLock):
     @override
     def _hold(self, caller: object) -> None:
         self._thread = get_ident()
-        super()._hold(caller)
+        self._holder: object = caller
 
     @override
     def _is_abandoned(self, thread: int) -> bool:
