@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-from anyio import to_thread
+from anyio import CancelScope, to_thread
 from asgi import Exchange, Socket, get, respond
-from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running
+from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running, checked_out
 from several import Entry as SeveralEntry, several_databases
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import DBAPIError
@@ -729,6 +729,55 @@ async def test_what_is_refused_in_another_unit_is_not_blamed_on_it(real: Real) -
         exchange = await serve(running, write, "POST")
     assert "read-only transaction" in str(exchange.error)
     assert not getattr(exchange.error, "__notes__", ())
+
+
+async def read_until_cancelled(database: Any, way: str, turns: int) -> None:
+    """Read and commit in a unit of work that may only read, and cancel it after some turns."""
+    scopes: list[CancelScope] = []
+
+    async def read() -> None:
+        with CancelScope() as scope:
+            scopes.append(scope)
+            async with database.begin(read_only=True) as session:
+                await session.execute(select(ENTRY))
+                await session.commit()
+                await session.execute(select(ENTRY))
+        await asyncio.sleep(0)
+
+    task = asyncio.create_task(read())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    if way == "anyio" and scopes:
+        scopes[0].cancel()
+    else:
+        task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled() or task.exception() is None
+
+
+@pytest.mark.parametrize("way", ["native", "anyio"])
+async def test_a_reader_that_is_cancelled_gives_its_connection_back_to_writers(
+    real: Real, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also at a COMMIT of the application, which a cancellation interrupts."""
+    if real.is_sync or real.is_mariadb:
+        pytest.skip("nothing is told to the connection when it returns to its pool")
+    stored = []
+
+    def use_wal(connection: Any, _record: Any) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+
+    options: dict[str, Any] = {"pool_events": [(use_wal, "connect")]} if real.is_sqlite else {}
+    async with real.describe(pool_size=1, max_overflow=0, pool_timeout=1, **options) as database:
+        running = Running(real, database)
+        for turns in range(100):
+            await read_until_cancelled(database, way, turns)
+            assert checked_out(database) == 0
+            async with running.database.begin():  # type: ignore[union-attr]
+                await running.write(f"{turns}")
+            stored.append(f"{turns}")
+    assert real.stored() == stored
+    caplog.clear()  # the pool of SQLAlchemy logs that its ROLLBACK was cancelled
 
 
 async def decide_later(_: Any) -> bool:

@@ -70,6 +70,20 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
+async def run_before_cancellation(work: Coroutine[Any, Any, object]) -> None:
+    """Await `work` until it has ended. A cancelled caller gets its exception at its next `await`.
+
+    Use this function on asyncio, where an exception would keep the caller from an important step.
+    """
+    try:
+        await run_to_completion(work)
+    except asyncio.CancelledError as cancelled:
+        if (task := asyncio.current_task()) is not None:
+            # Do not count one cancellation twice, and keep its text, by which anyio knows it.
+            task.uncancel()
+            task.cancel(*cancelled.args)
+
+
 async def call_here(function: Callable[..., T], *args: Any) -> T:
     """Call a function on the current thread, even if the function blocks the thread."""
     return function(*args)

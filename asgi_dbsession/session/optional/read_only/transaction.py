@@ -4,8 +4,10 @@ from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.pool import StaticPool
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbsession.session._sqlalchemy import on_checkin
+from asgi_dbsession.session.completion import run_before_cancellation
 from asgi_dbsession.session.read_only import ON_MARIADB, ON_POSTGRESQL
 from asgi_dbsession.session.reads import DRIVERS, is_in_transaction
 
@@ -79,9 +81,19 @@ def _skips_rollback(connection: Connection) -> bool:
 
 def _begin_on_sqlite(connection: Connection) -> None:
     driver = connection.connection.dbapi_connection
+    is_async = connection.dialect.is_async
     if not _ask(driver, "PRAGMA query_only")[0]:
-        on_checkin(connection, lambda returned: _ask(returned, "PRAGMA query_only = OFF"))
+        on_checkin(connection, lambda returned: _allow_writes(returned, is_async))
         _ask(driver, "PRAGMA query_only = ON")
+
+
+def _allow_writes(driver: Any, is_async: bool) -> None:
+    statement = "PRAGMA query_only = OFF"
+    if is_async:
+        # If this raised an exception, the connection would never return to its pool.
+        await_only(run_before_cancellation(greenlet_spawn(_ask, driver, statement)))
+    else:
+        _ask(driver, statement)
 
 
 def _ask(driver: Any, statement: str) -> Any:
