@@ -1,1 +1,1 @@
-"""Calls the functions of an application that follow a COMMIT."""
+"""Calls the functions that an application has given to `on_commit`, after a COMMIT (optional)."""
