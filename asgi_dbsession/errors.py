@@ -34,7 +34,7 @@ class NoSession(DBSessionError, LookupError):
                 f"There is no session of {database} here, because no DBSessionMiddleware that "
                 "serves this database wraps this code. Outside of a request, use "
                 "`database.begin()`. Inside a request, give this same database object to a "
-                "DBSessionMiddleware that is further out than the code that needs a session."
+                "DBSessionMiddleware that wraps the code which needs the session."
             )
 
 
@@ -115,12 +115,13 @@ class DatabaseNotRunning(DBSessionError, RuntimeError):
             )
         else:
             super().__init__(
-                f"{database} is not running: no lifespan startup reached a DBSessionMiddleware "
-                "that serves it. Have one sent (`uvicorn --lifespan on`, `with TestClient(app):`, "
-                "asgi-lifespan's `LifespanManager` around httpx's `ASGITransport`), or write "
-                f"{_ways_to_start(database)}. Below a mount or on a single route, give it to the "
-                "outermost DBSessionMiddleware too. Where the server sends no lifespan (daphne), "
-                f"use `{type(database).__name__}.from_engine(engine)`."
+                f"{database} is not running. It starts when a DBSessionMiddleware that serves it "
+                "gets the lifespan startup of the server (`uvicorn --lifespan on`). In a test, "
+                "write `with TestClient(app):`, or use asgi-lifespan's `LifespanManager` around "
+                "httpx's `ASGITransport`. In a test or a script, you can also write "
+                f"{_ways_to_start(database)}. In a mounted application or on a single route, give "
+                "the database to the outermost DBSessionMiddleware too. If the server sends no "
+                f"lifespan (daphne), use `{type(database).__name__}.from_engine(engine)`."
             )
 
 
@@ -131,7 +132,7 @@ class DatabaseUnavailable(DBSessionError, ConnectionError):
         self,
         database: object,
         reason: str,
-        advice: str = "Is it running, and are host, port, name and credentials right?",
+        advice: str = "Is it running, and are host, port, name, user and password right?",
     ) -> None:
         super().__init__(f"{database} cannot be reached: {reason}. {advice}")
 

@@ -354,7 +354,7 @@ async def test_a_server_that_is_not_there_is_told_at_startup(
     """Nobody listens on port 1."""
     said = await told(database_class(f"{dialect}://app:{SECRET}@127.0.0.1:1/shop").startup)
     assert f"{dialect}://app:***@127.0.0.1:1/shop') cannot be reached: " in said
-    assert said.endswith("Is it running, and are host, port, name and credentials right?")
+    assert said.endswith("Is it running, and are host, port, name, user and password right?")
 
 
 @SERVERS

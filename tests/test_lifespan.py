@@ -263,7 +263,7 @@ async def test_a_database_that_cannot_be_reached_fails_the_startup_with_one_line
     assert message["type"] == "lifespan.startup.failed"
     assert "127.0.0.1" in message["message"]
     assert message["message"].endswith(
-        "Is it running, and are host, port, name and credentials right?"
+        "Is it running, and are host, port, name, user and password right?"
     )
     assert "\n" not in message["message"]
     assert "hush" not in message["message"]

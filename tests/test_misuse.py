@@ -368,7 +368,8 @@ async def test_httpx_without_a_lifespan_is_told(real: Any) -> None:
     transport = httpx2.ASGITransport(app=cast("Any", application(database)))
     async with httpx2.AsyncClient(transport=transport) as client:
         cures = (
-            r"`LifespanManager` around httpx's `ASGITransport`\), or write `async with database:`"
+            r"`LifespanManager` around httpx's `ASGITransport`\. In a test or a script, you can "
+            "also write `async with database:`"
         )
         with pytest.raises(DatabaseNotRunning, match=cures):
             await client.get("http://test/")

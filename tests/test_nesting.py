@@ -193,7 +193,7 @@ async def test_outside_of_our_middleware_there_is_no_session(running: Running) -
     outer = Middleware(BaseHTTPMiddleware, dispatch=too_far_out)
     exchange = await get(starlette_on(running, outer, ours(running.database)), "/kept")
     assert exchange.status == 201
-    assert ["further out" in message for message in messages] == [True]
+    assert ["that wraps the code" in message for message in messages] == [True]
 
 
 @ASYNC
@@ -332,7 +332,7 @@ async def test_a_mounted_application_hears_of_no_lifespan_and_is_told_so(
 
     inner = starlette_on(running, ours(reports), routes=[Route("/", handler)])
     alone = starlette_on(running, ours(main), routes=[Mount("/sub", inner)])
-    told = pytest.raises(DatabaseNotRunning, match=r"give it to the outermost DBSession")
+    told = pytest.raises(DatabaseNotRunning, match=r"give the database to the outermost DBSession")
     with TestClient(alone) as client, told:
         client.get("/sub/")
     both = starlette_on(running, ours(main, reports), routes=[Mount("/sub", inner)])

@@ -220,10 +220,10 @@ def test_what_is_given_wins_over_the_url(driver: str) -> None:
         ("pool_timeout=5", "`pool_timeout=…`"),
         ("schema=shop", "search_path"),
         ("conn_max_age=60", "pool_recycle"),
-        ("sslmode=nonsense", "It takes one of"),
-        ("timeout=hush", "It takes a number"),
+        ("sslmode=nonsense", "The value must be one of"),
+        ("timeout=hush", "The value must be a number"),
         ("supa=base-pooler.x", "Leave it out"),
-        ("pgbouncer=true&nonsense=hush", "The option nonsense in the URL"),
+        ("pgbouncer=true&nonsense=hush", "the option nonsense in the URL"),
     ],
 )
 def test_an_option_that_the_driver_does_not_have_is_refused_with_the_cure(

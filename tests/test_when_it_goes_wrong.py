@@ -197,6 +197,10 @@ async def no_driver() -> None:
         AsyncDatabase("postgresql://app@db/shop")
 
 
+async def unknown_option() -> None:
+    AsyncDatabase("postgresql+asyncpg://app@db/shop?foo=bar")
+
+
 async def driver_not_installed() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "aiomysql", None)  # so that it cannot be imported
@@ -238,6 +242,14 @@ async def async_session_in_a_thread() -> None:
     await in_a_request(work)
 
 
+async def statement_in_a_thread() -> None:
+    async def work() -> None:
+        session: Any = get_session()
+        await asyncio.to_thread(session.execute, text("SELECT 1"))
+
+    await in_a_request(work)
+
+
 WAYS = (
     outside,
     in_a_thread,
@@ -254,6 +266,7 @@ WAYS = (
     no_url,
     no_driver,
     driver_not_installed,
+    unknown_option,
     misspelt,
     on_trio,
     driver_that_blocks,
@@ -261,6 +274,7 @@ WAYS = (
     engine_for_a_database,
     session_of_the_other_kind,
     async_session_in_a_thread,
+    statement_in_a_thread,
 )
 
 

@@ -9,7 +9,7 @@ from sqlalchemy import URL
 
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
-from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.errors import ConfigurationError, kind_of
 from asgi_dbsession.session.tasks import current_task
 from asgi_dbsession.types import ASGIApp, Receive, RetryOn, Scope, Send
 
@@ -123,11 +123,11 @@ def _check_databases(given: Sequence[object]) -> None:
         elif not isinstance(each, str | URL):
             raise ConfigurationError(
                 "DBSessionMiddleware takes a URL, an AsyncDatabase or a SyncDatabase, not "
-                f"something of type {type(each).__name__}. Write "
+                f"{kind_of(each)}. Write "
                 "`AsyncDatabase.from_engine(engine)` for an engine."
             )
     if len(set(databases)) < len(databases):
-        raise ConfigurationError(f"The same database was given twice: {databases}.")
+        raise ConfigurationError(f"The same database was given twice: {databases}. Give it once.")
     sets = [each._replica_set for each in databases if each._replica_set is not None]
     if sets:
         from asgi_dbsession.replicas.checks import check_cookies

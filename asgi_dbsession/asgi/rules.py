@@ -84,8 +84,8 @@ def apply_read_rule(rule: ReadOnly, unit: UnitOfWork, scope: Scope) -> None:
         outer = next(each for each in unit.of_same_request() if each.manages(database))
         if not outer.read_only:
             raise ConfigurationError(
-                f"This request may only read {database}, but a DBSessionMiddleware further out "
-                "opens the session and lets it write. Give `read_only` to that one too."
+                f"This request may only read {database}, but an outer DBSessionMiddleware "
+                "opens the session and lets it write. Give `read_only` to the outer one too."
             )
 
 

@@ -31,7 +31,8 @@ _LOGIN = (
     "login failed",
 )
 _DRIVERS = ("asyncpg", "psycopg", "asyncmy", "aiomysql", "pymysql", "sqlite3", "aiosqlite")
-_ADVICE = "Is it running, and are host, port, name and credentials right?"
+_ADVICE = "Is it running, and are host, port, name, user and password right?"
+_FILE_ADVICE = "Does the folder of the file exist, and may this process write to it?"
 _LOGIN_ADVICE = (
     "Are user and password right? Where the application prepares them only later (tokens, "
     "secrets), write `ping_on_startup=False`, or set them in a `do_connect` listener that "
@@ -60,8 +61,8 @@ def failure_of(database: object, error: Exception, secrets: set[str]) -> Excepti
     reason = reason_of(error, secrets)
     if _refuses_options(chain):
         return ConfigurationError(
-            f"{database} cannot be connected to with these options: {reason}. Check the options in "
-            "its URL (after `?`) and in `connect_args`."
+            f"Connecting to {database} with these options failed: {reason}. Check the options in "
+            "its URL (after `?`) and in `connect_args`, and its other arguments."
         )
     if any(map(keeps_from_connecting, chain)):
         return DatabaseUnavailable(database, reason, _advice_for(chain))
@@ -88,6 +89,8 @@ def _advice_for(chain: list[BaseException]) -> str:
     if isinstance(chain[0], PoolTimeout):
         return _POOL_ADVICE
     said = " ".join(map(str, chain)).lower()
+    if "unable to open database file" in said:
+        return _FILE_ADVICE
     return _LOGIN_ADVICE if any(word in said for word in _LOGIN) else _ADVICE
 
 
@@ -99,7 +102,7 @@ def reason_of(error: Exception, secrets: set[str]) -> str:
         # Leave out the whole text. If only the secret was left out, the words around it could tell
         # the secret.
         return f"{type(original).__name__} (the text of the driver may hold a secret)"
-    return text.rstrip(".")
+    return text.rstrip(".?")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -59,7 +59,9 @@ def _call(route: RouteName, scope: Scope) -> str:
     # If the application's function `route` fails, log the error. The request must not fail because
     # of it.
     except Exception:
-        _logger.exception("%r failed; the request is shown without a route.", route)
+        _logger.exception(
+            "The route function %r failed. The request is shown without a route.", route
+        )
         return "(route failed)"
 
 

@@ -59,7 +59,7 @@ async def _load(servers: ReplicaSet, scope: Scope) -> Seen:
         try:
             return Seen(await options.store.load(scope))
         except Exception:
-            _logger.exception("The store of positions failed, so the primary is read from")
+            _logger.exception("The store of positions failed, so requests read from the primary")
             return Seen("")
     found = list(_cookies(scope, options.cookie))
     if not found:
@@ -88,7 +88,7 @@ async def _save(own: dict[ReplicaSet, Seen], scope: Scope) -> None:
             # The work of the request is committed. An error of the store must not make the request
             # fail.
             except Exception:
-                _logger.exception("The store of positions failed: the next read may be stale")
+                _logger.exception("The store of positions failed, so the next read may be outdated")
 
 
 async def _tell(own: dict[ReplicaSet, Seen], scope: Scope, message: Message) -> Message:

@@ -132,7 +132,7 @@ class Server(ABC):
             was_lost, self._failed, self._last = self._failed is not None, moment, None
             self.lost_at = monotonic()
         if not was_lost:
-            _logger.warning("%s is not read from until it answers: %s", self, reason)
+            _logger.warning("No request reads from %s until it answers: %s", self, reason)
 
     def _unanswered(self, error: BaseException) -> None:
         # The text of the driver's error may contain a secret, so it is left out.

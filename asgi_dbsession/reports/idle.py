@@ -25,8 +25,8 @@ def warn_when_idle(seconds: float = 1) -> Callable[[UnitReport], None]:
         for each in report.databases:
             if each.idle_time >= seconds:
                 _logger.warning(
-                    "%s held a connection of %s idle for %.2f s, between %s and %s. Do what takes "
-                    "long before the first statement, or after a `commit()`.",
+                    "%s held a connection of %s idle for %.2f s, between %s and %s. Do slow work "
+                    "before the first statement, or after a `commit()`.",
                     _describe(report),
                     each.database,
                     each.idle_time,

@@ -93,7 +93,9 @@ class Recorder(UnitObserver):
             self._on_report(report)
         except Exception:
             name = name_of(self._on_report)
-            _logger.exception("%s failed; the unit of work ended as reported.", name)
+            _logger.exception(
+                "The on_report function %s failed. The unit of work is not affected.", name
+            )
 
 
 def _will_retry(unit: Any, end: End, record: _Record) -> bool:

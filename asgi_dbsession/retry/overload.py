@@ -43,7 +43,9 @@ class Overload(UnitObserver):
         finally:
             _current.reset(token)
         if wait.is_withheld:
-            _logger.warning("No connection became free in time; answered 503: %a", scope["path"])
+            _logger.warning(
+                "No connection became free within `pool_timeout`; answered 503: %a", scope["path"]
+            )
             await _send_unavailable(self._retry_after, send)
 
     @override

@@ -35,7 +35,7 @@ async def run_transaction(
             async with database.begin():
                 result = function(*args)
                 if not isawaitable(result):
-                    raise _refusal(function, "a coroutine function. Write it with `async def`")
+                    raise _refusal(function, "a coroutine function", "`async def`")
                 return await result
         await anyio.sleep(_pause_and_log(function, attempt))
     # This line never runs, because the last attempt of the loop returns or raises.
@@ -59,7 +59,7 @@ def run_transaction_blocking(
                         # Close the coroutine, so that Python does not warn about a coroutine that
                         # was never awaited.
                         result.close()
-                    raise _refusal(function, "a plain function. Write it with `def`")
+                    raise _refusal(function, "a plain function", "`def`")
             return result
         time.sleep(_pause_and_log(function, attempt))
     # This line never runs, because the last attempt of the loop returns or raises.
@@ -96,7 +96,8 @@ def _pause_and_log(function: object, attempt: WatchedAttempt) -> float:
     return pause
 
 
-def _refusal(function: object, cure: str) -> ConfigurationError:
+def _refusal(function: object, kind: str, keyword: str) -> ConfigurationError:
     return ConfigurationError(
-        f"run_transaction of this database takes {cure}, and was given {name_of(function)}."
+        f"run_transaction of this database takes {kind}, and {name_of(function)} is none. Write it "
+        f"with {keyword}."
     )

@@ -28,7 +28,7 @@ _NUMBERS = re.compile(
 # Attributes of a connection that a session uses: whether a transaction was open before the last
 # statement, and whether an error made SQLite roll back the transaction. In that case COMMIT will be
 # refused, so later statements must be in a transaction too, although the application may have
-# switched the driver to autocommit (to send BEGIN in a listener). A weak dictionary would not do:
+# switched the driver to autocommit (to send BEGIN in a listener). A weak dictionary would not work:
 # Python ignores an exception of a signal handler in the callback that removes an entry.
 _WAS_OPEN, _ROLLED_BACK = "asgi_dbsession_was_open", "asgi_dbsession_rolled_back"
 

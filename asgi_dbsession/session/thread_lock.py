@@ -49,9 +49,9 @@ class ThreadLock(SessionLock):
 
     @override
     def _wait(self, released: "Future[None]") -> None:
-        # A reserved commit or rollback starts on the event loop, and that of several databases may
-        # need the event loop for another database. If the event loop waited for it here, both would
-        # wait for ever.
+        # A reserved commit or rollback starts on the event loop. A commit or rollback of several
+        # databases may also need the event loop for another database. If the event loop waited here
+        # for such a commit or rollback, both would wait for ever.
         needs_loop = self._reserved_for is not None or any(each.needs_loop for each in self._ends)
         if (needs_loop and is_on_event_loop()) or self._is_abandoned(get_ident()):
             raise ConcurrentUse(self.database)

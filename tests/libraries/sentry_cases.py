@@ -223,6 +223,6 @@ async def test_each_log_line_has_the_id_of_its_request(
         name = f"[{headers[b'x-request-id'].decode()}]"
         said = [line.partition(name)[2].strip() for line in printed if name in line]
         assert "SELECT 1" in said
-        assert said[-1].endswith("send_mail failed after COMMIT; the committed work stays stored.")
+        assert said[-1].endswith("send_mail failed; the committed work stays stored.")
     lines = [line for line in printed if " INFO " in line or " ERROR " in line]
     assert not [line for line in lines if "[-]" in line]

@@ -205,7 +205,7 @@ async def test_a_server_without_its_database_exits_and_says_why(
     assert "hush" not in server.printed
     address = f"{closed_port.host}:{closed_port.port}"
     line, *more = [each for each in server.printed.splitlines() if address in each]
-    assert "are host, port, name and credentials right?" in line
+    assert "are host, port, name, user and password right?" in line
     if new_shop.kind is not KINDS["granian"]:  # the traceback follows
         assert more == []
 

@@ -61,7 +61,7 @@ class UrlOptions:
                 self.arguments[to or name] = of(value)
             except ValueError:
                 # `refuse` hides the ValueError, because its text contains the value of the option.
-                self.refuse(name, "It takes a number.")
+                self.refuse(name, "The value must be a number.")
 
     def refuse(self, name: str, cure: str) -> None:
         """Raise a ConfigurationError that names the option and says what to write instead."""
@@ -69,8 +69,8 @@ class UrlOptions:
         # is not percent-encoded.
         shown = name if re.fullmatch(r"[A-Za-z][\w.-]{1,30}", name) else "(not shown)"
         raise ConfigurationError(
-            f"The option {shown} in the URL of {without_secrets(self.url)} does not suit the "
-            f"driver {self.driver}. {cure}"
+            f"The driver {self.driver} does not accept the option {shown} in the URL of "
+            f"{without_secrets(self.url)}. {cure}"
         ) from None
 
 
@@ -93,7 +93,7 @@ def take_ssl_mode(options: UrlOptions, modes: Sequence[str]) -> str | None:
         value = "strict" if strict else "accept_invalid_certs"
     mode = _SYNONYMS.get(value.lower(), value.lower())
     if mode not in modes:
-        options.refuse("sslmode", f"It takes one of {', '.join(modes)}.")
+        options.refuse("sslmode", f"The value must be one of {', '.join(modes)}.")
     return mode
 
 

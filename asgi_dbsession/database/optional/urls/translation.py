@@ -73,6 +73,6 @@ def _refuse_unknown(options: UrlOptions) -> None:
     known = _KNOWN[options.driver]()
     for name in options.query:
         if name not in known:
-            general = "Leave it out, or write what the driver calls it."
+            general = "Leave it out, or write the name that the driver has for it."
             cures = _SCHEMA_CURES if name in ("schema", "currentSchema", "search_path") else {}
             options.refuse(name, cures.get(options.driver) or _CURES.get(name) or general)

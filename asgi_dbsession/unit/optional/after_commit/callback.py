@@ -99,7 +99,9 @@ class AfterCommit:
         """Log an exception of the `on_commit` function; the COMMIT before it has succeeded."""
         name = name_of(self.function)
         _logger.error(
-            "%s failed after COMMIT; the committed work stays stored.", name, exc_info=error
+            "The on_commit function %s failed; the committed work stays stored.",
+            name,
+            exc_info=error,
         )
 
 

@@ -34,6 +34,10 @@ S = TypeVar("S")
 Prepared: TypeAlias = list[TwoPhaseSession[Any]]
 
 _logger = logging.getLogger("asgi_dbsession")
+_IN_DOUBT = (
+    "In doubt: %s. This prepared transaction keeps its locks until somebody commits it or rolls it "
+    "back."
+)
 
 
 def refuse_one_phase(database: object, url: URL) -> None:
@@ -103,7 +107,7 @@ class TwoPhases:
         for each in prepared:
             if each.in_doubt and failure is not None:
                 # An operator must end these transactions.
-                _logger.error("In doubt: %s", each.in_doubt, exc_info=failure)
+                _logger.error(_IN_DOUBT, each.in_doubt, exc_info=failure)
                 self._names.renew()
         return failure
 
