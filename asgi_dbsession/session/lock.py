@@ -44,7 +44,7 @@ class SessionLock(ABC):
     _holder: object = None
     _held_for: End | None = None  # The commit or rollback that holds the lock.
     _reserved_for: End | None = None
-    _ends: frozenset[End] = frozenset()  # Those that run or wait for the lock.
+    _ends: frozenset[End] = frozenset()  # The ends that run or wait.
     _waiters: "tuple[Future[None], ...]" = ()
     _delayed: tuple[tuple[object, Callable[[], None]], ...] = ()
 

@@ -145,7 +145,7 @@ class ManagedSession(Generic[S]):
         self.is_flushed = False
         try:
             # A listener has added these objects after the flush. They are work after this COMMIT,
-            # and the next one stores them.
+            # and the next COMMIT stores them.
             self.lock.has_finished_work = bool(self.orm.new)
             if end.close:
                 self.orm.close()
