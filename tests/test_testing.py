@@ -218,18 +218,16 @@ async def test_concurrent_requests_take_turns(shop: Shop) -> None:
 
 
 @pytest.mark.matrix("Tests of an application", "real")
-async def read_until_cancelled(database: Any, way: str, turns: int) -> None:
-    """Send SELECTs in a unit of work that may only read, and cancel them after some turns."""
+async def cancel_after(work: Callable[[], Awaitable[None]], way: str, turns: int) -> None:
+    """Do work in a task, and cancel it after some turns of the event loop."""
     scopes: list[CancelScope] = []
 
-    async def read() -> None:
+    async def run() -> None:
         with CancelScope() as scope:
             scopes.append(scope)
-            async with database.begin(read_only=True) as session:
-                for _ in range(2):
-                    await session.execute(select(ENTRY))
+            await work()
 
-    task = asyncio.create_task(read())
+    task = asyncio.create_task(run())
     for _ in range(turns):
         await asyncio.sleep(0)
     if way == "anyio" and scopes:
@@ -245,15 +243,46 @@ async def test_a_cancelled_reader_leaves_the_connection_to_writers(real: Real, w
     if real.kind != "sqlite":
         pytest.skip("other drivers are not told for each statement")
     database: Any = real.describe()
+
+    async def read() -> None:
+        async with database.begin(read_only=True) as session:
+            for _ in range(2):
+                await session.execute(select(ENTRY))
+
     async with database:
         for turns in range(100):
             async with rolled_back(database):
-                await read_until_cancelled(database, way, turns)
+                await cancel_after(read, way, turns)
                 async with database.begin() as session:
                     await session.execute(ENTRY.insert().values(note="written"))
             async with database.begin() as session:
                 await session.execute(ENTRY.insert().values(note=f"after {turns}"))
     assert real.stored() == [f"after {turns}" for turns in range(100)]
+
+
+@pytest.mark.parametrize("way", ["native", "anyio"])
+async def test_a_cancelled_commit_does_not_look_like_the_end_of_the_test(
+    real: Real, way: str
+) -> None:
+    """The savepoint of the transaction is released or not, and the block knows it."""
+    if real.kind not in ("sqlite", "asyncpg"):
+        pytest.skip("the other drivers close a connection whose statement is cancelled")
+    database: Any = real.describe()
+
+    async def commit() -> None:
+        async with database.begin() as session:
+            await session.execute(ENTRY.insert().values(note="committed"))
+            await session.commit()
+            async with session.begin_nested():
+                await session.execute(select(ENTRY))
+
+    async with database:
+        for turns in range(80):
+            async with rolled_back(database):
+                await cancel_after(commit, way, turns)
+                async with database.begin() as session:
+                    await session.execute(ENTRY.insert().values(note="written"))
+            assert real.stored() == []
 
 
 async def test_a_request_that_is_cancelled_leaves_the_connection_to_the_others(shop: Shop) -> None:

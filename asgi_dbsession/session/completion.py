@@ -82,6 +82,8 @@ async def run_before_cancellation(work: Coroutine[Any, Any, object]) -> None:
             # Do not count one cancellation twice, and keep its text, by which anyio knows it.
             task.uncancel()
             task.cancel(*cancelled.args)
+        if cancelled.__cause__ is not None:  # The exception that `work` raised.
+            raise cancelled.__cause__ from None
 
 
 async def call_here(function: Callable[..., T], *args: Any) -> T:

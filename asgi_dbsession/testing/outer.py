@@ -4,6 +4,9 @@ from typing import Any
 
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from asgi_dbsession.session.completion import run_before_cancellation
 
 from .constraints import send
 from .isolation import NotIsolated
@@ -20,11 +23,24 @@ _ON_MARIADB, _ON_POSTGRESQL, _ON_SQLITE = 1305, ("3B001", "25P01"), "no such sav
 def send_inside(
     connection: PoolProxiedConnection, dialect: Dialect, database: str, statement: str
 ) -> None:
-    """Send a statement about a savepoint.
+    """Send a statement about a savepoint, to its end even if the task is cancelled.
+
+    Otherwise nobody would know if the savepoint exists. A cancelled task gets its exception at its
+    next `await`.
 
     Raises:
         NotIsolated: The outer transaction has ended, so the savepoint cannot exist.
     """
+    arguments = connection, dialect, database, statement
+    if dialect.is_async:
+        await_only(run_before_cancellation(greenlet_spawn(_send_inside, *arguments)))
+    else:
+        _send_inside(*arguments)
+
+
+def _send_inside(
+    connection: PoolProxiedConnection, dialect: Dialect, database: str, statement: str
+) -> None:
     driver: Any = connection.driver_connection
     if dialect.name == "sqlite" and not driver.in_transaction:
         # The savepoint would be a transaction, and its RELEASE a COMMIT.
