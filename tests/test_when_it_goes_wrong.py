@@ -1,5 +1,6 @@
 """Tests that the page of errors quotes the real error texts, and that its examples work."""
 
+import ast
 import asyncio
 import re
 import sys
@@ -291,6 +292,35 @@ async def test_the_page_quotes_what_is_said(
             await way()
         said.setdefault(type(caught.value).__name__, set()).add(str(caught.value))
     assert said == quoted()
+
+
+def log_lines() -> set[str]:
+    """Return the first words of each line that the package logs, without values."""
+    found = set()
+    for path in Path(asgi_dbsession.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        named = {
+            target.id: each.value
+            for each in tree.body
+            if isinstance(each, ast.Assign)
+            for target in each.targets
+            if isinstance(target, ast.Name)
+        }
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("_logger."):
+                text_ = call.args[0]
+                line = ast.literal_eval(named[text_.id] if isinstance(text_, ast.Name) else text_)
+                parts = (each.strip(" ,:") for each in re.split(r"%[.\d]*[a-z]", line))
+                found.add(next(filter(None, parts))[:50])
+    return found
+
+
+def test_every_log_line_is_on_the_page() -> None:
+    """A reader finds the text of the log in the table, and what to do."""
+    page = ERRORS.replace("`", "")
+    lines = log_lines()
+    assert len(lines) > 15
+    assert {each for each in lines if each.replace("`", "") not in page} == set()
 
 
 def test_every_error_has_a_section() -> None:

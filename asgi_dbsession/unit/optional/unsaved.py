@@ -9,8 +9,8 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
 _logger = logging.getLogger("asgi_dbsession")
 _UNSAVED = (
-    "%d changed objects were not stored, because the response was cut short: %a. To store objects "
-    "in that case, add them in `async with database.begin() as session:`."
+    "%d changed object(s) were not stored, because the response was cut short: %a. To store "
+    "objects in that case, add them in `async with database.begin() as session:`."
 )
 
 
