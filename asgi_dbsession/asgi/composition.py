@@ -7,13 +7,12 @@ from typing import Any
 from asgi_dbsession.types import ASGIApp
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import UnitReport
-from asgi_dbsession.unit.two_phases import TwoPhaseCommit
 
 from .answer import OnCommitError
 from .arguments import AnyDatabase
 
 
-def two_phase_commit(two_phase: bool, databases: int) -> Callable[[], TwoPhaseCommit] | None:
+def two_phase_commit(two_phase: bool, databases: int) -> Callable[[], Any] | None:
     """Return a function that makes the attribute `two_phases` of each unit of work, or None."""
     if not two_phase:
         return None

@@ -15,7 +15,6 @@ from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.types import Scope
 
 from .observer import UnitObserver, observed
-from .two_phases import TwoPhaseCommit
 
 S = TypeVar("S")
 
@@ -45,7 +44,8 @@ class UnitOfWork:
             are added when its session is opened.
 
     Attributes:
-        is_inner: True if this unit of work was made by `within`.
+        sessions: The sessions that were opened, by database. Empty after the end.
+        is_inner: True for a new unit of work in another: a `begin()` block, or `on_commit`.
         joins_outer_unit: True if `enclosing` is a part of the same request. If `enclosing` has the
             same database, the session belongs to `enclosing`.
         joined: The outer unit of work whose session a `begin(join=True)` block uses, or None.
@@ -54,7 +54,7 @@ class UnitOfWork:
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
         failure: The first error of a commit or rollback. After this error, no message may be sent.
         callbacks: The functions given to `on_commit`, as objects of the class `AfterCommit`.
-        two_phases: Commits the sessions in two phases. None without two-phase commit.
+        two_phases: The object of the class `TwoPhases` that commits the sessions, or None.
         read_only: True if the sessions may only read. Set it before the first session is opened.
         is_routed: True if one of the sessions may use a replica.
         is_blocking: True if commit and rollback run on the calling thread, without an event loop.
@@ -70,7 +70,7 @@ class UnitOfWork:
     failure: Exception | None = None
     has_news: bool = False
     closed: bool = False
-    two_phases: TwoPhaseCommit | None = None
+    two_phases: Any = None
     read_only: bool = False
     is_routed: bool = False
     is_blocking: bool = False

@@ -54,7 +54,7 @@ def refuse_one_phase(database: object, url: URL) -> None:
 
 
 class TwoPhases:
-    """The attribute `two_phases` of a unit of work whose sessions are committed in two phases.
+    """Commits the sessions of one unit of work: the attribute `two_phases` of the unit of work.
 
     Args:
         databases: How many databases the unit of work has.
@@ -64,7 +64,7 @@ class TwoPhases:
         self._names = Names(databases)
 
     def anew(self, databases: int) -> Self:
-        """Return the same for another unit of work, which runs an `on_commit` function."""
+        """Return a new object for another unit of work, which runs an `on_commit` function."""
         return type(self)(databases)
 
     def manage(self, opened: ManagedSession[S]) -> ManagedSession[S]:
@@ -83,9 +83,8 @@ class TwoPhases:
         Returns:
             The first error, or None if all COMMITs succeeded.
         """
-        deciding = self._names.deciding
         try:
-            _add_deciding(deciding, unit, sessions)
+            _add_deciding(self._names.deciding, unit, sessions)
         except ConcurrentUse as error:
             return await roll_back_all(sessions, end, error)
         failure = await flush_all(sessions, end)
