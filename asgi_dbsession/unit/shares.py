@@ -41,7 +41,10 @@ def sort_work(
         changer = lock.last_user if _is_in_memory(lock) else None
         if changer is not None and not has_ended(changer):
             lock.users.add(changer)
-        others = {each for each in lock.users if not _speaks_for(task, each)}
+        # A task that waits for `task` does nothing else, so its work counts as work of `task`.
+        others = {
+            each for each in lock.users if each is not task and not is_waiting_for(each, task)
+        }
         is_own = lock.has_finished_work or len(others) < len(lock.users) or _is_in_memory(lock)
         if (others or lock.is_busy) and living != "include":
             if is_own and living == "refuse":
@@ -95,10 +98,6 @@ def is_of(task: object, asking: object) -> bool:
     None, the commit includes the work of all tasks.
     """
     return asking is None or task is None or task is asking or has_ended(task)
-
-
-def _speaks_for(task: object, user: object) -> bool:
-    return user is task or is_waiting_for(user, task)
 
 
 def _is_in_memory(lock: SessionLock) -> bool:
