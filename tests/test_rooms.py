@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import Integer, create_engine, select
 from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.orm import Session, session as orm_session
+from sqlalchemy.pool import QueuePool
 
 import asgi_dbsession
 
@@ -153,11 +154,15 @@ def test_no_file_is_too_long_to_read_at_once() -> None:
 
 
 NAMES = {
-    "session": ("_transaction", "_nested_transaction"),
-    "transaction": ("_prepare_impl", "_state"),
+    "session": ("_transaction", "_nested_transaction", "_autobegin_t", "_flushing"),
+    "transaction": ("_prepare_impl", "_state", "_connection_for_bind", "_connections"),
+    "connection": ("_dbapi_connection",),
+    "pooled": ("_connection_record",),
+    "pool": ("_max_overflow",),
+    "copy": ("_proxied",),
     "dialect": ("_on_connect_isolation_level",),
     "context": ("_is_server_side",),
-    "select": ("_prefixes", "_suffixes", "_hints", "_statement_hints"),
+    "select": ("_prefixes", "_suffixes", "_hints", "_statement_hints", "_propagate_attrs"),
     "type": ("_has_column_expression", "_has_bind_expression"),
     "registry": ("_sessions",),
 }
@@ -166,11 +171,15 @@ NAMES = {
 @pytest.mark.parametrize(("owner", "name"), [(each, n) for each in NAMES for n in NAMES[each]])
 def test_sqlalchemy_still_has_the_private_names_that_are_used(owner: str, name: str) -> None:
     """If a name is missing, change `asgi_dbsession/session/_sqlalchemy.py`."""
-    engine = create_engine("sqlite://")
+    engine = create_engine("sqlite://", poolclass=QueuePool)
     with Session(engine) as session:
         owners = {
             "session": session,
             "transaction": session.begin(),
+            "connection": session.connection(),
+            "pooled": session.connection().connection,
+            "pool": engine.pool,
+            "copy": engine.execution_options(),
             "dialect": engine.dialect,
             "context": cast("Any", session.execute(select(1))).context,
             "select": select(1),

@@ -1,4 +1,4 @@
-"""All private (underscore) names of SQLAlchemy that this package uses, each in one function.
+"""The only module of the core that uses private (underscore) names of SQLAlchemy.
 
 These names were checked with SQLAlchemy 2.0.40 and 2.1.9. If a later version removes a name, a test
 in `tests/test_rooms.py` fails and reports the name.
