@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from asgi_dbsession.session._sqlalchemy import is_flushing
 from asgi_dbsession.session.reads import (
-    DRIVERS,
     KEY,
     Reads,
     begin_now,
@@ -67,6 +66,7 @@ class DelayingReads(Reads):
             return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
+        # This package itself has one listener for `after_begin`.
         if len(list(session.dispatch.after_begin)) > 1 or list(connection.dispatch.begin):
             # The application has a listener for BEGIN, which may need a transaction (to send `SET
             # LOCAL`, for example). This package cannot see what a listener sends on the driver's
@@ -78,7 +78,7 @@ class DelayingReads(Reads):
 
 def watch_reads(engine: Engine) -> None:
     """Add listeners to `engine` that send BEGIN before a statement that may write."""
-    if engine.dialect.driver in DRIVERS and engine.dialect not in _watched:
+    if engine.dialect not in _watched:
         _watched.add(engine.dialect)
         for name, listener in _LISTENERS.items():
             event.listen(engine, name, listener)
