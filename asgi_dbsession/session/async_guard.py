@@ -1,4 +1,4 @@
-"""`AsyncSession` classes whose mistakes (use in a `def` function, close) are never silent."""
+"""`AsyncSession` classes that report wrong use: calls in `def` functions, and a close too early."""
 
 import asyncio
 import functools

@@ -26,7 +26,7 @@ class Follower(Protocol):
 
 
 class SessionRoute(Protocol):
-    """Chooses for each session if it uses the primary or a replica; see the package `replicas`."""
+    """Chooses if a session uses the primary or a replica; see the package `replicas`."""
 
     def work_ended(self) -> bool:
         """Called after a commit or rollback.
@@ -41,10 +41,10 @@ class SessionRoute(Protocol):
 
 # One thing that a session did. A step is a list of: its kind, its start, its stop (both times of
 # Python's `perf_counter`), the line of the application that led to it, and the SQL text. The stop
-# is None while the step is running. These are the kinds. `wait`: the session waited and got no
-# connection. `hold`: the session waited from start to stop, and has held a connection since then.
-# The other kinds are `statement`, `prepare`, `commit` and `rollback`. A step is a plain list,
-# because an object of a class would take twice as much time in each request.
+# is None while the step is running. The kind `wait` means that the session waited and got no
+# connection. The kind `hold` means that the session waited from start to stop, and has held a
+# connection since then. The other kinds are `statement`, `prepare`, `commit` and `rollback`. A step
+# is a plain list, because an object of a class would take twice as much time in each request.
 Step: TypeAlias = list[Any]
 
 
@@ -70,8 +70,8 @@ class Companion:
         lock: The lock that every operation of the session holds.
         reads: The object that decides if the session may read without BEGIN and COMMIT.
         read_only: The object that refuses writes. None if the session may write now.
-        refused: The error of the first refused write. The application may have caught this error,
-            so COMMIT raises it again. Or the error for work that `close()` has discarded.
+        refused: The error that COMMIT must raise, or None. It is the error of the first refused
+            write, which the application may have caught, or of work that `close()` has discarded.
         expects_read: False if the running statement needs BEGIN in any case, because it is an
             INSERT, UPDATE or DELETE or is given as SQL text.
         connections: The connections that the session has used. Some of these may be closed now.

@@ -28,8 +28,7 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     """
     try:
         loop = asyncio.get_running_loop()
-    # No asyncio event loop is running, so the caller runs on trio. Trio cancels a task only through
-    # a cancel scope, so a shielded scope protects `work`.
+    # No asyncio event loop is running, so the caller runs on trio.
     except RuntimeError:
         with anyio.CancelScope(shield=True):
             return await work
@@ -51,7 +50,7 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
             finish(None)
 
     task = _start(loop, work_to_the_end())
-    # A signal handler may raise an exception in `finish`. So it is called twice.
+    # A signal handler may raise an exception in `finish`. So `finish` is called a second time here.
     task.add_done_callback(finish)
     try:
         await finished

@@ -195,7 +195,7 @@ def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
     try:
         _refuse_if_aborted(connection)
     except TransactionAborted:
-        # If the error above is raised here, SQLAlchemy believes that COMMIT itself failed, and does
+        # If this listener raises an error, SQLAlchemy believes that COMMIT itself failed, and does
         # not send ROLLBACK. So send ROLLBACK now.
         if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
             try:

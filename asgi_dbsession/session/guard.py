@@ -170,6 +170,7 @@ class GuardedSession(ConnectingSession):
         traceback: types.TracebackType | None,
     ) -> None:
         if type(self).close is not GuardedSession.close:
+            # The application has overridden `close()`, and expects that SQLAlchemy calls it.
             super().__exit__(type_, value, traceback)
         else:
             self._close(self.reset if type_ is None else self.discard)
@@ -179,6 +180,7 @@ class GuardedSession(ConnectingSession):
         if lock.is_closed:
             return
         if lock.is_held_by_end_of_caller():
+            # This package closes the session after the last commit or rollback.
             super().close()
         else:
             close_now()

@@ -43,7 +43,7 @@ class SessionLock(ABC):
     last_user: object = None
     _holder: object = None
     _held_for: End | None = None  # The commit or rollback that holds the lock.
-    _reserved_for: End | None = None
+    _reserved_for: End | None = None  # It has not asked for the lock yet; see `reserve_for`.
     _ends: frozenset[End] = frozenset()  # The ends that run or wait.
     _waiters: "tuple[Future[None], ...]" = ()
     _delayed: tuple[tuple[object, Callable[[], None]], ...] = ()

@@ -31,6 +31,7 @@ class ManagedSession(Generic[S]):
         run: A function that calls blocking code, in a greenlet (async) or in a thread (sync).
 
     Attributes:
+        lock: The lock of the session.
         is_flushed: True between the methods `flush` and `end`, while they hold the lock.
     """
 
@@ -144,8 +145,8 @@ class ManagedSession(Generic[S]):
     def _release(self, end: End) -> None:
         self.is_flushed = False
         try:
-            # A listener has added these objects after the flush. They are work after this COMMIT,
-            # and the next COMMIT stores them.
+            # If the session has new objects now, a listener has added them after the flush. They
+            # are not a part of this COMMIT, and the next COMMIT stores them.
             self.lock.has_finished_work = bool(self.orm.new)
             if end.close:
                 self.orm.close()

@@ -1,4 +1,4 @@
-"""The methods by which a session that may only read refuses writes."""
+"""The names that the core shares with `optional/read_only/`: sessions that may only read."""
 
 from typing import Protocol
 
@@ -18,7 +18,7 @@ KEY = "asgi_dbsession.read_only"
 
 
 class ReadOnlySession(Protocol):
-    """The methods of the class `Refusals` (in the package `read_only`) of a session."""
+    """The methods of the class `Refusals` that the core calls."""
 
     @property
     def covers_transaction(self) -> bool:

@@ -11,7 +11,7 @@ from asgi_dbsession.errors import ConfigurationError
 from ._sqlalchemy import isolation_level_on_connect
 
 # The drivers of PostgreSQL that can switch autocommit on and off without a round trip to the
-# server. Only with these drivers, the package `reads` delays BEGIN.
+# server. BEGIN is delayed only with these drivers.
 DRIVERS = ("asyncpg", "psycopg")
 # The connections that were switched to autocommit, and that have sent no BEGIN yet. The key `KEY`
 # of `connection.info` of such a connection lets autocommit be switched off again before the
@@ -21,7 +21,7 @@ KEY = "asgi_dbsession.delayed_begin"
 
 
 class Reads:
-    """Decides if the sessions of a database read without BEGIN and COMMIT: they never do.
+    """Decides if the sessions of a database read without BEGIN and COMMIT. The base class says no.
 
     Attributes:
         is_shared: True inside `testing.rolled_back()`, where all sessions share one transaction.
@@ -34,7 +34,12 @@ class Reads:
 
 
 def reads_of(database: object, wanted: object, driver: str) -> Reads:
-    """Return the object that decides for a database, which has the option `autocommit_reads`.
+    """Return the object that decides if the sessions of a database read without BEGIN and COMMIT.
+
+    Args:
+        database: The database.
+        wanted: The option `autocommit_reads` of the database.
+        driver: The name of the driver.
 
     Raises:
         ConfigurationError: The driver cannot switch autocommit on and off without a round trip to

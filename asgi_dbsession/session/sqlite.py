@@ -32,6 +32,8 @@ _NUMBERS = re.compile(
 # Python ignores an exception of a signal handler in the callback that removes an entry.
 _WAS_OPEN, _ROLLED_BACK = "asgi_dbsession_was_open", "asgi_dbsession_rolled_back"
 
+_EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
+
 # The dialects whose engines have the listeners of this module. An engine and its copies with other
 # options share one dialect, so that no listener is added twice.
 _watched: WeakSet[Dialect] = WeakSet()
@@ -113,6 +115,3 @@ def _begin(connection: Connection) -> None:
 def _is_open(connection: Connection) -> bool:
     driver: Any = connection.connection.driver_connection
     return bool(driver.in_transaction)
-
-
-_EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")

@@ -43,7 +43,7 @@ class TaskLock(SessionLock):
         # SQLAlchemy runs each awaited operation in a greenlet of its own. A strong reference would
         # keep the context variables of the request in memory.
         self._greenlet = ref(_getcurrent())
-        self._holder: object = caller
+        self._holder = caller
 
     @override
     def _is_abandoned(self, thread: int) -> bool:

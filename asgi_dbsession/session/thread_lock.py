@@ -39,7 +39,7 @@ class ThreadLock(SessionLock):
     @override
     def _hold(self, caller: object) -> None:
         self._thread = get_ident()
-        self._holder: object = caller
+        self._holder = caller
 
     @override
     def _is_abandoned(self, thread: int) -> bool:

@@ -66,7 +66,7 @@ class Refusals:
         Args:
             connection: The connection of the session.
             in_savepoint: True if a savepoint has begun, False if a transaction has begun.
-            is_shared: True inside `testing.rolled_back()`, which refuses the writes itself.
+            is_shared: True inside `testing.rolled_back()`, whose connections refuse the writes.
         """
         if in_savepoint is not self.in_block:
             return
@@ -119,8 +119,8 @@ def _names_of_objects(session: Session) -> Iterator[str]:
         yield f"an object of class {type(each).__name__} (deleted)"
     for each in session.dirty:
         if session.is_modified(each):
-            changed = [one.key for one in inspect(each).attrs if one.history.has_changes()]
-            names = ", ".join(changed)
+            attributes = inspect(each).attrs
+            names = ", ".join(found.key for found in attributes if found.history.has_changes())
             yield f"an object of class {type(each).__name__} (changed: {names})"
 
 

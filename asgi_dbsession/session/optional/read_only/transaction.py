@@ -34,6 +34,7 @@ def begin_read_only(connection: Connection) -> None:
         if not _skips_rollback(connection):
             connection.exec_driver_sql(ON_MARIADB)
     elif name == "sqlite" and not isinstance(connection.engine.pool, StaticPool):
+        # With StaticPool, all sessions share one connection, and other sessions may write.
         _begin_on_sqlite(connection)
 
 
