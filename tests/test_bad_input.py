@@ -172,7 +172,7 @@ def test_a_number_that_is_none_is_refused(option: str, number: Any) -> None:
         said = refused(nothing, "sqlite://", **{option: number})
         is_number = type(number) is int
         wrong = number if is_number else f"something of type {type(number).__name__}"
-        assert said == f"{option} takes a whole number from 1 on, not {wrong}."
+        assert said == f"{option} takes a whole number, 1 or more, not {wrong}."
 
 
 @pytest.mark.parametrize("option", ["commit_when", "on_commit_error", "on_report"])

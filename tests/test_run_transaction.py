@@ -249,7 +249,7 @@ async def test_the_wrong_kind_of_function_is_refused(running: Running) -> None:
         with pytest.raises(ConfigurationError, match="Write it with `async def`"):
             await database.run_transaction(plain_function)
     for attempts in (0, "3", True):
-        with pytest.raises(ConfigurationError, match="a whole number from 1 on"):
+        with pytest.raises(ConfigurationError, match="a whole number, 1 or more"):
             await run(running, Work(), attempts=attempts)
     with pytest.raises(ConfigurationError, match="a class of exceptions"):
         await run(running, Work(), retry_on="Conflict")

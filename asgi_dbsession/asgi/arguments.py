@@ -164,4 +164,4 @@ def _check_number(name: str, given: Any) -> None:
         return
     # Show only numbers, because the caller may have passed a secret to the wrong argument.
     shown = given if is_integer else f"something of type {type(given).__name__}"
-    raise ConfigurationError(f"{name} takes a whole number from 1 on, not {shown}.")
+    raise ConfigurationError(f"{name} takes a whole number, 1 or more, not {shown}.")

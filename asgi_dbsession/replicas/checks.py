@@ -66,7 +66,7 @@ def check_primary(database: Any, options: Mapping[str, Any]) -> None:
         )
     if database._session_options.get("binds"):
         raise ConfigurationError(
-            f"{database} has `binds` in session_options, which would pass by its replicas. Use a "
+            f"{database} has `binds` in session_options. Those engines have no replicas. Use a "
             "database of its own for each of the other engines."
         )
 
@@ -91,8 +91,8 @@ def check_replica(replica: Any, database: Any, others: Sequence[Any]) -> None:
     """
     if replica.url.drivername != database.url.drivername:
         raise ConfigurationError(
-            f"{replica} is to be a replica of {database}, and has another driver. Leave the driver "
-            "out, or write the same one."
+            f"{replica} has another driver than its primary, {database}. Leave the driver out, or "
+            "write the same driver in both URLs."
         )
     if any(replica.url == each.url for each in (database, *others)):
         raise ConfigurationError(

@@ -68,7 +68,7 @@ def run_transaction_blocking(
 
 def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:
     if type(attempts) is not int or attempts < 1:
-        raise ConfigurationError("attempts takes a whole number from 1 on.")
+        raise ConfigurationError("attempts takes a whole number, 1 or more.")
     counts = rule_of(retry_on)
     watch_all(watch_conflicts, unwatch_conflicts)
     for number in range(1, attempts + 1):
@@ -98,6 +98,6 @@ def _pause_and_log(function: object, attempt: WatchedAttempt) -> float:
 
 def _refusal(function: object, kind: str, keyword: str) -> ConfigurationError:
     return ConfigurationError(
-        f"run_transaction of this database takes {kind}, and {name_of(function)} is none. Write it "
-        f"with {keyword}."
+        f"run_transaction of this database takes {kind}, and {name_of(function)} is not one. Write "
+        f"it with {keyword}."
     )

@@ -54,7 +54,7 @@ def reads_of(database: object, wanted: object, driver: str) -> Reads:
     if wanted:
         raise ConfigurationError(
             f"{database} cannot read in autocommit: only {' and '.join(DRIVERS)} (PostgreSQL) "
-            "change it without a round trip. Leave out `autocommit_reads=True`."
+            "switch autocommit without a round trip. Leave out `autocommit_reads=True`."
         )
     return Reads()
 
