@@ -2,11 +2,12 @@
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from .begin import unit_of_its_own
+from asgi_dbsession.session.end import current_end
+
 from .ending import close, close_blocking
-from .unit_of_work import SessionSource
+from .unit_of_work import SessionSource, UnitOfWork, current_unit
 
 S = TypeVar("S")
 
@@ -22,7 +23,7 @@ async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> A
             async with joined(outer, database, read_only) as session:
                 yield session
             return
-    with unit_of_its_own(database, read_only) as unit:
+    with _unit_of_its_own(database, read_only) as unit:
         try:
             yield unit.open(database)
         except BaseException as error:
@@ -43,7 +44,7 @@ def blocking_block_of(database: SessionSource[S], join: bool, read_only: bool) -
             with joined_blocking(outer, database, read_only) as session:
                 yield session
             return
-    with unit_of_its_own(database, read_only) as unit:
+    with _unit_of_its_own(database, read_only) as unit:
         unit.is_blocking = True
         try:
             yield unit.open(database)
@@ -52,3 +53,62 @@ def blocking_block_of(database: SessionSource[S], join: bool, read_only: bool) -
             raise
         else:
             close_blocking(unit, commit=not unit.rollback)
+
+
+@contextmanager
+def _unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[UnitOfWork]:
+    """Open a unit of work for one database; it is the current unit of work in the `with` block.
+
+    The code inside the `with` block must commit or roll back the unit of work, and close it.
+    """
+    around = current_unit.get()
+    unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
+    unit.read_only = read_only
+    # A listener of the application may call `begin()` during the COMMIT of an outer unit of work.
+    # The outer unit of work counts as closed already, but the listener still needs it. So do not
+    # remove it then.
+    if not current_end.get():
+        _forget_hidden(unit)
+    with made_current(unit):
+        yield unit
+
+
+@contextmanager
+def made_current(unit: UnitOfWork) -> Iterator[None]:
+    """Make `unit` the current unit of work (the one of `get_session()`) in the `with` block."""
+    around = current_unit.get()
+    was_closed = around is not None and around.closed
+    current_unit.set(unit)
+    try:
+        yield
+    finally:
+        # A unit of work that was opened inside the `with` block may still be open, and is then
+        # still the current one. Do not replace it.
+        if current_unit.get() is unit:
+            current_unit.set(around if was_closed else _nearest_open(around))
+
+
+def _forget_hidden(unit: UnitOfWork) -> None:
+    """Remove closed outer units of work that `get_session()` can no longer reach.
+
+    A job may start the next job inside of its `begin()` block, and so on. Without this function,
+    the closed units of work of such a chain would stay in memory.
+    """
+    hidden = set(unit.databases)
+    while (enclosing := unit.enclosing) is not None:
+        if enclosing.closed and hidden.issuperset(enclosing.databases):
+            unit.enclosing = enclosing.enclosing
+        else:
+            hidden = {*enclosing.databases, *(hidden if enclosing.closed else ())}
+            unit = enclosing
+
+
+def _nearest_open(unit: UnitOfWork | None) -> UnitOfWork | None:
+    """Return the nearest unit of work that is open, or the outermost one if all are closed.
+
+    If the code then uses the closed unit of work, it gets the error SessionClosed, which explains
+    the mistake.
+    """
+    while unit is not None and unit.closed and unit.enclosing is not None:
+        unit = unit.enclosing
+    return unit

@@ -12,7 +12,7 @@ from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.end import End
 from asgi_dbsession.session.failures import forbid_commit
 from asgi_dbsession.session.savepoints import with_outer
-from asgi_dbsession.unit.begin import made_current
+from asgi_dbsession.unit.blocks import made_current
 from asgi_dbsession.unit.unit_of_work import (
     SessionSource,
     UnitOfWork,
