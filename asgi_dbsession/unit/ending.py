@@ -3,6 +3,7 @@
 from collections.abc import Coroutine
 from typing import Any
 
+from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.completion import complete_here, run_to_completion
 from asgi_dbsession.session.end import End, Reason, current_end
 from asgi_dbsession.session.managed import Sessions
@@ -181,16 +182,18 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
 
 
 def _tell(unit: UnitOfWork, end: End) -> None:
-    if unit.observers:
-        unit.has_news, steps = False, {}
-        for database, opened in tuple(unit.sessions.items()):
-            companion = opened.companion
-            if companion.recording is not None:
-                done = companion.recording.take(companion.open_connections)
-                if done:
-                    steps[database] = done
-        for observer in unit.observers:
-            observer.work_ended(unit, end, steps)
+    if not unit.observers:
+        return
+    unit.has_news = False
+    steps: dict[Any, list[Step]] = {}
+    for database, opened in tuple(unit.sessions.items()):
+        companion = opened.companion
+        if companion.recording is not None:
+            done = companion.recording.take(companion.open_connections)
+            if done:
+                steps[database] = done
+    for observer in unit.observers:
+        observer.work_ended(unit, end, steps)
 
 
 def _last_end(unit: UnitOfWork, commit: bool, error: BaseException | None) -> End:
