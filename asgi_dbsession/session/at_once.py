@@ -1,4 +1,4 @@
-"""Finds sessions whose commit or rollback sends nothing to the database, so it cannot block."""
+"""Finds sessions whose commit or rollback sends nothing to the database, so cannot block."""
 
 from collections.abc import Iterable
 from typing import Any

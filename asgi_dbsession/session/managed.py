@@ -158,7 +158,7 @@ class ManagedSession(Generic[S]):
 Sessions: TypeAlias = list[ManagedSession[Any]]
 
 
-def _remember_connection(
+def _set_up_connection(
     session: Any, transaction: SessionTransaction, connection: Connection
 ) -> None:
     companion: Companion = session._companion
@@ -203,7 +203,7 @@ def _record_rollback(session: Any, transaction: SessionTransaction) -> None:
         follower.record_rollback(transaction)
 
 
-event.listen(GuardedSession, "after_begin", _remember_connection)
+event.listen(GuardedSession, "after_begin", _set_up_connection)
 event.listen(GuardedSession, "before_flush", _refuse_or_begin)
 event.listen(GuardedSession, "before_commit", _refuse_to_commit)
 event.listen(GuardedSession, "after_commit", _record_commit)

@@ -60,7 +60,7 @@ def unit_to_decide(*, also_at_end: bool = False) -> UnitOfWork:
     """Return the current unit of work, if it has not ended.
 
     Args:
-        also_at_end: True if its last commit may be running.
+        also_at_end: True to return the unit of work also while its last commit runs.
 
     Raises:
         NoSession: The calling code does not run inside a unit of work.
@@ -71,7 +71,7 @@ def unit_to_decide(*, also_at_end: bool = False) -> UnitOfWork:
         raise NoSession("any database")
     # A listener of the application may call `on_commit` during the last COMMIT of a unit of work,
     # although this unit of work counts as closed already. A task that outlives the request may not
-    # call it, because no COMMIT follows.
+    # call `on_commit`, because no COMMIT follows.
     is_closed = unit.closed or (unit.joined is not None and unit.outermost.closed)
     if is_closed and not (also_at_end and current_end.get() and unit.outermost.sessions):
         raise SessionClosed("any database")

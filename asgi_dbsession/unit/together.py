@@ -67,7 +67,11 @@ async def roll_back_all(
     failure: BaseException | None,
     run: Run | None = None,
 ) -> BaseException | None:
-    """Roll back the sessions one after the other, even if one rollback fails."""
+    """Roll back the sessions one after the other, even if one rollback fails.
+
+    Returns:
+        The argument `failure`. If this is None, the first error of a rollback, or None.
+    """
     for each in sessions:
         try:
             await (run or each.run)(each.end, end, False)

@@ -20,7 +20,16 @@ _logger = logging.getLogger("asgi_dbsession")
 
 @dataclass(slots=True, eq=False)
 class AfterCommit:
-    """A function given to `on_commit`, and which uncommitted work it waits for."""
+    """A function given to `on_commit`, and which uncommitted work it waits for.
+
+    Attributes:
+        function: The function.
+        databases: The databases of the unit of work in which the function is called.
+        given_by: The task that called `on_commit`. None if a worker thread called it.
+        read_only: True if the function may only read.
+        committed: True if all work that the function waits for was committed.
+        rolled_back: True if this work was rolled back. Then the function is not called.
+    """
 
     function: Function
     databases: tuple[Any, ...]
