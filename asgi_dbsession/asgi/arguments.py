@@ -52,9 +52,7 @@ def usable_databases(
     """Return the databases. If an argument is wrong, return an `Unstartable` object instead.
 
     An `Unstartable` object makes the startup of the server, and each request, fail with the reason.
-    An exception raised here would not do this. Frameworks create their middleware when the server
-    sends the startup message. After an exception, servers would believe that the application does
-    not support startup messages, and would not show the exception.
+    Its class explains why an exception would not do this while an event loop is running.
 
     Raises:
         ConfigurationError: An argument is wrong, and no event loop is running. In this case no
@@ -67,7 +65,7 @@ def usable_databases(
         for name in ("commit_when", "on_commit_error", "on_report", "read_only"):
             if name == "commit_when" or options[name] is not None:
                 _check_function(name, options[name])
-        commit_rule(options["commit_when"])
+        commit_rule(options["commit_when"])  # Checks the parameters of the function.
         for name in ("attempts", "retry_after"):
             if name == "attempts" or options[name] is not None:
                 _check_number(name, options[name])

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-from asgi_dbsession.types import ASGIApp
+from asgi_dbsession.types import ASGIApp, RetryOn
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import UnitReport
 
@@ -12,7 +11,7 @@ from .answer import OnCommitError
 from .arguments import AnyDatabase
 
 
-def two_phase_commit(two_phase: bool, databases: int) -> Callable[[], Any] | None:
+def two_phase_commit(two_phase: bool, databases: int) -> Callable[[], object] | None:
     """Return a function that makes the attribute `two_phases` of each unit of work, or None."""
     if not two_phase:
         return None
@@ -24,9 +23,9 @@ def two_phase_commit(two_phase: bool, databases: int) -> Callable[[], Any] | Non
 def with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIApp:
     """Wrap `serve` so that each client reads its own writes, if a database has replicas.
 
-    The class `Positions` stores the WAL position that each client has seen. It must get all
-    responses of this package too, because a request may have committed before its COMMIT failed.
-    Without replicas, return `serve` itself.
+    `Positions` adds to the response which WAL position the client has seen. The responses of this
+    package itself (503, for example) need the position too, because the request may have committed
+    before its failure. So `serve` must include them. Without replicas, return `serve` itself.
     """
     servers = [each._replica_set for each in databases if each._replica_set is not None]
     if not servers:
@@ -41,7 +40,7 @@ def with_optional_rooms(
     databases: tuple[AnyDatabase, ...],
     *,
     attempts: int,
-    retry_on: Any,
+    retry_on: RetryOn,
     retry_after: int | None,
     on_report: Callable[[UnitReport], object] | None,
 ) -> tuple[ASGIApp, tuple[UnitObserver, ...]]:
@@ -73,7 +72,7 @@ def with_optional_rooms(
 
 
 def for_last_attempt(on_commit_error: OnCommitError, attempts: int) -> OnCommitError:
-    """Return `on_commit_error`. If the request will be retried, the result sends no response."""
+    """Return `on_commit_error`, changed to send no response if the request will be retried."""
     if on_commit_error is None or attempts == 1:
         return on_commit_error
     from asgi_dbsession.retry.attempt import unless_retried

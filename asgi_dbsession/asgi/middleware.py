@@ -129,6 +129,8 @@ class DBSessionMiddleware:
         self._commit_rule = commit_rule(commit_when)
         self._two_phases = two_phase_commit(two_phase, len(usable))
         self._on_commit_error = for_last_attempt(on_commit_error, attempts)
+        # By default, both `_serve` and `_serve_http` are `_serve_one` itself. Only the options
+        # `attempts`, `retry_after` and `replicas` wrap other code around `_serve_one`.
         self._serve = with_positions(self._serve_one, usable)
         self._serve_http, self._observers = with_optional_rooms(
             self._serve_one,
