@@ -128,12 +128,8 @@ class DatabaseNotRunning(DBSessionError, RuntimeError):
 class DatabaseUnavailable(DBSessionError, ConnectionError):
     """The database did not answer, for example at startup."""
 
-    def __init__(
-        self,
-        database: object,
-        reason: str,
-        advice: str = "Is it running, and are host, port, name, user and password right?",
-    ) -> None:
+    def __init__(self, database: object, reason: str, advice: str | None = None) -> None:
+        advice = advice or "Is it running, and are host, port, name, user and password right?"
         super().__init__(f"{database} cannot be reached: {reason}. {advice}")
 
 

@@ -33,8 +33,6 @@ class EngineLife(ABC, Generic[E]):
     """The engine of a database object: built at startup and disposed at shutdown."""
 
     is_async: bool
-    # The class of the sessions: a subclass of SQLAlchemy's `Session`, also for an async database.
-    _orm_class: type[Any]
 
     def __init__(
         self,
@@ -59,6 +57,7 @@ class EngineLife(ABC, Generic[E]):
         self._owns_engine = True
         self._starts = 0
         self._starting = Lock()
+        # `testing.rolled_back()` replaces this function.
         self._prepare: Callable[[Engine], None] = prepare
         self._observers: list[UnitObserver] = []
         notice_forks(self)

@@ -23,8 +23,8 @@ async def select_one(engine: Engine | AsyncEngine) -> None:
     pool = engine.pool
     async with engine.connect() as connection:
         await connection.execute(select(1))
-        # The engine was disposed during this statement, and its new pool does not know this
-        # connection. So close the connection here.
+        # If the engine was disposed during this statement, its new pool does not know this
+        # connection, and would not close it later. So close the connection here.
         if engine.pool is not pool:
             await connection.invalidate()
 
@@ -34,9 +34,8 @@ def select_one_here(engine: Engine) -> None:
     pool = engine.pool
     with engine.connect() as connection:
         connection.execute(select(1))
-        # The engine was disposed during this statement. So its new pool does not know this
-        # connection, and would not close it later. Detach the connection, so that the end of the
-        # `with` block closes it.
+        # As in `select_one`: the new pool would not close this connection. Detach the connection,
+        # so that the end of the `with` block closes it.
         if engine.pool is not pool:
             connection.detach()
 

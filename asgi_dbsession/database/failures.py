@@ -31,7 +31,6 @@ _LOGIN = (
     "login failed",
 )
 _DRIVERS = ("asyncpg", "psycopg", "asyncmy", "aiomysql", "pymysql", "sqlite3", "aiosqlite")
-_ADVICE = "Is it running, and are host, port, name, user and password right?"
 _FILE_ADVICE = "Does the folder of the file exist, and may this process write to it?"
 _LOGIN_ADVICE = (
     "Are user and password right? Where the application prepares them only later (tokens, "
@@ -85,13 +84,13 @@ def keeps_from_connecting(error: BaseException) -> bool:
     return isinstance(error, DBAPIError | OSError | PoolTimeout) or module in _DRIVERS
 
 
-def _advice_for(chain: list[BaseException]) -> str:
+def _advice_for(chain: list[BaseException]) -> str | None:
     if isinstance(chain[0], PoolTimeout):
         return _POOL_ADVICE
     said = " ".join(map(str, chain)).lower()
     if "unable to open database file" in said:
         return _FILE_ADVICE
-    return _LOGIN_ADVICE if any(word in said for word in _LOGIN) else _ADVICE
+    return _LOGIN_ADVICE if any(word in said for word in _LOGIN) else None
 
 
 def reason_of(error: Exception, secrets: set[str]) -> str:

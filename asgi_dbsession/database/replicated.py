@@ -18,8 +18,9 @@ E = TypeVar("E", bound=Engine | AsyncEngine)
 class ReplicatedLife(EngineLife[E]):
     """The engine of a database object, which starts and stops together with its replicas."""
 
-    # The object of the optional package `replicas` that manages the replicas. None without
-    # replicas.
+    # The class of the sessions: a subclass of SQLAlchemy's `Session`, also for an async database.
+    _orm_class: type[Any]
+    # An object of the class `ReplicaSet` of the package `replicas`. None without replicas.
     _replica_set: Any = None
 
     @property
@@ -40,6 +41,7 @@ class ReplicatedLife(EngineLife[E]):
     def _add_replicas(
         self, url: str | URL, replicas: Sequence[str | URL] | Replicas, options: dict[str, Any]
     ) -> None:
+        # `ReplicaSet` refuses a wrong argument, also one that counts as false (None, or "").
         if not isinstance(replicas, Sequence) or isinstance(replicas, str) or replicas:
             from asgi_dbsession.replicas.replica_set import ReplicaSet
             from asgi_dbsession.replicas.route import routed_class

@@ -62,6 +62,6 @@ async def _check(database: Database[Any, Any], within: float) -> Health:
 
 
 def _questions_of(database: Database[Any, Any]) -> Any:
-    # `setdefault` is atomic, so callers of several threads get the same object.
     kind = TaskQuestions if database.is_async else ThreadQuestions
+    # `setdefault` is atomic, so callers of several threads get the same object.
     return _questions.setdefault(database, kind())
