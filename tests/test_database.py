@@ -261,7 +261,9 @@ async def test_before_its_start_and_after_its_stop_there_is_no_engine(real: Real
     accessors = [lambda: database.engine, lambda: store(database, "lost"), database.ping]
     for _ in range(2):
         for accessor in accessors:
-            with pytest.raises(DatabaseNotRunning, match=r"no lifespan .* `async with database:`"):
+            with pytest.raises(
+                DatabaseNotRunning, match=r"lifespan startup .* `async with database:`"
+            ):
                 await result_of(accessor())
         async with database:
             assert database.engine
@@ -607,7 +609,7 @@ async def test_a_start_that_fails_is_no_start(
     """Nothing stays open, and the next start may succeed."""
     folder = tmp_path / "missing"
     database = database_class(f"sqlite:///{folder / 'shop.db'}")
-    with pytest.raises(DatabaseUnavailable, match="Is it running"):
+    with pytest.raises(DatabaseUnavailable, match="Does the folder of the file exist"):
         await database.startup()
     assert not database.is_running
     folder.mkdir()
