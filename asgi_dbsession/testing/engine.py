@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from sqlalchemy import Engine
-from sqlalchemy.engine.base import OptionEngine
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_dbsession.database.base import Database
 from asgi_dbsession.database.engines import sync_engine_of
 from asgi_dbsession.errors import ConfigurationError, without_secrets
+from asgi_dbsession.session._sqlalchemy import original_engine
 
 from .dialect import SavepointDialect, with_savepoints
 from .isolation import Isolation
@@ -72,17 +71,8 @@ def engines_of(database: Database[Any, Any]) -> Iterator[Engine]:
     it.
     """
     if database._engine is not None:
-        yield root_of(sync_engine_of(database._engine))
+        yield original_engine(sync_engine_of(database._engine))
     for bind in (database._session_options.get("binds") or {}).values():
-        engine = bind.sync_engine if isinstance(bind, AsyncEngine) else bind
+        engine = sync_engine_of(bind)
         if isinstance(engine, Engine):
-            yield root_of(engine)
-
-
-def root_of(engine: Engine) -> Engine:
-    """Return the engine itself, or the original if `engine` is a copy with other options."""
-    proxied: Any = engine
-    while isinstance(proxied, OptionEngine):
-        proxied = proxied._proxied
-    root: Engine = proxied
-    return root
+            yield original_engine(engine)

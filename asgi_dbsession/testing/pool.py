@@ -87,7 +87,7 @@ class SharedPool(Pool):
     def _give_back(self, shared: SharedConnection) -> None:
         shared.undo()
         self._for_dialect.do_rollback(shared.connection)
-        if is_autocommit(self._for_dialect):
+        if _is_autocommit(self._for_dialect):
             self._for_dialect.reset_isolation_level(_dbapi(shared.connection))
         shared.connection.close()
 
@@ -122,7 +122,7 @@ class SharedPool(Pool):
         if dialect.is_async:
             self.loop = asyncio.get_running_loop()
         connection = self.source.connect()
-        if is_autocommit(dialect):
+        if _is_autocommit(dialect):
             level = dialect.default_isolation_level or "SERIALIZABLE"
             dialect.set_isolation_level(_dbapi(connection), level)
         driver: Any = connection.driver_connection
@@ -190,7 +190,7 @@ class CutOffCursor:
         """Do nothing, because there is no real cursor."""
 
 
-def is_autocommit(dialect: Any) -> bool:
+def _is_autocommit(dialect: Any) -> bool:
     """Return True if the engine switches each new connection to AUTOCOMMIT."""
     return bool(dialect._on_connect_isolation_level == "AUTOCOMMIT")
 

@@ -21,9 +21,10 @@ from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.listeners import prepare
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.session._sqlalchemy import original_engine
 from asgi_dbsession.session.completion import run_to_completion
 
-from .engine import engines_of, home_of, root_of, share, unshare
+from .engine import engines_of, home_of, share, unshare
 from .isolation import Isolation
 from .pool import SharedPool
 from .sessions import enter_block, leave_block, watch_sessions
@@ -164,9 +165,9 @@ def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
 
 def _share_once(engine: Engine, isolation: Isolation) -> None:
     """Call `share` for an engine, unless another database object with this engine has done so."""
-    pool = root_of(engine).pool
+    pool = original_engine(engine).pool
     if not (isinstance(pool, SharedPool) and pool.isolation is isolation):
-        share(root_of(engine), isolation)
+        share(original_engine(engine), isolation)
 
 
 @contextmanager

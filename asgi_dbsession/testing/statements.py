@@ -9,9 +9,10 @@ from sqlalchemy.orm import Session
 
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
+from asgi_dbsession.session._sqlalchemy import original_engine
 from asgi_dbsession.session.read_only import PARTS_OF_BEGIN
 
-from .engine import engines_of, root_of
+from .engine import engines_of
 
 
 @contextmanager
@@ -71,7 +72,7 @@ class _Recorder:
     def listen_to_session(
         self, _session: Session, _transaction: object, connection: Connection
     ) -> None:
-        self.listen(root_of(connection.engine))
+        self.listen(original_engine(connection.engine))
 
     def record(
         self, _connection: Any, _cursor: Any, statement: str, parameters: Any, *_others: Any

@@ -73,11 +73,8 @@ class SavepointTransaction:
 
         Otherwise the two could wait for each other (a deadlock).
         """
-        unit = self.unit
-        while unit is not None:
-            if unit is other.unit:
-                return True
-            unit = unit.enclosing
+        if self.unit is not None and other.unit in self.unit.chain():
+            return True
         if other.is_of_request:
             return False
         return self.is_of_request or other.is_of_test or self.caller == other.caller
