@@ -1,4 +1,4 @@
-"""Finds out which unit of work is holding which connection now, and which ones are waiting."""
+"""Finds out which unit of work is holding which connection now, and which units wait."""
 
 from time import perf_counter
 from typing import Any, TypedDict

@@ -115,7 +115,7 @@ def _reason(unit: EndedUnit) -> str:
 
 
 def _percentile(values: list[float], percent: int) -> float:
-    if values[1:] == []:
+    if len(values) == 1:  # `quantiles` needs at least two values.
         return values[0]
     return quantiles(values, n=100, method="inclusive")[percent - 1]
 

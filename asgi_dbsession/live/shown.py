@@ -18,7 +18,8 @@ _NUMBER = re.compile(r"(?<![\w$:.%])\d[\w.]*")
 # A text in double quotes. In SQLite and MySQL it may be a string, and so a secret. In all other
 # databases it is a name.
 _DOUBLE_QUOTED = re.compile(r'"[^"]*"|".*\Z', re.DOTALL)
-_TEXT_IN_DOUBLE_QUOTES = ("sqlite", "mysql", "mariadb")
+_MYSQL = ("mysql", "mariadb")
+_TEXT_IN_DOUBLE_QUOTES = ("sqlite", *_MYSQL)
 
 
 def line(call_site: CallSite) -> str:
@@ -52,8 +53,7 @@ def without_values(statement: str, dialect: str) -> str:
         statement: The SQL text.
         dialect: The name of the SQLAlchemy dialect. It decides what double quotes mean.
     """
-    is_mysql = dialect in _TEXT_IN_DOUBLE_QUOTES[1:]
-    marks = list((_MARK_OR_HASH if is_mysql else _MARK).finditer(statement))
+    marks = list((_MARK_OR_HASH if dialect in _MYSQL else _MARK).finditer(statement))
     shown = _cut(statement, marks, may_quote_twice=dialect in _TEXT_IN_DOUBLE_QUOTES)
     if dialect in _TEXT_IN_DOUBLE_QUOTES:
         shown = _DOUBLE_QUOTED.sub(_name_or_nothing, shown)

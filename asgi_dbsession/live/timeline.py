@@ -23,6 +23,7 @@ _ORDER: tuple[Kind, ...] = ("wait", "hold", "statement", "rollback", "commit")
 def draw(ended: Sequence[EndedUnit], now: float) -> str:
     """Return an SVG drawing of the last seconds, in which each unit of work is a bar."""
     begin = now - _SECONDS
+    # For each row of the drawing: the end of its last bar.
     rows: list[float] = []
     placed: list[tuple[EndedUnit, int]] = []
     left_out = 0
@@ -31,7 +32,8 @@ def draw(ended: Sequence[EndedUnit], now: float) -> str:
         if unit.ended <= begin or row == _ROWS[-1]:
             left_out += unit.ended > begin
             continue
-        rows[row:row] = [begin] if row == len(rows) else []
+        if row == len(rows):
+            rows.append(begin)
         rows[row] = max(unit.ended, unit.began + _SECONDS * (_LEAST + 1) / _WIDTH)
         placed.append((unit, row))
     # The drawing always has the same height. So if it has more rows, each row has less height.
