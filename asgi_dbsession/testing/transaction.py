@@ -73,7 +73,7 @@ class SavepointTransaction:
 
         Otherwise the two could wait for each other (a deadlock).
         """
-        if self.unit is not None and other.unit in self.unit.chain():
+        if self.unit is not None and any(each is other.unit for each in self.unit.chain()):
             return True
         if other.is_of_request:
             return False
