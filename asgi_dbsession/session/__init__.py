@@ -1,1 +1,1 @@
-"""Sessions that one task or thread uses at a time, and that commit all of their work or nothing."""
+"""Sessions for one task or thread at a time, which commit all of their work or nothing."""

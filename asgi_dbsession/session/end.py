@@ -26,8 +26,8 @@ class End:
 
     Attributes:
         handled: The exception of the `except` block that started this commit or rollback, or None.
-        requested_by: The task and the thread that wait for this commit or rollback. If one of them
-            still holds the lock, a signal handler interrupted its operation with an exception.
+        requested_by: The task and the thread that wait for this commit or rollback. If this task or
+            thread still holds the lock, a signal handler has interrupted its operation.
         needs_loop: True if the event loop runs between the steps, which use several databases.
         had_work: True if the sessions had anything to commit or roll back.
         failure: The exception that the commit or rollback itself raised. None if it succeeded.

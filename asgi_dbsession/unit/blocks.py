@@ -65,8 +65,8 @@ def _unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
     unit.read_only = read_only
     # A listener of the application may call `begin()` during the COMMIT of an outer unit of work.
-    # The outer unit of work counts as closed already, but the listener still needs it. So do not
-    # remove it then.
+    # The outer unit of work counts as closed already, but the listener still needs this unit of
+    # work. So do not remove any unit of work then.
     if not current_end.get():
         _forget_hidden(unit)
     with made_current(unit):
@@ -82,8 +82,8 @@ def made_current(unit: UnitOfWork) -> Iterator[None]:
     try:
         yield
     finally:
-        # A unit of work that was opened inside the `with` block may still be open, and is then
-        # still the current one. Do not replace it.
+        # A unit of work that was opened inside the `with` block may still be open, and is then the
+        # current unit of work. Do not replace it.
         if current_unit.get() is unit:
             current_unit.set(around if was_closed else _nearest_open(around))
 
@@ -106,8 +106,7 @@ def _forget_hidden(unit: UnitOfWork) -> None:
 def _nearest_open(unit: UnitOfWork | None) -> UnitOfWork | None:
     """Return the nearest unit of work that is open, or the outermost one if all are closed.
 
-    If the code then uses the closed unit of work, it gets the error SessionClosed, which explains
-    the mistake.
+    If the code then uses the closed unit of work, the error `SessionClosed` explains the mistake.
     """
     while unit is not None and unit.closed and unit.enclosing is not None:
         unit = unit.enclosing

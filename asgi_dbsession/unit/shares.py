@@ -80,7 +80,7 @@ def with_work(unit: UnitOfWork) -> Sessions:
         if each.has_work:
             working.append(each)
         # The application itself has committed or rolled back this session. So forget which tasks
-        # used it until now.
+        # used the session until now.
         else:
             each.lock.forget_users()
     return working

@@ -55,7 +55,7 @@ async def flush_all(sessions: Sessions, end: End, run: Run | None = None) -> Bas
         except BaseException as error:
             if not isinstance(error, Exception):
                 # This task was cancelled. Leave this session alone, because the worker thread may
-                # still use it or has rolled it back already.
+                # still use the session, or has rolled back the session already.
                 sessions.remove(each)
             return error
     return None

@@ -33,8 +33,8 @@ class SessionSource(Protocol[S]):
 class UnitOfWork:
     """The sessions of one request or `begin()` block, which are committed or rolled back together.
 
-    A request gets an empty unit of work at its start. If `get_session()` made it later, in an inner
-    task or worker thread, the middleware would not see the new value of `current_unit`.
+    A request gets an empty unit of work at its start. If `get_session()` made the unit of work
+    later, in an inner task or worker thread, the middleware would not see the new `current_unit`.
 
     Args:
         databases: The databases. The first one of each kind (async or sync) is the default.

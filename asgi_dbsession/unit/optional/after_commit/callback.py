@@ -88,7 +88,7 @@ class AfterCommit:
             self.rolled_back = not self.committed
 
     async def call(self) -> None:
-        """Call the `on_commit` function: on the event loop, or in a thread if it came from one."""
+        """Call the function: on the event loop, or in a thread if a thread called `on_commit`."""
         is_from_thread = self.given_by is None
         result = await to_thread.run_sync(self.function) if is_from_thread else self.function()
         if isawaitable(result):

@@ -17,6 +17,9 @@ class OpenBlocks:
         unit: The unit of work whose session the blocks use.
         database: The database of the session.
         opened: The session.
+
+    Attributes:
+        open: The units of work of the open blocks.
     """
 
     def __init__(

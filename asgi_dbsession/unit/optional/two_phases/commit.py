@@ -90,8 +90,7 @@ class TwoPhases:
         failure = await flush_all(sessions, end)
         if failure is not None:
             return await roll_back_all(sessions, end, failure)
-        connections = [one for each in sessions for one in each.companion.open_connections]
-        if len(connections) == 1:
+        if sum(len(each.companion.open_connections) for each in sessions) == 1:
             # For a single connection, a normal COMMIT is enough. Two phases would be slower, and
             # could leave the transaction prepared.
             return await commit_all(sessions, end)
