@@ -126,11 +126,11 @@ def _check_databases(given: Sequence[object]) -> None:
             )
     if len(set(databases)) < len(databases):
         raise ConfigurationError(f"The same database was given twice: {databases}. Give it once.")
-    sets = [each._replica_set for each in databases if each._replica_set is not None]
-    if sets:
+    replica_sets = [each._replica_set for each in databases if each._replica_set is not None]
+    if replica_sets:
         from asgi_dbsession.replicas.checks import check_cookies
 
-        check_cookies(sets)
+        check_cookies(replica_sets)
 
 
 def _check_function(name: str, given: object) -> None:

@@ -27,12 +27,12 @@ def with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIAp
     package itself (503, for example) need the position too, because the request may have committed
     before its failure. So `serve` must include them. Without replicas, return `serve` itself.
     """
-    servers = [each._replica_set for each in databases if each._replica_set is not None]
-    if not servers:
+    replica_sets = [each._replica_set for each in databases if each._replica_set is not None]
+    if not replica_sets:
         return serve
     from asgi_dbsession.replicas.cookie import Positions
 
-    return Positions(serve, servers)
+    return Positions(serve, replica_sets)
 
 
 def with_optional_rooms(

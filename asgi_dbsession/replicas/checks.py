@@ -1,4 +1,4 @@
-"""Checks the option `replicas`, and that each replica fits to its primary."""
+"""Checks the option `replicas`, and that each replica fits its primary."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -30,16 +30,16 @@ def check_replicas(urls: object, max_lag: object, cookie: object, path: object) 
         raise ConfigurationError("path takes the path of a cookie, such as `/`.")
 
 
-def check_cookies(sets: Sequence[Any]) -> None:
+def check_cookies(replica_sets: Sequence[Any]) -> None:
     """Raise an error if two databases would store their WAL positions in the same cookie.
 
     Args:
-        sets: The `ReplicaSet` objects of all databases that have replicas.
+        replica_sets: The `ReplicaSet` objects of all databases that have replicas.
 
     Raises:
         ConfigurationError: Two databases have the same cookie.
     """
-    cookies = [each.options.cookie for each in sets if each.options.store is None]
+    cookies = [each.options.cookie for each in replica_sets if each.options.store is None]
     if len(set(cookies)) < len(cookies):
         raise ConfigurationError(
             f"Several databases with replicas have the same cookie: {', '.join(cookies)}. Write "
@@ -72,7 +72,7 @@ def check_primary(database: Any, options: Mapping[str, Any]) -> None:
 
 
 def with_driver(url: str | URL, database: Any) -> str | URL:
-    """Return the URL of a replica. If it names no driver, add the driver of the primary."""
+    """Return the URL of a server. If the URL names no driver, add the driver of the primary."""
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError, AttributeError):

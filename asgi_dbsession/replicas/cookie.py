@@ -25,17 +25,17 @@ class Positions:
 
     Args:
         serve: The ASGI application that serves an HTTP request or a WebSocket.
-        servers: The `ReplicaSet` objects of all databases that have replicas.
+        replica_sets: The `ReplicaSet` objects of all databases that have replicas.
     """
 
-    def __init__(self, serve: ASGIApp, servers: Iterable[ReplicaSet]) -> None:
+    def __init__(self, serve: ASGIApp, replica_sets: Iterable[ReplicaSet]) -> None:
         self._serve = serve
-        self._servers = tuple(servers)
+        self._replica_sets = tuple(replica_sets)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP request or WebSocket."""
         outer: dict[ReplicaSet, Seen] = scope.get(_KEY, {})
-        own = {each: await _load(each, scope) for each in self._servers if each not in outer}
+        own = {each: await _load(each, scope) for each in self._replica_sets if each not in outer}
 
         async def tell_and_send(message: Message) -> None:
             if message["type"] in ("http.response.start", "websocket.accept"):
@@ -53,8 +53,8 @@ class Positions:
             await _save(own, scope)
 
 
-async def _load(servers: ReplicaSet, scope: Scope) -> Seen:
-    options = servers.options
+async def _load(replica_set: ReplicaSet, scope: Scope) -> Seen:
+    options = replica_set.options
     if options.store is not None:
         try:
             return Seen(await options.store.load(scope))
@@ -80,8 +80,8 @@ def _cookies(scope: Scope, name: str) -> Iterable[str]:
 
 
 async def _save(own: dict[ReplicaSet, Seen], scope: Scope) -> None:
-    for servers, seen in own.items():
-        store = servers.options.store
+    for replica_set, seen in own.items():
+        store = replica_set.options.store
         if store is not None and (text := seen.news()) is not None:
             try:
                 await store.save(scope, text)
@@ -96,15 +96,15 @@ async def _tell(own: dict[ReplicaSet, Seen], scope: Scope, message: Message) -> 
     headers: list[Any] = list(message.get("headers") or ())
     if scope.get("method") in _SAFE and _is_for_all(headers):
         return message
-    for servers, seen in own.items():
-        options = servers.options
+    for replica_set, seen in own.items():
+        options = replica_set.options
         if options.store is None and (text := seen.news()) is not None:
-            headers.append((b"set-cookie", _cookie(servers, text, scope).encode()))
+            headers.append((b"set-cookie", _cookie(replica_set, text, scope).encode()))
     return {**message, "headers": headers}
 
 
-def _cookie(servers: ReplicaSet, text: str, scope: Scope) -> str:
-    options = servers.options
+def _cookie(replica_set: ReplicaSet, text: str, scope: Scope) -> str:
+    options = replica_set.options
     secure = "; Secure" if scope.get("scheme") in ("https", "wss") else ""
     return (
         f"{options.cookie}={text}; Path={options.path}; Max-Age={options.lifetime}; HttpOnly; "

@@ -1,7 +1,7 @@
 """Chooses for a session if it uses the primary or a replica."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
@@ -10,36 +10,22 @@ from asgi_dbsession.session.guard import derive
 from asgi_dbsession.session.reads import isolation_level
 
 from .choice import Choice
-from .position import Position, Seen
-from .server import Server
+from .position import Seen
 
 S = TypeVar("S", bound=Session)
-
-
-class Servers(Protocol):
-    """The part of the class `ReplicaSet` that a `Route` uses."""
-
-    primary: Server
-
-    def choose(self, seen: Seen) -> Choice | None:
-        """Return the replica from which to read, or None for the primary."""
-        ...
-
-    def ask_primary(self) -> Position | None:
-        """Return the current WAL position of the primary, or None if it does not answer."""
 
 
 class Route:
     """Chooses the server of one session. This can be a replica if its unit of work may only read.
 
     Args:
-        servers: The primary and the replicas to choose from.
+        replica_set: The `ReplicaSet` with the primary and the replicas to choose from.
         seen: Which state of the database the client has read already: a WAL position.
         chooses: False if the session must use the primary, because its unit of work may write.
     """
 
-    def __init__(self, servers: Servers, seen: Seen, *, chooses: bool) -> None:
-        self._servers = servers
+    def __init__(self, replica_set: Any, seen: Seen, *, chooses: bool) -> None:
+        self._replica_set = replica_set
         self._seen = seen
         self._chooses = chooses
         # The chosen replica, or None if the session uses the primary.
@@ -55,8 +41,8 @@ class Route:
         is_new = session.bind is None or self._has_ended
         if self._chooses and (is_new or self._is_outdated(session)):
             self._has_ended = False
-            self._choice = choice = self._servers.choose(self._seen)
-            session.bind = self._servers.primary.engine if choice is None else choice.engine
+            self._choice = choice = self._replica_set.choose(self._seen)
+            session.bind = self._replica_set.primary.engine if choice is None else choice.engine
         if self._choice is not None:
             self._choice.record_read()
         else:
@@ -76,7 +62,7 @@ class Route:
             # The chosen replica is lost, so use the primary. Other replicas cannot be used: the
             # client may have read from the lost replica, and they may have replayed less.
             self._choice = None
-            session.bind = engine = self._servers.primary.engine
+            session.bind = engine = self._replica_set.primary.engine
             self._seen.users.add(self)
         return engine.connect()
 
@@ -104,7 +90,7 @@ class Route:
         # Remove this object from `users` before the query and not after it. During the query,
         # another thread may begin new work on the primary, and add this object again.
         self._seen.users.discard(self)
-        self._seen.read_from_primary(self._servers.ask_primary())
+        self._seen.read_from_primary(self._replica_set.ask_primary())
 
 
 def routed_class(guarded: type[S]) -> type[S]:

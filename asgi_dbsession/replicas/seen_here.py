@@ -24,20 +24,20 @@ def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
         _here.reset(token)
 
 
-def seen_here(servers: Any) -> Seen:
-    """Return what the current client has seen of the database with the replicas `servers`."""
+def seen_here(replica_set: Any) -> Seen:
+    """Return what the current client has seen of the database with these replicas."""
     found = _here.get()
     if found is None:
         found = {}
         _here.set(found)
-    return found.setdefault(servers, Seen())
+    return found.setdefault(replica_set, Seen())
 
 
-def see(servers: Any, position: str, *, join: bool, read_only: bool) -> None:
+def see(replica_set: Any, position: str, *, join: bool, read_only: bool) -> None:
     """Let the current client read only from servers that have reached `position`.
 
     Args:
-        servers: The `ReplicaSet` of the database, or None if the database has no replicas.
+        replica_set: The `ReplicaSet` of the database, or None if the database has no replicas.
         position: The value of the option `after` of `begin()`.
         join: The option `join` of `begin()`.
         read_only: The option `read_only` of `begin()`.
@@ -50,5 +50,5 @@ def see(servers: Any, position: str, *, join: bool, read_only: bool) -> None:
             "`after` is for a unit of work of its own that may only read. Write "
             "`begin(read_only=True, after=position)`; all other work uses the primary."
         )
-    if servers is not None:
-        seen_here(servers).add(position)
+    if replica_set is not None:
+        seen_here(replica_set).add(position)

@@ -14,6 +14,8 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 from typing_extensions import override
 
+from asgi_dbsession.database.engines import sync_engine_of
+
 from .question import IDENTITY, KEY, QUESTION, Answer
 
 _logger = logging.getLogger("asgi_dbsession")
@@ -66,9 +68,7 @@ class Server(ABC):
     @property
     def engine(self) -> Engine:
         """The engine by which units of work use this server."""
-        engine: Any = self.database.engine
-        sync_engine: Engine = getattr(engine, "sync_engine", engine)
-        return sync_engine
+        return sync_engine_of(self.database.engine)
 
     @property
     def checked_out(self) -> int:
