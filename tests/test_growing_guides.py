@@ -29,8 +29,8 @@ from asgi_dbsession import (
     session_dependency,
     set_rollback,
 )
-from asgi_dbsession.retry.conflicts import WatchedAttempt
 from asgi_dbsession.retry.retry import log_retry
+from asgi_dbsession.retry.watched import WatchedAttempt
 
 SERVICES = Page("docs/how-to/services.md")
 RETRY = Page("docs/how-to/retry.md")

@@ -8,8 +8,8 @@ from typing_extensions import override
 from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_dbsession.unit.attempt import running_attempt
 
-from .conflicts import WatchedAttempt
 from .replay import Replay
+from .watched import WatchedAttempt
 from .withholding import Withholding
 
 

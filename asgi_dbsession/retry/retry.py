@@ -17,9 +17,9 @@ from asgi_dbsession.types import ASGIApp, Receive, RetryOn, Scope, Send
 from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
 
 from .attempt import RequestAttempt
-from .conflicts import WatchedAttempt, unwatch_conflicts, watch_conflicts, watch_sessions
 from .replay import Replay, Room
 from .rule import rule_of
+from .watched import WatchedAttempt, unwatch_conflicts, watch_conflicts, watch_sessions
 
 _logger = logging.getLogger("asgi_dbsession")
 

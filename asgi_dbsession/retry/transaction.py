@@ -14,9 +14,9 @@ from asgi_dbsession.session.failures import watch_all
 from asgi_dbsession.types import RetryOn
 from asgi_dbsession.unit.attempt import Attempt, running_attempt
 
-from .conflicts import WatchedAttempt, unwatch_conflicts, watch_conflicts
 from .retry import log_retry, pause_after
 from .rule import rule_of
+from .watched import WatchedAttempt, unwatch_conflicts, watch_conflicts
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")

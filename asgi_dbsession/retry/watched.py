@@ -1,0 +1,200 @@
+"""Records if an attempt met a conflict, and if it committed anything."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.orm import Session
+from typing_extensions import override
+
+from asgi_dbsession.session._sqlalchemy import isolation_level_on_connect
+from asgi_dbsession.session.end import End
+from asgi_dbsession.session.guard import GuardedSession
+from asgi_dbsession.session.lost import is_lost
+from asgi_dbsession.session.read_only import may_only_read
+from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
+
+from .causes import causes
+from .conflicts import is_conflict
+from .rule import Rule
+
+
+class WatchedAttempt(RunningAttempt):
+    """A running attempt that records conflicts and COMMITs, after which a retry may follow.
+
+    Args:
+        attempt: The object that `current_attempt()` returns to the application.
+        counts: A function made from the option `retry_on`. It returns True if an error is retried
+            in the same way as a conflict.
+
+    Attributes:
+        conflict: The exception of the last conflict, or None.
+        reason: The description of the conflict, for the log.
+        committing: The connection on which COMMIT was sent, as long as its result is not known;
+            otherwise None.
+        has_committed: True if this attempt has committed anything, as far as is known. A statement
+            in autocommit mode counts as a COMMIT.
+        stored: A function to call when a COMMIT has certainly succeeded, because no retry is
+            possible then.
+        is_final: True if no retry can follow. Then conflicts are not recorded any more.
+    """
+
+    def __init__(self, attempt: Attempt, counts: Rule) -> None:
+        super().__init__(attempt)
+        self._counts = counts
+        self._outer = running_attempt.get()
+        self.conflict: BaseException | None = None
+        self.reason: str = ""
+        self.committing: Connection | None = None
+        self.has_committed: bool = False
+        self.stored: Callable[[], None] | None = None
+        self.is_final: bool = False
+
+    @property
+    def can_retry(self) -> bool:
+        """True if a retry may follow, because there was a conflict and nothing was committed."""
+        is_stored = self.has_committed or self.committing is not None
+        return self.conflict is not None and not is_stored and not self.is_final
+
+    @override
+    def will_retry(self, end: End) -> bool:
+        for error in (end.failure, end.handled):
+            self.record_error(error)
+        return self.can_retry and not end.succeeded
+
+    def make_final(self) -> None:
+        """Forget the conflict, and record no more conflicts, because no retry can follow."""
+        self.conflict = self.committing = self.stored = None
+        self.is_final = True
+
+    def record_error(self, error: BaseException | None) -> None:
+        """Record an error of the application, if `retry_on` says that it is to be retried."""
+        if error is not None and self.conflict is None:
+            found = next(filter(self._counts, causes(error)), None)
+            if found is not None:
+                self.record_conflict(found, _text(found))
+
+    def record_handled_error(self) -> None:
+        """Record the exception that the application handles while it sends its response."""
+        self.record_error(sys.exception())
+
+    def record_conflict(self, error: BaseException, reason: str) -> None:
+        """Record a conflict, so that a retry can follow."""
+        if not self.is_final:
+            self.conflict, self.reason = error, reason
+
+    def is_conflict(self, context: ExceptionContext) -> bool:
+        """Return True if an error of the driver is a conflict or another reason to retry."""
+        found = context.sqlalchemy_exception or context.original_exception
+        is_conflicting = is_conflict(context.original_exception) or _is_lost_read(context)
+        return is_conflicting or self._counts(found)
+
+    def enclosing(self) -> "list[WatchedAttempt]":
+        """Return this attempt and the attempts around it, without those that will not be repeated.
+
+        For example, an attempt of `run_transaction` may run inside an attempt of a request.
+        """
+        outer = self._outer
+        rest = outer.enclosing() if isinstance(outer, WatchedAttempt) else []
+        return [each for each in (self, *rest) if not each.is_final]
+
+
+def watch_conflicts(engine: Engine) -> None:
+    """Add listeners to `engine` that record conflicts and COMMITs for the running attempt."""
+    for name, listener in _LISTENERS.items():
+        event.listen(engine, name, listener)
+
+
+def unwatch_conflicts(engine: Engine) -> None:
+    """Remove the listeners that `watch_conflicts` added to `engine`."""
+    for name, listener in _LISTENERS.items():
+        if event.contains(engine, name, listener):
+            event.remove(engine, name, listener)
+
+
+def _record_conflict(context: ExceptionContext) -> None:
+    for attempt in _under_way():
+        if attempt.is_conflict(context):
+            _record_for(attempt, context)
+
+
+def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
+    hidden = context.engine is not None and context.engine.hide_parameters
+    error = context.original_exception
+    reason = type(error).__name__ if hidden else _text(error)
+    attempt.record_conflict(context.sqlalchemy_exception or error, reason)
+    connection = context.connection
+    if connection is not None and _is_autocommit(connection):
+        attempt.has_committed = True
+    elif context.statement is None and attempt.committing is connection:
+        # COMMIT raised this error, so nothing was stored: either the transaction was rolled back,
+        # or it was read-only.
+        attempt.committing = None
+
+
+def _record_commit(connection: Connection, *_: object) -> None:
+    # SQLAlchemy calls this function before it sends COMMIT, so nobody knows yet if COMMIT will
+    # succeed.
+    for attempt in _under_way():
+        attempt.has_committed = attempt.has_committed or attempt.committing is not None
+        attempt.committing = connection
+
+
+def _record_rollback(connection: Connection) -> None:
+    # In autocommit mode, the database has stored each statement already.
+    if _is_autocommit(connection):
+        for attempt in _under_way():
+            attempt.has_committed = True
+
+
+def watch_sessions() -> None:
+    """From now on, record each successful COMMIT of a session in the attempts around it."""
+    if not event.contains(GuardedSession, "after_commit", _record_stored):
+        event.listen(GuardedSession, "after_commit", _record_stored)
+
+
+def _record_stored(session: Session) -> None:
+    # SQLAlchemy calls this function also when a savepoint is released, which commits nothing.
+    if session.in_nested_transaction():
+        return
+    for attempt in _under_way():
+        attempt.has_committed = attempt.has_committed or attempt.committing is not None
+        attempt.committing = None
+        if attempt.has_committed and attempt.stored is not None:
+            attempt.stored()
+
+
+def _under_way() -> list[WatchedAttempt]:
+    """Return the attempts that called this code: of the request, and of `run_transaction`."""
+    attempt = running_attempt.get()
+    return attempt.enclosing() if isinstance(attempt, WatchedAttempt) else []
+
+
+_LISTENERS: dict[str, Any] = {
+    "handle_error": _record_conflict,
+    "commit": _record_commit,
+    "commit_twophase": _record_commit,
+    "rollback": _record_rollback,
+}
+
+
+def _is_autocommit(connection: Connection) -> bool:
+    level = connection.get_execution_options().get("isolation_level")
+    return (level or isolation_level_on_connect(connection)) == "AUTOCOMMIT"
+
+
+def _text(error: BaseException) -> str:
+    original = getattr(error, "orig", None) or error
+    return f"{type(original).__name__}: {' '.join(str(original).split())}"
+
+
+def _is_lost_read(context: ExceptionContext) -> bool:
+    """Return True if the connection was lost in a transaction that could only read."""
+    connection = context.connection
+    # After its first error the connection is marked as lost. Then nobody knows any more if its
+    # transaction was read-only.
+    if connection is None or connection.invalidated:
+        return False
+    return is_lost(context) and may_only_read(connection)
