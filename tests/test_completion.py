@@ -1,6 +1,7 @@
 """Tests that `run_to_completion` completes, for any cancellation at any point."""
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from typing import Any
@@ -240,3 +241,23 @@ async def test_the_error_of_the_work_is_the_cause_of_the_cancellation() -> None:
     with pytest.raises(asyncio.CancelledError) as raised:
         await task
     assert isinstance(raised.value.__cause__, LookupError)
+
+
+async def test_an_interrupt_at_the_very_end_keeps_nobody_waiting() -> None:
+    """A signal handler may raise its exception just before the caller is told of the end."""
+
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(frame: Any, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_name == "finish":
+            sys.settrace(None)
+            raise Interrupted
+
+    sys.settrace(interrupt)
+    try:
+        async with asyncio.timeout(10):
+            with pytest.raises(Interrupted):
+                await run_to_completion(asyncio.sleep(0))
+    finally:
+        sys.settrace(None)

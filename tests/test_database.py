@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import postgres
 import pytest
 import sqlmodel
+from anyio import to_thread
 from asgi import Exchange, get, respond
 from conftest import (
     CHILD,
@@ -28,7 +30,7 @@ from conftest import (
     enforce_foreign_keys,
     real_database,
 )
-from sqlalchemy import URL, create_engine, select, text
+from sqlalchemy import URL, create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, object_session
@@ -566,6 +568,22 @@ async def test_ping_says_that_the_database_is_gone_and_that_it_is_back(driver: s
         assert pool_of(database).checkedout() == 0
 
 
+@pytest.mark.parametrize("real", ["asyncpg", "psycopg", "psycopg-sync"], indirect=True)
+async def test_a_ping_leaves_no_connection_if_the_engine_is_disposed_meanwhile(
+    running: Running,
+) -> None:
+    """The new pool does not know the connection, and would never close it."""
+    engine: Any = running.database.engine
+    sync_engine = getattr(engine, "sync_engine", engine)
+    event.listen(sync_engine, "after_cursor_execute", lambda *_: sync_engine.dispose(), once=True)
+    await running.database.ping()
+    with anyio.fail_after(10):
+        while await to_thread.run_sync(running.real.connections):
+            await anyio.sleep(0.01)
+    await running.database.ping()
+    assert running.real.connections() == 1
+
+
 @pytest.mark.parametrize("real", ["asyncmy", "aiomysql", "pymysql-sync"], indirect=True)
 async def test_a_login_that_is_refused_names_what_may_be_missing(real: Real) -> None:
     """The password may be set later, by a listener, so the ping can be switched off."""
@@ -685,6 +703,22 @@ async def test_a_failed_commit_of_begin_is_raised_as_it_is(running: Running) -> 
     assert running.stored() == []
     await store(running.database, "kept")
     assert running.stored() == ["kept"]
+
+
+async def test_the_accessor_of_the_other_kind_names_the_kind_that_is_missing(
+    running: Running,
+) -> None:
+    """The error says which accessor to use."""
+    other, missing, cure = (
+        (get_session, "AsyncDatabase", "get_sync_session")
+        if running.real.is_sync
+        else (get_sync_session, "SyncDatabase", "get_session")
+    )
+    async with beginning(running.database):
+        with pytest.raises(
+            ConfigurationError, match=rf"There is no {missing} here.* Use `{cure}\(\)`"
+        ):
+            other()
 
 
 async def test_the_session_of_begin_is_the_current_one(running: Running) -> None:

@@ -248,6 +248,8 @@ async def test_the_wrong_kind_of_function_is_refused(running: Running) -> None:
     else:
         with pytest.raises(ConfigurationError, match="Write it with `async def`"):
             await database.run_transaction(plain_function)
+        with pytest.raises(ConfigurationError, match=r"write `run_transaction\(function, "):
+            await database.run_transaction(coroutine_function())
     for attempts in (0, "3", True):
         with pytest.raises(ConfigurationError, match="a whole number, 1 or more"):
             await run(running, Work(), attempts=attempts)

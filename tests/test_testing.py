@@ -723,6 +723,14 @@ async def test_several_databases_are_all_rolled_back(tmp_path: Path) -> None:
         real.reader.dispose()
 
 
+@pytest.mark.parametrize("helper", [rolled_back, count_statements])
+def test_what_is_not_a_database_is_an_error(helper: Any) -> None:
+    """Without a database, nothing would be rolled back, and a test would leave its rows."""
+    for given, name in ((), "nothing"), (("sqlite:///shop.db",), "something of type str"):
+        with pytest.raises(ConfigurationError, match=f"and was given {name}"), helper(*given):
+            pass
+
+
 async def test_using_it_in_the_wrong_place_is_an_error(real: Real) -> None:
     """The error says what to write."""
     shop = Shop.of(real)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import anyio
 from typing_extensions import TypeVarTuple, Unpack
 
-from asgi_dbsession.errors import ConfigurationError, name_of
+from asgi_dbsession.errors import ConfigurationError, kind_of, name_of
 from asgi_dbsession.session.failures import watch_all
 from asgi_dbsession.types import RetryOn
 from asgi_dbsession.unit.attempt import Attempt, running_attempt
@@ -30,6 +30,7 @@ async def run_transaction(
     retry_on: RetryOn,
 ) -> T:
     """Await `function(*args)` in a `database.begin()` block, at most `attempts` times."""
+    _check(function)
     for attempt in _attempts(attempts, retry_on):
         with _retrying(attempt):
             async with database.begin():
@@ -50,20 +51,33 @@ def run_transaction_blocking(
     retry_on: RetryOn,
 ) -> T:
     """Call `function(*args)` in a `database.begin()` block, at most `attempts` times."""
+    _check(function)
     for attempt in _attempts(attempts, retry_on):
         with _retrying(attempt):
             with database.begin():
                 result = function(*args)
                 if isawaitable(result):
-                    if isinstance(result, Coroutine):
-                        # Close the coroutine, so that Python does not warn about a coroutine that
-                        # was never awaited.
-                        result.close()
+                    _discard(result)
                     raise _refusal(function, "a plain function", "`def`")
             return result
         time.sleep(_pause_and_log(function, attempt))
     # This line never runs, because the last attempt of the loop returns or raises.
     raise AssertionError
+
+
+def _check(function: object) -> None:
+    if not callable(function):
+        _discard(function)
+        raise ConfigurationError(
+            f"run_transaction takes a function, and was given {kind_of(function)}. If you called "
+            "the function yourself, write `run_transaction(function, argument)`."
+        )
+
+
+def _discard(result: object) -> None:
+    # Close a coroutine, so that Python does not warn about a coroutine that was never awaited.
+    if isinstance(result, Coroutine):
+        result.close()
 
 
 def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:

@@ -8,12 +8,27 @@ from sqlalchemy import Engine
 
 from asgi_dbsession.database.base import Database
 from asgi_dbsession.database.engines import sync_engine_of
-from asgi_dbsession.errors import ConfigurationError, without_secrets
+from asgi_dbsession.errors import ConfigurationError, kind_of, without_secrets
 from asgi_dbsession.session._sqlalchemy import original_engine
 
 from .dialect import SavepointDialect, with_savepoints
 from .isolation import Isolation
 from .pool import SharedPool
+
+
+def check_databases(name: str, databases: tuple[object, ...]) -> None:
+    """Check the arguments of a function of `asgi_dbsession.testing`.
+
+    Raises:
+        ConfigurationError: No database was given, or something else than a database.
+    """
+    wrong = [each for each in databases if not isinstance(each, Database)]
+    if wrong or not databases:
+        given = kind_of(wrong[0]) if wrong else "nothing"
+        raise ConfigurationError(
+            f"{name} takes the database objects of the application (AsyncDatabase, SyncDatabase), "
+            f"and was given {given}."
+        )
 
 
 def share(engine: Engine, isolation: Isolation) -> None:

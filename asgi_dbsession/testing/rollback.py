@@ -24,7 +24,7 @@ from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.session._sqlalchemy import original_engine
 from asgi_dbsession.session.completion import run_to_completion
 
-from .engine import engines_of, home_of, share, unshare
+from .engine import check_databases, engines_of, home_of, share, unshare
 from .isolation import Isolation
 from .pool import SharedPool
 from .sessions import enter_block, leave_block, watch_sessions
@@ -68,10 +68,11 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
             was lost; or MariaDB committed by itself (CREATE TABLE, for example); or COMMIT was sent
             on the driver's own connection. The request gets this error, or it is raised at the end
             of the block.
-        ConfigurationError: A database is in a `rolled_back` block already, or `with` was used in an
-            `async def` function.
+        ConfigurationError: No database was given. Or a database is in a `rolled_back` block
+            already. Or `with` was used in an `async def` function.
         DatabaseUnavailable: A database did not answer.
     """
+    check_databases("rolled_back", databases)
     return RolledBack(databases, timeout)
 
 

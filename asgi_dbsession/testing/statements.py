@@ -12,7 +12,7 @@ from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.session._sqlalchemy import original_engine
 from asgi_dbsession.session.read_only import PARTS_OF_BEGIN
 
-from .engine import engines_of
+from .engine import check_databases, engines_of
 
 
 @contextmanager
@@ -36,7 +36,9 @@ def count_statements(
     Raises:
         AssertionError: There were more statements than `at_most`. The error text shows all of them.
         DatabaseNotRunning: A database has not been started.
+        ConfigurationError: No database was given.
     """
+    check_databases("count_statements", databases)
     statements: list[str] = []
     with ExitStack() as stack:
         recorder = _Recorder(statements, stack)
