@@ -1,24 +1,14 @@
 """The replica that was chosen for a unit of work, and how to connect to this replica."""
 
-from time import monotonic
-from typing import Any
-
-from sqlalchemy import Connection, Engine, event
-from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import DisconnectionError, TimeoutError as PoolTimeout
-from sqlalchemy.pool import ConnectionPoolEntry
-from typing_extensions import override
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from asgi_dbsession.database.failures import keeps_from_connecting
-from asgi_dbsession.session.lost import is_lost
-from asgi_dbsession.unit.observer import UnitObserver
 
 from .position import Seen
 from .question import Answer
 from .server import Server
-
-# This key of `connection.info` has the time when the connection was opened.
-_OPENED = "asgi_dbsession.opened"
+from .watch import OPENED
 
 
 class Choice:
@@ -74,36 +64,8 @@ class Choice:
         replayed before. A restart closes all connections. So if the connection was open before the
         last answer of the replica, there was no restart since. Otherwise ask the replica again.
         """
-        opened = connection.info[_OPENED]
+        opened = connection.info[OPENED]
         if opened <= self._answer.asked:
             return True
         later = self._server.answer_since(opened)
         return later is not None and later.is_standby and later.name == self._answer.name
-
-
-class Watch(UnitObserver):
-    """Stops reads from a replica after a lost connection, until the replica answers again.
-
-    Connections of the pool that were opened before the loss are replaced.
-    """
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    @override
-    def engine_used(self, engine: Engine) -> None:
-        event.listen(engine, "handle_error", self._record)
-        event.listen(engine, "connect", _record_time)
-        event.listen(engine, "checkout", self._refuse_old)
-
-    def _record(self, context: ExceptionContext) -> None:
-        if is_lost(context):
-            self._server.lost()
-
-    def _refuse_old(self, _driver: Any, record: ConnectionPoolEntry, _proxy: object) -> None:
-        if record.info[_OPENED] < self._server.lost_at:
-            raise DisconnectionError
-
-
-def _record_time(_driver: object, record: ConnectionPoolEntry) -> None:
-    record.info[_OPENED] = monotonic()

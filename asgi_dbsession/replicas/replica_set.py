@@ -13,13 +13,14 @@ from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.session.managed import ManagedSession
 
 from .checks import check_primary, check_replica, with_driver
-from .choice import Choice, Watch
+from .choice import Choice
 from .lag import Lag
 from .position import Position, Seen
 from .question import Answer
 from .route import Route
 from .seen_here import seen_here
 from .server import Server, TaskServer, ThreadServer
+from .watch import Watch
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
