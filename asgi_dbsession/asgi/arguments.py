@@ -62,13 +62,14 @@ def usable_databases(
         _check_application(app)
         _check_names(unknown, made_by)
         _check_databases(given)
-        for name in ("commit_when", "on_commit_error", "on_report", "read_only"):
-            if name == "commit_when" or options[name] is not None:
+        _check_function("commit_when", options["commit_when"])
+        for name in ("on_commit_error", "on_report", "read_only"):
+            if options[name] is not None:
                 _check_function(name, options[name])
         commit_rule(options["commit_when"])  # Checks the parameters of the function.
-        for name in ("attempts", "retry_after"):
-            if name == "attempts" or options[name] is not None:
-                _check_number(name, options[name])
+        _check_number("attempts", options["attempts"])
+        if options["retry_after"] is not None:
+            _check_number("retry_after", options["retry_after"])
         if options["retry_on"] is not None:
             _check_retry_on(options["retry_on"], options["attempts"])
     except ConfigurationError as error:

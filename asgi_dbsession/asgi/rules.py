@@ -33,6 +33,7 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
         ConfigurationError: `commit_when` cannot be called with the status, and not with the status
             and the scope.
     """
+    # The default always returns True or False. So do not check its result in each request.
     if commit_when is below_400:
         return lambda status, _scope: status < _BAD_REQUEST
     rule: Any = commit_when
