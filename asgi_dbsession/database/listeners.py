@@ -1,4 +1,4 @@
-"""Adds all listeners that this package needs to an engine."""
+"""Prepares an engine for this package: adds all listeners that the package needs."""
 
 from weakref import WeakSet
 
@@ -16,7 +16,7 @@ built: WeakSet[Engine] = WeakSet()
 
 
 def prepare(engine: Engine) -> None:
-    """Add all listeners that this package needs to an engine, and warn of its pool."""
+    """Add all listeners that this package needs, and warn if sessions share a connection."""
     engine = original_engine(engine)
     watch(engine)
     if engine.dialect.driver in DRIVERS:

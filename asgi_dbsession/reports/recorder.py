@@ -27,11 +27,11 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 @dataclass
-class _Record:
+class _Start:
     """When the current unit of work began, and during which attempt of the request."""
 
     start_time: float = field(default_factory=time)
-    start: float = field(default_factory=perf_counter)
+    counter: float = field(default_factory=perf_counter)
     running: RunningAttempt | None = field(default_factory=running_attempt.get)
 
 
@@ -44,7 +44,7 @@ class Recorder(UnitObserver):
 
     def __init__(self, on_report: Callable[[UnitReport], object]) -> None:
         self._on_report = on_report
-        self._records: WeakKeyDictionary[Any, _Record] = WeakKeyDictionary()
+        self._starts: WeakKeyDictionary[Any, _Start] = WeakKeyDictionary()
 
     @override
     def engine_used(self, engine: Engine) -> None:
@@ -56,7 +56,7 @@ class Recorder(UnitObserver):
 
     @override
     def unit_began(self, unit: Any) -> None:
-        self._records[unit] = _Record()
+        self._starts[unit] = _Start()
 
     @override
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
@@ -68,10 +68,10 @@ class Recorder(UnitObserver):
         tallies = {each: Tally(steps.get(each, []), now, has_ended=True) for each in unit.sessions}
         has_tallies = any(each.statements or each.wait_time for each in tallies.values())
         if end.had_work or not end.close or has_tallies:
-            self._report(unit, end, self._records[unit], tallies, now)
+            self._report(unit, end, self._starts[unit], tallies, now)
 
     def _report(
-        self, unit: Any, end: End, record: _Record, tallies: dict[Any, Tally], now: float
+        self, unit: Any, end: End, start: _Start, tallies: dict[Any, Tally], now: float
     ) -> None:
         reason = reason_of(end)
         report = UnitReport(
@@ -79,16 +79,16 @@ class Recorder(UnitObserver):
             outcome=outcome_of(end, sum(each.commits for each in tallies.values())),
             reason=reason,
             error=end.failure if reason == "commit_failed" else end.error,
-            start_time=record.start_time,
-            duration=now - record.start,
+            start_time=start.start_time,
+            duration=now - start.counter,
             databases=tuple(
                 _describe(each, tallies[each]) for each in unit.databases if each in tallies
             ),
-            attempt=record.running.attempt.number if record.running is not None else 1,
-            will_retry=_will_retry(unit, end, record),
+            attempt=start.running.attempt.number if start.running is not None else 1,
+            will_retry=_will_retry(unit, end, start.running),
             read_only=unit.read_only,
         )
-        record.start_time, record.start = time(), now
+        start.start_time, start.counter = time(), now
         try:
             self._on_report(report)
         except Exception:
@@ -98,9 +98,9 @@ class Recorder(UnitObserver):
             )
 
 
-def _will_retry(unit: Any, end: End, record: _Record) -> bool:
+def _will_retry(unit: Any, end: End, running: RunningAttempt | None) -> bool:
     is_of_request = unit.enclosing is None or unit.joins_outer_unit
-    return is_of_request and record.running is not None and record.running.will_retry(end)
+    return is_of_request and running is not None and running.will_retry(end)
 
 
 def outcome_of(end: End, commits: int) -> Outcome:
