@@ -162,7 +162,7 @@ def test_a_script_without_an_event_loop_writes_with(tmp_path: Path) -> None:
         assert database.engine is engine
     assert not database.is_running
     broken = SyncDatabase(f"sqlite:///{tmp_path / 'missing' / 'shop.db'}")
-    with pytest.raises(DatabaseUnavailable, match="Is it running"), broken:
+    with pytest.raises(DatabaseUnavailable, match="Does the folder of the file exist"), broken:
         pass
     assert not broken.is_running
 
