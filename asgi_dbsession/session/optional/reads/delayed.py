@@ -89,8 +89,7 @@ def unwatch_reads(engine: Engine) -> None:
     if engine.dialect in _watched:
         _watched.discard(engine.dialect)
         for name, listener in _LISTENERS.items():
-            if event.contains(engine, name, listener):
-                event.remove(engine, name, listener)
+            event.remove(engine, name, listener)
 
 
 def _begin_unless_plain(
