@@ -7,7 +7,6 @@ from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.completion import complete_here, run_to_completion
 from asgi_dbsession.session.end import End, Reason, current_end
 from asgi_dbsession.session.managed import Sessions
-from asgi_dbsession.session.roll_back import has_changes
 
 from .decisions import forget_decisions, take_decision
 from .observer import observed
@@ -85,12 +84,14 @@ async def close(
     unit.closed = True
     try:
         opened = unit.opened
-        if unit.is_answered and not commit:
-            is_cut_short = _reason_to_roll_back(error, unit.rollback) in ("cancelled", "unfinished")
-            if is_cut_short and any(has_changes(each.orm) for each in opened):
-                from .optional.unsaved import log_unsaved
+        if (
+            unit.is_answered
+            and not commit
+            and _reason_to_roll_back(error, unit.rollback) in ("cancelled", "unfinished")
+        ):
+            from .optional.unsaved import log_unsaved
 
-                log_unsaved(unit, opened)
+            log_unsaved(unit, opened)
         working, raised = close_idle(opened)
         failed: Sessions = []
         if working and commit and sort_tasks:
@@ -146,6 +147,11 @@ async def _close_working(
 
 
 async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
+    """Commit or roll back the sessions in `working`, and then call the `on_commit` functions.
+
+    Raises:
+        Exception: The error of the flush or of COMMIT.
+    """
     given = tuple(unit.callbacks)
     # The `on_commit` functions in `stored` waited for work that the application itself has
     # committed already. So they are called even if the COMMIT of the other work fails.
@@ -154,8 +160,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     token = current_end.set(end)
     try:
         if unit.two_phases is not None and not unit.read_only and end.commit and working:
-            sessions = in_order(unit, working)
-            end.failure = await unit.two_phases.commit(unit, sessions, end)
+            end.failure = await unit.two_phases.commit(unit, in_order(unit, working), end)
         elif len(working) == 1:
             only = working[0]
             if only.ends_at_once:

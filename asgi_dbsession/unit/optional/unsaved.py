@@ -15,8 +15,9 @@ _UNSAVED = (
 
 
 def log_unsaved(unit: UnitOfWork, opened: Iterable[ManagedSession[Any]]) -> None:
-    """Log an error for changed objects that are lost because the response was not completed."""
+    """Log an error if changed objects are lost because the response was not completed."""
     unsaved = sum(
         len(each.orm.new) + len(each.orm.dirty) + len(each.orm.deleted) for each in opened
     )
-    _logger.error(_UNSAVED, unsaved, unit.scope["path"] if unit.scope else "")
+    if unsaved:
+        _logger.error(_UNSAVED, unsaved, unit.scope["path"] if unit.scope else "")
