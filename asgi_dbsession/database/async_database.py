@@ -65,8 +65,14 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         replicas: Sequence[str | URL] | Replicas = (),
         **engine_options: Any,
     ) -> None:
-        options = session_options, ping_on_startup, autocommit_reads, engine_options
-        super().__init__(url, *options, on_engine=on_engine)
+        super().__init__(
+            url,
+            session_options,
+            ping_on_startup,
+            autocommit_reads,
+            engine_options,
+            on_engine=on_engine,
+        )
         session_class: type[AnyAsyncSession] = self._session_class(AsyncSession)
         self._guarded_class = guarded_async_class(session_class)
         default = session_class.sync_session_class

@@ -65,8 +65,14 @@ class SyncDatabase(Database[Engine, AnySession]):
         replicas: Sequence[str | URL] | Replicas = (),
         **engine_options: Any,
     ) -> None:
-        options = session_options, ping_on_startup, autocommit_reads, engine_options
-        super().__init__(url, *options, on_engine=on_engine)
+        super().__init__(
+            url,
+            session_options,
+            ping_on_startup,
+            autocommit_reads,
+            engine_options,
+            on_engine=on_engine,
+        )
         self._orm_class = guarded_class(self._session_class(Session))
         self._check_session_options()
         self._add_replicas(url, replicas, {"on_engine": on_engine} | engine_options)
