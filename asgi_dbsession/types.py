@@ -1,4 +1,4 @@
-"""Type aliases that several rooms use: those of ASGI, and the type of the option `retry_on`."""
+"""Type aliases that several packages use: those of ASGI, and the type of the option `retry_on`."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias

@@ -14,8 +14,8 @@ from asgi_dbsession.database.engines import select_one, select_one_here
 # A blocking driver cannot be stopped, so a check may still run in its thread after its callers have
 # stopped waiting. At most this many checks run at the same time.
 _MAX_RUNNING = 3
-# A caller asks again and again if the thread of its check has finished. It pauses between these
-# questions: first for `_FIRST_LOOK`, later for up to `_LAST_LOOK` seconds.
+# A caller looks again and again if the thread of its check has finished. Between two looks, the
+# caller sleeps: first for `_FIRST_LOOK` seconds, later for up to `_LAST_LOOK` seconds.
 _FIRST_LOOK, _LAST_LOOK = 0.0005, 0.02
 
 
