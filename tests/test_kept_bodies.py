@@ -99,7 +99,7 @@ async def served(app: Any) -> AsyncIterator[Callable[[str], Coroutine[Any, Any, 
 @pytest.fixture
 def uploads(running: Running, monkeypatch: pytest.MonkeyPatch) -> Uploads:
     """The application, and room for one body."""
-    monkeypatch.setattr(replay, "ROOM", len(BODY))
+    monkeypatch.setattr(replay, "MEMORY_LIMIT", len(BODY))
     return Uploads(running)
 
 
@@ -112,7 +112,7 @@ async def test_only_requests_that_fit_run_again(
     uploads: Uploads, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     """Ten clients upload at once; those without room run once, and fail with the conflict."""
-    monkeypatch.setattr(replay, "ROOM", room * len(BODY))
+    monkeypatch.setattr(replay, "MEMORY_LIMIT", room * len(BODY))
     paths = [f"/lose/{number}" for number in range(10)]
     uploads.held = {(path, 1) for path in paths}
     async with served(protect(uploads)) as upload:
@@ -129,7 +129,7 @@ async def test_a_request_without_a_body_needs_no_room(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The request runs again, although no more of its body can be kept."""
-    monkeypatch.setattr(replay, "ROOM", 0)
+    monkeypatch.setattr(replay, "MEMORY_LIMIT", 0)
     runs: list[bytes] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -7,12 +7,12 @@ from asgi_dbsession.types import Message, Receive
 # The largest body that is stored for a retry, in bytes. A request with a larger body is not
 # retried.
 BODY_LIMIT = 1_048_576
-# How many bytes one middleware may store for the bodies of all requests together. If there is no
-# room for the body of a request, this request is not retried.
-ROOM = 32 * BODY_LIMIT
+# How many bytes one middleware may store for the bodies of all requests together. If the body of a
+# request does not fit any more, this request is not retried.
+MEMORY_LIMIT = 32 * BODY_LIMIT
 
 
-class Room:
+class Memory:
     """The memory that the stored bodies of all requests of one middleware may use.
 
     Attributes:
@@ -21,7 +21,7 @@ class Room:
     """
 
     def __init__(self) -> None:
-        self.free: int = ROOM
+        self.free: int = MEMORY_LIMIT
         self.mutex: Lock = Lock()
 
 
@@ -30,7 +30,7 @@ class Replay:
 
     Args:
         receive: The `receive` function of the server.
-        room: The memory that all requests share.
+        memory: The memory that all requests share.
 
     Attributes:
         is_kept: True if the whole body received so far is stored, and the client is still
@@ -38,9 +38,9 @@ class Replay:
         is_client_gone: True if the client has disconnected.
     """
 
-    def __init__(self, receive: Receive, room: Room) -> None:
+    def __init__(self, receive: Receive, memory: Memory) -> None:
         self._receive = receive
-        self._room = room
+        self._memory = memory
         # The body is one buffer. A list of many small parts would need much more memory.
         self._body = bytearray()
         self._has_begun = False
@@ -88,18 +88,18 @@ class Replay:
     def _keep(self, message: Message) -> None:
         body = message.get("body", b"")
         self.is_client_gone = self.is_client_gone or message["type"] != "http.request"
-        with self._room.mutex:
-            is_short = len(self._body) + len(body) <= BODY_LIMIT and len(body) <= self._room.free
+        with self._memory.mutex:
+            is_short = len(self._body) + len(body) <= BODY_LIMIT and len(body) <= self._memory.free
             if is_short and self.is_kept and not self.is_client_gone:
                 self._has_begun = True
                 self._has_more = message.get("more_body", False)
                 self._body += body
-                self._room.free -= len(body)
+                self._memory.free -= len(body)
                 return
         self.let_go()
 
     def _release(self) -> None:
         if self._body:
-            with self._room.mutex:
-                self._room.free += len(self._body)
+            with self._memory.mutex:
+                self._memory.free += len(self._body)
                 self._body = bytearray()

@@ -17,7 +17,7 @@ from asgi_dbsession.types import ASGIApp, Receive, RetryOn, Scope, Send
 from asgi_dbsession.unit.attempt import Attempt, RunningAttempt, running_attempt
 
 from .attempt import RequestAttempt
-from .replay import Replay, Room
+from .replay import Memory, Replay
 from .rule import rule_of
 from .watched import WatchedAttempt, unwatch_conflicts, watch_conflicts, watch_sessions
 
@@ -50,13 +50,13 @@ class Retry:
         self._app = app
         self._attempts = attempts
         self._counts = rule_of(retry_on)
-        self._room = Room()
+        self._memory = Memory()
         watch_all(watch_conflicts, unwatch_conflicts)
         watch_sessions()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP request, with as many attempts as needed and allowed."""
-        body = Replay(receive, self._room)
+        body = Replay(receive, self._memory)
         try:
             await self._serve(scope, body, send)
         finally:
