@@ -172,7 +172,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         if read_only:
             from asgi_dbsession.session.optional.read_only.refusals import Refusals
 
-            Refusals(made.companion)
+            made.companion.read_only = Refusals(made.companion)
         return made
 
     @abstractmethod

@@ -33,7 +33,6 @@ class Refusals:
         self._companion = companion
         self.in_block: bool = in_block
         self.forbidden: bool = True
-        companion.read_only = self
 
     @property
     def covers_transaction(self) -> bool:

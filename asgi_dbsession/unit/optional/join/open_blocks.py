@@ -68,7 +68,7 @@ class OpenBlocks:
         """Refuse writes of the session in the savepoint that has begun just now."""
         from asgi_dbsession.session.optional.read_only.refusals import Refusals
 
-        self._refusals = Refusals(self._companion, in_block=True)
+        self._refusals = self._companion.read_only = Refusals(self._companion, in_block=True)
         self._companion.followers.append(self._refusals)
 
     def allow_writes(self) -> None:
