@@ -19,7 +19,7 @@ class Startable(Protocol):
         ...
 
     async def shutdown(self) -> None:
-        """Stop the object, and close all connections that were opened since `startup`."""
+        """Stop what `startup` has started, and close all connections opened since then."""
         ...
 
 

@@ -8,7 +8,7 @@ from asgi_dbsession.types import Message, Receive, Send
 from asgi_dbsession.unit.ending import end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
-# The types of messages that the client notices. The last type answers the handshake with an HTTP
+# The types of messages that reach the client. The last type answers the handshake with an HTTP
 # response instead of accepting the WebSocket.
 _OBSERVED = (
     "websocket.accept",

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def sync_engine_of(engine: Engine | AsyncEngine) -> Engine:
-    """Return the engine that has the pool, the dialect and the events."""
+    """Return the sync engine, which has the pool, the dialect and the events."""
     return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
 
 
@@ -34,8 +34,8 @@ def select_one_here(engine: Engine) -> None:
     pool = engine.pool
     with engine.connect() as connection:
         connection.execute(select(1))
-        # As in `select_one`: the new pool would not close this connection. Detach the connection,
-        # so that the end of the `with` block closes it.
+        # As above: `dispose()` has replaced the pool, and the new pool does not know this
+        # connection. Detach the connection, so that the end of the `with` block closes it.
         if engine.pool is not pool:
             connection.detach()
 

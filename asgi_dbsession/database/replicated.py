@@ -25,7 +25,7 @@ class ReplicatedLife(EngineLife[E]):
 
     @property
     def replicas(self) -> tuple[Self, ...]:
-        """The replicas as database objects. Each has its own `engine`, `health()` and `ping()`."""
+        """The replicas, as objects of this class, each with its own `engine` and `health()`."""
         return self._replica_set.databases if self._replica_set is not None else ()
 
     @property

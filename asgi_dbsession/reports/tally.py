@@ -20,7 +20,8 @@ MOST_STEPS = 200
 _NOTHING = 50e-6
 # If a COMMIT or ROLLBACK failed, its step has this text instead of an SQL text.
 FAILED = "failed"
-# Steps of these kinds are drawn as another kind: a wait for a connection, or a COMMIT.
+# Two kinds of steps are shown as another kind: `hold` as a wait for a connection, `prepare` as a
+# COMMIT.
 _SHOWN_AS: dict[str, Kind] = {"hold": "wait", "prepare": "commit"}
 
 

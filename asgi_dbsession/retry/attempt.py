@@ -34,7 +34,7 @@ class RequestAttempt(Withholding):
 
     @property
     def owes_answer(self) -> bool:
-        """True if an error response was not sent, and the client still waits for a response."""
+        """True if an error response was held back, and the client still waits for a response."""
         return self.is_withheld and not self._body.is_client_gone
 
     @override

@@ -42,4 +42,4 @@ class Withholding(ABC):
 
     @abstractmethod
     def withholds_error(self, error: BaseException) -> bool:
-        """Return True if the exception of the application must not be raised."""
+        """Return True to suppress an exception that the application has raised."""

@@ -31,7 +31,7 @@ class SessionRoute(Protocol):
     def work_ended(self) -> bool:
         """Called after a commit or rollback.
 
-        Return True if the caller must call `learn`, because the session has used the primary.
+        Return True if the session has used the primary. Then the caller must call `learn`.
         """
         ...
 
@@ -55,7 +55,11 @@ class SessionRecording(Protocol):
         """Called when the session, whose engine is `own`, has begun a transaction."""
 
     def take(self, connections: tuple[Connection, ...]) -> list[Step]:
-        """Return the steps since the last call. `connections` are open and stay in use."""
+        """Return the steps since the last call.
+
+        Args:
+            connections: The connections that the session keeps. The next steps begin with them.
+        """
         ...
 
 

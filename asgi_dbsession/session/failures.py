@@ -79,9 +79,9 @@ def refuse_if_aborted(connections: tuple[Connection, ...]) -> None:
             store nothing.
     """
     # The event `before_commit` calls this function before the flush. During the flush, a listener
-    # of the application may send a statement and catch its error. So `ManagedSession.flush` calls
-    # this function again, before any database of the unit of work is committed. The flush of a
-    # single session is a part of its COMMIT. So `_refuse_at_the_last_moment` checks again, too.
+    # of the application may send a statement and catch its error. So with several databases,
+    # `ManagedSession.flush` calls this function again, before the first COMMIT. With one database,
+    # the flush is a part of COMMIT, and `_refuse_at_the_last_moment` checks after the flush.
     if failed_transactions:
         for connection in connections:
             _refuse_if_aborted(connection)

@@ -159,10 +159,10 @@ class SessionLock(ABC):
         self._wake_all()
 
     def delay(self, change: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
-        """If a commit or rollback runs or waits, call `change` after it, and return True.
+        """If a commit or rollback runs or waits for the lock, let `change` be called after it.
 
-        Return False if `change` can be called now, or if the caller is a worker thread, which may
-        wait for the lock.
+        Return True if `change` will be called later. Return False if the caller must call `change`,
+        and wait for the lock before. Only a worker thread can wait.
 
         Raises:
             SessionClosed: This commit or rollback is the last one of the unit of work.

@@ -67,8 +67,8 @@ class SharedConnection:
                 if below is None or not below.saved:
                     self.lose(error)
                     raise
-                # PostgreSQL has aborted the outer transaction. On two real connections, the inner
-                # one could begin. So roll back the outer transaction first.
+                # PostgreSQL has aborted the outer transaction. With a connection of its own, as in
+                # production, the inner one could begin. So roll back the outer transaction first.
                 self._undo(below)
                 below.aborted = True
                 self._save(transaction)

@@ -18,8 +18,9 @@ from .isolation import Isolation, NotIsolated, outlived
 # The `rolled_back` block in which the current task or thread was started, or None.
 _block: ContextVar[Isolation | None] = ContextVar("asgi_dbsession.testing", default=None)
 
-# These two tell to which test a session belongs. `_latest` has the last `rolled_back` block of each
-# database object. `_block_of` has the block in which each session was used first.
+# These two tell to which test a session belongs. `_latest` has, for each `AsyncDatabase` or
+# `SyncDatabase`, the `with rolled_back(...)` block that was entered last. `_block_of` has, for each
+# session, the block in which the session was used first.
 _latest: WeakKeyDictionary[Database[Any, Any], Isolation] = WeakKeyDictionary()
 _block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
 

@@ -69,9 +69,9 @@ def unit_to_decide(*, also_at_end: bool = False) -> UnitOfWork:
     unit = current_unit.get()
     if unit is None:
         raise NoSession("any database")
-    # A listener of the application may call `on_commit` during the last COMMIT of a unit of work,
-    # although this unit of work counts as closed already. A task that outlives the request may not
-    # call `on_commit`, because no COMMIT follows.
+    # During the last COMMIT, the unit of work is already marked as closed. A listener for a
+    # SQLAlchemy event, which the application has added, may still call `on_commit` then. A task
+    # that outlives the request must get an error, because no COMMIT follows.
     is_closed = unit.closed or (unit.joined is not None and unit.outermost.closed)
     if is_closed and not (also_at_end and current_end.get() and unit.outermost.sessions):
         raise SessionClosed("any database")

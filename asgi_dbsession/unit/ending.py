@@ -79,7 +79,8 @@ async def close(
         unit: The unit of work to close.
         commit: True to commit, False to roll back.
         error: The exception that the application raised, or None.
-        sort_tasks: True to roll back the work of failed tasks even if `commit` is True.
+        sort_tasks: True to decide for each task: the work of a task that has failed is rolled back
+            even if `commit` is True.
     """
     unit.closed = True
     try:

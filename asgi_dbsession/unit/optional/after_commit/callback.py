@@ -83,7 +83,7 @@ class AfterCommit:
         self.committed = self.committed or not (self._pending or self.rolled_back)
 
     def record_rollback(self, transaction: SessionTransaction) -> None:
-        """Called after a rollback: drop the `on_commit` function if it waits for this work."""
+        """Called after a rollback: drop the `on_commit` function if its work was rolled back."""
         if transaction in self._transactions or transaction.parent is None:
             self.rolled_back = not self.committed
 

@@ -7,7 +7,7 @@ what to do:
 
 1. The deciding session is prepared first.
 2. The deciding session is committed first. If its COMMIT fails, no other session is committed.
-3. The deciding session is rolled back last, and only if no other session can still be prepared.
+3. The deciding session is rolled back last, and only if no other session has stayed prepared.
 
 So if the deciding session is still prepared, the operator rolls back all transactions of the unit
 of work. Otherwise the operator commits all that are still prepared.
@@ -111,7 +111,7 @@ class TwoPhases:
 
 
 def _add_deciding(deciding: Session | None, unit: UnitOfWork, sessions: Sessions) -> None:
-    """Add the deciding session to `sessions`, even if it has no work.
+    """Add the deciding session (see the rules above) to `sessions`, even if it has no work.
 
     Raises:
         ConcurrentUse: The deciding session has uncommitted work of another task.
