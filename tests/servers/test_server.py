@@ -250,7 +250,7 @@ async def test_a_server_without_a_lifespan_is_answered_with_what_to_do(
         serving = await shop.start().serving()
         assert serving.get().status_code == 500
         name = "AsyncDatabase" if database == "async" else "SyncDatabase"
-        cure = f"Where the server sends no lifespan (daphne), use `{name}.from_engine(engine)`."
+        cure = f"If the server sends no lifespan (daphne), use `{name}.from_engine(engine)`."
         await becomes_true(lambda: cure in serving.printed)
     finally:
         shop.close()
