@@ -76,7 +76,7 @@ _QUICK_KINDS = ("sqlite", "asyncpg", "psycopg-sync")
 _SLOW_FOLDERS = ("servers", "frameworks", "libraries")
 _SLOW_MODULES = """
     audit benchmarks capacity comparison drivers example faults galera guides hosting_providers
-    live_in_a_browser matrix migrations observability_guide package postgresql_guide races
+    live live_in_a_browser matrix migrations observability_guide package postgresql_guide races
     readme replicas replicas_at_work replicas_failover replicas_guide replicas_lost shop site
     site_in_a_browser slow_uploads tenants testing_guide tutorial when_it_goes_wrong workers
 """
