@@ -147,6 +147,16 @@ def test_an_optional_room_is_imported_when_it_is_used(used: str, room: str) -> N
     assert rooms_after(PROGRAM + used) == {*CORE, room}
 
 
+def test_nothing_is_imported_between_a_commit_and_its_functions() -> None:
+    """If an import failed there, the client would get an error although the work is stored."""
+    program = (
+        "import sys\n"
+        "from asgi_dbsession import on_commit\n"
+        "print('asgi_dbsession.unit.optional.after_commit.call' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "True\n"
+
+
 def test_no_file_is_too_long_to_read_at_once() -> None:
     """No file has more than 250 lines."""
     lengths = {path: len(path.read_text().splitlines()) for path in HOME.rglob("*.py")}

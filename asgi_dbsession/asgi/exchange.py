@@ -40,6 +40,12 @@ class Exchange:
             raise AbortRequest
         kind = message["type"]
         if kind == "http.response.start" and not unit.is_answered:
+            # Import before COMMIT: if an import failed after it, the client would get an error
+            # although the work is stored.
+            if _is_event_stream(message):
+                from .optional.events import warn_of_early_events
+
+                self._send = warn_of_early_events(unit, self._send)
             if unit.sessions or unit.callbacks:
                 try:
                     await run_to_completion(end_work(unit, commit=self._decide(message)))
@@ -53,10 +59,6 @@ class Exchange:
             elif unit.rollback is not None:
                 forget_decisions(unit)
             unit.is_answered = True
-            if _is_event_stream(message):
-                from .optional.events import warn_of_early_events
-
-                self._send = warn_of_early_events(unit, self._send)
         elif kind in _LAST and not message.get("more_body", False) and unit.is_answered:
             if unit.is_used and not self.may_commit:
                 await self._end_body()
