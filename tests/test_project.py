@@ -1,5 +1,6 @@
 """Files for contributors and hosted services are complete, and grant few permissions."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -87,3 +88,17 @@ def test_a_bug_is_reported_with_versions_and_an_example() -> None:
     for field in ("versions", "example"):
         (asked,) = re.findall(rf"id: {field}\n(.*?)(?=\n  - type|\Z)", form, re.DOTALL)
         assert "required: true" in asked
+
+
+def test_a_mark_belongs_to_a_test() -> None:
+    """On a helper it does nothing, and the page of what was tested loses a row in silence."""
+    marked = {
+        f"{file.name}: {function.name}"
+        for file in (ROOT / "tests").rglob("*.py")
+        for function in ast.walk(ast.parse(file.read_text()))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for decorator in function.decorator_list
+        if ast.unparse(decorator).startswith("pytest.mark.")
+    }
+    assert marked
+    assert {each for each in marked if ": test_" not in each} == set()

@@ -217,7 +217,6 @@ async def test_concurrent_requests_take_turns(shop: Shop) -> None:
     assert set(await shop.all()) - {"before"} == expected
 
 
-@pytest.mark.matrix("Tests of an application", "real")
 async def cancel_after(work: Callable[[], Awaitable[None]], way: str, turns: int) -> None:
     """Do work in a task, and cancel it after some turns of the event loop."""
     scopes: list[CancelScope] = []
@@ -285,6 +284,7 @@ async def test_a_cancelled_commit_does_not_look_like_the_end_of_the_test(
             assert real.stored() == []
 
 
+@pytest.mark.matrix("Tests of an application", "real")
 async def test_a_request_that_is_cancelled_leaves_the_connection_to_the_others(shop: Shop) -> None:
     """A request that is cancelled in the middle of a statement rolls back its own work only."""
     await get(shop.app, "/one/201")
