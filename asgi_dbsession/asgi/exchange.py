@@ -5,7 +5,7 @@ from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.tasks import current_task
 from asgi_dbsession.types import Message, Receive, Send
 from asgi_dbsession.unit.decisions import forget_decisions
-from asgi_dbsession.unit.ending import end_work, end_work_of
+from asgi_dbsession.unit.ending import commit_reads, end_work, end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 from .rules import CommitRule
@@ -48,7 +48,9 @@ class Exchange:
                 self._send = warn_of_early_events(unit, self._send)
             if unit.sessions or unit.callbacks:
                 try:
-                    await run_to_completion(end_work(unit, commit=self._decide(message)))
+                    commit = self._decide(message)
+                    if not (commit and commit_reads(unit)):
+                        await run_to_completion(end_work(unit, commit=commit))
                 except Exception as error:
                     unit.failure = unit.failure or error
                     raise AbortRequest from error

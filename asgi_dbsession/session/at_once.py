@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from typing import Any
+from weakref import ref
 
 from sqlalchemy import Connection
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 
 from .companion import Companion
 from .guard import GuardedSession
-from .reads import has_only_read
+from .reads import delayed, has_only_read
 from .roll_back import has_changes
 
 # SQLAlchemy calls listeners of these events during a commit or rollback. A listener of the
@@ -22,6 +23,8 @@ _OF_SESSIONS = (
 )
 _OF_CONNECTIONS = ("commit", "rollback")
 _OF_POOLS = ("checkin", "reset")
+# The events of a commit, with the number of this package's own listeners.
+_OF_COMMIT = (("before_commit", 1), ("after_commit", 1), ("after_transaction_end", 0))
 _METHODS = ("close", "commit", "rollback")
 
 
@@ -38,6 +41,49 @@ def ends_at_once(session: Session, companion: Companion) -> bool:
         return False
     listeners = _listeners(session, _OF_SESSIONS)
     return not _has_foreign(listeners) and all(map(_sends_nothing, companion.open_connections))
+
+
+def commit_at_once(session: Session, companion: Companion) -> bool:
+    """Commit a session without a greenlet or thread, if it has only read with delayed BEGIN.
+
+    Such a commit sends nothing to the database. So this function does only those steps of
+    SQLAlchemy's `commit()` that a session without changes needs. The caller must hold the mutex of
+    the lock, and no operation may be running.
+
+    Returns:
+        True if the session was committed. False if SQLAlchemy's `commit()` is needed: there may be
+        changes, or the application has added listeners or overridden `commit()`.
+    """
+    connections = companion.open_connections
+    for connection in connections:
+        if not _commits_at_once(connection):
+            return False
+    # The followers are `on_commit` functions, which must be called after the commit.
+    if companion.refused is not None or companion.followers:
+        return False
+    if session.expire_on_commit or session.in_nested_transaction() or has_changes(session):
+        return False
+    if type(session).commit is not GuardedSession.commit:
+        return False
+    for name, number in _OF_COMMIT:
+        if len(getattr(session.dispatch, name)) != number:
+            return False
+    for connection in connections:
+        begun = connection.get_transaction()
+        if begun is not None:
+            begun.commit()
+    transaction = session.get_transaction()
+    if transaction is not None:
+        SessionTransaction.close(transaction)
+    return True
+
+
+def _commits_at_once(connection: Connection) -> bool:
+    dialect, pool = connection.dialect, connection.engine.pool.dispatch
+    # The other async drivers wait for a lock, even if they send nothing.
+    if ref(connection) not in delayed or (dialect.is_async and dialect.driver != "asyncpg"):
+        return False
+    return not connection.dispatch.commit and not pool.reset and len(pool.checkin) == 1
 
 
 def _sends_nothing(connection: Connection) -> bool:

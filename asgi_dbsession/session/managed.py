@@ -7,7 +7,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ._sqlalchemy import flush_for_commit, forget
-from .at_once import ends_at_once
+from .at_once import commit_at_once, ends_at_once
 from .companion import Companion
 from .completion import call_here
 from .end import End
@@ -65,6 +65,18 @@ class ManagedSession(Generic[S]):
             # database.begin()`, which may block its own thread.
             return False
         return ends_at_once(self.orm, self.companion)
+
+    def commit_at_once(self) -> bool:
+        """Commit the session if it has only read with delayed BEGIN, which waits for nothing.
+
+        Returns:
+            True if the session was committed. False if the caller must commit it with `end`.
+        """
+        with self.lock.mutex:
+            if self.lock.is_busy or not commit_at_once(self.orm, self.companion):
+                return False
+            self.lock.forget_users()
+        return True
 
     def close_if_idle(self) -> bool:
         """Close the session permanently if it has nothing to commit. Send nothing to the database.

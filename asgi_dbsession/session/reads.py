@@ -1,7 +1,7 @@
 """Knows which connections have only read so far, and sends BEGIN on them when needed."""
 
 from typing import Any
-from weakref import WeakSet
+from weakref import ref
 
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
@@ -13,10 +13,10 @@ from ._sqlalchemy import isolation_level_on_connect
 # The drivers of PostgreSQL that can switch autocommit on and off without a round trip to the
 # server. BEGIN is delayed only with these drivers.
 DRIVERS = ("asyncpg", "psycopg")
-# The connections that were switched to autocommit, and that have sent no BEGIN yet. The key `KEY`
-# of `connection.info` of such a connection lets autocommit be switched off again before the
-# connection returns to the pool.
-delayed: WeakSet[Connection] = WeakSet()
+# The connections that were switched to autocommit, and that have sent no BEGIN yet. A `WeakSet`
+# would be slower. The key `KEY` of `connection.info` of such a connection lets autocommit be
+# switched off again before the connection returns to the pool.
+delayed: set[ref[Connection]] = set()
 KEY = "asgi_dbsession.delayed_begin"
 
 
@@ -73,15 +73,15 @@ def has_only_read(connection: Connection) -> bool:
     if connection.dialect.name == "sqlite":
         driver: Any = connection.connection.driver_connection
         return not driver.in_transaction
-    return connection in delayed
+    return ref(connection) in delayed
 
 
 def begin_now(connection: Connection) -> None:
     """Switch autocommit off, so that the driver sends BEGIN before the next statement."""
-    if connection in delayed:
+    if ref(connection) in delayed:
         set_autocommit(connection, False)
         connection.info.pop(KEY, None)
-        delayed.discard(connection)
+        delayed.discard(ref(connection))
 
 
 def begin_on_server(connection: Connection) -> None:

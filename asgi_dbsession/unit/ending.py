@@ -30,6 +30,20 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
     return _end(unit, end, with_work(unit))
 
 
+def commit_reads(unit: UnitOfWork) -> bool:
+    """Commit at once if the only session of a unit of work has only read. This waits for nothing.
+
+    Returns:
+        True if the session was committed. False if nothing was done, and the caller must call
+        `end_work`.
+    """
+    opened = unit.opened
+    if len(opened) != 1 or unit.observers or unit.is_routed or not opened[0].commit_at_once():
+        return False
+    forget_decisions(unit)
+    return True
+
+
 async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: Living) -> None:
     """Commit or roll back the work of a task, before this task sends or waits for a message.
 
@@ -46,6 +60,8 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         Exception: The error of the flush or of COMMIT. `unit.failure` has the same error.
     """
     working = with_work(unit)
+    if not (working or unit.rollbacks or unit.callbacks):
+        return
     own, failed = sort_work(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
     # If the work of `task` stays uncommitted now, keep its `set_rollback` call for that work.

@@ -1,7 +1,7 @@
 """Delays BEGIN until a session sends a statement that may write."""
 
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExecutionContext, TwoPhaseTransaction
@@ -51,7 +51,7 @@ class DelayingReads(Reads):
         # Set `KEY` before the switch to autocommit. If a signal handler raises an exception
         # between these two steps, the listener `_restore` still switches autocommit off.
         connection.info[KEY] = True
-        delayed.add(connection)
+        delayed.add(ref(connection, delayed.discard))
         set_autocommit(connection, True)
 
     def _can_delay(self, session: Session, connection: Connection) -> bool:
@@ -96,7 +96,7 @@ def _begin_unless_plain(
     _cursor: object, _statement: str, _parameters: object, context: ExecutionContext
 ) -> None:
     connection = context.root_connection
-    if connection in delayed and not is_plain_read(context):
+    if ref(connection) in delayed and not is_plain_read(context):
         begin_now(connection)
 
 

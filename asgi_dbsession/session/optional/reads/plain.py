@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 from sqlalchemy import Column, CompoundSelect, Join, Select, Table
 from sqlalchemy.engine import ExecutionContext
@@ -60,7 +60,8 @@ _PLAIN = frozenset(
         selectable.TableClause,
     }
 )
-_known: WeakKeyDictionary[Compiled, bool] = WeakKeyDictionary()
+# Whether a compiled statement only reads. (A `WeakKeyDictionary` would be slower.)
+_known: dict[ref[Compiled], bool] = {}
 
 
 def is_plain_read(context: ExecutionContext) -> bool:
@@ -68,9 +69,9 @@ def is_plain_read(context: ExecutionContext) -> bool:
     compiled: Compiled | None = context.compiled
     if compiled is None or is_server_side(context):
         return False
-    found = _known.get(compiled)
+    found = _known.get(ref(compiled))
     if found is None:
-        found = _known[compiled] = all(
+        found = _known[ref(compiled, _known.pop)] = all(
             _is_plain_element(element, compiled) for element in _elements_of(compiled)
         )
     return found

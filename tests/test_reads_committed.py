@@ -1,0 +1,335 @@
+"""A commit of plain reads does all that the application can see of SQLAlchemy's `commit()`."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from asgi import get, respond
+from conftest import ENTRY, Real, Running, checked_out
+from several import Entry
+from sqlalchemy import event, inspect, select
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+
+from asgi_dbsession import (
+    DBSessionMiddleware,
+    ForbiddenWrite,
+    SyncDatabase,
+    on_commit,
+    safe_methods,
+)
+
+pytestmark = pytest.mark.anyio
+KINDS = ("asyncpg", "psycopg", "psycopg-sync")
+SCOPE = {"type": "http", "method": "GET", "path": "/", "headers": []}
+LISTENERS = {
+    "the session class, before": ("class", "before_commit"),
+    "the session class, after": ("class", "after_commit"),
+    "the session class, at the end": ("class", "after_transaction_end"),
+    "the session, before": ("session", "before_commit"),
+    "the session, after": ("session", "after_commit"),
+    "the session, at the end": ("session", "after_transaction_end"),
+    "the engine": ("engine", "commit"),
+    "the connection": ("connection", "commit"),
+    "the pool, at checkin": ("pool", "checkin"),
+    "the pool, at reset": ("pool", "reset"),
+}
+
+
+def orm_of(running: Running) -> Any:
+    """Return the `sqlalchemy.orm.Session` of the request."""
+    session: Any = running.database.get_session()
+    return getattr(session, "sync_session", session)
+
+
+async def get_nothing() -> Any:
+    """Receive nothing, because the application does not ask."""
+
+
+@pytest.fixture
+def listen() -> Iterator[Any]:
+    """Add listeners, and remove them after the test."""
+    added: list[Any] = []
+
+    def listen_to(*arguments: Any) -> None:
+        event.listen(*arguments)
+        added.append(arguments)
+
+    yield listen_to
+    for arguments in added:
+        event.remove(*arguments)
+
+
+@pytest.mark.parametrize("name", LISTENERS)
+async def test_a_listener_is_called_before_the_response_and_may_wait(
+    running: Running, name: str, listen: Any
+) -> None:
+    """On an async database a listener may send statements, which wait in a greenlet."""
+    of, kind = LISTENERS[name]
+    happened: list[str] = []
+
+    def listener(*_: Any) -> None:
+        if not isinstance(running.database, SyncDatabase):
+            await_only(asyncio.sleep(0))
+        happened.append("called")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        orm = orm_of(running)
+        engine = orm.bind
+        connection = orm._companion.connections[-1]
+        targets = {"session": orm, "engine": engine, "connection": connection, "pool": engine.pool}
+        if of != "class":
+            listen(targets[of], kind, listener)
+        await respond(send)
+
+    if of == "class":
+        listen(Session, kind, listener)
+
+    async def send(message: Any) -> None:
+        happened.append(message["type"])
+
+    await DBSessionMiddleware(app, running.database)(SCOPE, get_nothing, send)
+    assert happened[:2] == ["called", "http.response.start"]
+    await running.assert_clean()
+
+
+async def test_each_savepoint_is_committed_too(running: Running) -> None:
+    """A savepoint without a statement is open when the response starts, and ends then."""
+    found: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        await running.call("commit")
+        await running.call("begin_nested")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        orm = orm_of(running)
+        found.extend([orm.in_transaction(), orm.in_nested_transaction()])
+        await running.write("in the body")
+        await send({"type": "http.response.body", "body": b""})
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.error is None
+    assert found == [False, False]
+    assert running.stored() == ["in the body"]
+
+
+@pytest.mark.parametrize(("status", "expected"), [(200, "COMMIT"), (404, "ROLLBACK")])
+async def test_the_log_of_the_engine_says_what_the_status_means(
+    running: Running, status: int, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SQLAlchemy logs how the transaction ended, although nothing is sent to the server."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        await respond(send, status)
+
+    with caplog.at_level("INFO", "sqlalchemy.engine.Engine"):
+        await get(DBSessionMiddleware(app, running.database))
+    ends = {each.message.split()[0] for each in caplog.records} & {"COMMIT", "ROLLBACK"}
+    assert ends == {expected}
+
+
+@pytest.mark.parametrize("expire", [True, False])
+async def test_objects_expire_if_the_session_says_so(real: Real, *, expire: bool) -> None:
+    """The option `expire_on_commit` of the session is obeyed."""
+    found = []
+    with real.reader.begin() as connection:
+        connection.execute(ENTRY.insert().values(note="read"))
+    async with real.describe(session_options={"expire_on_commit": expire}) as database:
+        running = Running(real, database)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            read = (await running.execute(select(Entry))).scalars().one()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            found.append(inspect(read).expired)
+            await send({"type": "http.response.body", "body": b""})
+
+        exchange = await get(DBSessionMiddleware(app, database))
+    assert exchange.error is None
+    assert found == [expire]
+
+
+async def test_a_commit_of_the_application_is_called(real: Real) -> None:
+    """The session class of the application has a `commit()` of its own, which may write."""
+
+    class Writing(Session):
+        def commit(self) -> None:
+            self.execute(ENTRY.insert().values(note="by commit"))
+            super().commit()
+
+    name = "class_" if real.is_sync else "sync_session_class"
+    async with real.describe(session_options={name: Writing}) as database:
+        running = Running(real, database)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await running.execute(select(ENTRY))
+            await respond(send)
+
+        exchange = await get(DBSessionMiddleware(app, database))
+    assert exchange.error is None
+    assert real.stored() == ["by commit"]
+
+
+async def test_what_is_in_memory_is_stored(running: Running) -> None:
+    """An object that was added after the reads is written by the commit."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        orm_of(running).add(Entry("added"))
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.error is None
+    assert running.stored() == ["added"]
+
+
+async def test_the_session_works_on_after_its_reads(running: Running) -> None:
+    """The connection is in the pool while the response starts; a later write is committed."""
+    found = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        found.append(checked_out(running.database))
+        await running.execute(select(ENTRY))
+        await running.write("in the body")
+        await send({"type": "http.response.body", "body": b""})
+        found.append(checked_out(running.database))
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.error is None
+    assert found == [0, 0]
+    assert running.stored() == ["in the body"]
+
+
+async def test_a_write_on_another_database_is_stored_before_the_response(running: Running) -> None:
+    """One database was only read, and the request has written to the other one."""
+    stored: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        await running.execute(ENTRY.insert().values(note="written"), database=other)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        stored.extend(running.stored())
+        await send({"type": "http.response.body", "body": b""})
+
+    async with running.real.describe() as other:
+        exchange = await get(DBSessionMiddleware(app, running.database, other))
+    assert exchange.error is None
+    assert stored == ["written"]
+
+
+@pytest.mark.parametrize("is_inner", [False, True])
+async def test_on_commit_after_reads_is_called_before_the_response(
+    running: Running, *, is_inner: bool
+) -> None:
+    """Also if an inner middleware has the database, and commits it before the outer one."""
+    happened: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        on_commit(lambda: happened.append("called"))
+        await respond(send)
+
+    async def send(message: Any) -> None:
+        happened.append(message["type"])
+
+    async with running.real.describe() as other:
+        served: Any = DBSessionMiddleware(app, running.database)
+        if is_inner:
+            served = DBSessionMiddleware(served, other)
+        await served(dict(SCOPE), get_nothing, send)
+    assert happened[:2] == ["called", "http.response.start"]
+
+
+async def test_a_report_is_made_of_reads(running: Running) -> None:
+    """The report comes before the response, and counts the statement."""
+    happened: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        await respond(send)
+
+    async def send(message: Any) -> None:
+        happened.append(message["type"])
+
+    served = DBSessionMiddleware(
+        app, running.database, on_report=lambda report: happened.append(report.outcome)
+    )
+    await served(dict(SCOPE), get_nothing, send)
+    assert happened[:2] == ["committed", "http.response.start"]
+
+
+async def test_a_refused_write_fails_the_request_although_it_has_only_read(
+    running: Running,
+) -> None:
+    """The application has caught the error, and answers as if nothing had happened."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        with suppress(ForbiddenWrite):
+            await running.write("refused")
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database, read_only=safe_methods))
+    assert exchange.status is None
+    assert isinstance(exchange.error, ForbiddenWrite)
+
+
+async def test_the_response_waits_for_a_read_of_another_task(running: Running) -> None:
+    """The read waits for a lock on the table, and the response starts after the read."""
+    happened: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(Entry))
+        await running.call("commit")
+
+        async def read() -> None:
+            await running.execute(select(ENTRY))
+            happened.append("read")
+
+        with running.real.reader.begin() as connection:
+            connection.exec_driver_sql("LOCK TABLE entry IN ACCESS EXCLUSIVE MODE")
+            reading = asyncio.create_task(read())
+            await asyncio.sleep(0.1)
+            responding = asyncio.create_task(respond(send))
+            await asyncio.sleep(0.1)
+        await reading
+        await responding
+
+    async def send(message: Any) -> None:
+        happened.append(message["type"])
+
+    await DBSessionMiddleware(app, running.database)(dict(SCOPE), get_nothing, send)
+    assert happened[:2] == ["read", "http.response.start"]
+
+
+async def test_a_reader_that_fails_after_the_commit_does_not_undo_later_work(
+    running: Running,
+) -> None:
+    """Its reads are committed, so its failure says nothing about what another task does."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        has_read, has_started = asyncio.Event(), asyncio.Event()
+
+        async def read() -> None:
+            await running.execute(select(ENTRY))
+            has_read.set()
+            await has_started.wait()
+            raise LookupError
+
+        reading = asyncio.create_task(read())
+        await has_read.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        has_started.set()
+        with suppress(LookupError):
+            await reading
+        await running.write("in the body")
+        await send({"type": "http.response.body", "body": b""})
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.error is None
+    assert running.stored() == ["in the body"]
