@@ -9,6 +9,7 @@ import traceback
 from asyncio import wait
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from functools import lru_cache, partial, wraps
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hypothesis import example, given, strategies as st
 from sqlalchemy import URL
 from sqlalchemy.pool import StaticPool
 from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
 
 from asgi_dbsession import (
     AsyncDatabase,
@@ -157,6 +159,35 @@ async def test_an_environment_that_is_wrong_is_told(
     assert IS_NO_URL in await told(lambda: app({"type": "http"}, None, None))
 
 
+@BOTH
+@pytest.mark.parametrize(
+    ("value", "cure"),
+    [
+        (f"app:{SECRET}@db/shop", IS_NO_URL),
+        (f"postgresql://app:p@{SECRET}@db/shop", IS_NO_URL),
+        (f"nosuch://app:{SECRET}@db/shop", "Check the part before `://`"),
+    ],
+)
+async def test_a_wrong_url_in_a_variable_is_told_with_the_name_of_the_variable(
+    database_class: type[AnyDatabase], value: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An application may read several variables, and only one of them is wrong."""
+    monkeypatch.setenv("SHOP_URL", value)
+    said = await told(lambda: database_class.from_env("SHOP_URL"))
+    assert said.startswith("Wrong value of SHOP_URL: ")
+    assert cure in said
+
+
+async def test_a_driver_of_the_other_kind_in_a_variable_is_told_with_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The cure of the error stays."""
+    monkeypatch.setenv("SHOP_URL", "sqlite+pysqlite:///shop.db")
+    said = await told(lambda: AsyncDatabase.from_env("SHOP_URL"))
+    assert said.startswith("Wrong value of SHOP_URL: ")
+    assert said.endswith("Use aiosqlite, or a SyncDatabase.")
+
+
 def refused(*given: Any, **options: Any) -> str:
     """The error that the middleware raises without an event loop, as in a module."""
     with pytest.raises(ConfigurationError) as caught:
@@ -182,6 +213,165 @@ def test_what_is_no_plain_function_is_refused(option: str, wrong: Any) -> None:
     said = refused(nothing, "sqlite://", **{option: wrong})
     assert said.startswith(f"{option} takes a plain function, ")
     assert ("`def`, not `async def`" in said) == (wrong is nothing)
+
+
+def of_nothing() -> None:
+    """A function that cannot get the error, the report or the scope."""
+
+
+def of_two(first: Any, second: Any) -> None:
+    """A function that needs more than it gets."""
+
+
+def by_keyword(*, error: Any) -> None:
+    """A function that takes its argument by name only."""
+
+
+@pytest.mark.parametrize(
+    ("option", "cure"),
+    [
+        ("on_commit_error", "Write `def on_commit_error(error)`."),
+        ("on_report", "Write `def on_report(report)`."),
+        ("read_only", "Write `def read_only(scope)`."),
+        ("on_engine", "Write `def on_engine(engine)`."),
+    ],
+)
+@pytest.mark.parametrize(
+    "wrong", [of_nothing, of_two, by_keyword, partial(of_two, 1, 2), PlainTextResponse("sorry")]
+)
+def test_a_function_that_cannot_get_its_argument_is_refused(
+    option: str, cure: str, wrong: Any
+) -> None:
+    """Otherwise, the mistake would be noticed only when the first COMMIT fails."""
+    if option == "on_engine":
+        with pytest.raises(ConfigurationError) as caught:
+            AsyncDatabase("sqlite://", on_engine=wrong)
+        said = assert_tells_well(caught.value)
+    else:
+        said = refused(nothing, "sqlite://", **{option: wrong})
+    assert said == f"{option} takes a plain function with one parameter. {cure}"
+
+
+class Takes:
+    """Objects that can be called with one argument."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def __call__(self, value: Any) -> None: ...
+
+    def method(self, value: Any, more: int = 0) -> None: ...
+
+    @staticmethod
+    def static(value: Any) -> None: ...
+
+    @classmethod
+    def of_class(cls, value: Any) -> None: ...
+
+
+class Sorry(PlainTextResponse):
+    """A response that is made from the error."""
+
+
+def with_more(function: Callable[[Any, Any], None]) -> Callable[[Any], None]:
+    """Make a function of one argument, which says that it wraps a function of two."""
+
+    @wraps(function)
+    def call(value: Any) -> None:
+        function(value, None)
+
+    return call
+
+
+@pytest.mark.parametrize("option", ["on_commit_error", "on_report", "read_only", "on_engine"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        Takes,
+        Takes(),
+        Takes().method,
+        Takes.static,
+        Takes.of_class,
+        vars(Takes)["static"],
+        Sorry,
+        str,
+        int,
+        print,
+        [].append,
+        {}.get,
+        partial(of_two, 1),
+        partial(of_two, second=2),
+        lambda *values: None,
+        lambda value, more=None: None,
+        with_more(of_two),
+        lru_cache(Takes.static),
+    ],
+)
+def test_a_function_that_can_get_its_argument_is_accepted(option: str, function: Any) -> None:
+    """Python cannot tell the parameters of some builtin functions, and those are accepted too."""
+    if option == "on_engine":
+        AsyncDatabase("sqlite://", on_engine=function)
+    else:
+        middleware = DBSessionMiddleware(nothing, "sqlite://", **{option: function})
+        assert middleware.databases
+
+
+NO_FLAGS = pytest.mark.parametrize("wrong", [SECRET, "no", "", 1, 0, None], ids=repr)
+
+
+@NO_FLAGS
+def test_two_phase_takes_true_or_false(wrong: Any) -> None:
+    """A text such as "no", from the environment, would count as true."""
+    said = refused(nothing, "sqlite://", two_phase=wrong)
+    assert said == f"two_phase takes True or False, not something of type {type(wrong).__name__}."
+
+
+@BOTH
+@NO_FLAGS
+async def test_ping_on_startup_takes_true_or_false(
+    database_class: type[AnyDatabase], wrong: Any
+) -> None:
+    """The same, and also for an engine of the application."""
+    made: Any = database_class
+    cure = "ping_on_startup takes True or False, not something of type "
+    assert cure in await told(lambda: made("sqlite://", ping_on_startup=wrong))
+    async with made("sqlite://") as database:
+        engine = database.engine
+        assert cure in await told(lambda: made.from_engine(engine, ping_on_startup=wrong))
+
+
+@BOTH
+@NO_FLAGS
+@pytest.mark.parametrize("option", ["join", "read_only"])
+async def test_begin_takes_true_or_false(
+    database_class: type[AnyDatabase], option: str, wrong: Any
+) -> None:
+    """The code of the block never runs, and no connection is held."""
+    async with database_class("sqlite://") as database:
+
+        async def work() -> None:
+            begin: Any = database.begin
+            if isinstance(database, AsyncDatabase):
+                async with begin(**{option: wrong}):
+                    pytest.fail("it went on")
+            with begin(**{option: wrong}):
+                pytest.fail("it went on")
+
+        assert f"{option} takes True or False, not something of type" in await told(work)
+        pool: Any = database.engine.pool
+        assert pool.checkedout() == 0
+
+
+@BOTH
+@pytest.mark.parametrize("wrong", [-1, float("nan"), SECRET, True, None], ids=repr)
+async def test_a_time_limit_of_a_health_check_is_a_number(
+    database_class: type[AnyDatabase], wrong: Any
+) -> None:
+    """The result would say that the database does not answer, whatever it does."""
+    async with database_class("sqlite://") as database:
+        said = await told(lambda: database.health(within=wrong))
+        assert said.startswith("within takes a number of seconds, 0 or more, not ")
+        assert (await database.health(within=30)).answers
 
 
 def test_a_function_that_is_needed_cannot_be_none() -> None:
@@ -235,6 +425,8 @@ def test_an_application_may_be_given_by_name(
         ((), {"attemps": 2}, "Did you mean attempts?"),
         ((), {"commit_when": nothing}, "`def`, not `async def`"),
         ((), {"two_phase": True}, "Leave out `two_phase=True`"),
+        ((), {"two_phase": "no"}, "two_phase takes True or False"),
+        ((), {"on_commit_error": lambda: None}, "Write `def on_commit_error(error)`"),
         ((SyncDatabase,), {}, "takes a URL, an AsyncDatabase or a SyncDatabase"),
     ],
 )
@@ -256,7 +448,7 @@ async def test_a_wrong_argument_fails_the_startup_and_each_request(
 
 
 @BOTH
-@pytest.mark.parametrize("options", ["expire_on_commit", ["expire_on_commit"], 1], ids=repr)
+@pytest.mark.parametrize("options", ["expire_on_commit", ["expire_on_commit"], 1, [], ""], ids=repr)
 async def test_session_options_that_are_no_dictionary_are_refused(
     database_class: type[AnyDatabase], options: Any
 ) -> None:

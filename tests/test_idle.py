@@ -12,7 +12,7 @@ from asgi import get, respond
 from conftest import ENTRY, Running
 from sqlalchemy import select
 
-from asgi_dbsession import DBSessionMiddleware, SyncDatabase, warn_when_idle
+from asgi_dbsession import ConfigurationError, DBSessionMiddleware, SyncDatabase, warn_when_idle
 
 pytestmark = pytest.mark.anyio
 
@@ -105,3 +105,25 @@ async def test_a_task_that_outlived_its_request_is_warned_of_too(
         await asyncio.gather(*tasks)
     (message,) = caplog.messages
     assert message.startswith("A task that outlived its request held a connection of")
+
+
+@pytest.mark.parametrize("wrong", [-1, "x", None, True, float("nan"), print], ids=repr)
+def test_seconds_that_are_none_are_refused(wrong: Any) -> None:
+    """A negative number would warn about each request; a text would fail at each report."""
+    with pytest.raises(ConfigurationError, match="takes a number of seconds, 0 or more, not"):
+        warn_when_idle(wrong)
+
+
+async def test_the_function_itself_as_on_report_is_told(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the parentheses, it would get the report for its seconds and never warn."""
+    places: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await work(running, places)
+        await respond(send)
+
+    on_report: Any = warn_when_idle
+    await get(DBSessionMiddleware(app, running.database, on_report=on_report), "/")
+    assert "warn_when_idle takes a number of seconds" in caplog.text

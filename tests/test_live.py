@@ -525,6 +525,8 @@ async def test_an_allow_that_fails_shows_nothing() -> None:
         ((AsyncDatabase("sqlite://"),), {"allow": True}, "plain function"),
         ((AsyncDatabase("sqlite://"),), {"allow": fast}, "plain function"),
         ((AsyncDatabase("sqlite://"),), {"route": "/x"}, "plain function"),
+        ((AsyncDatabase("sqlite://"),), {"allow": lambda: True}, r"Write `def allow\(scope\)`"),
+        ((AsyncDatabase("sqlite://"),), {"route": lambda: ""}, r"Write `def route\(scope\)`"),
     ],
 )
 def test_what_it_cannot_be_made_with(databases: Any, options: Any, cure: str) -> None:

@@ -562,6 +562,47 @@ def test_options_that_cannot_work_are_refused(url: str, options: Any, cure: str)
         AsyncDatabase(url, **options)
 
 
+class Store:
+    """A store that keeps nothing."""
+
+    async def load(self, scope: Any) -> str | None: ...
+
+    async def save(self, scope: Any, position: str) -> None: ...
+
+
+class ForOneClient:
+    """A store that does not get the scope, which tells clients apart."""
+
+    async def load(self) -> str | None: ...
+
+    async def save(self, position: str) -> None: ...
+
+
+class StaticStore:
+    """A class that is a store itself."""
+
+    @staticmethod
+    async def load(scope: Any) -> str | None: ...
+
+    @classmethod
+    async def save(cls, scope: Any, position: str) -> None: ...
+
+
+@pytest.mark.parametrize("store", [Store(), StaticStore, None])
+def test_a_store_is_known_by_its_methods(store: Any) -> None:
+    """It needs no base class."""
+    assert Replicas([OTHER], store=store).store is store
+
+
+async def test_a_position_is_a_text() -> None:
+    """The error is the same with and without replicas."""
+    wrong: Any = 3
+    for database in (AsyncDatabase(URL), AsyncDatabase(URL, replicas=[OTHER])):
+        with pytest.raises(ConfigurationError, match="a value of the property `position`, not"):
+            async with database.begin(read_only=True, after=wrong):
+                pass
+
+
 @pytest.mark.parametrize(
     ("options", "cure"),
     [
@@ -569,6 +610,12 @@ def test_options_that_cannot_work_are_refused(url: str, options: Any, cure: str)
         ({"max_lag": True}, "1 or more"),
         ({"cookie": "a b"}, "name of a cookie"),
         ({"path": "shop"}, "such as `/`"),
+        ({"max_lag": float("inf")}, "a finite number"),
+        ({"store": 3}, r"`async def load\(scope\)` and `async def save\(scope, position\)`, not"),
+        ({"store": "redis://localhost"}, "not something of type str"),
+        ({"store": {}}, "not something of type dict"),
+        ({"store": Store}, "and not a class"),
+        ({"store": ForOneClient()}, "not something of type ForOneClient"),
     ],
 )
 def test_options_of_replicas_are_checked(options: Any, cure: str) -> None:

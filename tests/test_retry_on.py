@@ -326,6 +326,7 @@ async def coroutine_function(error: Exception) -> bool:
         ({"retry_on": BaseException}, "not BaseException"),
         ({"retry_on": (Conflict, 1)}, "a tuple of such classes"),
         ({"retry_on": coroutine_function}, "Write it with `def`"),
+        ({"retry_on": lambda: True}, r"Write `def retry_on\(error\)`"),
         ({"retry_on": Conflict, "attempts": 1}, "Set `attempts` to 2 or more"),
     ],
 )

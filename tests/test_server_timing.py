@@ -12,7 +12,13 @@ from asgi import Exchange, Life, Socket, get, respond
 from conftest import ENTRY, Running, real_database
 from sqlalchemy import select
 
-from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, ServerTimingMiddleware, UnitReport
+from asgi_dbsession import (
+    AsyncDatabase,
+    ConfigurationError,
+    DBSessionMiddleware,
+    ServerTimingMiddleware,
+    UnitReport,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -130,3 +136,24 @@ async def test_other_scopes_pass_untouched(running: Running) -> None:
     assert (await Life(served).run()).messages[0]["type"] == "lifespan.startup.complete"
     socket = await Socket(timed(app, running.database)).run()
     assert [each["type"] for each in socket.messages] == ["websocket.accept"]
+
+
+@pytest.mark.parametrize("wrong", [None, AsyncDatabase("sqlite://")], ids=repr)
+def test_what_is_no_application_is_refused(wrong: Any) -> None:
+    """The error comes when the application is built, not with each request."""
+    with pytest.raises(ConfigurationError, match="wraps an ASGI application, not something of"):
+        ServerTimingMiddleware(wrong)
+
+
+async def test_the_class_itself_as_on_report_is_told(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would make an object for each report, and add no header."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        await respond(send)
+
+    on_report: Any = ServerTimingMiddleware
+    await get(DBSessionMiddleware(app, running.database, on_report=on_report))
+    assert "give its method `ServerTimingMiddleware.note`" in caplog.text

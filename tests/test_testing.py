@@ -731,6 +731,20 @@ def test_what_is_not_a_database_is_an_error(helper: Any) -> None:
             pass
 
 
+@pytest.mark.parametrize("wrong", [-1, "10", True, float("nan")], ids=repr)
+async def test_a_number_that_is_none_is_an_error(wrong: Any) -> None:
+    """The error comes before the test runs, not after it or in the middle."""
+    database = AsyncDatabase("sqlite://")
+    with pytest.raises(ConfigurationError, match="timeout takes a number of seconds, 0 or more"):
+        rolled_back(database, timeout=wrong)
+    async with database:
+        with (
+            pytest.raises(ConfigurationError, match="at_most takes a whole number, 0 or more"),
+            count_statements(database, at_most=wrong),
+        ):
+            pytest.fail("it went on")
+
+
 async def test_using_it_in_the_wrong_place_is_an_error(real: Real) -> None:
     """The error says what to write."""
     shop = Shop.of(real)

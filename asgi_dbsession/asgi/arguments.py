@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from inspect import Parameter, iscoroutinefunction, signature
+from inspect import Parameter, signature
 from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import URL
 
+from asgi_dbsession.database.arguments import check_flags, check_function, check_number
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError, kind_of
@@ -18,6 +19,8 @@ from .rules import commit_rule
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 D = TypeVar("D")
+# The functions that an application may give, and the parameter that each of them takes.
+_PARAMETERS = {"on_commit_error": "error", "on_report": "report", "read_only": "scope"}
 
 
 async def no_application(scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,14 +65,15 @@ def usable_databases(
         _check_application(app)
         _check_names(unknown, made_by)
         _check_databases(given)
-        _check_function("commit_when", options["commit_when"])
-        for name in ("on_commit_error", "on_report", "read_only"):
+        check_flags(two_phase=options["two_phase"])
+        check_function("commit_when", options["commit_when"])
+        for name, parameter in _PARAMETERS.items():
             if options[name] is not None:
-                _check_function(name, options[name])
+                check_function(name, options[name], parameter)
         commit_rule(options["commit_when"])  # Checks the parameters of the function.
-        _check_number("attempts", options["attempts"])
+        check_number("attempts", options["attempts"])
         if options["retry_after"] is not None:
-            _check_number("retry_after", options["retry_after"])
+            check_number("retry_after", options["retry_after"])
         if options["retry_on"] is not None:
             _check_retry_on(options["retry_on"], options["attempts"])
     except ConfigurationError as error:
@@ -134,18 +138,6 @@ def _check_databases(given: Sequence[object]) -> None:
         check_cookies(replica_sets)
 
 
-def _check_function(name: str, given: object) -> None:
-    if iscoroutinefunction(given):
-        raise ConfigurationError(
-            f"{name} takes a plain function, not a coroutine function. Write it with `def`, not "
-            "`async def`."
-        )
-    if not callable(given):
-        raise ConfigurationError(
-            f"{name} takes a plain function, not something of type {type(given).__name__}."
-        )
-
-
 def _check_retry_on(given: RetryOn, attempts: int) -> None:
     from asgi_dbsession.retry.rule import rule_of
 
@@ -154,13 +146,3 @@ def _check_retry_on(given: RetryOn, attempts: int) -> None:
         raise ConfigurationError(
             "retry_on has no effect, because a request runs only once. Set `attempts` to 2 or more."
         )
-
-
-def _check_number(name: str, given: Any) -> None:
-    # `isinstance` would accept True and False too, because `bool` is a subclass of `int`.
-    is_integer = type(given) is int
-    if is_integer and given >= 1:
-        return
-    # Show only numbers, because the caller may have passed a secret to the wrong argument.
-    shown = given if is_integer else f"something of type {type(given).__name__}"
-    raise ConfigurationError(f"{name} takes a whole number, 1 or more, not {shown}.")

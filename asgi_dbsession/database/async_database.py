@@ -117,6 +117,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             TransactionAborted: The application caught an error that aborted the transaction.
             ConcurrentUse: Another task is in a `begin(join=True)` block with the same session.
             ForbiddenWrite: The block may only read, and its code tried to write.
+            ConfigurationError: An argument is wrong.
             Exception: The error of COMMIT. Nothing was stored.
         """
         self._see(after, join=join, read_only=read_only)

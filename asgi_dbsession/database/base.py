@@ -17,9 +17,11 @@ from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
+from .arguments import check_number
 from .engines import sync_engine_of
 from .health import Health
 from .replicated import ReplicatedLife
+from .url import url_with_driver
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 S = TypeVar("S")
@@ -42,10 +44,9 @@ class Database(ReplicatedLife[E], Generic[E, S]):
     ) -> None:
         super().__init__(url, ping_on_startup, on_engine, engine_options)
         self._reads = reads_of(self, autocommit_reads, self.url.get_dialect().driver)
-        if not isinstance(session_options or {}, Mapping):
+        if session_options is not None and not isinstance(session_options, Mapping):
             raise ConfigurationError(
-                f"session_options takes a dictionary, not something of type "
-                f"{type(session_options).__name__}."
+                f"session_options takes a dictionary, not {kind_of(session_options)}."
             )
         self._session_options = {
             "expire_on_commit": False,
@@ -84,6 +85,10 @@ class Database(ReplicatedLife[E], Generic[E, S]):
                 f"`{name.replace('The variable', 'DATABASE_URL')}=sqlite:///shop.db`, or give "
                 f"{cls.__name__} the URL itself."
             )
+        try:
+            url_with_driver(url, asynchronous=cls.is_async)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"Wrong value of {variable}: {error}") from error
         return cls(url, **options)
 
     @classmethod
@@ -134,7 +139,11 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         Returns:
             The health of the database. Its attribute `replicas` has the health of each replica,
             which is checked at the same time. `answers` is about the primary alone.
+
+        Raises:
+            ConfigurationError: `within` is not a number of seconds.
         """
+        check_number("within", within, 0, seconds=True)
         from .optional.health.check import health_of
 
         return await health_of(self, within)

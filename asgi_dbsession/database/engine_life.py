@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from inspect import iscoroutinefunction
 from threading import Lock
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -19,6 +18,7 @@ from asgi_dbsession.errors import (
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.unit.observer import UnitObserver
 
+from .arguments import check_flags, check_function
 from .engines import dispose, select_one, sync_engine_of
 from .failures import failure_of, reason_of
 from .forks import inherited_pools, notice_forks
@@ -41,8 +41,9 @@ class EngineLife(ABC, Generic[E]):
         on_engine: Callable[[Engine], object] | None,
         engine_options: dict[str, Any],
     ) -> None:
-        if on_engine is not None and (not callable(on_engine) or iscoroutinefunction(on_engine)):
-            raise ConfigurationError("on_engine takes a plain function (`def`) of an Engine.")
+        check_flags(ping_on_startup=ping_on_startup)
+        if on_engine is not None:
+            check_function("on_engine", on_engine, "engine")
         named = url_with_driver(url, asynchronous=self.is_async)
         refuse_autocommit(named, engine_options)
         if named.query:

@@ -59,7 +59,7 @@ class Replicas:
     ) -> None:
         from asgi_dbsession.replicas.checks import check_replicas
 
-        check_replicas(urls, max_lag, cookie, path)
+        check_replicas(urls, max_lag, cookie, path, store)
         self.urls: tuple[str | URL, ...] = tuple(urls)
         self.max_lag: float = max_lag
         self.cookie: str = cookie

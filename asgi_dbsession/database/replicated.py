@@ -9,6 +9,7 @@ from typing_extensions import Self, override
 
 from asgi_dbsession.unit.observer import UnitObserver
 
+from .arguments import check_flags
 from .engine_life import EngineLife
 from .replicas import Replicas
 
@@ -51,6 +52,9 @@ class ReplicatedLife(EngineLife[E]):
             self._orm_class = routed_class(self._orm_class)
 
     def _see(self, position: str | None, *, join: bool, read_only: bool) -> None:
+        # A single comparison, because this method runs at each `begin()`.
+        if not type(join) is type(read_only) is bool:
+            check_flags(join=join, read_only=read_only)
         if position is not None:
             from asgi_dbsession.replicas.seen_here import see
 

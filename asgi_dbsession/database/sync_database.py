@@ -124,6 +124,7 @@ class SyncDatabase(Database[Engine, AnySession]):
             ConcurrentUse: Another task or thread is in a `begin(join=True)` block with the same
                 session.
             ForbiddenWrite: The block may only read, and its code tried to write.
+            ConfigurationError: An argument is wrong.
             Exception: The error of COMMIT. Nothing was stored.
         """
         return DecoratingBlock(lambda: self._begin(join, read_only, after))

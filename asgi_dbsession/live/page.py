@@ -2,13 +2,13 @@
 
 import json
 from functools import partial
-from inspect import iscoroutinefunction
 from secrets import token_urlsafe
 from time import perf_counter
 from typing import Any
 
 import anyio
 
+from asgi_dbsession.database.arguments import check_function
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError
@@ -170,5 +170,5 @@ def _check(databases: tuple[object, ...], **functions: object) -> None:
                 f"{type(each).__name__}. Give it the object that DBSessionMiddleware has."
             )
     for name, function in functions.items():
-        if function is not None and (not callable(function) or iscoroutinefunction(function)):
-            raise ConfigurationError(f"{name} takes a plain function, written with `def`.")
+        if function is not None:
+            check_function(name, function, "scope")

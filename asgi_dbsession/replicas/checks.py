@@ -2,19 +2,23 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.database.arguments import accepts, check_number
+from asgi_dbsession.errors import ConfigurationError, kind_of
 
 # The name of a cookie consists of these characters. Source: RFC 6265, section 4.1.1
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _PATH = re.compile(r"/[^;\s\x00-\x1f\x7f]*")
 
 
-def check_replicas(urls: object, max_lag: object, cookie: object, path: object) -> None:
+def check_replicas(
+    urls: object, max_lag: float, cookie: object, path: object, store: object
+) -> None:
     """Check the arguments of `Replicas`.
 
     Raises:
@@ -22,12 +26,25 @@ def check_replicas(urls: object, max_lag: object, cookie: object, path: object) 
     """
     if isinstance(urls, str | URL) or not isinstance(urls, Sequence):
         raise ConfigurationError("replicas takes a list of URLs, even of one: `replicas=[url]`.")
-    if isinstance(max_lag, bool) or not isinstance(max_lag, int | float) or not max_lag >= 1:
-        raise ConfigurationError("max_lag takes a number of seconds, 1 or more.")
+    check_number("max_lag", max_lag, seconds=True)
+    if max_lag == inf:
+        raise ConfigurationError("max_lag takes a finite number of seconds.")
     if not isinstance(cookie, str) or not _NAME.fullmatch(cookie):
         raise ConfigurationError("cookie takes the name of a cookie: letters, digits, `_` and `-`.")
     if not isinstance(path, str) or not _PATH.fullmatch(path):
         raise ConfigurationError("path takes the path of a cookie, such as `/`.")
+    if store is not None and not _is_store(store):
+        raise ConfigurationError(
+            "store takes an object, and not a class, with the methods `async def load(scope)` and "
+            f"`async def save(scope, position)`, not {kind_of(store)}."
+        )
+
+
+def _is_store(given: Any) -> bool:
+    load, save = getattr(given, "load", None), getattr(given, "save", None)
+    if not callable(load) or not callable(save):
+        return False
+    return accepts(load, "scope") and accepts(save, "scope", "position")
 
 
 def check_cookies(replica_sets: Sequence[Any]) -> None:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.errors import ConfigurationError, kind_of
 
 from .position import Seen
 
@@ -43,8 +43,13 @@ def see(replica_set: Any, position: str, *, join: bool, read_only: bool) -> None
         read_only: The option `read_only` of `begin()`.
 
     Raises:
-        ConfigurationError: The block joins another unit of work, or may write.
+        ConfigurationError: The block joins another unit of work, or may write. Or `position` is not
+            a text.
     """
+    if not isinstance(position, str):
+        raise ConfigurationError(
+            f"`after` takes a value of the property `position`, not {kind_of(position)}."
+        )
     if join or not read_only:
         raise ConfigurationError(
             "`after` is for a unit of work of its own that may only read. Write "

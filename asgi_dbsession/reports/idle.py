@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+from asgi_dbsession.database.arguments import check_number
 from asgi_dbsession.unit.report import DatabaseReport, UnitReport
 
 _logger = logging.getLogger("asgi_dbsession")
@@ -19,7 +20,11 @@ def warn_when_idle(seconds: float = 1) -> Callable[[UnitReport], None]:
 
     Args:
         seconds: Warn if a connection was idle for this number of seconds or longer.
+
+    Raises:
+        ConfigurationError: `seconds` is not a number of seconds.
     """
+    check_number("warn_when_idle", seconds, 0, seconds=True)
 
     def warn(report: UnitReport) -> None:
         for each in report.databases:

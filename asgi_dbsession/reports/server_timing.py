@@ -2,6 +2,7 @@
 
 from contextvars import ContextVar
 
+from asgi_dbsession.errors import ConfigurationError, kind_of
 from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_dbsession.unit.report import UnitReport
 
@@ -28,9 +29,17 @@ class ServerTimingMiddleware:
 
     Args:
         app: The ASGI application to wrap.
+
+    Raises:
+        ConfigurationError: `app` is not an ASGI application.
     """
 
     def __init__(self, app: ASGIApp) -> None:
+        if not callable(app):
+            raise ConfigurationError(
+                f"ServerTimingMiddleware wraps an ASGI application, not {kind_of(app)}. As "
+                "`on_report`, give its method `ServerTimingMiddleware.note`."
+            )
         self.app: ASGIApp = app
 
     @staticmethod

@@ -1,10 +1,10 @@
 """Makes a function from the option `retry_on`, which tells if an error is retried."""
 
 from collections.abc import Callable
-from inspect import iscoroutinefunction
 from typing import Any, TypeAlias
 
 from asgi_dbsession.asgi.rules import checked
+from asgi_dbsession.database.arguments import check_function
 from asgi_dbsession.errors import ConfigurationError, kind_of
 from asgi_dbsession.types import RetryOn
 
@@ -29,9 +29,5 @@ def rule_of(retry_on: RetryOn) -> Rule:
             "retry_on takes a class of exceptions, a tuple of such classes, or a plain function, "
             f"not {kind_of(rule)}."
         )
-    if iscoroutinefunction(rule):
-        raise ConfigurationError(
-            "retry_on takes a plain function, not a coroutine function. Write it with `def`, not "
-            "`async def`."
-        )
+    check_function("retry_on", rule, "error")
     return lambda error: isinstance(error, Exception) and checked(rule(error), "retry_on")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import anyio
 from typing_extensions import TypeVarTuple, Unpack
 
+from asgi_dbsession.database.arguments import check_number
 from asgi_dbsession.errors import ConfigurationError, kind_of, name_of
 from asgi_dbsession.session.failures import watch_all
 from asgi_dbsession.types import RetryOn
@@ -81,8 +82,7 @@ def _discard(result: object) -> None:
 
 
 def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:
-    if type(attempts) is not int or attempts < 1:
-        raise ConfigurationError("attempts takes a whole number, 1 or more.")
+    check_number("attempts", attempts)
     counts = rule_of(retry_on)
     watch_all(watch_conflicts, unwatch_conflicts)
     for number in range(1, attempts + 1):

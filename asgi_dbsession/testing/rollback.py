@@ -17,6 +17,7 @@ from anyio import to_thread
 from sqlalchemy import Engine
 from sqlalchemy.util import greenlet_spawn
 
+from asgi_dbsession.database.arguments import check_number
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.listeners import prepare
 from asgi_dbsession.database.sync_database import SyncDatabase
@@ -68,11 +69,13 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
             was lost; or MariaDB committed by itself (CREATE TABLE, for example); or COMMIT was sent
             on the driver's own connection. The request gets this error, or it is raised at the end
             of the block.
-        ConfigurationError: No database was given. Or a database is in a `rolled_back` block
-            already. Or `with` was used in an `async def` function.
+        ConfigurationError: No database was given, or `timeout` is not a number of seconds. Or a
+            database is in a `rolled_back` block already. Or `with` was used in an `async def`
+            function.
         DatabaseUnavailable: A database did not answer.
     """
     check_databases("rolled_back", databases)
+    check_number("timeout", timeout, 0, seconds=True)
     return RolledBack(databases, timeout)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session
 
+from asgi_dbsession.database.arguments import check_number
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.session._sqlalchemy import original_engine
@@ -36,9 +37,11 @@ def count_statements(
     Raises:
         AssertionError: There were more statements than `at_most`. The error text shows all of them.
         DatabaseNotRunning: A database has not been started.
-        ConfigurationError: No database was given.
+        ConfigurationError: No database was given, or `at_most` is not a whole number.
     """
     check_databases("count_statements", databases)
+    if at_most is not None:
+        check_number("at_most", at_most, 0)
     statements: list[str] = []
     with ExitStack() as stack:
         recorder = _Recorder(statements, stack)

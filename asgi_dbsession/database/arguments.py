@@ -1,0 +1,71 @@
+"""Checks arguments of public functions and classes, in this package and in others."""
+
+from collections.abc import Callable
+from inspect import iscoroutinefunction, signature
+from typing import Any
+
+from asgi_dbsession.errors import ConfigurationError, kind_of
+
+
+def check_flags(**given: object) -> None:
+    """Raise an error if one of the arguments is neither True nor False."""
+    for name, value in given.items():
+        if value is not True and value is not False:
+            raise ConfigurationError(f"{name} takes True or False, not {kind_of(value)}.")
+
+
+def check_number(name: str, given: Any, least: int = 1, *, seconds: bool = False) -> None:
+    """Raise an error if an argument is not a number, or below `least`.
+
+    Args:
+        name: The name of the argument.
+        given: Its value.
+        least: The lowest number that is allowed.
+        seconds: True for a number of seconds, which may have a fraction.
+    """
+    # `isinstance` would accept True and False too, because `bool` is a subclass of `int`.
+    is_number = isinstance(given, int | float if seconds else int) and not isinstance(given, bool)
+    if is_number and given >= least:
+        return
+    # Show only numbers, because the caller may have passed a secret to the wrong argument.
+    shown = given if is_number else kind_of(given)
+    kind = "number of seconds" if seconds else "whole number"
+    raise ConfigurationError(f"{name} takes a {kind}, {least} or more, not {shown}.")
+
+
+def check_function(name: str, given: object, parameter: str | None = None) -> None:
+    """Raise an error if an argument is not a plain function with one parameter.
+
+    Args:
+        name: The name of the argument.
+        given: Its value.
+        parameter: The name of the parameter, for the error text. None: do not check parameters.
+    """
+    if not callable(given):
+        raise ConfigurationError(f"{name} takes a plain function, not {kind_of(given)}.")
+    if iscoroutinefunction(given):
+        raise ConfigurationError(
+            f"{name} takes a plain function, not a coroutine function. Write it with `def`, not "
+            "`async def`."
+        )
+    # An object with the method `async def __call__`, such as a response, is no plain function.
+    if parameter and (not accepts(given, parameter) or iscoroutinefunction(type(given).__call__)):
+        raise ConfigurationError(
+            f"{name} takes a plain function with one parameter. Write `def {name}({parameter})`."
+        )
+
+
+def accepts(function: Callable[..., object], *arguments: object) -> bool:
+    """Return True if a function can be called with these arguments, as far as Python can tell."""
+    try:
+        # A decorator may add arguments, so the function that it wraps may have more parameters.
+        parameters = signature(function, follow_wrapped=False)
+    # Python cannot tell the parameters of some builtin functions, nor of a function with an
+    # annotation that cannot be evaluated.
+    except Exception:
+        return True
+    try:
+        parameters.bind(*arguments)
+    except TypeError:
+        return False
+    return True
