@@ -88,9 +88,10 @@ class DBSessionMiddleware:
 
     Raises:
         ConfigurationError: An argument is wrong. This error is not raised here if only a URL is
-            wrong, or if an event loop is running (frameworks create their middleware in the event
-            loop). Then the startup of the server fails with this error. If the server sends no
-            startup message, each request fails with it.
+            wrong, if a database does not support `two_phase=True` (SQLite, for example), or if an
+            event loop is running (frameworks create their middleware in the event loop). Then the
+            startup of the server fails with this error. If the server sends no startup message,
+            each request fails with it.
     """
 
     def __init__(
