@@ -1,5 +1,6 @@
 """`commit_when` decides by the status, or by the status and the request."""
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,15 @@ class Rule:
         return status < 400
 
 
+def annotated_for_type_checkers() -> Any:
+    """Make a rule with an annotation that no name stands for while the program runs."""
+    # Python 3.14 evaluates an annotation when it is asked for, and older ones at once.
+    annotation = "Scope" if sys.version_info >= (3, 14) else "'Scope'"
+    names: dict[str, Any] = {}
+    exec(f"def rule(status, scope: {annotation}): return scope['path'] != '/preview'", names)
+    return names["rule"]
+
+
 RULES: list[tuple[Any, list[str]]] = [
     (below_500, ["/", "/404", "/preview"]),
     (unless_preview, ["/"]),
@@ -51,6 +61,7 @@ RULES: list[tuple[Any, list[str]]] = [
     (Rule(), ["/"]),
     (Rule().method, ["/", "/preview"]),
     (lambda *args: len(args) == 1, ["/", "/404", "/preview"]),
+    (annotated_for_type_checkers(), ["/", "/404"]),
     ((400).__gt__, ["/", "/preview"]),
 ]
 

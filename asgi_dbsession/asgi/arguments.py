@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from inspect import Parameter, signature
+from inspect import Parameter
 from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import URL
 
-from asgi_dbsession.database.arguments import check_flags, check_function, check_number
+from asgi_dbsession.database.arguments import (
+    check_flags,
+    check_function,
+    check_number,
+    signature_of,
+)
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError, kind_of
@@ -109,7 +114,7 @@ def _check_application(app: object) -> None:
 
 
 def _check_names(unknown: Mapping[str, object], made_by: type) -> None:
-    parameters = signature(made_by).parameters.values()
+    parameters = signature_of(made_by).parameters.values()
     known = [each.name for each in parameters if each.kind is Parameter.KEYWORD_ONLY]
     for name in unknown:
         if name != "app":

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
-from inspect import Signature, signature
+from inspect import Signature
 from typing import Any, TypeAlias
 
+from asgi_dbsession.database.arguments import signature_of
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
@@ -44,7 +45,7 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
 
 def _takes_scope(rule: Callable[..., object]) -> bool:
     try:
-        parameters = signature(rule)
+        parameters = signature_of(rule)
     # Python cannot tell the parameters of some builtin functions. Call such a function with the
     # status alone.
     except (TypeError, ValueError):

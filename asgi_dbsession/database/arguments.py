@@ -1,7 +1,8 @@
 """Checks arguments of public functions and classes, in this package and in others."""
 
+import sys
 from collections.abc import Callable
-from inspect import iscoroutinefunction, signature
+from inspect import Signature, iscoroutinefunction, signature
 from typing import Any
 
 from asgi_dbsession.errors import ConfigurationError, kind_of
@@ -55,14 +56,27 @@ def check_function(name: str, given: object, parameter: str | None = None) -> No
         )
 
 
+def signature_of(function: Callable[..., object], *, follow_wrapped: bool = True) -> Signature:
+    """Return the parameters of a function, without evaluating its annotations.
+
+    An annotation may name a class that only type checkers import. From Python 3.14 on, evaluating
+    such an annotation fails.
+    """
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format
+
+        text = Format.STRING
+        return signature(function, follow_wrapped=follow_wrapped, annotation_format=text)
+    return signature(function, follow_wrapped=follow_wrapped)
+
+
 def accepts(function: Callable[..., object], *arguments: object) -> bool:
     """Return True if a function can be called with these arguments, as far as Python can tell."""
     try:
         # A decorator may add arguments, so the function that it wraps may have more parameters.
-        parameters = signature(function, follow_wrapped=False)
-    # Python cannot tell the parameters of some builtin functions, nor of a function with an
-    # annotation that cannot be evaluated.
-    except Exception:
+        parameters = signature_of(function, follow_wrapped=False)
+    # Python cannot tell the parameters of some builtin functions.
+    except (TypeError, ValueError):
         return True
     try:
         parameters.bind(*arguments)
