@@ -72,14 +72,14 @@ def derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, A
 
 
 def locked(
-    operation: Callable[..., R], check: Callable[..., None] | None = None
+    operation: Callable[..., R], check: Callable[[Companion, object], None] | None = None
 ) -> Callable[..., R]:
     """Wrap a method of a session or transaction, so that it holds the session's lock while it runs.
 
     Args:
         operation: The method to wrap.
         check: A function to call before the method. It gets the `Companion` of the session (this
-            package's data) and the arguments of the method.
+            package's data) and the statement that the method was given.
     """
 
     @functools.wraps(operation)
@@ -89,7 +89,7 @@ def locked(
         is_outermost = lock.acquire()
         try:
             if check is not None:
-                check(companion, *args, **kwargs)
+                check(companion, args[0] if args else kwargs.get("statement"))
             return operation(self, *args, **kwargs)
         finally:
             if is_outermost:
@@ -215,23 +215,21 @@ class GuardedSession(ConnectingSession):
         super().reset()
 
 
-def _check_statement(
-    companion: Companion, statement: object = None, *_: object, **__: object
-) -> None:
+def _check_statement(companion: Companion, statement: object) -> None:
     companion.expects_read = not isinstance(statement, _NEVER_PLAIN)
     if companion.read_only is not None:
         companion.read_only.check_statement(statement)
 
 
-def _bulk_check(name: str) -> Callable[..., None]:
-    def check(companion: Companion, *_: object, **__: object) -> None:
+def _bulk_check(name: str) -> Callable[[Companion, object], None]:
+    def check(companion: Companion, _: object) -> None:
         if companion.read_only is not None:
             raise companion.read_only.refuse(f"`{name}()`")
 
     return check
 
 
-_checks: dict[str, Callable[..., None] | None] = {
+_checks: dict[str, Callable[[Companion, object], None] | None] = {
     **dict.fromkeys(_OPERATIONS),
     **dict.fromkeys(_STATEMENTS, _check_statement),
     **{name: _bulk_check(name) for name in _BULK_OPERATIONS},
