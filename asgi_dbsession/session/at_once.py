@@ -1,4 +1,4 @@
-"""Finds sessions whose commit or rollback sends nothing to the database, so cannot block."""
+"""Finds and commits sessions whose end sends nothing to the database, and so cannot block."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -65,8 +65,9 @@ def commit_at_once(session: Session, companion: Companion) -> bool:
         return False
     if type(session).commit is not GuardedSession.commit:
         return False
+    listeners: Any = session.dispatch
     for name, number in _OF_COMMIT:
-        if len(getattr(session.dispatch, name)) != number:
+        if len(getattr(listeners, name)) != number:
             return False
     for connection in connections:
         begun = connection.get_transaction()
