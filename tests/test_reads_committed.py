@@ -9,9 +9,10 @@ import pytest
 from asgi import get, respond
 from conftest import ENTRY, Real, Running, checked_out
 from several import Entry
-from sqlalchemy import event, inspect, select
+from sqlalchemy import event, inspect, select, text
 from sqlalchemy.orm import Session
-from sqlalchemy.util import await_only
+from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbsession import (
     DBSessionMiddleware,
@@ -333,3 +334,72 @@ async def test_a_reader_that_fails_after_the_commit_does_not_undo_later_work(
     exchange = await get(DBSessionMiddleware(app, running.database))
     assert exchange.error is None
     assert running.stored() == ["in the body"]
+
+
+CONNECTIONS = text(
+    "SELECT count(*) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND pid != pg_backend_pid()"
+)
+
+
+@pytest.mark.parametrize("pool", ["no pool", "a full pool"])
+async def test_a_connection_that_no_pool_keeps_is_closed(
+    real: Real, pool: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An async driver waits for the server when it closes a connection."""
+    options: dict[str, Any] = {"poolclass": NullPool}
+    if pool == "a full pool":
+        options = {"pool_size": 1, "max_overflow": 2}
+    all_have_read = asyncio.Barrier(3)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        await all_have_read.wait()
+        await respond(send)
+
+    with real.reader.connect() as reader:
+        before = reader.execute(CONNECTIONS).scalar_one()
+        reader.rollback()
+        async with real.describe(ping_on_startup=False, **options) as database:
+            running = Running(real, database)
+            middleware = DBSessionMiddleware(app, database)
+            exchanges = await asyncio.gather(*(get(middleware) for _ in range(3)))
+            kept = 0 if pool == "no pool" else 1
+            for _ in range(200):
+                left = reader.execute(CONNECTIONS).scalar_one() - before
+                reader.rollback()
+                if left == kept:
+                    break
+                await asyncio.sleep(0.01)
+    assert [each.error for each in exchanges] == [None] * 3
+    assert left == kept
+    assert caplog.records == []
+
+
+async def test_a_connection_of_a_pool_that_was_disposed_is_closed(
+    real: Real, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine has a new pool, but the connections return to the old one, which is full."""
+    all_have_read, is_disposed = asyncio.Barrier(3), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        await all_have_read.wait()
+        await is_disposed.wait()
+        await respond(send)
+
+    async with real.describe(pool_size=1, max_overflow=2) as database:
+        running = Running(real, database)
+        middleware = DBSessionMiddleware(app, database)
+        requests = [asyncio.create_task(get(middleware)) for _ in range(3)]
+        while checked_out(database) < len(requests):
+            await asyncio.sleep(0.01)
+        engine: Any = database.engine
+        sync_engine = getattr(engine, "sync_engine", engine)
+        old = sync_engine.pool
+        await greenlet_spawn(sync_engine.dispose)
+        is_disposed.set()
+        exchanges = await asyncio.gather(*requests)
+        await greenlet_spawn(old.dispose)
+    assert [each.error for each in exchanges] == [None] * 3
+    assert caplog.records == []

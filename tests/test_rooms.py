@@ -167,7 +167,7 @@ NAMES = {
     "session": ("_transaction", "_nested_transaction", "_autobegin_t", "_flushing"),
     "transaction": ("_prepare_impl", "_state", "_connection_for_bind", "_connections"),
     "connection": ("_dbapi_connection",),
-    "pooled": ("_connection_record",),
+    "pooled": ("_connection_record", "_pool"),
     "pool": ("_max_overflow",),
     "copy": ("_proxied",),
     "dialect": ("_on_connect_isolation_level",),

@@ -152,6 +152,12 @@ def pool_entry(connection: Connection) -> Any:
     return pooled._connection_record if pooled is not None else None
 
 
+def pool_of(connection: Connection) -> Any:
+    """Return the pool that a connection returns to. After a `dispose()`, its engine has another."""
+    pooled: Any = connection.connection
+    return pooled._pool
+
+
 def original_engine(engine: Any) -> Engine:
     """Return the engine from which `engine` was copied with other options, or `engine` itself.
 

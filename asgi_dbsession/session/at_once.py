@@ -1,12 +1,15 @@
 """Finds and commits sessions whose end sends nothing to the database, and so cannot block."""
 
 from collections.abc import Iterable
+from math import inf
 from typing import Any
 from weakref import ref
 
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.pool import QueuePool
 
+from ._sqlalchemy import pool_of
 from .companion import Companion
 from .guard import GuardedSession
 from .reads import delayed, has_only_read
@@ -80,11 +83,17 @@ def commit_at_once(session: Session, companion: Companion) -> bool:
 
 
 def _commits_at_once(connection: Connection) -> bool:
-    dialect, pool = connection.dialect, connection.engine.pool.dispatch
+    dialect = connection.dialect
     # The other async drivers wait for a lock, even if they send nothing.
     if ref(connection) not in delayed or (dialect.is_async and dialect.driver != "asyncpg"):
         return False
-    return not connection.dispatch.commit and not pool.reset and len(pool.checkin) == 1
+    pool = pool_of(connection)
+    # A pool without a free place closes the connection, and an async driver waits for that.
+    if not isinstance(pool, QueuePool) or pool.checkedin() >= (pool.size() or inf):
+        return False
+    if connection.dispatch.commit or pool.dispatch.reset:
+        return False
+    return len(pool.dispatch.checkin) == 1
 
 
 def _sends_nothing(connection: Connection) -> bool:
