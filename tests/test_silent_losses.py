@@ -10,7 +10,13 @@ from anyio import to_thread
 from asgi import Exchange, Socket, get, respond
 from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running, checked_out
 from sqlalchemy import create_engine, event, select, text
-from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DBAPIError,
+    OperationalError,
+    PendingRollbackError,
+    SQLAlchemyError,
+    TimeoutError as PoolTimeout,
+)
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session, registry
 
@@ -69,6 +75,31 @@ async def test_a_swallowed_error_cannot_turn_commit_into_a_rollback(running: Run
     else:
         assert exchange.status == 201
         assert running.stored() == ["before"]
+
+
+async def test_a_flush_that_got_no_connection_fails_the_request(real: Real) -> None:
+    """SQLAlchemy has discarded the new object, and the session has no connection to ask."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = database.get_session()
+        session.add(Note("lost"))
+        opened: Any = database.engine.connect()
+        if real.is_sync:
+            with opened, pytest.raises(PoolTimeout):
+                await running.call("flush")
+        else:
+            async with opened:
+                with pytest.raises(PoolTimeout):
+                    await running.call("flush")
+        await respond(send, 201)
+
+    async with real.describe(pool_size=1, max_overflow=0, pool_timeout=0.1) as database:
+        running = Running(real, database)
+        exchange = await get(DBSessionMiddleware(app, database))
+        assert isinstance(exchange.error, PendingRollbackError)
+        assert exchange.messages == []
+        assert real.stored() == []
+        await running.assert_clean()
 
 
 async def test_an_error_inside_a_savepoint_may_be_swallowed(running: Running) -> None:

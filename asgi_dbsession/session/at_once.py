@@ -66,7 +66,10 @@ def commit_at_once(session: Session, companion: Companion) -> bool:
         return False
     if session.expire_on_commit or session.in_nested_transaction() or has_changes(session):
         return False
-    if type(session).commit is not GuardedSession.commit:
+    transaction = session.get_transaction()
+    # After a failed flush the transaction is inactive, and SQLAlchemy's `commit()` raises an error.
+    is_inactive = transaction is not None and not transaction.is_active
+    if is_inactive or type(session).commit is not GuardedSession.commit:
         return False
     listeners: Any = session.dispatch
     for name, number in _OF_COMMIT:
@@ -76,7 +79,6 @@ def commit_at_once(session: Session, companion: Companion) -> bool:
         begun = connection.get_transaction()
         if begun is not None:
             begun.commit()
-    transaction = session.get_transaction()
     if transaction is not None:
         SessionTransaction.close(transaction)
     return True
