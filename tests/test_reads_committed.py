@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from asgi import get, respond
-from conftest import ENTRY, Real, Running, checked_out
+from conftest import CHILD, ENTRY, Real, Running, checked_out
 from several import Entry
-from sqlalchemy import event, inspect, select, text
+from sqlalchemy import Engine, create_engine, event, inspect, select, text
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only, greenlet_spawn
@@ -43,6 +44,12 @@ def orm_of(running: Running) -> Any:
     """Return the `sqlalchemy.orm.Session` of the request."""
     session: Any = running.database.get_session()
     return getattr(session, "sync_session", session)
+
+
+WAITING = text(
+    "SELECT count(*) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+)
 
 
 async def get_nothing() -> Any:
@@ -288,16 +295,15 @@ async def test_the_response_waits_for_a_read_of_another_task(running: Running) -
         await running.execute(select(Entry))
         await running.call("commit")
 
-        async def read() -> None:
-            await running.execute(select(ENTRY))
-            happened.append("read")
-
         with running.real.reader.begin() as connection:
             connection.exec_driver_sql("LOCK TABLE entry IN ACCESS EXCLUSIVE MODE")
-            reading = asyncio.create_task(read())
-            await asyncio.sleep(0.1)
+            reading = asyncio.create_task(running.execute(select(ENTRY)))
+            while not connection.execute(WAITING).scalar_one():
+                await asyncio.sleep(0.01)
             responding = asyncio.create_task(respond(send))
-            await asyncio.sleep(0.1)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert happened == []
         await reading
         await responding
 
@@ -305,7 +311,7 @@ async def test_the_response_waits_for_a_read_of_another_task(running: Running) -
         happened.append(message["type"])
 
     await DBSessionMiddleware(app, running.database)(dict(SCOPE), get_nothing, send)
-    assert happened[:2] == ["read", "http.response.start"]
+    assert happened == ["http.response.start", "http.response.body"]
 
 
 async def test_a_reader_that_fails_after_the_commit_does_not_undo_later_work(
@@ -334,6 +340,31 @@ async def test_a_reader_that_fails_after_the_commit_does_not_undo_later_work(
     exchange = await get(DBSessionMiddleware(app, running.database))
     assert exchange.error is None
     assert running.stored() == ["in the body"]
+
+
+async def test_a_closed_connection_that_has_written_does_not_hide_behind_a_reader(
+    real: Real,
+) -> None:
+    """The table `entry` has an engine of its own, whose connection is closed after the write."""
+    far: Any = create_engine(real.url) if real.is_sync else create_async_engine(real.url)
+    engine: Engine = getattr(far, "sync_engine", far)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("lost")
+        await greenlet_spawn(close, orm_of(running))
+        await running.execute(select(CHILD))
+        await respond(send, 201)
+
+    def close(orm: Any) -> None:
+        orm.connection(bind_arguments={"bind": engine}).close()
+
+    async with real.describe(session_options={"binds": {ENTRY: far}}) as database:
+        running = Running(real, database)
+        exchange = await get(DBSessionMiddleware(app, database))
+        await running.assert_clean()
+    await greenlet_spawn(engine.dispose)
+    assert (exchange.error is None, exchange.status) == (False, None)
+    assert real.stored() == []
 
 
 CONNECTIONS = text(

@@ -1,4 +1,4 @@
-"""Checks arguments of public functions and classes, in this package and in others."""
+"""Checks the arguments that applications give to public functions and classes."""
 
 import sys
 from collections.abc import Callable

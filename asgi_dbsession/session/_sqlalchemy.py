@@ -152,6 +152,11 @@ def pool_entry(connection: Connection) -> Any:
     return pooled._connection_record if pooled is not None else None
 
 
+def connections_of(transaction: SessionTransaction) -> set[Connection]:
+    """Return all connections that a session's transaction has used, also those that were closed."""
+    return {used[0] for used in transaction._connections.values()}
+
+
 def pool_of(connection: Connection) -> Any:
     """Return the pool that a connection returns to. After a `dispose()`, its engine has another."""
     pooled: Any = connection.connection

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import QueuePool
 
-from ._sqlalchemy import pool_of
+from ._sqlalchemy import connections_of, pool_of
 from .companion import Companion
 from .guard import GuardedSession
 from .reads import delayed, has_only_read
@@ -57,34 +57,39 @@ def commit_at_once(session: Session, companion: Companion) -> bool:
         True if the session was committed. False if SQLAlchemy's `commit()` is needed: there may be
         changes, or the application has added listeners or overridden `commit()`.
     """
-    connections = companion.open_connections
-    for connection in connections:
-        if not _commits_at_once(connection):
-            return False
+    transaction = session.get_transaction()
+    # After a failed flush the transaction is inactive, and SQLAlchemy's `commit()` raises an error.
+    if transaction is None or not transaction.is_active or not _has_only_transactions(session):
+        return False
     # The followers are `on_commit` functions, which must be called after the commit.
     if companion.refused is not None or companion.followers:
         return False
-    if session.expire_on_commit or session.in_nested_transaction() or has_changes(session):
+    # Each connection must be known to have only read. A session without connections proves nothing:
+    # a connection that has written may have been closed.
+    connections = connections_of(transaction)
+    if not connections or not all(map(_commits_at_once, connections)):
         return False
-    transaction = session.get_transaction()
-    # After a failed flush the transaction is inactive, and SQLAlchemy's `commit()` raises an error.
-    is_inactive = transaction is not None and not transaction.is_active
-    if is_inactive or type(session).commit is not GuardedSession.commit:
-        return False
-    listeners: Any = session.dispatch
-    for name, number in _OF_COMMIT:
-        if len(getattr(listeners, name)) != number:
-            return False
     for connection in connections:
         begun = connection.get_transaction()
         if begun is not None:
             begun.commit()
-    if transaction is not None:
-        SessionTransaction.close(transaction)
+    SessionTransaction.close(transaction)
     return True
 
 
+def _has_only_transactions(session: Session) -> bool:
+    """Return True if a commit only ends transactions: no flush, and no code of the application."""
+    if session.expire_on_commit or session.in_nested_transaction() or has_changes(session):
+        return False
+    if type(session).commit is not GuardedSession.commit:
+        return False
+    listeners: Any = session.dispatch
+    return all(len(getattr(listeners, name)) == number for name, number in _OF_COMMIT)
+
+
 def _commits_at_once(connection: Connection) -> bool:
+    if connection.closed or connection.invalidated or connection.get_transaction() is None:
+        return False
     dialect = connection.dialect
     # The other async drivers wait for a lock, even if they send nothing.
     if ref(connection) not in delayed or (dialect.is_async and dialect.driver != "asyncpg"):
@@ -93,9 +98,7 @@ def _commits_at_once(connection: Connection) -> bool:
     # A pool without a free place closes the connection, and an async driver waits for that.
     if not isinstance(pool, QueuePool) or pool.checkedin() >= (pool.size() or inf):
         return False
-    if connection.dispatch.commit or pool.dispatch.reset:
-        return False
-    return len(pool.dispatch.checkin) == 1
+    return not (connection.dispatch.commit or pool.dispatch.reset or len(pool.dispatch.checkin) > 1)
 
 
 def _sends_nothing(connection: Connection) -> bool:
