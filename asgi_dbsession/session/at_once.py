@@ -59,15 +59,17 @@ def commit_at_once(session: Session, companion: Companion) -> bool:
     """
     transaction = session.get_transaction()
     # After a failed flush the transaction is inactive, and SQLAlchemy's `commit()` raises an error.
-    if transaction is None or not transaction.is_active or not _has_only_transactions(session):
-        return False
-    # The followers are `on_commit` functions, which must be called after the commit.
-    if companion.refused is not None or companion.followers:
+    if transaction is None or not transaction.is_active:
         return False
     # Each connection must be known to have only read. A session without connections proves nothing:
     # a connection that has written may have been closed.
     connections = connections_of(transaction)
     if not connections or not all(map(_commits_at_once, connections)):
+        return False
+    # The followers are `on_commit` functions, which must be called after the commit.
+    if companion.refused is not None or companion.followers:
+        return False
+    if not _has_only_transactions(session):
         return False
     for connection in connections:
         begun = connection.get_transaction()
@@ -88,11 +90,13 @@ def _has_only_transactions(session: Session) -> bool:
 
 
 def _commits_at_once(connection: Connection) -> bool:
-    if connection.closed or connection.invalidated or connection.get_transaction() is None:
+    if ref(connection) not in delayed or connection.closed or connection.invalidated:
+        return False
+    if connection.get_transaction() is None:
         return False
     dialect = connection.dialect
     # The other async drivers wait for a lock, even if they send nothing.
-    if ref(connection) not in delayed or (dialect.is_async and dialect.driver != "asyncpg"):
+    if dialect.is_async and dialect.driver != "asyncpg":
         return False
     pool = pool_of(connection)
     # A pool without a free place closes the connection, and an async driver waits for that.
