@@ -20,6 +20,7 @@ from sqlalchemy import (
     case,
     cast,
     column,
+    create_engine,
     event,
     exists,
     func,
@@ -31,6 +32,7 @@ from sqlalchemy import (
     union,
 )
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, joinedload, mapped_column, relationship
 from sqlalchemy.schema import ForeignKey
 from sqlalchemy.sql.elements import quoted_name
@@ -178,6 +180,32 @@ async def test_a_write_after_reads_is_committed_or_rolled_back_as_ever(
     assert exchange.error is None
     assert running.stored() == (["kept"] if status == 201 else [])
     await running.assert_clean()
+
+
+async def test_a_listener_that_executes_the_statements_does_not_store_them_at_once(
+    real: Real,
+) -> None:
+    """SQLAlchemy calls no listener of `do_execute` after one that returns True."""
+    kind: Any = SyncDatabase if real.is_sync else AsyncDatabase
+    engine: Any = create_engine(real.url) if real.is_sync else create_async_engine(real.url)
+
+    def execute(cursor: Any, statement: str, parameters: Any, _context: Any) -> bool:
+        cursor.execute(statement, parameters)
+        return True
+
+    async def work(watched: Watched) -> None:
+        await watched.execute(PLAIN["columns"])
+        await running.write("not kept")
+
+    event.listen(getattr(engine, "sync_engine", engine), "do_execute", execute)
+    running = Running(real, kind.from_engine(engine))
+    exchange = await in_request(running, work, 409)
+    assert (exchange.status, running.stored()) == (409, [])
+    await running.assert_clean()
+    if real.is_sync:
+        engine.dispose()
+    else:
+        await engine.dispose()
 
 
 async def test_a_connection_goes_back_to_its_pool_as_it_came(running: Running) -> None:

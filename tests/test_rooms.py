@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 from sqlalchemy import Integer, create_engine, select
 from sqlalchemy.engine import TwoPhaseTransaction
+from sqlalchemy.event import api as event_api
 from sqlalchemy.orm import Session, session as orm_session
 from sqlalchemy.pool import QueuePool
 
@@ -170,11 +171,12 @@ NAMES = {
     "pooled": ("_connection_record", "_pool"),
     "pool": ("_max_overflow",),
     "copy": ("_proxied",),
-    "dialect": ("_on_connect_isolation_level",),
+    "dialect": ("_on_connect_isolation_level", "_has_events"),
     "context": ("_is_server_side",),
     "select": ("_prefixes", "_suffixes", "_hints", "_statement_hints", "_propagate_attrs"),
     "type": ("_has_column_expression", "_has_bind_expression"),
     "registry": ("_sessions",),
+    "event": ("_event_key",),
 }
 
 
@@ -195,6 +197,7 @@ def test_sqlalchemy_still_has_the_private_names_that_are_used(owner: str, name: 
             "select": select(1),
             "type": Integer(),
             "registry": orm_session,
+            "event": event_api,
         }
         assert hasattr(owners[owner], name), f"SQLAlchemy has no {name} any more"
     engine.dispose()

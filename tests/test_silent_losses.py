@@ -9,7 +9,7 @@ import pytest
 from anyio import to_thread
 from asgi import Exchange, Socket, get, respond
 from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running, checked_out
-from sqlalchemy import create_engine, event, select, text
+from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.exc import (
     DBAPIError,
     OperationalError,
@@ -316,6 +316,42 @@ async def test_an_engine_and_its_copy_with_other_options_are_watched(
         assert isinstance(exchange.error, TransactionAborted)
         assert exchange.messages == []
     assert real.stored() == []
+    if real.is_sync:
+        engine.dispose()
+    else:
+        await engine.dispose()
+
+
+class Translated(Exception):
+    """The error that a listener of the application raises instead of the driver's."""
+
+
+@pytest.mark.parametrize("of", ["the class", "the engine"])
+@pytest.mark.parametrize("real", ["asyncpg", "psycopg", "psycopg-sync"], indirect=True)
+async def test_a_listener_that_raises_its_own_error_hides_no_failure(real: Real, of: str) -> None:
+    """SQLAlchemy calls no listener of `handle_error` after one that raises an exception."""
+    kind: Any = SyncDatabase if real.is_sync else AsyncDatabase
+    engine: Any = create_engine(real.url) if real.is_sync else create_async_engine(real.url)
+    target = Engine if of == "the class" else getattr(engine, "sync_engine", engine)
+
+    def translate(context: Any) -> None:
+        raise Translated
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("before")
+        with pytest.raises(Translated):
+            await running.execute(WRONG)
+        await respond(send, 201)
+
+    event.listen(target, "handle_error", translate)
+    try:
+        running = Running(real, kind.from_engine(engine))
+        exchange = await get(DBSessionMiddleware(app, running.database))
+    finally:
+        event.remove(target, "handle_error", translate)
+    assert (exchange.messages, running.stored()) == ([], [])
+    assert isinstance(exchange.error, Translated | TransactionAborted)
+    await running.assert_clean()
     if real.is_sync:
         engine.dispose()
     else:

@@ -80,8 +80,8 @@ async def running(real: Real) -> AsyncIterator[Running]:
         await running.assert_clean()
 
 
-def borrowed(real: Real, begin: str | None) -> AnyDatabase:
-    """An engine of the application, whose own listener begins each transaction."""
+def borrowed(real: Real, begin: str | None, execute: Any = None) -> AnyDatabase:
+    """An engine of the application, whose own listeners begin each transaction, or execute."""
 
     def configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None
@@ -90,8 +90,10 @@ def borrowed(real: Real, begin: str | None) -> AnyDatabase:
     driver = "pysqlite" if real.is_sync else "aiosqlite"
     url = real.url.set(drivername=f"sqlite+{driver}")
     engine = make(url, pool_events=[(configure, "connect")])
+    sync_engine: Engine = getattr(engine, "sync_engine", engine)
+    if execute is not None:
+        event.listen(sync_engine, "do_execute", execute)
     if begin is not None:
-        sync_engine: Engine = getattr(engine, "sync_engine", engine)
         event.listen(sync_engine, "begin", lambda connection: connection.exec_driver_sql(begin))
     database_class: Any = SyncDatabase if real.is_sync else AsyncDatabase
     database: AnyDatabase = database_class.from_engine(engine)
@@ -345,6 +347,26 @@ async def test_a_swallowed_error_that_rolled_back_stores_no_half(
         assert (exchange.status, exchange.error) == (409, None)
     assert running.stored() == []
     await dispose(database) if engine == "borrowed" else None
+
+
+async def test_a_listener_that_executes_the_statements_hides_no_error(real: Real) -> None:
+    """SQLAlchemy calls no listener of `do_execute` after one that returns True."""
+
+    def execute(cursor: Any, statement: str, parameters: Any, _context: Any) -> bool:
+        cursor.execute(statement, parameters)
+        return True
+
+    database = borrowed(real, "BEGIN", execute)
+    running = Running(real, database)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await swallow(running, UPSET["OR ROLLBACK"])
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, database))
+    assert isinstance(exchange.error, TransactionAborted)
+    assert (exchange.messages, running.stored()) == ([], [])
+    await dispose(database)
 
 
 async def test_a_swallowed_error_in_a_savepoint_that_rolled_back_everything(

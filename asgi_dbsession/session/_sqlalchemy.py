@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import Transaction, TwoPhaseTransaction
+from sqlalchemy.event.api import _event_key
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import (
     SessionTransactionOrigin,
@@ -173,6 +174,22 @@ def original_engine(engine: Any) -> Engine:
         engine = original
     found: Engine = engine
     return found
+
+
+def listen_first(target: Any, name: str, listener: Callable[..., object]) -> None:
+    """Add a listener in front of all others, for an event of `sqlalchemy.events.DialectEvents`.
+
+    A listener of these events keeps SQLAlchemy from calling the listeners after it if it raises an
+    exception, or if it executes the statement itself. `event.listen` ignores `insert=True` here.
+
+    Args:
+        target: An engine, or the class `Engine`, whose listeners come before those of an engine.
+        name: The name of the event.
+        listener: The function to call.
+    """
+    key: Any = _event_key(target, name, listener)
+    key.dispatch_target._has_events = True
+    key.base_listen(insert=True)
 
 
 def most_overflow(pool: QueuePool) -> int:

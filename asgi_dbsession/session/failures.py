@@ -12,7 +12,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbsession.errors import TransactionAborted, without_secrets
 
-from ._sqlalchemy import is_prepared, original_engine
+from ._sqlalchemy import is_prepared, listen_first, original_engine
 from .completion import run_to_completion
 from .read_only import KEY
 from .sqlite import unwatch_sqlite, was_rolled_back, watch_sqlite
@@ -40,7 +40,6 @@ def watch(engine: Engine) -> None:
     """Start to record the statements that fail on `engine`. A second call does nothing."""
     engine = original_engine(engine)
     if engine not in _watched:
-        event.listen(engine, "handle_error", _record_failure)
         watch_sqlite(engine)
         _watched.add(engine)
         for watcher in _watchers:
@@ -64,7 +63,6 @@ def unwatch(engine: Engine) -> None:
     """Remove the listeners that `watch` added to `engine`."""
     engine = original_engine(engine)
     if engine in _watched:
-        event.remove(engine, "handle_error", _record_failure)
         unwatch_sqlite(engine)
         for undo in _watchers.values():
             undo(engine)
@@ -89,7 +87,7 @@ def refuse_if_aborted(connections: tuple[Connection, ...]) -> None:
 
 def _record_failure(context: ExceptionContext) -> None:
     connection = context.connection
-    if connection is None:
+    if connection is None or original_engine(connection.engine) not in _watched:
         return
     if isinstance(context.original_exception, CancelledError) and connection.dialect.is_async:
         discard(connection)
@@ -224,3 +222,8 @@ def _throw_away(connection: Connection) -> None:
         with suppress(Exception):
             connection.dialect.do_rollback(connection.connection)
     connection.invalidate()
+
+
+# A listener of the application may raise an exception of its own, and then SQLAlchemy calls no
+# listener after it. Listeners of the class come before those of an engine.
+listen_first(Engine, "handle_error", _record_failure)

@@ -8,6 +8,8 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect, ExecutionContext
 from sqlalchemy.orm import SessionTransaction
 
+from ._sqlalchemy import listen_first
+
 # The first word of a statement, after comments.
 _FIRST_WORD = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)
 _WORD = re.compile(r"\w+")
@@ -44,7 +46,7 @@ def watch_sqlite(engine: Engine) -> None:
     if engine.dialect.name == "sqlite" and engine.dialect not in _watched:
         _watched.add(engine.dialect)
         for name in _EVENTS:
-            event.listen(engine, name, _begin_before_statement)
+            listen_first(engine, name, _begin_before_statement)
 
 
 def unwatch_sqlite(engine: Engine) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 from typing_extensions import override
 
-from asgi_dbsession.session._sqlalchemy import is_flushing
+from asgi_dbsession.session._sqlalchemy import is_flushing, listen_first
 from asgi_dbsession.session.reads import (
     KEY,
     Reads,
@@ -81,7 +81,7 @@ def watch_reads(engine: Engine) -> None:
     if engine.dialect not in _watched:
         _watched.add(engine.dialect)
         for name, listener in _LISTENERS.items():
-            event.listen(engine, name, listener)
+            (event.listen if name == "checkin" else listen_first)(engine, name, listener)
 
 
 def unwatch_reads(engine: Engine) -> None:
