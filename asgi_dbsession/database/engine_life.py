@@ -19,7 +19,7 @@ from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.unit.observer import UnitObserver
 
 from .arguments import check_flags, check_function
-from .engines import dispose, select_one, sync_engine_of
+from .engines import call_with, select_one, sync_engine_of
 from .failures import failure_of, reason_of
 from .forks import inherited_pools, notice_forks
 from .listeners import built, prepare
@@ -117,7 +117,7 @@ class EngineLife(ABC, Generic[E]):
         """
         engine = self._end_start()
         if engine is not None:
-            await run_to_completion(dispose(engine))
+            await run_to_completion(call_with(engine, Engine.dispose))
 
     def _begin_start(self) -> E:
         """Count a call of `startup`. At the first call, build the engine."""
@@ -178,14 +178,14 @@ class EngineLife(ABC, Generic[E]):
         """
         engine = self.engine
         try:
-            await select_one(engine)
+            await call_with(engine, select_one)
         except Exception as error:
             self._raise_failure(error)
         finally:
             # If the database was shut down during this statement, its new connection is still open.
             # So dispose the engine again.
             if self._engine is not engine:
-                await run_to_completion(dispose(engine))
+                await run_to_completion(call_with(engine, Engine.dispose))
 
     def _build_engine(self) -> E:
         try:

@@ -1,4 +1,4 @@
-"""The operations on an engine that differ between async and sync engines."""
+"""Calls blocking functions with an engine: in a greenlet for an async engine, or in a thread."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.util import greenlet_spawn
 
 T = TypeVar("T")
 
@@ -15,37 +16,22 @@ def sync_engine_of(engine: Engine | AsyncEngine) -> Engine:
     return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
 
 
-async def select_one(engine: Engine | AsyncEngine) -> None:
+async def call_with(engine: Engine | AsyncEngine, function: Callable[[Engine], T]) -> T:
+    """Call a blocking function with the sync engine, without blocking the event loop."""
+    if isinstance(engine, AsyncEngine):
+        return await greenlet_spawn(function, engine.sync_engine)
+    return await run_in_thread(function, engine)
+
+
+def select_one(engine: Engine) -> None:
     """Send a statement to check that the database answers."""
-    if isinstance(engine, Engine):
-        await run_in_thread(select_one_here, engine)
-        return
-    pool = engine.pool
-    async with engine.connect() as connection:
-        await connection.execute(select(1))
-        # If the engine was disposed during this statement, its new pool does not know this
-        # connection, and would not close it later. So close the connection here.
-        if engine.pool is not pool:
-            await connection.invalidate()
-
-
-def select_one_here(engine: Engine) -> None:
-    """Send a statement on the calling thread, to check that the database answers."""
     pool = engine.pool
     with engine.connect() as connection:
         connection.execute(select(1))
-        # As above: `dispose()` has replaced the pool, and the new pool does not know this
-        # connection. Detach the connection, so that the end of the `with` block closes it.
+        # If the engine was disposed during this statement, its new pool does not know this
+        # connection, and would not close it later. So close the connection here.
         if engine.pool is not pool:
-            connection.detach()
-
-
-async def dispose(engine: Engine | AsyncEngine) -> None:
-    """Close all connections of the engine's pool."""
-    if isinstance(engine, AsyncEngine):
-        await engine.dispose()
-    else:
-        await run_in_thread(engine.dispose)
+            connection.invalidate()
 
 
 async def run_in_thread(function: Callable[..., T], *args: Any) -> T:

@@ -18,7 +18,7 @@ from asgi_dbsession.unit.blocks import blocking_block_of
 
 from .base import Database
 from .decorator import DecoratingBlock
-from .engines import run_in_thread, select_one_here
+from .engines import run_in_thread, select_one
 from .options import AnySession, SessionOptions
 from .replicas import Replicas
 
@@ -82,7 +82,7 @@ class SyncDatabase(Database[Engine, AnySession]):
         engine = self._begin_start()
         try:
             if self._ping_on_startup:
-                select_one_here(engine)
+                select_one(engine)
             if self._replica_set is not None:
                 self._replica_set.start_here()
         except BaseException as error:

@@ -9,7 +9,7 @@ from anyio import move_on_after, sleep
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from asgi_dbsession.database.engines import select_one, select_one_here
+from asgi_dbsession.database.engines import call_with, select_one
 
 # A blocking driver cannot be stopped, so a check may still run in its thread after its callers have
 # stopped waiting. At most this many checks run at the same time.
@@ -51,7 +51,7 @@ class TaskQuestions:
         # Run the check in an empty context. In the context of a request, some drivers would keep
         # all context variables of this request in memory as long as the connection is open.
         loop = asyncio.get_running_loop()
-        task = loop.create_task(select_one(engine), context=Context())
+        task = loop.create_task(call_with(engine, select_one), context=Context())
         task.add_done_callback(self._forget)
         self._current, self._callers[task] = (engine, task), 0
         return task
@@ -131,7 +131,7 @@ class ThreadQuestions:
     def _run(self, engine: Engine, answer: "Future[None]") -> None:
         failure: Exception | None = None
         try:
-            select_one_here(engine)
+            select_one(engine)
         except Exception as error:
             failure = error
         finally:
