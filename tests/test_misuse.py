@@ -500,7 +500,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a driver for asyncio": (lambda any_: SyncDatabase(URL), r"or use an AsyncDatabase"),
     "a session class of the other kind": (
         lambda any_: SyncDatabase(SYNC_URL, session_options={"class_": any_(AsyncSession)}),
-        r"needs a subclass of Session",
+        r"takes a subclass of Session",
     ),
     "a coroutine function for commit_when": (
         lambda any_: DBSessionMiddleware(nothing, URL, commit_when=any_(nothing)),

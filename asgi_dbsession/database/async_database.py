@@ -21,7 +21,7 @@ from asgi_dbsession.types import RetryOn, Scope
 from asgi_dbsession.unit.blocks import block_of
 
 from .base import Database
-from .options import AnyAsyncSession, AsyncSessionOptions
+from .options import AnyAsyncSession, AsyncSessionOptions, take_class
 from .replicas import Replicas
 
 T = TypeVar("T")
@@ -73,10 +73,11 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             engine_options,
             on_engine=on_engine,
         )
-        session_class: type[AnyAsyncSession] = self._session_class(AsyncSession)
+        options = self._session_options
+        session_class: type[AnyAsyncSession] = take_class(options, "class_", AsyncSession)
         self._guarded_class = guarded_async_class(session_class)
         default = session_class.sync_session_class
-        self._orm_class = guarded_class(self._session_class(Session, "sync_session_class", default))
+        self._orm_class = guarded_class(take_class(options, "sync_session_class", Session, default))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._check_session_options()
         self._add_replicas(url, replicas, {"on_engine": on_engine} | engine_options)
@@ -162,8 +163,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     @property
     @override
     def engine(self) -> AsyncEngine:
-        if self._loop is not None or not self._owns_engine:
-            self._refuse_other_loop()
+        self._refuse_other_loop()
         if self._engine is None:
             raise DatabaseNotRunning(self)
         return self._engine

@@ -3,34 +3,38 @@
 import os
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from typing_extensions import Self
 
-from asgi_dbsession.errors import ConfigurationError, kind_of
+from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.reads import reads_of
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
-from .arguments import check_number
+from .arguments import check_flags, check_number
+from .engine_life import EngineLife
 from .engines import sync_engine_of
 from .health import Health
-from .replicated import ReplicatedLife
+from .options import checked_options
+from .replicas import Replicas
 from .url import url_with_driver
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 S = TypeVar("S")
 
 
-class Database(ReplicatedLife[E], Generic[E, S]):
+class Database(EngineLife[E], Generic[E, S]):
     """The methods that `AsyncDatabase` and `SyncDatabase` have in common."""
 
     _engine_class: type[E]
+    # The class of the sessions: a subclass of SQLAlchemy's `Session`, also for an async database.
+    _orm_class: type[Any]
 
     def __init__(
         self,
@@ -44,17 +48,7 @@ class Database(ReplicatedLife[E], Generic[E, S]):
     ) -> None:
         super().__init__(url, ping_on_startup, on_engine, engine_options)
         self._reads = reads_of(self, autocommit_reads, self.url.get_dialect().driver)
-        if session_options is not None and not isinstance(session_options, Mapping):
-            raise ConfigurationError(
-                f"session_options takes a dictionary, not {kind_of(session_options)}."
-            )
-        self._session_options = {
-            "expire_on_commit": False,
-            **(session_options or {}),
-            # Without this option, a session could be used again after its close, and keep a
-            # connection.
-            "close_resets_only": False,
-        }
+        self._session_options = checked_options(session_options)
         self.observers: tuple[UnitObserver, ...] = ()
 
     @classmethod
@@ -69,21 +63,15 @@ class Database(ReplicatedLife[E], Generic[E, S]):
             ConfigurationError: The environment variable is not set, or its value is not a usable
                 URL.
         """
-        if not isinstance(variable, str) or "://" in variable:
-            # Do not show the value in the error, because a URL may contain a password.
-            raise ConfigurationError(
-                f"{cls.__name__}.from_env takes the name of an environment variable; a URL goes "
-                f"into {cls.__name__} itself."
-            )
-        url = os.environ.get(variable)
+        url = os.environ.get(str(variable))
         if not url:
             # Show the value in the error only if it looks like the name of an environment variable.
-            # Any other value may be a secret.
-            name = variable if re.fullmatch(r"[A-Z][A-Z0-9_]*", variable) else "The variable"
+            # Any other value may be a URL, with a password.
+            is_name = re.fullmatch(r"[A-Z][A-Z0-9_]*", str(variable))
             raise ConfigurationError(
-                f"{name} is not set. Set it to a database URL, for example "
-                f"`{name.replace('The variable', 'DATABASE_URL')}=sqlite:///shop.db`, or give "
-                f"{cls.__name__} the URL itself."
+                f"{variable if is_name else 'The variable'} is not set. Set it to a database URL, "
+                f"for example `{variable if is_name else 'DATABASE_URL'}=sqlite:///shop.db`, or "
+                f"give {cls.__name__} the URL itself."
             )
         try:
             url_with_driver(url, asynchronous=cls.is_async)
@@ -124,6 +112,21 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         database._owns_engine = False
         borrow(sync_engine_of(engine), database, database._observers)
         return database
+
+    @property
+    def replicas(self) -> tuple[Self, ...]:
+        """The replicas, as objects of this class, each with its own `engine` and `health()`."""
+        return self._replica_set.databases if self._replica_set is not None else ()
+
+    @property
+    def position(self) -> str | None:
+        """The WAL position of the primary that the current client has seen; None if it is unknown.
+
+        Read this property after a `begin()` block or in an `on_commit` function, and send it in a
+        message to a worker. In the worker, `begin(read_only=True, after=position)` sees all changes
+        that the client has seen, even on a replica. Without replicas, the value is always None.
+        """
+        return self._replica_set.position if self._replica_set is not None else None
 
     async def health(self, *, within: float = 1) -> Health:
         """Check if the database answers within a time limit, for a path such as `/health`.
@@ -197,6 +200,14 @@ class Database(ReplicatedLife[E], Generic[E, S]):
         self.observers = (*self.observers, observer)
         self.observe(observer)
 
+    def observe(self, observer: UnitObserver) -> None:
+        """Add an object to notify of each engine that this database or a replica uses."""
+        self._observers.append(observer)
+        if self._engine is not None:
+            observer.engine_used(sync_engine_of(self._engine))
+        for each in self.replicas:
+            each.observe(observer)
+
     def _check_session_options(self) -> None:
         try:
             self._make_session(None, None)
@@ -205,11 +216,23 @@ class Database(ReplicatedLife[E], Generic[E, S]):
                 f"{self} cannot make a session with these session options: {error}"
             ) from error
 
-    def _session_class(self, base: type, option: str = "class_", default: Any = None) -> Any:
-        session_class = self._session_options.pop(option, default or base)
-        if isinstance(session_class, type) and issubclass(session_class, base):
-            return session_class
-        raise ConfigurationError(
-            f"{type(self).__name__} needs a subclass of {base.__name__} as "
-            f'session_options["{option}"], not {kind_of(session_class)}.'
-        )
+    def _add_replicas(
+        self, url: str | URL, replicas: Sequence[str | URL] | Replicas, options: dict[str, Any]
+    ) -> None:
+        # `ReplicaSet` refuses a wrong argument, also one that counts as false (None, or "").
+        if replicas not in ((), []):
+            from asgi_dbsession.replicas.replica_set import ReplicaSet
+            from asgi_dbsession.replicas.route import routed_class
+
+            database: Any = self
+            self._replica_set = ReplicaSet(database, url, replicas, options)
+            self._orm_class = routed_class(self._orm_class)
+
+    def _see(self, position: str | None, *, join: bool, read_only: bool) -> None:
+        # A single comparison, because this method runs at each `begin()`.
+        if not type(join) is type(read_only) is bool:
+            check_flags(join=join, read_only=read_only)
+        if position is not None:
+            from asgi_dbsession.replicas.seen_here import see
+
+            see(self._replica_set, position, join=join, read_only=read_only)

@@ -33,6 +33,8 @@ class EngineLife(ABC, Generic[E]):
     """The engine of a database object: built at startup and disposed at shutdown."""
 
     is_async: bool
+    # An object of the class `ReplicaSet` of the package `replicas`. None without replicas.
+    _replica_set: Any = None
 
     def __init__(
         self,
@@ -101,14 +103,16 @@ class EngineLife(ABC, Generic[E]):
         try:
             if self._ping_on_startup:
                 await self.ping()
+            if self._engine is not engine:
+                raise DatabaseNotRunning(self)
+            if self._replica_set is not None:
+                await self._replica_set.startup()
         except BaseException:
             # If the engine has changed, another task or thread has called `shutdown` already. Do
             # not call it again.
             if self._engine is engine:
                 await self.shutdown()
             raise
-        if self._engine is not engine:
-            raise DatabaseNotRunning(self)
 
     async def shutdown(self) -> None:
         """Close all connections, if this method was called as often as `startup`.
@@ -116,8 +120,12 @@ class EngineLife(ABC, Generic[E]):
         All connections are closed even if the task is cancelled.
         """
         engine = self._end_start()
-        if engine is not None:
-            await run_to_completion(call_with(engine, Engine.dispose))
+        try:
+            if engine is not None:
+                await run_to_completion(call_with(engine, Engine.dispose))
+        finally:
+            if self._replica_set is not None and not self.is_running:
+                await self._replica_set.shutdown()
 
     def _begin_start(self) -> E:
         """Count a call of `startup`. At the first call, build the engine."""
@@ -145,6 +153,8 @@ class EngineLife(ABC, Generic[E]):
         """
         # A thread of the parent process may hold the old lock. So make a new lock for this process.
         self._starting = Lock()
+        if self._replica_set is not None:
+            self._replica_set.after_fork()
         if self._engine is None:
             return
         engine = sync_engine_of(self._engine)
@@ -207,12 +217,6 @@ class EngineLife(ABC, Generic[E]):
         if self._on_engine is not None:
             self._on_engine(sync_engine)
         return engine
-
-    def observe(self, observer: UnitObserver) -> None:
-        """Add an object to notify of each engine that this database uses."""
-        self._observers.append(observer)
-        if self._engine is not None:
-            observer.engine_used(sync_engine_of(self._engine))
 
     def _raise_failure(self, error: Exception) -> NoReturn:
         failure = self._failure(error)

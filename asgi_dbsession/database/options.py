@@ -1,10 +1,13 @@
-"""Types for the option `session_options`, so that type checkers know its keys."""
+"""Checks the option `session_options`, whose keys type checkers know from the types here."""
 
+from collections.abc import Mapping
 from typing import Any, Generic
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Query, Session
 from typing_extensions import TypedDict, TypeVar
+
+from asgi_dbsession.errors import ConfigurationError, kind_of
 
 AnyAsyncSession = TypeVar("AnyAsyncSession", bound=AsyncSession, default=AsyncSession)
 AnySession = TypeVar("AnySession", bound=Session, default=Session)
@@ -43,3 +46,28 @@ class AsyncSessionOptions(_Options, Generic[AnyAsyncSession], total=False):
 
     class_: type[AnyAsyncSession]
     sync_session_class: type[Session]
+
+
+def checked_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the options with the defaults of this package, and raise an error if they are none."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigurationError(f"session_options takes a dictionary, not {kind_of(given)}.")
+    return {
+        "expire_on_commit": False,
+        **(given or {}),
+        # Without this option, a session could be used again after its close, and keep a connection.
+        "close_resets_only": False,
+    }
+
+
+def take_class(
+    options: dict[str, Any], option: str, base: type, default: type | None = None
+) -> Any:
+    """Remove a session class from the options, and return it. It must be a subclass of `base`."""
+    session_class = options.pop(option, default or base)
+    if isinstance(session_class, type) and issubclass(session_class, base):
+        return session_class
+    raise ConfigurationError(
+        f'session_options["{option}"] takes a subclass of {base.__name__}, not '
+        f"{kind_of(session_class)}."
+    )

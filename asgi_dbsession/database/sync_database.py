@@ -19,7 +19,7 @@ from asgi_dbsession.unit.blocks import blocking_block_of
 from .base import Database
 from .decorator import DecoratingBlock
 from .engines import run_in_thread, select_one
-from .options import AnySession, SessionOptions
+from .options import AnySession, SessionOptions, take_class
 from .replicas import Replicas
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class SyncDatabase(Database[Engine, AnySession]):
             engine_options,
             on_engine=on_engine,
         )
-        self._orm_class = guarded_class(self._session_class(Session))
+        self._orm_class = guarded_class(take_class(self._session_options, "class_", Session))
         self._check_session_options()
         self._add_replicas(url, replicas, {"on_engine": on_engine} | engine_options)
 
