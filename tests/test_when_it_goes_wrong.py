@@ -194,7 +194,8 @@ async def no_url() -> None:
 
 async def no_driver() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("asgi_dbsession.database.url.find_spec", lambda _: None)
+        for module in ("asyncpg", "psycopg"):
+            patch.setitem(sys.modules, module, None)  # so that it cannot be imported
         AsyncDatabase("postgresql://app@db/shop")
 
 

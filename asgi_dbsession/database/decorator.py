@@ -4,10 +4,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
-from types import TracebackType
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
-from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.errors import ConfigurationError, name_of
 
 S = TypeVar("S")
 P = ParamSpec("P")
@@ -34,13 +33,8 @@ class DecoratingBlock(Generic[S]):
         self._blocks.append(block)
         return session
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        return self._blocks.pop().__exit__(exc_type, exc_value, traceback)
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._blocks.pop().__exit__(*raised)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate a function, so that each call of it runs in a new `with database.begin()` block.
@@ -52,10 +46,9 @@ class DecoratingBlock(Generic[S]):
         runs_later = (iscoroutinefunction, isgeneratorfunction, isasyncgenfunction)
         if any(kind(function) for kind in runs_later):
             raise ConfigurationError(
-                f"`begin()` of a SyncDatabase cannot decorate "
-                f"{getattr(function, '__qualname__', 'this function')}, which would run after the "
-                "block has ended. Write `with database.begin():` inside of the function, or a "
-                "function with `def` and `return`."
+                f"`begin()` of a SyncDatabase cannot decorate {name_of(function)}, which would run "
+                "after the block has ended. Write `with database.begin():` inside of the function, "
+                "or a function with `def` and `return`."
             )
 
         @wraps(function)

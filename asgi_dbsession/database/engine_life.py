@@ -21,7 +21,7 @@ from asgi_dbsession.unit.observer import UnitObserver
 from .arguments import check_flags, check_function
 from .engines import call_with, select_one, sync_engine_of
 from .failures import failure_of, reason_of
-from .forks import inherited_pools, notice_forks
+from .forks import databases, inherited_pools
 from .listeners import built, prepare
 from .secrets import secrets_of
 from .url import is_in_memory, options_for_memory, refuse_autocommit, url_with_driver
@@ -63,7 +63,7 @@ class EngineLife(ABC, Generic[E]):
         # `testing.rolled_back()` replaces this function.
         self._prepare: Callable[[Engine], None] = prepare
         self._observers: list[UnitObserver] = []
-        notice_forks(self)
+        databases.add(self)
 
     def __repr__(self) -> str:
         # `repr` must not fail even if `__init__` failed before the URL was set, because a traceback

@@ -1,6 +1,6 @@
 """Reads database URLs, and chooses a driver if a URL names none."""
 
-from importlib.util import find_spec
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import URL, make_url
@@ -26,13 +26,7 @@ _SYNC_DRIVERS: dict[str, tuple[str, ...]] = {
     "oracle": ("oracledb",),
     "mssql": ("pyodbc", "pymssql"),
 }
-# Most drivers have the same name as their Python module and their PyPI package. `_MODULES` and
-# `_PACKAGES` have the other names.
-_MODULES: dict[str, str] = {
-    "mysqldb": "MySQLdb",
-    "mariadbconnector": "mariadb",
-    "pysqlite": "sqlite3",
-}
+# Most drivers have the same name as their PyPI package. `_PACKAGES` has the other names.
 _PACKAGES: dict[str, str] = {"mysqldb": "mysqlclient", "mariadbconnector": "mariadb"}
 
 
@@ -134,8 +128,10 @@ def _choose_driver(url: URL, *, asynchronous: bool) -> str:
     known = _ASYNC_DRIVERS if asynchronous else _SYNC_DRIVERS
     drivers: tuple[str, ...] = known.get(url.drivername, ())
     for driver in drivers:
-        if find_spec(_MODULES.get(driver, driver)) is not None:
-            return f"{url.drivername}+{driver}"
+        name = f"{url.drivername}+{driver}"
+        with suppress(ImportError):
+            url.set(drivername=name).get_dialect().import_dbapi()
+            return name
     if not drivers:
         # The dialect is from another package, which has its own default driver.
         return url.drivername
