@@ -118,10 +118,11 @@ class DatabaseNotRunning(DBSessionError, RuntimeError):
                 f"{database} is not running. It starts when a DBSessionMiddleware that serves it "
                 "gets the lifespan startup of the server (`uvicorn --lifespan on`). In a test, "
                 "write `with TestClient(app):`, or use asgi-lifespan's `LifespanManager` around "
-                "httpx's `ASGITransport`. In a test or a script, you can also write "
-                f"{_ways_to_start(database)}. In a mounted application or on a single route, give "
-                "the database to the outermost DBSessionMiddleware too. If the server sends no "
-                f"lifespan (daphne), use `{type(database).__name__}.from_engine(engine)`."
+                "httpx's `ASGITransport`. In a test or a script, you can also write `async with "
+                "database:` (with a SyncDatabase also `with database:`). In a mounted application "
+                "or on a single route, give the database to the outermost DBSessionMiddleware too. "
+                "If the server sends no lifespan (daphne), use "
+                f"`{type(database).__name__}.from_engine(engine)`."
             )
 
 
@@ -212,12 +213,6 @@ def name_of(function: object) -> str:
     """Return the name of a function, without arguments of a `partial`, which may be secret."""
     inner = getattr(function, "func", function)
     return getattr(inner, "__qualname__", type(inner).__name__)
-
-
-def _ways_to_start(database: object) -> str:
-    if hasattr(database, "__enter__"):
-        return "`with database:` (in a coroutine `async with database:`)"
-    return "`async with database:`"
 
 
 def _is_in_bare_thread() -> bool:

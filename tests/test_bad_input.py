@@ -379,14 +379,12 @@ def test_a_function_that_is_needed_cannot_be_none() -> None:
     assert "a plain function" in refused(nothing, "sqlite://", commit_when=None)
 
 
-@pytest.mark.parametrize(
-    ("name", "cure"),
-    [("attemps", "Did you mean attempts?"), ("databse", "It takes commit_when, on_commit_error, ")],
-)
-def test_an_option_with_a_typing_error_is_refused(name: str, cure: str) -> None:
-    """The error names the intended option, or all options; the value is not shown."""
-    said = refused(nothing, "sqlite://", **{name: SECRET})
-    assert said.startswith(f"DBSessionMiddleware takes no option {name}. {cure}")
+def test_an_option_with_a_typing_error_is_refused() -> None:
+    """The error names all options; the value is not shown."""
+    said = refused(nothing, "sqlite://", attemps=SECRET)
+    options = "commit_when, on_commit_error, attempts, retry_on, retry_after, two_phase, read_only"
+    cure = f"It takes {options}, on_report."
+    assert said == f"DBSessionMiddleware takes no option attemps. {cure}"
 
 
 @pytest.mark.parametrize("app", [None, f"sqlite:///{SECRET}", AsyncDatabase("sqlite://")], ids=str)
@@ -422,7 +420,7 @@ def test_an_application_may_be_given_by_name(
     ("given", "options", "cure"),
     [
         ((), {"attempts": 0}, "a whole number"),
-        ((), {"attemps": 2}, "Did you mean attempts?"),
+        ((), {"attemps": 2}, "It takes commit_when, "),
         ((), {"commit_when": nothing}, "`def`, not `async def`"),
         ((), {"two_phase": True}, "Leave out `two_phase=True`"),
         ((), {"two_phase": "no"}, "two_phase takes True or False"),

@@ -153,7 +153,10 @@ def test_a_script_needs_no_server_and_no_middleware(real: Real) -> None:
 def test_a_script_without_an_event_loop_writes_with(tmp_path: Path) -> None:
     """Plain `with database:` starts and stops a sync database; it is counted like other starts."""
     database = SyncDatabase(f"sqlite:///{tmp_path / 'shop.db'}")
-    with pytest.raises(DatabaseNotRunning, match="write `with database:`"), database.begin():
+    with (
+        pytest.raises(DatabaseNotRunning, match="with a SyncDatabase also `with database:`"),
+        database.begin(),
+    ):
         pass
     with database:
         engine = database.engine

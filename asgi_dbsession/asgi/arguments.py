@@ -1,23 +1,16 @@
 """Checks the arguments of `DBSessionMiddleware`."""
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from inspect import Parameter
 from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import URL
 
-from asgi_dbsession.database.arguments import (
-    check_flags,
-    check_function,
-    check_number,
-    signature_of,
-)
+from asgi_dbsession.database.arguments import check_flags, check_function, check_number
 from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError, kind_of
 from asgi_dbsession.session.tasks import current_task
-from asgi_dbsession.types import ASGIApp, Receive, RetryOn, Scope, Send
+from asgi_dbsession.types import ASGIApp, RetryOn
 
 from .lifespan import Unstartable
 from .rules import commit_rule
@@ -26,10 +19,8 @@ AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 D = TypeVar("D")
 # The functions that an application may give, and the parameter that each of them takes.
 _PARAMETERS = {"on_commit_error": "error", "on_report": "report", "read_only": "scope"}
-
-
-async def no_application(scope: Scope, receive: Receive, send: Send) -> None:
-    """The default value of `app`, which shows that no application was given. Never called."""
+# The default value of `app`.
+no_application: Any = None
 
 
 def application_first(
@@ -55,7 +46,6 @@ def usable_databases(
     given: Sequence[AnyDatabase | str | URL],
     unknown: Mapping[str, object],
     options: Mapping[str, Any],
-    made_by: type,
 ) -> tuple[AnyDatabase, ...] | Unstartable:
     """Return the databases. If an argument is wrong, return an `Unstartable` object instead.
 
@@ -68,7 +58,7 @@ def usable_databases(
     """
     try:
         _check_application(app)
-        _check_names(unknown, made_by)
+        _check_names(unknown, options)
         _check_databases(given)
         check_flags(two_phase=options["two_phase"])
         check_function("commit_when", options["commit_when"])
@@ -104,23 +94,20 @@ def _databases_of(given: Sequence[AnyDatabase | str | URL]) -> tuple[AnyDatabase
 
 
 def _check_application(app: object) -> None:
-    if callable(app) and app is not no_application:
-        return
-    given = "nothing" if app is no_application else f"something of type {type(app).__name__}"
-    raise ConfigurationError(
-        f"DBSessionMiddleware wraps an ASGI application, and was given {given}. Give it the "
-        "application first."
-    )
+    if not callable(app):
+        raise ConfigurationError(
+            f"DBSessionMiddleware wraps an ASGI application, not {kind_of(app)}. Give it the "
+            "application first."
+        )
 
 
-def _check_names(unknown: Mapping[str, object], made_by: type) -> None:
-    parameters = signature_of(made_by).parameters.values()
-    known = [each.name for each in parameters if each.kind is Parameter.KEYWORD_ONLY]
+def _check_names(unknown: Mapping[str, object], options: Mapping[str, Any]) -> None:
     for name in unknown:
         if name != "app":
-            close = get_close_matches(name, known, 1)
-            cure = f"Did you mean {close[0]}?" if close else f"It takes {', '.join(known)}."
-            raise ConfigurationError(f"DBSessionMiddleware takes no option {name}. {cure}")
+            known = [each for each in options if each not in ("app", "databases")]
+            raise ConfigurationError(
+                f"DBSessionMiddleware takes no option {name}. It takes {', '.join(known)}."
+            )
 
 
 def _check_databases(given: Sequence[object]) -> None:
@@ -131,8 +118,7 @@ def _check_databases(given: Sequence[object]) -> None:
         elif not isinstance(each, str | URL):
             raise ConfigurationError(
                 "DBSessionMiddleware takes a URL, an AsyncDatabase or a SyncDatabase, not "
-                f"{kind_of(each)}. Write "
-                "`AsyncDatabase.from_engine(engine)` for an engine."
+                f"{kind_of(each)}. Write `AsyncDatabase.from_engine(engine)` for an engine."
             )
     if len(set(databases)) < len(databases):
         raise ConfigurationError(f"The same database was given twice: {databases}. Give it once.")

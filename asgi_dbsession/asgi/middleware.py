@@ -120,7 +120,7 @@ class DBSessionMiddleware:
         self.two_phase: bool = two_phase
         self.read_only: ReadOnly | None = read_only
         self.on_report: Callable[[UnitReport], object] | None = on_report
-        usable = usable_databases(app, databases, unknown, vars(self), type(self))
+        usable = usable_databases(app, databases, unknown, vars(self))
         if isinstance(usable, Unstartable):
             self._startable: tuple[Startable, ...] = (usable,)
             self._serve: ASGIApp = usable.refuse

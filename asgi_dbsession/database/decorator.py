@@ -25,7 +25,7 @@ class DecoratingBlock(Generic[S]):
 
     def __init__(self, open_block: Callable[[], AbstractContextManager[S]]) -> None:
         self._open_block = open_block
-        self._blocks: list[AbstractContextManager[S]] = []
+        self._blocks: list[Any] = []
 
     def __enter__(self) -> S:
         block = self._open_block()
@@ -33,8 +33,9 @@ class DecoratingBlock(Generic[S]):
         self._blocks.append(block)
         return session
 
-    def __exit__(self, *raised: Any) -> bool | None:
-        return self._blocks.pop().__exit__(*raised)
+    def __exit__(self, *raised: object) -> bool | None:
+        is_handled: bool | None = self._blocks.pop().__exit__(*raised)
+        return is_handled
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate a function, so that each call of it runs in a new `with database.begin()` block.

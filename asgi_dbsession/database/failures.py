@@ -104,13 +104,8 @@ def reason_of(error: Exception, secrets: set[str]) -> str:
     return text.rstrip(".?")
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, the driver's error inside it, and all their causes, each only once."""
-    seen: list[BaseException] = []
-    left: list[BaseException | None] = [error]
-    while left:
-        each = left.pop()
-        if each is not None and not any(each is other for other in seen):
-            seen.append(each)
-            yield each
-            left += [each.__cause__, getattr(each, "orig", None)]
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, the driver's error inside it, and all their causes."""
+    while error is not None:
+        yield error
+        error = getattr(error, "orig", None) or error.__cause__

@@ -1,7 +1,8 @@
 """Finds passwords and other secrets in texts, so that no error or log line shows them."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -21,8 +22,11 @@ def secrets_of(url: URL, engine_options: Mapping[str, Any]) -> set[str]:
     found = {str(url.password or ""), (url.username or "").partition(":")[2]}
     arguments = engine_options.get("connect_args")
     for options in (url.query, engine_options, arguments if isinstance(arguments, dict) else {}):
-        found |= set(_secrets_in(options))
-    encoded = {write(each) for each in found for write in (quote, quote_plus, _quote_all)}
+        for name, value in options.items():
+            if isinstance(name, str) and _SECRET_NAMES.search(name) and isinstance(value, str):
+                found.add(value)
+    writings = (quote, quote_plus, partial(quote, safe=""))
+    encoded = {write(each) for each in found for write in writings}
     return (found | encoded) - {""}
 
 
@@ -36,13 +40,3 @@ def tells_a_secret(text: str, secrets: set[str]) -> bool:
     # Also search for a password in any URL, because the URL of another database is not in
     # `secrets`.
     return re.search(r"://[^\s/@]*:(?!\*\*\*@)[^\s@]*@", text) is not None
-
-
-def _secrets_in(options: Mapping[Any, Any]) -> Iterator[str]:
-    for name, value in options.items():
-        if isinstance(name, str) and _SECRET_NAMES.search(name) and isinstance(value, str):
-            yield value
-
-
-def _quote_all(text: str) -> str:
-    return quote(text, safe="")
