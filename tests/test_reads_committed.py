@@ -10,6 +10,7 @@ from asgi import get, respond
 from conftest import CHILD, ENTRY, Real, Running, checked_out
 from several import Entry
 from sqlalchemy import Engine, create_engine, event, inspect, select, text
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -179,6 +180,69 @@ async def test_a_commit_of_the_application_is_called(real: Real) -> None:
         exchange = await get(DBSessionMiddleware(app, database))
     assert exchange.error is None
     assert real.stored() == ["by commit"]
+
+
+async def test_a_commit_that_replaces_the_sessions_own_is_called(running: Running) -> None:
+    """The application has replaced `commit()` of this one session, as a spy in a test does."""
+    happened: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        orm = orm_of(running)
+        commit = orm.commit
+
+        def spy() -> None:
+            happened.append("called")
+            commit()
+
+        orm.commit = spy
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.error is None
+    assert happened == ["called"]
+
+
+async def test_a_transaction_of_the_application_goes_on(running: Running) -> None:
+    """The session has read on a connection whose transaction the application ends itself."""
+
+    def read(orm: Any) -> Any:
+        connection = orm.bind.connect()
+        begun = connection.begin()
+        orm.execute(select(ENTRY), bind_arguments={"bind": connection})
+        return connection, begun
+
+    def write(connection: Any, begun: Any) -> None:
+        connection.execute(ENTRY.insert().values(note="in the body"))
+        begun.commit()
+        connection.close()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        connection, begun = await greenlet_spawn(read, orm_of(running))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await greenlet_spawn(write, connection, begun)
+        await send({"type": "http.response.body", "body": b""})
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.error is None
+    assert running.stored() == ["in the body"]
+
+
+async def test_a_transaction_that_the_application_has_ended_is_an_error(running: Running) -> None:
+    """SQLAlchemy's `commit()` refuses it: the application ended it on the connection itself."""
+
+    def read(orm: Any) -> None:
+        connection = orm.execute(select(ENTRY)).connection
+        connection.rollback()
+        connection.begin()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await greenlet_spawn(read, orm_of(running))
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert isinstance(exchange.error, InvalidRequestError)
+    assert exchange.messages == []
 
 
 async def test_what_is_in_memory_is_stored(running: Running) -> None:

@@ -153,9 +153,16 @@ def pool_entry(connection: Connection) -> Any:
     return pooled._connection_record if pooled is not None else None
 
 
-def connections_of(transaction: SessionTransaction) -> set[Connection]:
-    """Return all connections that a session's transaction has used, also those that were closed."""
-    return {used[0] for used in transaction._connections.values()}
+def connections_of(transaction: SessionTransaction) -> dict[Connection, Transaction | None]:
+    """Return all connections that a session's transaction has used, also those that were closed.
+
+    The values are the transactions that a commit of the session commits. A value is None if the
+    application itself has begun this transaction, on a connection that it gave to the session.
+    """
+    return {
+        connection: begun if should_commit else None
+        for connection, begun, should_commit, _ in transaction._connections.values()
+    }
 
 
 def pool_of(connection: Connection) -> Any:

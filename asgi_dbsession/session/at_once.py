@@ -6,6 +6,7 @@ from typing import Any
 from weakref import ref
 
 from sqlalchemy import Connection
+from sqlalchemy.engine import Transaction
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import QueuePool
 
@@ -64,15 +65,14 @@ def commit_at_once(session: Session, companion: Companion) -> bool:
     # Each connection must be known to have only read. A session without connections proves nothing:
     # a connection that has written may have been closed.
     connections = connections_of(transaction)
-    if not connections or not all(map(_commits_at_once, connections)):
+    if not connections or not all(map(_commits_at_once, connections, connections.values())):
         return False
     # The followers are `on_commit` functions, which must be called after the commit.
     if companion.refused is not None or companion.followers:
         return False
     if not _has_only_transactions(session):
         return False
-    for connection in connections:
-        begun = connection.get_transaction()
+    for begun in connections.values():
         if begun is not None:
             begun.commit()
     SessionTransaction.close(transaction)
@@ -83,16 +83,17 @@ def _has_only_transactions(session: Session) -> bool:
     """Return True if a commit only ends transactions: no flush, and no code of the application."""
     if session.expire_on_commit or session.in_nested_transaction() or has_changes(session):
         return False
-    if type(session).commit is not GuardedSession.commit:
+    if getattr(session.commit, "__func__", None) is not GuardedSession.commit:
         return False
     listeners: Any = session.dispatch
     return all(len(getattr(listeners, name)) == number for name, number in _OF_COMMIT)
 
 
-def _commits_at_once(connection: Connection) -> bool:
+def _commits_at_once(connection: Connection, begun: Transaction | None) -> bool:
     if ref(connection) not in delayed or connection.closed or connection.invalidated:
         return False
-    if connection.get_transaction() is None:
+    # The application may have begun the transaction, or ended it on the connection itself.
+    if begun is None or connection.get_transaction() is not begun:
         return False
     dialect = connection.dialect
     # The other async drivers wait for a lock, even if they send nothing.
