@@ -5,6 +5,7 @@ from typing import TypeAlias
 
 from asgi_dbsession.errors import AbortRequest, ConfigurationError, ForbiddenWrite, PrematureClose
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
+from asgi_dbsession.unit.attempt import running_attempt
 
 OnCommitError: TypeAlias = Callable[[Exception], ASGIApp | None] | None
 
@@ -18,13 +19,17 @@ async def answer_or_raise(
 ) -> None:
     """Send the response that `on_commit_error` returns, or raise the error of the COMMIT.
 
+    If the request will be retried, raise the error without calling `on_commit_error`.
+
     Call this function outside of an `except` block. Otherwise the traceback of the raised error
     would also show the internal exception AbortRequest.
     """
     answer: ASGIApp | None = None
     # These errors show a mistake in the application, which `on_commit_error` must not hide.
     is_mistake = isinstance(failure, ConfigurationError | ForbiddenWrite | PrematureClose)
-    if on_commit_error is not None and not is_mistake:
+    attempt = running_attempt.get()
+    will_retry = attempt is not None and attempt.can_retry
+    if on_commit_error is not None and not is_mistake and not will_retry:
         try:
             answer = on_commit_error(failure)
             if answer is not None:

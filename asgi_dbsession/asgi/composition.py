@@ -1,23 +1,12 @@
 """Imports the optional packages (such as `retry`) only if an option needs them."""
 
 from collections.abc import Callable
-from functools import partial
 
 from asgi_dbsession.types import ASGIApp, RetryOn
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import UnitReport
 
-from .answer import OnCommitError
 from .arguments import AnyDatabase
-
-
-def two_phase_commit(two_phase: bool, databases: int) -> Callable[[], object] | None:
-    """Return a function that makes the attribute `two_phases` of each unit of work, or None."""
-    if not two_phase:
-        return None
-    from asgi_dbsession.unit.optional.two_phases.commit import TwoPhases
-
-    return partial(TwoPhases, databases)
 
 
 def with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIApp:
@@ -69,12 +58,3 @@ def with_optional_rooms(
         for database in databases:
             database.observe(observer)
     return serve, tuple(observers)
-
-
-def for_last_attempt(on_commit_error: OnCommitError, attempts: int) -> OnCommitError:
-    """Return `on_commit_error`, changed to send no response if the request will be retried."""
-    if on_commit_error is None or attempts == 1:
-        return on_commit_error
-    from asgi_dbsession.retry.attempt import unless_retried
-
-    return unless_retried(on_commit_error)

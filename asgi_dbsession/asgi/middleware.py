@@ -13,12 +13,7 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
 
 from .answer import OnCommitError, add_note, answer_or_raise
 from .arguments import AnyDatabase, application_first, no_application, usable_databases
-from .composition import (
-    for_last_attempt,
-    two_phase_commit,
-    with_optional_rooms,
-    with_positions,
-)
+from .composition import with_optional_rooms, with_positions
 from .exchange import Exchange
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .rules import CommitWhen, ReadOnly, apply_read_rule, below_400, commit_rule
@@ -128,8 +123,6 @@ class DBSessionMiddleware:
             return
         self._startable = self.databases = usable
         self._commit_rule = commit_rule(commit_when)
-        self._two_phases = two_phase_commit(two_phase, len(usable))
-        self._on_commit_error = for_last_attempt(on_commit_error, attempts)
         # By default, both `_serve` and `_serve_http` are `_serve_one` itself. Only the options
         # `attempts`, `retry_after` and `replicas` wrap other code around `_serve_one`.
         self._serve = with_positions(self._serve_one, usable)
@@ -162,8 +155,10 @@ class DBSessionMiddleware:
         outer: UnitOfWork | None = scope.get(_KEY)
         unit = scope[_KEY] = UnitOfWork(self.databases, scope, outer, self._observers)
         unit.joins_outer_unit = outer is not None
-        if self._two_phases is not None:
-            unit.two_phases = self._two_phases()
+        if self.two_phase:
+            from asgi_dbsession.unit.optional.two_phases.commit import TwoPhases
+
+            unit.two_phases = TwoPhases(len(self.databases))
         exchange: Exchange | SocketExchange
         if scope["type"] == "http":
             exchange = Exchange(unit, receive, send, self._commit_rule)
@@ -199,4 +194,4 @@ class DBSessionMiddleware:
         if failure is not None:
             if unit.is_answered:
                 raise failure
-            await answer_or_raise(failure, self._on_commit_error, scope, receive, send)
+            await answer_or_raise(failure, self.on_commit_error, scope, receive, send)

@@ -1,6 +1,5 @@
 """One attempt to serve a request. Its error response is not sent if the request is retried."""
 
-from collections.abc import Callable
 from http import HTTPStatus
 
 from typing_extensions import override
@@ -64,19 +63,6 @@ class RequestAttempt(Withholding):
     def withholds_error(self, error: BaseException) -> bool:
         self.watched.record_error(error)
         return self.can_retry
-
-
-def unless_retried(
-    on_commit_error: Callable[[Exception], ASGIApp | None],
-) -> Callable[[Exception], ASGIApp | None]:
-    """Wrap `on_commit_error`, so that it sends no response if the request will be retried."""
-
-    def answer_last(failure: Exception) -> ASGIApp | None:
-        attempt = running_attempt.get()
-        will_retry = isinstance(attempt, WatchedAttempt) and attempt.can_retry
-        return None if will_retry else on_commit_error(failure)
-
-    return answer_last
 
 
 def _is_success(message: Message) -> bool:

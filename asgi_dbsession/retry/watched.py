@@ -53,8 +53,8 @@ class WatchedAttempt(RunningAttempt):
         self.is_final: bool = False
 
     @property
+    @override
     def can_retry(self) -> bool:
-        """True if a retry may follow, because there was a conflict and nothing was committed."""
         is_stored = self.has_committed or self.committing is not None
         return self.conflict is not None and not is_stored and not self.is_final
 

@@ -21,7 +21,7 @@ class Attempt:
 
 
 class RunningAttempt:
-    """An attempt that is running now. A subclass in the package `retry` overrides `will_retry`.
+    """An attempt that is running now. A subclass in the package `retry` overrides the methods.
 
     Args:
         attempt: The object that `current_attempt()` returns to the application.
@@ -29,6 +29,11 @@ class RunningAttempt:
 
     def __init__(self, attempt: Attempt) -> None:
         self.attempt: Attempt = attempt
+
+    @property
+    def can_retry(self) -> bool:
+        """True if a retry may follow, because there was a conflict and nothing was committed."""
+        return False
 
     def will_retry(self, _end: End) -> bool:
         """Return True if a retry follows after this commit or rollback, as far as is known now."""
