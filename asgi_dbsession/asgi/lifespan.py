@@ -103,27 +103,21 @@ class _Lifespan:
             failure = error
         if failure is not None and not self._answered_startup:
             if self._startup is None:
-                await self._fail_startup(failure)
+                # Log the traceback here, because servers show only the text of the message.
+                _logger.error("The startup of the application failed", exc_info=failure)
+                await self.send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
+                raise failure
             _logger.info("The application has no lifespan, and is served without one: %r", failure)
             failure = None
-        await self._serve_after_return()
-        if failure is not None:
-            raise failure
-        if not self._finished:
-            await self.send({"type": "lifespan.shutdown.complete"})
-
-    async def _fail_startup(self, failure: Exception) -> NoReturn:
-        # Log the traceback here, because servers show only the text of `lifespan.startup.failed`.
-        _logger.error("The startup of the application failed", exc_info=failure)
-        await self.send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
-        raise failure
-
-    async def _serve_after_return(self) -> None:
-        """Answer the server's lifespan messages, because the application has returned already."""
+        # Answer the other messages of the server here, because the application has returned.
         if not self._answered_startup:
             await self.send({"type": "lifespan.startup.complete"})
         while not (self._finished or self._heard_shutdown):
             await self.receive()
+        if failure is not None:
+            raise failure
+        if not self._finished:
+            await self.send({"type": "lifespan.shutdown.complete"})
 
     async def receive(self) -> Message:
         if self._startup is not None:

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
-from inspect import Signature
 from typing import Any, TypeAlias
 
-from asgi_dbsession.database.arguments import signature_of
+from asgi_dbsession.database.arguments import accepts, signature_of
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
@@ -44,27 +43,15 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
 
 
 def _takes_scope(rule: Callable[..., object]) -> bool:
-    try:
-        parameters = signature_of(rule)
-    # Python cannot tell the parameters of some builtin functions. Call such a function with the
-    # status alone.
-    except (TypeError, ValueError):
-        return False
-    of_status, of_both = _bind(parameters, 0), _bind(parameters, 0, {})
-    if not (of_status or of_both):
+    takes_status = accepts(rule, 0, follow_wrapped=True)
+    takes_both = accepts(rule, 0, {}, follow_wrapped=True)
+    if not (takes_status or takes_both):
         raise ConfigurationError(
             "commit_when takes a function of the status, or of the status and the scope. Write "
             "`def commit_when(status)` or `def commit_when(status, scope)`."
         )
-    return not of_status or of_both[1:] == ["scope"]
-
-
-def _bind(parameters: Signature, *arguments: object) -> list[str]:
-    """Return the names of the parameters for these arguments, or nothing if the call would fail."""
-    try:
-        return list(parameters.bind(*arguments).arguments)
-    except TypeError:
-        return []
+    names = list(signature_of(rule).parameters)
+    return takes_both and (not takes_status or names[1:2] == ["scope"])
 
 
 def safe_methods(scope: Scope) -> bool:

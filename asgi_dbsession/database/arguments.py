@@ -62,24 +62,31 @@ def signature_of(function: Callable[..., object], *, follow_wrapped: bool = True
     An annotation may name a class that only type checkers import. From Python 3.14 on, evaluating
     such an annotation fails.
     """
-    if sys.version_info >= (3, 14):
-        from annotationlib import Format
-
-        text = Format.STRING
-        return signature(function, follow_wrapped=follow_wrapped, annotation_format=text)
-    return signature(function, follow_wrapped=follow_wrapped)
-
-
-def accepts(function: Callable[..., object], *arguments: object) -> bool:
-    """Return True if a function can be called with these arguments, as far as Python can tell."""
     try:
-        # A decorator may add arguments, so the function that it wraps may have more parameters.
-        parameters = signature_of(function, follow_wrapped=False)
-    # Python cannot tell the parameters of some builtin functions.
+        if sys.version_info >= (3, 14):
+            from annotationlib import Format
+
+            text = Format.STRING
+            return signature(function, follow_wrapped=follow_wrapped, annotation_format=text)
+        return signature(function, follow_wrapped=follow_wrapped)
+    # Python cannot tell the parameters of some builtin functions. Assume that they take anything.
     except (TypeError, ValueError):
-        return True
+        return signature(lambda *_: None)
+
+
+def accepts(
+    function: Callable[..., object], *arguments: object, follow_wrapped: bool = False
+) -> bool:
+    """Return True if a function can be called with these arguments, as far as Python can tell.
+
+    Args:
+        function: The function.
+        *arguments: The arguments.
+        follow_wrapped: True to look at the function that a decorator wraps. False by default,
+            because a decorator may add arguments.
+    """
     try:
-        parameters.bind(*arguments)
+        signature_of(function, follow_wrapped=follow_wrapped).bind(*arguments)
     except TypeError:
         return False
     return True

@@ -1,7 +1,7 @@
 """The class `SyncDatabase`, for engines with a sync driver."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Engine, create_engine
@@ -129,11 +129,11 @@ class SyncDatabase(Database[Engine, AnySession]):
         """
         return DecoratingBlock(lambda: self._begin(join, read_only, after))
 
-    @contextmanager
-    def _begin(self, join: bool, read_only: bool, after: str | None) -> Iterator[AnySession]:
+    def _begin(
+        self, join: bool, read_only: bool, after: str | None
+    ) -> AbstractContextManager[AnySession]:
         self._see(after, join=join, read_only=read_only)
-        with blocking_block_of(self, join, read_only) as session:
-            yield session
+        return blocking_block_of(self, join, read_only)
 
     def run_transaction(
         self,
