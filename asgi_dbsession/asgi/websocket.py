@@ -77,11 +77,10 @@ class SocketExchange:
         if unit.is_used:
             try:
                 await end_work_of(current_task(), unit, commit=commit, living="refuse")
-            except ConcurrentUse:
-                await self._wake_waiting()
-                raise
             except Exception as error:
                 await self._wake_waiting()
+                if isinstance(error, ConcurrentUse):
+                    raise
                 raise AbortRequest from error
 
     async def _wake_waiting(self) -> None:

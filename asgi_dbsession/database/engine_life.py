@@ -23,7 +23,6 @@ from .engines import call_with, select_one, sync_engine_of
 from .failures import failure_of, reason_of
 from .forks import databases, inherited_pools
 from .listeners import built, prepare
-from .secrets import secrets_of
 from .url import is_in_memory, options_for_memory, refuse_autocommit, url_with_driver
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
@@ -205,9 +204,8 @@ class EngineLife(ABC, Generic[E]):
         # Wrong options can raise many kinds of errors in SQLAlchemy and in drivers: ArgumentError,
         # KeyError, AttributeError and others. So catch all of them.
         except Exception as error:
-            reason = reason_of(error, secrets_of(self.url, self._engine_options))
             raise ConfigurationError(
-                f"{self} cannot be built with these engine options: {reason}"
+                f"{self} cannot be built with these engine options: {reason_of(self, error)}"
             ) from None
         sync_engine = sync_engine_of(engine)
         built.add(sync_engine)
@@ -219,13 +217,10 @@ class EngineLife(ABC, Generic[E]):
         return engine
 
     def _raise_failure(self, error: Exception) -> NoReturn:
-        failure = self._failure(error)
+        failure = failure_of(self, error)
         if failure is error:
             raise error
         raise failure from error
-
-    def _failure(self, error: Exception) -> Exception:
-        return failure_of(self, error, secrets_of(self.url, self._engine_options))
 
     @abstractmethod
     def _create_engine(self) -> E: ...

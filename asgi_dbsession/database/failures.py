@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from copy import copy
+from typing import Any
 
 from sqlalchemy.exc import (
     ArgumentError,
@@ -18,7 +19,7 @@ from asgi_dbsession.errors import (
     DBSessionError,
 )
 
-from .secrets import tells_a_secret
+from .secrets import secrets_of, tells_a_secret
 
 # Drivers raise these errors for an option with an unknown name or a wrong value.
 _REFUSED = (TypeError, ValueError, AttributeError, ArgumentError, NoSuchModuleError)
@@ -43,7 +44,7 @@ _POOL_ADVICE = (
 )
 
 
-def failure_of(database: object, error: Exception, secrets: set[str]) -> Exception:
+def failure_of(database: Any, error: Exception) -> Exception:
     """Return an error that explains why the database did not answer, or `error` itself.
 
     The result is `DatabaseUnavailable` only if the driver could not connect or log in. If the
@@ -57,7 +58,7 @@ def failure_of(database: object, error: Exception, secrets: set[str]) -> Excepti
             return each if each is error else copy(each)
     if any(name in str(each) for each in chain for name in _OTHER_LOOP):
         return DatabaseNotRunning(database, other_loop=True)
-    reason = reason_of(error, secrets)
+    reason = reason_of(database, error)
     if _refuses_options(chain):
         return ConfigurationError(
             f"Connecting to {database} with these options failed: {reason}. Check the options in "
@@ -93,11 +94,11 @@ def _advice_for(chain: list[BaseException]) -> str | None:
     return _LOGIN_ADVICE if any(word in said for word in _LOGIN) else None
 
 
-def reason_of(error: Exception, secrets: set[str]) -> str:
+def reason_of(database: Any, error: Exception) -> str:
     """Return the driver's message in one line, or only its class if it may contain a secret."""
     original = getattr(error, "orig", None) or error
     text = " ".join(str(original).split()) or type(original).__name__
-    if tells_a_secret(text, secrets):
+    if tells_a_secret(text, secrets_of(database.url, database._engine_options)):
         # Leave out the whole text. If only the secret was left out, the words around it could tell
         # the secret.
         return f"{type(original).__name__} (the text of the driver may hold a secret)"

@@ -127,13 +127,12 @@ class SyncDatabase(Database[Engine, AnySession]):
             ConfigurationError: An argument is wrong.
             Exception: The error of COMMIT. Nothing was stored.
         """
-        return DecoratingBlock(lambda: self._begin(join, read_only, after))
 
-    def _begin(
-        self, join: bool, read_only: bool, after: str | None
-    ) -> AbstractContextManager[AnySession]:
-        self._see(after, join=join, read_only=read_only)
-        return blocking_block_of(self, join, read_only)
+        def open_block() -> AbstractContextManager[AnySession]:
+            self._see(after, join=join, read_only=read_only)
+            return blocking_block_of(self, join, read_only)
+
+        return DecoratingBlock(open_block)
 
     def run_transaction(
         self,

@@ -11,6 +11,7 @@ from sqlalchemy.pool import QueuePool
 
 from asgi_dbsession.database.base import Database
 from asgi_dbsession.database.engines import sync_engine_of
+from asgi_dbsession.database.failures import failure_of
 from asgi_dbsession.database.health import Health
 from asgi_dbsession.errors import DBSessionError
 
@@ -52,7 +53,7 @@ async def _check(database: Database[Any, Any], within: float) -> Health:
     except DBSessionError as error:
         answers, reason = False, str(error)
     except Exception as error:
-        answers, reason = False, str(database._failure(error))
+        answers, reason = False, str(failure_of(database, error))
     latency = perf_counter() - start if answers else None
     pool = sync_engine_of(database._engine).pool if database._engine is not None else None
     if not isinstance(pool, QueuePool):
