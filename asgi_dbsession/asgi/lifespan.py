@@ -34,16 +34,14 @@ class Unstartable:
     def __init__(self, reason: Exception) -> None:
         self._reason = reason
 
-    async def startup(self) -> None:
-        """Raise the error that tells why the databases cannot be used."""
-        await self.refuse()
-
-    async def shutdown(self) -> None:
-        """Do nothing, because `startup` did not start anything."""
-
     async def refuse(self, *_: object) -> NoReturn:
         """Raise the error that tells why the databases cannot be used; called as an ASGI app."""
         raise self._reason.with_traceback(None)
+
+    startup = refuse
+
+    async def shutdown(self) -> None:
+        """Do nothing, because `startup` did not start anything."""
 
 
 async def serve_lifespan(

@@ -170,6 +170,13 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     @override
     async def startup(self) -> None:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            raise ConfigurationError(
+                f"{self} works on asyncio only, and this is another event loop, such as "
+                "trio. Describe it as a SyncDatabase there."
+            ) from None
         if self._owns_engine and self._loop is not None and self._loop.is_closed():
             # The engine's event loop was closed, and no other loop can use its connections.
             self._forget_engine()
@@ -205,15 +212,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     @override
     def _create_engine(self) -> AsyncEngine:
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            raise ConfigurationError(
-                f"{self} works on asyncio only, and this is another event loop, such as "
-                "trio. Describe it as a SyncDatabase there."
-            ) from None
         engine = create_async_engine(self.url, **self._engine_options)
-        self._loop = loop
+        self._loop = asyncio.get_running_loop()
         return engine
 
     @override

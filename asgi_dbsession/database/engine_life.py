@@ -9,12 +9,7 @@ from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from typing_extensions import Self
 
-from asgi_dbsession.errors import (
-    ConfigurationError,
-    DatabaseNotRunning,
-    DBSessionError,
-    without_secrets,
-)
+from asgi_dbsession.errors import ConfigurationError, DatabaseNotRunning, without_secrets
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.unit.observer import UnitObserver
 
@@ -199,8 +194,6 @@ class EngineLife(ABC, Generic[E]):
     def _build_engine(self) -> E:
         try:
             engine = self._create_engine()
-        except DBSessionError:
-            raise
         # Wrong options can raise many kinds of errors in SQLAlchemy and in drivers: ArgumentError,
         # KeyError, AttributeError and others. So catch all of them.
         except Exception as error:
