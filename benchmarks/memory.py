@@ -195,10 +195,9 @@ def make_database() -> tuple[URL, Engine]:
     return url.set(drivername="postgresql+asyncpg"), reader
 
 
-async def main(clients: int, requests: int) -> None:
+async def main(clients: int, requests: int, sizes: list[int]) -> None:
     """Print both tables."""
     url, reader = make_database()
-    sizes = (0, 10, 100)
     row("KiB for each streaming client", *(f"body of {size} KiB" for size in sizes))
     row("---", *("---:" for _ in sizes))
     for way in WAYS:
@@ -215,5 +214,6 @@ if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=500)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[0, 10, 100])
     arguments = parser.parse_args()
-    asyncio.run(main(arguments.clients, arguments.requests))
+    asyncio.run(main(arguments.clients, arguments.requests, arguments.sizes))

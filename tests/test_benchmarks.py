@@ -7,26 +7,35 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-import pytest
-
 from benchmarks.speed.clients import read_slowly
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the command in a separate folder, and return what it writes."""
-    folder = tmp_path_factory.mktemp("measured")
-    command = [sys.executable, "-m", "benchmarks.speed", "--quick", "--write", str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-    return folder
+def test_the_page_of_speed_is_complete_and_made_from_the_kept_figures(tmp_path: Path) -> None:
+    """The short form of `python -m benchmarks.speed` writes each figure of the page.
+
+    This is one test, because pytest-xdist would run the command once in each of its processes.
+    """
+    _run("benchmarks.speed", "--quick", "--write", str(tmp_path))
+    document = (tmp_path / "speed.md").read_text()
+    _each_tool_is_in_each_table(document)
+    _readers_can_repeat_it(document)
+    _the_picture_has_each_tool((tmp_path / "speed.svg").read_text())
+    before = {each: each.read_text() for each in tmp_path.iterdir()}
+    (tmp_path / "speed.md").write_text("")
+    _run("benchmarks.speed", "--again", "--write", str(tmp_path))
+    assert {each: each.read_text() for each in tmp_path.iterdir()} == before
 
 
-def test_every_tool_that_is_installed_is_measured_in_every_table(written: Path) -> None:
-    """No cell is empty, for any figures."""
-    text = (written / "speed.md").read_text()
-    tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+def _run(*command: str) -> None:
+    subprocess.run(
+        [sys.executable, "-m", *command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+
+
+def _each_tool_is_in_each_table(document: str) -> None:
+    tables = re.findall(r"(?:^\|.*\|\n)+", document, re.MULTILINE)
     assert len(tables) == 14
     for table in tables:
         first, *rows = [line.split(" | ") for line in table.splitlines()]
@@ -36,41 +45,29 @@ def test_every_tool_that_is_installed_is_measured_in_every_table(written: Path) 
         assert sum(f"\n| {tool} |" in table for table in tables) >= 8
 
 
-def test_the_document_says_how_it_was_made(written: Path) -> None:
-    """The document shows command, versions and load, so that readers can repeat the measurement."""
-    text = (written / "speed.md").read_text()
-    assert "`python -m benchmarks.speed --quick`" in text
-    assert re.search(r"Load average \d+\.\d before and \d+\.\d after", text)
+def _readers_can_repeat_it(document: str) -> None:
+    assert "`python -m benchmarks.speed --quick`" in document
+    assert re.search(r"Load average \d+\.\d before and \d+\.\d after", document)
     for name in ("Python", "sqlalchemy", "fastapi", "PostgreSQL"):
-        assert re.search(rf"{name} \d+\.\d+", text)
+        assert re.search(rf"{name} \d+\.\d+", document)
 
 
-def test_the_picture_is_one(written: Path) -> None:
-    """The picture has a row for each tool, and its own colours in the dark."""
-    text = (written / "speed.svg").read_text()
-    words = [each.text for each in ET.fromstring(text).iter() if each.text]
-    assert {"hand-written", "asgi-dbsession", "one SELECT", "slow readers"} <= set(words)
-    assert "prefers-color-scheme: dark" in text
-
-
-def test_document_and_picture_come_from_the_kept_figures(written: Path) -> None:
-    """The document is made from the stored figures, so nothing in it is typed by a person."""
-    before = {each: each.read_text() for each in written.iterdir()}
-    (written / "speed.md").write_text("")
-    command = [sys.executable, "-m", "benchmarks.speed", "--again", "--write", str(written)]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-    assert {each: each.read_text() for each in written.iterdir()} == before
+def _the_picture_has_each_tool(picture: str) -> None:
+    words = {each.text for each in ET.fromstring(picture).iter() if each.text}
+    assert words >= {"hand-written", "asgi-dbsession", "one SELECT", "slow readers"}
+    assert "prefers-color-scheme: dark" in picture
 
 
 def test_memory_is_measured_and_nothing_is_left_behind() -> None:
     """The short form of `python -m benchmarks.memory`: a figure for each way, and zeros."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--clients", "20", "--requests", "200"]
+    short = ("--clients", "20", "--requests", "200", "--sizes", "10")
+    command = [sys.executable, "-m", "benchmarks.memory", *short]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=True
     )
     streaming, abandoned = done.stdout.strip().split("\n\n")
     for way in ("without the middleware", "with the middleware", "with `attempts=3`"):
-        assert re.search(rf"^\| {way}( \| [\d.-]+){{3}} \|$", streaming, re.MULTILINE)
+        assert re.search(rf"^\| {way} \| [\d.-]+ \|$", streaming, re.MULTILINE)
     rows = abandoned.splitlines()[2:]
     assert len(rows) == 5
     assert all(each.endswith("| 0 | 0 | 0 |") for each in rows)
