@@ -22,9 +22,9 @@ from .errors import (
     TransactionAborted,
 )
 from .unit.attempt import Attempt, current_attempt
+from .unit.current import get_session, get_sync_session, session_dependency
 from .unit.decisions import set_rollback
 from .unit.report import DatabaseReport, UnitReport
-from .unit.unit_of_work import get_session, get_sync_session, session_dependency
 
 if _typing.TYPE_CHECKING:
     from .reports.idle import warn_when_idle

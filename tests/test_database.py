@@ -55,7 +55,7 @@ from asgi_dbsession import (
     get_sync_session,
     set_rollback,
 )
-from asgi_dbsession.unit.unit_of_work import current_unit
+from asgi_dbsession.unit.current import current_unit
 
 pytestmark = pytest.mark.anyio
 

@@ -17,7 +17,7 @@ from test_retry import lose
 
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, on_commit
 from asgi_dbsession.live import LivePage
-from asgi_dbsession.unit.unit_of_work import current_unit
+from asgi_dbsession.unit.current import current_unit
 
 pytestmark = pytest.mark.anyio
 KINDS = WITH_MARIADB

@@ -4,9 +4,9 @@ from asgi_dbsession.errors import AbortRequest
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.tasks import current_task
 from asgi_dbsession.types import Message, Receive, Send
-from asgi_dbsession.unit.decisions import forget_decisions
+from asgi_dbsession.unit.current import current_unit
 from asgi_dbsession.unit.ending import commit_reads, end_work, end_work_of
-from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
+from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
 from .rules import CommitRule
 
@@ -59,7 +59,7 @@ class Exchange:
                 if unit.failure is not None:
                     raise AbortRequest
             elif unit.rollback is not None:
-                forget_decisions(unit)
+                unit.forget_decisions()
             unit.is_answered = True
         elif kind in _LAST and not message.get("more_body", False) and unit.is_answered:
             if unit.is_used and not self.may_commit:

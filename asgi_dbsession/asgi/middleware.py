@@ -7,9 +7,10 @@ from typing_extensions import Never
 
 from asgi_dbsession.errors import ABORTED
 from asgi_dbsession.types import ASGIApp, Receive, RetryOn, Scope, Send
+from asgi_dbsession.unit.current import current_unit
 from asgi_dbsession.unit.ending import close
 from asgi_dbsession.unit.report import UnitReport
-from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
+from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
 from .answer import OnCommitError, add_note, answer_or_raise
 from .arguments import AnyDatabase, application_first, no_application, usable_databases

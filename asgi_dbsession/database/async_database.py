@@ -80,7 +80,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         self._orm_class = guarded_class(take_class(options, "sync_session_class", Session, default))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._check_session_options()
-        self._add_replicas(url, replicas, {"on_engine": on_engine} | engine_options)
+        options = {"on_engine": on_engine} | engine_options
+        self._add_replicas(AsyncDatabase, url, replicas, options)
 
     @asynccontextmanager
     async def begin(

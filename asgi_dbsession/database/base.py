@@ -12,16 +12,15 @@ from typing_extensions import Self
 
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.session.reads import reads_of
 from asgi_dbsession.types import Scope
+from asgi_dbsession.unit.current import unit_that_manages
 from asgi_dbsession.unit.observer import UnitObserver
-from asgi_dbsession.unit.unit_of_work import unit_that_manages
 
 from .arguments import check_flags, check_number
 from .engine_life import EngineLife
 from .engines import sync_engine_of
 from .health import Health
-from .options import checked_options
+from .options import checked_options, reads_of
 from .replicas import Replicas
 from .url import url_with_driver
 
@@ -112,11 +111,6 @@ class Database(EngineLife[E], Generic[E, S]):
         database._owns_engine = False
         borrow(sync_engine_of(engine), database, database._observers)
         return database
-
-    @property
-    def replicas(self) -> tuple[Self, ...]:
-        """The replicas, as objects of this class, each with its own `engine` and `health()`."""
-        return self._replica_set.databases if self._replica_set is not None else ()
 
     @property
     def position(self) -> str | None:
@@ -217,15 +211,18 @@ class Database(EngineLife[E], Generic[E, S]):
             ) from error
 
     def _add_replicas(
-        self, url: str | URL, replicas: Sequence[str | URL] | Replicas, options: dict[str, Any]
+        self,
+        kind: type[Any],
+        url: str | URL,
+        replicas: Sequence[str | URL] | Replicas,
+        options: dict[str, Any],
     ) -> None:
         # `ReplicaSet` refuses a wrong argument, also one that counts as false (None, or "").
         if replicas not in ((), []):
             from asgi_dbsession.replicas.replica_set import ReplicaSet
             from asgi_dbsession.replicas.route import routed_class
 
-            database: Any = self
-            self._replica_set = ReplicaSet(database, url, replicas, options)
+            self._replica_set = ReplicaSet(self, kind, url, replicas, options)
             self._orm_class = routed_class(self._orm_class)
 
     def _see(self, position: str | None, *, join: bool, read_only: bool) -> None:

@@ -82,6 +82,11 @@ class EngineLife(ABC, Generic[E]):
         """True between startup and shutdown. Always True after `from_engine`."""
         return self._engine is not None
 
+    @property
+    def replicas(self) -> tuple[Self, ...]:
+        """The replicas, as objects of this class, each with its own `engine` and `health()`."""
+        return self._replica_set.databases if self._replica_set is not None else ()
+
     async def startup(self) -> None:
         """Build the engine in the running event loop, and check that the database answers.
 

@@ -6,7 +6,7 @@ from weakref import WeakSet
 
 from sqlalchemy import Pool
 
-from asgi_dbsession.unit.unit_of_work import current_unit
+from asgi_dbsession.unit.current import current_unit
 
 # In a child process, this list has the pools of the parent process. If Python freed these pools, it
 # would close connections that the parent process still uses.

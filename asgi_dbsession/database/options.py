@@ -1,4 +1,4 @@
-"""Checks the option `session_options`, whose keys type checkers know from the types here."""
+"""Checks the options `session_options` and `autocommit_reads`, and has types for the first."""
 
 from collections.abc import Mapping
 from typing import Any, Generic
@@ -8,6 +8,7 @@ from sqlalchemy.orm import Query, Session
 from typing_extensions import TypedDict, TypeVar
 
 from asgi_dbsession.errors import ConfigurationError, kind_of
+from asgi_dbsession.session.reads import DRIVERS, Reads
 
 AnyAsyncSession = TypeVar("AnyAsyncSession", bound=AsyncSession, default=AsyncSession)
 AnySession = TypeVar("AnySession", bound=Session, default=Session)
@@ -71,3 +72,29 @@ def take_class(
         f'session_options["{option}"] takes a subclass of {base.__name__}, not '
         f"{kind_of(session_class)}."
     )
+
+
+def reads_of(database: object, wanted: object, driver: str) -> Reads:
+    """Return the object that decides if the sessions of a database read without BEGIN and COMMIT.
+
+    Args:
+        database: The database.
+        wanted: The option `autocommit_reads` of the database.
+        driver: The name of the driver.
+
+    Raises:
+        ConfigurationError: The driver cannot switch autocommit on and off without a round trip to
+            the server, and the option is True.
+    """
+    if wanted is not None and not isinstance(wanted, bool):
+        raise ConfigurationError("autocommit_reads takes True, False or None.")
+    if driver in DRIVERS:
+        from asgi_dbsession.session.optional.reads.delayed import DelayingReads
+
+        return DelayingReads(wanted)
+    if wanted:
+        raise ConfigurationError(
+            f"{database} cannot read in autocommit: only {' and '.join(DRIVERS)} (PostgreSQL) "
+            "switch autocommit without a round trip. Leave out `autocommit_reads=True`."
+        )
+    return Reads()

@@ -75,7 +75,8 @@ class SyncDatabase(Database[Engine, AnySession]):
         )
         self._orm_class = guarded_class(take_class(self._session_options, "class_", Session))
         self._check_session_options()
-        self._add_replicas(url, replicas, {"on_engine": on_engine} | engine_options)
+        options = {"on_engine": on_engine} | engine_options
+        self._add_replicas(SyncDatabase, url, replicas, options)
 
     def __enter__(self) -> Self:
         """Start the database; for `with database:` in a script or worker without an event loop."""

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from time import monotonic
-from typing import Any, TypeAlias
+from typing import Any
 
 from sqlalchemy import URL
 
-from asgi_dbsession.database.async_database import AsyncDatabase
+from asgi_dbsession.database.engine_life import EngineLife
 from asgi_dbsession.database.replicas import Replicas
-from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.session.managed import ManagedSession
 
 from .checks import check_primary, check_replica, with_driver
@@ -21,8 +20,6 @@ from .route import Route
 from .seen_here import seen_here
 from .server import Server, TaskServer, ThreadServer
 from .watch import Watch
-
-AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 
 # If the last known WAL position of a replica was too low, it is asked again after this time (in
 # seconds).
@@ -45,6 +42,7 @@ class ReplicaSet:
 
     Args:
         database: The database object of the primary.
+        kind: The class of the database objects to make: `AsyncDatabase` or `SyncDatabase`.
         url: The URL that the application gave for the primary.
         given: The value of the option `replicas`: URLs, or a `Replicas` object.
         options: The engine options of the primary, which are used for the replicas too.
@@ -55,19 +53,19 @@ class ReplicaSet:
 
     def __init__(
         self,
-        database: AnyDatabase,
+        database: EngineLife[Any],
+        kind: type[Any],
         url: str | URL,
         given: Sequence[str | URL] | Replicas,
         options: dict[str, Any],
     ) -> None:
         self.options: Replicas = given if isinstance(given, Replicas) else Replicas(given)
         check_primary(database, options)
-        self._database = database
+        self._kind = kind
         self._lag = Lag(self.options.max_lag)
         self._count = count(1)
         self.primary: Server = self._server(database, with_driver(url, database), options)
         self.replicas: list[Server] = []
-        kind = AsyncDatabase if isinstance(database, AsyncDatabase) else SyncDatabase
         for each in self.options.urls:
             its_url = with_driver(each, database)
             replica = kind(its_url, ping_on_startup=False, **options)
@@ -76,15 +74,14 @@ class ReplicaSet:
             replica.observe(Watch(server))
             self.replicas.append(server)
 
-    def _server(self, at: AnyDatabase, url: str | URL, options: dict[str, Any]) -> Server:
+    def _server(self, at: EngineLife[Any], url: str | URL, options: dict[str, Any]) -> Server:
         mine = {name: options[name] for name in options if name not in _POOL}
         mine |= {"pool_size": 1, "max_overflow": 0, "isolation_level": "AUTOCOMMIT"}
-        if isinstance(at, AsyncDatabase):
-            return TaskServer(at, AsyncDatabase(url, ping_on_startup=False, **mine))
-        return ThreadServer(at, SyncDatabase(url, ping_on_startup=False, **mine))
+        asker = self._kind(url, ping_on_startup=False, **mine)
+        return TaskServer(at, asker) if at.is_async else ThreadServer(at, asker)
 
     @property
-    def databases(self) -> tuple[AnyDatabase, ...]:
+    def databases(self) -> tuple[Any, ...]:
         """The replicas as database objects. Each has its own connection pool."""
         return tuple(each.database for each in self.replicas)
 
@@ -109,8 +106,7 @@ class ReplicaSet:
     def start_here(self) -> None:
         """Build the engines of the replicas of a `SyncDatabase`, without an event loop."""
         for each in self._lives:
-            if isinstance(each, SyncDatabase):
-                each.__enter__()
+            each.__enter__()
 
     def shutdown_here(self) -> None:
         """Close all connections to the replicas of a `SyncDatabase`, without an event loop."""
@@ -118,7 +114,7 @@ class ReplicaSet:
             if isinstance(server, ThreadServer):
                 server.stop_here()
         for each in self._lives:
-            while isinstance(each, SyncDatabase) and each.is_running:
+            while each.is_running:
                 each.__exit__()
 
     def after_fork(self) -> None:
@@ -131,7 +127,7 @@ class ReplicaSet:
         return (self.primary, *self.replicas)
 
     @property
-    def _lives(self) -> tuple[AnyDatabase, ...]:
+    def _lives(self) -> tuple[Any, ...]:
         return (*self.databases, *(each.asker for each in self._servers))
 
     def give_route(self, made: ManagedSession[Any]) -> None:

@@ -6,8 +6,6 @@ from weakref import ref
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from asgi_dbsession.errors import ConfigurationError
-
 from ._sqlalchemy import isolation_level_on_connect
 
 # The drivers of PostgreSQL that can switch autocommit on and off without a round trip to the
@@ -31,32 +29,6 @@ class Reads:
 
     def delay_begin(self, session: Session, connection: Connection) -> None:
         """Called when a transaction has begun in Python. A subclass delays BEGIN on the server."""
-
-
-def reads_of(database: object, wanted: object, driver: str) -> Reads:
-    """Return the object that decides if the sessions of a database read without BEGIN and COMMIT.
-
-    Args:
-        database: The database.
-        wanted: The option `autocommit_reads` of the database.
-        driver: The name of the driver.
-
-    Raises:
-        ConfigurationError: The driver cannot switch autocommit on and off without a round trip to
-            the server, and the option is True.
-    """
-    if wanted is not None and not isinstance(wanted, bool):
-        raise ConfigurationError("autocommit_reads takes True, False or None.")
-    if driver in DRIVERS:
-        from .optional.reads.delayed import DelayingReads
-
-        return DelayingReads(wanted)
-    if wanted:
-        raise ConfigurationError(
-            f"{database} cannot read in autocommit: only {' and '.join(DRIVERS)} (PostgreSQL) "
-            "switch autocommit without a round trip. Leave out `autocommit_reads=True`."
-        )
-    return Reads()
 
 
 def isolation_level(connection: Connection) -> str | None:

@@ -4,7 +4,8 @@ import asyncio
 from threading import get_ident
 
 from asgi_dbsession.session.tasks import current_task
-from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
+from asgi_dbsession.unit.current import current_unit
+from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
 
 def current_caller() -> object:

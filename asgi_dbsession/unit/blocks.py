@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 
 from asgi_dbsession.session.end import current_end
 
+from .current import current_unit, made_current
 from .ending import close, close_blocking
-from .unit_of_work import SessionSource, UnitOfWork, current_unit
+from .unit_of_work import SessionSource, UnitOfWork
 
 S = TypeVar("S")
 
@@ -73,21 +74,6 @@ def _unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[
         yield unit
 
 
-@contextmanager
-def made_current(unit: UnitOfWork) -> Iterator[None]:
-    """Make `unit` the current unit of work (the one of `get_session()`) in the `with` block."""
-    around = current_unit.get()
-    was_closed = around is not None and around.closed
-    current_unit.set(unit)
-    try:
-        yield
-    finally:
-        # A unit of work that was opened inside the `with` block may still be open, and is then the
-        # current unit of work. Do not replace it.
-        if current_unit.get() is unit:
-            current_unit.set(around if was_closed else _nearest_open(around))
-
-
 def _forget_hidden(unit: UnitOfWork) -> None:
     """Remove closed outer units of work that `get_session()` can no longer reach.
 
@@ -101,13 +87,3 @@ def _forget_hidden(unit: UnitOfWork) -> None:
         else:
             hidden = {*enclosing.databases, *(hidden if enclosing.closed else ())}
             unit = enclosing
-
-
-def _nearest_open(unit: UnitOfWork | None) -> UnitOfWork | None:
-    """Return the nearest unit of work that is open, or the outermost one if all are closed.
-
-    If the code then uses the closed unit of work, the error `SessionClosed` explains the mistake.
-    """
-    while unit is not None and unit.closed and unit.enclosing is not None:
-        unit = unit.enclosing
-    return unit

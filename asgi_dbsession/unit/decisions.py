@@ -4,7 +4,8 @@ from asgi_dbsession.errors import ConfigurationError, NoSession, SessionClosed
 from asgi_dbsession.session.end import current_end
 from asgi_dbsession.session.tasks import current_task, has_ended
 
-from .unit_of_work import UnitOfWork, current_unit
+from .current import current_unit
+from .unit_of_work import UnitOfWork
 
 
 def set_rollback(rollback: bool) -> None:
@@ -49,11 +50,6 @@ def take_decision(unit: UnitOfWork, task: object, *, has_work: bool) -> bool | N
     unit.rollbacks = {each: value for each, value in unit.rollbacks.items() if each not in taken}
     unit.rollback = next(reversed(unit.rollbacks.values()), None)
     return decision
-
-
-def forget_decisions(unit: UnitOfWork) -> None:
-    """Forget all calls of `set_rollback`, so that they do not apply to later work."""
-    unit.rollback, unit.rollbacks = None, {}
 
 
 def unit_to_decide(*, also_at_end: bool = False) -> UnitOfWork:

@@ -1,17 +1,17 @@
 """Commits or rolls back the work of a unit of work: all of it, or only the work of one task."""
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.completion import complete_here, run_to_completion
 from asgi_dbsession.session.end import End, Reason, current_end
-from asgi_dbsession.session.managed import Sessions
+from asgi_dbsession.session.managed import ManagedSession, Sessions
 
-from .decisions import forget_decisions, take_decision
+from .decisions import take_decision
 from .observer import observed
-from .shares import Living, find_failed, is_of, sort_work, with_work
-from .together import close_idle, end_together, in_order, learn_positions, roll_back_all
+from .shares import Living, find_failed, is_of, sort_work
+from .together import end_together, in_order, learn_positions, roll_back_all
 from .unit_of_work import UnitOfWork
 
 
@@ -26,8 +26,8 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
         Exception: The error of the flush or of COMMIT. `unit.failure` has the same error.
     """
     end = End(commit, "status" if unit.rollback is None else "set_rollback")
-    forget_decisions(unit)
-    return _end(unit, end, with_work(unit))
+    unit.forget_decisions()
+    return _end(unit, end, unit.with_work())
 
 
 def commit_reads(unit: UnitOfWork) -> bool:
@@ -40,7 +40,7 @@ def commit_reads(unit: UnitOfWork) -> bool:
     opened = unit.opened
     if len(opened) != 1 or unit.observers or unit.is_routed or not opened[0].commit_at_once():
         return False
-    forget_decisions(unit)
+    unit.forget_decisions()
     return True
 
 
@@ -59,7 +59,7 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         ConcurrentUse: `task` and another task have uncommitted work in the same transaction.
         Exception: The error of the flush or of COMMIT. `unit.failure` has the same error.
     """
-    working = with_work(unit)
+    working = unit.with_work()
     if not (working or unit.rollbacks or unit.callbacks):
         return
     own, failed = sort_work(unit, working, task, living) if working else ([], [])
@@ -109,7 +109,7 @@ async def close(
             from .optional.unsaved import log_unsaved
 
             log_unsaved(unit, opened)
-        working, raised = close_idle(opened)
+        working, raised = _close_idle(opened)
         failed: Sessions = []
         if working and commit and sort_tasks:
             commit, failed = find_failed(unit, working)
@@ -137,6 +137,22 @@ def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | Non
     complete_here(close(unit, commit=commit, error=error))
 
 
+def _close_idle(opened: Iterable[ManagedSession[Any]]) -> tuple[Sessions, Exception | None]:
+    """Close sessions without work. Return the other sessions, and the first exception."""
+    working, raised = [], None
+    for each in opened:
+        try:
+            if not each.close_if_idle():
+                working.append(each)
+        # A listener of the application raised this exception. It is raised again after the other
+        # sessions are closed.
+        except Exception as error:
+            if not each.lock.is_closed:
+                raise
+            raised = raised or error
+    return working, raised
+
+
 async def _close_left(unit: UnitOfWork) -> None:
     """Close the sessions that are open still, because a signal handler has raised an exception."""
     left = [each for each in unit.opened if not each.lock.is_closed]
@@ -155,7 +171,7 @@ async def _close_working(
             await _end(unit, rollback, failed)
         except BaseException as error:
             failure, end.commit = error, False
-        left, raised = close_idle(failed)
+        left, raised = _close_idle(failed)
         last = End(commit=False, reason="exception", close=True)
         failure = await roll_back_all(left, last, failure or raised)
     await _end(unit, end, [each for each in working if each not in failed])
@@ -197,7 +213,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     if unit.callbacks:
         from .optional.after_commit.call import call_after_commit
 
-        await call_after_commit(unit, end, given, stored, working)
+        await call_after_commit(unit, end, given, stored, working, close=close)
     _tell(unit, end)
     if end.failure is not None:
         raise end.failure

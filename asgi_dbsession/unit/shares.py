@@ -73,19 +73,6 @@ def find_failed(unit: UnitOfWork, working: Sessions) -> tuple[bool, Sessions]:
     return True, failed
 
 
-def with_work(unit: UnitOfWork) -> Sessions:
-    """Return the sessions of a unit of work that have something to commit or roll back."""
-    working = []
-    for each in unit.opened:
-        if each.has_work:
-            working.append(each)
-        # The application itself has committed or rolled back this session. So forget which tasks
-        # used the session until now.
-        else:
-            each.lock.forget_users()
-    return working
-
-
 def _refuse(unit: UnitOfWork, error: ConcurrentUse) -> ConcurrentUse:
     unit.failure = error
     return error

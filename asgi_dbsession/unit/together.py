@@ -108,19 +108,3 @@ def in_order(unit: UnitOfWork, working: Sessions) -> Sessions:
     """Return the sessions in the order in which their databases were declared."""
     sessions = [unit.sessions.get(each) for each in unit.databases]
     return [each for each in sessions if each is not None and each in working]
-
-
-def close_idle(opened: Iterable[ManagedSession[Any]]) -> tuple[Sessions, Exception | None]:
-    """Close sessions without work. Return the other sessions, and the first exception."""
-    working, raised = [], None
-    for each in opened:
-        try:
-            if not each.close_if_idle():
-                working.append(each)
-        # A listener of the application raised this exception. It is raised again after the other
-        # sessions are closed.
-        except Exception as error:
-            if not each.lock.is_closed:
-                raise
-            raised = raised or error
-    return working, raised

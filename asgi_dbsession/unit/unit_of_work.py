@@ -2,16 +2,12 @@
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
-
-from asgi_dbsession.errors import ConfigurationError, NoSession, SessionClosed
+from asgi_dbsession.errors import SessionClosed
 from asgi_dbsession.session.completion import call_here
-from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.session.managed import ManagedSession, Sessions
 from asgi_dbsession.types import Scope
 
 from .observer import UnitObserver, observed
@@ -119,6 +115,22 @@ class UnitOfWork:
         """The sessions, as a copy, because another thread may open a session meanwhile."""
         return tuple(self.sessions.values())
 
+    def with_work(self) -> Sessions:
+        """Return the sessions that have something to commit or roll back."""
+        working = []
+        for each in self.opened:
+            if each.has_work:
+                working.append(each)
+            # The application itself has committed or rolled back this session. So forget which
+            # tasks used the session until now.
+            else:
+                each.lock.forget_users()
+        return working
+
+    def forget_decisions(self) -> None:
+        """Forget all calls of `set_rollback`, so that they do not apply to later work."""
+        self.rollback, self.rollbacks = None, {}
+
     def manages(self, database: SessionSource[Any]) -> bool:
         """Return True if this unit of work opens and closes the session of the database."""
         if database not in self.databases:
@@ -175,73 +187,3 @@ class UnitOfWork:
             for observer in self.observers:
                 observer.session_opened(self, database, made)
         return opened
-
-
-current_unit: ContextVar[UnitOfWork | None] = ContextVar("asgi_dbsession", default=None)
-
-
-def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
-    """Return the nearest unit of work that opens and closes the session of the database.
-
-    Raises:
-        NoSession: No unit of work with this database is around the calling code.
-        SessionClosed: This task was started in a `begin(join=True)` block that has ended.
-    """
-    innermost = current_unit.get()
-    for unit in innermost.chain() if innermost is not None else ():
-        if unit.joined is not None and unit.closed and database in unit.databases:
-            raise SessionClosed(database, of_block=True)
-        if unit.manages(database):
-            return unit
-    raise NoSession(database)
-
-
-def get_session() -> AsyncSession:
-    """Return the session of the default database: the first `AsyncDatabase` of the unit of work.
-
-    The session is opened on first use, and its first statement checks out a connection of the pool.
-    The session is closed permanently when the request or the `begin()` block ends. Only one task at
-    a time may use it. Tasks that run in parallel must each open `database.begin()`.
-
-    Raises:
-        NoSession: The calling code runs neither in a request that `DBSessionMiddleware` serves, nor
-            in a `begin()` block.
-        SessionClosed: The request that started this task has ended.
-        DatabaseNotRunning: The database has not been started.
-        ConfigurationError: The unit of work has only sync databases.
-    """
-    session: AsyncSession = _default_session(is_async=True)
-    return session
-
-
-def get_sync_session() -> Session:
-    """Return the session of the first `SyncDatabase` of the unit of work, for `def` functions.
-
-    `get_session` documents how long the session is valid, and which errors are raised.
-    """
-    session: Session = _default_session(is_async=False)
-    return session
-
-
-async def session_dependency() -> AsyncSession:
-    """Return the same session as `get_session()`; for `Depends(session_dependency)` in FastAPI.
-
-    This is a coroutine function without parameters, as `AsyncDatabase.session_dependency` explains.
-    """
-    return get_session()
-
-
-def _default_session(*, is_async: bool) -> Any:
-    innermost = current_unit.get()
-    if innermost is None:
-        raise NoSession("the default database")
-    for unit in innermost.chain():
-        for database in unit.databases:
-            if database.is_async is is_async:
-                return unit_that_manages(database).open(database)
-    kind = "AsyncDatabase" if is_async else "SyncDatabase"
-    other = "`get_sync_session()` in a `def`" if is_async else "`get_session()` in an `async def`"
-    raise ConfigurationError(
-        f"There is no {kind} here, only {innermost.databases[0]}. Use {other} function, or give "
-        f"DBSessionMiddleware an object of the class {kind} too."
-    )

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from anyio import create_task_group
 from sqlalchemy.pool import QueuePool
 
-from asgi_dbsession.database.base import Database
+from asgi_dbsession.database.engine_life import EngineLife
 from asgi_dbsession.database.engines import sync_engine_of
 from asgi_dbsession.database.failures import failure_of
 from asgi_dbsession.database.health import Health
@@ -25,7 +25,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_questions.clear)
 
 
-async def health_of(database: Database[Any, Any], within: float) -> Health:
+async def health_of(database: EngineLife[Any], within: float) -> Health:
     """Return the health of a database, with the health of each of its replicas.
 
     Args:
@@ -36,7 +36,7 @@ async def health_of(database: Database[Any, Any], within: float) -> Health:
         return await _check(database, within)
     found: dict[Any, Health] = {}
 
-    async def check(each: Database[Any, Any]) -> None:
+    async def check(each: EngineLife[Any]) -> None:
         found[each] = await _check(each, within)
 
     async with create_task_group() as tasks:
@@ -45,7 +45,7 @@ async def health_of(database: Database[Any, Any], within: float) -> Health:
     return replace(found[database], replicas=tuple(found[each] for each in database.replicas))
 
 
-async def _check(database: Database[Any, Any], within: float) -> Health:
+async def _check(database: EngineLife[Any], within: float) -> Health:
     start = perf_counter()
     try:
         answers = await _questions_of(database).answers(database.engine, within)
@@ -62,7 +62,7 @@ async def _check(database: Database[Any, Any], within: float) -> Health:
     return Health(answers, latency, reason, pool.size(), pool.checkedout(), overflow)
 
 
-def _questions_of(database: Database[Any, Any]) -> Any:
+def _questions_of(database: EngineLife[Any]) -> Any:
     kind = TaskQuestions if database.is_async else ThreadQuestions
     # `setdefault` is atomic, so callers of several threads get the same object.
     return _questions.setdefault(database, kind())

@@ -1,15 +1,18 @@
 """Calls the functions given to `on_commit` after a COMMIT."""
 
 from asyncio import CancelledError
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
 
 from asgi_dbsession.session.end import End
 from asgi_dbsession.session.managed import Sessions
-from asgi_dbsession.unit.ending import close
+from asgi_dbsession.unit.current import current_unit
 from asgi_dbsession.unit.shares import is_of
-from asgi_dbsession.unit.unit_of_work import UnitOfWork, current_unit
+from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
 from .callback import AfterCommit
+
+Close: TypeAlias = Callable[..., Awaitable[Any]]
 
 
 async def call_after_commit(
@@ -18,6 +21,8 @@ async def call_after_commit(
     given: Sequence[AfterCommit],
     stored: Sequence[AfterCommit],
     working: Sessions,
+    *,
+    close: Close,
 ) -> None:
     """Call the `on_commit` functions whose work was committed, and forget those that have ended.
 
@@ -27,12 +32,13 @@ async def call_after_commit(
         given: The functions that were given before this commit or rollback.
         stored: The functions that waited for work that the application itself has committed.
         working: The sessions that were committed or rolled back.
+        close: The function that commits or rolls back a unit of work, and closes it.
     """
     for callback in _settle(unit.callbacks, end, given, stored, working):
-        await _call(unit, callback)
+        await _call(unit, callback, close)
 
 
-async def _call(unit: UnitOfWork, callback: AfterCommit) -> None:
+async def _call(unit: UnitOfWork, callback: AfterCommit, close: Close) -> None:
     """Call an `on_commit` function in a new unit of work. If the function fails, log the error."""
     inner = unit.within(callback.databases)
     inner.read_only, inner.is_blocking = callback.read_only, unit.is_blocking

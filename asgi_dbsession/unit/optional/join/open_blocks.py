@@ -4,7 +4,8 @@ from typing import Any
 
 from asgi_dbsession.errors import ConcurrentUse, SessionClosed
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.unit.unit_of_work import SessionSource, UnitOfWork, current_unit
+from asgi_dbsession.unit.current import current_unit
+from asgi_dbsession.unit.unit_of_work import SessionSource, UnitOfWork
 
 
 class OpenBlocks:
