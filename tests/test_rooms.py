@@ -111,12 +111,13 @@ def test_any_module_can_be_imported_first() -> None:
 
 
 PROGRAM = """
-import asyncio, sys
+import asyncio, sys, tempfile
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, get_session
 
-database = AsyncDatabase("sqlite+aiosqlite://")
+folder = tempfile.TemporaryDirectory()
+database = AsyncDatabase(f"sqlite+aiosqlite:///{folder.name}/shop.db")
 
 async def app(scope, receive, send):
     await get_session().execute(text("CREATE TABLE entry (note TEXT)"))
@@ -124,6 +125,9 @@ async def app(scope, receive, send):
     await send({"type": "http.response.body"})
 
 async def send(message):
+    ...
+
+async def silent(scope, receive, send):
     ...
 
 async def main():
@@ -156,6 +160,11 @@ def test_the_core_alone_imports_no_optional_room() -> None:
         (
             "AsyncDatabase.from_engine(create_async_engine('sqlite+aiosqlite:///shop.db'))",
             "borrowed",
+        ),
+        ("AsyncDatabase('sqlite+aiosqlite://')", "in_memory"),
+        (
+            "asyncio.run(DBSessionMiddleware(silent, database)({'type': 'websocket'}, None, None))",
+            "websocket",
         ),
         ("asyncio.run(database.health())", "health"),
         ("DBSessionMiddleware(app, database, attempts=2, retry_on=KeyError)", "retry"),

@@ -1,6 +1,7 @@
 """The class `DBSessionMiddleware`, which opens and closes the unit of work of each request."""
 
 from collections.abc import Callable
+from typing import Any
 
 from sqlalchemy import URL
 from typing_extensions import Never
@@ -18,7 +19,6 @@ from .composition import with_optional_rooms, with_positions
 from .exchange import Exchange
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .rules import CommitWhen, ReadOnly, apply_read_rule, below_400, commit_rule
-from .websocket import SocketExchange
 
 # This key of the ASGI scope has the unit of work. An inner DBSessionMiddleware finds the unit of
 # work of the outer DBSessionMiddleware there, and uses its sessions.
@@ -160,10 +160,11 @@ class DBSessionMiddleware:
             from asgi_dbsession.unit.optional.two_phases.commit import TwoPhases
 
             unit.two_phases = TwoPhases(len(self.databases))
-        exchange: Exchange | SocketExchange
         if scope["type"] == "http":
-            exchange = Exchange(unit, receive, send, self._commit_rule)
+            exchange: Any = Exchange(unit, receive, send, self._commit_rule)
         else:
+            from .optional.websocket import SocketExchange
+
             exchange = SocketExchange(unit, receive, send)
         token = current_unit.set(unit)
         try:

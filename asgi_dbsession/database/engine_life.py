@@ -18,7 +18,7 @@ from .engines import call_with, select_one, sync_engine_of
 from .failures import failure_of, reason_of
 from .forks import databases, inherited_pools
 from .listeners import built, prepare
-from .url import is_in_memory, options_for_memory, refuse_autocommit, url_with_driver
+from .url import is_in_memory, refuse_autocommit, url_with_driver
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 
@@ -46,8 +46,12 @@ class EngineLife(ABC, Generic[E]):
             from .optional.urls.translation import translate_options
 
             named, engine_options = translate_options(named, engine_options)
+        if is_in_memory(named):
+            from .optional.in_memory import options_for_memory
+
+            engine_options = options_for_memory(named, engine_options)
         self.url: URL = named
-        self._engine_options = options_for_memory(self.url, engine_options)
+        self._engine_options = engine_options
         self._ping_on_startup = ping_on_startup
         self._on_engine = on_engine
         self._engine: E | None = None

@@ -5,7 +5,6 @@ from typing import Any
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
-from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 
 from asgi_dbsession.errors import ConfigurationError, without_secrets
 
@@ -49,29 +48,6 @@ def url_with_driver(url: str | URL, *, asynchronous: bool) -> URL:
         parsed = parsed.set(drivername=_choose_driver(parsed, asynchronous=asynchronous))
     _check_driver(parsed, asynchronous=asynchronous)
     return parsed
-
-
-def options_for_memory(url: URL, given: dict[str, Any]) -> dict[str, Any]:
-    """Return engine options that let several sessions use an SQLite database in memory.
-
-    By default, all sessions share the single connection of such a database, and so also its
-    transaction. The rollback of one request would then undo work of other requests. With these
-    options, a session waits until no other session uses the connection. Source:
-    https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pooling-behavior
-    """
-    if not is_in_memory(url):
-        return given
-    asynchronous = url.get_dialect().is_async
-    options = dict(given)
-    arguments = given.get("connect_args", {})
-    if not asynchronous and isinstance(arguments, dict):
-        # COMMIT may run in another thread than the statements before. By default, SQLite refuses
-        # this. Here it is safe, because two threads never use the connection at the same time.
-        options["connect_args"] = {"check_same_thread": False} | arguments
-    if "poolclass" not in given and "pool" not in given:
-        options["poolclass"] = AsyncAdaptedQueuePool if asynchronous else QueuePool
-        options |= {"pool_size": 1, "max_overflow": 0}
-    return options
 
 
 def refuse_autocommit(url: URL, engine_options: dict[str, Any]) -> None:
