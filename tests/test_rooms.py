@@ -112,6 +112,7 @@ def test_any_module_can_be_imported_first() -> None:
 
 PROGRAM = """
 import asyncio, sys, tempfile
+from contextlib import suppress
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, get_session
@@ -154,7 +155,7 @@ def test_the_core_alone_imports_no_optional_room() -> None:
 
 
 @pytest.mark.parametrize(
-    ("used", "room"),
+    ("used", "rooms"),
     [
         ("AsyncDatabase('sqlite+aiosqlite:///shop.db?timeout=5')", "urls"),
         (
@@ -166,15 +167,19 @@ def test_the_core_alone_imports_no_optional_room() -> None:
             "asyncio.run(DBSessionMiddleware(silent, database)({'type': 'websocket'}, None, None))",
             "websocket",
         ),
-        ("asyncio.run(database.health())", "health"),
+        (
+            "with suppress(OSError): asyncio.run(AsyncDatabase('sqlite:////no/a.db').startup())",
+            "failures",
+        ),
+        ("asyncio.run(database.health())", "health failures"),
         ("DBSessionMiddleware(app, database, attempts=2, retry_on=KeyError)", "retry"),
         ("DBSessionMiddleware(app, database, on_report=print)", "reports"),
         ("from asgi_dbsession import warn_when_idle", "reports"),
     ],
 )
-def test_an_optional_room_is_imported_when_it_is_used(used: str, room: str) -> None:
+def test_an_optional_room_is_imported_when_it_is_used(used: str, rooms: str) -> None:
     """And no other optional room."""
-    assert rooms_after(PROGRAM + used) == {*CORE, room}
+    assert rooms_after(PROGRAM + used) == {*CORE, *rooms.split()}
 
 
 def test_nothing_is_imported_between_a_commit_and_its_functions() -> None:

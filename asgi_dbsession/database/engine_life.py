@@ -15,7 +15,6 @@ from asgi_dbsession.unit.observer import UnitObserver
 
 from .arguments import check_flags, check_function
 from .engines import call_with, select_one, sync_engine_of
-from .failures import failure_of, reason_of
 from .forks import databases, inherited_pools
 from .listeners import built, prepare
 from .url import is_in_memory, refuse_autocommit, url_with_driver
@@ -206,6 +205,8 @@ class EngineLife(ABC, Generic[E]):
         # Wrong options can raise many kinds of errors in SQLAlchemy and in drivers: ArgumentError,
         # KeyError, AttributeError and others. So catch all of them.
         except Exception as error:
+            from .optional.failures.explanation import reason_of
+
             raise ConfigurationError(
                 f"{self} cannot be built with these engine options: {reason_of(self, error)}"
             ) from None
@@ -219,6 +220,8 @@ class EngineLife(ABC, Generic[E]):
         return engine
 
     def _raise_failure(self, error: Exception) -> NoReturn:
+        from .optional.failures.explanation import failure_of
+
         failure = failure_of(self, error)
         if failure is error:
             raise error

@@ -3,8 +3,6 @@
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from asgi_dbsession.database.failures import keeps_from_connecting
-
 from .position import Seen
 from .question import Answer
 from .server import Server
@@ -38,6 +36,9 @@ class Choice:
         Raises:
             sqlalchemy.exc.TimeoutError: No connection became free within the `pool_timeout`.
         """
+        # Import before the connection: if too many files are open, both would fail.
+        from asgi_dbsession.database.optional.failures.explanation import keeps_from_connecting
+
         try:
             connection = self.engine.connect()
         except PoolTimeout:

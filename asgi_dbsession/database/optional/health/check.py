@@ -11,7 +11,6 @@ from sqlalchemy.pool import QueuePool
 
 from asgi_dbsession.database.engine_life import EngineLife
 from asgi_dbsession.database.engines import sync_engine_of
-from asgi_dbsession.database.failures import failure_of
 from asgi_dbsession.database.health import Health
 from asgi_dbsession.errors import DBSessionError
 
@@ -46,6 +45,9 @@ async def health_of(database: EngineLife[Any], within: float) -> Health:
 
 
 async def _check(database: EngineLife[Any], within: float) -> Health:
+    # Import before the check: if too many files are open, both would fail.
+    from asgi_dbsession.database.optional.failures.explanation import failure_of
+
     start = perf_counter()
     try:
         answers = await _questions_of(database).answers(database.engine, within)

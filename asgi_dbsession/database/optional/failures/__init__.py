@@ -1,0 +1,1 @@
+"""Explains why a database did not answer, when a connection has failed (optional)."""
