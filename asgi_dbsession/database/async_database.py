@@ -202,22 +202,16 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         # This thread has no event loop, so the engine cannot be used in a wrong one.
         except RuntimeError:
             return
-        if self._loop is loop:
+        if self._loop is loop or self._engine is None:
             return
-        if not self._owns_engine and self._engine is not None:
-            from .optional.borrowed.loop import take_to_loop
-
-            take_to_loop(self, self._engine, loop)
-        elif self._loop is not None:
+        if self._owns_engine:
             raise DatabaseNotRunning(self, other_loop=True)
+        from .optional.borrowed.loop import take_to_loop
+
+        take_to_loop(self, self._engine, loop)
 
     @override
     def _create_engine(self) -> AsyncEngine:
         engine = create_async_engine(self.url, **self._engine_options)
         self._loop = asyncio.get_running_loop()
         return engine
-
-    @override
-    def _forget_engine(self) -> None:
-        super()._forget_engine()
-        self._loop = None
