@@ -13,6 +13,7 @@ from several import Entry
 from sqlalchemy import (
     CTE,
     Column,
+    Engine,
     Integer,
     MetaData,
     String,
@@ -182,8 +183,9 @@ async def test_a_write_after_reads_is_committed_or_rolled_back_as_ever(
     await running.assert_clean()
 
 
+@pytest.mark.parametrize("of", ["the class", "the engine"])
 async def test_a_listener_that_executes_the_statements_does_not_store_them_at_once(
-    real: Real,
+    real: Real, of: str
 ) -> None:
     """SQLAlchemy calls no listener of `do_execute` after one that returns True."""
     kind: Any = SyncDatabase if real.is_sync else AsyncDatabase
@@ -197,9 +199,13 @@ async def test_a_listener_that_executes_the_statements_does_not_store_them_at_on
         await watched.execute(PLAIN["columns"])
         await running.write("not kept")
 
-    event.listen(getattr(engine, "sync_engine", engine), "do_execute", execute)
-    running = Running(real, kind.from_engine(engine))
-    exchange = await in_request(running, work, 409)
+    target = Engine if of == "the class" else getattr(engine, "sync_engine", engine)
+    event.listen(target, "do_execute", execute)
+    try:
+        running = Running(real, kind.from_engine(engine))
+        exchange = await in_request(running, work, 409)
+    finally:
+        event.remove(target, "do_execute", execute)
     assert (exchange.status, running.stored()) == (409, [])
     await running.assert_clean()
     if real.is_sync:

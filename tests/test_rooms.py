@@ -154,6 +154,18 @@ def test_the_core_alone_imports_no_optional_room() -> None:
     assert rooms_after(PROGRAM) == set(CORE)
 
 
+def test_no_listener_is_added_to_the_engines_of_other_code() -> None:
+    """The class `Engine` has no listener of this package, unless the application has one there."""
+    program = (
+        "\nfrom sqlalchemy import create_engine\n"
+        "events = create_engine('sqlite://').dialect.dispatch\n"
+        "found = [getattr(events, name) for name in events._event_names]\n"
+        "assert len(found) > 5\n"
+        "assert not any(map(list, found)), found"
+    )
+    subprocess.check_output([sys.executable, "-c", PROGRAM + program], text=True)
+
+
 @pytest.mark.parametrize(
     ("used", "rooms"),
     [

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Transaction, TwoPhaseTransaction
 from sqlalchemy.event.api import _event_key
 from sqlalchemy.orm import Session, SessionTransaction
@@ -183,20 +183,26 @@ def original_engine(engine: Any) -> Engine:
     return found
 
 
-def listen_first(target: Any, name: str, listener: Callable[..., object]) -> None:
+def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> None:
     """Add a listener in front of all others, for an event of `sqlalchemy.events.DialectEvents`.
 
     A listener of these events keeps SQLAlchemy from calling the listeners after it if it raises an
     exception, or if it executes the statement itself. `event.listen` ignores `insert=True` here.
 
-    Args:
-        target: An engine, or the class `Engine`, whose listeners come before those of an engine.
-        name: The name of the event.
-        listener: The function to call.
+    If the application listens to the class `Engine`, then `listener` is added to this class too,
+    and called for all engines of the process. Such listeners come before those of an engine.
     """
+    dispatch: Any = engine.dialect.dispatch
+    target: Any = Engine if getattr(dispatch, name).parent_listeners else engine
     key: Any = _event_key(target, name, listener)
     key.dispatch_target._has_events = True
     key.base_listen(insert=True)
+
+
+def stop_listening(engine: Engine, name: str, listener: Callable[..., object]) -> None:
+    """Remove a listener from an engine. If it was added to the class `Engine`, it stays there."""
+    if event.contains(engine, name, listener):
+        event.remove(engine, name, listener)
 
 
 def most_overflow(pool: QueuePool) -> int:

@@ -12,7 +12,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbsession.errors import TransactionAborted, without_secrets
 
-from ._sqlalchemy import is_prepared, listen_first, original_engine
+from ._sqlalchemy import is_prepared, listen_first, original_engine, stop_listening
 from .completion import run_to_completion
 from .read_only import KEY
 from .sqlite import unwatch_sqlite, was_rolled_back, watch_sqlite
@@ -40,6 +40,7 @@ def watch(engine: Engine) -> None:
     """Start to record the statements that fail on `engine`. A second call does nothing."""
     engine = original_engine(engine)
     if engine not in _watched:
+        listen_first(engine, "handle_error", _record_failure)
         watch_sqlite(engine)
         _watched.add(engine)
         for watcher in _watchers:
@@ -63,6 +64,7 @@ def unwatch(engine: Engine) -> None:
     """Remove the listeners that `watch` added to `engine`."""
     engine = original_engine(engine)
     if engine in _watched:
+        stop_listening(engine, "handle_error", _record_failure)
         unwatch_sqlite(engine)
         for undo in _watchers.values():
             undo(engine)
@@ -222,8 +224,3 @@ def _throw_away(connection: Connection) -> None:
         with suppress(Exception):
             connection.dialect.do_rollback(connection.connection)
     connection.invalidate()
-
-
-# A listener of the application may raise an exception of its own, and then SQLAlchemy calls no
-# listener after it. Listeners of the class come before those of an engine.
-listen_first(Engine, "handle_error", _record_failure)

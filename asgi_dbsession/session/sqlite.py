@@ -4,11 +4,11 @@ import re
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import Dialect, ExecutionContext
 from sqlalchemy.orm import SessionTransaction
 
-from ._sqlalchemy import listen_first
+from ._sqlalchemy import listen_first, stop_listening
 
 # The first word of a statement, after comments.
 _FIRST_WORD = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)
@@ -54,7 +54,7 @@ def unwatch_sqlite(engine: Engine) -> None:
     if engine.dialect in _watched:
         _watched.discard(engine.dialect)
         for name in _EVENTS:
-            event.remove(engine, name, _begin_before_statement)
+            stop_listening(engine, name, _begin_before_statement)
 
 
 def begin_for_session(transaction: SessionTransaction, connection: Connection) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 from typing_extensions import override
 
-from asgi_dbsession.session._sqlalchemy import is_flushing, listen_first
+from asgi_dbsession.session._sqlalchemy import is_flushing, listen_first, stop_listening
 from asgi_dbsession.session.reads import (
     KEY,
     Reads,
@@ -80,16 +80,18 @@ def watch_reads(engine: Engine) -> None:
     """Add listeners to `engine` that send BEGIN before a statement that may write."""
     if engine.dialect not in _watched:
         _watched.add(engine.dialect)
+        event.listen(engine, "checkin", _restore)
         for name, listener in _LISTENERS.items():
-            (event.listen if name == "checkin" else listen_first)(engine, name, listener)
+            listen_first(engine, name, listener)
 
 
 def unwatch_reads(engine: Engine) -> None:
     """Remove the listeners that `watch_reads` added to `engine`."""
     if engine.dialect in _watched:
         _watched.discard(engine.dialect)
+        event.remove(engine, "checkin", _restore)
         for name, listener in _LISTENERS.items():
-            event.remove(engine, name, listener)
+            stop_listening(engine, name, listener)
 
 
 def _begin_unless_plain(
@@ -113,5 +115,4 @@ _LISTENERS: dict[str, Any] = {
     "do_execute": _begin_unless_plain,
     "do_executemany": _begin_always,
     "do_execute_no_params": _begin_always,
-    "checkin": _restore,
 }
