@@ -10,7 +10,7 @@ from asgi_dbsession.database.async_database import AsyncDatabase
 from asgi_dbsession.database.sync_database import SyncDatabase
 from asgi_dbsession.errors import ConfigurationError, kind_of
 from asgi_dbsession.session.tasks import current_task
-from asgi_dbsession.types import ASGIApp, RetryOn
+from asgi_dbsession.types import ASGIApp
 
 from .lifespan import Unstartable
 from .rules import commit_rule
@@ -70,7 +70,9 @@ def usable_databases(
         if options["retry_after"] is not None:
             check_number("retry_after", options["retry_after"])
         if options["retry_on"] is not None:
-            _check_retry_on(options["retry_on"], options["attempts"])
+            from asgi_dbsession.retry.rule import check_retry_on
+
+            check_retry_on(options["retry_on"], options["attempts"])
     except ConfigurationError as error:
         if current_task() is None:
             raise
@@ -127,13 +129,3 @@ def _check_databases(given: Sequence[object]) -> None:
         from asgi_dbsession.replicas.checks import check_cookies
 
         check_cookies(replica_sets)
-
-
-def _check_retry_on(given: RetryOn, attempts: int) -> None:
-    from asgi_dbsession.retry.rule import rule_of
-
-    rule_of(given)
-    if attempts == 1:
-        raise ConfigurationError(
-            "retry_on has no effect, because a request runs only once. Set `attempts` to 2 or more."
-        )

@@ -52,7 +52,6 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     """
 
     is_async = True
-    _engine_class = AsyncEngine
 
     def __init__(
         self,

@@ -31,7 +31,6 @@ S = TypeVar("S")
 class Database(EngineLife[E], Generic[E, S]):
     """The methods that `AsyncDatabase` and `SyncDatabase` have in common."""
 
-    _engine_class: type[E]
     # The class of the sessions: a subclass of SQLAlchemy's `Session`, also for an async database.
     _orm_class: type[Any]
 
@@ -98,19 +97,11 @@ class Database(EngineLife[E], Generic[E, S]):
         Raises:
             ConfigurationError: `engine` is not an engine, or is of the wrong kind (async or sync).
         """
-        if not isinstance(engine, cls._engine_class):
-            raise ConfigurationError(
-                f"{cls.__name__} needs an engine of the class "
-                f"{cls._engine_class.__name__}, not {type(engine).__name__}."
-            )
-        from .optional.borrowed.listeners import borrow
+        from .optional.borrowed.database import database_of
 
         options = {"session_options": session_options, "ping_on_startup": ping_on_startup}
-        database = cls(engine.url, **options)
-        database._engine = engine
-        database._owns_engine = False
-        borrow(sync_engine_of(engine), database, database._observers)
-        return database
+        made: Self = database_of(engine, cls, **options)
+        return made
 
     @property
     def position(self) -> str | None:

@@ -52,7 +52,6 @@ class SyncDatabase(Database[Engine, AnySession]):
     """
 
     is_async = False
-    _engine_class = Engine
 
     def __init__(
         self,

@@ -31,3 +31,16 @@ def rule_of(retry_on: RetryOn) -> Rule:
         )
     check_function("retry_on", rule, "error")
     return lambda error: isinstance(error, Exception) and checked(rule(error), "retry_on")
+
+
+def check_retry_on(retry_on: RetryOn, attempts: int) -> None:
+    """Check the option `retry_on` of the middleware.
+
+    Raises:
+        ConfigurationError: The value of the option is wrong, or no request is ever retried.
+    """
+    rule_of(retry_on)
+    if attempts == 1:
+        raise ConfigurationError(
+            "retry_on has no effect, because a request runs only once. Set `attempts` to 2 or more."
+        )
