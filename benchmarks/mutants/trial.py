@@ -22,8 +22,8 @@ _PYTEST = (
 # Tests for the files of each room, beside the test of the same name: the fast ones first.
 _ROOMS = {
     "session": (
-        *("lock", "reads", "read_only", "silent_losses", "several_tasks", "several_databases"),
-        *("two_phases", "retry", "field"),
+        *("lock", "reads", "reads_committed", "read_only", "silent_losses", "several_tasks"),
+        *("several_databases", "two_phases", "retry", "field"),
     ),
     "unit": ("on_commit", "database", "nesting", "several_databases", "two_phases"),
     "asgi": ("misuse", "lifespan", "nesting", "websocket", "on_commit", "events", "starlette"),
