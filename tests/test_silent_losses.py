@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -9,6 +10,7 @@ import pytest
 from anyio import to_thread
 from asgi import Exchange, Socket, get, respond
 from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running, checked_out
+from several import in_session
 from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.exc import (
     DBAPIError,
@@ -140,6 +142,47 @@ async def test_an_error_inside_a_savepoint_may_be_swallowed(running: Running) ->
     exchange = await get(DBSessionMiddleware(app, running.database))
     assert (exchange.status, exchange.error) == (201, None)
     assert running.stored() == ["before", "after"]
+
+
+def fail_in_savepoint(session: Session, savepoint: str) -> None:
+    """Catch an error in a savepoint, which PostgreSQL then refuses to release."""
+    if savepoint == "of the session":
+        with session.begin_nested():
+            swallow_here(session)
+    elif savepoint == "of the connection":
+        with session.connection().begin_nested():
+            swallow_here(session)
+    else:
+        session.connection().begin_nested()
+        swallow_here(session)
+
+
+def swallow_here(session: Session) -> None:
+    """Run a statement that fails, and continue after the error."""
+    with suppress(DBAPIError):
+        session.execute(WRONG)
+
+
+@pytest.mark.parametrize(
+    "savepoint", ["of the session", "of the connection", "of the connection, left open"]
+)
+async def test_an_error_swallowed_twice_is_no_success(running: Running, savepoint: str) -> None:
+    """SQLAlchemy does not roll back to a savepoint that was not released, nor does COMMIT."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("before")
+        with suppress(DBAPIError):
+            await in_session(running, lambda session: fail_in_savepoint(session, savepoint))
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    if running.real.is_postgresql:
+        assert exchange.messages == []
+        assert isinstance(exchange.error, TransactionAborted)
+        assert "no_such_table" in str(exchange.error)
+        assert running.stored() == []
+    else:
+        assert (exchange.status, running.stored()) == (201, ["before"])
 
 
 async def test_an_error_may_be_swallowed_after_a_rollback(running: Running) -> None:
@@ -563,6 +606,36 @@ async def test_a_close_while_an_exception_is_handled_loses_no_work_in_silence(
     assert answered == []
     assert running.stored() == []
     await running.assert_clean()
+
+
+@pytest.mark.parametrize("block", ["savepoint", "join"])
+async def test_a_savepoint_after_such_a_close_does_not_hide_the_loss(
+    running: Running, block: str
+) -> None:
+    """The release of a savepoint is no commit of the application, which would accept the loss."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("lost")
+        try:
+            raise LookupError
+        except LookupError:
+            await close_here(running)
+        session: Any = running.database.get_session()
+        opened: Any = (
+            session.begin_nested() if block == "savepoint" else running.database.begin(join=True)
+        )
+        if running.real.is_sync:
+            with opened:
+                await running.write("not alone")
+        else:
+            async with opened:
+                await running.write("not alone")
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.messages == []
+    assert isinstance(exchange.error, PrematureClose)
+    assert running.stored() == []
 
 
 async def close_here(running: Running) -> None:

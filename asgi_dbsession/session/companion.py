@@ -105,8 +105,11 @@ class Companion:
         """Let `wrapper` connect. Its first argument is the function that connected until now."""
         self.connect = partial(wrapper, self.connect or _connect)
 
-    def check_commit(self) -> None:
+    def check_commit(self, *, of_savepoint: bool = False) -> None:
         """Raise an error before COMMIT if a write was refused, or if work was discarded.
+
+        Args:
+            of_savepoint: True before RELEASE, which stores nothing.
 
         Raises:
             ForbiddenWrite: A write was refused, and the application caught the error.
@@ -114,6 +117,8 @@ class Companion:
                 error is not raised if the application calls `commit()` itself.
         """
         if isinstance(self.refused, PrematureClose) and current_end.get() is None:
+            if of_savepoint:
+                return
             self.refused = None
         if self.refused is not None:
             raise self.refused

@@ -71,8 +71,12 @@ def unwatch(engine: Engine) -> None:
         _watched.discard(engine)
 
 
-def refuse_if_aborted(connections: tuple[Connection, ...]) -> None:
+def refuse_if_aborted(connections: tuple[Connection, ...], *, of_savepoint: bool = False) -> None:
     """Raise an error before COMMIT if a failed statement has aborted the transaction.
+
+    Args:
+        connections: The connections of the session.
+        of_savepoint: True before RELEASE, which a statement that failed in the savepoint refuses.
 
     Raises:
         TransactionAborted: A transaction on one of the connections was aborted, so COMMIT would
@@ -84,7 +88,7 @@ def refuse_if_aborted(connections: tuple[Connection, ...]) -> None:
     # the flush is a part of COMMIT, and `_refuse_at_the_last_moment` checks after the flush.
     if failed_transactions:
         for connection in connections:
-            _refuse_if_aborted(connection)
+            _refuse_if_aborted(connection, of_savepoint=of_savepoint)
 
 
 def _record_failure(context: ExceptionContext) -> None:
@@ -101,7 +105,7 @@ def _record_failure(context: ExceptionContext) -> None:
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
     elif transaction is not None:
-        _remember(connection, transaction, context.original_exception)
+        _remember(context, connection, transaction)
         read_only = connection.info.get(KEY)
         if read_only is not None:
             read_only.record_refusal(context)
@@ -134,13 +138,19 @@ def _was_answered(error: Exception | None) -> bool:
     return getattr(error.orig, "sqlstate", "") is not None
 
 
-def _remember(connection: Connection, transaction: Transaction, error: BaseException) -> None:
+def _remember(context: ExceptionContext, connection: Connection, transaction: Transaction) -> None:
+    error = context.original_exception
     hidden = connection.engine.hide_parameters
     message = type(error).__name__ if hidden else " ".join(str(error).split())
     if _has_rolled_back(connection, error):
         failed_transactions[_key(transaction)] = message, True
     else:
         savepoint = connection.get_nested_transaction() or transaction
+        if (context.statement or "").startswith("RELEASE SAVEPOINT"):
+            # SQLAlchemy believes that this savepoint has ended, and never rolls back to it. So the
+            # statement that has failed in the savepoint has aborted the whole transaction.
+            failed = failed_transactions.get(ref(savepoint), (message, False))
+            failed_transactions.setdefault(_key(transaction), failed)
         failed_transactions.setdefault(_key(savepoint), (message, False))
     _listen_for_commit(connection)
 
@@ -174,9 +184,11 @@ def _key(transaction: Transaction) -> ref[Transaction]:
     return ref(transaction, lambda key: failed_transactions.pop(key, None))
 
 
-def _refuse_if_aborted(connection: Connection) -> None:
-    transaction = connection.get_transaction()
-    found = failed_transactions.get(ref(transaction)) if transaction is not None else None
+def _refuse_if_aborted(connection: Connection, *, of_savepoint: bool = False) -> None:
+    # COMMIT also ends a savepoint that the application has begun on the connection and left open.
+    savepoint = None if of_savepoint else connection.get_nested_transaction()
+    opened = [each for each in (connection.get_transaction(), savepoint) if each is not None]
+    found = next((known for each in opened if (known := failed_transactions.get(ref(each)))), None)
     if found is None:
         return
     database = without_secrets(connection.engine.url)

@@ -200,8 +200,10 @@ def _refuse_or_begin(session: Any, *_: object) -> None:
 
 
 def _refuse_to_commit(session: Any) -> None:
-    session._companion.check_commit()
-    refuse_if_aborted(session._companion.connections)
+    # SQLAlchemy calls this function also before it releases a savepoint.
+    of_savepoint = session.in_nested_transaction()
+    session._companion.check_commit(of_savepoint=of_savepoint)
+    refuse_if_aborted(session._companion.connections, of_savepoint=of_savepoint)
 
 
 def _record_commit(session: Any) -> None:
