@@ -36,7 +36,7 @@ def flush_for_commit(session: Session) -> None:
 
     PREPARE is sent only if the application has given the option `twophase=True` of SQLAlchemy.
     SQLAlchemy's method `Session.prepare` does not fit here, because it raises an error if a
-    savepoint is open or without this option.
+    savepoint is open, or if this option is not set.
 
     Args:
         session: The session to flush. Its next operation must be COMMIT or ROLLBACK.
@@ -46,11 +46,12 @@ def flush_for_commit(session: Session) -> None:
 
 
 class ConnectingSession(Session):
-    """A session that makes transaction objects of other classes than SQLAlchemy, where needed.
+    """A session whose transaction objects are of other classes than those of SQLAlchemy.
 
     `begin()` and `begin_nested()` make objects of the class `transaction_class`. A transaction that
     begins automatically, at the first statement, is a `ConnectingTransaction` if the companion of
-    the session has a function `connect`. SQLAlchemy has no public option for these classes.
+    the session (this package's data) has a function `connect`. SQLAlchemy has no public option for
+    these classes.
     """
 
     transaction_class: type[SessionTransaction] = SessionTransaction
@@ -59,7 +60,8 @@ class ConnectingSession(Session):
     def begin(self, nested: bool = False) -> SessionTransaction:
         outer = self._transaction
         if not nested or (outer is not None and outer._state is not SessionTransactionState.ACTIVE):
-            # SQLAlchemy raises an error if the session's transaction cannot begin now.
+            # SQLAlchemy's own method begins the transaction, or raises an error if this is
+            # impossible.
             return super().begin(nested)
         outer = outer or self._autobegin_t(begin=True)
         inner = self.transaction_class(self, SessionTransactionOrigin.BEGIN_NESTED, outer)
@@ -166,7 +168,7 @@ def connections_of(transaction: SessionTransaction) -> dict[Connection, Transact
 
 
 def pool_of(connection: Connection) -> Any:
-    """Return the pool that a connection returns to. After a `dispose()`, its engine has another."""
+    """Return the pool that a connection returns to. `dispose()` gives the engine another pool."""
     pooled: Any = connection.connection
     return pooled._pool
 
@@ -186,11 +188,12 @@ def original_engine(engine: Any) -> Engine:
 def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> None:
     """Add a listener in front of all others, for an event of `sqlalchemy.events.DialectEvents`.
 
-    A listener of these events keeps SQLAlchemy from calling the listeners after it if it raises an
-    exception, or if it executes the statement itself. `event.listen` ignores `insert=True` here.
+    If a listener of these events raises an exception, or executes the statement itself, SQLAlchemy
+    does not call the listeners after it. `event.listen` ignores `insert=True` for these events.
 
-    If the application listens to the class `Engine`, then `listener` is added to this class too,
-    and called for all engines of the process. Such listeners come before those of an engine.
+    SQLAlchemy calls the listeners of the class `Engine` before those of a single engine. So if the
+    application has added a listener to the class, `listener` is added to the class too, and is
+    called for all engines of the process.
     """
     dispatch: Any = engine.dialect.dispatch
     target: Any = Engine if getattr(dispatch, name).parent_listeners else engine

@@ -1,4 +1,4 @@
-"""Finds and commits sessions whose end sends nothing to the database, and so cannot block."""
+"""Finds sessions whose commit sends nothing to the database and cannot block, and commits them."""
 
 from collections.abc import Iterable
 from math import inf
@@ -48,7 +48,7 @@ def ends_at_once(session: Session, companion: Companion) -> bool:
 
 
 def commit_at_once(session: Session, companion: Companion) -> bool:
-    """Commit a session without a greenlet or thread, if it has only read with delayed BEGIN.
+    """Commit a session without a greenlet or thread, if it has only read, and has sent no BEGIN.
 
     Such a commit sends nothing to the database. So this function does only those steps of
     SQLAlchemy's `commit()` that a session without changes needs. The caller must hold the mutex of
@@ -67,7 +67,7 @@ def commit_at_once(session: Session, companion: Companion) -> bool:
     connections = connections_of(transaction)
     if not connections or not all(map(_commits_at_once, connections, connections.values())):
         return False
-    # The followers are `on_commit` functions, which must be called after the commit.
+    # `followers` has objects to notify after a commit, for example for `on_commit` functions.
     if companion.refused is not None or companion.followers:
         return False
     if not _has_only_transactions(session):
@@ -92,7 +92,7 @@ def _has_only_transactions(session: Session) -> bool:
 def _commits_at_once(connection: Connection, begun: Transaction | None) -> bool:
     if ref(connection) not in delayed or connection.closed or connection.invalidated:
         return False
-    # The application may have begun the transaction, or ended it on the connection itself.
+    # The application itself may have begun or ended the transaction on the connection.
     if begun is None or connection.get_transaction() is not begun:
         return False
     dialect = connection.dialect

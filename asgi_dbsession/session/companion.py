@@ -52,18 +52,20 @@ class SessionRecording(Protocol):
     """Records what a session does; see the package `reports`."""
 
     def connected(self, own: Any, connection: Connection) -> None:
-        """Called when the session, whose engine is `own`, has begun a transaction."""
+        """Called when a session has begun a transaction. `own` is the engine of the session."""
 
     def take(self, connections: tuple[Connection, ...]) -> list[Step]:
         """Return the steps since the last call.
 
         Args:
-            connections: The connections that the session keeps. The next steps begin with them.
+            connections: The connections that the session still holds. The next list of steps begins
+                with a step for each of them.
         """
         ...
 
 
-# A function that returns a new connection for a session to an engine, or to another server.
+# A function that opens a connection. It gets a session and the engine of this session, and may
+# connect to another server than this engine (to a replica, for example).
 Connect: TypeAlias = Callable[[Any, Engine], Connection]
 
 
@@ -74,14 +76,15 @@ class Companion:
         lock: The lock that every operation of the session holds.
         reads: The object that decides if the session may read without BEGIN and COMMIT.
         read_only: The object that refuses writes. None if the session may write now.
-        refused: The error that COMMIT must raise, or None. It is the error of the first refused
-            write, which the application may have caught, or of work that `close()` has discarded.
-        expects_read: False if the running statement needs BEGIN in any case, because it is an
-            INSERT, UPDATE or DELETE or is given as SQL text.
+        refused: The error that COMMIT must raise. `ForbiddenWrite` if a write was refused, because
+            the application may have caught the error. `PrematureClose` if `close()` discarded work.
+            None if COMMIT may succeed.
+        expects_read: True if the last statement of the session may be sent without BEGIN, because
+            it only reads. False if it is an INSERT, UPDATE or DELETE, or is given as SQL text.
         connections: The connections that the session has used. Some of these may be closed now.
         followers: The objects to notify after each commit and rollback of the session.
-        connect: A function that connects to the given engine of the session, or to another server.
-            None if nothing needs such a function: no two-phase commit, no replicas, no report.
+        connect: A function that opens the connections of the session, if two-phase commit, replicas
+            or reports are used. None if SQLAlchemy opens them, as usual.
         route: The object that chooses the primary or a replica for the session. None if the
             database has no replicas.
         recording: The object that records what the session does, for reports. None if nothing is
@@ -102,7 +105,7 @@ class Companion:
         self.followers: list[Follower] = []
 
     def wrap_connect(self, wrapper: Callable[[Connect, Any, Engine], Connection]) -> None:
-        """Let `wrapper` connect. Its first argument is the function that connected until now."""
+        """Open connections with `wrapper`. Its first argument is the function used until now."""
         self.connect = partial(wrapper, self.connect or _connect)
 
     def check_commit(self, *, of_savepoint: bool = False) -> None:

@@ -72,13 +72,14 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
 async def run_before_cancellation(work: Coroutine[Any, Any, object]) -> None:
     """Await `work` until it has ended. A cancelled caller gets its exception at its next `await`.
 
-    Use this function on asyncio, where an exception would keep the caller from an important step.
+    Use this function on asyncio if an exception here would prevent an important step after it.
     """
     try:
         await run_to_completion(work)
     except asyncio.CancelledError as cancelled:
         if (task := asyncio.current_task()) is not None:
-            # Do not count one cancellation twice, and keep its text, by which anyio knows it.
+            # Cancel the caller again, at its next `await`. `uncancel` keeps the count of
+            # cancellations right. anyio finds its own cancellations by the message in `args`.
             task.uncancel()
             task.cancel(*cancelled.args)
         if cancelled.__cause__ is not None:  # The exception that `work` raised.

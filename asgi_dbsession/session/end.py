@@ -15,21 +15,26 @@ Reason: TypeAlias = Literal[
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class End:
-    """One commit or rollback of a unit of work. Its steps may run in several threads.
+    """One commit or rollback of a unit of work (one request or one `begin()` block).
+
+    The steps of one commit or rollback may run in several threads.
 
     Args:
         commit: True to commit, False to roll back.
-        reason: Why the work is rolled back. Reports show the reason.
-        close: True to close the sessions permanently after the commit or rollback.
+        reason: Why the work is rolled back, for reports. Not used if the work is committed.
+        close: True to close the sessions permanently after this commit or rollback.
         task: Commit or roll back only the work of this task. None for the work of all tasks.
         error: The exception that the application raised, or None.
 
     Attributes:
-        handled: The exception of the `except` block that started this commit or rollback, or None.
+        handled: The exception that the caller was handling, in an `except` block, when this commit
+            or rollback began. None if there was none.
         requested_by: The task and the thread that wait for this commit or rollback. If this task or
-            thread still holds the lock, a signal handler has interrupted its operation.
-        needs_loop: True if the event loop runs between the steps, which use several databases.
-        had_work: True if the sessions had anything to commit or roll back.
+            thread itself holds the lock of a session, a signal handler has interrupted an operation
+            on this session.
+        needs_loop: True if several databases take part, and the event loop must run between the
+            steps.
+        had_work: True if at least one session had something to commit or roll back.
         failure: The exception that the commit or rollback itself raised. None if it succeeded.
     """
 

@@ -112,7 +112,7 @@ def _record_failure(context: ExceptionContext) -> None:
 
 
 def _is_unusable_after(context: ExceptionContext, transaction: Transaction | None) -> bool:
-    """Return True if nobody knows the state of the connection after the error: close it then."""
+    """Return True if the connection must be closed, as its state is unknown after the error."""
     ends_or_begins = context.statement is None and context.execution_context is None
     if ends_or_begins and not _was_answered(context.sqlalchemy_exception):
         # The server did not answer BEGIN, COMMIT or ROLLBACK, so the transaction may still be open

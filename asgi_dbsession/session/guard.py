@@ -40,8 +40,8 @@ _OPERATIONS = (
     "refresh",
     "rollback",
 )
-# These methods send nothing, but change what a flush stores; `add()` also begins the transaction of
-# the session. A task cannot wait in them, because they are not awaited.
+# These methods send nothing, but change what the next flush stores. Nobody awaits them, so a task
+# that calls one during a commit or rollback cannot wait for its end. So the call is made later.
 _CHANGES = (
     "add",
     "add_all",
@@ -99,7 +99,7 @@ def locked(
 
 
 def _changing(change: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a method of `_CHANGES`: hold the lock, or call the method after a commit or rollback."""
+    """Wrap a method of `_CHANGES`. If a commit or rollback is running, call the method after it."""
 
     @functools.wraps(change)
     def change_locked(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -170,7 +170,7 @@ class GuardedSession(ConnectingSession):
         traceback: types.TracebackType | None,
     ) -> None:
         if type(self).close is not GuardedSession.close:
-            # The application has overridden `close()`, and expects that SQLAlchemy calls it.
+            # The application has overridden `close()`, and expects that SQLAlchemy calls `close()`.
             super().__exit__(type_, value, traceback)
         else:
             self._close(self.reset if type_ is None else self.discard)
@@ -197,11 +197,11 @@ class GuardedSession(ConnectingSession):
 
     @locked
     def close_after_error(self) -> None:
-        """Empty the session while an exception is handled, without another exception in its place.
+        """Empty the session while an exception is being handled, without hiding this exception.
 
-        Nobody knows if this exception has interrupted the work, or if the work is newer (an
-        exception handler may write a row). So if there is work, the COMMIT of the unit of work
-        raises `PrematureClose`.
+        Nobody knows if uncommitted work was interrupted by this exception, or was done later (an
+        exception handler may write a row). So if there is uncommitted work, the COMMIT of the unit
+        of work (the request or `begin()` block) raises `PrematureClose`.
         """
         companion = self._companion
         if has_changes(self) or not all(map(has_only_read, companion.open_connections)):

@@ -29,7 +29,7 @@ class SessionLock(ABC):
         is_closed: True if every new operation is refused, because the unit of work has ended.
         is_closing: True if the last commit or rollback of the unit of work runs or waits.
         users: The running tasks that used the session since the last commit or rollback.
-        has_finished_work: True if a task that has returned used the session, or an unknown task.
+        has_finished_work: True if a task that has returned, or an unknown task, used the session.
         has_failed_work: True if a task that used the session has failed or was cancelled.
         last_user: The task that used the session last, also before the last commit or rollback.
         admit: A function that refuses tasks outside of an open `begin(join=True)` block; or None.
@@ -43,8 +43,8 @@ class SessionLock(ABC):
     last_user: object = None
     _holder: object = None
     _held_for: End | None = None  # The commit or rollback that holds the lock.
-    _reserved_for: End | None = None  # It has not asked for the lock yet; see `reserve_for`.
-    _ends: frozenset[End] = frozenset()  # The ends that run or wait.
+    _reserved_for: End | None = None  # Will acquire the lock next; see `reserve_for`.
+    _ends: frozenset[End] = frozenset()  # The commits and rollbacks that run or wait.
     _waiters: "tuple[Future[None], ...]" = ()
     _delayed: tuple[tuple[object, Callable[[], None]], ...] = ()
 
@@ -93,16 +93,16 @@ class SessionLock(ABC):
             self._wait(released)
 
     def reserve_for(self, end: End) -> None:
-        """Let no operation begin until `end`, which runs in another task, has acquired the lock.
+        """Let no operation begin until the commit or rollback `end` has acquired the lock.
 
-        Otherwise an operation of another task could begin first, and `end` would commit its work.
+        Otherwise another task could begin an operation first, and `end` would commit its work.
         """
         with self.mutex:
             self._reserved_for, self._ends = end, self._ends | {end}
             self.is_closing = self.is_closing or end.close
 
     def cancel_reservation(self, end: End) -> None:
-        """Let operations begin again if `end` has not acquired the lock and never will."""
+        """If `end` has not acquired the lock and never will, let operations begin again."""
         with self.mutex:
             if self._reserved_for is end:
                 self._reserved_for, self._ends = None, self._ends - {end}
@@ -133,7 +133,7 @@ class SessionLock(ABC):
                         return
                     released = self._new_waiter()
                 self._wait(released)
-        except BaseException:  # This wait was cancelled. Wake the operations that wait behind it.
+        except BaseException:  # The wait was cancelled. Wake operations that wait for `end`.
             with self.mutex:
                 self._ends -= {end}
                 self._wake_all()
@@ -161,8 +161,8 @@ class SessionLock(ABC):
     def delay(self, change: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
         """If a commit or rollback runs or waits for the lock, let `change` be called after it.
 
-        Return True if `change` will be called later. Return False if the caller must call `change`,
-        and wait for the lock before. Only a worker thread can wait.
+        Return True if `change` will be called later. Return False if the caller must acquire the
+        lock and call `change` itself. (Only a worker thread can wait for the lock.)
 
         Raises:
             SessionClosed: This commit or rollback is the last one of the unit of work.
@@ -182,20 +182,20 @@ class SessionLock(ABC):
 
     def _change_delayed(self) -> None:
         if not self.is_closing and any(each is not self._held_for for each in self._ends):
-            return  # Another commit or rollback waits, and the changes must not be a part of it.
+            return  # The changes must not be a part of another commit or rollback that waits.
         delayed, self._delayed = self._delayed, ()
         for caller, change in delayed:
             self._add_user(caller)
             try:
                 change()
-            # The task that asked for the change has gone on. So its work counts as failed, and is
-            # rolled back.
+            # The task that asked for the change cannot get this error any more, so roll back its
+            # work.
             except Exception:
                 self.has_failed_work = True
                 _logger.exception("A change of a session of %s failed", self.database)
 
     def is_held_by_end_of_caller(self) -> bool:
-        """Return True if the caller runs the commit or rollback that holds the lock now."""
+        """Return True if a commit or rollback holds the lock, and the caller runs it."""
         return self._held_for is not None and self._holder == self._caller()
 
     def sort_out_users(self) -> None:
@@ -227,7 +227,7 @@ class SessionLock(ABC):
 
     @abstractmethod
     def _is_abandoned(self, thread: int) -> bool:
-        """Return True if the holder has ended without a release, because of a signal handler.
+        """Return True if the lock's holder has ended without release, because of a signal handler.
 
         `thread` is the thread that now asks for the lock, for itself or for a commit or rollback.
         """

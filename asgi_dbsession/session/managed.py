@@ -1,4 +1,4 @@
-"""A session of a unit of work, whose work is committed or rolled back as a whole."""
+"""A session of a unit of work (a request or a `begin()` block), with its commit and rollback."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -32,7 +32,8 @@ class ManagedSession(Generic[S]):
 
     Attributes:
         lock: The lock of the session.
-        is_flushed: True between the methods `flush` and `end`, while they hold the lock.
+        is_flushed: True after the method `flush` and before the method `end`. The lock is held in
+            between.
     """
 
     is_flushed: bool = False
@@ -67,7 +68,7 @@ class ManagedSession(Generic[S]):
         return ends_at_once(self.orm, self.companion)
 
     def commit_at_once(self) -> bool:
-        """Commit the session if it has only read with delayed BEGIN, which waits for nothing.
+        """If the session has only read, and has sent no BEGIN, commit it. This waits for nothing.
 
         Returns:
             True if the session was committed. False if the caller must commit it with `end`.
@@ -124,7 +125,7 @@ class ManagedSession(Generic[S]):
         After this method, even if it raises, the connection is in its pool again or closed.
 
         Args:
-            end: The commit or rollback of the unit of work, of which this session is a part.
+            end: The commit or rollback of the whole unit of work, which has this session.
             commit: True to commit this session, False to roll back (for example, because another
                 database of the unit of work failed).
 
@@ -150,7 +151,7 @@ class ManagedSession(Generic[S]):
             self._release(end)
 
     def _let_go(self) -> None:
-        # A task may still refer to this session, which must not keep the request in memory.
+        # A task may still refer to this session. The session must not keep the request in memory.
         self.orm.info["scope"] = None
         self.companion.connect = None
         forget(self.orm)
@@ -176,7 +177,8 @@ def _set_up_connection(
 ) -> None:
     companion: Companion = session._companion
     begin_for_session(transaction, connection)
-    # With the option `binds`, an engine may not have the listeners of this package yet.
+    # With SQLAlchemy's option `binds`, the session may use another engine, which does not have the
+    # listeners of this package yet.
     if connection.engine is not session.bind:
         watch(connection.engine)
     companion.add_connection(connection)

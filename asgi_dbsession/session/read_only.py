@@ -13,7 +13,7 @@ ON_MARIADB, ON_POSTGRESQL = "START TRANSACTION READ ONLY", "SET TRANSACTION READ
 # application.
 PARTS_OF_BEGIN = frozenset((ON_MARIADB, ON_POSTGRESQL))
 # `connection.info` has this key while the connection belongs to a session that may only read. The
-# value is the attribute `read_only` of the session's companion.
+# value is the `ReadOnlySession` object of this session.
 KEY = "asgi_dbsession.read_only"
 
 
@@ -29,17 +29,17 @@ class ReadOnlySession(Protocol):
         """Called when a transaction or savepoint of the session has begun."""
 
     def check_statement(self, statement: object) -> None:
-        """Called before each statement."""
+        """Called before each statement. Raise `ForbiddenWrite` if the statement writes."""
 
     def check_flush(self, session: Session) -> None:
-        """Called before each flush."""
+        """Called before each flush. Raise `ForbiddenWrite` if objects were changed."""
 
     def refuse(self, name: str) -> ForbiddenWrite:
-        """Return the error for a write, which COMMIT will raise again."""
+        """Return the error for a refused write. COMMIT will raise this error again."""
         ...
 
     def record_refusal(self, context: ExceptionContext) -> None:
-        """Called when a statement has failed."""
+        """Called when a statement has failed. Remember it if the database refused a write."""
 
 
 def may_only_read(connection: Connection) -> bool:

@@ -9,17 +9,17 @@ from sqlalchemy.orm import Session
 from ._sqlalchemy import isolation_level_on_connect
 
 # The drivers of PostgreSQL that can switch autocommit on and off without a round trip to the
-# server. BEGIN is delayed only with these drivers.
+# server. Only with these drivers, BEGIN is delayed until a statement may write.
 DRIVERS = ("asyncpg", "psycopg")
-# The connections that were switched to autocommit, and that have sent no BEGIN yet. A `WeakSet`
-# would be slower. The key `KEY` of `connection.info` of such a connection lets autocommit be
-# switched off again before the connection returns to the pool.
+# The connections that were switched to autocommit, and that have sent no BEGIN yet. (A `WeakSet`
+# would be slower.) `connection.info` of these connections has the key `KEY`. The key tells a
+# listener to switch autocommit off again when the connection returns to the pool.
 delayed: set[ref[Connection]] = set()
 KEY = "asgi_dbsession.delayed_begin"
 
 
 class Reads:
-    """Decides if the sessions of a database read without BEGIN and COMMIT. The base class says no.
+    """Decides if the sessions of a database read without BEGIN and COMMIT; here they never do.
 
     Attributes:
         is_shared: True inside `testing.rolled_back()`, where all sessions share one transaction.
@@ -28,7 +28,7 @@ class Reads:
     is_shared: bool = False
 
     def delay_begin(self, session: Session, connection: Connection) -> None:
-        """Called when a transaction has begun in Python. A subclass delays BEGIN on the server."""
+        """Called when SQLAlchemy begins a transaction. A subclass may delay BEGIN on the server."""
 
 
 def isolation_level(connection: Connection) -> str | None:
@@ -40,7 +40,7 @@ def isolation_level(connection: Connection) -> str | None:
 
 def has_only_read(connection: Connection) -> bool:
     """Return True if it is certain that no transaction with writes is open on the connection."""
-    if connection.invalidated:  # A lost connection cannot be asked.
+    if connection.invalidated:  # Nobody knows what a lost connection did.
         return False
     if connection.dialect.name == "sqlite":
         driver: Any = connection.connection.driver_connection
@@ -49,7 +49,7 @@ def has_only_read(connection: Connection) -> bool:
 
 
 def begin_now(connection: Connection) -> None:
-    """Switch autocommit off, so that the driver sends BEGIN before the next statement."""
+    """If BEGIN was delayed, switch autocommit off: BEGIN is sent before the next statement."""
     if ref(connection) in delayed:
         set_autocommit(connection, False)
         connection.info.pop(KEY, None)
@@ -57,7 +57,7 @@ def begin_now(connection: Connection) -> None:
 
 
 def begin_on_server(connection: Connection) -> None:
-    """With asyncpg, send BEGIN now, because the application may use asyncpg's own connection next.
+    """Send BEGIN now if the driver is asyncpg: the application may use asyncpg's connection next.
 
     For example, the application may call COPY on asyncpg's own connection. SQLAlchemy would send
     BEGIN only before the next statement that SQLAlchemy itself sends.
@@ -71,7 +71,7 @@ def begin_on_server(connection: Connection) -> None:
 
 
 def is_in_transaction(connection: Connection) -> bool:
-    """Return True if a transaction is open on the driver's connection, whoever has begun it."""
+    """Return True if a transaction is open on the connection, even if the application began it."""
     driver: Any = connection.connection.driver_connection
     if connection.dialect.driver == "asyncpg":
         return bool(driver.is_in_transaction())

@@ -15,9 +15,9 @@ _FIRST_WORD = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)
 _WORD = re.compile(r"\w+")
 # Python's module `sqlite3` itself sends BEGIN before these statements.
 _BY_DRIVER = frozenset(("INSERT", "UPDATE", "DELETE", "REPLACE"))
-# These statements only read, or SQLite refuses or ignores them inside a transaction. Those in
-# `_CONTROL` begin or end a transaction themselves. All other statements of SQLite may write.
-# Source: https://www.sqlite.org/lang.html
+# No BEGIN is sent before these statements. Those in `_OUTSIDE` only read, or SQLite refuses or
+# ignores them inside a transaction. Those in `_CONTROL` begin or end a transaction themselves. All
+# other statements of SQLite may write. Source: https://www.sqlite.org/lang.html
 _OUTSIDE = frozenset(("SELECT", "VALUES", "EXPLAIN", "VACUUM", "ATTACH", "DETACH"))
 _CONTROL = frozenset(("BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE"))
 # The PRAGMA statements that store a number in the file of the database, and roll it back. SQLite
@@ -27,11 +27,12 @@ _NUMBERS = re.compile(
     re.IGNORECASE,
 )
 
-# Attributes of a connection that a session uses: whether a transaction was open before the last
-# statement, and whether an error made SQLite roll back the transaction. In that case COMMIT will be
-# refused, so later statements must be in a transaction too, although the application may have
-# switched the driver to autocommit (to send BEGIN in a listener). A weak dictionary would not work:
-# Python ignores an exception of a signal handler in the callback that removes an entry.
+# Names of two attributes that this module sets on the connection of a session. `_WAS_OPEN`: was a
+# transaction open before the last statement? `_ROLLED_BACK`: has an error made SQLite roll back the
+# transaction? After such an error, COMMIT will be refused. So later statements must be in a
+# transaction too, even if the application has switched the driver to autocommit (to send BEGIN in a
+# listener). A weak dictionary would not work: Python ignores an exception of a signal handler in
+# the callback that removes an entry.
 _WAS_OPEN, _ROLLED_BACK = "asgi_dbsession_was_open", "asgi_dbsession_rolled_back"
 
 _EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")

@@ -25,7 +25,7 @@ class TaskLock(SessionLock):
     @override
     def _caller(self) -> object:
         try:
-            # A callback of the event loop has no task.
+            # In a callback of the event loop there is no task. Then the loop counts as the caller.
             return asyncio.current_task() or asyncio.get_running_loop()
         except RuntimeError as error:
             raise ConfigurationError(
@@ -40,15 +40,16 @@ class TaskLock(SessionLock):
 
     @override
     def _hold(self, caller: object) -> None:
-        # SQLAlchemy runs each awaited operation in a greenlet of its own. A strong reference would
-        # keep the context variables of the request in memory.
+        # SQLAlchemy runs each awaited operation in a greenlet of its own. A strong reference to
+        # this greenlet would keep the context variables of the request in memory.
         self._greenlet = ref(_getcurrent())
         self._holder = caller
 
     @override
     def _is_abandoned(self, thread: int) -> bool:
         greenlet, holder = self._greenlet(), self._holder
-        # The steps of a commit or rollback run in several greenlets, but in one task.
+        # A commit or rollback runs in one task, but its steps run in several greenlets. So an ended
+        # greenlet does not mean that the commit or rollback has ended.
         has_ended = self._held_for is None and (greenlet is None or greenlet.dead)
         return has_ended or (isinstance(holder, asyncio.Future) and holder.done())
 

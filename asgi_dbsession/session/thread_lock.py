@@ -43,15 +43,16 @@ class ThreadLock(SessionLock):
 
     @override
     def _is_abandoned(self, thread: int) -> bool:
-        # The step of a failed commit or rollback may still run, but not in the thread that asks.
+        # After a failed commit or rollback, one of its steps may still run in another thread. If
+        # the thread of this step now asks for the lock itself, the step has ended.
         has_failed = self._held_for is not None and self._held_for.failure is not None
         return has_failed and self._thread == thread
 
     @override
     def _wait(self, released: "Future[None]") -> None:
-        # A reserved commit or rollback starts on the event loop. A commit or rollback of several
-        # databases may also need the event loop for another database. If the event loop waited here
-        # for such a commit or rollback, both would wait for ever.
+        # A commit or rollback for which the lock is reserved starts on the event loop. A commit or
+        # rollback of several databases may need the event loop between its steps. If the event loop
+        # waited here for such a commit or rollback, both would wait for ever.
         needs_loop = self._reserved_for is not None or any(each.needs_loop for each in self._ends)
         if (needs_loop and is_on_event_loop()) or self._is_abandoned(get_ident()):
             raise ConcurrentUse(self.database)

@@ -1,1 +1,1 @@
-"""Refuses the writes of a session that may only read, in Python and in the database (optional)."""
+"""Refuses the writes of a session that may only read, in Python and in the database."""

@@ -26,7 +26,8 @@ class Refusals:
             read-only, and the transaction outside of the block may write.
 
     Attributes:
-        forbidden: False after the end of the block: the session may write again.
+        forbidden: True while writes are refused. False after the end of a read-only block, when the
+            session may write again.
     """
 
     def __init__(self, companion: Companion, *, in_block: bool = False) -> None:
@@ -103,7 +104,7 @@ class Refusals:
         return error
 
     def record_refusal(self, context: ExceptionContext) -> None:
-        """Remember a write that the database refused, because the transaction is read-only."""
+        """If a statement failed because the database refused a write, remember this write."""
         error = context.original_exception
         if self.forbidden and is_refusal(error):
             refusal = self.refuse(f"the statement {str(context.statement).split()[0]}…")

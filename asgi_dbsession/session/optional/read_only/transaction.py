@@ -21,9 +21,9 @@ _POSTGRESQL, _MARIADB, _SQLITE = "25006", 1792, 8
 def begin_read_only(connection: Connection) -> None:
     """Make a transaction read-only, at once after it has begun on the connection.
 
-    With asyncpg and psycopg, `READ ONLY` is sent together with BEGIN. All other drivers of
-    PostgreSQL, MySQL and MariaDB need one more round trip to the server. For SQLite, `PRAGMA
-    query_only` refuses writes. Any other database still accepts writes.
+    With asyncpg and psycopg, `READ ONLY` is sent together with BEGIN. With other drivers of
+    PostgreSQL, and with MySQL and MariaDB, this costs one more round trip to the server. For
+    SQLite, `PRAGMA query_only` refuses writes. Any other database still accepts writes.
     """
     name = connection.dialect.name
     if name == "postgresql":
@@ -91,7 +91,7 @@ def _begin_on_sqlite(connection: Connection) -> None:
 def _allow_writes(driver: Any, is_async: bool) -> None:
     statement = "PRAGMA query_only = OFF"
     if is_async:
-        # If this raised an exception, the connection would never return to its pool.
+        # If a cancellation raised an exception here, the connection would not return to the pool.
         await_only(run_before_cancellation(greenlet_spawn(_ask, driver, statement)))
     else:
         _ask(driver, statement)

@@ -1,1 +1,1 @@
-"""Lets a session on PostgreSQL read without BEGIN and COMMIT (optional)."""
+"""Lets a session on PostgreSQL read without BEGIN and COMMIT."""

@@ -45,7 +45,7 @@ class DelayingReads(Reads):
 
     @override
     def delay_begin(self, session: Session, connection: Connection) -> None:
-        """Switch the connection to autocommit, until the session may write."""
+        """If it is safe, switch the connection to autocommit until a statement may write."""
         if self._wanted is False or self.is_shared or not self._can_delay(session, connection):
             return
         # Set `KEY` before the switch to autocommit. If a signal handler raises an exception
@@ -60,8 +60,8 @@ class DelayingReads(Reads):
             return False
         if is_flushing(session) or is_in_transaction(connection):
             return False
-        # A savepoint exists only inside a transaction that has begun already, so autocommit is not
-        # possible.
+        # A savepoint exists only inside a transaction that has begun already. So it is too late for
+        # autocommit.
         if connection.in_nested_transaction():
             return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):

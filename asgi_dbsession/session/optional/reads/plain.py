@@ -60,7 +60,7 @@ _PLAIN = frozenset(
         selectable.TableClause,
     }
 )
-# Whether a compiled statement only reads. (A `WeakKeyDictionary` would be slower.)
+# Stores for each compiled statement if it only reads. (A `WeakKeyDictionary` would be slower.)
 _known: dict[ref[Compiled], bool] = {}
 
 
@@ -93,7 +93,7 @@ def _is_plain_element(element: Any, compiled: Compiled) -> bool:
         # COUNT(*) and EXISTS (SELECT *).
         return bool(element.name == "*")
     # SQLAlchemy uses a subclass of `BindParameter` for LIMIT and OFFSET, and a subclass of `Join`
-    # for joins of ORM classes. Statements with these subclasses only read too.
+    # for joins of ORM classes. These subclasses cannot write either.
     is_variant = issubclass(kind, elements.BindParameter | Join) and _is_of_sqlalchemy(kind)
     if kind not in _PLAIN and not is_variant:
         return False
