@@ -277,6 +277,26 @@ async def test_the_session_works_on_after_its_reads(running: Running) -> None:
     assert running.stored() == ["in the body"]
 
 
+@pytest.mark.parametrize("real", ["asyncpg"], indirect=True)
+async def test_reads_are_committed_without_a_task(running: Running) -> None:
+    """A task costs time, and only a commit that waits for the database needs one."""
+    made: list[Any] = []
+
+    def make_task(loop: Any, work: Any, **options: Any) -> Any:
+        made.append(work)
+        return asyncio.Task(work, loop=loop, **options)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.execute(select(ENTRY))
+        asyncio.get_running_loop().set_task_factory(make_task)
+        await respond(send)
+        asyncio.get_running_loop().set_task_factory(None)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error) == (200, None)
+    assert made == []
+
+
 async def test_a_write_on_another_database_is_stored_before_the_response(running: Running) -> None:
     """One database was only read, and the request has written to the other one."""
     stored: list[str] = []
