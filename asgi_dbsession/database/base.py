@@ -16,7 +16,7 @@ from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.current import unit_that_manages
 from asgi_dbsession.unit.observer import UnitObserver
 
-from .arguments import check_flags, check_number
+from .arguments import check_flags
 from .engine_life import EngineLife
 from .engines import sync_engine_of
 from .health import Health
@@ -131,7 +131,6 @@ class Database(EngineLife[E], Generic[E, S]):
         Raises:
             ConfigurationError: `within` is not a number of seconds.
         """
-        check_number("within", within, 0, seconds=True)
         from .optional.health.check import health_of
 
         return await health_of(self, within)
@@ -217,9 +216,7 @@ class Database(EngineLife[E], Generic[E, S]):
             self._orm_class = routed_class(self._orm_class)
 
     def _see(self, position: str | None, *, join: bool, read_only: bool) -> None:
-        # A single comparison, because this method runs at each `begin()`.
-        if not type(join) is type(read_only) is bool:
-            check_flags(join=join, read_only=read_only)
+        check_flags(join=join, read_only=read_only)
         if position is not None:
             from asgi_dbsession.replicas.seen_here import see
 

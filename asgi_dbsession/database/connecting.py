@@ -31,18 +31,11 @@ def connect_outside(engine: Engine) -> None:
     """
     driver: Any = engine.dialect.dbapi
     if engine.dialect.driver in _KEEPERS and "connect" not in vars(driver):
-        driver.connect = partial(_connect, engine.dialect, driver.connect)
+        driver.connect = partial(connect_in_task, engine.dialect, driver.connect)
 
 
-def connect_as_before(engine: Engine) -> None:
-    """Remove the replacement of the driver's `connect` that `connect_outside` has made."""
-    driver: Any = engine.dialect.dbapi
-    wrapper = vars(driver).get("connect")
-    if isinstance(wrapper, partial) and wrapper.func is _connect:
-        del driver.connect
-
-
-def _connect(dialect: Any, connect: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def connect_in_task(dialect: Any, connect: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call the driver's `connect` in a task of its own, with an empty context."""
     return await_only(_connect_in_task(dialect, partial(connect, *args, **options)))
 
 

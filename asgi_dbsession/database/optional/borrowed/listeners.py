@@ -1,11 +1,13 @@
 """Adds listeners to an engine of the application, and removes them after the last use."""
 
+from functools import partial
 from threading import RLock
+from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
 from sqlalchemy import Engine
 
-from asgi_dbsession.database.connecting import connect_as_before
+from asgi_dbsession.database.connecting import connect_in_task
 from asgi_dbsession.database.listeners import built, prepare
 from asgi_dbsession.session._sqlalchemy import original_engine
 from asgi_dbsession.session.failures import unwatch
@@ -51,9 +53,17 @@ def _release(engine: Engine, observers: list[UnitObserver]) -> None:
                 from asgi_dbsession.session.optional.reads.delayed import unwatch_reads
 
                 unwatch_reads(original)
-            connect_as_before(original)
+            _connect_as_before(original)
         for observer in _observers.pop(engine, ()):
             observer.engine_left(engine)
+
+
+def _connect_as_before(engine: Engine) -> None:
+    """Remove the replacement of the driver's `connect` that `connect_outside` has made."""
+    driver: Any = engine.dialect.dbapi
+    replacement = vars(driver).get("connect")
+    if isinstance(replacement, partial) and replacement.func is connect_in_task:
+        del driver.connect
 
 
 def _is_used(original: Engine) -> bool:

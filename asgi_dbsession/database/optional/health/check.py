@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from anyio import create_task_group
 from sqlalchemy.pool import QueuePool
 
+from asgi_dbsession.database.arguments import check_number
 from asgi_dbsession.database.engine_life import EngineLife
 from asgi_dbsession.database.engines import sync_engine_of
 from asgi_dbsession.database.health import Health
@@ -30,7 +31,11 @@ async def health_of(database: EngineLife[Any], within: float) -> Health:
     Args:
         database: The database. It need not be running.
         within: The time limit in seconds.
+
+    Raises:
+        ConfigurationError: `within` is not a number of seconds.
     """
+    check_number("within", within, 0, seconds=True)
     if not database.replicas:
         return await _check(database, within)
     found: dict[Any, Health] = {}
