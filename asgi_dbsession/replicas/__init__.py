@@ -1,4 +1,4 @@
-"""Chooses the server from which a unit of work reads: the primary or a replica (optional)."""
+"""Optional feature: read-only requests read from a replica instead of the primary server."""
 
 from asgi_dbsession.database.replicas import PositionStore, Replicas
 

@@ -1,4 +1,4 @@
-"""Checks the option `replicas`, and that each replica fits its primary."""
+"""Checks the option `replicas`, and that each given URL can be a replica of the primary."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from sqlalchemy.exc import ArgumentError
 from asgi_dbsession.database.arguments import accepts, check_number
 from asgi_dbsession.errors import ConfigurationError, kind_of
 
-# The name of a cookie consists of these characters. Source: RFC 6265, section 4.1.1
+# The characters that the name and the path of a cookie may have. Source: RFC 6265, section 4.1.1
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _PATH = re.compile(r"/[^;\s\x00-\x1f\x7f]*")
 
@@ -93,7 +93,7 @@ def with_driver(url: str | URL, database: Any) -> str | URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError, AttributeError):
-        return url  # `AsyncDatabase` or `SyncDatabase` will raise an error for this URL.
+        return url  # The URL is not valid: `AsyncDatabase` or `SyncDatabase` will raise an error.
     if parsed.drivername in ("postgres", "postgresql"):
         return parsed.set(drivername=database.url.drivername)
     return parsed
@@ -103,8 +103,8 @@ def check_replica(replica: Any, database: Any, others: Sequence[Any]) -> None:
     """Raise an error if `replica` cannot be a replica of the primary `database`.
 
     Raises:
-        ConfigurationError: The replica has another driver than the primary. Or it has the same URL
-            as the primary or as another replica.
+        ConfigurationError: The replica has another driver than the primary. Or the replica has the
+            same URL as the primary or as another replica.
     """
     if replica.url.drivername != database.url.drivername:
         raise ConfigurationError(

@@ -10,13 +10,16 @@ from .watch import OPENED
 
 
 class Choice:
-    """A replica that was chosen for a unit of work, because it has all that the client has seen.
+    """The replica that was chosen for one unit of work (a request or a `begin()` block).
+
+    The replica has replayed all changes that the client has seen before.
 
     Args:
         server: The replica.
-        answer: The last answer of the replica, with its WAL position (how much it has replayed).
-        seen: What the client has seen. Each read from the replica is recorded there.
-        lifetime: For how many seconds the client stores what it has seen.
+        answer: What the replica last answered when it was asked how much it has replayed.
+        seen: The WAL position up to which the client has seen the database. Each read from the
+            replica is recorded in this object.
+        lifetime: For how many seconds the cookie or the store keeps this position.
     """
 
     def __init__(self, server: Server, answer: Answer, seen: Seen, lifetime: float) -> None:
@@ -27,27 +30,28 @@ class Choice:
         self._lifetime = lifetime
 
     def record_read(self) -> None:
-        """Record that the client has seen data of this replica."""
+        """Record that the client has read from this replica."""
         self._seen.read_from_replica(self._answer.name, self._answer.position, self._lifetime)
 
     def connect(self) -> Connection | None:
-        """Return a connection to the replica, or None if it is down or has just restarted.
+        """Return a connection to the replica. None if the replica is down or may have restarted.
 
         Raises:
             sqlalchemy.exc.TimeoutError: No connection became free within the `pool_timeout`.
         """
-        # Import before the connection: if too many files are open, both would fail.
+        # Import this before connecting: if the process has too many open files, connecting fails,
+        # and an import would fail then too.
         from asgi_dbsession.database.optional.failures.explanation import keeps_from_connecting
 
         try:
             connection = self.engine.connect()
         except PoolTimeout:
             raise
-        # While some drivers connect, they raise errors that SQLAlchemy does not wrap, for example
-        # `ConnectionRefusedError`.
+        # Catch all errors: while connecting, some drivers raise errors that SQLAlchemy does not
+        # wrap, for example `ConnectionRefusedError`.
         except Exception as error:
             if not keeps_from_connecting(error):
-                raise  # A listener of the application may have raised this error.
+                raise  # An event listener of the application may have raised this error.
             self._server.lost()
             return None
         is_same = False
@@ -59,11 +63,12 @@ class Choice:
         return connection if is_same else None
 
     def _is_same(self, connection: Connection) -> bool:
-        """Return False if the replica may have restarted since it reported its WAL position.
+        """Return True if the replica has not restarted since it reported its WAL position.
 
-        After a restart, a replica may accept readers before it has replayed all WAL that it had
-        replayed before. A restart closes all connections. So if the connection was open before the
-        last answer of the replica, there was no restart since. Otherwise ask the replica again.
+        After a restart, a replica may accept readers before it has replayed again all that it had
+        replayed before the restart. A restart closes all connections. So if `connection` was opened
+        before the replica reported its position, there was no restart. Otherwise ask the replica
+        again: its name changes with each restart.
         """
         opened = connection.info[OPENED]
         if opened <= self._answer.asked:

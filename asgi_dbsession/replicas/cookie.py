@@ -1,4 +1,7 @@
-"""Loads the WAL position that a client has seen before each request, and saves the new one."""
+"""Loads the WAL position of a client at the start of a request, and saves the new position.
+
+The WAL position says up to which change the client has seen the database.
+"""
 
 import logging
 import re
@@ -13,15 +16,18 @@ from .seen_here import used_here
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# This key of the ASGI scope has what the client has seen. An inner DBSessionMiddleware finds the
-# object there and uses it too.
+# The key of the ASGI scope for a dictionary: for each `ReplicaSet`, the WAL position up to which
+# the client has seen the database. An inner DBSessionMiddleware uses the same positions.
 _KEY = "asgi_dbsession.seen"
 _SAFE = ("GET", "HEAD")
 _SHARED = re.compile(rb"(?i)\b(public|s-maxage)\b")
 
 
 class Positions:
-    """Loads and saves which WAL position each client has seen, in a cookie or in a store.
+    """Loads and saves the WAL position of each client, in a cookie or in a store.
+
+    The position says up to which change the client has seen the database. A store is an object of
+    the application with the methods `load` and `save`.
 
     Args:
         serve: The ASGI application that serves an HTTP request or a WebSocket.
@@ -48,8 +54,9 @@ class Positions:
                 await self._serve(scope, receive, tell_and_send)
         finally:
             scope[_KEY] = outer
-            # After the start of the response, the client may see more, for example in a streaming
-            # body. A cookie cannot be sent any more then, but a store can save the new position.
+            # After the start of the response, the client may read newer data, for example in a
+            # streaming body. It is too late for a cookie then, but a store can save the new
+            # position.
             await _save(own, scope)
 
 
@@ -65,8 +72,8 @@ async def _load(replica_set: ReplicaSet, scope: Scope) -> Seen:
     if not found:
         return Seen()
     text, *others = found
-    # The client sent several cookies of this name, and nobody knows which of them is right. The
-    # empty text makes the client read from the primary.
+    # If the client sent several cookies of this name, it is unknown which of them is right. Then
+    # use an empty string, which makes the request read from the primary.
     return Seen("" if others else text)
 
 
@@ -85,8 +92,8 @@ async def _save(own: dict[ReplicaSet, Seen], scope: Scope) -> None:
         if store is not None and (text := seen.news()) is not None:
             try:
                 await store.save(scope, text)
-            # The work of the request is committed. An error of the store must not make the request
-            # fail.
+            # The request may have committed its work already. So an error of the store must not
+            # make the request fail.
             except Exception:
                 _logger.exception("The store of positions failed, so the next read may be outdated")
 

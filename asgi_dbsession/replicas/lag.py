@@ -1,4 +1,4 @@
-"""Finds the WAL position that a replica must have reached, so that it is not too far behind."""
+"""Finds the WAL position that a replica has reached if it is not more than `max_lag` behind."""
 
 from collections import deque
 from threading import Lock
@@ -22,9 +22,10 @@ class Lag:
         self._mutex = Lock()
 
     def record(self, answer: Answer) -> None:
-        """Record a WAL position of the primary, unless the last recorded one is very recent.
+        """Record the WAL position that the primary has answered.
 
-        So at most about ten positions are stored, spread over the last `max_lag` seconds.
+        An answer is ignored if less than a tenth of `max_lag` has passed since the last recorded
+        answer. So about ten positions are stored at most.
         """
         with self._mutex:
             history = self._history
@@ -40,13 +41,13 @@ class Lag:
             history.append(answer)
 
     def floor(self, now: float) -> Position | None:
-        """Return the WAL position that the primary had `max_lag` seconds ago, or None.
+        """Return the WAL position that a replica must have replayed to be used.
 
-        A replica is used only if it has replayed this position. The result is None if this process
-        did not know a position of the primary at that time.
+        This is the newest recorded position that is at least `max_lag` seconds old. If there is no
+        such position, this is the oldest recorded one. None if no position is recorded.
 
         While the primary is down, it reports no new positions. So the result moves up to the last
-        position that it reported.
+        position that the primary has reported.
         """
         with self._mutex:
             history = self._history

@@ -1,4 +1,7 @@
-"""A position in the write-ahead log (WAL) of PostgreSQL, and what a client has seen."""
+"""Positions in PostgreSQL's write-ahead log (WAL): of servers, and of clients.
+
+The position of a client says up to which change the client has seen the database.
+"""
 
 import re
 from time import time
@@ -7,9 +10,10 @@ from zlib import crc32
 
 from typing_extensions import override
 
-# The text of a `Seen` object, for a cookie: the timeline, the WAL position, and the cluster. After
-# a read from a replica, the name of this replica and a time follow. All numbers of the position
-# have a fixed width. So within one cluster, a later position has a greater text.
+# The format of a `Seen` object as a string, for example in a cookie: the timeline, the WAL position
+# and the cluster. If the client has read from a replica, the name of the replica and the time of
+# the read follow. The numbers of the position have a fixed width. So if the strings of two
+# positions of one cluster are compared, the later position has the greater string.
 _TEXT = re.compile(
     r"([0-9a-f]{8})\.([0-9a-f]{16})\.([0-9a-f]{8})(?:\.([0-9a-f]{8})\.([0-9a-f]{1,10}))?"
 )
@@ -40,23 +44,24 @@ class Position(NamedTuple):
 
 
 class Seen:
-    """What one client has seen of one database. The client must never read an older state.
+    """Up to which WAL position one client has seen one database. It must never read older data.
 
     After work on the primary, the client has seen everything up to the WAL position of the primary.
     After a read from a replica, the client may have seen more than the last known position of this
     replica. So the client then reads only from this replica or from the primary.
 
     Args:
-        text: The text that the client sent in its cookie, or that a store returned. None without
-            such a text. If the text is not readable, the client reads from the primary.
+        text: The string that the client sent in its cookie, or that a store returned. None if there
+            is no such string. If the string is not valid, the client reads from the primary.
 
     Attributes:
         position: The WAL position that a replica must have replayed before this client may read
             there.
-        replica: The name of the only replica from which the client may read. None if it may be any
-            replica.
-        users: The `Route` objects of sessions of this client that use the primary. A session is
-            removed after this package has asked for the WAL position that followed its work.
+        replica: The name of the only replica from which the client may read. None if the client may
+            read from any replica that has replayed `position`.
+        users: The `Route` objects (one per session) of this client that use the primary. A `Route`
+            is removed when the work of its session has ended, just before this package asks the
+            primary for its WAL position.
     """
 
     __slots__ = ("_instead", "_since", "_told", "position", "replica", "users")
@@ -66,7 +71,7 @@ class Seen:
         self.replica: str | None = None
         self.users: set[Any] = set()
         self._since = 0
-        # This text is sent instead of a position if the position is not known.
+        # This string is sent instead of a position if the position of the client is not known.
         self._instead: str | None = None
         self._told: str | None = text
         if text is not None:
@@ -83,12 +88,19 @@ class Seen:
 
     @property
     def is_trusted(self) -> bool:
-        """False if nobody knows what the client has seen, so that it must read from the primary."""
+        """True if this package knows up to which WAL position the client has seen the database.
+
+        A client that has seen nothing yet is known too. If this is False, the client must read from
+        the primary.
+        """
         return self._instead is None
 
     @property
     def text(self) -> str | None:
-        """The text for the next request of the client. None if the client has seen nothing yet."""
+        """This object as a string, which the next request of the client loads from its cookie.
+
+        None if the client has seen nothing yet.
+        """
         if self._instead is not None:
             return self._instead
         if self.position is None:
@@ -98,16 +110,18 @@ class Seen:
 
     @property
     def _unclear(self) -> str:
-        """A text that is not a position, so that the client's next request reads from the primary.
+        """A string which says that the WAL position of the client is not known.
 
-        The texts of all later positions are greater than this text. So a store replaces it later.
+        With this string, the next request of the client reads from the primary. Any later position
+        is greater if the two strings are compared. So a store, which keeps the greatest string that
+        it gets, replaces this one when a position is known again.
         """
         return f"{self.position}?" if self.position is not None else "0"
 
     def news(self) -> str | None:
-        """Return the text to send to the client, or None if the client has this text already."""
+        """Return the string for the cookie or the store. None if it has not changed."""
         # If `users` is not empty, a session of the client may have committed on the primary, and
-        # its WAL position is not known yet.
+        # the WAL position of this COMMIT is not known yet.
         text = self._unclear if self.users else self.text
         if text == self._told:
             return None
@@ -119,9 +133,10 @@ class Seen:
 
         Args:
             name: The name of the replica.
-            position: A WAL position that the replica has replayed at least.
-            lifetime: For how many seconds the client stores its text. After half of this time, the
-                text is sent again, so that it does not expire while the client goes on reading.
+            position: The last known WAL position of the replica. It may have replayed more since.
+            lifetime: For how many seconds the cookie or the store keeps a position. After half of
+                this time, the position is sent again, so that it does not expire while the client
+                goes on reading.
         """
         now = int(time())
         if self.replica not in (None, name):
@@ -133,9 +148,13 @@ class Seen:
             self.position = self.position or position
 
     def add(self, text: str | None) -> None:
-        """Record what the client has seen elsewhere, for example in another process.
+        """Record which WAL position the client has seen elsewhere, for example in another process.
 
-        If the two positions cannot be compared, the next request reads from the primary.
+        If this position and the one in this object cannot be compared, the client must read from
+        the primary next.
+
+        Args:
+            text: The property `text` of the `Seen` object there. None changes nothing.
         """
         if text is None or not self.is_trusted:
             return
@@ -155,12 +174,13 @@ class Seen:
         """Record that the client has used the primary.
 
         Args:
-            position: The WAL position of the primary after that. None if it is not known.
+            position: The WAL position of the primary after the client has used it. None if the
+                primary did not answer.
         """
         self.replica, self._instead = None, None if position is not None else self._unclear
         self.position = position or self.position
 
 
 def checksum(text: object) -> str:
-    """Return a checksum of a text, as eight hexadecimal digits."""
+    """Return the checksum of a value, converted to a string, as eight hexadecimal digits."""
     return f"{crc32(str(text).encode()):08x}"

@@ -1,12 +1,12 @@
-"""The SQL queries that ask a server for its WAL position, and the answer to them."""
+"""The SQL queries that ask a server for its WAL position, and the class of the answer."""
 
 from typing import Any, NamedTuple
 
 from .position import Position, checksum
 
 # `received_tli` is the timeline that a replica receives from its primary. Only roles with
-# `pg_read_all_stats` may read it. All other roles get the timeline of the last restart point, which
-# changes only some minutes after a promotion.
+# `pg_read_all_stats` may read this column. For all other roles, the query returns the timeline of
+# the last restart point, which changes only some minutes after a promotion.
 QUESTION = """
 SELECT standby,
        CAST(CASE WHEN standby THEN pg_last_wal_replay_lsn()
@@ -20,9 +20,9 @@ SELECT standby,
 FROM (SELECT pg_is_in_recovery() AS standby OFFSET 0) AS server
 """
 
-# This query is sent once on each connection, because the server must read a file for it. The last
-# column tells when the server was started. It also changes after a crash, because crash recovery
-# resets the statistics.
+# This query is sent only once on each connection, because the server must read a file to answer it.
+# The value of the last column is new each time that the server is started. It is new after a crash
+# too, because crash recovery resets the statistics.
 IDENTITY = """
 SELECT system_identifier,
        CAST(current_setting('wal_block_size') AS integer),
@@ -31,10 +31,11 @@ SELECT system_identifier,
               (SELECT extract(epoch FROM stats_reset) FROM pg_stat_bgwriter))
 FROM pg_control_system()
 """
-# This key of `connection.info` has the answer to `IDENTITY`.
+# The answer to `IDENTITY` is stored in `connection.info` under this key.
 KEY = "asgi_dbsession.identity"
 
-# The size of the header of a WAL page, and of the first page of a WAL segment, in bytes.
+# Each WAL page begins with a header. In the first page of a WAL segment, the header is longer.
+# These are the two sizes in bytes.
 _PAGE_HEADER, _SEGMENT_HEADER = 24, 40
 
 
@@ -43,14 +44,14 @@ class Answer(NamedTuple):
 
     Attributes:
         asked: When the query was sent, as a time of Python's `monotonic`.
-        position: The WAL position up to which a primary has written its log, or a replica has
-            replayed it.
+        position: Up to which position a primary has written the WAL, or a replica has replayed it.
         is_standby: True if the server is a replica, which replays the WAL of another server.
-        flushed: The WAL position up to which a primary has written its log to disk and sent it. An
-            idle primary may write and send the rest up to 15 seconds later.
+        flushed: Up to which position a primary has written the WAL to disk, so that replicas get
+            it. An idle primary may do this for its last changes up to 15 seconds later. For a
+            replica, the same as `position`.
         name: A checksum of the address of the server and of the time of its start. So a replica has
-            a new name after a restart or crash. After that, it may accept readers before it has
-            replayed all WAL that it had replayed before.
+            a new name after each restart or crash. The name is new because a restarted replica may
+            accept readers before it has replayed again all that it had replayed before.
     """
 
     asked: float
@@ -67,9 +68,9 @@ class Answer(NamedTuple):
             row: The row that the server returned for the query `QUESTION`.
             identity: The row that the server returned for the query `IDENTITY`.
             asked: When the query was sent, as a time of Python's `monotonic`.
-            timeline: The timeline of the earlier answer of this server. The number of a timeline
-                never becomes smaller.
-            address: The address of the server, a part of its name.
+            timeline: The timeline in the last answer of this server. If the new answer has a
+                smaller number, this one is used, because the timeline of a server only increases.
+            address: The address of the server. The attribute `name` is made from this address.
         """
         is_standby, lsn, flushed, current = row
         cluster, block, segment, start = identity

@@ -21,11 +21,11 @@ from .seen_here import seen_here
 from .server import Server, TaskServer, ThreadServer
 from .watch import Watch
 
-# If the last known WAL position of a replica was too low, it is asked again after this time (in
-# seconds).
+# If the last known WAL position of a replica is too low, and older than this time (in seconds), the
+# replica is asked again.
 _AGAIN = 0.005
-# Each server is asked for its WAL position on a connection of its own. For this connection, these
-# engine options of the application are not used.
+# Each server has one more connection, which only asks for the WAL position. For this connection,
+# these engine options of the application are not used.
 _POOL = (
     "pool",
     "poolclass",
@@ -42,7 +42,7 @@ class ReplicaSet:
 
     Args:
         database: The database object of the primary.
-        kind: The class of the database objects to make: `AsyncDatabase` or `SyncDatabase`.
+        kind: The class of the database object of each replica: `AsyncDatabase` or `SyncDatabase`.
         url: The URL that the application gave for the primary.
         given: The value of the option `replicas`: URLs, or a `Replicas` object.
         options: The engine options of the primary, which are used for the replicas too.
@@ -87,7 +87,10 @@ class ReplicaSet:
 
     @property
     def position(self) -> str | None:
-        """The WAL position that the current client has seen, as a text."""
+        """Up to which WAL position the current client has seen the database, as a string.
+
+        None if the client has not used the database yet.
+        """
         return seen_here(self).text
 
     async def startup(self) -> None:
@@ -118,7 +121,7 @@ class ReplicaSet:
                 each.__exit__()
 
     def after_fork(self) -> None:
-        """Called in a child process after a fork: forget queries that ran in the parent process."""
+        """Called in a child process after a fork: forget the answers to the parent process."""
         for server in self._servers:
             server.forget()
 
@@ -131,7 +134,10 @@ class ReplicaSet:
         return (*self.databases, *(each.asker for each in self._servers))
 
     def give_route(self, made: ManagedSession[Any]) -> None:
-        """Give a session its `Route`, which chooses the server if the session has no engine yet."""
+        """Give a session a `Route`, the object that chooses the primary or a replica.
+
+        If the session has an engine already, it keeps this engine.
+        """
         route = Route(self, seen_here(self), chooses=made.orm.bind is None)
         made.companion.route, made.companion.connect = route, route.connect
 
@@ -153,7 +159,10 @@ class ReplicaSet:
         return answer.position
 
     def _choose(self, seen: Seen) -> tuple[Server, Answer] | None:
-        """Return the least busy replica that has all that the client has seen, or None."""
+        """Return the least busy replica whose WAL position is high enough for this client.
+
+        None if there is no such replica.
+        """
         now = monotonic()
         needed = self._needed(seen, now)
         if needed is None:

@@ -1,4 +1,4 @@
-"""Chooses for a session if it uses the primary or a replica."""
+"""Chooses whether a session uses the primary or a replica."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,12 +16,13 @@ S = TypeVar("S", bound=Session)
 
 
 class Route:
-    """Chooses the server of one session. This can be a replica if its unit of work may only read.
+    """Chooses the server of one session: the primary, or a replica if the session may only read.
 
     Args:
         replica_set: The `ReplicaSet` with the primary and the replicas to choose from.
-        seen: Which state of the database the client has read already: a WAL position.
-        chooses: False if the session must use the primary, because its unit of work may write.
+        seen: The WAL position up to which the client has seen the database.
+        chooses: True if the session may use a replica. False if it may write, and so must use the
+            primary.
     """
 
     def __init__(self, replica_set: Any, seen: Seen, *, chooses: bool) -> None:
@@ -33,10 +34,11 @@ class Route:
         self._has_ended = False
 
     def choose(self, session: Session) -> None:
-        """Choose a server at the first statement of a unit of work, for all of its statements.
+        """Choose a server before the first statement of a unit of work, and keep it for the others.
 
-        Choose again if the same client has used the primary since then, for example in a `begin()`
-        block. Then the next statement sees what the client has written there.
+        This is called before each statement. Choose again if the same client has used the primary
+        since the last choice, for example in a `begin()` block. Then the next statement sees what
+        the client has written there.
         """
         is_new = session.bind is None or self._has_ended
         if self._chooses and (is_new or self._is_outdated(session)):
@@ -49,7 +51,7 @@ class Route:
             self._seen.users.add(self)
 
     def connect(self, session: Session, engine: Engine) -> Connection:
-        """Connect to the chosen replica, or to the primary if there is none or it is lost.
+        """Connect to the chosen replica. If none was chosen or it is down, connect to the primary.
 
         If the session uses a further engine (SQLAlchemy's option `binds`), connect to that engine.
         """
@@ -59,8 +61,9 @@ class Route:
             connection = self._choice.connect()
             if connection is not None:
                 return connection
-            # The chosen replica is lost, so use the primary. Other replicas cannot be used: the
-            # client may have read from the lost replica, and they may have replayed less.
+            # The chosen replica is down or has restarted, so use the primary. Do not use another
+            # replica: the client may have read from the chosen one, and another one may have
+            # replayed less.
             self._choice = None
             session.bind = engine = self._replica_set.primary.engine
             self._seen.users.add(self)
@@ -86,9 +89,13 @@ class Route:
         return self in self._seen.users
 
     def learn(self) -> None:
-        """Ask the primary for its WAL position. Later, the client must not read older data."""
+        """Ask the primary for its WAL position, and record that the client has seen it.
+
+        From now on, the client must not read older data.
+        """
         # Remove this object from `users` before the query and not after it. During the query,
-        # another thread may begin new work on the primary, and add this object again.
+        # another thread may begin new work on the primary, and add this object again. Then this
+        # object must stay in `users`.
         self._seen.users.discard(self)
         self._seen.read_from_primary(self._replica_set.ask_primary())
 

@@ -1,4 +1,4 @@
-"""Stores what the client of the current request has seen of each database with replicas."""
+"""Stores up to which WAL position the current client has seen each database with replicas."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +9,15 @@ from asgi_dbsession.errors import ConfigurationError, kind_of
 
 from .position import Seen
 
-# What the current client has seen, for each `ReplicaSet`. Each request sets a dictionary of its
-# own. A worker has no request, and gets a dictionary at its first unit of work.
+# For each `ReplicaSet`, up to which WAL position the current client has seen the database. Each
+# request sets its own dictionary. Code that serves no request, such as a worker, gets a dictionary
+# at its first unit of work (`begin()` block).
 _here: ContextVar[dict[Any, Seen] | None] = ContextVar("asgi_dbsession.seen", default=None)
 
 
 @contextmanager
 def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
-    """Use `seen` in the `with` block: which state of each database the client has read already."""
+    """Make `seen` the dictionary of the current client in the `with` block; see `_here`."""
     token = _here.set(seen)
     try:
         yield
@@ -25,7 +26,7 @@ def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
 
 
 def seen_here(replica_set: Any) -> Seen:
-    """Return what the current client has seen of the database with these replicas."""
+    """Return up to which WAL position the current client has seen the database of `replica_set`."""
     found = _here.get()
     if found is None:
         found = {}
@@ -34,7 +35,7 @@ def seen_here(replica_set: Any) -> Seen:
 
 
 def see(replica_set: Any, position: str, *, join: bool, read_only: bool) -> None:
-    """Let the current client read only from servers that have reached `position`.
+    """From now on, let the current client read only from servers that have reached `position`.
 
     Args:
         replica_set: The `ReplicaSet` of the database, or None if the database has no replicas.
@@ -43,8 +44,8 @@ def see(replica_set: Any, position: str, *, join: bool, read_only: bool) -> None
         read_only: The option `read_only` of `begin()`.
 
     Raises:
-        ConfigurationError: The block joins another unit of work, or may write. Or `position` is not
-            a text.
+        ConfigurationError: `begin()` joins another unit of work, or may write. Or `position` is not
+            a string.
     """
     if not isinstance(position, str):
         raise ConfigurationError(

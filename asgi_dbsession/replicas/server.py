@@ -1,4 +1,4 @@
-"""Asks a server for its WAL position. Several callers share one query and its answer."""
+"""Asks a server for its WAL position. Requests that need it at the same time share one query."""
 
 import asyncio
 import logging
@@ -20,8 +20,8 @@ from .question import IDENTITY, KEY, QUESTION, Answer
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# Times in seconds. If the last answer is older than `_FRESH`, the server is asked again, and
-# callers still get the old answer. If it is older than `_STALE`, callers wait for the new answer,
+# Times in seconds. If the last answer is older than `_FRESH`, the server is asked again, but
+# requests still use the old answer. If it is older than `_STALE`, requests wait for the new answer,
 # at most for `_PATIENCE`. A server that did not answer is asked again after `_PAUSE`.
 _FRESH, _STALE, _PATIENCE, _PAUSE = 0.1, 0.3, 1.0, 0.5
 # The time limit for a query in seconds, including the time to connect to the server.
@@ -32,13 +32,12 @@ class Server(ABC):
     """One server (the primary or a replica), and the WAL position that it last reported.
 
     The methods may block, so they are called in a thread or in a greenlet of SQLAlchemy. If a
-    caller is cancelled, its query goes on, because other callers may wait for the same answer.
+    request is cancelled, its query goes on, because other requests may wait for the same answer.
 
     Args:
-        database: The database object of the server, whose connections units of work use.
-        asker: A second database object for the same server. It has a single connection, which only
-            asks for the WAL position. So it can ask even if all connections of `database` are in
-            use.
+        database: The `AsyncDatabase` or `SyncDatabase` for the sessions that use this server.
+        asker: A second such object for the same server. It has a single connection, which only asks
+            for the WAL position. So it can ask even if all connections of `database` are in use.
     """
 
     def __init__(self, database: Any, asker: Any) -> None:
@@ -67,7 +66,7 @@ class Server(ABC):
 
     @property
     def engine(self) -> Engine:
-        """The engine by which units of work use this server."""
+        """The engine of the sessions that use this server."""
         return sync_engine_of(self.database.engine)
 
     @property
@@ -93,7 +92,10 @@ class Server(ABC):
         return last
 
     def answer_since(self, moment: float) -> Answer | None:
-        """Return the answer to a query that was sent after `moment`, or None if it is too slow."""
+        """Return the answer to a query that was sent after `moment`.
+
+        None if the server does not answer in time.
+        """
         while True:
             with self._mutex:
                 if self._last is not None and self._last.asked >= moment:
@@ -111,7 +113,7 @@ class Server(ABC):
         self.ask()
 
     def ask(self) -> Any:
-        """Send the query for the WAL position, unless one is running. Do not wait for its end."""
+        """Start the query for the WAL position, unless it is running. Do not wait for its end."""
         with self._mutex:
             if self._question is None:
                 self._began = monotonic()
@@ -135,7 +137,7 @@ class Server(ABC):
             _logger.warning("No request reads from %s until it answers: %s", self, reason)
 
     def _unanswered(self, error: BaseException) -> None:
-        # The text of the driver's error may contain a secret, so it is left out.
+        # Log only the class of the driver's error, because its message may contain a secret.
         reason = type(error).__name__
         self._fail(self._began, reason)
 
@@ -147,7 +149,7 @@ class Server(ABC):
 
     @abstractmethod
     async def stop(self) -> None:
-        """Wait until the running query for the WAL position has ended. Called at shutdown."""
+        """Cancel the running query for the WAL position, or wait for it. Called at shutdown."""
 
 
 class TaskServer(Server):
@@ -173,8 +175,8 @@ class TaskServer(Server):
 
     @override
     def _wait(self, question: "asyncio.Task[None]", seconds: float) -> bool:
-        # Outside of SQLAlchemy's greenlet nothing can be awaited, for example if the application
-        # itself calls `session.get_bind()`.
+        # Waiting is possible only in a greenlet of SQLAlchemy. There is none if, for example, the
+        # application itself calls `session.get_bind()`.
         if not in_greenlet():
             return False
         await_only(asyncio.wait([question], timeout=seconds))
@@ -196,7 +198,7 @@ class ThreadServer(Server):
     def _begin(self) -> Event:
         done = Event()
         # Run the query in an empty context, because a driver may keep the context of the request.
-        # Use a new thread, because all threads of the pool may be busy.
+        # Use a new thread, because all threads of a thread pool may be busy.
         Thread(target=Context().run, args=(self._ask, done), daemon=True).start()
         return done
 
@@ -223,7 +225,10 @@ class ThreadServer(Server):
         await to_thread.run_sync(self.stop_here)
 
     def stop_here(self) -> None:
-        """Wait on the calling thread until the running query for the WAL position has ended."""
+        """Wait for the running query for the WAL position, at most for a second.
+
+        This blocks the calling thread.
+        """
         question: Event | None = self._question
         if question is not None:
             question.wait(_PATIENCE)

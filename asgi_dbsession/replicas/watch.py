@@ -1,4 +1,4 @@
-"""Notices lost connections to a replica, and refuses the older connections of its pool."""
+"""Notices lost connections to a replica, and replaces the connections that are older."""
 
 from time import monotonic
 from typing import Any
@@ -14,14 +14,14 @@ from asgi_dbsession.unit.observer import UnitObserver
 
 from .server import Server
 
-# This key of `connection.info` has the time when the connection was opened.
+# The time when a connection was opened is stored in its `info` under this key.
 OPENED = "asgi_dbsession.opened"
 
 
 class Watch(UnitObserver):
     """Stops reads from a replica after a lost connection, until the replica answers again.
 
-    Connections of the pool that were opened before the loss are replaced.
+    Connections of the pool that were opened before the loss are replaced when they are next used.
     """
 
     def __init__(self, server: Server) -> None:
