@@ -44,7 +44,9 @@ class Position(NamedTuple):
 
 
 class Seen:
-    """Up to which WAL position one client has seen one database. It must never read older data.
+    """Up to which WAL position one client has seen one database.
+
+    The client must never read older data.
 
     After work on the primary, the client has seen everything up to the WAL position of the primary.
     After a read from a replica, the client may have seen more than the last known position of this

@@ -1,1 +1,1 @@
-"""Retries a request after a conflict, and answers 503 if no connection is free (optional)."""
+"""Optional feature: retries requests after a conflict, answers 503 if no connection is free."""

@@ -28,7 +28,11 @@ class RequestAttempt(Withholding):
 
     @property
     def can_retry(self) -> bool:
-        """True if the request may be retried, because this attempt has stored and sent nothing."""
+        """True if the request may be retried.
+
+        There must have been a conflict. This attempt must have committed and sent nothing. The body
+        of the request must be stored.
+        """
         return self._body.is_kept and not self.is_answered and self.watched.can_retry
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 _ROLLBACK, _UNKNOWN = "40", "40003"
 # PostgreSQL raises this error if a migration has changed the type of a column that a prepared
 # statement returns. After ROLLBACK the driver prepares the statement again, so a retry succeeds.
-# With asyncpg, the error is found by its class, because the server may translate the text.
+# For asyncpg, compare the class of the error, because the server may translate the message.
 _NOT_SUPPORTED, _STALE_PLAN = "0A000", "cached plan must not change result type"
 _STALE_PLAN_CLASS = "InvalidCachedStatementError"
 # The error numbers of MySQL and MariaDB for a deadlock, for a lock that was not free in time, and
@@ -26,8 +26,8 @@ def is_conflict(error: Any) -> bool:
     # SQLSTATE does not tell that this is a conflict.
     if error.args and error.args[0] in _MYSQL:
         return True
-    # A migration has made a prepared statement outdated. Some versions of asyncpg give no SQLSTATE
-    # for this error, so compare the name of its class.
+    # asyncpg raises an error of this class if a migration has made a prepared statement outdated.
+    # Some versions of asyncpg give no SQLSTATE for this error, so compare the name of its class.
     if type(error).__name__ == _STALE_PLAN_CLASS:
         return True
     # In the driver psycopg2, the attribute with the SQLSTATE is called `pgcode`.

@@ -17,7 +17,8 @@ class Memory:
 
     Attributes:
         free: How many bytes are still free for further bodies.
-        mutex: A lock for `free`. A COMMIT in another thread may free the memory of a body.
+        mutex: A lock for `free`, because several threads change it: a COMMIT in another thread may
+            free the memory of a body.
     """
 
     def __init__(self) -> None:
@@ -45,8 +46,8 @@ class Replay:
         self._body = bytearray()
         self._has_begun = False
         self._has_more = True
-        # This object stands for the attempt that has yet to receive the stored body. It is None if
-        # no attempt has to receive the stored body any more.
+        # An object that identifies the current attempt, until this attempt has received the stored
+        # body. None if no attempt is waiting for the stored body.
         self._pending: object = None
         self.is_kept: bool = True
         self.is_client_gone: bool = False

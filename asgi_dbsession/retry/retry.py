@@ -27,9 +27,9 @@ _logger = logging.getLogger("asgi_dbsession")
 # limit doubles with each further retry, up to `_LONGEST_PAUSE`.
 _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
 
-# True if `Task.cancelling()` counts real cancellations only. Before Python 3.13, an asyncio
-# TaskGroup whose child has failed leaves the number too high. So there, each attempt runs in a task
-# of its own, and the number of the task that waits for it is right. Source:
+# True if `Task.cancelling()` counts real cancellations only. Before Python 3.13, the number is too
+# high after a child of an asyncio TaskGroup has failed. In these versions, each attempt runs in a
+# separate task, and the number is read from the task that waits for the attempt. Source:
 # https://docs.python.org/3/library/asyncio-task.html#task-groups
 _COUNTS = sys.version_info >= (3, 13)
 
@@ -82,8 +82,8 @@ class Retry:
                 # Tasks that this attempt started may still be running. They must not record a
                 # conflict any more.
                 watched.make_final()
-            # The request was cancelled, and the application has answered the cancellation with an
-            # error response. A cancelled request is not retried.
+            # Do not retry a cancelled request. The application may have caught the cancellation and
+            # answered with an error response, so no `CancelledError` was raised here.
             if _cancellations() > cancellations:
                 raise asyncio.CancelledError
             pause = pause_after(number)
@@ -119,10 +119,10 @@ def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
 
 
 def _cancellations() -> int:
-    """Return how often the current task was cancelled."""
+    """Return how often the current task was cancelled. On trio, return 0."""
     try:
         task = asyncio.current_task()
-    # The caller runs on trio. In trio, a cancelled task raises an exception at its next `await`, so
+    # The task runs on trio. There, a cancelled task raises an exception at its next `await`, so
     # nothing has to be counted here.
     except RuntimeError:
         return 0
@@ -130,7 +130,7 @@ def _cancellations() -> int:
 
 
 async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> None:
-    """Await the function without the context variables that earlier attempts have set."""
+    """Await `function` in a new task, without the context variables that earlier attempts set."""
     failure: BaseException | None = None
 
     async def run() -> None:
@@ -152,8 +152,8 @@ async def _run_in(context: Context, function: Callable[[], Awaitable[None]]) -> 
 def _keep_contents(scope: Scope) -> Callable[[], None]:
     """Return a function that undoes all changes to the ASGI scope.
 
-    It also undoes changes to lists and dictionaries inside the scope. It changes these objects in
-    place, because outer middleware has references to the same objects.
+    The function also undoes changes to lists and dictionaries that are values of the scope. It
+    restores these objects in place, because outer middleware has references to the same objects.
     """
     entries = dict(scope)
     kept = [(each, each.copy()) for each in scope.values() if isinstance(each, dict | list)]

@@ -1,4 +1,4 @@
-"""Makes a function from the option `retry_on`, which tells if an error is retried."""
+"""Turns the option `retry_on` into a function that decides if an error is retried."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -12,7 +12,7 @@ Rule: TypeAlias = Callable[[BaseException], bool]
 
 
 def rule_of(retry_on: RetryOn) -> Rule:
-    """Return a function that tells if an error is retried in the same way as a conflict.
+    """Return a function that returns True if an error is retried in the same way as a conflict.
 
     Raises:
         ConfigurationError: `retry_on` is neither an exception class, nor a tuple of exception
@@ -37,7 +37,8 @@ def check_retry_on(retry_on: RetryOn, attempts: int) -> None:
     """Check the option `retry_on` of the middleware.
 
     Raises:
-        ConfigurationError: The value of the option is wrong, or no request is ever retried.
+        ConfigurationError: The value of the option is wrong. Or `attempts` is 1, so that no request
+            is ever retried.
     """
     rule_of(retry_on)
     if attempts == 1:

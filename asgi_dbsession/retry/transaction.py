@@ -1,4 +1,4 @@
-"""Calls a function in a new unit of work, and calls it again after a conflict."""
+"""Calls a function in a `begin()` block, and calls it again after a conflict."""
 
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -91,7 +91,7 @@ def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:
 
 @contextmanager
 def _retrying(attempt: WatchedAttempt) -> Iterator[None]:
-    """Ignore the exception of the attempt in the `with` block if another attempt follows."""
+    """Ignore an exception that the `with` block raises if another attempt can follow."""
     token = running_attempt.set(attempt)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Records if an attempt met a conflict, and if it committed anything."""
+"""Records if an attempt to run a request met a conflict, and if the attempt committed anything."""
 
 import sys
 from collections.abc import Callable
@@ -22,7 +22,9 @@ from .rule import Rule
 
 
 class WatchedAttempt(RunningAttempt):
-    """A running attempt that records conflicts and COMMITs, after which a retry may follow.
+    """One attempt to run a request or a function. It records its conflicts and COMMITs.
+
+    A retry can follow if there was a conflict and no COMMIT.
 
     Args:
         attempt: The object that `current_attempt()` returns to the application.
@@ -32,12 +34,12 @@ class WatchedAttempt(RunningAttempt):
     Attributes:
         conflict: The exception of the last conflict, or None.
         reason: The description of the conflict, for the log.
-        committing: The connection on which COMMIT was sent, as long as its result is not known;
-            otherwise None.
+        committing: The connection on which COMMIT was sent, as long as the result of this COMMIT is
+            not known. Otherwise None.
         has_committed: True if this attempt has committed anything, as far as is known. A statement
             in autocommit mode counts as a COMMIT.
-        stored: A function to call when a COMMIT has certainly succeeded, because no retry is
-            possible then.
+        stored: A function that is called when a COMMIT has certainly succeeded. No retry is
+            possible then, so the function frees the stored body of the request. Or None.
         is_final: True if no retry can follow. Then conflicts are not recorded any more.
     """
 
@@ -70,7 +72,7 @@ class WatchedAttempt(RunningAttempt):
         self.is_final = True
 
     def record_error(self, error: BaseException | None) -> None:
-        """Record an error of the application, if `retry_on` says that it is to be retried."""
+        """Record an error of the application as a conflict, if `retry_on` selects this error."""
         if error is not None and self.conflict is None:
             found = next(filter(self._counts, causes(error)), None)
             if found is not None:
@@ -92,7 +94,7 @@ class WatchedAttempt(RunningAttempt):
         return is_conflicting or self._counts(found)
 
     def enclosing(self) -> "list[WatchedAttempt]":
-        """Return this attempt and the attempts around it, without those that will not be repeated.
+        """Return this attempt and the attempts around it, if a retry can still follow them.
 
         For example, an attempt of `run_transaction` may run inside an attempt of a request.
         """
@@ -135,22 +137,23 @@ def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
 
 
 def _record_commit(connection: Connection, *_: object) -> None:
-    # SQLAlchemy calls this function before it sends COMMIT, so nobody knows yet if COMMIT will
-    # succeed.
+    # SQLAlchemy calls this function before it sends COMMIT, so the result of COMMIT is not known
+    # yet.
     for attempt in _under_way():
         attempt.has_committed = attempt.has_committed or attempt.committing is not None
         attempt.committing = connection
 
 
 def _record_rollback(connection: Connection) -> None:
-    # In autocommit mode, the database has stored each statement already.
+    # In autocommit mode, the database has stored each statement already, so this ROLLBACK undoes
+    # nothing.
     if _is_autocommit(connection):
         for attempt in _under_way():
             attempt.has_committed = True
 
 
 def watch_sessions() -> None:
-    """From now on, record each successful COMMIT of a session in the attempts around it."""
+    """From now on, record each successful COMMIT of a session in the attempts that ran it."""
     if not event.contains(GuardedSession, "after_commit", _record_stored):
         event.listen(GuardedSession, "after_commit", _record_stored)
 
@@ -167,7 +170,10 @@ def _record_stored(session: Session) -> None:
 
 
 def _under_way() -> list[WatchedAttempt]:
-    """Return the attempts that called this code: of the request, and of `run_transaction`."""
+    """Return the attempts in which this code runs: of the request, and of `run_transaction`.
+
+    Attempts that no retry can follow are left out.
+    """
     attempt = running_attempt.get()
     return attempt.enclosing() if isinstance(attempt, WatchedAttempt) else []
 
@@ -193,7 +199,7 @@ def _text(error: BaseException) -> str:
 def _is_lost_read(context: ExceptionContext) -> bool:
     """Return True if the connection was lost in a transaction that could only read."""
     connection = context.connection
-    # After its first error the connection is marked as lost. Then nobody knows any more if its
+    # If an earlier error has invalidated the connection, this package cannot tell any more if the
     # transaction was read-only.
     if connection is None or connection.invalidated:
         return False

@@ -11,7 +11,8 @@ class Withholding(ABC):
 
     Attributes:
         is_answered: True if the client got at least one message of a response.
-        is_withheld: True if a response was not sent, or an exception was not raised.
+        is_withheld: True if a response was not sent, or an exception was not raised, because it was
+            held back.
     """
 
     def __init__(self) -> None:
@@ -19,7 +20,7 @@ class Withholding(ABC):
         self.is_withheld: bool = False
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request. Do not send a response, or raise an exception, that is held back."""
+        """Serve the request. Hold back a response or an exception if a subclass decides so."""
 
         async def withhold_or_send(message: Message) -> None:
             if self.is_withheld or (not self.is_answered and self.withholds_message(message)):
