@@ -104,16 +104,20 @@ async def test_a_flush_that_got_no_connection_fails_the_request(real: Real) -> N
         await running.assert_clean()
 
 
-async def test_a_write_whose_connection_was_closed_fails_the_request(running: Running) -> None:
+@pytest.mark.parametrize("how", ["answer", "close"])
+async def test_a_write_whose_connection_was_closed_fails_the_request(
+    running: Running, how: str
+) -> None:
     """The close has rolled back the write, and the session has no open connection to ask."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await running.write("lost")
-        connection: Any = await running.call("connection")
-        if running.real.is_sync:
-            await to_thread.run_sync(connection.close)
-        else:
-            await connection.close()
+        await in_session(running, lambda session: session.connection().close())
+        if how == "close":
+            try:
+                raise LookupError
+            except LookupError:
+                await close_here(running)
         await respond(send, 201)
 
     exchange = await get(DBSessionMiddleware(app, running.database))

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from asgi_dbsession.errors import PrematureClose
 
-from ._sqlalchemy import ConnectingSession, ConnectingTransaction
+from ._sqlalchemy import ConnectingSession, ConnectingTransaction, connections_of
 from .companion import Companion
 from .failures import discard
 from .reads import begin_now, begin_on_server, has_only_read
@@ -203,8 +203,9 @@ class GuardedSession(ConnectingSession):
         exception handler may write a row). So if there is uncommitted work, the COMMIT of the unit
         of work (the request or `begin()` block) raises `PrematureClose`.
         """
-        companion = self._companion
-        if has_changes(self) or not all(map(has_only_read, companion.open_connections)):
+        companion, transaction = self._companion, self.get_transaction()
+        used = connections_of(transaction) if transaction is not None else ()
+        if has_changes(self) or not all(map(has_only_read, used)):
             lost = PrematureClose(companion.lock.database)
             companion.refused = companion.refused or lost
         super().reset()

@@ -42,7 +42,7 @@ def has_only_read(connection: Connection) -> bool:
     """Return True if it is certain that no transaction with writes is open on the connection."""
     if connection.invalidated:  # Nobody knows what a lost connection did.
         return False
-    if connection.dialect.name == "sqlite":
+    if connection.dialect.name == "sqlite" and not connection.closed:
         driver: Any = connection.connection.driver_connection
         return not driver.in_transaction
     return ref(connection) in delayed
