@@ -15,12 +15,12 @@ class DBSessionError(Exception):
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the finished error text, because `__init__` takes only parts of the text."""
+        """Let `pickle` store the whole error text, because `__init__` takes only parts of it."""
         return type(self).__new__, (type(self),), {**vars(self), "args": self.args}
 
 
 class NoSession(DBSessionError, LookupError):
-    """A session was requested, but no open unit of work uses its database."""
+    """A session of a database was requested where no unit of work has this database."""
 
     def __init__(self, database: object) -> None:
         if _is_in_bare_thread():
@@ -210,7 +210,7 @@ def kind_of(given: object) -> str:
 
 
 def name_of(function: object) -> str:
-    """Return the name of a function, without arguments of a `partial`, which may be secret."""
+    """Return the name of a function. Arguments of a `partial` are left out: they may be secret."""
     inner = getattr(function, "func", function)
     return getattr(inner, "__qualname__", type(inner).__name__)
 

@@ -8,7 +8,9 @@ from asgi_dbsession.session.end import End
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt to run a request, or a function of `run_transaction`; a conflict causes a retry.
+    """One attempt to run a request, or the function given to `run_transaction`.
+
+    If the database reports a conflict with another transaction, a retry may follow.
 
     Attributes:
         number: 1 for the first attempt, 2 for the first retry.

@@ -66,8 +66,8 @@ def _unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
     unit.read_only = read_only
     # A listener of the application may call `begin()` during the COMMIT of an outer unit of work.
-    # The outer unit of work counts as closed already, but the listener still needs this unit of
-    # work. So do not remove any unit of work then.
+    # The outer unit of work is marked as closed then, but the listener may still use the outer unit
+    # of work. So remove no unit of work then.
     if not current_end.get():
         _forget_hidden(unit)
     with made_current(unit):
@@ -77,8 +77,10 @@ def _unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[
 def _forget_hidden(unit: UnitOfWork) -> None:
     """Remove closed outer units of work that `get_session()` can no longer reach.
 
-    A job may start the next job inside of its `begin()` block, and so on. Without this function,
-    the closed units of work of such a chain would stay in memory.
+    `get_session()` searches from the inside to the outside. So it does not reach a closed unit of
+    work if inner units of work have all of its databases. For example, each job may start the next
+    job inside its own `begin()` block. Without this function, the units of work of all earlier jobs
+    would stay in memory.
     """
     hidden = set(unit.databases)
     while (enclosing := unit.enclosing) is not None:

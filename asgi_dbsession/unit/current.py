@@ -17,7 +17,7 @@ current_unit: ContextVar[UnitOfWork | None] = ContextVar("asgi_dbsession", defau
 
 @contextmanager
 def made_current(unit: UnitOfWork) -> Iterator[None]:
-    """Make `unit` the current unit of work (the one of `get_session()`) in the `with` block."""
+    """Make `unit` the current unit of work, which `get_session()` uses, in the `with` block."""
     around = current_unit.get()
     was_closed = around is not None and around.closed
     current_unit.set(unit)
@@ -100,7 +100,7 @@ def _default_session(*, is_async: bool) -> Any:
 def _nearest_open(unit: UnitOfWork | None) -> UnitOfWork | None:
     """Return the nearest unit of work that is open, or the outermost one if all are closed.
 
-    If the code then uses the closed unit of work, the error `SessionClosed` explains the mistake.
+    Code that uses the closed one gets the error `SessionClosed`, which explains the mistake.
     """
     while unit is not None and unit.closed and unit.enclosing is not None:
         unit = unit.enclosing

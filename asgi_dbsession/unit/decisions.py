@@ -35,11 +35,11 @@ def take_decision(unit: UnitOfWork, task: object, *, has_work: bool) -> bool | N
     Args:
         unit: The unit of work.
         task: The task that is about to send a message or to wait for a message.
-        has_work: True if `task` has work, or if no task has work. Then calls of worker threads, and
-            of tasks that have ended, count as calls of `task`.
+        has_work: True if `task` has uncommitted work, or if no task has any. Then `set_rollback`
+            calls of worker threads, and of tasks that have ended, count as calls of `task` too.
 
     Returns:
-        None if `set_rollback` was not called for the work of `task`.
+        The argument of the last such call: True or False. None if there was no such call.
     """
     taken = [
         each

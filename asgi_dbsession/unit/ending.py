@@ -31,7 +31,7 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
 
 
 def commit_reads(unit: UnitOfWork) -> bool:
-    """Commit at once if the only session of a unit of work has only read. This waits for nothing.
+    """If a unit of work has one session, which has only read, commit it. This waits for nothing.
 
     Returns:
         True if the session was committed. False if nothing was done, and the caller must call
@@ -53,7 +53,7 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         task: The task that is about to send a message or to wait for a message.
         unit: The unit of work of the HTTP request or WebSocket.
         commit: True to commit, False to roll back.
-        living: What to do with uncommitted work of other running tasks; see the type `Living`.
+        living: What to do with uncommitted work of other tasks that run; see the type `Living`.
 
     Raises:
         ConcurrentUse: `task` and another task have uncommitted work in the same transaction.
@@ -154,7 +154,7 @@ def _close_idle(opened: Iterable[ManagedSession[Any]]) -> tuple[Sessions, Except
 
 
 async def _close_left(unit: UnitOfWork) -> None:
-    """Close the sessions that are open still, because a signal handler has raised an exception."""
+    """Close the sessions that a signal handler has left open, by raising an exception."""
     left = [each for each in unit.opened if not each.lock.is_closed]
     if left:
         ending = roll_back_all(left, End(commit=False, reason="exception", close=True), None)
@@ -164,7 +164,7 @@ async def _close_left(unit: UnitOfWork) -> None:
 async def _close_working(
     unit: UnitOfWork, working: Sessions, end: End, failed: Sessions, rollback: End
 ) -> None:
-    """Roll back the sessions in `failed`, commit or roll back the rest, and close all."""
+    """Roll back the sessions in `failed`. Commit or roll back the others. Close all of them."""
     failure: BaseException | None = None
     if failed:
         try:

@@ -13,10 +13,11 @@ observed: set[Any] = set()
 
 
 class UnitObserver:
-    """The base class of objects that are notified of each event of a unit of work.
+    """An observer: an object whose methods are called at each event of a unit of work.
 
-    The methods must be fast and must not raise exceptions. The argument `unit` is a `UnitOfWork`.
-    Its annotation is `Any`, because importing `UnitOfWork` here would be a circular import.
+    (A unit of work is one request or one `begin()` block.) The methods must be fast and must not
+    raise exceptions. The argument `unit` is a `UnitOfWork`. Its annotation is `Any`, because
+    importing `UnitOfWork` here would be a circular import.
     """
 
     def engine_used(self, engine: Engine) -> None:
@@ -26,7 +27,7 @@ class UnitObserver:
         """Called when no database uses `engine` any more: remove your listeners from it."""
 
     def unit_began(self, unit: Any) -> None:
-        """Called when a unit of work begins. Not called for observers of a single database."""
+        """Called when a unit of work begins, but not for observers that a database adds later."""
 
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
         """Called when a unit of work has opened its session of `database`."""
@@ -35,5 +36,6 @@ class UnitObserver:
         """Called after a commit or rollback of a unit of work, and its `on_commit` functions.
 
         This is not called if the unit of work did nothing since its last commit or rollback.
-        `steps` has the steps of its sessions since then, by database. Do not change these lists.
+        `steps` tells for each database what its session did in that time (see `Step`). Do not
+        change these lists.
         """

@@ -9,11 +9,11 @@ from asgi_dbsession.session.tasks import current_task, has_ended, is_waiting_for
 
 from .unit_of_work import UnitOfWork
 
-# One task is about to commit its work, and another task that is still running has uncommitted work
-# in the same session. `Living` says what `sort_work` does then. "refuse" (for WebSockets): raise
-# ConcurrentUse if both tasks have work in the session. "leave" (at the end of a response body): do
-# not commit this session yet. "include" (after the application has returned): commit the work of
-# all tasks.
+# If one task is about to commit its work, another task that is still running may have uncommitted
+# work in the same session. `Living` says what `sort_work` does then. "refuse" (for WebSockets):
+# raise ConcurrentUse if both tasks have work in the session. "leave" (at the end of a response
+# body): do not commit this session yet. "include" (after the application has returned): commit the
+# work of all tasks.
 Living: TypeAlias = Literal["refuse", "leave", "include"]
 
 

@@ -54,8 +54,8 @@ async def flush_all(sessions: Sessions, end: End, run: Run | None = None) -> Bas
             await (run or each.run)(each.flush, end)
         except BaseException as error:
             if not isinstance(error, Exception):
-                # This task was cancelled. Leave this session alone, because the worker thread may
-                # still use the session, or has rolled back the session already.
+                # This task was cancelled. Do not roll back this session: the worker thread may
+                # still use the session, or has rolled it back already.
                 sessions.remove(each)
             return error
     return None

@@ -34,19 +34,22 @@ class UnitOfWork:
 
     Args:
         databases: The databases. The first one of each kind (async or sync) is the default.
-        scope: The ASGI scope for `session.info["scope"]`. None after the request has ended.
+        scope: The ASGI scope for `session.info["scope"]`. None outside of a request, and after its
+            end.
         enclosing: The outer unit of work, for databases that are not in `databases`.
-        observers: The objects to notify of each event of this unit of work. Observers of a database
-            are added when its session is opened.
+        observers: Objects whose methods are called at each event of this unit of work. The
+            observers of a database are added when its session is opened.
 
     Attributes:
         sessions: The sessions that were opened, by database. Empty after the end.
-        is_inner: True for a new unit of work in another: a `begin()` block, or `on_commit`.
+        is_inner: True if this is a `begin()` block or an `on_commit` call inside another unit of
+            work.
         joins_outer_unit: True if `enclosing` is a part of the same request. If `enclosing` has the
             same database, the session belongs to `enclosing`.
         joined: The outer unit of work whose session a `begin(join=True)` block uses, or None.
         rollback: The value of the last `set_rollback` call since the last commit, or None.
-        rollbacks: The last argument of `set_rollback` of each task, the newest call last.
+        rollbacks: For each task, the argument of its last `set_rollback` call. The newest call is
+            last.
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
         failure: The first error of a commit or rollback. After this error, no message may be sent.
         callbacks: The functions given to `on_commit`, as objects of the class `AfterCommit`.
@@ -55,7 +58,7 @@ class UnitOfWork:
         is_routed: True if one of the sessions may use a replica.
         is_blocking: True if commit and rollback run on the calling thread, without an event loop.
         is_answered: True after the start of the response was sent; always True for a WebSocket.
-        has_news: True if a measured session has done something since the last commit or rollback.
+        has_news: True if a session has done something to report since the last commit or rollback.
         closed: True if this unit of work has ended.
     """
 
@@ -112,7 +115,7 @@ class UnitOfWork:
 
     @property
     def opened(self) -> tuple[ManagedSession[Any], ...]:
-        """The sessions, as a copy, because another thread may open a session meanwhile."""
+        """The open sessions, as a copy, because another thread may open a session meanwhile."""
         return tuple(self.sessions.values())
 
     def with_work(self) -> Sessions:
@@ -180,7 +183,7 @@ class UnitOfWork:
         if not self.observers:
             self.observers = database.observers
         elif database.observers:
-            # The outer unit of work may have the same observer.
+            # The outer unit of work may have the same observer. Keep each observer once.
             self.observers = tuple(dict.fromkeys((*self.observers, *database.observers)))
         if self.observers:
             observed.add(self)

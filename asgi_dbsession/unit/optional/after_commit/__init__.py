@@ -1,4 +1,4 @@
-"""Calls the functions of an application that follow a COMMIT."""
+"""Calls the functions that an application gives to `on_commit`, after a COMMIT."""
 
 # Import `call` together with `on_commit`: if the import failed after a COMMIT, the client would get
 # an error although the work is stored.

@@ -24,12 +24,12 @@ async def call_after_commit(
     *,
     close: Close,
 ) -> None:
-    """Call the `on_commit` functions whose work was committed, and forget those that have ended.
+    """Call the `on_commit` functions whose work was committed. Drop those that are not needed now.
 
     Args:
         unit: The unit of work.
         end: The commit or rollback that has ended.
-        given: The functions that were given before this commit or rollback.
+        given: The functions that were given to `on_commit` before this commit or rollback.
         stored: The functions that waited for work that the application itself has committed.
         working: The sessions that were committed or rolled back.
         close: The function that commits or rolls back a unit of work, and closes it.
@@ -70,11 +70,11 @@ def _settle(
     stored: Sequence[AfterCommit],
     working: Sessions,
 ) -> list[AfterCommit]:
-    """Remove the `on_commit` functions whose work has ended. Return those that must be called."""
+    """Remove the `on_commit` functions that wait for nothing more. Return those to call now."""
     due: list[AfterCommit] = []
     for each in tuple(callbacks):
-        # Do not call or drop an `on_commit` function of another task, or one given during this
-        # COMMIT: the work that it belongs to may be stored by a later COMMIT.
+        # Keep an `on_commit` function of another task, and one that was given during this COMMIT: a
+        # later COMMIT may store its work.
         is_concerned = each in given and is_of(each.given_by, end.task)
         ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):

@@ -28,7 +28,8 @@ class AfterCommit:
         given_by: The task that called `on_commit`. None if a worker thread called it.
         read_only: True if the function may only read.
         committed: True if all work that the function waits for was committed.
-        rolled_back: True if this work was rolled back. Then the function is not called.
+        rolled_back: True if work that the function waits for was rolled back. Then the function is
+            not called.
     """
 
     function: Function
@@ -74,7 +75,7 @@ class AfterCommit:
         return self.committed or (success and not self.rolled_back and not self._pending)
 
     def record_commit(self, session: Session) -> None:
-        """Called after a COMMIT of the session: the `on_commit` function waits for it no longer."""
+        """Called after a COMMIT of a session: the `on_commit` function need not wait for it now."""
         if session in self._pending and session.get_transaction() not in self._transactions:
             # The `on_commit` function waits for a transaction that was rolled back: the session is
             # in a new transaction already. SQLAlchemy has not reported this rollback.

@@ -1,1 +1,1 @@
-"""Lets a `begin(join=True)` block use the unit of work around it, as a savepoint (optional)."""
+"""Lets a `begin(join=True)` block run in a savepoint of the unit of work around the block."""

@@ -1,4 +1,4 @@
-"""The `database.begin(join=True)` block, which uses the session of the unit of work around it."""
+"""The `database.begin(join=True)` block, a savepoint in the session of the outer unit of work."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -21,7 +21,7 @@ S = TypeVar("S")
 
 
 def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
-    """Return the open unit of work that a `begin(join=True)` block must join, or None."""
+    """Return the open unit of work that a `begin(join=True)` block must join; None without one."""
     with suppress(NoSession, SessionClosed):
         unit = unit_that_manages(database)
         return None if unit.closed else unit
@@ -129,7 +129,8 @@ class _Block:
             if error is None:
                 raise
             # The outer unit of work ended before the `begin(join=True)` block. So the work of the
-            # block was committed or rolled back already, together with the outer work.
+            # block was committed or rolled back already, together with the work of the outer unit
+            # of work.
             return
         was_closed = self.unit.closed
         try:

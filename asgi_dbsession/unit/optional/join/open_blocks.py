@@ -30,8 +30,8 @@ class OpenBlocks:
         self._unit = unit
         self._database = database
         self._companion = opened.companion
-        # The object that refuses writes, while a block may only read in a unit of work that may
-        # write.
+        # The object that refuses writes, if an open block may only read but the unit of work may
+        # write. None otherwise.
         self._refusals: Any = None
 
     def __call__(self) -> None:
@@ -66,14 +66,14 @@ class OpenBlocks:
         return is_innermost
 
     def forbid_writes(self) -> None:
-        """Refuse writes of the session in the savepoint that has begun just now."""
+        """Refuse writes of the session, in the savepoint that has just begun."""
         from asgi_dbsession.session.optional.read_only.refusals import Refusals
 
         self._refusals = self._companion.read_only = Refusals(self._companion, in_block=True)
         self._companion.followers.append(self._refusals)
 
     def allow_writes(self) -> None:
-        """Allow writes again if no open block, and not the outer unit of work, may only read."""
+        """Allow writes again, unless an open block or the outer unit of work may only read."""
         refusals = self._refusals
         if refusals is None or any(each.read_only for each in (self._unit, *self.open)):
             return

@@ -1,1 +1,1 @@
-"""Commits the work of a request on several databases together, in two phases (optional)."""
+"""Commits the work of a request on several databases together, in two phases."""

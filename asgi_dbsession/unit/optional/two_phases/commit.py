@@ -111,7 +111,7 @@ class TwoPhases:
 
 
 def _add_deciding(deciding: Session | None, unit: UnitOfWork, sessions: Sessions) -> None:
-    """Add the deciding session (see the rules above) to `sessions`, even if it has no work.
+    """Add the deciding session (see the top of this file) to `sessions`, even if it has no work.
 
     Raises:
         ConcurrentUse: The deciding session has uncommitted work of another task.

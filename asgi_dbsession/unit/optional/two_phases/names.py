@@ -34,11 +34,11 @@ class Names:
         self._databases = databases
         self._begun: list[Session] = []
         self._unit = token_hex(16)
-        self._mutex = Lock()  # A lock, because several threads may begin transactions at once.
+        self._mutex = Lock()  # Several threads may begin transactions at once.
 
     @property
     def deciding(self) -> Session | None:
-        """The session whose transaction began first; None if no transaction is open now."""
+        """The session whose transaction has number 1. None if no transaction is open now."""
         begun = self._begun
         return begun[0] if any(each.in_transaction() for each in begun) else None
 

@@ -32,7 +32,8 @@ class TwoPhaseSession(ManagedSession[S]):
         names: Gives names to the transactions of the session.
 
     Attributes:
-        in_doubt: The names of transactions that may still be prepared on the server.
+        in_doubt: The names of transactions that may still be prepared on the server, as a text.
+            Empty if there are none.
     """
 
     in_doubt: str = ""
@@ -44,7 +45,8 @@ class TwoPhaseSession(ManagedSession[S]):
 
     @override
     def _flush(self) -> None:
-        # The first session must be prepared even if it has no work. So begin its transaction here.
+        # The session that is prepared first may have no work of its own. So begin a transaction
+        # here.
         self.orm.connection()
         # Do not let SQLAlchemy send PREPARE at the end of the flush: `prepare` sends it later.
         try:
@@ -102,7 +104,7 @@ class TwoPhaseSession(ManagedSession[S]):
             self._release(end)
 
     def leave_in_doubt(self, end: End) -> None:
-        """Close the connection; its prepared transaction stays until an operator ends it."""
+        """Close the connection. Its prepared transaction stays until an operator ends it."""
         try:
             self.orm.invalidate()
         finally:
