@@ -79,7 +79,8 @@ async def test_a_swallowed_error_cannot_turn_commit_into_a_rollback(running: Run
         assert running.stored() == ["before"]
 
 
-async def test_a_flush_that_got_no_connection_fails_the_request(real: Real) -> None:
+@pytest.mark.parametrize("how", ["answer", "close"])
+async def test_a_flush_that_got_no_connection_fails_the_request(real: Real, how: str) -> None:
     """SQLAlchemy has discarded the new object, and the session has no connection to ask."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -93,12 +94,17 @@ async def test_a_flush_that_got_no_connection_fails_the_request(real: Real) -> N
             async with opened:
                 with pytest.raises(PoolTimeout):
                     await running.call("flush")
+        if how == "close":
+            try:
+                raise LookupError
+            except LookupError:
+                await close_here(running)
         await respond(send, 201)
 
     async with real.describe(pool_size=1, max_overflow=0, pool_timeout=0.1) as database:
         running = Running(real, database)
         exchange = await get(DBSessionMiddleware(app, database))
-        assert isinstance(exchange.error, PendingRollbackError)
+        assert isinstance(exchange.error, PendingRollbackError | PrematureClose)
         assert exchange.messages == []
         assert real.stored() == []
         await running.assert_clean()

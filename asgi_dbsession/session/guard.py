@@ -203,9 +203,8 @@ class GuardedSession(ConnectingSession):
         exception handler may write a row). So if there is uncommitted work, the COMMIT of the unit
         of work (the request or `begin()` block) raises `PrematureClose`.
         """
-        companion, transaction = self._companion, self.get_transaction()
-        used = connections_of(transaction) if transaction is not None else ()
-        if has_changes(self) or not all(map(has_only_read, used)):
+        companion = self._companion
+        if has_changes(self) or not _has_only_read(self.get_transaction()):
             lost = PrematureClose(companion.lock.database)
             companion.refused = companion.refused or lost
         super().reset()
@@ -214,6 +213,13 @@ class GuardedSession(ConnectingSession):
     def discard(self) -> None:
         """Roll back the work that an exception interrupted, and empty the session."""
         super().reset()
+
+
+def _has_only_read(transaction: SessionTransaction | None) -> bool:
+    if transaction is None:
+        return True
+    # A transaction is inactive after a failed flush, which has discarded the changed objects.
+    return transaction.is_active and all(map(has_only_read, connections_of(transaction)))
 
 
 def _check_statement(companion: Companion, statement: object) -> None:
