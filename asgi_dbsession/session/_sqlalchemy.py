@@ -81,7 +81,7 @@ class ConnectingSession(Session):
 
 
 class ConnectingTransaction(SessionTransaction):
-    """A transaction object that connects with the function `connect` of the session's companion."""
+    """A transaction object that opens its connections with `session._companion.connect`."""
 
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         session: Any = self.session

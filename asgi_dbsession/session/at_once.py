@@ -96,11 +96,11 @@ def _commits_at_once(connection: Connection, begun: Transaction | None) -> bool:
     if begun is None or connection.get_transaction() is not begun:
         return False
     dialect = connection.dialect
-    # The other async drivers wait for a lock, even if they send nothing.
+    # At a commit, async drivers other than asyncpg wait for a lock, even if they send nothing.
     if dialect.is_async and dialect.driver != "asyncpg":
         return False
     pool = pool_of(connection)
-    # A pool without a free place closes the connection, and an async driver waits for that.
+    # If the pool has no free place, it closes the connection, and an async driver waits for that.
     if not isinstance(pool, QueuePool) or pool.checkedin() >= (pool.size() or inf):
         return False
     return not (connection.dispatch.commit or pool.dispatch.reset or len(pool.dispatch.checkin) > 1)

@@ -112,7 +112,7 @@ class Companion:
         """Raise an error before COMMIT if a write was refused, or if work was discarded.
 
         Args:
-            of_savepoint: True before RELEASE, which stores nothing.
+            of_savepoint: True if a savepoint is about to be released, which stores nothing yet.
 
         Raises:
             ForbiddenWrite: A write was refused, and the application caught the error.

@@ -79,7 +79,7 @@ async def run_before_cancellation(work: Coroutine[Any, Any, object]) -> None:
     except asyncio.CancelledError as cancelled:
         if (task := asyncio.current_task()) is not None:
             # Cancel the caller again, at its next `await`. `uncancel` keeps the count of
-            # cancellations right. anyio finds its own cancellations by the message in `args`.
+            # cancellations right. anyio recognizes its own cancellations by the message in `args`.
             task.uncancel()
             task.cancel(*cancelled.args)
         if cancelled.__cause__ is not None:  # The exception that `work` raised.

@@ -76,7 +76,8 @@ def refuse_if_aborted(connections: tuple[Connection, ...], *, of_savepoint: bool
 
     Args:
         connections: The connections of the session.
-        of_savepoint: True before RELEASE, which a statement that failed in the savepoint refuses.
+        of_savepoint: True if a savepoint is about to be released. If a statement has failed inside
+            the savepoint, the database itself refuses the release.
 
     Raises:
         TransactionAborted: A transaction on one of the connections was aborted, so COMMIT would
@@ -221,7 +222,7 @@ def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
 
 
 def discard(connection: Connection) -> None:
-    """Close a connection whose operation was cancelled, even if the task is cancelled again."""
+    """Close a connection of unknown state, even if the task is cancelled (once more) meanwhile."""
     if connection.dialect.is_async:
         await_only(run_to_completion(greenlet_spawn(_throw_away, connection)))
     else:

@@ -62,8 +62,9 @@ class ManagedSession(Generic[S]):
     def ends_at_once(self) -> bool:
         """True if commit and rollback cannot block now, so `end` needs no worker thread."""
         if self.session is not self.orm or self.run is call_here:
-            # An async session never needs a worker thread. Neither does a sync session in `with
-            # database.begin()`, which may block its own thread.
+            # The answer matters only for sync sessions that use a worker thread. Async sessions use
+            # none. Neither does a sync session in `with database.begin()`, which may block its own
+            # thread.
             return False
         return ends_at_once(self.orm, self.companion)
 

@@ -1,4 +1,4 @@
-"""Knows which connections have only read so far, and sends BEGIN on them when needed."""
+"""Stores which connections have only read so far, and sends BEGIN on them when needed."""
 
 from typing import Any
 from weakref import ref
@@ -19,7 +19,7 @@ KEY = "asgi_dbsession.delayed_begin"
 
 
 class Reads:
-    """Decides if the sessions of a database read without BEGIN and COMMIT; here they never do.
+    """Decides if sessions read without BEGIN and COMMIT. In this base class they never do.
 
     Attributes:
         is_shared: True inside `testing.rolled_back()`, where all sessions share one transaction.

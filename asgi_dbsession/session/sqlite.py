@@ -96,7 +96,8 @@ def _needs_begin(connection: Connection, statement: str) -> bool:
     if word == "PRAGMA":
         return _NUMBERS.search(statement) is not None
     if word == "WITH":
-        # A statement with common table expressions writes only if it has one of these words.
+        # A statement that begins with WITH can write only if it contains the word INSERT, UPDATE,
+        # DELETE or REPLACE.
         return not _BY_DRIVER.isdisjoint(_WORD.findall(statement.upper()))
     return word not in _OUTSIDE | _CONTROL
 

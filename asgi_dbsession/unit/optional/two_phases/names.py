@@ -43,7 +43,7 @@ class Names:
         return begun[0] if any(each.in_transaction() for each in begun) else None
 
     def connect(self, session: Any, engine: Engine) -> Connection:
-        """Return a new connection for a session. Its next transaction gets a name.
+        """Return a new connection for a session. The next transaction on it gets a name.
 
         Only the transaction on the session's first connection gets a name. The name contains the
         place of this transaction in the order of COMMITs. For further connections of the session
