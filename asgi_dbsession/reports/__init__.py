@@ -1,1 +1,1 @@
-"""Measures what each unit of work costs: statements, connections and time (optional)."""
+"""Optional feature: measures the statements, connections and time of each unit of work."""

@@ -12,8 +12,8 @@ from asgi_dbsession.session.end import current_end
 # The package greenlet has no type annotations. With a normal import, mypy would report an error.
 _getcurrent: Any = import_module("greenlet").getcurrent
 
-# A line of code that uses a session: the file and the line number. To save time, they are joined to
-# the text `file:line` only when somebody reads them.
+# A line of code that uses a session: the file and the line number. None if there is no such line.
+# To save time, the two are joined to the text `file:line` only when somebody reads them.
 CallSite: TypeAlias = tuple[str, int] | None
 
 # Code of these packages is never reported as the line of the application that uses a session.
@@ -25,14 +25,14 @@ _BETWEEN = frozenset(
 _is_application: dict[str, bool] = {}
 _MOST_FILES = 10_000
 # These methods of `AsyncSession` run a method of SQLAlchemy in a greenlet. `run_sync` is left out,
-# because it runs a function of the application there.
+# because the function that it runs in the greenlet is code of the application.
 _AWAITED = frozenset(
     method.__code__.co_qualname
     for name, method in vars(AsyncSession).items()
     if iscoroutinefunction(method) and name != "run_sync"
 )
-# So many stack frames lie between `find_call_site` and the method of SQLAlchemy's `Connection` that
-# led to its call. They are never code of the application, so they are skipped, which saves time.
+# The number of stack frames between `find_call_site` and the method of SQLAlchemy's `Connection`
+# that led to this call. They are never code of the application, so skip them to save time.
 _BELOW_CONNECTION = 4
 
 

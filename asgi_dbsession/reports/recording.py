@@ -1,4 +1,4 @@
-"""Records the steps of a session: when it waits for a connection, and what it does with it."""
+"""Records the steps of a session: waits for a connection, statements, COMMITs and ROLLBACKs."""
 
 from time import perf_counter
 from typing import Any
@@ -7,7 +7,7 @@ from sqlalchemy import Connection, Engine
 
 from asgi_dbsession.session.companion import Companion, Connect, Step
 
-# After a COMMIT or ROLLBACK, the connection is in its pool again.
+# The kinds of steps after which the connection is in its pool again.
 ENDS = frozenset(("commit", "rollback"))
 
 
@@ -16,7 +16,7 @@ class Recording:
 
     Args:
         unit: The unit of work of the session.
-        companion: The data of this package that is attached to the session.
+        companion: The object with the data that this package attaches to the session.
 
     Attributes:
         steps: What the session did, as a list of `Step`.
@@ -57,9 +57,10 @@ class Recording:
         """Record that the session got a connection, and has begun its transaction.
 
         Args:
-            own: The engine of the session. Connections of other engines are ignored.
-            connection: The SQLAlchemy connection. It and the pool's connection inside it get the
-                attribute `asgi_dbsession_steps`, which is the list of the session's steps.
+            own: The engine of the session. Connections of other engines are ignored. None to ignore
+                no connection.
+            connection: The SQLAlchemy connection. This object and the pool's connection inside it
+                get the attribute `asgi_dbsession_steps`, which is the list of the session's steps.
         """
         if connection.engine is own or own is None or connection.engine.pool is own.engine.pool:
             steps = self.steps
@@ -73,8 +74,8 @@ class Recording:
         """Return the steps, and begin a new list, after a commit or rollback of the unit of work.
 
         Args:
-            connections: The open connections of the session. If there is one, because another task
-                uses the session, the new list begins with a step for this connection.
+            connections: The open connections of the session. If another task is still using one of
+                them, the new list begins with a step for this connection.
         """
         done = self.steps
         if done:
@@ -90,6 +91,6 @@ class Recording:
 
 
 def record(unit: Any, companion: Companion) -> None:
-    """Record the steps of a session from now on, unless another observer has asked for it."""
+    """Record the steps of a session from now on. Do nothing if they are recorded already."""
     if companion.recording is None:
         Recording(unit, companion)

@@ -9,8 +9,8 @@ from asgi_dbsession.unit.report import UnitReport
 
 class _Header:
     def __init__(self) -> None:
-        # The reports for the header. None after the header was sent. Reports that follow in a long
-        # stream are not needed, and would only use memory.
+        # The reports for the header. None after the header was sent: later reports, in a long
+        # stream for example, are not needed and would only use memory.
         self.noted: list[UnitReport] | None = []
 
 

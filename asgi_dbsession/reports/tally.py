@@ -96,7 +96,8 @@ class Tally:
     def _operate(
         self, kind: str, start: float, stop: float, call_site: CallSite, text: str
     ) -> None:
-        if self.since is None:  # The application itself has called `commit()` on the connection.
+        # The application itself has called `commit()` on the connection, and goes on using it.
+        if self.since is None:
             self.since = self._idle_since = start
         idle_time = start - self._idle_since
         if idle_time > self.idle_time:
@@ -130,5 +131,5 @@ class Tally:
 
 
 def condense(steps: list[Step]) -> None:
-    """Replace the recorded steps of a session, except the last one, by one step with the sums."""
+    """Replace all recorded steps of a session except the last by one step, which has the sums."""
     steps[:-1] = [["sum", 0, 0, None, Tally(steps[:-1], steps[-1][1])]]

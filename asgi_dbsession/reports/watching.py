@@ -37,9 +37,9 @@ def unwatch_usage(engine: Engine) -> None:
             delattr(engine.dialect, name)
 
 
-# Look up the method of the dialect again at each call, because `testing.rolled_back()` changes the
-# class of the dialect object. A connection that no session uses has no attribute
-# `asgi_dbsession_steps`; its statements are not recorded.
+# The functions below look up the method of the dialect at each call, because
+# `testing.rolled_back()` changes the class of the dialect object. If a connection has no attribute
+# `asgi_dbsession_steps`, no session uses it, and its statements are not recorded.
 
 
 def _executing(dialect: Any, name: str) -> Callable[..., None]:
@@ -74,8 +74,8 @@ def _ending(dialect: Any, name: str) -> Callable[..., None]:
             steps = connection.asgi_dbsession_steps
         except AttributeError:
             steps = None
-        # The pool also sends ROLLBACK when a connection returns to it after COMMIT or ROLLBACK.
-        # This is no work of the session, so it is not recorded.
+        # When a connection returns to the pool after COMMIT or ROLLBACK, the pool sends another
+        # ROLLBACK. This is no work of the session, so do not record it.
         if steps is None:
             getattr(type(dialect), name)(dialect, connection)
             return
@@ -100,8 +100,8 @@ def _in_two_phases(dialect: Any, name: str) -> Callable[..., None]:
         steps: list[Step] = getattr(connection, "asgi_dbsession_steps", [])
         place, start = len(steps), perf_counter()
         getattr(type(dialect), name)(dialect, connection, *identity, **options)
-        # The driver may have sent a statement as a part of this step, which is already in the list.
-        # So insert this step before it.
+        # The driver may have sent a statement as a part of this step. This statement is in the list
+        # already, so insert the step before the statement.
         steps.insert(place, [_kind(name), start, perf_counter(), find_call_site(), ""])
 
     return end_in_two_phases
