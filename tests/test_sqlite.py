@@ -26,7 +26,13 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.schema import DropTable
 
-from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, SyncDatabase, TransactionAborted
+from asgi_dbsession import (
+    AsyncDatabase,
+    DBSessionMiddleware,
+    PrematureClose,
+    SyncDatabase,
+    TransactionAborted,
+)
 
 pytestmark = pytest.mark.anyio
 KINDS = ("sqlite", "sqlite-sync")
@@ -367,6 +373,24 @@ async def test_a_listener_that_executes_the_statements_hides_no_error(real: Real
     assert isinstance(exchange.error, TransactionAborted)
     assert (exchange.messages, running.stored()) == ([], [])
     await dispose(database)
+
+
+async def test_a_close_after_an_error_that_rolled_back_is_no_success(running: Running) -> None:
+    """The work is lost before the close, so the close finds no open transaction."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("three")
+        try:
+            await running.execute(text(UPSET["OR ROLLBACK"]))
+        except DBAPIError:
+            closing = running.database.get_session().close()
+            if closing is not None:
+                await closing
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert isinstance(exchange.error, PrematureClose)
+    assert (exchange.messages, running.stored()) == ([], list(BEFORE))
 
 
 async def test_a_swallowed_error_in_a_savepoint_that_rolled_back_everything(

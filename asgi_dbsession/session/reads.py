@@ -7,6 +7,7 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from ._sqlalchemy import isolation_level_on_connect
+from .sqlite import has_open_work
 
 # The drivers of PostgreSQL that can switch autocommit on and off without a round trip to the
 # server. Only with these drivers, BEGIN is delayed until a statement may write.
@@ -39,12 +40,11 @@ def isolation_level(connection: Connection) -> str | None:
 
 
 def has_only_read(connection: Connection) -> bool:
-    """Return True if it is certain that no transaction with writes is open on the connection."""
+    """Return True if it is certain that the transaction on the connection has no writes."""
     if connection.invalidated:  # Nobody knows what a lost connection did.
         return False
     if connection.dialect.name == "sqlite" and not connection.closed:
-        driver: Any = connection.connection.driver_connection
-        return not driver.in_transaction
+        return not has_open_work(connection)
     return ref(connection) in delayed
 
 

@@ -77,6 +77,11 @@ def was_rolled_back(connection: Connection) -> bool:
     return True
 
 
+def has_open_work(connection: Connection) -> bool:
+    """Return True if a transaction is open on SQLite, or an error made SQLite roll it back."""
+    return _is_open(connection) or bool(vars(connection).get(_ROLLED_BACK))
+
+
 def _begin_before_statement(*arguments: Any) -> None:
     statement: str = arguments[1]
     context: ExecutionContext = arguments[-1]
