@@ -1,4 +1,4 @@
-"""A web page that shows which code is holding which database connection now (optional)."""
+"""Optional feature: a web page that shows which code holds which database connection now."""
 
 from .page import LivePage
 

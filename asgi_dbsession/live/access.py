@@ -34,8 +34,8 @@ def is_local(scope: Scope) -> bool:
 def _is_loopback(client: Any) -> bool:
     try:
         address = ip_address(client[0])
-    # There is no address, for example because the server listens on a Unix socket. Then nobody
-    # knows if the client is on this machine.
+    # There is no address, for example because the server listens on a Unix socket. So it is unknown
+    # if the client is on this machine.
     except (TypeError, ValueError, LookupError):
         return False
     mapped = getattr(address, "ipv4_mapped", None)

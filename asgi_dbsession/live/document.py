@@ -49,8 +49,10 @@ def render(nonce: str, summary: str, parts: dict[str, str]) -> str:
     Args:
         nonce: A random text for this response. Browsers use a style or script only if it has this
             text.
-        summary: A sentence about each database, as plain text.
-        parts: The HTML of the parts of the page. The keys are the names of the parts.
+        summary: How many connections of each database are in use, and how many requests wait for
+            one, as plain text.
+        parts: The HTML of the parts of the page. The keys are the names of the parts, such as
+            `now`.
     """
     own = {"style": _asset("page.css"), "script": _asset("page.js")}
     return _PAGE.format(nonce=nonce, summary=escape(summary), **own, **parts)

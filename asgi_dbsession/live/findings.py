@@ -22,7 +22,7 @@ class Finding(TypedDict):
 
 
 def find(databases: list[DatabaseNow], recent: Recent) -> list[Finding]:
-    """Return the lines to look at first: problems that exist now, then problems of ended work."""
+    """Return the lines that cause problems now, and then those that did in ended units of work."""
     found = [*_now(databases, "idle"), *_now(databases, "working")]
     lines = {each["line"] for each in found}
     idle = [

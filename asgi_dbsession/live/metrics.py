@@ -23,7 +23,7 @@ def render_metrics(databases: list[DatabaseNow], totals: list[Totals]) -> str | 
 
 
 class _Collector:
-    """Gives its metrics to `generate_latest`, which usually gets them from a registry."""
+    """Gives the metrics to prometheus-client's `generate_latest`, which calls `collect`."""
 
     def __init__(self, databases: list[DatabaseNow], totals: list[Totals]) -> None:
         self._databases = databases

@@ -1,4 +1,4 @@
-"""Finds out which unit of work is holding which connection now, and which units wait."""
+"""Finds out which unit of work holds which connection now, and which units of work wait for one."""
 
 from time import perf_counter
 from typing import Any, TypedDict
@@ -38,7 +38,8 @@ class Waiting(TypedDict):
 class DatabaseNow(TypedDict):
     """The current state of one database and its connection pool.
 
-    `most` is how many connections the pool may open. It is None if there is no limit.
+    `most` is how many connections the pool may open. It is None if there is no limit, or if the
+    pool is of a class with an unknown limit.
     """
 
     name: str
@@ -50,7 +51,7 @@ class DatabaseNow(TypedDict):
 
 
 class Lanes:
-    """Gives each connection of a pool a number, which is the number of its row on the page."""
+    """Gives each connection of a pool a number. The page shows the connection in this row."""
 
     def __init__(self) -> None:
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()

@@ -63,8 +63,8 @@ _SUCCESS: _Result = ("committed", "", "", False)
 class LiveObserver(UnitObserver):
     """Records the units of work for the live page. Requests without a session cost nothing.
 
-    During a request, this object only stores what happened. The evaluation follows when somebody
-    looks at the page.
+    During a request, this object only stores what happened. Percentiles and other results are
+    calculated when somebody looks at the page.
 
     Args:
         databases: The databases to record.
@@ -86,13 +86,16 @@ class LiveObserver(UnitObserver):
             each.add_observer(self)
 
     def open_units(self) -> Iterator[tuple[str, Any]]:
-        """Yield units of work that use or await a connection, with the name of their request."""
+        """Yield each open unit of work that has a session of one of the databases.
+
+        Each value is a pair: the name of the request, and the unit of work.
+        """
         for unit in tuple(observed):
             if not self.totals.keys().isdisjoint(tuple(unit.sessions)):
                 yield name_of(named(unit, self._route, self._by_quart)), unit
 
     def ended(self) -> list[EndedUnit]:
-        """Return the units of work that ended last."""
+        """Return the units of work that ended last, if they used one of the databases."""
         found = [
             _evaluate(name, now, result, self._tallies(steps, now))
             for name, now, result, steps in tuple(self._ended)
@@ -100,7 +103,11 @@ class LiveObserver(UnitObserver):
         return [each for each in found if each.tallies]
 
     def current_totals(self) -> list[Totals]:
-        """Return the sums for each database. They are counted from the first call on."""
+        """Return the numbers for the metrics of each database.
+
+        The first call counts the stored units of work. After that, each unit of work is counted
+        when it ends.
+        """
         if not self._counts:
             self._counts = True
             for _, now, _, steps in tuple(self._ended):
@@ -144,7 +151,7 @@ class LiveObserver(UnitObserver):
 
 
 def server_of(database: Any, opened: ManagedSession[Any]) -> Any:
-    """Return the replica that the session is using, or the database object itself."""
+    """Return the replica that the session uses. If it uses the primary, return `database`."""
     engine: Any = opened.orm.bind
     for each in database.replicas:
         if each.is_running and engine is not None and each.engine.pool is engine.pool:

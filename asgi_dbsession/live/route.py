@@ -38,7 +38,7 @@ def named(unit: Any, route: RouteName | None, by_quart: Mapping[Any, str]) -> Na
     try:
         found = scope["route"].path if route is None else _call(route, scope)
     except (KeyError, AttributeError):
-        # Only FastAPI and Starlette store the route in the ASGI scope.
+        # Only FastAPI and Starlette store a route object in the ASGI scope.
         found = route_of(scope) or by_quart.get(unit, "")
     return scope.get("method", "WebSocket"), found, unit.enclosing is not None
 
@@ -49,15 +49,15 @@ def name_of(found: Named) -> str:
         return "begin()"
     method, route, is_inner = found
     name = f"{method if method in _SHOWN else 'Other'} {route or '(no route)'}"
-    # A `begin()` block in a request has a connection of its own, so the page shows it separately.
+    # A `begin()` block in a request uses another connection, so the page shows it separately.
     return f"{name} › begin()" if is_inner else name
 
 
 def _call(route: RouteName, scope: Scope) -> str:
     try:
         return str(route(scope))
-    # If the application's function `route` fails, log the error. The request must not fail because
-    # of it.
+    # The application's function `route` has failed. Only log the error, because the request itself
+    # must not fail.
     except Exception:
         _logger.exception(
             "The route function %r failed. The request is shown without a route.", route

@@ -1,4 +1,4 @@
-"""Makes texts from lines of code, statements and databases, and leaves out secret values."""
+"""Converts lines of code, statements and database URLs to texts without secret values."""
 
 import re
 from functools import lru_cache
@@ -25,8 +25,8 @@ _TEXT_IN_DOUBLE_QUOTES = ("sqlite", *_MYSQL)
 def line(call_site: CallSite) -> str:
     """Return a line of code as the text `file:line`, or an empty text for None.
 
-    The file is relative to the working directory. If it is somewhere else, only the last three
-    parts of its path are shown.
+    The path of the file is relative to the working directory. For a file outside of this directory,
+    only the last three parts of the path are shown.
     """
     if call_site is None:
         return ""
@@ -46,12 +46,12 @@ def _short(file: str) -> str:
 def without_values(statement: str, dialect: str) -> str:
     """Replace the strings and numbers in a statement, and remove its comments.
 
-    Values of parameters are never in the text of a statement. But the application may have written
-    a value into the text itself, and it may be a secret.
+    The values of bound parameters are never in the text of a statement. But the application may
+    have written a value into the text itself, and this value may be a secret.
 
     Args:
         statement: The SQL text.
-        dialect: The name of the SQLAlchemy dialect. It decides what double quotes mean.
+        dialect: The name of the SQLAlchemy dialect. The meaning of double quotes depends on it.
     """
     marks = list((_MARK_OR_HASH if dialect in _MYSQL else _MARK).finditer(statement))
     shown = _cut(statement, marks, may_quote_twice=dialect in _TEXT_IN_DOUBLE_QUOTES)
@@ -62,11 +62,11 @@ def without_values(statement: str, dialect: str) -> str:
 
 
 def _cut(statement: str, marks: list[re.Match[str]], *, may_quote_twice: bool) -> str:
-    """Replace the text from the first quote to the last quote, or cut the statement there.
+    """Replace the text from the first to the last quote, or cut the statement at the first quote.
 
-    The end of a string depends on the database and its settings, so nothing between the first and
-    the last quote is shown. If the statement has comments or other kinds of quotes, nothing after
-    the first of them is shown.
+    How a string ends depends on the database and its settings, so nothing between the first and the
+    last quote is shown. If the statement has comments or other kinds of quotes, nothing after the
+    first quote or comment is shown.
     """
     if not marks:
         return statement

@@ -14,7 +14,7 @@ _STATES = {"free": "free", "working": "at work", "idle": "idle", "other": "in us
 
 
 def summary(databases: list[DatabaseNow]) -> str:
-    """Return a sentence about each database, as plain text."""
+    """Return how many connections of each database are in use, and how many requests wait."""
     sentences = []
     for each in databases:
         most = "" if each["most"] is None else f" of at most {each['most']}"
@@ -25,7 +25,7 @@ def summary(databases: list[DatabaseNow]) -> str:
 
 
 def findings(found: list[Finding]) -> str:
-    """Return the lines of code to look at first, as an HTML list."""
+    """Return the lines of code that cause problems, as an HTML list."""
     if not found:
         return "<p class=calm>Nothing stands out.</p>"
     items = "".join(
@@ -88,7 +88,7 @@ def _waiting(database: DatabaseNow) -> str:
 
 
 def recent(found: Recent) -> str:
-    """Return what is known about the ended units of work, as HTML tables."""
+    """Return the summary of the ended units of work, as HTML tables."""
     return f"{_routes(found)}{_repeated(found)}{_idle(found)}"
 
 

@@ -23,7 +23,7 @@ _ORDER: tuple[Kind, ...] = ("wait", "hold", "statement", "rollback", "commit")
 def draw(ended: Sequence[EndedUnit], now: float) -> str:
     """Return an SVG drawing of the last seconds, in which each unit of work is a bar."""
     begin = now - _SECONDS
-    # For each row of the drawing: the end of its last bar.
+    # For each row of the drawing, the time at which its last bar ends.
     rows: list[float] = []
     placed: list[tuple[EndedUnit, int]] = []
     left_out = 0
@@ -76,7 +76,10 @@ def _draw_unit(
 
 
 def _spans(unit: EndedUnit) -> Iterable[Span]:
-    """Yield the measured times of a unit of work. Times of one kind that touch are joined."""
+    """Yield the measured times of a unit of work.
+
+    Two times of the same kind are joined if the gap between them is too small to be seen.
+    """
     for _, tally in unit.tallies:
         last: Span | None = None
         for each in tally.spans():

@@ -1,4 +1,4 @@
-"""Counts for the metrics how long units of work waited for connections and held them."""
+"""Counts how long units of work waited for connections and held connections, for the metrics."""
 
 from bisect import bisect_left
 
@@ -28,12 +28,14 @@ class Histogram:
 
 
 class Totals:
-    """The sums for one database. They are never reset.
+    """The numbers for the metrics of one database. They are never reset.
 
     Attributes:
         timeouts: How often a session got no connection within `pool_timeout`.
-        waited: How long units of work waited for connections. Those that did not wait are left out.
-        used: How long units of work held connections. Those that held none are left out.
+        waited: A histogram of how long each unit of work waited for connections. Units of work that
+            did not wait are not counted.
+        used: A histogram of how long each unit of work held connections. Units of work that held no
+            connection are not counted.
     """
 
     def __init__(self) -> None:
