@@ -24,7 +24,7 @@ no_application: Any = None
 
 
 def application_first(
-    app: ASGIApp, databases: tuple[D, ...], unknown: Mapping[str, object]
+    app: ASGIApp, databases: tuple[D, ...], unknown: dict[str, Any]
 ) -> tuple[ASGIApp, tuple[D, ...]]:
     """Find the application and the databases in the arguments of `DBSessionMiddleware`.
 
@@ -34,7 +34,7 @@ def application_first(
     Returns:
         A pair: (1) the application, (2) the databases.
     """
-    named: Any = unknown.get("app")
+    named: Any = unknown.pop("app", None)
     if named is None:
         return app, databases
     first: Any = app
@@ -82,8 +82,7 @@ def usable_databases(
         if options["two_phase"]:
             from asgi_dbsession.unit.optional.two_phases.commit import refuse_one_phase
 
-            for database in databases:
-                refuse_one_phase(database, database.url)
+            refuse_one_phase(databases)
     except ConfigurationError as error:
         return Unstartable(error)
     return databases
@@ -104,12 +103,12 @@ def _check_application(app: object) -> None:
 
 
 def _check_names(unknown: Mapping[str, object], options: Mapping[str, Any]) -> None:
-    for name in unknown:
-        if name != "app":
-            known = [each for each in options if each not in ("app", "databases")]
-            raise ConfigurationError(
-                f"DBSessionMiddleware takes no option {name}. It takes {', '.join(known)}."
-            )
+    if unknown:
+        known = [each for each in options if each not in ("app", "databases")]
+        raise ConfigurationError(
+            f"DBSessionMiddleware takes no option {', '.join(unknown)}. It takes "
+            f"{', '.join(known)}."
+        )
 
 
 def _check_databases(given: Sequence[object]) -> None:

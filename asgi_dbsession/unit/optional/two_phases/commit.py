@@ -14,9 +14,9 @@ of work. Otherwise the operator commits all that are still prepared.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from sqlalchemy import URL
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.orm import Session
 from typing_extensions import Self
@@ -40,17 +40,18 @@ _IN_DOUBT = (
 )
 
 
-def refuse_one_phase(database: object, url: URL) -> None:
-    """Raise an error if a database does not support two-phase commit.
+def refuse_one_phase(databases: Sequence[Any]) -> None:
+    """Raise an error if one of the databases does not support two-phase commit.
 
     Raises:
         ConfigurationError: The SQLAlchemy dialect of the database has no two-phase commit.
     """
-    if url.get_dialect().do_begin_twophase is Dialect.do_begin_twophase:
-        raise ConfigurationError(
-            f"{database} cannot commit in two phases. Leave out `two_phase=True`, or give this "
-            "database to a DBSessionMiddleware of its own without it."
-        )
+    for database in databases:
+        if database.url.get_dialect().do_begin_twophase is Dialect.do_begin_twophase:
+            raise ConfigurationError(
+                f"{database} cannot commit in two phases. Leave out `two_phase=True`, or give this "
+                "database to a DBSessionMiddleware of its own without it."
+            )
 
 
 class TwoPhases:
