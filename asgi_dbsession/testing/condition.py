@@ -14,9 +14,9 @@ class Condition:
     """Like `threading.Condition`, but also for asyncio tasks.
 
     Args:
-        asynchronous: True if the callers are asyncio tasks that run SQLAlchemy code (in its
-            greenlets).
-        timeout: For how many seconds a caller waits before it gets an error.
+        asynchronous: True if asyncio tasks use this object, in greenlets of SQLAlchemy. False if
+            threads use it.
+        timeout: For how many seconds a task or thread waits before it gets an error.
     """
 
     def __init__(self, *, asynchronous: bool, timeout: float) -> None:
@@ -28,13 +28,13 @@ class Condition:
 
     @contextmanager
     def alone(self, when: Callable[[], bool], timeout: float | None = None) -> Iterator[None]:
-        """Wait until `when()` returns True, and until no other caller is in such a `with` block.
+        """Wait until `when()` returns True and no other task or thread is in such a `with` block.
 
         Args:
-            when: The condition. While a caller waits, this function is called again when another
-                caller leaves its `with` block, and at each call of `wake()`.
+            when: The condition. While a task or thread waits, this function is called again when
+                another one leaves its `with` block, and at each call of `wake()`.
             timeout: For how many seconds to wait, if this is shorter than the timeout of the
-                object.
+                object. None to use the timeout of the object.
 
         Raises:
             TimeoutError: The condition did not become true in time.
@@ -50,11 +50,11 @@ class Condition:
             self.wake()
 
     def wake(self) -> None:
-        """Let all callers that wait in `alone` check their condition again."""
+        """Let all tasks and threads that wait in `alone` check their condition again."""
         with self._mutex:
             waiting, self._waiting = self._waiting, []
         for freed in waiting:
-            # A caller that was cancelled while it waited need not be woken.
+            # A task that was cancelled while it waited need not be woken.
             if freed.set_running_or_notify_cancel():
                 freed.set_result(None)
 

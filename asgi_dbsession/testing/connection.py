@@ -1,4 +1,4 @@
-"""The single connection that all transactions of a test share. Each is only a savepoint."""
+"""The one connection that all transactions of a test share. Each transaction is a savepoint."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -13,12 +13,12 @@ from .outer import MARK, UNDO, send_inside
 from .read_only import refusing_writes
 from .transaction import SavepointTransaction, current_caller
 
-# Seconds to wait for a transaction of the test, which itself waits, and so cannot end it.
+# Seconds to wait for a transaction that the test opened. The test itself waits, and cannot end it.
 _LIMIT_FOR_THE_TEST = 0.8
 
 
 class SharedConnection:
-    """The shared connection of a test, and its open transactions, each inside the one before.
+    """The shared connection of a test, and its open transactions. Each is inside the one before.
 
     Args:
         connection: A connection with an open transaction, which is never committed.
@@ -109,7 +109,7 @@ class SharedConnection:
                 check_as_commit_would(self.connection, self._dialect, self._known)
 
     def commit(self, transaction: SavepointTransaction) -> None:
-        """Check the deferred constraints as COMMIT does. Send no COMMIT, to roll back later."""
+        """Check deferred constraints as COMMIT does. Send no COMMIT, so the test can roll back."""
         with self._on_top(transaction):
             try:
                 if transaction.wrote:
@@ -142,7 +142,7 @@ class SharedConnection:
             self._open.remove(transaction)
 
     def abandon(self, transaction: SavepointTransaction) -> None:
-        """Roll back a transaction that was not ended. If this fails, the connection is lost."""
+        """Roll back a transaction that is still open. If this fails, mark the connection lost."""
         try:
             self.roll_back(transaction)
         except BaseException as error:
@@ -157,7 +157,7 @@ class SharedConnection:
         self._free.wake()
 
     def end(self, reason: NotIsolated) -> AbstractContextManager[None]:
-        """Mark the connection as lost, and wait until the running statement has ended.
+        """Mark the connection as lost. `with` waits until the running statement has ended.
 
         Raises:
             TimeoutError: The running statement did not end in time.
@@ -166,7 +166,7 @@ class SharedConnection:
         return self._free.alone(lambda: True)
 
     def undo(self) -> None:
-        """Roll back all work of the test. If this is not possible, the block raises an error."""
+        """Roll back all work of the test. If its outer transaction has ended, record this error."""
         with suppress(NotIsolated, self._error):
             self._send(UNDO)
 

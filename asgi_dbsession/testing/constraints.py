@@ -28,7 +28,7 @@ $$
 
 
 def send(connection: PoolProxiedConnection, statement: str) -> list[Any]:
-    """Send a statement past SQLAlchemy, so that no listener or log sees it. Return its rows."""
+    """Send a statement without SQLAlchemy, so that no listener or log sees it. Return its rows."""
     cursor = connection.cursor()
     try:
         cursor.execute(statement)

@@ -20,7 +20,7 @@ def check_databases(name: str, databases: tuple[object, ...]) -> None:
     """Check the arguments of a function of `asgi_dbsession.testing`.
 
     Raises:
-        ConfigurationError: No database was given, or something else than a database.
+        ConfigurationError: No argument was given, or an argument is not a database object.
     """
     wrong = [each for each in databases if not isinstance(each, Database)]
     if wrong or not databases:
@@ -75,7 +75,10 @@ def unshare(engine: Engine) -> None:
 
 
 def home_of(engine: Engine) -> asyncio.AbstractEventLoop | None:
-    """Return the event loop to which the engine's shared connection belongs, or None."""
+    """Return the event loop to which the engine's shared connection belongs.
+
+    None if this connection was not opened yet, or needs no event loop.
+    """
     return engine.pool.loop if isinstance(engine.pool, SharedPool) else None
 
 

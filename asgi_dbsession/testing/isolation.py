@@ -9,7 +9,10 @@ from asgi_dbsession.errors import DBSessionError
 
 
 class NotIsolated(DBSessionError, RuntimeError):
-    """With the single connection of the test, the result would not be the same as in production.
+    """Raised if the result in a `rolled_back` block would not be the same as in production.
+
+    The reason is usually that all transactions in the block share one connection. Work that goes on
+    after the block gets this error too.
 
     Args:
         database: The URL of the database, without its password.
@@ -32,7 +35,7 @@ _STOP = (
 
 
 def outlived(database: str) -> NotIsolated:
-    """Return the error for code that uses the database after the end of its test."""
+    """Return the error for code of a test that uses the database after the end of the test."""
     return NotIsolated(
         database,
         f"This work outlived its test: the `rolled_back` block around {database} has ended, and "

@@ -1,4 +1,4 @@
-"""Finds out that the outer transaction of a test has ended before the test."""
+"""Finds out if the outer transaction of a test, which is never committed, has ended too early."""
 
 from typing import Any
 
@@ -23,10 +23,10 @@ _ON_MARIADB, _ON_POSTGRESQL, _ON_SQLITE = 1305, ("3B001", "25P01"), "no such sav
 def send_inside(
     connection: PoolProxiedConnection, dialect: Dialect, database: str, statement: str
 ) -> None:
-    """Send a statement about a savepoint, to its end even if the task is cancelled.
+    """Send a statement that creates, releases or rolls back to a savepoint.
 
-    Otherwise nobody would know if the savepoint exists. A cancelled task gets its exception at its
-    next `await`.
+    If the task is cancelled meanwhile, complete the statement first. Otherwise it would be unknown
+    if the savepoint exists. The task gets the cancellation at its next `await`.
 
     Raises:
         NotIsolated: The outer transaction has ended, so the savepoint cannot exist.
@@ -43,7 +43,7 @@ def _send_inside(
 ) -> None:
     driver: Any = connection.driver_connection
     if dialect.name == "sqlite" and not driver.in_transaction:
-        # The savepoint would be a transaction, and its RELEASE a COMMIT.
+        # Outside of a transaction, SAVEPOINT would begin one, and RELEASE would commit it.
         raise _ended_early(database)
     try:
         send(connection, statement)

@@ -1,4 +1,4 @@
-"""A connection pool for tests, which gives the same connection to every caller."""
+"""A connection pool for tests, in which each checkout gets the same connection."""
 
 import asyncio
 from itertools import count
@@ -18,7 +18,7 @@ from .transaction import SavepointTransaction
 
 
 class SharedPool(Pool):
-    """A connection pool that gives the same connection to each caller.
+    """A connection pool in which each checkout gets the same connection.
 
     Args:
         source: The engine's own pool, which opens the connection.
@@ -45,7 +45,7 @@ class SharedPool(Pool):
         self._out: WeakSet[SharedRecord] = WeakSet()
 
     def checkedout(self) -> int:
-        """Return how many callers have the shared connection now."""
+        """Return how many times the shared connection is checked out now."""
         return len(self._out)
 
     @override
@@ -115,7 +115,7 @@ class SharedPool(Pool):
 
     @override
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
-        """Do nothing: the shared connection stays open, because other callers are using it."""
+        """Do nothing: the shared connection stays open, because other code may be using it."""
 
     def _open(self) -> SharedConnection:
         dialect = self._for_dialect
@@ -134,7 +134,7 @@ class SharedPool(Pool):
 
 
 class SharedRecord(_ConnectionRecord):
-    """The pool entry of one caller of `SharedPool`, which has the shared connection in it."""
+    """The pool entry of one checkout from a `SharedPool`. It contains the shared connection."""
 
     def __init__(
         self, pool: Pool, shared: SharedConnection, transaction: SavepointTransaction
@@ -145,7 +145,14 @@ class SharedRecord(_ConnectionRecord):
         self.transaction = transaction
 
     def cut_off(self, reason: Exception) -> None:
-        """Replace the connection of this caller by an object that raises an error at each use."""
+        """Let each later use of the connection in this entry raise an error.
+
+        This is called at the end of the test, or when the engine is disposed. Code that the test
+        has started may still be running then.
+
+        Args:
+            reason: The error to raise.
+        """
         connection: Any = CutOffConnection(reason)
         self.dbapi_connection = connection
         proxy: Any = self.fairy_ref() if self.fairy_ref is not None else None
@@ -174,7 +181,7 @@ class CutOffConnection:
         """Do nothing, because all work was rolled back when the test ended."""
 
     def close(self) -> None:
-        """Do nothing, because the shared connection is in its own pool again."""
+        """Do nothing, because the shared connection was returned to the engine's own pool."""
 
 
 class CutOffCursor:

@@ -185,7 +185,7 @@ def _in_block(isolation: Isolation) -> Iterator[None]:
 
 @contextmanager
 def _raising_violations(isolation: Isolation) -> Iterator[None]:
-    # The rollback at the end of the block may find a violation too.
+    # Look for violations last, because the rollback at the end of the block may find one too.
     try:
         yield
     except BaseException as error:

@@ -33,8 +33,7 @@ def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
     """Check at each BEGIN of a session that `rolled_back` can roll back its transaction."""
     earlier = _latest.get(database)
     if earlier is None:
-        # This listener stays for ever, because it must also refuse work that goes on after the
-        # test.
+        # Never remove this listener, because it must also refuse work that goes on after the test.
         event.listen(database._orm_class, "after_begin", _Check(database))
     else:
         # Tasks and threads of an earlier test may still be running. They do not belong to this
@@ -86,10 +85,10 @@ def _outlived(isolation: Isolation) -> bool:
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
         return True
-    # If a thread was started without the context of its caller, `_block` is not set in this thread.
-    # Such a thread was started by a test that has ended. Two kinds of threads are excepted: those
-    # that ran before the first block, and those of a pool, which run each function in the context
-    # of its caller.
+    # If a thread has no copy of the context in which it was started, `_block` is not set there. A
+    # test that has ended must have started such a thread. Two kinds of threads are excepted: those
+    # that ran before the first block, and those of a thread pool, which run each function in the
+    # context of the code that submitted it.
     thread = threading.current_thread()
     return (
         task is None

@@ -27,7 +27,8 @@ class SavepointTransaction:
         caller: The task or the thread that began the transaction.
         saved: True if the savepoint exists on the server.
         wrote: True if the transaction has sent any other statement than SELECT.
-        keeps: True if another transaction inside this one was committed.
+        keeps: True if a transaction inside this one has committed writes. In production, these
+            writes would stay even if this transaction is rolled back.
         read_only: True if PostgreSQL was told to refuse writes in this savepoint.
         aborted: True if only a rollback is possible now.
     """
@@ -72,7 +73,8 @@ class SavepointTransaction:
     def may_begin_inside(self, other: "SavepointTransaction") -> bool:
         """Return True if this transaction must begin inside of the open transaction `other`.
 
-        Otherwise the two could wait for each other (a deadlock).
+        If this transaction waited for the end of `other` instead, the two could wait for each other
+        (a deadlock).
         """
         if self.unit is not None and any(each is other.unit for each in self.unit.chain()):
             return True
