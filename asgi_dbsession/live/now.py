@@ -38,8 +38,8 @@ class Waiting(TypedDict):
 class DatabaseNow(TypedDict):
     """The current state of one database and its connection pool.
 
-    `most` is how many connections the pool may open. It is None if there is no limit, or if the
-    pool is of a class with an unknown limit.
+    `most` is how many connections the pool may open. It is None if there is no limit, or if this
+    package does not know the limit.
     """
 
     name: str

@@ -44,7 +44,7 @@ def _short(file: str) -> str:
 
 @lru_cache(1024)
 def without_values(statement: str, dialect: str) -> str:
-    """Replace the strings and numbers in a statement, and remove its comments.
+    """Hide the strings and numbers in a statement. Cut the statement at its first comment.
 
     The values of bound parameters are never in the text of a statement. But the application may
     have written a value into the text itself, and this value may be a secret.

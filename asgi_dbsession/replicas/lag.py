@@ -1,4 +1,4 @@
-"""Finds the WAL position that a replica has reached if it is not more than `max_lag` behind."""
+"""Finds the WAL position that a replica must have replayed to be at most `max_lag` behind."""
 
 from collections import deque
 from threading import Lock

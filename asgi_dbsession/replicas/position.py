@@ -99,7 +99,7 @@ class Seen:
 
     @property
     def text(self) -> str | None:
-        """This object as a string, which the next request of the client loads from its cookie.
+        """This object as a string, which is stored for the next request of the client.
 
         None if the client has seen nothing yet.
         """

@@ -15,7 +15,7 @@ def warn_when_idle(seconds: float = 1) -> Callable[[UnitReport], None]:
     Write `DBSessionMiddleware(on_report=warn_when_idle())`, or call the returned function in an
     `on_report` function of your own. The logger `asgi_dbsession` logs each warning. The warning
     names the line of code before the idle time and the line after the idle time. Often the code
-    between these lines calls another server while its transaction is open. During this time, no
+    between these lines calls another server while the transaction is open. During this time, no
     other request can use the connection, or change rows that the transaction has locked.
 
     Args:

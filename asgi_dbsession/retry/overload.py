@@ -54,7 +54,7 @@ class Overload(UnitObserver):
 
 
 def on_pool_timeout(companion: Companion, function: Callable[[], None]) -> None:
-    """Call `function` each time the session gets no connection within `pool_timeout`."""
+    """Call `function` each time the session of `companion` gets no connection in `pool_timeout`."""
 
     def connect_or_tell(connect: Connect, session: Session, engine: Engine) -> Connection:
         try:

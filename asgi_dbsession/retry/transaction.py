@@ -91,7 +91,7 @@ def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:
 
 @contextmanager
 def _retrying(attempt: WatchedAttempt) -> Iterator[None]:
-    """Ignore an exception that the `with` block raises if another attempt can follow."""
+    """If another attempt can follow, ignore the exception that the `with` block raises."""
     token = running_attempt.set(attempt)
     try:
         yield
