@@ -603,7 +603,8 @@ async def test_what_a_listener_raises_is_not_taken_for_a_database_that_is_gone(
     """An error of the application's own listener is raised unchanged."""
 
     def fail(*_: Any) -> None:
-        raise LookupError("no coffee")
+        error = LookupError("no coffee")
+        raise error from error  # as a listener does that catches and raises again
 
     database = kind(f"sqlite:///{tmp_path / 'shop.db'}", pool_events=[(fail, "connect")])
     with pytest.raises(LookupError, match="no coffee"):

@@ -1,6 +1,5 @@
 """Converts an error of a connection attempt into an error that says what to do."""
 
-from collections.abc import Iterator
 from copy import copy
 from typing import Any
 
@@ -50,7 +49,7 @@ def failure_of(database: Any, error: Exception) -> Exception:
     The result is `DatabaseUnavailable` only if the driver could not connect or log in. If the
     reason is not known, the result is `error` itself.
     """
-    chain = list(_chain(error))
+    chain = _chain(error)
     for each in chain:
         # SQLAlchemy may have wrapped an error of this package (of `testing.rolled_back()`, for
         # example). Return the error of this package, because its text says what to do.
@@ -105,8 +104,11 @@ def reason_of(database: Any, error: Exception) -> str:
     return text.rstrip(".?")
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, the driver's error inside it, and all their causes."""
-    while error is not None:
-        yield error
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """Return an error, the driver's error inside it, and all their causes."""
+    chain: list[BaseException] = []
+    # An error may be its own cause, after `raise error from error`.
+    while error is not None and error not in chain:
+        chain.append(error)
         error = getattr(error, "orig", None) or error.__cause__
+    return chain
