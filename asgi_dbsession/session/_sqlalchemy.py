@@ -202,6 +202,18 @@ def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> 
     key.base_listen(insert=True)
 
 
+def is_first(target: Any, name: str, listener: Callable[..., object]) -> bool:
+    """Return False if a listener of the class `Engine` comes before `listener`; see `listen_first`.
+
+    Args:
+        target: The engine, or a connection of this engine.
+        name: The name of the event.
+        listener: A listener that was added by `listen_first`.
+    """
+    of_class: Any = getattr(target.dialect.dispatch, name).parent_listeners
+    return not of_class or of_class[0] is listener
+
+
 def stop_listening(engine: Engine, name: str, listener: Callable[..., object]) -> None:
     """Remove a listener from an engine. If it was added to the class `Engine`, it stays there."""
     if event.contains(engine, name, listener):

@@ -12,7 +12,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbsession.errors import TransactionAborted, without_secrets
 
-from ._sqlalchemy import is_prepared, listen_first, original_engine, stop_listening
+from ._sqlalchemy import is_first, is_prepared, listen_first, original_engine, stop_listening
 from .completion import run_to_completion
 from .read_only import KEY
 from .sqlite import unwatch_sqlite, was_rolled_back, watch_sqlite
@@ -37,7 +37,7 @@ _watchers: dict[Callable[[Engine], None], Callable[[Engine], None]] = {}
 
 
 def watch(engine: Engine) -> None:
-    """Start to record the statements that fail on `engine`. A second call does nothing."""
+    """Start to record the statements that fail on `engine`, before a listener may hide them."""
     engine = original_engine(engine)
     if engine not in _watched:
         listen_first(engine, "handle_error", _record_failure)
@@ -45,6 +45,14 @@ def watch(engine: Engine) -> None:
         _watched.add(engine)
         for watcher in _watchers:
             watcher(engine)
+    elif not is_first(engine, "handle_error", _record_failure):
+        stop_listening(engine, "handle_error", _record_failure)
+        listen_first(engine, "handle_error", _record_failure)
+
+
+def is_watched_first(connection: Connection) -> bool:
+    """Return False if the application has added a listener to the class `Engine` after `watch`."""
+    return is_first(connection, "handle_error", _record_failure)
 
 
 def watch_all(watcher: Callable[[Engine], None], undo: Callable[[Engine], None]) -> None:

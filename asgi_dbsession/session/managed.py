@@ -11,7 +11,7 @@ from .at_once import commit_at_once, ends_at_once
 from .companion import Companion
 from .completion import call_here
 from .end import End
-from .failures import refuse_if_aborted, watch
+from .failures import is_watched_first, refuse_if_aborted, watch
 from .guard import GuardedSession
 from .lock import SessionLock
 from .reads import begin_now
@@ -180,7 +180,7 @@ def _set_up_connection(
     begin_for_session(transaction, connection)
     # With SQLAlchemy's option `binds`, the session may use another engine, which does not have the
     # listeners of this package yet.
-    if connection.engine is not session.bind:
+    if connection.engine is not session.bind or not is_watched_first(connection):
         watch(connection.engine)
     companion.add_connection(connection)
     if companion.recording is not None and not transaction.nested:
