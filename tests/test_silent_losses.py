@@ -80,12 +80,17 @@ async def test_a_swallowed_error_cannot_turn_commit_into_a_rollback(running: Run
         assert running.stored() == ["before"]
 
 
+@pytest.mark.parametrize("is_nested", [False, True])
 @pytest.mark.parametrize("how", ["answer", "close"])
-async def test_a_flush_that_got_no_connection_fails_the_request(real: Real, how: str) -> None:
+async def test_a_flush_that_got_no_connection_fails_the_request(
+    real: Real, how: str, *, is_nested: bool
+) -> None:
     """SQLAlchemy has discarded the new object, and the session has no connection to ask."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         session: Any = database.get_session()
+        if is_nested:
+            await running.call("begin_nested")
         session.add(Note("lost"))
         opened: Any = database.engine.connect()
         if real.is_sync:

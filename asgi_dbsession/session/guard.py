@@ -12,10 +12,10 @@ from typing_extensions import override
 
 from asgi_dbsession.errors import PrematureClose
 
-from ._sqlalchemy import ConnectingSession, ConnectingTransaction, connections_of
+from ._sqlalchemy import ConnectingSession, ConnectingTransaction
 from .companion import Companion
 from .failures import discard
-from .reads import begin_now, begin_on_server, has_only_read
+from .reads import begin_now, begin_on_server, session_has_only_read
 from .roll_back import has_changes
 
 R = TypeVar("R")
@@ -204,7 +204,7 @@ class GuardedSession(ConnectingSession):
         of work (the request or `begin()` block) raises `PrematureClose`.
         """
         companion = self._companion
-        if has_changes(self) or not _has_only_read(self.get_transaction()):
+        if has_changes(self) or not session_has_only_read(self):
             lost = PrematureClose(companion.lock.database)
             companion.refused = companion.refused or lost
         super().reset()
@@ -213,13 +213,6 @@ class GuardedSession(ConnectingSession):
     def discard(self) -> None:
         """Roll back the work that an exception interrupted, and empty the session."""
         super().reset()
-
-
-def _has_only_read(transaction: SessionTransaction | None) -> bool:
-    if transaction is None:
-        return True
-    # A transaction is inactive after a failed flush, which has discarded the changed objects.
-    return transaction.is_active and all(map(has_only_read, connections_of(transaction)))
 
 
 def _check_statement(companion: Companion, statement: object) -> None:

@@ -6,7 +6,8 @@ from weakref import ref
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from ._sqlalchemy import isolation_level_on_connect
+from ._sqlalchemy import connections_of, isolation_level_on_connect
+from .savepoints import with_outer
 from .sqlite import has_open_work
 
 # The drivers of PostgreSQL that can switch autocommit on and off without a round trip to the
@@ -46,6 +47,19 @@ def has_only_read(connection: Connection) -> bool:
     if connection.dialect.name == "sqlite" and not connection.closed:
         return not has_open_work(connection)
     return ref(connection) in delayed
+
+
+def session_has_only_read(session: Session) -> bool:
+    """Return True if it is certain that the transaction of a session has no writes."""
+    transaction = session.get_transaction()
+    if transaction is None:
+        return True
+    # A failed flush has discarded the changed objects, and left the transaction or the savepoint
+    # inactive.
+    opened = with_outer(session.get_nested_transaction() or transaction)
+    if not all(each.is_active for each in opened):
+        return False
+    return all(map(has_only_read, connections_of(transaction)))
 
 
 def begin_now(connection: Connection) -> None:
