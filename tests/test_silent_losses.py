@@ -26,6 +26,7 @@ from asgi_dbsession import (
     AsyncDatabase,
     ConfigurationError,
     DBSessionMiddleware,
+    ForbiddenWrite,
     PrematureClose,
     SyncDatabase,
     TransactionAborted,
@@ -652,6 +653,45 @@ async def test_a_savepoint_after_such_a_close_does_not_hide_the_loss(
         else:
             async with opened:
                 await running.write("not alone")
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.messages == []
+    assert isinstance(exchange.error, PrematureClose)
+    assert running.stored() == []
+
+
+@pytest.mark.parametrize("when", ["before", "inside", "after a refused write"])
+async def test_the_end_of_a_block_that_may_only_read_does_not_hide_the_loss(
+    running: Running, when: str
+) -> None:
+    """After the block the session may write again, but the lost work stays lost."""
+
+    async def close_after_error(at: tuple[str, ...]) -> None:
+        try:
+            if when in at:
+                raise LookupError
+        except LookupError:
+            await close_here(running)
+
+    async def read() -> None:
+        await running.execute(select(ENTRY))
+        if when == "after a refused write":
+            with suppress(ForbiddenWrite):
+                await running.write("refused")
+        await close_after_error(("inside", "after a refused write"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("lost")
+        await close_after_error(("before",))
+        opened: Any = running.database.begin(join=True, read_only=True)
+        with suppress(ForbiddenWrite):
+            if running.real.is_sync:
+                with opened:
+                    await read()
+            else:
+                async with opened:
+                    await read()
         await respond(send, 201)
 
     exchange = await get(DBSessionMiddleware(app, running.database))

@@ -68,7 +68,7 @@ def commit_at_once(session: Session, companion: Companion) -> bool:
     if not connections or not all(map(_commits_at_once, connections, connections.values())):
         return False
     # `followers` has objects to notify after a commit, for example for `on_commit` functions.
-    if companion.refused is not None or companion.followers:
+    if companion.must_fail or companion.followers:
         return False
     if not _has_only_transactions(session):
         return False

@@ -76,9 +76,10 @@ class Companion:
         lock: The lock that every operation of the session holds.
         reads: The object that decides if the session may read without BEGIN and COMMIT.
         read_only: The object that refuses writes. None if the session may write now.
-        refused: The error that COMMIT must raise. `ForbiddenWrite` if a write was refused, because
-            the application may have caught the error. `PrematureClose` if `close()` discarded work.
-            None if COMMIT may succeed.
+        refused: The error that COMMIT must raise because a write was refused: the application may
+            have caught the error. None if no write was refused.
+        discarded: The error that COMMIT must raise because `close()` discarded work. None if no
+            work was discarded.
         expects_read: True if the last statement of the session may be sent without BEGIN, because
             it only reads. False if it is an INSERT, UPDATE or DELETE, or is given as SQL text.
         connections: The connections that the session has used. Some of these may be closed now.
@@ -92,7 +93,8 @@ class Companion:
     """
 
     read_only: ReadOnlySession | None = None
-    refused: ForbiddenWrite | PrematureClose | None = None
+    refused: ForbiddenWrite | None = None
+    discarded: PrematureClose | None = None
     expects_read: bool = True
     connections: tuple[Connection, ...] = ()
     connect: Connect | None = None
@@ -108,6 +110,11 @@ class Companion:
         """Open connections with `wrapper`. Its first argument is the function used until now."""
         self.connect = partial(wrapper, self.connect or _connect)
 
+    @property
+    def must_fail(self) -> bool:
+        """True if COMMIT must raise an error, because a write was refused or work was discarded."""
+        return self.refused is not None or self.discarded is not None
+
     def check_commit(self, *, of_savepoint: bool = False) -> None:
         """Raise an error before COMMIT if a write was refused, or if work was discarded.
 
@@ -119,22 +126,21 @@ class Companion:
             PrematureClose: The application called `close()` while it handled an exception. This
                 error is not raised if the application calls `commit()` itself.
         """
-        if isinstance(self.refused, PrematureClose) and current_end.get() is None:
-            if of_savepoint:
-                return
-            self.refused = None
         if self.refused is not None:
             raise self.refused
+        if self.discarded is not None and current_end.get() is not None:
+            raise self.discarded
+        if not of_savepoint:
+            self.discarded = None
 
     def rolled_back(self, reason: Reason) -> None:
-        """Forget the refused write, because the unit of work was rolled back.
+        """Forget refused writes and discarded work, because the unit of work was rolled back.
 
-        If the unit of work was rolled back because a task failed, keep the refused write. Other
-        code may catch the exception of the task, and then COMMIT must still raise the error of the
-        refused write.
+        If the unit of work was rolled back because a task failed, forget nothing. Other code may
+        catch the exception of the task, and then COMMIT must still raise the error.
         """
         if reason != "exception":
-            self.refused = None
+            self.refused = self.discarded = None
 
     def add_connection(self, connection: Connection) -> None:
         """Add a connection to `connections`, and remove closed connections from `connections`."""

@@ -205,8 +205,7 @@ class GuardedSession(ConnectingSession):
         """
         companion = self._companion
         if has_changes(self) or not session_has_only_read(self):
-            lost = PrematureClose(companion.lock.database)
-            companion.refused = companion.refused or lost
+            companion.discarded = PrematureClose(companion.lock.database)
         super().reset()
 
     @locked

@@ -56,7 +56,7 @@ class ManagedSession(Generic[S]):
         session, lock = self.orm, self.lock
         if session.in_transaction() or session.identity_map.check_modified() or lock.is_busy:
             return True
-        return (lock.is_used and bool(session.new)) or self.companion.refused is not None
+        return (lock.is_used and bool(session.new)) or self.companion.must_fail
 
     @property
     def ends_at_once(self) -> bool:
