@@ -11,9 +11,9 @@ from asgi import Exchange, Socket, get, respond
 from conftest import ENTRY, WITH_MARIADB, Running, real_database
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from several import in_session
+from several import engine_of, in_session
 from sqlalchemy import event, select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm.exc import StaleDataError
 from test_retry import lose
 
@@ -118,6 +118,25 @@ async def test_the_cause_of_an_error_counts(postgresql: Running) -> None:
     wrapped.__cause__ = Conflict()
     failing = Failing(postgresql, ExceptionGroup("tasks", [wrapped]))
     assert (await get(ours(failing, postgresql, retry_on=Conflict))).status == 200
+
+
+async def test_a_commit_whose_answer_was_lost_is_not_retried(running: Running) -> None:
+    """The work may be stored, and a retry would store it a second time."""
+    runs: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        runs.append(1)
+        await running.write("perhaps stored")
+        await respond(send)
+
+    @event.listens_for(engine_of(running), "commit", once=True)
+    def lose_connection(_: object) -> None:
+        running.real.kill()
+
+    exchange = await get(ours(app, running, retry_on=(DBAPIError, OSError)))
+    assert exchange.messages == []
+    assert isinstance(exchange.error, DBAPIError | OSError)
+    assert len(runs) == 1
 
 
 async def test_the_built_in_conflicts_count_as_well(running: Running) -> None:

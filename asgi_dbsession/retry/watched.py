@@ -128,11 +128,17 @@ def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
     reason = type(error).__name__ if hidden else _text(error)
     attempt.record_conflict(context.sqlalchemy_exception or error, reason)
     connection = context.connection
-    if connection is not None and _is_autocommit(connection):
+    if connection is None:
+        return
+    if _is_autocommit(connection):
         attempt.has_committed = True
-    elif context.statement is None and attempt.committing is connection:
+    elif (
+        context.statement is None
+        and attempt.committing is connection
+        and (not is_lost(context) or may_only_read(connection))
+    ):
         # COMMIT raised this error, so nothing was stored: either the transaction was rolled back,
-        # or it was read-only.
+        # or it was read-only. (If the connection was lost, nobody knows what was stored.)
         attempt.committing = None
 
 
