@@ -250,6 +250,24 @@ async def test_a_function_waits_for_all_that_was_done_before_it(several: Several
     assert several.stored() == [["/undone", "/stored"], ["/stored"], ["/stored"]]
 
 
+async def test_a_rollback_of_later_work_on_another_database_drops_no_function(
+    several: Several,
+) -> None:
+    """The order is stored, so its mail is sent, although the handler gave up something else."""
+    done: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        first, second, _ = several.each
+        await first.write("kept")
+        on_commit(lambda: done.append("sent"))
+        await second.write("given up")
+        await second.call("rollback")
+        await respond(send)
+
+    await get(DBSessionMiddleware(app, *several.databases))
+    assert (done, several.stored()) == (["sent"], [["kept"], [], []])
+
+
 @pytest.mark.parametrize(
     "kinds",
     ["asyncpg + asyncmy", "sqlite + asyncpg", "psycopg-sync + asyncmy", "pymysql-sync + sqlite"],

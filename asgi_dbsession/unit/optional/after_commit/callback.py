@@ -85,7 +85,9 @@ class AfterCommit:
 
     def record_rollback(self, transaction: SessionTransaction) -> None:
         """Called after a rollback: drop the `on_commit` function if its work was rolled back."""
-        if transaction in self._transactions or transaction.parent is None:
+        # If no work was uncommitted at the call of `on_commit`, the next work counts.
+        is_next = transaction.parent is None and not self._pending
+        if transaction in self._transactions or is_next:
             self.rolled_back = not self.committed
 
     async def call(self) -> None:
