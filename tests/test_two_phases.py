@@ -12,21 +12,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from anyio import to_thread
 from asgi import Life, get, respond
-from conftest import ENTRY, Real, becomes_true
+from conftest import CHILD, ENTRY, Real, Running, becomes_true, real_database
 from pages import ROOT, Page
 from several import Several, engine_of, in_session, orm, several_databases, swallow_an_error
-from sqlalchemy import Connection, event, text
+from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, registry
+from sqlalchemy.pool import NullPool
 
-from asgi_dbsession import ConfigurationError, DBSessionMiddleware, TransactionAborted, on_commit
+from asgi_dbsession import (
+    ConfigurationError,
+    DBSessionMiddleware,
+    SyncDatabase,
+    TransactionAborted,
+    on_commit,
+)
 from asgi_dbsession.unit.optional.two_phases.session import is_refused
 
 pytestmark = pytest.mark.anyio
 
 PAGE = Page("docs/how-to/several-databases.md")
 PAIRS = ("asyncpg + asyncmy", "aiomysql + psycopg", "psycopg-sync + pymysql-sync")
+
+
+class Child:
+    """A row that only COMMIT can refuse."""
+
+    entry_id: int
+
+
+registry().map_imperatively(Child, CHILD)
 
 
 @pytest.fixture(params=PAIRS)
@@ -102,6 +119,34 @@ async def test_what_cannot_be_prepared_is_stored_nowhere(several: Several) -> No
     exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
     assert isinstance(exchange.error, IntegrityError)
     assert (exchange.messages, done, several.stored()) == ([], [], [[], []])
+
+
+async def test_an_engine_in_binds_is_prepared_too(tmp_path: Path) -> None:
+    """Its first statement is sent by the flush of the last COMMIT."""
+    kinds = {"tests": "psycopg-sync", "more": "psycopg-sync", "mariadb": "pymysql-sync"}
+    near, far, other = (real_database(kind, tmp_path, name) for name, kind in kinds.items())
+    engine = create_engine(far.url.set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    database = SyncDatabase(near.url, session_options={"binds": {CHILD: engine}})
+
+    def work() -> None:
+        session = database.get_session()
+        session.execute(ENTRY.insert().values(note="lost"))
+        orphan = Child()
+        orphan.entry_id = -1
+        session.add(orphan)
+
+    async with database, other.describe() as second:
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await to_thread.run_sync(work)
+            await Running(other, second).write("lost")
+            await respond(send)
+
+        exchange = await get(DBSessionMiddleware(app, database, second, two_phase=True))
+    assert isinstance(exchange.error, IntegrityError)
+    assert exchange.messages == []
+    assert [each.stored() for each in (near, far, other)] == [[], [], []]
+    assert [in_doubt(each) for each in (near, far, other)] == [[], [], []]
 
 
 @pytest.mark.parametrize("several", PAIRS[:2], indirect=True)

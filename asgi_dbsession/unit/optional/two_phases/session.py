@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from asgi_dbsession.errors import TransactionAborted, without_secrets
 from asgi_dbsession.session.end import End
+from asgi_dbsession.session.failures import refuse_if_aborted
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.roll_back import roll_back
 
@@ -48,6 +49,10 @@ class TwoPhaseSession(ManagedSession[S]):
         # The session that is prepared first may have no work of its own. So begin a transaction
         # here.
         self.orm.connection()
+        # With SQLAlchemy's option `binds`, this flush may begin transactions on further engines.
+        # They need `twophase=True`.
+        refuse_if_aborted(self.companion.open_connections)
+        self.orm.flush()
         # Do not let SQLAlchemy send PREPARE at the end of the flush: `prepare` sends it later.
         try:
             self.orm.twophase = False
