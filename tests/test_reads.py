@@ -233,6 +233,28 @@ async def test_a_connection_goes_back_to_its_pool_as_it_came(running: Running) -
             assert await connection.run_sync(is_in_transaction), raw
 
 
+@pytest.mark.parametrize("real", ["asyncpg"], indirect=True)
+async def test_a_connection_that_the_application_has_committed_goes_back_without_a_transaction(
+    real: Real,
+) -> None:
+    """SQLAlchemy would not know of this transaction, and this pool sends no ROLLBACK."""
+
+    async def work(_watched: Watched) -> None:
+        session: Any = running.database.get_session()
+        connection = await session.connection()
+        await connection.commit()
+        await session.connection()
+        await connection.close()
+
+    async with real.describe(pool_size=1, pool_reset_on_return=None) as database:
+        running = Running(real, database)
+        exchange = await in_request(running, work)
+        assert exchange.messages == []
+        engine: Any = database.engine
+        async with engine.connect() as connection:
+            assert not await connection.run_sync(is_in_transaction)
+
+
 async def test_a_failed_read_aborts_nothing(running: Running) -> None:
     """No transaction is open that the failed read could abort."""
 

@@ -76,7 +76,7 @@ def begin_on_server(connection: Connection) -> None:
     For example, the application may call COPY on asyncpg's own connection. SQLAlchemy would send
     BEGIN only before the next statement that SQLAlchemy itself sends.
     """
-    if connection.dialect.driver == "asyncpg":
+    if connection.dialect.driver == "asyncpg" and connection.in_transaction():
         driver: Any = connection.connection.driver_connection
         if not driver.is_in_transaction():
             cursor = connection.connection.cursor()
