@@ -327,6 +327,30 @@ async def test_functions_may_give_further_functions(running: Running, path: str)
     assert done == ["first", "further", "last"]
 
 
+def alive() -> int:
+    """Return how many functions wait, or were called but not freed."""
+    return sum(isinstance(each, AfterCommit) for each in gc.get_objects())
+
+
+async def test_a_long_socket_keeps_no_function_that_was_called(running: Running) -> None:
+    """Otherwise the memory of a WebSocket would grow with each message."""
+    found: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        for number in range(3):
+            await running.write(f"work {number}")
+            on_commit(lambda: None)
+            await send({"type": "websocket.send", "text": "stored"})
+            found.append(alive() - before)
+
+    gc.collect()
+    before = alive()  # objects of other tests
+    await Socket(DBSessionMiddleware(app, running.database)).run()
+    assert found == [0, 0, 0]
+
+
 async def test_they_keep_nothing_alive(running: Running) -> None:
     """The functions of a request are freed with it, without the garbage collector."""
 
@@ -337,9 +361,6 @@ async def test_they_keep_nothing_alive(running: Running) -> None:
             await running.call("commit" if status == 200 else "rollback")
             on_commit(lambda: None)
         await respond(send)
-
-    def alive() -> int:
-        return sum(isinstance(each, AfterCommit) for each in gc.get_objects())
 
     middleware = DBSessionMiddleware(app, running.database)
     gc.collect()

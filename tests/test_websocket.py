@@ -29,8 +29,8 @@ def text(message: str) -> Message:
     return {"type": "websocket.send", "text": message}
 
 
-def close(code: int) -> Message:
-    return {"type": "websocket.close", "code": code}
+def close(code: int | None) -> Message:
+    return {"type": "websocket.close"} | ({} if code is None else {"code": code})
 
 
 def socket(
@@ -136,7 +136,7 @@ async def test_what_is_done_after_the_peer_went_away_is_stored_on_a_return(
     "refusal",
     [
         [close(1000)],
-        [{"type": "websocket.close"}],
+        [close(None)],
         [{"type": "websocket.http.response.start", "status": 200, "headers": []}],
         [],
     ],
@@ -208,7 +208,9 @@ async def test_a_message_commits_what_a_task_did_that_has_ended(real: Real, help
     assert seen[1] == (["helped", "alone"], 0)
 
 
-@pytest.mark.parametrize(("code", "stored"), [(1000, ["work"]), (1011, []), (4000, [])])
+@pytest.mark.parametrize(
+    ("code", "stored"), [(1000, ["work"]), (None, ["work"]), (1011, []), (4000, [])]
+)
 async def test_an_error_as_close_code_rolls_back(
     running: Running, code: int, stored: list[str]
 ) -> None:
