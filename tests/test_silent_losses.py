@@ -255,6 +255,25 @@ async def test_a_lock_that_mariadb_waits_for_in_vain_may_be_swallowed(running: R
     assert running.stored() == ["locked", "kept beside a lock"]
 
 
+@pytest.mark.parametrize("number", [1020, 1206, 1213])
+@pytest.mark.parametrize("real", ["asyncmy", "pymysql-sync"], indirect=True)
+async def test_an_error_at_which_mariadb_rolls_back_may_not_be_swallowed(
+    running: Running, number: int
+) -> None:
+    """A deadlock, an outdated row or a full lock table ends the whole transaction."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("before")
+        with pytest.raises(DBAPIError, match=str(number)):
+            await running.execute(text(f"SIGNAL SQLSTATE '45000' SET MYSQL_ERRNO = {number}"))
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert isinstance(exchange.error, TransactionAborted)
+    assert (exchange.messages, running.stored()) == ([], [])
+    await running.assert_clean()
+
+
 async def test_an_error_on_the_raw_connection_counts_too(running: Running) -> None:
     """Work through `session.connection()` is checked too."""
     if running.real.is_sync or not running.real.is_postgresql:
