@@ -14,6 +14,7 @@ from several import in_session
 from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.exc import (
     DBAPIError,
+    IntegrityError,
     OperationalError,
     PendingRollbackError,
     SQLAlchemyError,
@@ -79,6 +80,38 @@ async def test_a_swallowed_error_cannot_turn_commit_into_a_rollback(running: Run
     else:
         assert exchange.status == 201
         assert running.stored() == ["before"]
+
+
+@pytest.mark.parametrize("block", ["begin_nested", "begin"])
+async def test_a_swallowed_error_of_a_flush_fails_the_block_that_it_has_rolled_back(
+    running: Running, block: str
+) -> None:
+    """The flush has rolled back all work of the block, and SQLAlchemy ends it without an error."""
+    with running.real.reader.begin() as connection:
+        connection.execute(ENTRY.insert().values(note="taken"))
+
+    async def work() -> None:
+        await running.write("lost")
+        running.database.get_session().add(Note("taken"))
+        with pytest.raises(IntegrityError):
+            await running.call("flush")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session: Any = running.database.get_session()
+        if block == "begin_nested":
+            await running.write("kept")
+        with pytest.raises(PendingRollbackError, match="taken"):
+            if running.real.is_sync:
+                with getattr(session, block)():
+                    await work()
+            else:
+                async with getattr(session, block)():
+                    await work()
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error) == (201, None)
+    assert running.stored() == (["taken", "kept"] if block == "begin_nested" else ["taken"])
 
 
 @pytest.mark.parametrize("is_nested", [False, True])

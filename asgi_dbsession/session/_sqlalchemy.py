@@ -6,11 +6,13 @@ in `tests/test_rooms.py` fails and reports the name.
 
 from collections.abc import Callable
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Transaction, TwoPhaseTransaction
 from sqlalchemy.event.api import _event_key
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import (
     SessionTransactionOrigin,
@@ -82,6 +84,23 @@ class ConnectingSession(Session):
 
 class ConnectingTransaction(SessionTransaction):
     """A transaction object that opens its connections with `session._companion.connect`."""
+
+    @override
+    def __exit__(
+        self,
+        type_: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if type_ is None and self._state is SessionTransactionState.DEACTIVE:
+            # The application caught the error of a flush in the `with` block. SQLAlchemy has rolled
+            # back all work of the block, and would end the block without an error.
+            try:
+                self.commit()
+            except PendingRollbackError as error:
+                super().__exit__(type(error), error, error.__traceback__)
+                raise
+        super().__exit__(type_, value, traceback)
 
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         session: Any = self.session
