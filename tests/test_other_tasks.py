@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from anyio import to_thread
 from asgi import Socket, get
-from conftest import Running
-from several import Entry
+from conftest import ENTRY, Running
+from several import Entry, engine_of
 from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
@@ -246,3 +246,34 @@ async def test_an_attribute_is_committed_by_the_next_message_of_its_task(
 
     peer = await talk(running, handler)
     assert (peer.heard, peer.error) == (["second", "read", "third"], None)
+
+
+@pytest.mark.parametrize("real", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_cancelled_message_lets_its_task_go_on_with_the_session(running: Running) -> None:
+    """Before the message, the work of a failed task on another database is rolled back."""
+    sender: list[asyncio.Task[Any]] = []
+
+    async def fail() -> None:
+        await running.execute(ENTRY.insert().values(note="half"), database=other)
+        raise LookupError
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(ACCEPT)
+        await asyncio.wait([asyncio.create_task(fail())])
+        await running.write("own")
+        sender.append(cast("asyncio.Task[Any]", asyncio.current_task()))
+        with pytest.raises(asyncio.CancelledError):
+            await send(say("not sent"))
+        async with asyncio.timeout(5):
+            await running.write("after")
+        await send(say("sent"))
+
+    async with running.real.describe() as other:
+        event.listen(
+            engine_of(Running(running.real, other)), "rollback", lambda _: sender[0].cancel()
+        )
+        socket = Socket(DBSessionMiddleware(app, running.database, other))
+        await socket.run()
+    assert socket.messages == [ACCEPT, say("sent")]
+    assert running.stored() == ["own", "after"]
