@@ -48,8 +48,8 @@ class UnitReport:
     """What one unit of work did, and how long it took.
 
     Attributes:
-        scope: The ASGI scope of the request. None if the unit of work began after the request had
-            ended.
+        scope: The ASGI scope of the request. None if the unit of work began outside of a request,
+            or after the request had ended.
         outcome: `"committed"` or `"rolled_back"`. `"nothing_to_do"` if no transaction was begun.
         reason: Why the unit of work was not committed. None if nothing prevented the COMMIT.
             `status`: because of the status of the response, or the close code of the WebSocket.
