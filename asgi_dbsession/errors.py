@@ -182,8 +182,9 @@ class AbortRequest(BaseException):
     """Stops the application if its response must not be sent, for example after a failed COMMIT.
 
     This class is not a subclass of `Exception`, so that no exception handler of the application
-    catches it and sends a response. The middleware catches it. Then it raises the error of the
-    COMMIT, which the unit of work has stored, or sends the response of `on_commit_error`.
+    catches it and sends a response. The middleware catches this exception. Then the middleware
+    raises the error of the COMMIT, which the unit of work has stored, or sends the response of
+    `on_commit_error`.
     """
 
 

@@ -1,4 +1,4 @@
-"""Answers a request whose COMMIT failed: sends an error response, or raises the error."""
+"""Answers a request whose COMMIT failed: sends an error response, or raises the error of COMMIT."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -41,7 +41,7 @@ async def answer_or_raise(
 
 
 def add_note(failure: Exception, error: BaseException) -> None:
-    """Add a note to `failure` if the application raised another exception when it was stopped."""
+    """Add a note to the error of COMMIT if the application then raised another exception."""
     if isinstance(error, AbortRequest) or error is failure:
         return
     if isinstance(error, BaseExceptionGroup) and error.split(AbortRequest)[1] is None:

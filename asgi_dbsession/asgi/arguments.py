@@ -17,9 +17,9 @@ from .rules import commit_rule
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 D = TypeVar("D")
-# The functions that an application may give, and the parameter that each of them takes.
+# The middleware options that take a function, and the parameter that this function takes.
 _PARAMETERS = {"on_commit_error": "error", "on_report": "report", "read_only": "scope"}
-# The default value of `app`.
+# The default value of the argument `app`: no application was given as the first argument.
 no_application: Any = None
 
 
@@ -49,8 +49,8 @@ def usable_databases(
 ) -> tuple[AnyDatabase, ...] | Unstartable:
     """Return the databases. If an argument is wrong, return an `Unstartable` object instead.
 
-    An `Unstartable` object makes the startup of the server, and each request, fail with the reason.
-    Its class explains why an exception would not do this while an event loop is running.
+    An `Unstartable` object makes the startup of the server, and each request, fail with the error.
+    The class `Unstartable` explains why an exception is not raised while an event loop is running.
 
     Raises:
         ConfigurationError: An argument is wrong, and no event loop is running. In this case no

@@ -10,11 +10,12 @@ from .arguments import AnyDatabase
 
 
 def with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIApp:
-    """Wrap `serve` so that each client reads its own writes, if a database has replicas.
+    """If a database has replicas, wrap `serve` so that each client reads its own writes.
 
-    `Positions` adds to the response which WAL position the client has seen. The responses of this
-    package itself (503, for example) need the position too, because the request may have committed
-    before its failure. So `serve` must include them. Without replicas, return `serve` itself.
+    The wrapper, `Positions`, adds the WAL position (how far the primary has written its log) to the
+    response. `serve` must include the responses of this package itself (503, for example): they
+    need the position too, because the request may have committed before its failure. Without
+    replicas, return `serve` itself.
     """
     replica_sets = [each._replica_set for each in databases if each._replica_set is not None]
     if not replica_sets:
@@ -36,8 +37,8 @@ def with_optional_rooms(
     """Wrap `serve` in the optional packages that the options of the middleware need.
 
     Returns:
-        A pair: (1) the ASGI application that serves HTTP requests, (2) the objects that observe its
-        units of work.
+        A pair: (1) the ASGI application that serves HTTP requests, (2) the observers: objects whose
+        methods are called at each event of a unit of work (of a request, for example).
     """
     observers: list[UnitObserver] = []
     if on_report is not None:

@@ -10,18 +10,18 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
 from .rules import CommitRule
 
-# A message of one of these types is the last of a response if its `more_body` is False.
+# A message of one of these types is the last one of a response if its `more_body` is False.
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
 # Trailers follow the last part of the body. With gRPC, they carry the status of the call.
 _TRAILERS = "http.response.trailers"
 
 
 class Exchange:
-    """Sends the messages of one response; commits or rolls back before the first and last one.
+    """Sends the messages of one response. Commits or rolls back before the first and last message.
 
     Attributes:
-        may_commit: True after the last message of the response. Then the work that follows (of a
-            background task, for example) may be committed when the application returns.
+        may_commit: True after the last message of the response. Only then may later work (of a
+            background task, for example) be committed when the application returns.
     """
 
     __slots__ = ("_commit_rule", "_send", "_unit", "may_commit", "receive")
@@ -40,8 +40,8 @@ class Exchange:
             raise AbortRequest
         kind = message["type"]
         if kind == "http.response.start" and not unit.is_answered:
-            # Import before COMMIT: if an import failed after it, the client would get an error
-            # although the work is stored.
+            # Import this before COMMIT: if an import failed after COMMIT, the client would get an
+            # error although the work is stored.
             if _is_event_stream(message):
                 from .optional.events import warn_of_early_events
 
@@ -95,7 +95,7 @@ def _is_event_stream(start: Message) -> bool:
     """Return True if a start message begins a response of type `text/event-stream`."""
     headers = start.get("headers")
     # Read the headers only if they are a list. An iterator can be read only once, and the server
-    # needs it.
+    # must read it.
     for name, value in headers if isinstance(headers, list) else ():
         if name == b"content-length":  # An event stream has no Content-Length header.
             return False

@@ -1,4 +1,4 @@
-"""Starts and stops the databases with the application, even if it has no lifespan of its own."""
+"""Starts and stops the databases with the application, even if the application has no lifespan."""
 
 import logging
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Unstartable:
         self._reason = reason
 
     async def refuse(self, *_: object) -> NoReturn:
-        """Raise the error that tells why the databases cannot be used; called as an ASGI app."""
+        """Raise the error that tells why the databases cannot be used. Works as an ASGI app."""
         raise self._reason.with_traceback(None)
 
     startup = refuse
@@ -51,8 +51,8 @@ async def serve_lifespan(
 
     The databases are stopped before the server gets the answer to its shutdown message, even after
     an error. If the application raises before it has received the startup message, it does not
-    support lifespan messages. Then its requests are served all the same. If the application raises
-    later, the startup has failed, and the server gets `lifespan.startup.failed`.
+    support lifespan messages. Then this middleware answers them, and the server starts. If the
+    application raises later, the startup has failed, and the server gets `lifespan.startup.failed`.
     """
     lifespan = _Lifespan(databases, receive, send)
     try:
@@ -63,7 +63,7 @@ async def serve_lifespan(
 
 
 class _Lifespan:
-    """Handles the lifespan messages (startup and shutdown) between server and application once."""
+    """Passes on the lifespan messages (startup, shutdown) of one run of the server."""
 
     def __init__(self, databases: Sequence[Startable], receive: Receive, send: Send) -> None:
         self._databases = databases

@@ -74,8 +74,9 @@ class DBSessionMiddleware:
         read_only: A plain function, such as `safe_methods`, that takes the ASGI scope and returns
             True if the request may only read. The session and the database then refuse writes, and
             the server gets `ForbiddenWrite` as an exception. None: all requests may write.
-        two_phase: True to use two-phase commit for the sessions of a request. Then no COMMIT can
-            fail after the COMMIT on another database has succeeded. The drivers must support this.
+        two_phase: True to use two-phase commit for the sessions of a request: all databases store
+            the work, or none does. If a connection is lost before its COMMIT, an operator must end
+            the prepared transaction. The drivers must support two-phase commit.
         on_report: A plain function that is called with a report at the end of each unit of work:
             before the status is sent, after the body or background task, and after each `begin()`
             block and `on_commit` function. It runs on the event loop, or on the thread that called
@@ -186,7 +187,7 @@ class DBSessionMiddleware:
         finally:
             current_unit.reset(token)
             scope[_KEY] = outer
-            # Tasks that are still running after the request must not use its scope.
+            # Tasks that still run after the request must not use the scope of the request.
             unit.scope = None
             failure = unit.failure
             if failure is not None:

@@ -1,4 +1,4 @@
-"""Applies the options `commit_when` and `read_only`, which decide what a request may store."""
+"""Calls the functions `commit_when` and `read_only`, which decide what a request may store."""
 
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
@@ -24,7 +24,7 @@ def below_400(status: int) -> bool:
 
 
 def commit_rule(commit_when: CommitWhen) -> CommitRule:
-    """Make a function of the status and the ASGI scope from the option `commit_when`.
+    """Make a function with two parameters (status, ASGI scope) from the option `commit_when`.
 
     `commit_when` may have one parameter (the status) or two. A second parameter with a default
     value gets the ASGI scope only if its name is `scope`.
@@ -33,7 +33,7 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
         ConfigurationError: `commit_when` cannot be called with the status, and not with the status
             and the scope.
     """
-    # The default always returns True or False. So do not check its result in each request.
+    # The default function always returns True or False. So do not check its result each time.
     if commit_when is below_400:
         return lambda status, _scope: status < _BAD_REQUEST
     rule: Any = commit_when

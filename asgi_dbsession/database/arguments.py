@@ -69,7 +69,8 @@ def signature_of(function: Callable[..., object], *, follow_wrapped: bool = True
             text = Format.STRING
             return signature(function, follow_wrapped=follow_wrapped, annotation_format=text)
         return signature(function, follow_wrapped=follow_wrapped)
-    # Python cannot tell the parameters of some builtin functions. Assume that they take anything.
+    # Python cannot tell the parameters of some builtin functions. Assume that these functions take
+    # any parameters.
     except (TypeError, ValueError):
         return signature(lambda *_: None)
 

@@ -40,8 +40,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         on_engine: A plain function that is called with each new `sqlalchemy.Engine` before its
             first connection. It can add listeners for SQLAlchemy's events to the engine.
         autocommit_reads: True: read without a transaction until the unit of work writes. False:
-            always read in a transaction. None: read without one only on PostgreSQL at READ
-            COMMITTED, where the application sees no difference.
+            always read in a transaction. None: read without a transaction only on PostgreSQL at
+            READ COMMITTED, where the application sees no difference.
         replicas: The URLs of replicas of a PostgreSQL server, or `Replicas(...)`. A unit of work
             that may only read uses a replica that has all changes that its client has seen.
         **engine_options: Arguments for `sqlalchemy.ext.asyncio.create_async_engine`.
@@ -99,8 +99,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
                 savepoint of the session that `database.get_session()` returns. An error rolls back
                 to the savepoint and is raised. After a success, the outer unit of work commits.
                 `on_commit` and `set_rollback` apply to the outer unit of work. While the block is
-                open, only code inside it may use the session. If no unit of work is open, a new one
-                is opened.
+                open, only code inside it may use the session. If no unit of work with this database
+                is open, a new one is opened.
             read_only: True to refuse writes, in the session and in the database. With `join`, the
                 block may only read, even if the outer unit of work may write. Without `join`, a
                 replica is used if there is one. False: writes are refused only if the outer unit of

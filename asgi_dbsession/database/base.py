@@ -84,10 +84,10 @@ class Database(EngineLife[E], Generic[E, S]):
         """Make a database object that uses an existing engine, and never disposes this engine.
 
         The database is running at once and needs no startup. This package adds listeners to the
-        engine. It removes them when the last database object with this engine is garbage collected.
-        An async engine belongs to the event loop that uses it first. If this loop was closed, the
-        next loop that uses the engine gets new connections. If several loops use the engine at the
-        same time, the engine needs `poolclass=NullPool`.
+        engine. The listeners are removed when the last database object with this engine is garbage
+        collected. An async engine belongs to the event loop that uses it first. If this loop was
+        closed, the next loop that uses the engine gets new connections. If several loops use the
+        engine at the same time, the engine needs `poolclass=NullPool`.
 
         Args:
             engine: An `AsyncEngine` for `AsyncDatabase`, an `Engine` for `SyncDatabase`.
@@ -105,11 +105,12 @@ class Database(EngineLife[E], Generic[E, S]):
 
     @property
     def position(self) -> str | None:
-        """The WAL position of the primary that the current client has seen; None if it is unknown.
+        """The WAL position up to which the current client has seen the primary; None if unknown.
 
-        Read this property after a `begin()` block or in an `on_commit` function, and send it in a
-        message to a worker. In the worker, `begin(read_only=True, after=position)` sees all changes
-        that the client has seen, even on a replica. Without replicas, the value is always None.
+        (The WAL position says how far the primary has written its log.) Read this property after a
+        `begin()` block or in an `on_commit` function, and send its value in a message to a worker.
+        In the worker, `begin(read_only=True, after=position)` sees all changes that the client has
+        seen, even on a replica. Without replicas, the value is always None.
         """
         return self._replica_set.position if self._replica_set is not None else None
 
@@ -117,8 +118,8 @@ class Database(EngineLife[E], Generic[E, S]):
         """Check if the database answers within a time limit, for a path such as `/health`.
 
         If the pool has no free connection or the server cannot be reached, the result says so, and
-        no exception is raised. Callers at the same time share one check. A blocking driver cannot
-        be stopped, so a check that takes too long goes on in its thread. If three such checks still
+        no exception is raised. Calls at the same time share one check. A blocking driver cannot be
+        stopped, so a check that takes too long goes on in its thread. If three such checks still
         run, no new check is started.
 
         Args:
@@ -175,17 +176,17 @@ class Database(EngineLife[E], Generic[E, S]):
     def _make_session(self, engine: E | None, scope: Scope | None) -> ManagedSession[S]: ...
 
     def add_observer(self, observer: UnitObserver) -> None:
-        """Add an object to notify of each unit of work that uses this database.
+        """Add an observer: call its methods for each unit of work that uses this database.
 
         Args:
-            observer: The object to notify. If the database is running now, the method `engine_used`
-                of the object is called at once.
+            observer: An object with the methods of `UnitObserver`. If the database is running now,
+                the method `engine_used` of the object is called at once.
         """
         self.observers = (*self.observers, observer)
         self.observe(observer)
 
     def observe(self, observer: UnitObserver) -> None:
-        """Add an object to notify of each engine that this database or a replica uses."""
+        """Tell an observer about each engine that this database or one of its replicas uses."""
         self._observers.append(observer)
         if self._engine is not None:
             observer.engine_used(sync_engine_of(self._engine))
@@ -207,7 +208,7 @@ class Database(EngineLife[E], Generic[E, S]):
         replicas: Sequence[str | URL] | Replicas,
         options: dict[str, Any],
     ) -> None:
-        # `ReplicaSet` refuses a wrong argument, also one that counts as false (None, or "").
+        # Do not write `if replicas:` here, because `ReplicaSet` must refuse None and "" too.
         if replicas not in ((), []):
             from asgi_dbsession.replicas.replica_set import ReplicaSet
             from asgi_dbsession.replicas.route import routed_class

@@ -1,8 +1,8 @@
 """Opens the connections of an async engine outside of the context of a request.
 
 A socket of asyncio keeps a reference to the context (`contextvars`) in which it was opened. The
-connection stays in the pool after the request. Without this module, it would keep all context
-variables of that request in memory.
+connection stays in the pool after the request. Without this module, the connection would keep all
+context variables of that request in memory.
 """
 
 import asyncio

@@ -16,8 +16,8 @@ R = TypeVar("R")
 class DecoratingBlock(Generic[S]):
     """A context manager for `with`, which can also decorate plain functions.
 
-    Python's `contextlib.contextmanager` makes a decorator too. But it accepts coroutine functions,
-    and would end the `with` block before the coroutine runs.
+    Python's `contextlib.contextmanager` makes a decorator too. But that decorator accepts coroutine
+    functions, and would end the `with` block before the coroutine runs.
 
     Args:
         open_block: A function that returns a new context manager each time.

@@ -57,7 +57,7 @@ class EngineLife(ABC, Generic[E]):
         self._owns_engine = True
         self._starts = 0
         self._starting = Lock()
-        # `testing.rolled_back()` replaces this function.
+        # Called with each new engine. `testing.rolled_back()` replaces this function by another.
         self._prepare: Callable[[Engine], None] = prepare
         self._observers: list[UnitObserver] = []
         databases.add(self)
@@ -82,7 +82,7 @@ class EngineLife(ABC, Generic[E]):
 
     @property
     def is_running(self) -> bool:
-        """True between startup and shutdown. Always True after `from_engine`."""
+        """True between `startup` and `shutdown` of this object. Always True after `from_engine`."""
         return self._engine is not None
 
     @property
@@ -93,8 +93,8 @@ class EngineLife(ABC, Generic[E]):
     async def startup(self) -> None:
         """Build the engine in the running event loop, and check that the database answers.
 
-        If the database is running already, this method only counts the call. `shutdown` must be
-        called as often as `startup`.
+        If this database object was started already, this method only counts the call, and checks
+        again that the database answers. Call `shutdown` as often as `startup`.
 
         Raises:
             DatabaseUnavailable: The database did not answer. The engine was disposed.
@@ -138,7 +138,7 @@ class EngineLife(ABC, Generic[E]):
             return self._engine
 
     def _end_start(self) -> E | None:
-        """Count a call of `shutdown`. Return the engine if the caller must dispose it, or None."""
+        """Count a call of `shutdown`. If the caller must dispose the engine now, return it."""
         with self._starting:
             self._starts = max(0, self._starts - 1)
             if self._starts > 0 or not self._owns_engine or self._engine is None:
@@ -160,8 +160,8 @@ class EngineLife(ABC, Generic[E]):
         if self._engine is None:
             return
         engine = sync_engine_of(self._engine)
-        # Keep the connections of an SQLite database in memory. Such a connection has no server, and
-        # a new connection would open an empty database.
+        # If the SQLite database is in memory, keep its connections: a new connection would open an
+        # empty database.
         if not is_in_memory(engine.url):
             inherited_pools.append(engine.pool)
             engine.dispose(close=False)
@@ -194,8 +194,8 @@ class EngineLife(ABC, Generic[E]):
         except Exception as error:
             self._raise_failure(error)
         finally:
-            # If the database was shut down during this statement, its new connection is still open.
-            # So dispose the engine again.
+            # If `shutdown` was called during this statement, the connection of the statement is
+            # still open. So dispose the engine again.
             if self._engine is not engine:
                 await run_to_completion(call_with(engine, Engine.dispose))
 

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def sync_engine_of(engine: Engine | AsyncEngine) -> Engine:
-    """Return the sync engine, which has the pool, the dialect and the events."""
+    """Return the `Engine` inside an `AsyncEngine`, or the given `Engine` itself."""
     return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
 
 

@@ -11,7 +11,7 @@ from asgi_dbsession.session.reads import DRIVERS
 
 from .connecting import connect_outside
 
-# The engines that this package has built itself. They keep their listeners.
+# The engines that this package has built itself. Their listeners are never removed.
 built: WeakSet[Engine] = WeakSet()
 
 

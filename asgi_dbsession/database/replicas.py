@@ -9,18 +9,19 @@ from asgi_dbsession.types import Scope
 
 
 class PositionStore(Protocol):
-    """Stores the WAL position that each client has seen, for example in Redis instead of a cookie.
+    """Stores the WAL position of each client, for example in Redis instead of a cookie.
 
-    A WAL position says how far the primary has written its log. A replica that has reached the
-    position has all changes that the client has seen. The methods get the ASGI scope to identify
-    the client.
+    A WAL position says how far the primary has written its log. The position of a client is the
+    highest position up to which the client has seen the primary. A replica that has reached the
+    position of a client has all changes that the client has seen. The methods get the ASGI scope to
+    identify the client.
     """
 
     async def load(self, scope: Scope) -> str | None:
-        """Return the text that was last saved for the client, or None."""
+        """Return the position that was last saved for the client. None if none was saved."""
 
     async def save(self, scope: Scope, position: str) -> None:
-        """Save the position that the client has seen, if it is greater than the saved one.
+        """Save the position of the client, if it is greater than the saved position.
 
         Args:
             scope: The ASGI scope of the request.
@@ -30,7 +31,9 @@ class PositionStore(Protocol):
 
 
 class Replicas:
-    """The replicas of a database, and where to store the WAL position that each client has seen.
+    """The replicas of a database, and where to store the WAL position of each client.
+
+    The WAL position of a client says which changes of the primary the client has seen.
 
     Args:
         urls: One URL for each replica, and not the URL of a load balancer. If a URL names no

@@ -39,7 +39,7 @@ def url_with_driver(url: str | URL, *, asynchronous: bool) -> URL:
 
     Raises:
         ConfigurationError: The text is not a URL, the database is unknown, the driver is not
-            installed, or it is sync instead of async or the other way round.
+            installed, or the driver is of the wrong kind (sync or async).
     """
     parsed = _parse(url)
     if parsed.drivername == "postgres":

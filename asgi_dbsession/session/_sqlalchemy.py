@@ -222,7 +222,7 @@ def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> 
 
 
 def is_first(target: Any, name: str, listener: Callable[..., object]) -> bool:
-    """Return False if a listener of the class `Engine` comes before `listener`; see `listen_first`.
+    """Return True if no listener of the class `Engine` comes before `listener`; see `listen_first`.
 
     Args:
         target: The engine, or a connection of this engine.

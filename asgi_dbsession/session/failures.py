@@ -37,7 +37,7 @@ _watchers: dict[Callable[[Engine], None], Callable[[Engine], None]] = {}
 
 
 def watch(engine: Engine) -> None:
-    """Start to record the statements that fail on `engine`, before a listener may hide them."""
+    """Start to record the failed statements of `engine`, before other listeners can hide errors."""
     engine = original_engine(engine)
     if engine not in _watched:
         listen_first(engine, "handle_error", _record_failure)
@@ -51,7 +51,7 @@ def watch(engine: Engine) -> None:
 
 
 def is_watched_first(connection: Connection) -> bool:
-    """Return False if the application has added a listener to the class `Engine` after `watch`."""
+    """Return True if this package's listener for errors comes before those of the application."""
     return is_first(connection, "handle_error", _record_failure)
 
 

@@ -178,8 +178,8 @@ def _set_up_connection(
 ) -> None:
     companion: Companion = session._companion
     begin_for_session(transaction, connection)
-    # With SQLAlchemy's option `binds`, the session may use another engine, which does not have the
-    # listeners of this package yet.
+    # With SQLAlchemy's option `binds`, the session may use an engine without listeners of this
+    # package. Or the application may have added a listener in front of them.
     if connection.engine is not session.bind or not is_watched_first(connection):
         watch(connection.engine)
     companion.add_connection(connection)

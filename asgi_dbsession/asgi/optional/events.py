@@ -1,4 +1,4 @@
-"""Logs a warning if a server-sent event is sent before the work of its request is committed."""
+"""Logs a warning if a server-sent event is sent before the work of the request is committed."""
 
 import logging
 from typing import Any
@@ -21,7 +21,7 @@ _WARNING = (
     "COMMIT can still fail. If the event says that work is stored, do the work in "
     "`database.begin()`, or call `commit()` before the event. This is logged once for each route."
 )
-# The warning was logged for these routes already. It is logged once for each route.
+# The routes for which the warning was logged already. It is logged once for each route.
 _warned: set[str] = set()
 
 
@@ -56,8 +56,8 @@ def _warn(unit: UnitOfWork, writes: "_Writes") -> None:
 class _Writes(UnitObserver):
     """Remembers which sessions have written since the last commit or rollback.
 
-    A write inside a savepoint is stored together with the savepoint. If the savepoint is rolled
-    back, only these writes are forgotten.
+    Each write is remembered together with the savepoint in which it was made. After a rollback to
+    this savepoint, only the writes inside of the savepoint are forgotten.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class _Writes(UnitObserver):
         self._forget(session, transaction if transaction.parent is not None else None)
 
     def _forget(self, session: Session, savepoint: SessionTransaction | None) -> None:
-        """Remove the remembered writes of a session, or only those inside of `savepoint`."""
+        """Forget the writes of a session: those inside of `savepoint`, or all if it is None."""
         for each in tuple(self._written):
             if each[0] is session and (savepoint is None or savepoint in with_outer(each[1])):
                 self._written.discard(each)

@@ -8,8 +8,8 @@ from asgi_dbsession.types import Message, Receive, Send
 from asgi_dbsession.unit.ending import end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
-# The types of messages that reach the client. The last type answers the handshake with an HTTP
-# response instead of accepting the WebSocket.
+# The types of messages that reach the client. The last type denies the handshake with an HTTP
+# response.
 _OBSERVED = (
     "websocket.accept",
     "websocket.send",
@@ -19,8 +19,8 @@ _OBSERVED = (
 # The WebSocket close codes "normal closure" and "going away". Before a close with any other code,
 # work is rolled back. Source: https://www.rfc-editor.org/rfc/rfc6455#section-7.4.1
 _REGULAR_CLOSE = (1000, 1001)
-# The WebSocket close codes for an internal error. If the server refuses 1011, the code 4500 is
-# used: daphne allows only 1000 and the codes from 3000 on.
+# The WebSocket close codes for an internal error. If the server does not allow 1011, the code 4500
+# is used: the server daphne allows only 1000 and the codes from 3000 on.
 _INTERNAL_ERROR = (1011, 4500)
 
 
@@ -36,13 +36,13 @@ class SocketExchange:
 
     def __init__(self, unit: UnitOfWork, receive: Receive, send: Send) -> None:
         self.may_commit: bool = False
-        # No HTTP response follows on a WebSocket. If work fails, this middleware raises the error
-        # to the server, as after the start of a response.
+        # A WebSocket gets no HTTP error response. If COMMIT fails, this middleware raises the error
+        # to the server, as it does after the start of an HTTP response.
         unit.is_answered = True
         self._unit = unit
         self._receive = receive
         self._send = send
-        # How many tasks are waiting for a message of the client now.
+        # How many tasks are waiting now for a message from the client.
         self._waiting = 0
 
     async def receive(self) -> Message:

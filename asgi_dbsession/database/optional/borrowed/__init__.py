@@ -1,1 +1,1 @@
-"""Uses an engine that the application has made, for `from_engine` (optional)."""
+"""Uses an engine that the application has made, for `from_engine`."""

@@ -17,8 +17,8 @@ from asgi_dbsession.unit.observer import UnitObserver
 # This must be an RLock. The garbage collector may call `_release` in the thread that holds this
 # lock.
 _mutex = RLock()
-# For each engine: one object for each database object that has got the engine by `from_engine`.
-# The object is alive as long as the database object.
+# For each engine: one `finalize` object for each database object that uses the engine through
+# `from_engine`. The `finalize` object is alive as long as its database object.
 _users: "WeakKeyDictionary[Engine, list[finalize[..., object]]]" = WeakKeyDictionary()
 # For each engine: the observers of database objects that were garbage collected. Their method
 # `engine_left` is called later, when no database object uses the engine any more.

@@ -10,7 +10,7 @@ from asgi_dbsession.errors import DatabaseNotRunning
 
 
 def take_to_loop(database: Any, engine: AsyncEngine, loop: AbstractEventLoop) -> None:
-    """Let the current event loop use an engine of the application for the first time.
+    """From now on, let the current event loop use an engine that the application has made.
 
     Raises:
         DatabaseNotRunning: Another event loop uses the engine, and its connections.

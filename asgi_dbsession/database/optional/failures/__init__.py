@@ -1,1 +1,1 @@
-"""Explains why a database did not answer, when a connection has failed (optional)."""
+"""Explains why a database did not answer, when a connection has failed."""

@@ -94,7 +94,7 @@ def _advice_for(chain: list[BaseException]) -> str | None:
 
 
 def reason_of(database: Any, error: Exception) -> str:
-    """Return the driver's message in one line, or only its class if it may contain a secret."""
+    """Return the message of the driver in one line. To hide a secret, return the error's class."""
     original = getattr(error, "orig", None) or error
     text = " ".join(str(original).split()) or type(original).__name__
     if tells_a_secret(text, secrets_of(database.url, database._engine_options)):

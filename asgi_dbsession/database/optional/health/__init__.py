@@ -1,1 +1,1 @@
-"""Checks if a database answers, and how full its pool is (optional)."""
+"""Checks if a database answers, and how many connections of its pool are in use."""

@@ -17,7 +17,7 @@ from asgi_dbsession.errors import DBSessionError
 
 from .questions import TaskQuestions, ThreadQuestions
 
-# The checks of each database that run now, which callers of several threads may share.
+# The running checks of each database. Callers in several threads may share a check.
 _questions: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 # A check of the parent process does not go on in a child process, so forget it there. Windows has
 # no `fork`, so Python has no `os.register_at_fork` there.
@@ -29,7 +29,7 @@ async def health_of(database: EngineLife[Any], within: float) -> Health:
     """Return the health of a database, with the health of each of its replicas.
 
     Args:
-        database: The database. It need not be running.
+        database: The database object, which need not be started.
         within: The time limit in seconds.
 
     Raises:
@@ -50,7 +50,8 @@ async def health_of(database: EngineLife[Any], within: float) -> Health:
 
 
 async def _check(database: EngineLife[Any], within: float) -> Health:
-    # Import before the check: if too many files are open, both would fail.
+    # Import this before the check. If the process has opened too many files, the check fails, and
+    # then an import would fail too.
     from asgi_dbsession.database.optional.failures.explanation import failure_of
 
     start = perf_counter()

@@ -117,7 +117,8 @@ class ThreadQuestions:
         with self._mutex:
             if self._current is not None and self._current[0] is engine:
                 return self._current[1]
-            # Nobody waits for these running checks any more, or their engines were replaced.
+            # Checks of earlier calls may still run, although nobody waits for them. If too many
+            # run, do not start another check.
             if self._running >= _MAX_RUNNING:
                 return None
             answer: Future[None] = Future()

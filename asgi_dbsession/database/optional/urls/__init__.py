@@ -1,1 +1,1 @@
-"""Translates the options in a hosting provider's URL for the Python driver (optional)."""
+"""Translates the options in a hosting provider's URL for the Python driver."""

@@ -49,7 +49,7 @@ class UrlOptions:
         self.arguments: dict[str, Any] = {}
 
     def take(self, *names: str) -> str | None:
-        """Remove an option from the URL, and return its value, or None if it is not there."""
+        """Remove an option from the URL, by any of its names. Return its value. None without it."""
         found = [self.query.pop(name) for name in names if name in self.query]
         return found[0] if found and isinstance(found[0], str) else None
 
