@@ -187,7 +187,8 @@ class DBSessionMiddleware:
         finally:
             current_unit.reset(token)
             scope[_KEY] = outer
-            # Tasks that still run after the request must not use the scope of the request.
+            # A task may still run after the request. Remove the ASGI scope, so that the task cannot
+            # use it.
             unit.scope = None
             failure = unit.failure
             if failure is not None:

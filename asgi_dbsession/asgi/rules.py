@@ -30,7 +30,7 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
     value gets the ASGI scope only if its name is `scope`.
 
     Raises:
-        ConfigurationError: `commit_when` cannot be called with the status, and not with the status
+        ConfigurationError: `commit_when` can be called neither with the status, nor with the status
             and the scope.
     """
     # The default function always returns True or False. So do not check its result each time.

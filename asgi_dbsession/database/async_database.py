@@ -105,9 +105,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
                 block may only read, even if the outer unit of work may write. Without `join`, a
                 replica is used if there is one. False: writes are refused only if the outer unit of
                 work may not write.
-            after: A value of the property `position`, to read from a replica (`read_only=True`).
-                The block then sees all changes that were committed before this position of the
-                primary.
+            after: A value that the property `position` of this object had; only together with
+                `read_only=True`. A replica is used only if it has all changes up to this position.
 
         Yields:
             A new session, which is closed permanently at the end of the block. `get_session()`

@@ -109,9 +109,8 @@ class SyncDatabase(Database[Engine, AnySession]):
         Args:
             join: True to run in a savepoint of the open unit of work, if it has this database.
             read_only: True to refuse writes, and to use a replica if there is one.
-            after: A value of the property `position`, to read from a replica (`read_only=True`).
-                The block then sees all changes that were committed before this position of the
-                primary.
+            after: A value that the property `position` of this object had; only together with
+                `read_only=True`. A replica is used only if it has all changes up to this position.
 
         Returns:
             An object for `with` that gives a new session. The session is closed permanently at the

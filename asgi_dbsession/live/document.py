@@ -44,7 +44,7 @@ class="rollback">ROLLBACK</span></p>
 
 
 def render(nonce: str, summary: str, parts: dict[str, str]) -> str:
-    """Return the HTML of the live page.
+    """Return the HTML of the live page, which shows how the database connections are used now.
 
     Args:
         nonce: A random text for this response. Browsers use a style or script only if it has this

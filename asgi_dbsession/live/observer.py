@@ -88,7 +88,7 @@ class LiveObserver(UnitObserver):
     def open_units(self) -> Iterator[tuple[str, Any]]:
         """Yield each open unit of work that has a session of one of the databases.
 
-        Each value is a pair: the name of the request, and the unit of work.
+        Each value is a pair: a name to show (such as `GET /orders`), and the unit of work.
         """
         for unit in tuple(observed):
             if not self.totals.keys().isdisjoint(tuple(unit.sessions)):

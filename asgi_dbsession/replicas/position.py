@@ -11,9 +11,9 @@ from zlib import crc32
 from typing_extensions import override
 
 # The format of a `Seen` object as a string, for example in a cookie: the timeline, the WAL position
-# and the cluster. If the client has read from a replica, the name of the replica and the time of
-# the read follow. The numbers of the position have a fixed width. So if the strings of two
-# positions of one cluster are compared, the later position has the greater string.
+# and the identifier of the PostgreSQL cluster. If the client has read from a replica, the name of
+# the replica and the time of the read follow. The numbers have a fixed width. So for one cluster,
+# sorted strings are sorted positions.
 _TEXT = re.compile(
     r"([0-9a-f]{8})\.([0-9a-f]{16})\.([0-9a-f]{8})(?:\.([0-9a-f]{8})\.([0-9a-f]{1,10}))?"
 )

@@ -1,4 +1,4 @@
-"""Stores up to which WAL position the current client has seen each database with replicas."""
+"""Stores, for each database with replicas, the last WAL position that the client has seen."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

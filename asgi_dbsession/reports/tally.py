@@ -18,7 +18,7 @@ Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 MOST_STEPS = 200
 # If a COMMIT or ROLLBACK takes less time than this (in seconds), nothing was sent to a server.
 _NOTHING = 50e-6
-# If a COMMIT or ROLLBACK failed, its step has this text instead of an SQL text.
+# A report shows the SQL text of each step. For a COMMIT or ROLLBACK that failed, the text is:
 FAILED = "failed"
 # Two kinds of steps are shown as another kind: `hold` as a wait for a connection, `prepare` as a
 # COMMIT.
@@ -124,8 +124,8 @@ class Tally:
         for start, stop in self._holds:
             yield Span("hold", start, stop, None, "")
         for kind, start, stop, call_site, text in self._steps:
-            # In autocommit mode, COMMIT sends nothing to the server and takes almost no time. Leave
-            # it out.
+            # In autocommit mode, COMMIT sends nothing and takes almost no time. So the report does
+            # not show such a COMMIT.
             if stop is not None and (kind not in ENDS or stop - start > _NOTHING):
                 yield Span(_SHOWN_AS.get(kind) or kind, start, stop, call_site, text)
 

@@ -175,10 +175,10 @@ def pool_entry(connection: Connection) -> Any:
 
 
 def connections_of(transaction: SessionTransaction) -> dict[Connection, Transaction | None]:
-    """Return all connections that a session's transaction has used, also those that were closed.
+    """Return a dictionary of all connections that a transaction has used, also of closed ones.
 
-    The values are the transactions that a commit of the session commits. A value is None if the
-    application itself has begun this transaction, on a connection that it gave to the session.
+    The value is the transaction that the commit of the session will commit on this connection. It
+    is None if the application gave a connection to the session on which it had begun itself.
     """
     return {
         connection: begun if should_commit else None

@@ -50,8 +50,8 @@ def share(engine: Engine, isolation: Isolation) -> None:
             f"{name} is inside of `rolled_back` already: use it once for each test."
         )
     dialect = engine.dialect
-    # After an earlier test, `unshare` leaves the derived dialect class in place if a connection is
-    # still in use. Do not derive another class from it, because `unshare` removes only one.
+    # The dialect may have the derived class already: after a test, `unshare` does not remove the
+    # class while a connection is in use. Do not derive again, because `unshare` removes one class.
     if not isinstance(dialect, SavepointDialect):
         dialect.__class__ = with_savepoints(type(dialect))
     engine.pool = SharedPool(engine.pool, dialect, name, isolation)

@@ -1,4 +1,4 @@
-"""The state of a `rolled_back` block, and the error class `NotIsolated`."""
+"""The state of a `with rolled_back(...)` block, and the error if it cannot roll back all work."""
 
 from dataclasses import dataclass, field
 from threading import Thread, enumerate as enumerate_threads

@@ -80,7 +80,7 @@ class TaskQuestions:
 
 
 class ThreadQuestions:
-    """Checks a database with a sync driver in threads. Their number is limited.
+    """Checks in threads if a database with a sync driver answers. The number of threads is limited.
 
     A thread with a blocking driver cannot be stopped. Callers may be on several threads and event
     loops, of asyncio and of trio.

@@ -84,7 +84,7 @@ class AfterCommit:
         self.committed = self.committed or not (self._pending or self.rolled_back)
 
     def record_rollback(self, transaction: SessionTransaction) -> None:
-        """Called after a rollback: drop the `on_commit` function if its work was rolled back."""
+        """Called after a rollback: drop the function if the work that it waits for is undone."""
         # If no work was uncommitted at the call of `on_commit`, the next work counts.
         is_next = transaction.parent is None and not self._pending
         if transaction in self._transactions or is_next:

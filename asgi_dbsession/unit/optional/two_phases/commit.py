@@ -79,7 +79,7 @@ class TwoPhases:
             unit: The unit of work that opened the sessions.
             sessions: The sessions that have work, in the order in which their databases were
                 declared.
-            end: The `End` object of this commit, which the locks of the sessions need.
+            end: The object that describes this commit. The lock of each session gets it.
 
         Returns:
             The first error, or None if all COMMITs succeeded.
