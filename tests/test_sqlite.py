@@ -22,7 +22,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.schema import DropTable
 
@@ -445,3 +445,51 @@ async def test_an_error_that_rolled_back_one_statement_may_be_swallowed(running:
     exchange = await get(DBSessionMiddleware(app, running.database))
     assert (exchange.status, exchange.error) == (201, None)
     assert running.stored() == [*BEFORE, "three", "four"]
+
+
+@pytest.mark.parametrize("how", ["close", "with"])
+async def test_a_close_after_a_failed_commit_leaves_nothing_to_the_next_request(
+    real: Real, how: str
+) -> None:
+    """SQLite keeps the transaction of a failed COMMIT open, and SQLAlchemy does not know it."""
+
+    async def fail(running: Running) -> None:
+        await running.write("undone")
+        with pytest.raises(OperationalError, match="locked"):
+            await running.call("commit")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        running = Running(real, database)
+        session: Any = database.get_session()
+        if scope["path"] == "/next":
+            await running.write("kept")
+            await respond(send)
+            return
+        try:
+            if how == "close":
+                await fail(running)
+            elif real.is_sync:
+                with session:
+                    await fail(running)
+                    raise LookupError
+            else:
+                async with session:
+                    await fail(running)
+                    raise LookupError
+            raise LookupError
+        except LookupError:
+            closing = session.close()
+            if closing is not None:
+                await closing
+        await respond(send, 409)
+
+    async with real.describe(connect_args={"timeout": 0}) as database:
+        middleware = DBSessionMiddleware(app, database)
+        with real.reader.connect() as reading:
+            # COMMIT has to wait until this transaction, which has read, ends.
+            reading.exec_driver_sql("BEGIN")
+            reading.execute(select(ENTRY))
+            assert (await get(middleware)).status == 409
+        assert real.open_transactions() == 0
+        assert (await get(middleware, "/next")).status == 200
+    assert real.stored() == ["kept"]

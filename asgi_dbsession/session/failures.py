@@ -15,7 +15,7 @@ from asgi_dbsession.errors import TransactionAborted, without_secrets
 from ._sqlalchemy import is_first, is_prepared, listen_first, original_engine, stop_listening
 from .completion import run_to_completion
 from .read_only import KEY
-from .sqlite import unwatch_sqlite, was_rolled_back, watch_sqlite
+from .sqlite import end_failed_commit, unwatch_sqlite, was_rolled_back, watch_sqlite
 
 # The statements that failed. Each key is a weak reference to the transaction or savepoint in which
 # a statement failed. Each value is a pair: (1) the message of the driver, (2) True if the error
@@ -118,6 +118,8 @@ def _record_failure(context: ExceptionContext) -> None:
         read_only = connection.info.get(KEY)
         if read_only is not None:
             read_only.record_refusal(context)
+        if context.statement is None and context.execution_context is None:
+            end_failed_commit(connection)
 
 
 def _is_unusable_after(context: ExceptionContext, transaction: Transaction | None) -> bool:

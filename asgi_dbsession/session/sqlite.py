@@ -1,6 +1,7 @@
 """Sends BEGIN on SQLite before each statement that may write, so that a rollback undoes it."""
 
 import re
+from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
 
@@ -75,6 +76,18 @@ def was_rolled_back(connection: Connection) -> bool:
         return False
     vars(connection)[_ROLLED_BACK] = True
     return True
+
+
+def end_failed_commit(connection: Connection) -> None:
+    """Send ROLLBACK after a failed COMMIT, because SQLite keeps its transaction open.
+
+    SQLAlchemy believes that the transaction has ended. If the application closed the session now,
+    the pool would get the connection with the open transaction.
+    """
+    if _WAS_OPEN in vars(connection) and _is_open(connection):
+        vars(connection)[_ROLLED_BACK] = True
+        with suppress(Exception):
+            connection.dialect.do_rollback(connection.connection)
 
 
 def has_open_work(connection: Connection) -> bool:
