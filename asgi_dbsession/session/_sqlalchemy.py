@@ -92,9 +92,11 @@ class ConnectingTransaction(SessionTransaction):
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if type_ is None and self._state is SessionTransactionState.DEACTIVE:
-            # The application caught the error of a flush in the `with` block. SQLAlchemy has rolled
-            # back all work of the block, and would end the block without an error.
+        is_rolled_back = self._state is SessionTransactionState.DEACTIVE and not self.nested
+        if type_ is None and is_rolled_back:
+            # The application caught the error of a flush in the `with session.begin()` block.
+            # SQLAlchemy has rolled back all work, and would end the block without an error. (In a
+            # savepoint, applications expect that: they skip a row that cannot be stored.)
             try:
                 self.commit()
             except PendingRollbackError as error:
