@@ -755,6 +755,30 @@ async def test_the_end_of_a_block_that_may_only_read_does_not_hide_the_loss(
     assert running.stored() == []
 
 
+@pytest.mark.parametrize("real", ["sqlite", "asyncpg", "pymysql-sync"], indirect=True)
+async def test_a_failed_commit_of_the_application_does_not_hide_the_loss(running: Running) -> None:
+    """Only a COMMIT that succeeds accepts the loss."""
+    with running.real.reader.begin() as connection:
+        connection.execute(ENTRY.insert().values(note="taken"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("lost")
+        try:
+            raise LookupError
+        except LookupError:
+            await close_here(running)
+        running.database.get_session().add(Note("taken"))
+        with pytest.raises(IntegrityError):
+            await running.call("commit")
+        await running.call("rollback")
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.messages == []
+    assert isinstance(exchange.error, PrematureClose)
+    assert running.stored() == ["taken"]
+
+
 async def close_here(running: Running) -> None:
     """Close in the thread that handles the exception; in another thread there is no exception."""
     session: Any = running.database.get_session()

@@ -115,11 +115,8 @@ class Companion:
         """True if COMMIT must raise an error, because a write was refused or work was discarded."""
         return self.refused is not None or self.discarded is not None
 
-    def check_commit(self, *, of_savepoint: bool = False) -> None:
+    def check_commit(self) -> None:
         """Raise an error before COMMIT if a write was refused, or if work was discarded.
-
-        Args:
-            of_savepoint: True if a savepoint is about to be released, which stores nothing yet.
 
         Raises:
             ForbiddenWrite: A write was refused, and the application caught the error.
@@ -130,8 +127,6 @@ class Companion:
             raise self.refused
         if self.discarded is not None and current_end.get() is not None:
             raise self.discarded
-        if not of_savepoint:
-            self.discarded = None
 
     def rolled_back(self, reason: Reason) -> None:
         """Forget refused writes and discarded work, because the unit of work was rolled back.

@@ -205,13 +205,15 @@ def _refuse_or_begin(session: Any, *_: object) -> None:
 def _refuse_to_commit(session: Any) -> None:
     # SQLAlchemy calls this function also before it releases a savepoint.
     of_savepoint = session.in_nested_transaction()
-    session._companion.check_commit(of_savepoint=of_savepoint)
+    session._companion.check_commit()
     refuse_if_aborted(session._companion.connections, of_savepoint=of_savepoint)
 
 
 def _record_commit(session: Any) -> None:
     # SQLAlchemy calls this function also when a savepoint is released, which commits nothing.
     if not session.in_nested_transaction():
+        # The application itself has committed, so it accepts that `close()` discarded earlier work.
+        session._companion.discarded = None
         for follower in tuple(session._companion.followers):
             follower.record_commit(session)
 
