@@ -15,7 +15,7 @@ from several import Entry
 from sqlalchemy import event, func, select
 from sqlalchemy.orm import Session
 
-from asgi_dbsession import DBSessionMiddleware, SyncDatabase, on_commit
+from asgi_dbsession import ConfigurationError, DBSessionMiddleware, SyncDatabase, on_commit
 from asgi_dbsession.database import engines, sync_database
 
 pytestmark = pytest.mark.anyio
@@ -233,3 +233,21 @@ async def test_an_interrupted_statement_leaves_no_connection_behind(real: Real) 
             session.execute(select(ENTRY))
         assert checked_out(database) == 0
         assert await ends_by(READ, database) == [True]
+
+
+@pytest.mark.parametrize("real", KINDS, indirect=True)
+async def test_a_block_that_is_open_in_one_thread_cannot_be_opened_in_another(real: Real) -> None:
+    """Otherwise each thread might commit or roll back the work of the other."""
+    with describe(real) as database:
+        shared = database.begin()
+
+        def open_too() -> None:
+            with shared as session:
+                session.execute(ENTRY.insert().values(note="mixed up"))
+
+        for note in ("kept", "kept too"):
+            with shared as session:
+                session.execute(ENTRY.insert().values(note=note))
+                with pytest.raises(ConfigurationError, match="at each place"):
+                    await to_thread.run_sync(open_too)
+    assert real.stored() == ["kept", "kept too"]

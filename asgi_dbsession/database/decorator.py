@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from threading import Lock
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from asgi_dbsession.errors import ConfigurationError, name_of
@@ -25,16 +26,30 @@ class DecoratingBlock(Generic[S]):
 
     def __init__(self, open_block: Callable[[], AbstractContextManager[S]]) -> None:
         self._open_block = open_block
-        self._blocks: list[Any] = []
+        self._open: Any = None
+        self._is_free: Lock = Lock()
 
     def __enter__(self) -> S:
-        block = self._open_block()
-        session = block.__enter__()
-        self._blocks.append(block)
+        # If two threads could open the object at once, each might end the block of the other.
+        if not self._is_free.acquire(blocking=False):
+            raise ConfigurationError(
+                "This `begin()` block is open already, perhaps in another thread. Write "
+                "`with database.begin():` at each place."
+            )
+        try:
+            self._open = self._open_block()
+            session: S = self._open.__enter__()
+        except BaseException:
+            self._is_free.release()
+            raise
         return session
 
     def __exit__(self, *raised: object) -> bool | None:
-        is_handled: bool | None = self._blocks.pop().__exit__(*raised)
+        try:
+            is_handled: bool | None = self._open.__exit__(*raised)
+        finally:
+            self._open = None
+            self._is_free.release()
         return is_handled
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
