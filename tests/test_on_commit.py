@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from conftest import ENTRY, Running, checked_out, real_database
 from pages import Page
 from several import Entry, in_session
 from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from asgi_dbsession import (
     AsyncDatabase,
@@ -211,6 +214,32 @@ async def test_a_savepoint_drops_what_was_given_inside_of_it(
 
     await get(DBSessionMiddleware(app, running.database))
     assert done == expected
+
+
+@pytest.mark.parametrize("catches", ["inside", "outside"])
+async def test_a_failed_flush_drops_what_was_given_in_its_savepoint(
+    running: Running, catches: str
+) -> None:
+    """SQLAlchemy rolls back to the savepoint, and reports only the rollback of the flush."""
+    done: list[str] = []
+    with running.real.reader.begin() as connection:
+        connection.execute(ENTRY.insert().values(note="taken"))
+
+    def in_savepoint(session: Session) -> None:
+        on_commit(lambda: done.append("outer"))
+        session.execute(ENTRY.insert().values(note="kept"))
+        with suppress(IntegrityError), session.begin_nested():
+            session.add(Entry("taken"))
+            on_commit(lambda: done.append("in"))
+            with suppress(IntegrityError if catches == "inside" else LookupError):
+                session.flush()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await in_session(running, in_savepoint)
+        await respond(send)
+
+    await get(DBSessionMiddleware(app, running.database))
+    assert (done, running.stored()) == (["outer"], ["taken", "kept"])
 
 
 async def test_what_the_handler_committed_by_itself_is_followed_up(running: Running) -> None:

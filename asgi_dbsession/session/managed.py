@@ -16,6 +16,7 @@ from .guard import GuardedSession
 from .lock import SessionLock
 from .reads import begin_now
 from .roll_back import roll_back
+from .savepoints import with_outer
 from .sqlite import begin_for_session
 
 S = TypeVar("S")
@@ -219,8 +220,12 @@ def _record_commit(session: Any) -> None:
 
 
 def _record_rollback(session: Any, transaction: SessionTransaction) -> None:
+    # After a failed flush, `transaction` is the flush itself. It has rolled back the savepoint or
+    # transaction around it.
+    around = with_outer(transaction)
+    rolled_back = next(each for each in around if each.nested or each.parent is None)
     for follower in tuple(session._companion.followers):
-        follower.record_rollback(transaction)
+        follower.record_rollback(rolled_back)
 
 
 event.listen(GuardedSession, "after_begin", _set_up_connection)
