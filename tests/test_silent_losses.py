@@ -824,6 +824,21 @@ async def test_a_close_after_an_error_is_no_loss_if_nothing_is_lost_by_mistake(
     await running.assert_clean()
 
 
+async def test_a_block_that_fails_loses_no_earlier_work_in_silence(running: Running) -> None:
+    """`with session:` rolls back also what the request has written before the block."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("lost")
+        with suppress(LookupError):
+            await fail_in_block(running, running.database.get_session())
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.messages == []
+    assert isinstance(exchange.error, PrematureClose)
+    assert running.stored() == []
+
+
 async def fail_in_block(running: Running, session: Any) -> None:
     """Leave a block of the session by an exception.
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import greenlet_spawn
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from asgi_dbsession.errors import ConfigurationError
 
@@ -58,6 +58,11 @@ class _ClosingAsyncSession(AsyncSession):
             await super().close()
         else:
             await _run(self, "close_after_error")
+
+    @override
+    async def __aenter__(self) -> Self:
+        self.sync_session.__enter__()
+        return await super().__aenter__()
 
     @override
     async def __aexit__(

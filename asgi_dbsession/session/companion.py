@@ -80,6 +80,8 @@ class Companion:
             have caught the error. None if no write was refused.
         discarded: The error that COMMIT must raise because `close()` discarded work. None if no
             work was discarded.
+        begun_before: The transaction with work that was open before a `with session:` block. None
+            if there was no work.
         expects_read: True if the last statement of the session may be sent without BEGIN, because
             it only reads. False if it is an INSERT, UPDATE or DELETE, or is given as SQL text.
         connections: The connections that the session has used. Some of these may be closed now.
@@ -95,6 +97,7 @@ class Companion:
     read_only: ReadOnlySession | None = None
     refused: ForbiddenWrite | None = None
     discarded: PrematureClose | None = None
+    begun_before: SessionTransaction | None = None
     expects_read: bool = True
     connections: tuple[Connection, ...] = ()
     connect: Connect | None = None

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, TextClause, UpdateBase
 from sqlalchemy.orm import Session, SessionTransaction
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from asgi_dbsession.errors import PrematureClose
 
@@ -163,6 +163,12 @@ class GuardedSession(ConnectingSession):
         self._close(self.reset if sys.exception() is None else self.close_after_error)
 
     @override
+    def __enter__(self) -> Self:
+        has_work = has_changes(self) or not session_has_only_read(self)
+        self._companion.begun_before = self.get_transaction() if has_work else None
+        return super().__enter__()
+
+    @override
     def __exit__(
         self,
         type_: type[BaseException] | None,
@@ -211,6 +217,10 @@ class GuardedSession(ConnectingSession):
     @locked
     def discard(self) -> None:
         """Roll back the work that an exception interrupted, and empty the session."""
+        companion = self._companion
+        begun, companion.begun_before = companion.begun_before, None
+        if begun is not None and begun is self.get_transaction():
+            companion.discarded = PrematureClose(companion.lock.database)
         super().reset()
 
 
