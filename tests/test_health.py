@@ -110,12 +110,15 @@ async def test_a_server_that_says_nothing_is_told_in_time(kind: str) -> None:
 
 async def test_a_question_that_is_cancelled_leaves_nothing(running: Running) -> None:
     """The client of the health route disconnects."""
+    before = asyncio.all_tasks()
     task = asyncio.create_task(running.database.health(within=30))
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled() or task.result().answers  # a thread may have asked already
     assert (await running.database.health(within=30)).answers  # the same check, in a thread
+    # A cancelled check may take a connection out of the pool before it ends.
+    await becomes_true(lambda: asyncio.all_tasks() == before)
     await becomes_true(lambda: checked_out(running.database) == 0)
 
 
@@ -137,7 +140,6 @@ async def test_questions_of_callers_that_are_cancelled_do_no_harm(
             scope.cancel()
             await running.database.health(within=30)
     assert (await running.database.health(within=30)).answers
-    # A cancelled check may take a connection out of the pool before it ends.
     await becomes_true(lambda: asyncio.all_tasks() == before)
     await becomes_true(lambda: checked_out(running.database) == 0)
 
