@@ -179,8 +179,8 @@ def pool_entry(connection: Connection) -> Any:
 def connections_of(transaction: SessionTransaction) -> dict[Connection, Transaction | None]:
     """Return a dictionary of all connections that a transaction has used, also of closed ones.
 
-    The value is the transaction that the commit of the session will commit on this connection. It
-    is None if the application gave a connection to the session on which it had begun itself.
+    The value is the transaction that the session will commit on this connection. The value is None
+    if the application had begun a transaction before it gave the connection to the session.
     """
     return {
         connection: begun if should_commit else None
