@@ -17,7 +17,7 @@ from .rules import commit_rule
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 D = TypeVar("D")
-# The middleware options that take a function, and the parameter that this function takes.
+# The middleware options that take a function. The value is the name of the function's parameter.
 _PARAMETERS = {"on_commit_error": "error", "on_report": "report", "read_only": "scope"}
 # The default value of the argument `app`: no application was given as the first argument.
 no_application: Any = None
@@ -50,11 +50,13 @@ def usable_databases(
     """Return the databases. If an argument is wrong, return an `Unstartable` object instead.
 
     An `Unstartable` object makes the startup of the server, and each request, fail with the error.
-    The class `Unstartable` explains why an exception is not raised while an event loop is running.
+    If this function raised an exception while a server starts, the server would ignore the
+    exception (see the class `Unstartable`).
 
     Raises:
-        ConfigurationError: An argument is wrong, and no event loop is running. In this case no
-            server is starting yet, so the exception is shown.
+        ConfigurationError: An argument is wrong, and no event loop is running, so no server is
+            starting. This error is not raised if only a URL is wrong, or if a database has no
+            two-phase commit.
     """
     try:
         _check_application(app)
@@ -65,7 +67,8 @@ def usable_databases(
         for name, parameter in _PARAMETERS.items():
             if options[name] is not None:
                 check_function(name, options[name], parameter)
-        commit_rule(options["commit_when"])  # Checks the parameters of the function.
+        # `commit_rule` raises an error if `commit_when` has wrong parameters.
+        commit_rule(options["commit_when"])
         check_number("attempts", options["attempts"])
         if options["retry_after"] is not None:
             check_number("retry_after", options["retry_after"])

@@ -1,4 +1,4 @@
-"""Imports the optional packages (such as `retry`) only if an option needs them."""
+"""Imports an optional subpackage (such as `retry`) only if an option of the middleware needs it."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,12 @@ from .arguments import AnyDatabase
 
 
 def with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIApp:
-    """If a database has replicas, wrap `serve` so that each client reads its own writes.
+    """If a database has replicas, wrap `serve`: then each client reads its own writes.
 
     The wrapper, `Positions`, adds the WAL position (how far the primary has written its log) to the
-    response. `serve` must include the responses of this package itself (503, for example): they
-    need the position too, because the request may have committed before its failure. Without
-    replicas, return `serve` itself.
+    response. The application `serve` must include the responses of this package itself (503, for
+    example): they need the position too, because the request may have committed before its failure.
+    Without replicas, return `serve` itself.
     """
     replica_sets = [each._replica_set for each in databases if each._replica_set is not None]
     if not replica_sets:
@@ -34,7 +34,7 @@ def with_optional_rooms(
     retry_after: int | None,
     on_report: Callable[[UnitReport], object] | None,
 ) -> tuple[ASGIApp, tuple[UnitObserver, ...]]:
-    """Wrap `serve` in the optional packages that the options of the middleware need.
+    """Wrap the application `serve` in the classes that the options need (retries, for example).
 
     Returns:
         A pair: (1) the ASGI application that serves HTTP requests, (2) the observers: objects whose

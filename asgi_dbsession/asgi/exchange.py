@@ -12,7 +12,8 @@ from .rules import CommitRule
 
 # A message of one of these types is the last one of a response if its `more_body` is False.
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
-# Trailers follow the last part of the body. With gRPC, they carry the status of the call.
+# HTTP trailers follow the last part of the body. With gRPC, they carry the status of the call. So
+# work is committed before the trailers too.
 _TRAILERS = "http.response.trailers"
 
 
@@ -40,8 +41,8 @@ class Exchange:
             raise AbortRequest
         kind = message["type"]
         if kind == "http.response.start" and not unit.is_answered:
-            # Import this before COMMIT: if an import failed after COMMIT, the client would get an
-            # error although the work is stored.
+            # Import the function here, before COMMIT: if the import failed after COMMIT, the client
+            # would get an error although the work is stored.
             if _is_event_stream(message):
                 from .optional.events import warn_of_early_events
 
@@ -54,8 +55,8 @@ class Exchange:
                 except Exception as error:
                     unit.failure = unit.failure or error
                     raise AbortRequest from error
-                # Another task of the request may have committed meanwhile, and its COMMIT may have
-                # failed. If so, send nothing.
+                # Another task of the request may have committed meanwhile. If the COMMIT of that
+                # task failed, send nothing.
                 if unit.failure is not None:
                     raise AbortRequest
             elif unit.rollback is not None:
@@ -66,8 +67,8 @@ class Exchange:
                 await self._end_body()
             self.may_commit = True
             # While the last message is sent, uvicorn may start the client's next request in the
-            # same context. That request must not find this unit of work, so set `current_unit` to
-            # None meanwhile.
+            # same context (`contextvars`). That request must not find this unit of work. So set
+            # `current_unit` to None meanwhile.
             token = current_unit.set(None)
             try:
                 await self._send(message)
@@ -97,7 +98,7 @@ def _is_event_stream(start: Message) -> bool:
     # Read the headers only if they are a list. An iterator can be read only once, and the server
     # must read it.
     for name, value in headers if isinstance(headers, list) else ():
-        if name == b"content-length":  # An event stream has no Content-Length header.
+        if name == b"content-length":  # A response of known length is no event stream.
             return False
         if name == b"content-type":
             return bool(value.startswith(b"text/event-stream"))

@@ -20,8 +20,8 @@ from .exchange import Exchange
 from .lifespan import Startable, Unstartable, serve_lifespan
 from .rules import CommitWhen, ReadOnly, apply_read_rule, below_400, commit_rule
 
-# This key of the ASGI scope has the unit of work. An inner DBSessionMiddleware finds the unit of
-# work of the outer DBSessionMiddleware there, and uses its sessions.
+# The key of the ASGI scope under which the unit of work (the sessions of the request) is stored. An
+# inner DBSessionMiddleware finds the outer unit of work there, and uses the same sessions.
 _KEY = "asgi_dbsession"
 
 
@@ -68,9 +68,10 @@ class DBSessionMiddleware:
             of classes, or a plain function that takes an exception and returns True or False. These
             errors may come from the database. They may also be raised by the application, even if
             it answers them with a status of 400 or above.
-        retry_after: The number of seconds for the header `Retry-After` of a 503 response. This
-            response is sent if no connection becomes free within the engine's `pool_timeout`, and
-            the request ends with the error of the pool or a status of 500. None: never send 503.
+        retry_after: The number of seconds for the header `Retry-After` of a 503 response. A request
+            gets this response if no connection of a pool became free within the engine's
+            `pool_timeout`, and the request then fails: with the error of the pool, or with a status
+            of 500. None: never send 503.
         read_only: A plain function, such as `safe_methods`, that takes the ASGI scope and returns
             True if the request may only read. The session and the database then refuse writes, and
             the server gets `ForbiddenWrite` as an exception. None: all requests may write.
@@ -193,7 +194,7 @@ class DBSessionMiddleware:
             failure = unit.failure
             if failure is not None:
                 # The error keeps the data of the request in memory. Tasks that are still running
-                # only need to know that there was an error. So replace it by an empty error.
+                # only need to know that there was an error. So replace the error by an empty one.
                 unit.failure = RuntimeError()
         if failure is not None:
             if unit.is_answered:

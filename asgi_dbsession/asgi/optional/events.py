@@ -26,7 +26,7 @@ _warned: set[str] = set()
 
 
 def warn_of_early_events(unit: UnitOfWork, send: Send) -> Send:
-    """Return a `send` that logs a warning if an event is sent before the work is committed."""
+    """Return a `send` that logs a warning if a server-sent event is sent before the COMMIT."""
     writes = _Writes()
     unit.observers = (*unit.observers, writes)
     for database, opened in tuple(unit.sessions.items()):
@@ -82,7 +82,8 @@ class _Writes(UnitObserver):
             self._record_flush(state.session, None)
 
     def _record_commit(self, session: Session) -> None:
-        # SQLAlchemy calls this function also just before it releases a savepoint.
+        # SQLAlchemy calls this function also just before it releases a savepoint. The release
+        # commits nothing: the writes then belong to the outer savepoint, or to the transaction.
         savepoint = session.get_nested_transaction()
         if savepoint is None:
             self._forget(session, None)

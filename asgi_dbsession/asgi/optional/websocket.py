@@ -46,7 +46,7 @@ class SocketExchange:
         self._waiting = 0
 
     async def receive(self) -> Message:
-        """Commit the work of the calling task, so that it holds no connection while it waits."""
+        """Commit the work of the calling task, which must hold no connection while it waits."""
         await self._end_work(commit=True)
         self._waiting += 1
         try:
