@@ -15,7 +15,7 @@ S = TypeVar("S")
 
 @asynccontextmanager
 async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> AsyncIterator[S]:
-    """Implements `async with database.begin()`; its value is a session."""
+    """Implements `async with database.begin() as session`."""
     if join:
         from .optional.join.block import joined, unit_to_join
 
@@ -36,7 +36,7 @@ async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> A
 
 @contextmanager
 def blocking_block_of(database: SessionSource[S], join: bool, read_only: bool) -> Iterator[S]:
-    """Implements `with database.begin()` of a `SyncDatabase`; its value is a session."""
+    """Implements `with database.begin() as session` of a `SyncDatabase`."""
     if join:
         from .optional.join.block import joined_blocking, unit_to_join
 
@@ -58,34 +58,36 @@ def blocking_block_of(database: SessionSource[S], join: bool, read_only: bool) -
 
 @contextmanager
 def _unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[UnitOfWork]:
-    """Open a unit of work for one database; it is the current unit of work in the `with` block.
+    """Open a unit of work for one database. It is the current one in the `with` block.
 
     The code inside the `with` block must commit or roll back the unit of work, and close it.
     """
     around = current_unit.get()
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
     unit.read_only = read_only
-    # A listener of the application may call `begin()` during the COMMIT of an outer unit of work.
-    # The outer unit of work is marked as closed then, but the listener may still use the outer unit
-    # of work. So remove no unit of work then.
+    # During the COMMIT of an outer unit of work, a listener of the application may call `begin()`.
+    # The outer unit of work is marked as closed already, but the listener may still use its
+    # sessions. So remove no closed units of work during a commit or rollback.
     if not current_end.get():
-        _forget_hidden(unit)
+        _forget_unreachable(unit)
     with made_current(unit):
         yield unit
 
 
-def _forget_hidden(unit: UnitOfWork) -> None:
+def _forget_unreachable(unit: UnitOfWork) -> None:
     """Remove closed outer units of work that `get_session()` can no longer reach.
 
-    `get_session()` searches from the inside to the outside. So it does not reach a closed unit of
-    work if inner units of work have all of its databases. For example, each job may start the next
-    job inside its own `begin()` block. Without this function, the units of work of all earlier jobs
-    would stay in memory.
+    `get_session()` asks the innermost unit of work for a database, then the unit of work around it,
+    and so on, until one has the database. So it never reaches a closed unit of work if inner units
+    of work have all databases of the closed one.
+
+    For example, each job may start the next job inside its own `begin()` block. Without this
+    function, the units of work of all earlier jobs would stay in memory.
     """
-    hidden = set(unit.databases)
+    of_inner = set(unit.databases)
     while (enclosing := unit.enclosing) is not None:
-        if enclosing.closed and hidden.issuperset(enclosing.databases):
+        if enclosing.closed and of_inner.issuperset(enclosing.databases):
             unit.enclosing = enclosing.enclosing
         else:
-            hidden = {*enclosing.databases, *(hidden if enclosing.closed else ())}
+            of_inner = {*enclosing.databases, *(of_inner if enclosing.closed else ())}
             unit = enclosing

@@ -17,7 +17,7 @@ current_unit: ContextVar[UnitOfWork | None] = ContextVar("asgi_dbsession", defau
 
 @contextmanager
 def made_current(unit: UnitOfWork) -> Iterator[None]:
-    """Make `unit` the current unit of work, which `get_session()` uses, in the `with` block."""
+    """In the `with` block, make `unit` the current unit of work, which `get_session()` uses."""
     around = current_unit.get()
     was_closed = around is not None and around.closed
     current_unit.set(unit)
@@ -76,7 +76,7 @@ def get_sync_session() -> Session:
 async def session_dependency() -> AsyncSession:
     """Return the same session as `get_session()`; for `Depends(session_dependency)` in FastAPI.
 
-    This is a coroutine function without parameters, as `AsyncDatabase.session_dependency` explains.
+    `AsyncDatabase.session_dependency` explains why this is a coroutine function without parameters.
     """
     return get_session()
 
@@ -100,7 +100,8 @@ def _default_session(*, is_async: bool) -> Any:
 def _nearest_open(unit: UnitOfWork | None) -> UnitOfWork | None:
     """Return the nearest unit of work that is open, or the outermost one if all are closed.
 
-    Code that uses the closed one gets the error `SessionClosed`, which explains the mistake.
+    If all are closed, code that uses the outermost one gets `SessionClosed`, which explains the
+    mistake.
     """
     while unit is not None and unit.closed and unit.enclosing is not None:
         unit = unit.enclosing

@@ -1,4 +1,4 @@
-"""The function `set_rollback`, by which code controls how the current unit of work ends."""
+"""The function `set_rollback`, which decides if the current unit of work is rolled back."""
 
 from asgi_dbsession.errors import ConfigurationError, NoSession, SessionClosed
 from asgi_dbsession.session.end import current_end
@@ -30,16 +30,19 @@ def set_rollback(rollback: bool) -> None:
 
 
 def take_decision(unit: UnitOfWork, task: object, *, has_work: bool) -> bool | None:
-    """Return the value that `set_rollback` was called with for the work of `task`, and forget it.
+    """Return the last `set_rollback` decision about the work of `task`, and forget it.
 
     Args:
         unit: The unit of work.
         task: The task that is about to send a message or to wait for a message.
-        has_work: True if `task` has uncommitted work, or if no task has any. Then `set_rollback`
-            calls of worker threads, and of tasks that have ended, count as calls of `task` too.
+        has_work: True if work of `task` is committed now, or if no task has uncommitted work. Then
+            `set_rollback` calls of worker threads, and of tasks that have ended, count too: their
+            work is committed together with the work of `task`. False if only the calls of `task`
+            count.
 
     Returns:
-        The argument of the last such call: True or False. None if there was no such call.
+        The argument of the last `set_rollback` call that counts: True or False. None if no call
+        counts.
     """
     taken = [
         each
@@ -65,9 +68,10 @@ def unit_to_decide(*, also_at_end: bool = False) -> UnitOfWork:
     unit = current_unit.get()
     if unit is None:
         raise NoSession("any database")
-    # During the last COMMIT, the unit of work is already marked as closed. A listener for a
-    # SQLAlchemy event, which the application has added, may still call `on_commit` then. A task
-    # that outlives the request must get an error, because no COMMIT follows.
+    # The unit of work is marked as closed before its last COMMIT. During this COMMIT, a listener of
+    # the application (for an SQLAlchemy event) may still call `on_commit`. In such a listener,
+    # `current_end` is set. All other callers, such as a task that outlives the request, get an
+    # error, because no further COMMIT follows.
     is_closed = unit.closed or (unit.joined is not None and unit.outermost.closed)
     if is_closed and not (also_at_end and current_end.get() and unit.outermost.sessions):
         raise SessionClosed("any database")

@@ -31,7 +31,9 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
 
 
 def commit_reads(unit: UnitOfWork) -> bool:
-    """If a unit of work has one session, which has only read, commit it. This waits for nothing.
+    """Commit the unit of work without an `await`, if it has one session that has only read.
+
+    Such a commit sends nothing to the database.
 
     Returns:
         True if the session was committed. False if nothing was done, and the caller must call
@@ -64,7 +66,8 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         return
     own, failed = sort_work(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
-    # If the work of `task` stays uncommitted now, keep its `set_rollback` call for that work.
+    # If the work of `task` stays uncommitted now, keep the `set_rollback` call of `task` for the
+    # commit of this work.
     if unit.rollbacks and (own or not working or living == "refuse"):
         rollback = take_decision(unit, task, has_work=bool(own) or not working)
         if rollback is not None:
@@ -133,7 +136,7 @@ async def close(
 
 
 def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
-    """Close a unit of work on the current thread. `unit.is_blocking` must be True."""
+    """Close the unit of work of a `with SyncDatabase.begin()` block, on the current thread."""
     complete_here(close(unit, commit=commit, error=error))
 
 
@@ -154,7 +157,7 @@ def _close_idle(opened: Iterable[ManagedSession[Any]]) -> tuple[Sessions, Except
 
 
 async def _close_left(unit: UnitOfWork) -> None:
-    """Close the sessions that a signal handler has left open, by raising an exception."""
+    """Close the sessions that are still open because a signal handler raised an exception."""
     left = [each for each in unit.opened if not each.lock.is_closed]
     if left:
         ending = roll_back_all(left, End(commit=False, reason="exception", close=True), None)

@@ -8,7 +8,7 @@ from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.end import End
 from asgi_dbsession.session.managed import ManagedSession
 
-# The open units of work that have opened a session, if an object observes them.
+# The open units of work that have opened a session. Units of work without observers are left out.
 observed: set[Any] = set()
 
 
@@ -27,7 +27,11 @@ class UnitObserver:
         """Called when no database uses `engine` any more: remove your listeners from it."""
 
     def unit_began(self, unit: Any) -> None:
-        """Called when a unit of work begins, but not for observers that a database adds later."""
+        """Called when a unit of work begins.
+
+        A unit of work gets the observers of a database later, when it opens a session of the
+        database. This method is not called for these observers.
+        """
 
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
         """Called when a unit of work has opened its session of `database`."""

@@ -64,7 +64,7 @@ class UnitReport:
         duration: How long the unit of work took, in seconds, including its `on_commit` functions.
         databases: The databases of which the unit of work opened sessions, in the order of the
             arguments of `DBSessionMiddleware`.
-        attempt: The number of the attempt to serve the request: 1, or more if it is retried.
+        attempt: 1 for the first attempt to serve the request, 2 for the first retry, and so on.
         will_retry: True if the request will be retried because of a conflict, as far as is known
             when the unit of work ends. False for a `begin()` block inside a request.
         read_only: True if the unit of work was allowed to read only.

@@ -9,11 +9,10 @@ from asgi_dbsession.session.tasks import current_task, has_ended, is_waiting_for
 
 from .unit_of_work import UnitOfWork
 
-# If one task is about to commit its work, another task that is still running may have uncommitted
-# work in the same session. `Living` says what `sort_work` does then. "refuse" (for WebSockets):
-# raise ConcurrentUse if both tasks have work in the session. "leave" (at the end of a response
-# body): do not commit this session yet. "include" (after the application has returned): commit the
-# work of all tasks.
+# What `sort_work` does with the work of living tasks (other tasks that are still running), if one
+# task is about to commit work in the same session. "refuse" (for WebSockets): raise ConcurrentUse
+# if both tasks have work in the session. "leave" (at the end of a response body): do not commit
+# this session yet. "include" (after the application has returned): commit the work of all tasks.
 Living: TypeAlias = Literal["refuse", "leave", "include"]
 
 
@@ -26,8 +25,10 @@ def sort_work(
     waited for it. The work of a task that raised an exception must be rolled back.
 
     Returns:
-        A pair of lists. (1) The sessions to commit or roll back, as the message of `task` requires.
-        (2) The sessions to roll back in any case. Sessions in neither list stay as they are.
+        A pair of lists. (1) The sessions whose work counts as work of `task`. The caller commits
+        this work, or rolls it back, for example before a message that reports an error. (2) The
+        sessions that only failed tasks have used, which must be rolled back. Sessions in neither
+        list stay as they are.
 
     Raises:
         ConcurrentUse: One transaction has work of `task` and work of another task that is still
@@ -41,7 +42,8 @@ def sort_work(
         changer = lock.last_user if _is_in_memory(lock) else None
         if changer is not None and not has_ended(changer):
             lock.users.add(changer)
-        # A task that waits for `task` does nothing else, so its work counts as work of `task`.
+        # A parent task may only wait for `task`, as in `asyncio.wait_for` before Python 3.12. Then
+        # `task` acts for the parent task, and the work of both counts as work of `task`.
         others = {
             each for each in lock.users if each is not task and not is_waiting_for(each, task)
         }
@@ -81,17 +83,17 @@ def _refuse(unit: UnitOfWork, error: ConcurrentUse) -> ConcurrentUse:
 def is_of(task: object, asking: object) -> bool:
     """Return True if a commit for the task `asking` includes the work of the task `task`.
 
-    A commit for a task includes its own work, and the work of tasks that have ended. If `asking` is
+    A commit for a task includes the work of this task, and of tasks that have ended. If `asking` is
     None, the commit includes the work of all tasks.
     """
     return asking is None or task is None or task is asking or has_ended(task)
 
 
 def _is_in_memory(lock: SessionLock) -> bool:
-    """Return True if the only work of a session is attributes that were changed in Python.
+    """Return True if the only work of a session is changed attributes of Python objects.
 
     SQLAlchemy does not report which task changed an attribute. So the change counts as work of the
     task that used the session last. If that task has ended, the change counts as work of the task
-    that sends the message.
+    that commits now.
     """
     return not lock.is_used and not lock.is_busy

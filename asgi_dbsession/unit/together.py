@@ -45,8 +45,9 @@ async def flush_all(sessions: Sessions, end: End, run: Run | None = None) -> Bas
     Args:
         sessions: The sessions to flush.
         end: The commit for which the sessions are flushed.
-        run: The function that calls `flush`, for example `call_here`. None to use the attribute
-            `run` of each session.
+        run: A function that calls `flush`. `call_here` calls it on the current thread. None: use
+            the attribute `run` of each session, which calls it in a greenlet (async) or a worker
+            thread.
     """
     end.needs_loop = run is None
     for each in sessions:

@@ -30,13 +30,15 @@ class UnitOfWork:
     """The sessions of one request or `begin()` block, which are committed or rolled back together.
 
     A request gets an empty unit of work at its start. If `get_session()` made the unit of work
-    later, in an inner task or worker thread, the middleware would not see the new `current_unit`.
+    later, in an inner task or worker thread, it would set the context variable `current_unit` only
+    there, and the middleware would not find the unit of work.
 
     Args:
         databases: The databases. The first one of each kind (async or sync) is the default.
         scope: The ASGI scope for `session.info["scope"]`. None outside of a request, and after its
             end.
-        enclosing: The outer unit of work, for databases that are not in `databases`.
+        enclosing: The unit of work around this one, for databases that are not in `databases`. None
+            if there is none.
         observers: Objects whose methods are called at each event of this unit of work. The
             observers of a database are added when its session is opened.
 
@@ -44,18 +46,20 @@ class UnitOfWork:
         sessions: The sessions that were opened, by database. Empty after the end.
         is_inner: True if this is a `begin()` block or an `on_commit` call inside another unit of
             work.
-        joins_outer_unit: True if `enclosing` is a part of the same request. If `enclosing` has the
-            same database, the session belongs to `enclosing`.
-        joined: The outer unit of work whose session a `begin(join=True)` block uses, or None.
+        joins_outer_unit: True in an inner DBSessionMiddleware of the same request, and in a
+            `begin(join=True)` block. If an outer unit of work of the same request has the same
+            database, the session belongs to the outer unit of work.
+        joined: In a `begin(join=True)` block: the unit of work whose session the block uses. None
+            elsewhere.
         rollback: The value of the last `set_rollback` call since the last commit, or None.
         rollbacks: For each task, the argument of its last `set_rollback` call. The newest call is
             last.
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
         failure: The first error of a commit or rollback. After this error, no message may be sent.
         callbacks: The functions given to `on_commit`, as objects of the class `AfterCommit`.
-        two_phases: The object of the class `TwoPhases` that commits the sessions, or None.
+        two_phases: The object that commits the sessions with a two-phase commit, or None.
         read_only: True if the sessions may only read. Set it before the first session is opened.
-        is_routed: True if one of the sessions may use a replica.
+        is_routed: True if the database of one of the sessions has replicas.
         is_blocking: True if commit and rollback run on the calling thread, without an event loop.
         is_answered: True after the start of the response was sent; always True for a WebSocket.
         has_news: True if a session has done something to report since the last commit or rollback.
@@ -143,7 +147,7 @@ class UnitOfWork:
         )
 
     def within(self, databases: tuple[SessionSource[Any], ...]) -> "UnitOfWork":
-        """Make a new unit of work inside this one. It has no scope if the request has ended."""
+        """Make a new unit of work inside this one. Its `scope` is None if the request has ended."""
         serving = next((each for each in self.chain() if not each.is_inner), None)
         scope = serving.scope if serving is not None else None
         unit = UnitOfWork(databases, scope, self, self.observers)
@@ -183,7 +187,8 @@ class UnitOfWork:
         if not self.observers:
             self.observers = database.observers
         elif database.observers:
-            # The outer unit of work may have the same observer. Keep each observer once.
+            # The database may have an observer that the unit of work has already. Keep each
+            # observer once.
             self.observers = tuple(dict.fromkeys((*self.observers, *database.observers)))
         if self.observers:
             observed.add(self)

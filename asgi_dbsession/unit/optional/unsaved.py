@@ -1,4 +1,4 @@
-"""Logs an error if a handler changed objects after the client had disconnected."""
+"""Logs an error if changed objects are lost because a response was cut short."""
 
 import logging
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _UNSAVED = (
 
 
 def log_unsaved(unit: UnitOfWork, opened: Iterable[ManagedSession[Any]]) -> None:
-    """Log an error if changed objects are lost because the response was not completed."""
+    """Log how many changed objects were not stored, if there are any."""
     unsaved = sum(
         len(each.orm.new) + len(each.orm.dirty) + len(each.orm.deleted) for each in opened
     )

@@ -24,13 +24,14 @@ async def call_after_commit(
     *,
     close: Close,
 ) -> None:
-    """Call the `on_commit` functions whose work was committed. Drop those that are not needed now.
+    """Call the `on_commit` functions whose work was committed. Drop those whose work was not.
 
     Args:
         unit: The unit of work.
         end: The commit or rollback that has ended.
         given: The functions that were given to `on_commit` before this commit or rollback.
-        stored: The functions that waited for work that the application itself has committed.
+        stored: The functions in `given` whose work was stored earlier, because the application
+            called `commit()` itself. They are called even if this COMMIT has failed.
         working: The sessions that were committed or rolled back.
         close: The function that commits or rolls back a unit of work, and closes it.
     """
@@ -70,11 +71,12 @@ def _settle(
     stored: Sequence[AfterCommit],
     working: Sessions,
 ) -> list[AfterCommit]:
-    """Remove the `on_commit` functions that wait for nothing more. Return those to call now."""
+    """Remove the `on_commit` functions whose work has ended. Return those to call now."""
     due: list[AfterCommit] = []
     for each in tuple(callbacks):
-        # Keep an `on_commit` function of another task, and one that was given during this COMMIT: a
-        # later COMMIT may store its work.
+        # This commit is not about the functions of other tasks, nor about functions that were given
+        # to `on_commit` while this commit ran. Keep these functions, unless this is the last commit
+        # (`end.close`): a later COMMIT may store the work that they wait for.
         is_concerned = each in given and is_of(each.given_by, end.task)
         ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):

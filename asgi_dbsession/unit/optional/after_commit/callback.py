@@ -20,7 +20,7 @@ _logger = logging.getLogger("asgi_dbsession")
 
 @dataclass(slots=True, eq=False)
 class AfterCommit:
-    """A function given to `on_commit`, and which uncommitted work it waits for.
+    """A function given to `on_commit`, with the uncommitted work that it waits for.
 
     Attributes:
         function: The function.
@@ -43,7 +43,11 @@ class AfterCommit:
     _transactions: set[SessionTransaction] = field(default_factory=set)
 
     def attach(self, opened: ManagedSession[Any]) -> None:
-        """Let the `on_commit` function wait for the open transactions of the session."""
+        """Call the `on_commit` function only after the session has committed its open transaction.
+
+        After a rollback of this transaction, or of a savepoint that is open now, the function is
+        never called.
+        """
         session = opened.orm
         if session.in_transaction():
             self._pending.add(session)
@@ -61,7 +65,7 @@ class AfterCommit:
         self._transactions.clear()
 
     def waits_for_others(self, sessions: Iterable[ManagedSession[Any]]) -> bool:
-        """Return True if the `on_commit` function also waits for a session not in `sessions`."""
+        """Return True if the function also waits for the COMMIT of a session not in `sessions`."""
         others = self._pending.difference(each.orm for each in sessions)
         return any(each.in_transaction() for each in others)
 
@@ -75,17 +79,22 @@ class AfterCommit:
         return self.committed or (success and not self.rolled_back and not self._pending)
 
     def record_commit(self, session: Session) -> None:
-        """Called after a COMMIT of a session: the `on_commit` function need not wait for it now."""
+        """Called after a COMMIT of a session: the function no longer waits for this session."""
         if session in self._pending and session.get_transaction() not in self._transactions:
-            # The `on_commit` function waits for a transaction that was rolled back: the session is
-            # in a new transaction already. SQLAlchemy has not reported this rollback.
+            # The session has committed a newer transaction. So the transaction that the `on_commit`
+            # function waits for was rolled back, although SQLAlchemy has not reported this
+            # rollback.
             self.rolled_back = True
         self._pending.discard(session)
         self.committed = self.committed or not (self._pending or self.rolled_back)
 
     def record_rollback(self, transaction: SessionTransaction) -> None:
-        """Called after a rollback: drop the function if the work that it waits for is undone."""
-        # If no work was uncommitted at the call of `on_commit`, the next work counts.
+        """Called after a rollback.
+
+        If the work that the `on_commit` function waits for is undone, the function is never called.
+        """
+        # If there was no uncommitted work at the call of `on_commit`, the function waits for the
+        # next transaction. So a rollback of the next transaction drops the function too.
         is_next = transaction.parent is None and not self._pending
         if transaction in self._transactions or is_next:
             self.rolled_back = not self.committed

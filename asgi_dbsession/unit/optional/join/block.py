@@ -100,8 +100,8 @@ class _Block:
         is_outermost = lock.acquire()
         try:
             # `begin_nested` first flushes changes that were made before the `begin(join=True)`
-            # block. So these changes are outside of its savepoint, and a rollback of the block
-            # keeps them.
+            # block. So these changes are outside of the block's savepoint, and a rollback of the
+            # block keeps these changes.
             self._savepoint = self._opened.orm.begin_nested()
             self._forbids_writes = self._forbids_writes and self._companion.read_only is None
             if self._forbids_writes:
@@ -129,8 +129,7 @@ class _Block:
             if error is None:
                 raise
             # The outer unit of work ended before the `begin(join=True)` block. So the work of the
-            # block was committed or rolled back already, together with the work of the outer unit
-            # of work.
+            # block was committed or rolled back already, as a part of the outer unit of work.
             return
         was_closed = self.unit.closed
         try:
@@ -153,9 +152,9 @@ class _Block:
             self._companion.check_commit()
             if self._is_open:
                 self._savepoint.commit()
-            # The application called `commit()` inside a read-only `begin(join=True)` block, and the
-            # next transaction may only read too. End this transaction, because the outer unit of
-            # work may write.
+            # The application called `commit()` inside a read-only `begin(join=True)` block. The
+            # transaction since then may only read too. End this transaction, because the outer unit
+            # of work may write.
             elif self._forbids_writes:
                 self._opened.orm.flush()
                 self._opened.orm.rollback()
@@ -167,9 +166,9 @@ class _Block:
         try:
             if self._is_open:
                 self._savepoint.rollback()
-            # The application called `commit()` inside the `begin(join=True)` block, which ended its
-            # savepoint. So roll back the transaction since then: all of its work belongs to the
-            # block.
+            # The application called `commit()` inside the `begin(join=True)` block. This ended the
+            # savepoint of the block, and began a new transaction. All work of the new transaction
+            # belongs to the block. So roll back the whole transaction.
             else:
                 self._opened.orm.rollback()
         except Exception as failure:

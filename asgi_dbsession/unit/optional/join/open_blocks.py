@@ -1,4 +1,4 @@
-"""Refuses code outside of an open `begin(join=True)` block, while the block uses the session."""
+"""Raises an error if code outside of an open `begin(join=True)` block uses its session."""
 
 from typing import Any
 

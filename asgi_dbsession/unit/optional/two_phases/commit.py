@@ -65,11 +65,11 @@ class TwoPhases:
         self._names = Names(databases)
 
     def anew(self, databases: int) -> Self:
-        """Return a new object for another unit of work, which runs an `on_commit` function."""
+        """Return a new `TwoPhases` for the unit of work in which an `on_commit` function runs."""
         return type(self)(databases)
 
     def manage(self, opened: ManagedSession[S]) -> ManagedSession[S]:
-        """Return the session that the unit of work must use in the place of `opened`."""
+        """Return a replacement for the session `opened`: a session that can also send PREPARE."""
         return TwoPhaseSession(opened, self._names)
 
     async def commit(self, unit: UnitOfWork, sessions: Sessions, end: End) -> BaseException | None:
@@ -79,7 +79,8 @@ class TwoPhases:
             unit: The unit of work that opened the sessions.
             sessions: The sessions that have work, in the order in which their databases were
                 declared.
-            end: The object that describes this commit. The lock of each session gets it.
+            end: The object that describes this commit. By this object, the lock of a session
+                recognizes the commit.
 
         Returns:
             The first error, or None if all COMMITs succeeded.
@@ -105,14 +106,18 @@ class TwoPhases:
             failure = await _commit_prepared(prepared, end)
         for each in prepared:
             if each.in_doubt and failure is not None:
-                # An operator must end these transactions.
+                # These transactions may still be prepared on the servers. Log their names, because
+                # an operator must commit them or roll them back.
                 _logger.error(_IN_DOUBT, each.in_doubt, exc_info=failure)
                 self._names.renew()
         return failure
 
 
 def _add_deciding(deciding: Session | None, unit: UnitOfWork, sessions: Sessions) -> None:
-    """Add the deciding session (see the top of this file) to `sessions`, even if it has no work.
+    """Add the deciding session to `sessions`, even if it has no work.
+
+    After a crash, this session shows an operator what to do with the others (see the top of this
+    file). So it must take part in each two-phase commit.
 
     Raises:
         ConcurrentUse: The deciding session has uncommitted work of another task.

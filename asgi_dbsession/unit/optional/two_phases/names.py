@@ -14,6 +14,9 @@ _PREFIX = "asgi_dbsession_"
 class Names:
     """Gives names to the two-phase transactions of one unit of work, before they begin.
 
+    By the name, an operator finds a prepared transaction on the server, and can commit it or roll
+    it back.
+
     A name has three parts: a random text, which is the same for all transactions of the unit of
     work; the number of the transaction; and how many databases the unit of work has.
 
@@ -38,16 +41,19 @@ class Names:
 
     @property
     def deciding(self) -> Session | None:
-        """The session whose transaction has number 1. None if no transaction is open now."""
+        """The session of transaction number 1, which decides for all others (see `Names`).
+
+        None if no transaction is open now.
+        """
         begun = self._begun
         return begun[0] if any(each.in_transaction() for each in begun) else None
 
     def connect(self, session: Any, engine: Engine) -> Connection:
-        """Return a new connection for a session. The next transaction on it gets a name.
+        """Return a new connection for a session. Its next transaction gets a name of this package.
 
-        Only the transaction on the session's first connection gets a name. The name contains the
-        place of this transaction in the order of COMMITs. For further connections of the session
-        (SQLAlchemy's option `binds`), this order is not known.
+        The name contains the number of the transaction. A session has only one number, so only the
+        first connection of the session gets such a name. For further connections of the session
+        (SQLAlchemy's option `binds`), SQLAlchemy makes a random name.
         """
         if session._companion.open_connections:
             return engine.connect()
@@ -62,7 +68,7 @@ class Names:
         return connection
 
     def _name(self, session: Session) -> str:
-        """Return the name for the next transaction of a session.
+        """Return the name (in MariaDB the `xid`) for the next two-phase transaction of a session.
 
         The name has at most 64 bytes, which is the limit of MariaDB. PostgreSQL allows 199 bytes.
         """

@@ -46,11 +46,11 @@ class TwoPhaseSession(ManagedSession[S]):
 
     @override
     def _flush(self) -> None:
-        # The session that is prepared first may have no work of its own. So begin a transaction
-        # here.
+        # Begin a transaction in any case: the deciding session is prepared even if it has no work
+        # (see `_add_deciding`).
         self.orm.connection()
         # With SQLAlchemy's option `binds`, this flush may begin transactions on further engines.
-        # They need `twophase=True`.
+        # These transactions need `twophase=True` too.
         refuse_if_aborted(self.companion.open_connections)
         self.orm.flush()
         # Do not let SQLAlchemy send PREPARE at the end of the flush: `prepare` sends it later.
