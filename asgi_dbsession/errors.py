@@ -20,7 +20,7 @@ class DBSessionError(Exception):
 
 
 class NoSession(DBSessionError, LookupError):
-    """A session of a database was requested where no unit of work has this database."""
+    """A session was requested outside of a request or `begin()` block that uses its database."""
 
     def __init__(self, database: object) -> None:
         if _is_in_bare_thread():
@@ -188,8 +188,9 @@ class AbortRequest(BaseException):
     """
 
 
-# Code that catches AbortRequest must catch all of these, because frameworks and task groups may
-# replace an AbortRequest by another exception.
+# An `except` for AbortRequest (the exception that stops the application, see above) must name all
+# these classes: a framework may replace an AbortRequest by another exception, and a task group may
+# wrap it in an exception group.
 ABORTED = (AbortRequest, Exception, BaseExceptionGroup)
 
 

@@ -90,8 +90,9 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
         Use this block in workers, scripts and child tasks, and for rows that must be stored even if
         the request is rolled back. COMMIT and ROLLBACK are completed even if the task is cancelled.
-        The block has a transaction of its own. So inside a request, a statement of the block waits
-        for rows that the request has locked. `@database.begin()` is also a decorator for `async
+        The block has a transaction of its own. Inside a request, do not change a row that the
+        request has changed already: the block would wait for the lock of the request, and the
+        request waits for the end of the block. `@database.begin()` is also a decorator for `async
         def` functions.
 
         Args:
@@ -103,10 +104,11 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
                 is open, a new one is opened.
             read_only: True to refuse writes, in the session and in the database. With `join`, the
                 block may only read, even if the outer unit of work may write. Without `join`, a
-                replica is used if there is one. False: writes are refused only if the outer unit of
-                work may not write.
-            after: A value that the property `position` of this object had; only together with
-                `read_only=True`. A replica is used only if it has all changes up to this position.
+                replica is used if there is one. False: writes are refused only if the block joins a
+                unit of work that may not write.
+            after: An earlier value of the property `position`, also from another process. The value
+                says which changes a client has seen. The block reads from a replica only if the
+                replica has all these changes. Use `after` only together with `read_only=True`.
 
         Yields:
             A new session, which is closed permanently at the end of the block. `get_session()`
@@ -177,7 +179,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
                 "trio. Describe it as a SyncDatabase there."
             ) from None
         if self._owns_engine and self._loop is not None and self._loop.is_closed():
-            # The engine's event loop was closed, and no other loop can use its connections.
+            # No other event loop can use the connections of this engine. So build a new engine.
             self._forget_engine()
         self._refuse_other_loop()
         await super().startup()
@@ -197,7 +199,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _refuse_other_loop(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        # This thread has no event loop, so the engine cannot be used in a wrong one.
+        # No event loop runs in this thread, so it is not the wrong event loop for the engine.
         except RuntimeError:
             return
         if self._loop is loop or self._engine is None:

@@ -105,12 +105,12 @@ class Database(EngineLife[E], Generic[E, S]):
 
     @property
     def position(self) -> str | None:
-        """The WAL position up to which the current client has seen the primary; None if unknown.
+        """Which changes the current client has seen, as a position in the log (WAL) of the primary.
 
-        (The WAL position says how far the primary has written its log.) Read this property after a
-        `begin()` block or in an `on_commit` function, and send its value in a message to a worker.
-        In the worker, `begin(read_only=True, after=position)` sees all changes that the client has
-        seen, even on a replica. Without replicas, the value is always None.
+        Read this property after a `begin()` block or in an `on_commit` function, and send its value
+        in a message to a worker. In the worker, `begin(read_only=True, after=position)` sees all
+        changes that the client has seen, even on a replica. The value is None if the client has not
+        used the database yet, and always None without replicas.
         """
         return self._replica_set.position if self._replica_set is not None else None
 
@@ -186,7 +186,10 @@ class Database(EngineLife[E], Generic[E, S]):
         self.observe(observer)
 
     def observe(self, observer: UnitObserver) -> None:
-        """Tell an observer about each engine that this database or one of its replicas uses."""
+        """Tell an observer about each engine that this database or one of its replicas uses.
+
+        An observer is an object that is notified of units of work, for reports for example.
+        """
         self._observers.append(observer)
         if self._engine is not None:
             observer.engine_used(sync_engine_of(self._engine))
@@ -208,7 +211,7 @@ class Database(EngineLife[E], Generic[E, S]):
         replicas: Sequence[str | URL] | Replicas,
         options: dict[str, Any],
     ) -> None:
-        # Do not write `if replicas:` here, because `ReplicaSet` must refuse None and "" too.
+        # Do not write `if replicas:` here. `ReplicaSet` must get None and "" too, to refuse them.
         if replicas not in ((), []):
             from asgi_dbsession.replicas.replica_set import ReplicaSet
             from asgi_dbsession.replicas.route import routed_class

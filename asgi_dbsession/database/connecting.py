@@ -23,7 +23,10 @@ _KEEPERS = ("aiomysql", "asyncmy", "asyncpg")
 
 
 def connect_outside(engine: Engine) -> None:
-    """Let an engine open its connections in an empty context, not in the context of a request.
+    """Let an engine open its connections in an empty `contextvars` context.
+
+    In the context of a request, a connection would keep all context variables of the request in
+    memory as long as the connection is open.
 
     This function replaces the driver's `connect`, and does not use SQLAlchemy's event `do_connect`.
     So the application's own listeners for `do_connect` are called as before. An `async_creator` of
@@ -35,7 +38,7 @@ def connect_outside(engine: Engine) -> None:
 
 
 def connect_in_task(dialect: Any, connect: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call the driver's `connect` in a task of its own, with an empty context."""
+    """Call the driver's `connect` in a task of its own, with an empty `contextvars` context."""
     return await_only(_connect_in_task(dialect, partial(connect, *args, **options)))
 
 
@@ -45,8 +48,8 @@ async def _connect_in_task(dialect: Any, connect: Callable[[], Any]) -> Any:
     try:
         return await task
     except asyncio.CancelledError:
-        # The request was cancelled when the new connection was just open. Nobody else knows the
-        # connection, so close it here.
+        # The request was cancelled just after the new connection was opened. No other code has a
+        # reference to this connection, so close it here.
         if task.done() and not task.cancelled() and task.exception() is None:
             await run_to_completion(greenlet_spawn(dialect.do_terminate, task.result()))
         raise

@@ -138,7 +138,7 @@ class EngineLife(ABC, Generic[E]):
             return self._engine
 
     def _end_start(self) -> E | None:
-        """Count a call of `shutdown`. If the caller must dispose the engine now, return it."""
+        """Count a call of `shutdown`. Return the engine if the caller must dispose it now."""
         with self._starting:
             self._starts = max(0, self._starts - 1)
             if self._starts > 0 or not self._owns_engine or self._engine is None:

@@ -1,4 +1,8 @@
-"""The option `replicas`: the URLs of replicas, and where the WAL position of a client is stored."""
+"""The class `Replicas`: the URLs of replicas, and where to store what each client has seen.
+
+A client must not read older data from a replica than it has seen before. So this package stores up
+to which position in the log (WAL) of the primary each client has seen the database.
+"""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -21,12 +25,12 @@ class PositionStore(Protocol):
         """Return the position that was last saved for the client. None if none was saved."""
 
     async def save(self, scope: Scope, position: str) -> None:
-        """Save the position of the client, if it is greater than the saved position.
+        """Save the position of the client, if this string is greater than the saved string.
 
         Args:
             scope: The ASGI scope of the request.
-            position: The position as a text of at most 60 ASCII characters. The store may delete it
-                after `lifetime` seconds (an attribute of `Replicas`).
+            position: The position as a string of at most 60 ASCII characters. This method may
+                delete the position after `lifetime` seconds (an attribute of `Replicas`).
         """
 
 

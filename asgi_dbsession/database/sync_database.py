@@ -109,8 +109,9 @@ class SyncDatabase(Database[Engine, AnySession]):
         Args:
             join: True to run in a savepoint of the open unit of work, if it has this database.
             read_only: True to refuse writes, and to use a replica if there is one.
-            after: A value that the property `position` of this object had; only together with
-                `read_only=True`. A replica is used only if it has all changes up to this position.
+            after: An earlier value of the property `position`, also from another process. The value
+                says which changes a client has seen. The block reads from a replica only if the
+                replica has all these changes. Use `after` only together with `read_only=True`.
 
         Returns:
             An object for `with` that gives a new session. The session is closed permanently at the

@@ -109,7 +109,8 @@ def _choose_driver(url: URL, *, asynchronous: bool) -> str:
             url.set(drivername=name).get_dialect().import_dbapi()
             return name
     if not drivers:
-        # The dialect is from another package, which has its own default driver.
+        # The lists of drivers do not have this database, so its SQLAlchemy dialect is from another
+        # package. Leave the URL as it is, because the dialect chooses a driver itself.
         return url.drivername
     kind = "asyncio" if asynchronous else "blocking"
     installs = " or ".join(map(_install, drivers))

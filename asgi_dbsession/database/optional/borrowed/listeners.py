@@ -15,13 +15,14 @@ from asgi_dbsession.session.reads import DRIVERS
 from asgi_dbsession.unit.observer import UnitObserver
 
 # This must be an RLock. The garbage collector may call `_release` in the thread that holds this
-# lock.
+# lock, and with a plain lock this thread would wait forever.
 _mutex = RLock()
 # For each engine: one `finalize` object for each database object that uses the engine through
 # `from_engine`. The `finalize` object is alive as long as its database object.
 _users: "WeakKeyDictionary[Engine, list[finalize[..., object]]]" = WeakKeyDictionary()
-# For each engine: the observers of database objects that were garbage collected. Their method
-# `engine_left` is called later, when no database object uses the engine any more.
+# An observer is an object that a database object notifies of its units of work. After a database
+# object was garbage collected, this dictionary keeps its observers, by engine. When no other
+# database object uses the engine either, the method `engine_left` of the observers is called.
 _observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
 
 
@@ -67,5 +68,5 @@ def _connect_as_before(engine: Engine) -> None:
 
 
 def _is_used(original: Engine) -> bool:
-    """Return True if a database object uses the engine, or a copy of it with other options."""
+    """Return True if a database object uses the engine, or a copy made by `execution_options`."""
     return any(users and original_engine(engine) is original for engine, users in _users.items())

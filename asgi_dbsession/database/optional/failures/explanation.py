@@ -94,7 +94,7 @@ def _advice_for(chain: list[BaseException]) -> str | None:
 
 
 def reason_of(database: Any, error: Exception) -> str:
-    """Return the message of the driver in one line. To hide a secret, return the error's class."""
+    """Return the message of the driver in one line, or only the error's class to hide a secret."""
     original = getattr(error, "orig", None) or error
     text = " ".join(str(original).split()) or type(original).__name__
     if tells_a_secret(text, secrets_of(database.url, database._engine_options)):

@@ -20,7 +20,11 @@ _FIRST_LOOK, _LAST_LOOK = 0.0005, 0.02
 
 
 class TaskQuestions:
-    """Checks an async database in a task, which is cancelled if no caller waits for it any more."""
+    """Checks in a task if an async database answers, by sending it a statement.
+
+    Callers at the same time wait for the same task. If no caller waits any more, this task is
+    cancelled.
+    """
 
     def __init__(self) -> None:
         self._current: tuple[AsyncEngine, asyncio.Task[None]] | None = None

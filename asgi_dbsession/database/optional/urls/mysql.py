@@ -33,7 +33,7 @@ def for_mysql(options: UrlOptions) -> None:
 
 
 def _context(mode: str, files: dict[str, str | None]) -> SSLContext:
-    """Make an SSL context that does what MySQL's programs do at the same value of `ssl-mode`.
+    """Make an SSL context that checks the server as the client `mysql` does with this `ssl-mode`.
 
     Source: https://dev.mysql.com/doc/refman/8.4/en/connection-options.html#option_general_ssl-mode
     """

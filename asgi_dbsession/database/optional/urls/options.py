@@ -11,9 +11,10 @@ from sqlalchemy import URL
 
 from asgi_dbsession.errors import ConfigurationError, without_secrets
 
-# Different database programs use these different names for the TLS option.
+# The names of the option that switches TLS on. Drivers, database clients and hosting providers have
+# different names for it.
 _SSL_MODE = ("sslmode", "ssl-mode", "ssl_mode", "sslMode", "ssl", "sslaccept")
-# Other names for the values of PostgreSQL's option `sslmode`.
+# Values of the TLS option as other programs write them, with the matching values of `sslmode`.
 _SYNONYMS = {
     "0": "disable",
     "1": "require",
@@ -49,12 +50,12 @@ class UrlOptions:
         self.arguments: dict[str, Any] = {}
 
     def take(self, *names: str) -> str | None:
-        """Remove an option from the URL, by any of its names. Return its value. None without it."""
+        """Remove an option with one of these names from the URL, and return its value or None."""
         found = [self.query.pop(name) for name in names if name in self.query]
         return found[0] if found and isinstance(found[0], str) else None
 
     def number(self, name: str, of: Callable[[str], float], to: str | None = None) -> None:
-        """Move an option from the URL to `connect_args`, and convert it to a number."""
+        """Move an option from the URL to `connect_args`, under the name `to`, as a number."""
         value = self.take(name)
         if value is not None:
             try:
@@ -75,11 +76,14 @@ class UrlOptions:
 
 
 def take_ssl_mode(options: UrlOptions, modes: Sequence[str]) -> str | None:
-    """Remove the TLS option from the URL, and return its value as PostgreSQL's programs write it.
+    """Remove the TLS option from the URL, and return its value as in PostgreSQL's `sslmode`.
+
+    For example, MySQL's value `VERIFY_IDENTITY` becomes `verify-full`. None if the URL has no TLS
+    option.
 
     Args:
         options: The options in the URL.
-        modes: The values that the driver supports. Any other value is refused.
+        modes: The values that the driver supports. For any other value, an error is raised.
     """
     value = options.take(*_SSL_MODE)
     if value is None:
@@ -103,7 +107,13 @@ def is_on(value: str | None) -> bool:
 
 
 def known_to(module: str, function: str, *more: str) -> Callable[[], set[str]]:
-    """Return a function that lists the option names of a driver: the parameters of `function`."""
+    """Return a function that lists the names of the connection options that a driver accepts.
+
+    Args:
+        module: The name of a module of the driver.
+        function: The driver's function that connects. Its parameters are the options.
+        *more: The names of further options, which SQLAlchemy itself handles.
+    """
 
     def names() -> set[str]:
         connect = getattr(import_module(module), function)
