@@ -16,10 +16,11 @@ class Choice:
 
     Args:
         server: The replica.
-        answer: What the replica last answered when it was asked how much it has replayed.
-        seen: The WAL position up to which the client has seen the database. Each read from the
-            replica is recorded in this object.
-        lifetime: For how many seconds the cookie or the store keeps this position.
+        answer: What the replica last answered when it was asked which WAL position it has replayed.
+        seen: Up to which WAL position the client has seen the database. Each read from the replica
+            is recorded in this object.
+        lifetime: For how many seconds this object is stored for the next requests of the client (in
+            a cookie, or in a `PositionStore` of the application).
     """
 
     def __init__(self, server: Server, answer: Answer, seen: Seen, lifetime: float) -> None:
@@ -50,8 +51,10 @@ class Choice:
         # Catch all errors: while connecting, some drivers raise errors that SQLAlchemy does not
         # wrap, for example `ConnectionRefusedError`.
         except Exception as error:
+            # The error may be from an event listener of the application. Then the replica is not
+            # down, so raise the error.
             if not keeps_from_connecting(error):
-                raise  # An event listener of the application may have raised this error.
+                raise
             self._server.lost()
             return None
         is_same = False
@@ -65,10 +68,11 @@ class Choice:
     def _is_same(self, connection: Connection) -> bool:
         """Return True if the replica has not restarted since it reported its WAL position.
 
-        After a restart, a replica may accept readers before it has replayed again all that it had
-        replayed before the restart. A restart closes all connections. So if `connection` was opened
+        After a restart, a replica may accept readers before it has replayed again the changes that
+        it had replayed before. A restart closes all connections. So if `connection` was opened
         before the replica reported its position, there was no restart. Otherwise ask the replica
-        again: its name changes with each restart.
+        again. Its answer has a `name`, which is made from the time of the start, and so is another
+        one after a restart.
         """
         opened = connection.info[OPENED]
         if opened <= self._answer.asked:

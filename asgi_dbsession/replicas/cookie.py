@@ -16,8 +16,9 @@ from .seen_here import used_here
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# The key of the ASGI scope for a dictionary: for each `ReplicaSet`, the WAL position up to which
-# the client has seen the database. An inner DBSessionMiddleware uses the same positions.
+# Under this key, the ASGI scope has a dictionary: for each database with replicas (`ReplicaSet`),
+# up to which WAL position the client has seen it. An inner DBSessionMiddleware uses the same
+# dictionary.
 _KEY = "asgi_dbsession.seen"
 _SAFE = ("GET", "HEAD")
 _SHARED = re.compile(rb"(?i)\b(public|s-maxage)\b")
@@ -55,8 +56,8 @@ class Positions:
         finally:
             scope[_KEY] = outer
             # After the start of the response, the client may read newer data, for example in a
-            # streaming body. It is too late for a cookie then, but a store can save the new
-            # position.
+            # streaming body. The cookie was sent with the start of the response. But if positions
+            # are saved in a store and not in cookies, the new position can still be saved.
             await _save(own, scope)
 
 

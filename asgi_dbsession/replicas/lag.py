@@ -24,8 +24,8 @@ class Lag:
     def record(self, answer: Answer) -> None:
         """Record the WAL position that the primary has answered.
 
-        An answer is ignored if less than a tenth of `max_lag` has passed since the last recorded
-        answer. So about ten positions are stored at most.
+        To save memory, an answer is ignored if less than a tenth of `max_lag` has passed since the
+        last recorded answer. Old answers are removed by `floor`.
         """
         with self._mutex:
             history = self._history
@@ -41,13 +41,14 @@ class Lag:
             history.append(answer)
 
     def floor(self, now: float) -> Position | None:
-        """Return the WAL position that a replica must have replayed to be used.
+        """Return the WAL position that a replica must have replayed to be at most `max_lag` behind.
 
-        This is the newest recorded position that is at least `max_lag` seconds old. If there is no
-        such position, this is the oldest recorded one. None if no position is recorded.
+        This is the newest recorded position of the primary that is at least `max_lag` seconds old.
+        If there is no such position, this is the oldest recorded one. None if no position is
+        recorded.
 
-        While the primary is down, it reports no new positions. So the result moves up to the last
-        position that the primary has reported.
+        While the primary is down, no new positions are recorded, and the recorded ones get older.
+        So after `max_lag` seconds, the result is the last position that the primary has reported.
         """
         with self._mutex:
             history = self._history

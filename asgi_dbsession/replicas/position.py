@@ -10,10 +10,10 @@ from zlib import crc32
 
 from typing_extensions import override
 
-# The format of a `Seen` object as a string, for example in a cookie: the timeline, the WAL position
-# and the identifier of the PostgreSQL cluster. If the client has read from a replica, the name of
-# the replica and the time of the read follow. The numbers have a fixed width. So for one cluster,
-# sorted strings are sorted positions.
+# The format of the string that says what a client has seen of a database, for example in a cookie:
+# the timeline, the WAL position and the identifier of the PostgreSQL cluster. If the client has
+# read from a replica, the name of the replica and the time of the read follow. The numbers of a
+# position have a fixed width. So for one cluster, sorted strings are sorted positions.
 _TEXT = re.compile(
     r"([0-9a-f]{8})\.([0-9a-f]{16})\.([0-9a-f]{8})(?:\.([0-9a-f]{8})\.([0-9a-f]{1,10}))?"
 )
@@ -58,12 +58,12 @@ class Seen:
 
     Attributes:
         position: The WAL position that a replica must have replayed before this client may read
-            there.
+            from it.
         replica: The name of the only replica from which the client may read. None if the client may
             read from any replica that has replayed `position`.
-        users: The `Route` objects (one per session) of this client that use the primary. A `Route`
-            is removed when the work of its session has ended, just before this package asks the
-            primary for its WAL position.
+        users: The sessions of this client that use the primary now, each as its `Route` object. A
+            `Route` is removed when the work of its session has ended, just before this package asks
+            the primary for its WAL position.
     """
 
     __slots__ = ("_instead", "_since", "_told", "position", "replica", "users")
@@ -73,7 +73,8 @@ class Seen:
         self.replica: str | None = None
         self.users: set[Any] = set()
         self._since = 0
-        # This string is sent instead of a position if the position of the client is not known.
+        # If it is not known what the client has seen, this string goes into the cookie or the store
+        # instead of a WAL position. Otherwise None.
         self._instead: str | None = None
         self._told: str | None = text
         if text is not None:
@@ -92,8 +93,8 @@ class Seen:
     def is_trusted(self) -> bool:
         """True if this package knows up to which WAL position the client has seen the database.
 
-        A client that has seen nothing yet is known too. If this is False, the client must read from
-        the primary.
+        Also True if the client has seen nothing yet. If this is False, the client must read from
+        the primary, which has all changes.
         """
         return self._instead is None
 
@@ -112,18 +113,20 @@ class Seen:
 
     @property
     def _unclear(self) -> str:
-        """A string which says that the WAL position of the client is not known.
+        """A string for the cookie or the store, which says that the position is not known any more.
 
-        With this string, the next request of the client reads from the primary. Any later position
-        is greater if the two strings are compared. So a store, which keeps the greatest string that
-        it gets, replaces this one when a position is known again.
+        If the next request of the client has this string, the request reads from the primary. A
+        store keeps the greatest string that it gets for a client. This string is greater than that
+        of the last known position, and less than that of any higher position. So the store keeps
+        this string only until a higher position is known.
         """
         return f"{self.position}?" if self.position is not None else "0"
 
     def news(self) -> str | None:
         """Return the string for the cookie or the store. None if it has not changed."""
-        # If `users` is not empty, a session of the client may have committed on the primary, and
-        # the WAL position of this COMMIT is not known yet.
+        # `users` has the sessions of this client that use the primary now. Such a session may have
+        # committed, and the WAL position of its COMMIT is not known yet. So say that the position
+        # of the client is not known.
         text = self._unclear if self.users else self.text
         if text == self._told:
             return None

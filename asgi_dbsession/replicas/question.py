@@ -20,9 +20,11 @@ SELECT standby,
 FROM (SELECT pg_is_in_recovery() AS standby OFFSET 0) AS server
 """
 
-# This query is sent only once on each connection, because the server must read a file to answer it.
-# The value of the last column is new each time that the server is started. It is new after a crash
-# too, because crash recovery resets the statistics.
+# This query identifies a server and its last start. The last column joins two times: when the
+# server was started, and when its statistics were last reset. After a crash, the server may keep
+# the first time, but it resets the statistics. So if the last column is the same as before, there
+# was neither a restart nor a crash. The query is sent only once on each connection, because the
+# server must read a file to answer it.
 IDENTITY = """
 SELECT system_identifier,
        CAST(current_setting('wal_block_size') AS integer),
@@ -31,7 +33,8 @@ SELECT system_identifier,
               (SELECT extract(epoch FROM stats_reset) FROM pg_stat_bgwriter))
 FROM pg_control_system()
 """
-# The answer to `IDENTITY` is stored in `connection.info` under this key.
+# Under this key, `connection.info` has the answer to the query `IDENTITY`: which server this is,
+# and when it was started.
 KEY = "asgi_dbsession.identity"
 
 # Each WAL page begins with a header. In the first page of a WAL segment, the header is longer.
@@ -46,12 +49,12 @@ class Answer(NamedTuple):
         asked: When the query was sent, as a time of Python's `monotonic`.
         position: Up to which position a primary has written the WAL, or a replica has replayed it.
         is_standby: True if the server is a replica, which replays the WAL of another server.
-        flushed: Up to which position a primary has written the WAL to disk, so that replicas get
-            it. An idle primary may do this for its last changes up to 15 seconds later. For a
-            replica, the same as `position`.
-        name: A checksum of the address of the server and of the time of its start. So a replica has
-            a new name after each restart or crash. The name is new because a restarted replica may
-            accept readers before it has replayed again all that it had replayed before.
+        flushed: Up to which position a primary has written the WAL to disk. Replicas get only this
+            part of the WAL. An idle primary may write its last changes to disk up to 15 seconds
+            later. For a replica, the same as `position`.
+        name: A checksum of the address of the server and of the time of its last start. The name
+            shows that a replica has restarted: then it may accept readers before it has replayed
+            again the changes that it had replayed before.
     """
 
     asked: float

@@ -121,7 +121,7 @@ class ReplicaSet:
                 each.__exit__()
 
     def after_fork(self) -> None:
-        """Called in a child process after a fork: forget the answers to the parent process."""
+        """Called in a child process after a fork: forget all answers that the parent has got."""
         for server in self._servers:
             server.forget()
 

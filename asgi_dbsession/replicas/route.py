@@ -34,11 +34,12 @@ class Route:
         self._has_ended = False
 
     def choose(self, session: Session) -> None:
-        """Choose a server before the first statement of a unit of work, and keep it for the others.
+        """Choose the server for the next statement of a session. Called before each statement.
 
-        This is called before each statement. Choose again if the same client has used the primary
-        since the last choice, for example in a `begin()` block. Then the next statement sees what
-        the client has written there.
+        The first statement chooses a server, and the later statements use the same server. The
+        server is chosen again after a commit or rollback of the session. At READ COMMITTED, it is
+        also chosen again if the client has used the primary meanwhile, for example in a `begin()`
+        block. Then the next statement sees what the client has written on the primary.
         """
         is_new = session.bind is None or self._has_ended
         if self._chooses and (is_new or self._is_outdated(session)):
@@ -51,7 +52,7 @@ class Route:
             self._seen.users.add(self)
 
     def connect(self, session: Session, engine: Engine) -> Connection:
-        """Connect to the chosen replica. If none was chosen or it is down, connect to the primary.
+        """Connect to the chosen replica, or to the primary if no replica was chosen or it is down.
 
         If the session uses a further engine (SQLAlchemy's option `binds`), connect to that engine.
         """
@@ -81,9 +82,10 @@ class Route:
         )
 
     def work_ended(self) -> bool:
-        """Called after a commit or rollback.
+        """Called after a commit or rollback. Return True if the session has used the primary.
 
-        Return True if the caller must call `learn`, because the session has used the primary.
+        Then the caller must call `learn`: the client has seen the newest changes, so the WAL
+        position of the primary must be recorded.
         """
         self._has_ended = True
         return self in self._seen.users
@@ -93,9 +95,9 @@ class Route:
 
         From now on, the client must not read older data.
         """
-        # Remove this object from `users` before the query and not after it. During the query,
-        # another thread may begin new work on the primary, and add this object again. Then this
-        # object must stay in `users`.
+        # `users` has the sessions that use the primary now. Remove this session before the primary
+        # is asked, and not afterwards. While the primary answers, another thread may begin new work
+        # in this session, and add the session again. Then the session must stay in `users`.
         self._seen.users.discard(self)
         self._seen.read_from_primary(self._replica_set.ask_primary())
 

@@ -45,8 +45,9 @@ class Server(ABC):
         self.asker: Any = asker
         url = database.url
         self._address = (url.host, url.query.get("host"), url.port, url.database)
-        # Increases each time a replica is chosen. Of equally busy replicas, the one with the
-        # smallest number was chosen longest ago, and is chosen next.
+        # Each choice of a replica has a number, one more than the choice before. This is the number
+        # of the last choice of this replica. Of equally busy replicas, the one with the smallest
+        # number is chosen next, because it was chosen longest ago.
         self.chosen: int = 0
         self.forget()
 
@@ -76,9 +77,10 @@ class Server(ABC):
         return pool.checkedout() if hasattr(pool, "checkedout") else 0
 
     def current(self, now: float) -> Answer | None:
-        """Return the last answer of the server, or None if the server does not answer.
+        """Return what the server last answered when it was asked for its WAL position.
 
-        This waits for a new answer only if the last one is too old.
+        None if the server does not answer. This waits for a new answer only if the last answer is
+        too old.
         """
         last = self._last
         if self._failed is not None:
@@ -92,9 +94,10 @@ class Server(ABC):
         return last
 
     def answer_since(self, moment: float) -> Answer | None:
-        """Return the answer to a query that was sent after `moment`.
+        """Return what the server answers if it is asked for its WAL position after `moment`.
 
-        None if the server does not answer in time.
+        If the server was asked after `moment` already, return that answer. Otherwise ask the server
+        and wait. None if there is no answer in time. `moment` is a time of Python's `monotonic`.
         """
         while True:
             with self._mutex:
@@ -149,7 +152,11 @@ class Server(ABC):
 
     @abstractmethod
     async def stop(self) -> None:
-        """Cancel the running query for the WAL position, or wait for it. Called at shutdown."""
+        """End the running query for the WAL position, if there is one. Called at shutdown.
+
+        A query in a task is cancelled. A query in a thread cannot be cancelled, so wait for it, at
+        most for a second.
+        """
 
 
 class TaskServer(Server):

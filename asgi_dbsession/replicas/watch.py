@@ -1,4 +1,4 @@
-"""Notices lost connections to a replica, and replaces the connections that are older."""
+"""Notices a lost connection to a replica, and then replaces all connections opened before."""
 
 from time import monotonic
 from typing import Any
