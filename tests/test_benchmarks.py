@@ -60,7 +60,7 @@ def _the_picture_has_each_tool(picture: str) -> None:
 
 def test_memory_is_measured_and_nothing_is_left_behind() -> None:
     """The short form of `python -m benchmarks.memory`: a figure for each way, and zeros."""
-    short = ("--clients", "20", "--requests", "200", "--sizes", "10")
+    short = ("--clients", "8", "--requests", "40", "--sizes", "10")
     command = [sys.executable, "-m", "benchmarks.memory", *short]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=True
