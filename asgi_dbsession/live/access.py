@@ -1,4 +1,4 @@
-"""Decides who may see the live page."""
+"""Decides which clients may see the live page (`LivePage`)."""
 
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 
 from asgi_dbsession.types import Scope
 
-# A function that takes the ASGI scope of a request, and returns True if its client may see the live
-# page.
+# A function that decides if a client may see `LivePage`, the web page that shows the database
+# connections. It takes the ASGI scope of the client's request, and returns True or False.
 Allow: TypeAlias = Callable[[Scope], bool]
 
 # Proxies add these headers. A request with such a header came through a proxy, or its client
@@ -20,9 +20,10 @@ def is_local(scope: Scope) -> bool:
     """Return True if a request comes from the same machine, and not through a proxy.
 
     Both the address of the client and the requested host must be this machine. The check of the
-    host protects against a foreign web page: its host name may resolve to 127.0.0.1, and its
-    requests would come from this machine. A request with a header of a proxy is refused, because
-    the server may have read the address of the client from this header.
+    host protects against DNS rebinding: a foreign web page in a local browser may have a host name
+    that resolves to 127.0.0.1, and then its requests come from this machine. A request with a
+    header of a proxy is refused, because the server may have read the address of the client from
+    this header.
     """
     headers = [(_text(key).lower(), _text(value)) for key, value in scope.get("headers", ())]
     if any(key in _OF_PROXIES or key.startswith("x-forwarded") for key, _ in headers):

@@ -1,4 +1,4 @@
-"""Finds out which unit of work holds which connection now, and which units of work wait for one."""
+"""Finds out which units of work hold a connection now, and which wait for a connection."""
 
 from time import perf_counter
 from typing import Any, TypedDict
@@ -51,13 +51,13 @@ class DatabaseNow(TypedDict):
 
 
 class Lanes:
-    """Gives each connection of a pool a number. The page shows the connection in this row."""
+    """Numbers the connections of a pool. The number is the connection's row on the live page."""
 
     def __init__(self) -> None:
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def of(self, entry: Any) -> int:
-        """Return the number of a connection, which never changes. The first number is 1."""
+        """Return the row of a connection, counted from 1. It is the same at each call."""
         if entry not in self._numbers:
             taken = set(self._numbers.values())
             self._numbers[entry] = next(n for n in range(1, len(taken) + 2) if n not in taken)
@@ -118,7 +118,8 @@ class Now:
         shown = max(size, checked_out, self._shown[database], *lanes, 0)
         if most is not None:
             shown = max(min(shown, most), *lanes, 0)
-        # The page never shows fewer rows than before, so that rows do not jump.
+        # If connections were closed, still show their rows. Otherwise the content of the page below
+        # these rows would move up while somebody reads the page.
         self._shown[database] = shown
         others = max(0, checked_out - len(used))
         connections = []

@@ -54,8 +54,8 @@ class EndedUnit(NamedTuple):
     tallies: list[tuple[Any, Tally]]
 
 
-# Four values: (1) the outcome, (2) the reason of a rollback, (3) the name of the error's class, (4)
-# True if the error is a conflict.
+# How a unit of work has ended: (1) the outcome, (2) the reason of a rollback, (3) the name of the
+# error's class, (4) True if the error is a conflict with another transaction.
 _Result: TypeAlias = tuple[Outcome, str, str, bool]
 _SUCCESS: _Result = ("committed", "", "", False)
 
@@ -105,8 +105,8 @@ class LiveObserver(UnitObserver):
     def current_totals(self) -> list[Totals]:
         """Return the numbers for the metrics of each database.
 
-        The first call counts the stored units of work. After that, each unit of work is counted
-        when it ends.
+        To save time, nothing is counted before the first call. The first call counts the ended
+        units of work that are stored. After that, each unit of work is counted when it ends.
         """
         if not self._counts:
             self._counts = True

@@ -39,10 +39,10 @@ _NO_METRICS = "Install prometheus-client for metrics: pip install prometheus-cli
 class LivePage:
     """Shows which requests hold or wait for connections now, and what the last requests did.
 
-    Mount the page at any path: `app.mount("/db", LivePage(database))`. It observes its databases
-    from then on, and holds no connection itself. Below its path, `/json` returns the same data for
-    scripts. `/metrics` returns metrics for Prometheus, if the package `prometheus-client` is
-    installed.
+    Mount the page at any path: `app.mount("/db", LivePage(database))`. From then on, the page
+    records what units of work do with its databases. The page itself needs no connection. Below the
+    path of the page, `/json` returns the same data for scripts. `/metrics` returns metrics for
+    Prometheus, if the package `prometheus-client` is installed.
 
     The page shows methods, routes, lines of code and statements. It shows no values: no path that a
     client sent, no parameter of a statement, no header and no body.

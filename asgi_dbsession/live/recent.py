@@ -37,8 +37,8 @@ class Route(TypedDict):
 class Repeated(TypedDict):
     """A statement that one line of code sent many times in a unit of work (N+1 queries).
 
-    `times` is the number for the worst unit of work. The real number may be higher, because only a
-    limited number of statements is stored for each unit of work.
+    `times` is how often the statement was sent in the unit of work that sent it most often. The
+    real number may be higher, because each unit of work stores a limited number of statements.
     """
 
     route: str

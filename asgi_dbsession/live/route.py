@@ -24,13 +24,13 @@ Named: TypeAlias = tuple[str, str, bool] | None
 
 
 def named(unit: Any, route: RouteName | None, by_quart: Mapping[Any, str]) -> Named:
-    """Return what is needed to name the request of a unit of work, without keeping the request.
+    """Return what is needed to name the request of a unit of work after the request has ended.
 
     Args:
         unit: The unit of work.
         route: A function that names the request. None to use the route of the framework.
-        by_quart: The routes of requests to the framework Quart, which are known only while Quart
-            serves them.
+        by_quart: For each unit of work in a request to the framework Quart, the route of this
+            request. Quart tells the route only during the request.
     """
     scope = unit.scope
     if scope is None:

@@ -13,8 +13,8 @@ class Histogram:
     """A histogram of durations: how many fall into each bucket, and the sum of all durations.
 
     Attributes:
-        counts: How many durations fall into each bucket. Bucket number i has the durations up to
-            `BOUNDS[i]` that are in no bucket before. The last bucket has all longer durations.
+        counts: How many durations fall into each bucket. Bucket i is for durations above
+            `BOUNDS[i - 1]` and up to `BOUNDS[i]`. The last bucket is for all longer durations.
     """
 
     def __init__(self) -> None:
