@@ -49,8 +49,9 @@ def find_line() -> CallSite:
             file = frame.f_code.co_filename
             if _is_application[file]:
                 return file, frame.f_lineno
-    # A sync session has no second greenlet, and a file that was not seen before is not in
-    # `_is_application`. In both cases, search the whole stack.
+    # The short way above fails for a sync session, which does not run in a greenlet of its own. It
+    # also fails if the file is not in the cache `_is_application` yet. In both cases, search the
+    # whole stack.
     except (AttributeError, KeyError):
         pass
     return find_call_site()

@@ -57,8 +57,8 @@ class Recording:
         """Record that the session got a connection, and has begun its transaction.
 
         Args:
-            own: The engine of the session. Connections of other engines are ignored. None to ignore
-                no connection.
+            own: The engine of the session. Connections of other engines are ignored. None to record
+                connections of all engines.
             connection: The SQLAlchemy connection. This object and the pool's connection inside it
                 get the attribute `asgi_dbsession_steps`, which is the list of the session's steps.
         """

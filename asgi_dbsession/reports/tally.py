@@ -20,8 +20,9 @@ MOST_STEPS = 200
 _NOTHING = 50e-6
 # A report shows the SQL text of each step. For a COMMIT or ROLLBACK that failed, the text is:
 FAILED = "failed"
-# Two kinds of steps are shown as another kind: `hold` as a wait for a connection, `prepare` as a
-# COMMIT.
+# These kinds of steps are shown as another kind. The step `hold` is the time from the request for a
+# connection until the session gets the connection, so it is shown as `wait`. The step `prepare` is
+# the first half of a two-phase COMMIT, so it is shown as `commit`.
 _SHOWN_AS: dict[str, Kind] = {"hold": "wait", "prepare": "commit"}
 
 
@@ -87,7 +88,8 @@ class Tally:
                 self.wait_time += stop - start
                 self.since = self._idle_since = stop
                 self._line = None
-            # Ignore a step that is inside of another step: COMMIT may also be sent as a statement.
+            # Ignore a step inside of another step: COMMIT may also be sent as a statement, and then
+            # there are two steps for it.
             elif start >= self._idle_since and (self.since is not None or kind == "statement"):
                 self._operate(kind, start, stop or now, call_site, text)
         if has_ended:
@@ -96,7 +98,9 @@ class Tally:
     def _operate(
         self, kind: str, start: float, stop: float, call_site: CallSite, text: str
     ) -> None:
-        # The application itself has called `commit()` on the connection, and goes on using it.
+        # Usually a session holds no connection after a COMMIT. But here the application has called
+        # `commit()` on the connection itself, and has then sent another statement. So the session
+        # still holds the connection.
         if self.since is None:
             self.since = self._idle_since = start
         idle_time = start - self._idle_since

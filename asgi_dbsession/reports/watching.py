@@ -100,8 +100,9 @@ def _in_two_phases(dialect: Any, name: str) -> Callable[..., None]:
         steps: list[Step] = getattr(connection, "asgi_dbsession_steps", [])
         place, start = len(steps), perf_counter()
         getattr(type(dialect), name)(dialect, connection, *identity, **options)
-        # The driver may have sent a statement as a part of this step. This statement is in the list
-        # already, so insert the step before the statement.
+        # The list has the steps in the order in which they began. As a part of this step, the
+        # driver may have sent a statement, which began later but is in the list already. So insert
+        # this step before the statement.
         steps.insert(place, [_kind(name), start, perf_counter(), find_call_site(), ""])
 
     return end_in_two_phases
