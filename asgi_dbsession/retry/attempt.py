@@ -55,9 +55,9 @@ class RequestAttempt(Withholding):
 
     @override
     def withholds_message(self, message: Message) -> bool:
-        # A success status means that the application has dealt with the error, so send this
-        # response. Any other status reports the error to the client. Then do not send the response
-        # if a retry is possible.
+        # After a conflict, a success status means that the application has handled the conflict
+        # itself, so send the response. Any other status may report the conflict to the client. So
+        # hold the response back if a retry is possible.
         if _is_success(message):
             return False
         self.watched.record_handled_error()

@@ -54,7 +54,12 @@ class Overload(UnitObserver):
 
 
 def on_pool_timeout(companion: Companion, function: Callable[[], None]) -> None:
-    """Call `function` each time the session of `companion` gets no connection in `pool_timeout`."""
+    """Call `function` each time a session gets no connection of its pool within `pool_timeout`.
+
+    Args:
+        companion: The object with the data that this package attaches to the session.
+        function: The function to call.
+    """
 
     def connect_or_tell(connect: Connect, session: Session, engine: Engine) -> Connection:
         try:

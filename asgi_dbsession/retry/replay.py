@@ -46,8 +46,8 @@ class Replay:
         self._body = bytearray()
         self._has_begun = False
         self._has_more = True
-        # An object that identifies the current attempt, until this attempt has received the stored
-        # body. None if no attempt is waiting for the stored body.
+        # If the current attempt must still receive the stored body, an object that identifies this
+        # attempt. Otherwise None: then the attempt receives the next message of the server.
         self._pending: object = None
         self.is_kept: bool = True
         self.is_client_gone: bool = False

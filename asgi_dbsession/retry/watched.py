@@ -137,8 +137,9 @@ def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
         and attempt.committing is connection
         and (not is_lost(context) or may_only_read(connection))
     ):
-        # COMMIT raised this error, so nothing was stored: either the transaction was rolled back,
-        # or it was read-only. (If the connection was lost, nobody knows what was stored.)
+        # COMMIT failed, and nothing was stored: either the connection was not lost, so the database
+        # has rolled back, or the transaction could only read. If the connection was lost after
+        # writes, it is unknown if they were stored, so `committing` stays set.
         attempt.committing = None
 
 

@@ -20,7 +20,12 @@ class Withholding(ABC):
         self.is_withheld: bool = False
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request. Hold back a response or an exception if a subclass decides so."""
+        """Serve the request, but hold back a response that will be replaced.
+
+        Before a response starts or an exception is raised, the methods `withholds_message` and
+        `withholds_error` of the subclass are asked. If they return True, the client gets nothing.
+        Then the caller can retry the request, or send another response.
+        """
 
         async def withhold_or_send(message: Message) -> None:
             if self.is_withheld or (not self.is_answered and self.withholds_message(message)):
