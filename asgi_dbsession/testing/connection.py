@@ -13,18 +13,19 @@ from .outer import MARK, UNDO, send_inside
 from .read_only import refusing_writes
 from .transaction import SavepointTransaction, current_caller
 
-# Seconds to wait for a transaction that the test opened. The test itself waits, and cannot end it.
+# How many seconds the application waits for a transaction that the test itself has opened. The
+# wait is short, because it is probably in vain: the test is waiting for the application.
 _LIMIT_FOR_THE_TEST = 0.8
 
 
 class SharedConnection:
-    """The shared connection of a test, and its open transactions. Each is inside the one before.
+    """The shared connection of a test, and its open transactions: savepoints in each other.
 
     Args:
         connection: A connection with an open transaction, which is never committed.
         dialect: The SQLAlchemy dialect of the engine.
         database: The URL of the database, for error texts.
-        isolation: The state of the `rolled_back` block of the test.
+        isolation: The state of the test's `with rolled_back(...)` block.
     """
 
     def __init__(
@@ -58,17 +59,18 @@ class SharedConnection:
             below = self._open[-1] if self._open else None
             try:
                 if below is not None and below.saved and not below.wrote:
-                    # The outer transaction has not written anything yet, so its savepoint is not
-                    # needed now. Remove it. Otherwise a rollback of the outer transaction would
-                    # undo what the inner one commits.
+                    # The outer transaction has written nothing yet. Remove its savepoint. Otherwise
+                    # a rollback of the outer transaction to this savepoint would also undo what the
+                    # new transaction, which begins inside it, has committed.
                     self._release(below)
                 self._save(transaction)
             except self._error as error:
                 if below is None or not below.saved:
                     self.lose(error)
                     raise
-                # PostgreSQL has aborted the outer transaction. With a connection of its own, as in
-                # production, the inner one could begin. So roll back the outer transaction first.
+                # PostgreSQL has aborted the outer transaction, and so accepts no new savepoint. In
+                # production, the new transaction has its own connection, and can begin. So roll
+                # back the outer transaction here, and set the savepoint again.
                 self._undo(below)
                 below.aborted = True
                 self._save(transaction)
@@ -78,10 +80,10 @@ class SharedConnection:
     def executing(
         self, transaction: SavepointTransaction, statement: str, *, read_only: bool
     ) -> Iterator[bool]:
-        """Wait until all transactions inside `transaction` have ended. Then the `with` block runs.
+        """Begin the `with` block when all transactions inside of `transaction` have ended.
 
         Yields:
-            True if the `with` block must send the statement, False if it must skip the statement.
+            True if the `with` block must send `statement`. False if it must skip a needless BEGIN.
         """
         self.refuse_if_lost()
         if transaction not in self._open:
@@ -120,7 +122,7 @@ class SharedConnection:
                 self._undo(transaction)
                 raise
             finally:
-                # If the connection was lost, the list of open transactions is empty already.
+                # If the connection was lost, `lose` has removed all open transactions already.
                 if transaction in self._open:
                     self._open.remove(transaction)
             if self._open and (transaction.wrote or transaction.keeps):
@@ -157,25 +159,21 @@ class SharedConnection:
         self._free.wake()
 
     def end(self, reason: NotIsolated) -> AbstractContextManager[None]:
-        """Mark the connection as lost. `with` waits until the running statement has ended.
+        """Mark the connection as lost. Entering the result with `with` waits for the statement.
 
         Raises:
-            TimeoutError: The running statement did not end in time.
+            TimeoutError: The statement that runs on the connection did not end in time.
         """
         self.lose(reason)
         return self._free.alone(lambda: True)
 
     def undo(self) -> None:
-        """Roll back all work of the test. If its outer transaction has ended, record this error."""
+        """Roll back all work of the test. If its outer transaction has ended, record an error."""
         with suppress(NotIsolated, self._error):
             self._send(UNDO)
 
     def refuse_if_lost(self) -> None:
-        """Raise an error if the connection was lost or the test has ended.
-
-        Raises:
-            NotIsolated: The connection was lost, or the test has ended.
-        """
+        """Raise NotIsolated if the connection was lost or the test has ended."""
         if isinstance(self.lost, NotIsolated):
             raise self.lost.with_traceback(None)
         if self.lost is not None:

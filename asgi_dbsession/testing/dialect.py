@@ -16,7 +16,10 @@ from .pool import SharedRecord
 
 
 class SavepointDialect(Dialect):
-    """A dialect for connections of a `SharedPool`: BEGIN, COMMIT and ROLLBACK use savepoints."""
+    """A dialect for tests in which all transactions share one connection (of a `SharedPool`).
+
+    On this connection, BEGIN, COMMIT and ROLLBACK set, release and roll back savepoints.
+    """
 
     @override
     def do_begin(self, dbapi_connection: PoolProxiedConnection) -> None:
@@ -95,7 +98,7 @@ class SavepointDialect(Dialect):
 
 
 def with_savepoints(dialect: type[Dialect]) -> type[Dialect]:
-    """Derive a dialect class that uses savepoints for the connections of a `SharedPool`."""
+    """Derive a dialect class from `SavepointDialect`, which replaces transactions by savepoints."""
     # A derived dialect needs this attribute. Without it, SQLAlchemy does not cache compiled
     # statements.
     known = {"supports_statement_cache": dialect.supports_statement_cache}

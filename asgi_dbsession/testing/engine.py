@@ -39,7 +39,7 @@ def share(engine: Engine, isolation: Isolation) -> None:
 
     Args:
         engine: The engine. It is changed in place, because the application has a reference to it.
-        isolation: The state of the `rolled_back` block of the test.
+        isolation: The state of the test's `with rolled_back(...)` block.
 
     Raises:
         ConfigurationError: The engine has a `SharedPool` already.
@@ -50,17 +50,18 @@ def share(engine: Engine, isolation: Isolation) -> None:
             f"{name} is inside of `rolled_back` already: use it once for each test."
         )
     dialect = engine.dialect
-    # The dialect may have the derived class already: after a test, `unshare` does not remove the
-    # class while a connection is in use. Do not derive again, because `unshare` removes one class.
+    # The dialect may still have the class `SavepointDialect` from an earlier test, because
+    # `unshare` keeps this class while a connection is in use. Then do not derive a second class
+    # from it: `unshare` would remove only the second class.
     if not isinstance(dialect, SavepointDialect):
         dialect.__class__ = with_savepoints(type(dialect))
     engine.pool = SharedPool(engine.pool, dialect, name, isolation)
 
 
 def unshare(engine: Engine) -> None:
-    """At the end of a test, roll back its work, and give the engine its own pool back.
+    """At the end of a test, roll back all work of the test, and restore the engine's own pool.
 
-    Do nothing if the engine has no `SharedPool`.
+    Do nothing if `share` was not called for the engine.
     """
     pool, dialect = engine.pool, engine.dialect
     if isinstance(pool, SharedPool):

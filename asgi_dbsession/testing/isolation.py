@@ -9,10 +9,11 @@ from asgi_dbsession.errors import DBSessionError
 
 
 class NotIsolated(DBSessionError, RuntimeError):
-    """Raised if the result in a `rolled_back` block would not be the same as in production.
+    """Raised in a `with rolled_back(...)` block if code would behave differently in production.
 
-    The reason is usually that all transactions in the block share one connection. Work that goes on
-    after the block gets this error too.
+    `rolled_back` undoes all work of a test. For this, all transactions in its block share one
+    connection, which is the usual reason for this error. A task or thread that still uses the
+    database after the end of the block gets this error too.
 
     Args:
         database: The URL of the database, without its password.
@@ -56,19 +57,20 @@ def disposed(database: str) -> NotIsolated:
 
 @dataclass(eq=False)
 class Isolation:
-    """The state of one `rolled_back` block, which all engines in it share.
+    """The state of one `with rolled_back(...)` block, which undoes all work of one test.
 
     Args:
         timeout: For how many seconds a transaction waits until another transaction has ended.
-        test: The task or thread that entered the `rolled_back` block: the test or its fixture.
+        test: The task or thread that entered the block: the test or its fixture.
 
     Attributes:
-        violations: Errors about work that would have another result on several connections. The
-            block raises the first of them at its end.
-        has_ended: True if the `rolled_back` block has ended.
-        threads: The threads that were already running before the first `rolled_back` block of these
-            databases.
-        tasks: The tasks that used a session in a `rolled_back` block.
+        violations: Errors about code that would behave differently in production, where each
+            transaction has its own connection. The block raises the first error at its end.
+        has_ended: True if the block has ended.
+        threads: The threads that were already running before the first such block of these
+            databases. No test has started them, so they may use a database after a block.
+        tasks: The tasks that used a session in such a block. They belong to a test, so they may not
+            use a database after the block.
     """
 
     timeout: float

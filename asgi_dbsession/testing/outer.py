@@ -11,7 +11,9 @@ from asgi_dbsession.session.completion import run_before_cancellation
 from .constraints import send
 from .isolation import NotIsolated
 
-# This savepoint exists as long as the outer transaction of the test. `UNDO` fails without it.
+# `MARK` sets a savepoint when the outer transaction of a test begins. At the end of the test,
+# `UNDO` rolls back to this savepoint. If the outer transaction has ended too early, the savepoint
+# does not exist any more, and `UNDO` fails.
 MARK = "SAVEPOINT asgi_dbsession_test"
 UNDO = "ROLLBACK TO SAVEPOINT asgi_dbsession_test"
 

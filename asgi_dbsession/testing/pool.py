@@ -18,13 +18,13 @@ from .transaction import SavepointTransaction
 
 
 class SharedPool(Pool):
-    """A connection pool in which each checkout gets the same connection.
+    """A connection pool for tests, in which each checkout gets the same connection.
 
     Args:
         source: The engine's own pool, which opens the connection.
         dialect: The SQLAlchemy dialect of the engine.
         database: The URL of the database, for error texts.
-        isolation: The state of the `rolled_back` block of the test.
+        isolation: The state of the test's `with rolled_back(...)` block.
     """
 
     def __init__(self, source: Pool, dialect: Dialect, database: str, isolation: Isolation) -> None:
@@ -145,7 +145,7 @@ class SharedRecord(_ConnectionRecord):
         self.transaction = transaction
 
     def cut_off(self, reason: Exception) -> None:
-        """Let each later use of the connection in this entry raise an error.
+        """Let each later use of this checkout of the shared connection raise an error.
 
         This is called at the end of the test, or when the engine is disposed. Code that the test
         has started may still be running then.
@@ -174,14 +174,14 @@ class CutOffConnection:
         raise self._reason.with_traceback(None)
 
     def cursor(self, *_: object, **__: object) -> "CutOffCursor":
-        """Return a cursor that raises the error at each statement, and can be closed."""
+        """Return a cursor that raises the error `reason` at each statement, and can be closed."""
         return CutOffCursor(self._reason)
 
     def rollback(self) -> None:
         """Do nothing, because all work was rolled back when the test ended."""
 
     def close(self) -> None:
-        """Do nothing, because the shared connection was returned to the engine's own pool."""
+        """Do nothing: the engine's own pool has the driver's connection again, or has closed it."""
 
 
 class CutOffCursor:
@@ -194,7 +194,7 @@ class CutOffCursor:
         raise self._reason.with_traceback(None)
 
     def close(self) -> None:
-        """Do nothing, because there is no real cursor."""
+        """Do nothing, because this object has opened no cursor of the driver."""
 
 
 def _is_autocommit(dialect: Any) -> bool:

@@ -168,7 +168,10 @@ def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
 
 
 def _share_once(engine: Engine, isolation: Isolation) -> None:
-    """Call `share` for an engine, unless another database object with this engine has done so."""
+    """Let all transactions of an engine share one connection, if this is not so already.
+
+    Two database objects in one `rolled_back` block may have the same engine.
+    """
     pool = original_engine(engine).pool
     if not (isinstance(pool, SharedPool) and pool.isolation is isolation):
         share(original_engine(engine), isolation)

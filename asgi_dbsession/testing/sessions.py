@@ -44,12 +44,12 @@ def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
 
 
 def enter_block(isolation: Isolation) -> None:
-    """From now on, new tasks and threads belong to this `rolled_back` block."""
+    """From now on, new tasks and threads belong to this `with rolled_back(...)` block of a test."""
     _block.set(isolation)
 
 
 def leave_block(isolation: Isolation) -> None:
-    """From now on, refuse all work of tasks and threads that belong to this `rolled_back` block."""
+    """From now on, refuse all work of tasks and threads that this block of a test has started."""
     isolation.has_ended = True
     if (task := _current_task()) is not None:
         isolation.tasks.discard(task)
@@ -57,7 +57,11 @@ def leave_block(isolation: Isolation) -> None:
 
 
 class _Check:
-    """A listener for BEGIN, which raises an error if the transaction could not be rolled back."""
+    """Called at each BEGIN of a session. Raises an error if the test cannot roll back the work.
+
+    This is so if the session belongs to a test that has ended, or if its engine is not in the
+    test's `rolled_back` block.
+    """
 
     def __init__(self, database: Database[Any, Any]) -> None:
         self._database = database
@@ -85,10 +89,10 @@ def _outlived(isolation: Isolation) -> bool:
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
         return True
-    # If a thread has no copy of the context in which it was started, `_block` is not set there. A
-    # test that has ended must have started such a thread. Two kinds of threads are excepted: those
-    # that ran before the first block, and those of a thread pool, which run each function in the
-    # context of the code that submitted it.
+    # A thread may have no copy of the context in which it was started. Then `_block` does not tell
+    # which test has started the thread. So assume that a test which has ended has started it. Two
+    # kinds of threads are excepted: those that ran before the first block, and those of a thread
+    # pool, which run each function in the context of the code that submitted the function.
     thread = threading.current_thread()
     return (
         task is None
