@@ -372,8 +372,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `--quick`, leave out what starts other programs or needs other libraries."""
-    return True if config.option.quick and collection_path.name in _SLOW else None
+    """With `--quick`, leave out slow modules and folders, except those named in the command."""
+    named = {Path(each.partition("::")[0]).name for each in config.args}
+    is_left_out = config.option.quick and collection_path.name in _SLOW - named
+    return True if is_left_out else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
