@@ -1,7 +1,7 @@
-"""The only module of the core that uses private (underscore) names of SQLAlchemy.
+"""The only module, besides those in `testing`, that uses private names of SQLAlchemy (`_name`).
 
 These names were checked with SQLAlchemy 2.0.40 and 2.1.9. If a later version removes a name, a test
-in `tests/test_rooms.py` fails and reports the name.
+fails and reports the name.
 """
 
 from collections.abc import Callable
@@ -41,19 +41,19 @@ def flush_for_commit(session: Session) -> None:
     savepoint is open, or if this option is not set.
 
     Args:
-        session: The session to flush. Its next operation must be COMMIT or ROLLBACK.
+        session: The session to flush. The next operation of the session must be COMMIT or ROLLBACK.
     """
     transaction = session.get_transaction() or session.begin()
     transaction._prepare_impl()
 
 
 class ConnectingSession(Session):
-    """A session whose transaction objects are of other classes than those of SQLAlchemy.
+    """A session with transaction classes of this package, for which SQLAlchemy has no option.
 
-    `begin()` and `begin_nested()` make objects of the class `transaction_class`. A transaction that
-    begins automatically, at the first statement, is a `ConnectingTransaction` if the companion of
-    the session (this package's data) has a function `connect`. SQLAlchemy has no public option for
-    these classes.
+    `begin()` and `begin_nested()` make objects of the class `transaction_class`. A transaction may
+    also begin by itself, at the first statement. It is then a `ConnectingTransaction` if the
+    `_companion` of the session (the data of this package) has a function `connect`, which opens the
+    connections.
     """
 
     transaction_class: type[SessionTransaction] = SessionTransaction
@@ -96,7 +96,8 @@ class ConnectingTransaction(SessionTransaction):
         if type_ is None and is_rolled_back:
             # The application caught the error of a flush in the `with session.begin()` block.
             # SQLAlchemy has rolled back all work, and would end the block without an error. (In a
-            # savepoint, applications expect that: they skip a row that cannot be stored.)
+            # savepoint, that is right: applications use savepoints to skip a row that cannot be
+            # stored.)
             try:
                 self.commit()
             except PendingRollbackError as error:
@@ -109,13 +110,13 @@ class ConnectingTransaction(SessionTransaction):
         connect = session._companion.connect
         is_new = self.parent is None and bind not in self._connections
         if connect is not None and is_new and isinstance(bind, Engine):
-            bind = _StandIn(partial(connect, session, bind))
+            bind = _Connector(partial(connect, session, bind))
         connection: Connection = super()._connection_for_bind(bind, execution_options)
         return connection
 
 
-class _StandIn:
-    """Stands in for an engine: the method `connect()` calls another function."""
+class _Connector:
+    """Given to SQLAlchemy instead of an engine: `connect()` calls a function of this package."""
 
     def __init__(self, connect: Callable[[], Connection]) -> None:
         self.connect: Callable[[], Connection] = connect
@@ -189,7 +190,7 @@ def connections_of(transaction: SessionTransaction) -> dict[Connection, Transact
 
 
 def pool_of(connection: Connection) -> Any:
-    """Return the pool that a connection returns to. `dispose()` gives the engine another pool."""
+    """Return the pool of a connection. After `dispose()`, `engine.pool` is another pool."""
     pooled: Any = connection.connection
     return pooled._pool
 

@@ -1,4 +1,4 @@
-"""`AsyncSession` classes that report wrong use: calls in `def` functions, and a close too early."""
+"""`AsyncSession` classes whose methods raise an error in a `def` function, which cannot await."""
 
 import asyncio
 import functools

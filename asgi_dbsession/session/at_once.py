@@ -16,8 +16,8 @@ from .guard import GuardedSession
 from .reads import delayed, has_only_read
 from .roll_back import has_changes
 
-# SQLAlchemy calls listeners of these events during a commit or rollback. A listener of the
-# application may block the thread.
+# SQLAlchemy calls the listeners of these events during a commit or rollback. If the application has
+# added a listener, the commit may block the thread, and so needs a worker thread.
 _OF_SESSIONS = (
     "after_commit",
     "after_rollback",
@@ -27,7 +27,8 @@ _OF_SESSIONS = (
 )
 _OF_CONNECTIONS = ("commit", "rollback")
 _OF_POOLS = ("checkin", "reset")
-# The events of a commit, with the number of this package's own listeners.
+# The events of a commit, each with the number of listeners that this package has added. If an event
+# has more listeners, the application has added one.
 _OF_COMMIT = (("before_commit", 1), ("after_commit", 1), ("after_transaction_end", 0))
 _METHODS = ("close", "commit", "rollback")
 
@@ -62,12 +63,13 @@ def commit_at_once(session: Session, companion: Companion) -> bool:
     # After a failed flush the transaction is inactive, and SQLAlchemy's `commit()` raises an error.
     if transaction is None or not transaction.is_active:
         return False
-    # Each connection must be known to have only read. A session without connections proves nothing:
-    # a connection that has written may have been closed.
+    # Go on only if it is certain that each connection has only read. If the transaction has no
+    # connections, nothing is certain.
     connections = connections_of(transaction)
     if not connections or not all(map(_commits_at_once, connections, connections.values())):
         return False
-    # `followers` has objects to notify after a commit, for example for `on_commit` functions.
+    # SQLAlchemy's `commit()` notifies the objects in `followers` (for `on_commit` functions, for
+    # example). This function does not.
     if companion.must_fail or companion.followers:
         return False
     if not _has_only_transactions(session):
@@ -80,7 +82,7 @@ def commit_at_once(session: Session, companion: Companion) -> bool:
 
 
 def _has_only_transactions(session: Session) -> bool:
-    """Return True if a commit only ends transactions: no flush, and no code of the application."""
+    """Return True if a commit only ends transactions: no flush, and no call of application code."""
     if session.expire_on_commit or session.in_nested_transaction() or has_changes(session):
         return False
     if getattr(session.commit, "__func__", None) is not GuardedSession.commit:
@@ -92,15 +94,18 @@ def _has_only_transactions(session: Session) -> bool:
 def _commits_at_once(connection: Connection, begun: Transaction | None) -> bool:
     if ref(connection) not in delayed or connection.closed or connection.invalidated:
         return False
-    # The application itself may have begun or ended the transaction on the connection.
+    # If the application itself has begun or ended the transaction on the connection, leave this
+    # case to SQLAlchemy's `commit()`.
     if begun is None or connection.get_transaction() is not begun:
         return False
     dialect = connection.dialect
-    # At a commit, async drivers other than asyncpg wait for a lock, even if they send nothing.
+    # At a commit, async drivers other than asyncpg await a lock of their own, even if they send
+    # nothing. Nothing can be awaited here.
     if dialect.is_async and dialect.driver != "asyncpg":
         return False
     pool = pool_of(connection)
-    # If the pool has no free place, it closes the connection, and an async driver waits for that.
+    # A full pool closes the connection instead of taking it back. With an async driver, this close
+    # must be awaited, which is impossible here.
     if not isinstance(pool, QueuePool) or pool.checkedin() >= (pool.size() or inf):
         return False
     return not (connection.dispatch.commit or pool.dispatch.reset or len(pool.dispatch.checkin) > 1)

@@ -26,12 +26,13 @@ class Follower(Protocol):
 
 
 class SessionRoute(Protocol):
-    """Chooses if a session uses the primary or a replica; see the package `replicas`."""
+    """Chooses the primary or a replica for a session; see the package `replicas`."""
 
     def work_ended(self) -> bool:
         """Called after a commit or rollback.
 
-        Return True if the session has used the primary. Then the caller must call `learn`.
+        Return True if the session has used the primary. The caller must then call `learn`, to ask
+        the primary for its WAL position.
         """
         ...
 
@@ -86,8 +87,8 @@ class Companion:
             it only reads. False if it is an INSERT, UPDATE or DELETE, or is given as SQL text.
         connections: The connections that the session has used. Some of these may be closed now.
         followers: The objects to notify after each commit and rollback of the session.
-        connect: A function that opens the connections of the session, if two-phase commit, replicas
-            or reports are used. None if SQLAlchemy opens them, as usual.
+        connect: A function that opens the connections of the session, if a feature needs one
+            (two-phase commit, for example). None if SQLAlchemy opens the connections, as usual.
         route: The object that chooses the primary or a replica for the session. None if the
             database has no replicas.
         recording: The object that records what the session does, for reports. None if nothing is
@@ -132,10 +133,11 @@ class Companion:
             raise self.discarded
 
     def rolled_back(self, reason: Reason) -> None:
-        """Forget refused writes and discarded work, because the unit of work was rolled back.
+        """Called after a rollback: forget the errors in `refused` and `discarded`.
 
-        If the unit of work was rolled back because a task failed, forget nothing. Other code may
-        catch the exception of the task, and then COMMIT must still raise the error.
+        All work is undone, so COMMIT need not raise these errors any more. But if the reason is
+        "exception" (a task failed), keep these errors. Other code may catch the exception of the
+        task and go on. Then the next COMMIT must still raise these errors.
         """
         if reason != "exception":
             self.refused = self.discarded = None

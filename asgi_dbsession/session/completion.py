@@ -32,7 +32,7 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     except RuntimeError:
         with anyio.CancelScope(shield=True):
             return await work
-        # This line never runs. It is here for type checkers: they believe that the scope may
+        # This line never runs. It is here for type checkers: they believe that the `with` block may
         # suppress an exception, and that the function would then return without a value.
         raise
     # The caller does not wait for the task that runs `work`, but for this future. So a cancellation
@@ -78,8 +78,9 @@ async def run_before_cancellation(work: Coroutine[Any, Any, object]) -> None:
         await run_to_completion(work)
     except asyncio.CancelledError as cancelled:
         if (task := asyncio.current_task()) is not None:
-            # Cancel the caller again, at its next `await`. `uncancel` keeps the count of
-            # cancellations right. anyio recognizes its own cancellations by the message in `args`.
+            # Cancel the caller again, at its next `await`. `uncancel` takes back the cancellation
+            # that was raised here, so that asyncio does not count it twice. anyio recognizes its
+            # own cancellations by the message in `args`, so keep this message.
             task.uncancel()
             task.cancel(*cancelled.args)
         if cancelled.__cause__ is not None:  # The exception that `work` raised.

@@ -29,11 +29,12 @@ class End:
     Attributes:
         handled: The exception that the caller was handling, in an `except` block, when this commit
             or rollback began. None if there was none.
-        requested_by: The task and the thread that wait for this commit or rollback. If this task or
-            thread itself holds the lock of a session, a signal handler has interrupted an operation
-            on this session.
-        needs_loop: True if several databases take part, and the event loop must run between the
-            steps.
+        requested_by: The task and the thread that wait for this commit or rollback, and run no
+            operation meanwhile. If one of them still holds the lock of a session, a signal handler
+            has raised an exception in the middle of an operation. This commit or rollback then
+            takes over the lock.
+        needs_loop: True for a commit of several databases whose steps need the event loop in
+            between. Code that waits for this commit must then not block the event loop.
         had_work: True if at least one session had something to commit or roll back.
         failure: The exception that the commit or rollback itself raised. None if it succeeded.
     """
@@ -55,5 +56,5 @@ class End:
         return self.commit and self.failure is None
 
 
-# The commit or rollback that is running now; None if no commit or rollback is running.
+# The commit or rollback that the current code is a part of; None outside of a commit or rollback.
 current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=None)

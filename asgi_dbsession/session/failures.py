@@ -19,9 +19,9 @@ from .sqlite import end_failed_commit, unwatch_sqlite, was_rolled_back, watch_sq
 
 # The statements that failed. Each key is a weak reference to the transaction or savepoint in which
 # a statement failed. Each value is a pair: (1) the message of the driver, (2) True if the error
-# made the database roll back the whole transaction. In this case the database reports no error at
-# COMMIT, because the next statement has begun a new transaction. A WeakKeyDictionary would be
-# slower here, and each COMMIT checks if this object is empty.
+# made the database roll back the whole transaction. The database then reports no error at COMMIT,
+# because the next statement has begun a new transaction. Each COMMIT checks if this dictionary is
+# empty. With a WeakKeyDictionary, this check would be slower.
 failed_transactions: dict[ref[Transaction], tuple[str, bool]] = {}
 
 # The numbers of the errors at which InnoDB rolls back the whole transaction, and not only the
@@ -84,17 +84,17 @@ def refuse_if_aborted(connections: tuple[Connection, ...], *, of_savepoint: bool
 
     Args:
         connections: The connections of the session.
-        of_savepoint: True if a savepoint is about to be released. If a statement has failed inside
-            the savepoint, the database itself refuses the release.
+        of_savepoint: True before the release of a savepoint. Statements that failed inside this
+            savepoint are not checked here, because the database itself then refuses the release.
 
     Raises:
         TransactionAborted: A transaction on one of the connections was aborted, so COMMIT would
             store nothing.
     """
-    # The event `before_commit` calls this function before the flush. During the flush, a listener
-    # of the application may send a statement and catch its error. So with several databases,
-    # `ManagedSession.flush` calls this function again, before the first COMMIT. With one database,
-    # the flush is a part of COMMIT, and `_refuse_at_the_last_moment` checks after the flush.
+    # This function is called before the flush, at the event `before_commit`. During the flush, a
+    # listener of the application may send a statement and catch its error. So there is another
+    # check after the flush: in `ManagedSession.flush` if several databases are committed, and
+    # otherwise in `_refuse_at_the_last_moment`.
     if failed_transactions:
         for connection in connections:
             _refuse_if_aborted(connection, of_savepoint=of_savepoint)
@@ -132,9 +132,9 @@ def _is_unusable_after(context: ExceptionContext, transaction: Transaction | Non
         return True
     if not isinstance(transaction, TwoPhaseTransaction):
         return False
-    # After PREPARE, any connection can commit or roll back the prepared transaction. MariaDB allows
-    # this only after the connection that sent PREPARE is closed. psycopg believes that a
-    # transaction is prepared even if PREPARE failed.
+    # Close the connection also after other errors of a two-phase commit. MariaDB lets other
+    # connections end a prepared transaction only after this connection is closed. psycopg believes
+    # that a transaction is prepared even if PREPARE failed.
     statement = context.statement
     return is_prepared(transaction) or statement is None or statement.startswith("XA ")
 
@@ -196,7 +196,8 @@ def _key(transaction: Transaction) -> ref[Transaction]:
 
 
 def _refuse_if_aborted(connection: Connection, *, of_savepoint: bool = False) -> None:
-    # COMMIT also ends a savepoint that the application has begun on the connection and left open.
+    # The application may have left a savepoint open on the connection. COMMIT ends it too, so check
+    # both the transaction and this savepoint.
     savepoint = None if of_savepoint else connection.get_nested_transaction()
     opened = [each for each in (connection.get_transaction(), savepoint) if each is not None]
     found = next((known for each in opened if (known := failed_transactions.get(ref(each)))), None)

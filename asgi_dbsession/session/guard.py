@@ -40,8 +40,8 @@ _OPERATIONS = (
     "refresh",
     "rollback",
 )
-# These methods send nothing, but change what the next flush stores. Nobody awaits them, so a task
-# that calls one during a commit or rollback cannot wait for its end. So the call is made later.
+# These methods change what the next flush stores. They are not coroutines, so a task cannot wait in
+# them until a running commit or rollback has ended. Their call is delayed instead.
 _CHANGES = (
     "add",
     "add_all",
@@ -99,7 +99,7 @@ def locked(
 
 
 def _changing(change: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a method of `_CHANGES`. If a commit or rollback is running, call the method after it."""
+    """Wrap a method such as `add`. If a commit or rollback is running, call the method after it."""
 
     @functools.wraps(change)
     def change_locked(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -176,7 +176,7 @@ class GuardedSession(ConnectingSession):
         traceback: types.TracebackType | None,
     ) -> None:
         if type(self).close is not GuardedSession.close:
-            # The application has overridden `close()`, and expects that SQLAlchemy calls `close()`.
+            # The application has overridden `close()`, and expects a call at the end of the block.
             super().__exit__(type_, value, traceback)
         else:
             self._close(self.reset if type_ is None else self.discard)
@@ -186,7 +186,7 @@ class GuardedSession(ConnectingSession):
         if lock.is_closed:
             return
         if lock.is_held_by_end_of_caller():
-            # This package closes the session after the last commit or rollback.
+            # This package calls `close()` after the last commit or rollback. No work is left.
             super().close()
         else:
             close_now()

@@ -21,9 +21,9 @@ class SessionLock(ABC):
     """The lock that each operation, commit and rollback of a session holds.
 
     If an operation begins while another operation runs, the lock raises `ConcurrentUse`. A commit
-    or rollback waits for the running operation. New operations wait for a commit or rollback.
-    `mutex` is an `RLock`, because a signal handler may use the session while its own thread holds
-    the mutex. `with mutex` runs no Python code, so a signal handler cannot leave it locked.
+    or rollback waits for the running operation, and new operations wait for a commit or rollback.
+    `mutex` is an `RLock`: a signal handler may use the session while its thread holds the mutex.
+    `with mutex` runs no Python code, so no signal handler can leave it locked.
 
     Attributes:
         is_closed: True if every new operation is refused, because the unit of work has ended.
@@ -42,9 +42,9 @@ class SessionLock(ABC):
     has_failed_work: bool = False
     last_user: object = None
     _holder: object = None
-    _held_for: End | None = None  # The commit or rollback that holds the lock.
-    _reserved_for: End | None = None  # Will acquire the lock next; see `reserve_for`.
-    _ends: frozenset[End] = frozenset()  # The commits and rollbacks that run or wait.
+    _held_for: End | None = None  # The commit or rollback that holds the lock now.
+    _reserved_for: End | None = None  # The commit or rollback that gets the lock next.
+    _ends: frozenset[End] = frozenset()  # All commits and rollbacks that run or wait.
     _waiters: "tuple[Future[None], ...]" = ()
     _delayed: tuple[tuple[object, Callable[[], None]], ...] = ()
 
@@ -102,7 +102,7 @@ class SessionLock(ABC):
             self.is_closing = self.is_closing or end.close
 
     def cancel_reservation(self, end: End) -> None:
-        """If `end` has not acquired the lock and never will, let operations begin again."""
+        """Undo `reserve_for`, unless `end` has acquired the lock: let operations begin again."""
         with self.mutex:
             if self._reserved_for is end:
                 self._reserved_for, self._ends = None, self._ends - {end}
@@ -159,10 +159,10 @@ class SessionLock(ABC):
         self._wake_all()
 
     def delay(self, change: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
-        """If a commit or rollback runs or waits for the lock, let `change` be called after it.
+        """If a commit or rollback runs or waits for the lock, call `change` later, after its end.
 
-        Return True if `change` will be called later. Return False if the caller must acquire the
-        lock and call `change` itself. (Only a worker thread can wait for the lock.)
+        `change` is a method such as `session.add`. Return True if it will be called later. Return
+        False if the caller must acquire the lock and call it: no commit runs, or a thread can wait.
 
         Raises:
             SessionClosed: This commit or rollback is the last one of the unit of work.
@@ -182,20 +182,20 @@ class SessionLock(ABC):
 
     def _change_delayed(self) -> None:
         if not self.is_closing and any(each is not self._held_for for each in self._ends):
-            return  # The changes must not be a part of another commit or rollback that waits.
+            return  # A delayed change must not become a part of a commit that waits already.
         delayed, self._delayed = self._delayed, ()
         for caller, change in delayed:
             self._add_user(caller)
             try:
                 change()
-            # The task that asked for the change cannot get this error any more, so roll back its
-            # work.
+            # A delayed change has failed. The task that made the change has gone on, and cannot get
+            # the error any more. So its work must be rolled back.
             except Exception:
                 self.has_failed_work = True
                 _logger.exception("A change of a session of %s failed", self.database)
 
     def is_held_by_end_of_caller(self) -> bool:
-        """Return True if a commit or rollback holds the lock, and the caller runs it."""
+        """Return True if the caller is a part of the commit or rollback that holds the lock."""
         return self._held_for is not None and self._holder == self._caller()
 
     def sort_out_users(self) -> None:
@@ -227,9 +227,9 @@ class SessionLock(ABC):
 
     @abstractmethod
     def _is_abandoned(self, thread: int) -> bool:
-        """Return True if the lock's holder has ended without release, because of a signal handler.
+        """Return True if an exception of a signal handler kept the holder from releasing the lock.
 
-        `thread` is the thread that now asks for the lock, for itself or for a commit or rollback.
+        `thread` is the thread that asks for the lock, or that requested the commit which asks.
         """
 
     def _new_waiter(self) -> "Future[None]":

@@ -53,7 +53,8 @@ class ManagedSession(Generic[S]):
     def has_work(self) -> bool:
         """True if the session has anything to commit or roll back, or if an operation runs."""
         # `in_transaction()` is True after a flush or a statement. The other checks find changed and
-        # new objects. A refused write makes the unit of work fail, even if its error was caught.
+        # new objects. `must_fail` counts as work, because only a commit raises the error of a
+        # refused write that the application has caught.
         session, lock = self.orm, self.lock
         if session.in_transaction() or session.identity_map.check_modified() or lock.is_busy:
             return True
@@ -61,16 +62,16 @@ class ManagedSession(Generic[S]):
 
     @property
     def ends_at_once(self) -> bool:
-        """True if commit and rollback cannot block now, so `end` needs no worker thread."""
+        """True if `end` needs no worker thread, because commit and rollback cannot block now."""
         if self.session is not self.orm or self.run is call_here:
-            # The answer matters only for sync sessions that use a worker thread. Async sessions use
-            # none. Neither does a sync session in `with database.begin()`, which may block its own
-            # thread.
+            # This session never uses a worker thread. It is an async session, or it belongs to a
+            # `with database.begin()` block, which may block its own thread. So save the time of the
+            # check.
             return False
         return ends_at_once(self.orm, self.companion)
 
     def commit_at_once(self) -> bool:
-        """If the session has only read, and has sent no BEGIN, commit it. This waits for nothing.
+        """If the session has only read, and has sent no BEGIN, commit it without an `await`.
 
         Returns:
             True if the session was committed. False if the caller must commit it with `end`.
@@ -127,7 +128,7 @@ class ManagedSession(Generic[S]):
         After this method, even if it raises, the connection is in its pool again or closed.
 
         Args:
-            end: The commit or rollback of the whole unit of work, which has this session.
+            end: The commit or rollback of the whole unit of work.
             commit: True to commit this session, False to roll back (for example, because another
                 database of the unit of work failed).
 
@@ -179,8 +180,9 @@ def _set_up_connection(
 ) -> None:
     companion: Companion = session._companion
     begin_for_session(transaction, connection)
-    # With SQLAlchemy's option `binds`, the session may use an engine without listeners of this
-    # package. Or the application may have added a listener in front of them.
+    # The engine may have no listeners of this package (with SQLAlchemy's option `binds`), or the
+    # application may have added a listener in front of them. In both cases, `watch` adds the
+    # listeners, in front of all others.
     if connection.engine is not session.bind or not is_watched_first(connection):
         watch(connection.engine)
     companion.add_connection(connection)
@@ -204,7 +206,7 @@ def _refuse_or_begin(session: Any, *_: object) -> None:
 
 
 def _refuse_to_commit(session: Any) -> None:
-    # SQLAlchemy calls this function also before it releases a savepoint.
+    # SQLAlchemy calls this function before a COMMIT, and before it releases a savepoint.
     of_savepoint = session.in_nested_transaction()
     session._companion.check_commit()
     refuse_if_aborted(session._companion.connections, of_savepoint=of_savepoint)
@@ -213,15 +215,16 @@ def _refuse_to_commit(session: Any) -> None:
 def _record_commit(session: Any) -> None:
     # SQLAlchemy calls this function also when a savepoint is released, which commits nothing.
     if not session.in_nested_transaction():
-        # The application itself has committed, so it accepts that `close()` discarded earlier work.
+        # An earlier `close()` may have discarded work. If the application then calls `commit()`
+        # itself, it accepts this. So the unit of work need not fail any more.
         session._companion.discarded = None
         for follower in tuple(session._companion.followers):
             follower.record_commit(session)
 
 
 def _record_rollback(session: Any, transaction: SessionTransaction) -> None:
-    # After a failed flush, `transaction` is the flush itself. It has rolled back the savepoint or
-    # transaction around it.
+    # After a failed flush, `transaction` is the object that SQLAlchemy makes for the flush itself.
+    # But the rollback was that of the savepoint or transaction around the flush.
     around = with_outer(transaction)
     rolled_back = next(each for each in around if each.nested or each.parent is None)
     for follower in tuple(session._companion.followers):

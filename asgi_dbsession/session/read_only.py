@@ -1,4 +1,4 @@
-"""The names that the core shares with `optional/read_only/`: sessions that may only read."""
+"""The interface of `optional/read_only/`, which refuses the writes of read-only sessions."""
 
 from typing import Protocol
 
@@ -18,11 +18,11 @@ KEY = "asgi_dbsession.read_only"
 
 
 class ReadOnlySession(Protocol):
-    """The methods of the class `Refusals` that the core calls."""
+    """Refuses the writes of a session that may only read: the interface of the class `Refusals`."""
 
     @property
     def covers_transaction(self) -> bool:
-        """True if the transaction is read-only as a whole, and not only one of its savepoints."""
+        """True if the whole transaction may only read, and not only a savepoint."""
         ...
 
     def begin(self, connection: Connection, *, in_savepoint: bool, is_shared: bool) -> None:
@@ -39,10 +39,10 @@ class ReadOnlySession(Protocol):
         ...
 
     def record_refusal(self, context: ExceptionContext) -> None:
-        """Called when a statement has failed. Remember it if the database refused a write."""
+        """Called when a statement has failed. If the database refused a write, let COMMIT fail."""
 
 
 def may_only_read(connection: Connection) -> bool:
-    """Return True if the transaction on the connection is read-only as a whole."""
+    """Return True if the whole transaction of a connection may only read, not only a savepoint."""
     read_only: ReadOnlySession | None = connection.info.get(KEY)
     return read_only is not None and read_only.covers_transaction

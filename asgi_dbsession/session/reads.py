@@ -13,9 +13,9 @@ from .sqlite import has_open_work
 # The drivers of PostgreSQL that can switch autocommit on and off without a round trip to the
 # server. Only with these drivers, BEGIN is delayed until a statement may write.
 DRIVERS = ("asyncpg", "psycopg")
-# The connections that were switched to autocommit, and that have sent no BEGIN yet. (A `WeakSet`
-# would be slower.) `connection.info` of these connections has the key `KEY`. The key tells a
-# listener to switch autocommit off again when the connection returns to the pool.
+# The connections in autocommit mode whose BEGIN is delayed. (Weak references in a set are faster
+# than a `WeakSet`.) In addition, `connection.info` of these connections has the key `KEY`. A
+# listener finds this key when a connection returns to the pool, and switches autocommit off again.
 delayed: set[ref[Connection]] = set()
 KEY = "asgi_dbsession.delayed_begin"
 
@@ -42,7 +42,7 @@ def isolation_level(connection: Connection) -> str | None:
 
 def has_only_read(connection: Connection) -> bool:
     """Return True if it is certain that the transaction on the connection has no writes."""
-    if connection.invalidated:  # Nobody knows what a lost connection did.
+    if connection.invalidated:  # The connection was lost. It may have written.
         return False
     if connection.dialect.name == "sqlite" and not connection.closed:
         return not has_open_work(connection)
@@ -54,8 +54,8 @@ def session_has_only_read(session: Session) -> bool:
     transaction = session.get_transaction()
     if transaction is None:
         return True
-    # A failed flush has discarded the changed objects, and left the transaction or the savepoint
-    # inactive.
+    # If the transaction or a savepoint is inactive, a flush has failed, and has discarded the
+    # changed objects. So the session had work, although no changed object is left.
     opened = with_outer(session.get_nested_transaction() or transaction)
     if not all(each.is_active for each in opened):
         return False
@@ -85,7 +85,11 @@ def begin_on_server(connection: Connection) -> None:
 
 
 def is_in_transaction(connection: Connection) -> bool:
-    """Return True if a transaction is open on the connection, even if the application began it."""
+    """Return True if a transaction is open on the connection, according to its driver.
+
+    SQLAlchemy may not know this transaction: the application may have sent BEGIN on the driver's
+    own connection.
+    """
     driver: Any = connection.connection.driver_connection
     if connection.dialect.driver == "asyncpg":
         return bool(driver.is_in_transaction())

@@ -9,7 +9,7 @@ def roll_back(session: Session) -> bool:
         if not session.in_transaction() and has_changes(session):
             # Another task changed these objects while an earlier COMMIT was running. If the session
             # has no transaction, `rollback()` does not undo the changes, and the next COMMIT would
-            # store them.
+            # store them. So begin a transaction first.
             session.begin()
         session.rollback()
     except Exception:

@@ -21,8 +21,9 @@ _BY_DRIVER = frozenset(("INSERT", "UPDATE", "DELETE", "REPLACE"))
 # other statements of SQLite may write. Source: https://www.sqlite.org/lang.html
 _OUTSIDE = frozenset(("SELECT", "VALUES", "EXPLAIN", "VACUUM", "ATTACH", "DETACH"))
 _CONTROL = frozenset(("BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE"))
-# The PRAGMA statements that store a number in the file of the database, and roll it back. SQLite
-# ignores other PRAGMA statements inside a transaction, so they must stay outside.
+# These PRAGMA statements store a number in the file of the database, and a rollback restores the
+# old number. So BEGIN is sent before them, but not before other PRAGMA statements: SQLite ignores
+# many of the others inside a transaction.
 _NUMBERS = re.compile(
     r"\bPRAGMA\s+(?:\w+\s*\.\s*)?(?:application_id|schema_version|user_version)\s*[=(]",
     re.IGNORECASE,
@@ -30,10 +31,11 @@ _NUMBERS = re.compile(
 
 # Names of two attributes that this module sets on the connection of a session. `_WAS_OPEN`: was a
 # transaction open before the last statement? `_ROLLED_BACK`: has an error made SQLite roll back the
-# transaction? After such an error, COMMIT will be refused. So later statements must be in a
-# transaction too, even if the application has switched the driver to autocommit (to send BEGIN in a
-# listener). A weak dictionary would not work: Python ignores an exception of a signal handler in
-# the callback that removes an entry.
+# transaction? After such an error, COMMIT will be refused. So a rollback must also undo the later
+# statements, and BEGIN is sent before them, even if the application has switched the driver to
+# autocommit (to send BEGIN in a listener). A weak dictionary instead of these attributes would not
+# work: if a signal handler raised an exception while an entry is removed, Python would ignore the
+# exception.
 _WAS_OPEN, _ROLLED_BACK = "asgi_dbsession_was_open", "asgi_dbsession_rolled_back"
 
 _EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
@@ -91,7 +93,7 @@ def end_failed_commit(connection: Connection) -> None:
 
 
 def has_open_work(connection: Connection) -> bool:
-    """Return True if a transaction is open on SQLite, or an error made SQLite roll it back."""
+    """Return True if a transaction may have written: it is open, or SQLite has rolled it back."""
     return _is_open(connection) or bool(vars(connection).get(_ROLLED_BACK))
 
 
@@ -123,8 +125,8 @@ def _needs_begin(connection: Connection, statement: str) -> bool:
 def _begin(connection: Connection) -> None:
     driver: Any = connection.connection.driver_connection
     level = driver.isolation_level
-    # Without an isolation level, the application has switched the driver to autocommit. Only newer
-    # versions of Python have the attribute `autocommit`.
+    # If the driver has no isolation level, the application has switched the driver to autocommit.
+    # Only newer versions of Python have the attribute `autocommit`.
     is_autocommit = level is None or getattr(driver, "autocommit", None) is True
     if not is_autocommit or vars(connection).get(_ROLLED_BACK, False):
         cursor = connection.connection.cursor()

@@ -51,7 +51,7 @@ def get_session() -> AsyncSession:
 
     The session is opened on first use, and its first statement checks out a connection of the pool.
     The session is closed permanently when the request or the `begin()` block ends. Only one task at
-    a time may use it. Tasks that run in parallel must each open `database.begin()`.
+    a time may use the session. Tasks that run in parallel must each open `database.begin()`.
 
     Raises:
         NoSession: The calling code runs neither in a request that `DBSessionMiddleware` serves, nor

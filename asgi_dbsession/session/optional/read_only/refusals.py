@@ -37,7 +37,7 @@ class Refusals:
 
     @property
     def covers_transaction(self) -> bool:
-        """True if the transaction is read-only as a whole."""
+        """True if the whole transaction may only read, and not only a savepoint."""
         return self.forbidden and not self.in_block
 
     def check_statement(self, statement: object) -> None:
@@ -66,7 +66,8 @@ class Refusals:
         Args:
             connection: The connection of the session.
             in_savepoint: True if a savepoint has begun, False if a transaction has begun.
-            is_shared: True inside `testing.rolled_back()`, whose connections refuse the writes.
+            is_shared: True inside `testing.rolled_back()`. Its connections refuse the writes
+                themselves, so nothing is sent to the database here.
         """
         if in_savepoint is not self.in_block:
             return

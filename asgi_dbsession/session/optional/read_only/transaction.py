@@ -34,7 +34,8 @@ def begin_read_only(connection: Connection) -> None:
         if not _skips_rollback(connection):
             connection.exec_driver_sql(ON_MARIADB)
     elif name == "sqlite" and not isinstance(connection.engine.pool, StaticPool):
-        # With StaticPool, all sessions share one connection, and other sessions may write.
+        # Not with StaticPool: all sessions share one connection, and so `PRAGMA query_only` would
+        # refuse the writes of other sessions too.
         _begin_on_sqlite(connection)
 
 
@@ -91,7 +92,8 @@ def _begin_on_sqlite(connection: Connection) -> None:
 def _allow_writes(driver: Any, is_async: bool) -> None:
     statement = "PRAGMA query_only = OFF"
     if is_async:
-        # If a cancellation raised an exception here, the connection would not return to the pool.
+        # If a cancellation raised its exception here, the connection would not return to the pool.
+        # So `run_before_cancellation` delays the exception.
         await_only(run_before_cancellation(greenlet_spawn(_ask, driver, statement)))
     else:
         _ask(driver, statement)
