@@ -111,8 +111,9 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
                 replica has all these changes. Use `after` only together with `read_only=True`.
 
         Yields:
-            A new session, which is closed permanently at the end of the block. `get_session()`
-            returns this session too, inside the block.
+            A new session, which is closed permanently at the end of the block. If the block joins a
+            unit of work, the session of this unit of work. Inside the block, `get_session()`
+            returns the same session.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
@@ -120,7 +121,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             ConcurrentUse: Another task is in a `begin(join=True)` block with the same session.
             ForbiddenWrite: The block may only read, and its code tried to write.
             ConfigurationError: An argument is wrong.
-            Exception: The error of COMMIT. Nothing was stored.
+            Exception: The error of COMMIT. Nothing was stored. (If the connection was lost during
+                COMMIT, it is unknown if the work was stored.)
         """
         self._see(after, join=join, read_only=read_only)
         async with block_of(self, join, read_only) as session:
@@ -179,7 +181,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
                 "trio. Describe it as a SyncDatabase there."
             ) from None
         if self._owns_engine and self._loop is not None and self._loop.is_closed():
-            # No other event loop can use the connections of this engine. So build a new engine.
+            # The event loop of the engine was closed, and no other event loop can use the engine's
+            # connections. So build a new engine.
             self._forget_engine()
         self._refuse_other_loop()
         await super().startup()
@@ -199,7 +202,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _refuse_other_loop(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        # No event loop runs in this thread, so it is not the wrong event loop for the engine.
+        # No event loop runs in this thread, so there is no wrong event loop to refuse.
         except RuntimeError:
             return
         if self._loop is loop or self._engine is None:

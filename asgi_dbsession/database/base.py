@@ -143,8 +143,8 @@ class Database(EngineLife[E], Generic[E, S]):
         pool. The session is closed permanently when the request or the `begin()` block ends.
 
         Raises:
-            NoSession: The calling code runs neither in a request that uses this database, nor in
-                its `begin()` block.
+            NoSession: The calling code runs neither in a request that uses this database, nor in a
+                `begin()` block of this database.
             SessionClosed: The request that started this task has ended.
             DatabaseNotRunning: The database has not been started.
         """

@@ -1,4 +1,4 @@
-"""Calls blocking functions with an engine: in a greenlet for an async engine, or in a thread."""
+"""Calls blocking functions with an engine: in a greenlet (async engine) or a thread (sync)."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -35,8 +35,8 @@ def select_one(engine: Engine) -> None:
 
 
 async def run_in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Call a function in a thread, even if handlers occupy all threads of the common pool."""
-    # Each call has its own limit for threads. The limit of anyio is shared with handlers. Handlers
-    # that wait for a database connection could use it up, and then the COMMIT that frees a
-    # connection would have no thread.
+    """Call a function in a thread, even if handlers occupy all threads of anyio's pool."""
+    # Each call has its own limit for the number of threads. Handlers share the limit of anyio. If
+    # handlers that wait for a database connection occupied all these threads, the COMMIT that frees
+    # a connection would have no thread.
     return await to_thread.run_sync(function, *args, limiter=CapacityLimiter(1))

@@ -50,7 +50,7 @@ class AsyncSessionOptions(_Options, Generic[AnyAsyncSession], total=False):
 
 
 def checked_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Add this package's defaults to the options. Raise an error if they are no dictionary."""
+    """Add this package's defaults to the options. Raise an error if they are not a dictionary."""
     if given is not None and not isinstance(given, Mapping):
         raise ConfigurationError(f"session_options takes a dictionary, not {kind_of(given)}.")
     return {

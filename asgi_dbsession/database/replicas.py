@@ -25,7 +25,7 @@ class PositionStore(Protocol):
         """Return the position that was last saved for the client. None if none was saved."""
 
     async def save(self, scope: Scope, position: str) -> None:
-        """Save the position of the client, if this string is greater than the saved string.
+        """Save the position of the client. If the saved string is greater, keep the saved string.
 
         Args:
             scope: The ASGI scope of the request.

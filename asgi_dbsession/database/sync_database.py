@@ -115,7 +115,8 @@ class SyncDatabase(Database[Engine, AnySession]):
 
         Returns:
             An object for `with` that gives a new session. The session is closed permanently at the
-            end of the block. `get_sync_session()` returns this session too, inside the block. The
+            end of the block. If the block joins a unit of work, the object gives the session of
+            this unit of work. Inside the block, `get_sync_session()` returns the same session. The
             object can also decorate `def` functions.
 
         Raises:
@@ -125,7 +126,8 @@ class SyncDatabase(Database[Engine, AnySession]):
                 session.
             ForbiddenWrite: The block may only read, and its code tried to write.
             ConfigurationError: An argument is wrong.
-            Exception: The error of COMMIT. Nothing was stored.
+            Exception: The error of COMMIT. Nothing was stored. (If the connection was lost during
+                COMMIT, it is unknown if the work was stored.)
         """
 
         def open_block() -> AbstractContextManager[AnySession]:

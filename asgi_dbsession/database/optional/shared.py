@@ -12,7 +12,7 @@ _warned: WeakSet[Engine] = WeakSet()
 
 
 def warn_of_shared_connection(engine: Engine) -> None:
-    """Log a warning, once for each engine, because several sessions may get one connection."""
+    """Log a warning, once for each engine, because several sessions may share a connection."""
     if engine not in _warned:
         _warned.add(engine)
         _logger.warning(
