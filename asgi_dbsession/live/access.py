@@ -1,4 +1,4 @@
-"""Decides which clients may see the live page (`LivePage`)."""
+"""Decides which clients may see the web page that shows the database connections (`LivePage`)."""
 
 from collections.abc import Callable
 from ipaddress import ip_address

@@ -1,4 +1,4 @@
-"""Sends the responses of the live page, with headers that forbid caches and frames."""
+"""Sends the web page that shows database connections. Its headers forbid caches and frames."""
 
 from asgi_dbsession.types import Send
 

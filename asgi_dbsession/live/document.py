@@ -1,4 +1,4 @@
-"""Makes the HTML of the live page, with its style and its script in it."""
+"""Makes the HTML of the web page that shows database connections, with its style and script."""
 
 from functools import cache
 from html import escape
@@ -44,7 +44,7 @@ class="rollback">ROLLBACK</span></p>
 
 
 def render(nonce: str, summary: str, parts: dict[str, str]) -> str:
-    """Return the HTML of the live page, which shows how the database connections are used now.
+    """Return the HTML of the web page that shows how the database connections are used now.
 
     Args:
         nonce: A random text for this response. Browsers use a style or script only if it has this

@@ -1,4 +1,4 @@
-"""Finds the lines of code that the reader of the live page should look at first."""
+"""Finds the lines of code that use database connections badly, for example keep them idle."""
 
 from collections import defaultdict
 from typing import TypedDict
@@ -22,7 +22,7 @@ class Finding(TypedDict):
 
 
 def find(databases: list[DatabaseNow], recent: Recent) -> list[Finding]:
-    """Return the lines that cause problems now, and then those that did in ended units of work."""
+    """Return lines of code that cause problems now, then lines that caused problems before."""
     found = [*_now(databases, "idle"), *_now(databases, "working")]
     lines = {each["line"] for each in found}
     idle = [

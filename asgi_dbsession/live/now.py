@@ -15,7 +15,7 @@ from .shown import line, name, without_values
 
 
 class Connection(TypedDict):
-    """A connection of a pool, as the live page shows it. All times are in seconds."""
+    """A connection of a pool, as the web page shows the connection. All times are in seconds."""
 
     lane: int
     state: str
@@ -51,7 +51,7 @@ class DatabaseNow(TypedDict):
 
 
 class Lanes:
-    """Numbers the connections of a pool. The number is the connection's row on the live page."""
+    """Gives each connection of a pool a number: its row on the page that shows connections."""
 
     def __init__(self) -> None:
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()

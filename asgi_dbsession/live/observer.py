@@ -27,7 +27,7 @@ from asgi_dbsession.unit.report import Outcome
 from .route import Named, RouteName, name_of, named, route_by_quart
 from .totals import Totals
 
-# The page stores at most this many ended units of work.
+# At most this many ended units of work are stored.
 _MOST_UNITS = 400
 
 
@@ -61,7 +61,7 @@ _SUCCESS: _Result = ("committed", "", "", False)
 
 
 class LiveObserver(UnitObserver):
-    """Records the units of work for the live page. Requests without a session cost nothing.
+    """Records units of work for the web page `LivePage`. Requests without a session cost nothing.
 
     During a request, this object only stores what happened. Percentiles and other results are
     calculated when somebody looks at the page.

@@ -1,4 +1,4 @@
-"""The live page: an ASGI application that shows which code is holding which connection."""
+"""The class `LivePage`: a web page that shows which code is holding which connection now."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""Makes HTML from the data of the live page."""
+"""Makes the HTML tables of the web page that shows database connections."""
 
 from collections import Counter
 from html import escape
