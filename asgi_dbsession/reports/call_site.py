@@ -20,8 +20,8 @@ CallSite: TypeAlias = tuple[str, int] | None
 _BETWEEN = frozenset(
     ("sqlalchemy", "asgi_dbsession", "sqlmodel", "greenlet", "contextlib", "functools", "asyncio")
 )
-# True for files of the application, False for all others. Files are the keys and not code objects,
-# because Python computes the hash of a code object at each look-up, which is slow.
+# A cache: True for files of the application, False for all others. The keys are file names and not
+# code objects, because Python computes the hash of a code object at each look-up, which is slow.
 _is_application: dict[str, bool] = {}
 _MOST_FILES = 10_000
 # These methods of `AsyncSession` run a method of SQLAlchemy in a greenlet. `run_sync` is left out,
@@ -32,7 +32,7 @@ _AWAITED = frozenset(
     if iscoroutinefunction(method) and name != "run_sync"
 )
 # The number of stack frames between `find_call_site` and the method of SQLAlchemy's `Connection`
-# that led to this call. They are never code of the application, so skip them to save time.
+# that led to this call. These frames are never code of the application. Skip them to save time.
 _BELOW_CONNECTION = 4
 
 

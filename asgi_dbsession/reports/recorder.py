@@ -28,7 +28,7 @@ _logger = logging.getLogger("asgi_dbsession")
 
 @dataclass
 class _Start:
-    """When a unit of work began, and during which attempt to serve the request it began."""
+    """When a unit of work began, and in which attempt (a request may be retried)."""
 
     start_time: float = field(default_factory=time)
     counter: float = field(default_factory=perf_counter)

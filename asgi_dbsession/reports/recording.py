@@ -19,7 +19,7 @@ class Recording:
         companion: The object with the data that this package attaches to the session.
 
     Attributes:
-        steps: What the session did, as a list of `Step`.
+        steps: What the session did: a list of steps (statements and waits, for example).
         waits_since: When the session began to wait for a connection. None if it is not waiting now.
     """
 

@@ -16,7 +16,8 @@ Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 # At most this many steps are stored for each session, so that a long unit of work does not use much
 # memory. Of all further steps, only the sums are stored.
 MOST_STEPS = 200
-# If a COMMIT or ROLLBACK takes less time than this (in seconds), nothing was sent to a server.
+# If a COMMIT or ROLLBACK takes less time than this (in seconds), it has sent nothing to a server,
+# and is not shown.
 _NOTHING = 50e-6
 # A report shows the SQL text of each step. For a COMMIT or ROLLBACK that failed, the text is:
 FAILED = "failed"
