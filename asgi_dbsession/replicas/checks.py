@@ -48,7 +48,9 @@ def _is_store(given: Any) -> bool:
 
 
 def check_cookies(replica_sets: Sequence[Any]) -> None:
-    """Raise an error if two databases would store their WAL positions in the same cookie.
+    """Raise an error if two databases with replicas have the same cookie.
+
+    For each database, a cookie stores up to which WAL position the client has seen the database.
 
     Args:
         replica_sets: The `ReplicaSet` objects of all databases that have replicas.

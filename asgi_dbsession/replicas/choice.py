@@ -19,8 +19,8 @@ class Choice:
         answer: What the replica last answered when it was asked which WAL position it has replayed.
         seen: Up to which WAL position the client has seen the database. Each read from the replica
             is recorded in this object.
-        lifetime: For how many seconds this object is stored for the next requests of the client (in
-            a cookie, or in a `PositionStore` of the application).
+        lifetime: For how many seconds `seen` is stored for the next requests of the client (in a
+            cookie, or in a `PositionStore` of the application).
     """
 
     def __init__(self, server: Server, answer: Answer, seen: Seen, lifetime: float) -> None:
@@ -71,8 +71,8 @@ class Choice:
         After a restart, a replica may accept readers before it has replayed again the changes that
         it had replayed before. A restart closes all connections. So if `connection` was opened
         before the replica reported its position, there was no restart. Otherwise ask the replica
-        again. Its answer has a `name`, which is made from the time of the start, and so is another
-        one after a restart.
+        again. The answer has a `name`, which is made from the time when the server was started. So
+        the name is another one after a restart.
         """
         opened = connection.info[OPENED]
         if opened <= self._answer.asked:

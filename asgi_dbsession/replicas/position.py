@@ -138,7 +138,8 @@ class Seen:
 
         Args:
             name: The name of the replica.
-            position: The last known WAL position of the replica. It may have replayed more since.
+            position: The last known WAL position of the replica. The replica may have replayed more
+                since then.
             lifetime: For how many seconds the cookie or the store keeps a position. After half of
                 this time, the position is sent again, so that it does not expire while the client
                 goes on reading.
@@ -155,8 +156,8 @@ class Seen:
     def add(self, text: str | None) -> None:
         """Record which WAL position the client has seen elsewhere, for example in another process.
 
-        If this position and the one in this object cannot be compared, the client must read from
-        the primary next.
+        If this position and the one in this object cannot be compared (after the promotion of a
+        replica, for example), the client must read from the primary next.
 
         Args:
             text: The property `text` of the `Seen` object there. None changes nothing.

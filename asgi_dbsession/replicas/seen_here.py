@@ -9,15 +9,15 @@ from asgi_dbsession.errors import ConfigurationError, kind_of
 
 from .position import Seen
 
-# For each `ReplicaSet`, up to which WAL position the current client has seen the database. Each
-# request sets its own dictionary. Code that serves no request, such as a worker, gets a dictionary
-# at its first unit of work (`begin()` block).
+# For each database with replicas (`ReplicaSet`), up to which WAL position the current client has
+# seen the database. Each request sets its own dictionary. Code that serves no request, such as a
+# worker, gets a dictionary at its first unit of work (`begin()` block).
 _here: ContextVar[dict[Any, Seen] | None] = ContextVar("asgi_dbsession.seen", default=None)
 
 
 @contextmanager
 def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
-    """Make `seen` the dictionary of the current client in the `with` block; see `_here`."""
+    """Let code in the `with` block use `seen`, which says what the current client has seen."""
     token = _here.set(seen)
     try:
         yield

@@ -20,9 +20,10 @@ from .question import IDENTITY, KEY, QUESTION, Answer
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# Times in seconds. If the last answer is older than `_FRESH`, the server is asked again, but
-# requests still use the old answer. If it is older than `_STALE`, requests wait for the new answer,
-# at most for `_PATIENCE`. A server that did not answer is asked again after `_PAUSE`.
+# Times in seconds. If the last answer of a server (its WAL position) is older than `_FRESH`, the
+# server is asked again, but requests still use the old answer. If the last answer is older than
+# `_STALE`, requests wait for the new answer, at most for `_PATIENCE`. A server that did not answer
+# is asked again after `_PAUSE`.
 _FRESH, _STALE, _PATIENCE, _PAUSE = 0.1, 0.3, 1.0, 0.5
 # The time limit for a query in seconds, including the time to connect to the server.
 _LIMIT = 5
@@ -36,8 +37,8 @@ class Server(ABC):
 
     Args:
         database: The `AsyncDatabase` or `SyncDatabase` for the sessions that use this server.
-        asker: A second such object for the same server. It has a single connection, which only asks
-            for the WAL position. So it can ask even if all connections of `database` are in use.
+        asker: A second such object for the same server. Its only connection asks for the WAL
+            position, even if all connections of `database` are in use.
     """
 
     def __init__(self, database: Any, asker: Any) -> None:
