@@ -33,7 +33,7 @@ _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
 # https://docs.python.org/3/library/asyncio-task.html#task-groups
 _COUNTS = sys.version_info >= (3, 13)
 
-# Load this part of anyio now, and not in the first request.
+# Load this part of anyio now. Otherwise the first request would load it, and take longer.
 import_module("anyio._backends._asyncio")
 
 

@@ -153,7 +153,7 @@ def _record_commit(connection: Connection, *_: object) -> None:
 
 def _record_rollback(connection: Connection) -> None:
     # In autocommit mode, the database has stored each statement already, so this ROLLBACK undoes
-    # nothing.
+    # nothing. This counts as a COMMIT.
     if _is_autocommit(connection):
         for attempt in _under_way():
             attempt.has_committed = True
