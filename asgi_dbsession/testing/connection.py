@@ -19,7 +19,7 @@ _LIMIT_FOR_THE_TEST = 0.8
 
 
 class SharedConnection:
-    """The shared connection of a test, and its open transactions: savepoints in each other.
+    """The shared connection of a test, and its open transactions, which are nested savepoints.
 
     Args:
         connection: A connection with an open transaction, which is never committed.
@@ -159,7 +159,7 @@ class SharedConnection:
         self._free.wake()
 
     def end(self, reason: NotIsolated) -> AbstractContextManager[None]:
-        """Mark the connection as lost. Entering the result with `with` waits for the statement.
+        """Mark the connection as lost. `with` on the result waits until no statement is running.
 
         Raises:
             TimeoutError: The statement that runs on the connection did not end in time.

@@ -85,7 +85,7 @@ class SavepointDialect(Dialect):
     def _set_connection_characteristics(
         self, connection: Connection, characteristics: Mapping[str, Any]
     ) -> None:
-        """Ignore a new isolation level, because it cannot be changed inside a transaction."""
+        """Ignore a new isolation level on a shared connection, which is always in a transaction."""
         dialect: Any = super()
         if record_of(connection.connection):
             known = dialect.connection_characteristics
@@ -108,7 +108,7 @@ def with_savepoints(dialect: type[Dialect]) -> type[Dialect]:
 
 
 def record_of(connection: PoolProxiedConnection) -> SharedRecord | None:
-    """Return the pool entry of a connection if it belongs to a `SharedPool`, otherwise None."""
+    """Return the pool entry of a connection that all transactions of a test share, or None."""
     record = connection._connection_record
     return record if isinstance(record, SharedRecord) else None
 

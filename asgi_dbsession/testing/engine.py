@@ -1,4 +1,4 @@
-"""Replaces the pool of an engine by a `SharedPool` for a test, and restores it afterwards."""
+"""Gives an engine a pool with one shared connection for a test, and restores its own pool."""
 
 import asyncio
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def share(engine: Engine, isolation: Isolation) -> None:
         isolation: The state of the test's `with rolled_back(...)` block.
 
     Raises:
-        ConfigurationError: The engine has a `SharedPool` already.
+        ConfigurationError: `share` was called for the engine already.
     """
     name = without_secrets(engine.url)
     if isinstance(engine.pool, SharedPool):

@@ -1,4 +1,4 @@
-"""Lets the database refuse the writes of a read-only unit of work, in a `rolled_back` block."""
+"""Lets the database refuse the writes of a read-only unit of work, in tests with `rolled_back`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -46,7 +46,7 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
     one in two cases: if the test itself has a transaction open, or if the same request has another
     transaction open.
 
-    In `async def` tests, write `async with`. It also starts the databases, because some test
+    In `async def` tests, write `async with`, which also starts the databases, because some test
     clients send no startup message. In `def` tests, write `with`, inside or around Starlette's
     `with TestClient(app):`. Then the test client starts each `AsyncDatabase`, and `rolled_back`
     starts each `SyncDatabase`.
@@ -65,10 +65,10 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
         An object for `with` or `async with`, which can be used only once.
 
     Raises:
-        NotIsolated: The test would have another result with several connections; or the connection
-            was lost; or MariaDB committed by itself (CREATE TABLE, for example); or COMMIT was sent
-            on the driver's own connection. The request gets this error, or it is raised at the end
-            of the block.
+        NotIsolated: The code would behave differently in production, with several connections; or
+            the connection was lost; or MariaDB committed by itself (CREATE TABLE, for example); or
+            COMMIT was sent on the driver's own connection. The request gets this error, or the end
+            of the block raises this error.
         ConfigurationError: No database was given, or `timeout` is not a number of seconds. Or a
             database is in a `rolled_back` block already. Or `with` was used in an `async def`
             function.
@@ -188,7 +188,8 @@ def _in_block(isolation: Isolation) -> Iterator[None]:
 
 @contextmanager
 def _raising_violations(isolation: Isolation) -> Iterator[None]:
-    # Look for violations last, because the rollback at the end of the block may find one too.
+    # A violation is an error about code that would behave differently in production. Raise it last,
+    # because the rollback at the end of the block may find a violation too.
     try:
         yield
     except BaseException as error:

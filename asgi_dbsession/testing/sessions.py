@@ -15,7 +15,7 @@ from asgi_dbsession.errors import without_secrets
 from .dialect import record_of
 from .isolation import Isolation, NotIsolated, outlived
 
-# The `rolled_back` block in which the current task or thread was started, or None.
+# The test (its `with rolled_back(...)` block) that has started the current task or thread, or None.
 _block: ContextVar[Isolation | None] = ContextVar("asgi_dbsession.testing", default=None)
 
 # These two tell to which test a session belongs. `_latest` has, for each `AsyncDatabase` or
@@ -84,7 +84,7 @@ class _Check:
 
 
 def _outlived(isolation: Isolation) -> bool:
-    """Return True if the calling code belongs to a `rolled_back` block that has ended."""
+    """Return True if the calling code belongs to a test whose `rolled_back` block has ended."""
     task = _current_task()
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
