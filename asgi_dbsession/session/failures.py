@@ -19,9 +19,9 @@ from .sqlite import end_failed_commit, unwatch_sqlite, was_rolled_back, watch_sq
 
 # The statements that failed. Each key is a weak reference to the transaction or savepoint in which
 # a statement failed. Each value is a pair: (1) the message of the driver, (2) True if the error
-# made the database roll back the whole transaction. The database then reports no error at COMMIT,
-# because the next statement has begun a new transaction. Each COMMIT checks if this dictionary is
-# empty. With a WeakKeyDictionary, this check would be slower.
+# made the database roll back the whole transaction. If (2) is True, the database reports no error
+# at COMMIT, because the next statement has begun a new transaction. Each COMMIT checks if this
+# dictionary is empty. With a WeakKeyDictionary, this check would be slower.
 failed_transactions: dict[ref[Transaction], tuple[str, bool]] = {}
 
 # The numbers of the errors at which InnoDB rolls back the whole transaction, and not only the
