@@ -17,6 +17,9 @@ from asgi_dbsession import (
     Replicas,
     SyncDatabase,
 )
+from asgi_dbsession.replicas.lag import Lag
+from asgi_dbsession.replicas.position import Position
+from asgi_dbsession.replicas.question import Answer
 
 pytestmark = pytest.mark.anyio
 
@@ -261,3 +264,13 @@ async def test_a_position_at_the_start_of_a_page_of_the_wal_is_reached(nodes: Cl
             raise AssertionError("no record ended with its page")
         cookie = {"db_position": database.position}
         await reads_from(lambda: Client(shop.app, dict(cookie)), ports(nodes), 5)
+
+
+def test_a_process_that_only_writes_keeps_few_positions() -> None:
+    """Every commit tells the position of the primary, and no read asks how old it may be."""
+    lag = Lag(10)
+    for second in range(1000):
+        at = Position(1, second, "cluster")
+        lag.record(Answer(second, at, is_standby=False, flushed=at, name="primary"))
+    assert len(lag._history) == 11
+    assert lag.floor(999) == Position(1, 989, "cluster")

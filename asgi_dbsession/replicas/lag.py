@@ -25,7 +25,7 @@ class Lag:
         """Record the WAL position that the primary has answered.
 
         To save memory, an answer is ignored if less than a tenth of `max_lag` has passed since the
-        last recorded answer. Old answers are removed by `floor`.
+        last recorded answer.
         """
         with self._mutex:
             history = self._history
@@ -39,6 +39,8 @@ class Lag:
                 elif passed < self._most / 10:
                     return
             history.append(answer)
+            # A process that only writes never calls `floor`.
+            self._forget_old(answer.asked)
 
     def floor(self, now: float) -> Position | None:
         """Return the WAL position that a replica must have replayed to be at most `max_lag` behind.
@@ -51,7 +53,9 @@ class Lag:
         So after `max_lag` seconds, the result is the last position that the primary has reported.
         """
         with self._mutex:
-            history = self._history
-            while len(history) > 1 and history[1].asked <= now - self._most:
-                history.popleft()
-            return history[0].flushed if history else None
+            self._forget_old(now)
+            return self._history[0].flushed if self._history else None
+
+    def _forget_old(self, now: float) -> None:
+        while len(self._history) > 1 and self._history[1].asked <= now - self._most:
+            self._history.popleft()
