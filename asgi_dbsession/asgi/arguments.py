@@ -17,7 +17,8 @@ from .rules import commit_rule
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 D = TypeVar("D")
-# The middleware options that take a function. The value is the name of the function's parameter.
+# The middleware options that take a function with one parameter. For each option, this is the name
+# of the parameter that an error text shows.
 _PARAMETERS = {"on_commit_error": "error", "on_report": "report", "read_only": "scope"}
 # The default value of the argument `app`: no application was given as the first argument.
 no_application: Any = None
@@ -53,10 +54,12 @@ def usable_databases(
     If this function raised an exception while a server starts, the server would ignore the
     exception (see the class `Unstartable`).
 
+    If a URL is wrong, or if a database has no two-phase commit, the result is always an
+    `Unstartable` object.
+
     Raises:
-        ConfigurationError: An argument is wrong, and no event loop is running, so no server is
-            starting. This error is not raised if only a URL is wrong, or if a database has no
-            two-phase commit.
+        ConfigurationError: Any other argument is wrong, and no event loop is running. So no server
+            is starting, and nothing ignores the exception.
     """
     try:
         _check_application(app)
@@ -67,7 +70,8 @@ def usable_databases(
         for name, parameter in _PARAMETERS.items():
             if options[name] is not None:
                 check_function(name, options[name], parameter)
-        # `commit_rule` raises an error if `commit_when` has wrong parameters.
+        # `check_function` has not checked the parameters of `commit_when`. `commit_rule` raises an
+        # error if these parameters are wrong.
         commit_rule(options["commit_when"])
         check_number("attempts", options["attempts"])
         if options["retry_after"] is not None:

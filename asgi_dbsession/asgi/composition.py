@@ -13,9 +13,11 @@ def with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIAp
     """If a database has replicas, wrap `serve`: then each client reads its own writes.
 
     The wrapper, `Positions`, adds the WAL position (how far the primary has written its log) to the
-    response. The application `serve` must include the responses of this package itself (503, for
-    example): they need the position too, because the request may have committed before its failure.
-    Without replicas, return `serve` itself.
+    response. Without replicas, return `serve` itself.
+
+    Responses that this package makes itself (503, for example) need the position too, because the
+    request may have committed before its failure. So `serve` must already contain the code that
+    makes these responses.
     """
     replica_sets = [each._replica_set for each in databases if each._replica_set is not None]
     if not replica_sets:

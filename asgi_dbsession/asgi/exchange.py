@@ -98,7 +98,8 @@ def _is_event_stream(start: Message) -> bool:
     # Read the headers only if they are a list. An iterator can be read only once, and the server
     # must read it.
     for name, value in headers if isinstance(headers, list) else ():
-        if name == b"content-length":  # A response of known length is no event stream.
+        # The length of an event stream is never known at its start. So this is another response.
+        if name == b"content-length":
             return False
         if name == b"content-type":
             return bool(value.startswith(b"text/event-stream"))

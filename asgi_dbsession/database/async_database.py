@@ -106,7 +106,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
                 block may only read, even if the outer unit of work may write. Without `join`, a
                 replica is used if there is one. False: writes are refused only if the block joins a
                 unit of work that may not write.
-            after: An earlier value of the property `position`, also from another process. The value
+            after: An earlier value of `database.position`, also from another process. The value
                 says which changes a client has seen. The block reads from a replica only if the
                 replica has all these changes. Use `after` only together with `read_only=True`.
 

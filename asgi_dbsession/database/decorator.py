@@ -30,7 +30,8 @@ class DecoratingBlock(Generic[S]):
         self._is_free: Lock = Lock()
 
     def __enter__(self) -> S:
-        # If two threads could open the object at once, each might end the block of the other.
+        # This object can store only one open block. If two threads entered this object at once, a
+        # thread might end the block of the other thread.
         if not self._is_free.acquire(blocking=False):
             raise ConfigurationError(
                 "This `begin()` block is open already, perhaps in another thread. Write "

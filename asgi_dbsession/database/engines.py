@@ -36,7 +36,7 @@ def select_one(engine: Engine) -> None:
 
 async def run_in_thread(function: Callable[..., T], *args: Any) -> T:
     """Call a function in a thread, even if handlers occupy all threads of anyio's pool."""
-    # Each call has its own limit for the number of threads. Handlers share the limit of anyio. If
-    # handlers that wait for a database connection occupied all these threads, the COMMIT that frees
-    # a connection would have no thread.
+    # anyio limits the number of its worker threads. Handlers that wait for a database connection
+    # may occupy all of these threads. Then the COMMIT that frees a connection would have no thread.
+    # So give each call of this function a limiter of its own.
     return await to_thread.run_sync(function, *args, limiter=CapacityLimiter(1))

@@ -109,7 +109,7 @@ class SyncDatabase(Database[Engine, AnySession]):
         Args:
             join: True to run in a savepoint of the open unit of work, if it has this database.
             read_only: True to refuse writes, and to use a replica if there is one.
-            after: An earlier value of the property `position`, also from another process. The value
+            after: An earlier value of `database.position`, also from another process. The value
                 says which changes a client has seen. The block reads from a replica only if the
                 replica has all these changes. Use `after` only together with `read_only=True`.
 

@@ -20,9 +20,9 @@ _mutex = RLock()
 # For each engine: one `finalize` object for each database object that uses the engine through
 # `from_engine`. The `finalize` object is alive as long as its database object.
 _users: "WeakKeyDictionary[Engine, list[finalize[..., object]]]" = WeakKeyDictionary()
-# An observer is an object that a database object notifies of its units of work. After a database
-# object was garbage collected, this dictionary keeps its observers, by engine. When no other
-# database object uses the engine either, the method `engine_left` of the observers is called.
+# For each engine: the observers of database objects that were garbage collected. (An observer is an
+# object that a database object notifies of its units of work.) The observers stay here until no
+# database object uses the engine any more. Then their method `engine_left` is called.
 _observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
 
 

@@ -11,9 +11,9 @@ from sqlalchemy import URL
 _SECRET_NAMES = re.compile(
     r"pass(?!file)|pwd|secret|token|credential|api_?key|access_?key", re.IGNORECASE
 )
-# A secret with fewer characters than this may be a part of a common word. So it is searched for
-# only as a whole word. Otherwise texts with such words would be hidden, and a reader could guess
-# the secret from this.
+# A secret with fewer characters than this is searched for only as a whole word, because it may be a
+# part of common words. Otherwise all texts with such a word would be hidden. A reader could then
+# find out what the hidden texts have in common, and guess the secret.
 _SHORTEST_PART = 4
 
 

@@ -19,8 +19,9 @@ from .questions import TaskQuestions, ThreadQuestions
 
 # The running checks of each database. Callers in several threads may share a check.
 _questions: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-# A check of the parent process does not go on in a child process, so forget it there. Windows has
-# no `fork`, so Python has no `os.register_at_fork` there.
+# A fork copies this dictionary to the child process, but the checks run only in the parent process.
+# So empty the dictionary in the child. On Windows, Python has no `os.register_at_fork`, because
+# there is no fork.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_questions.clear)
 

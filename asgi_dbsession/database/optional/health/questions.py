@@ -33,7 +33,8 @@ class TaskQuestions:
     async def answers(self, engine: AsyncEngine, seconds: float) -> bool:
         """Return True if the database behind the engine answers within the given seconds.
 
-        If a check takes too long, the next caller starts a new check.
+        Callers at the same time share one check. If the check takes longer than `seconds`, return
+        False. The next caller then starts a new check.
 
         Raises:
             Exception: The exception that the statement raised.
@@ -98,7 +99,9 @@ class ThreadQuestions:
     async def answers(self, engine: Engine, seconds: float) -> bool:
         """Return True if the database behind the engine answers within the given seconds.
 
-        If a check takes too long, the next caller starts a new check.
+        Callers at the same time share one check. If the check takes longer than `seconds`, return
+        False. The next caller then starts a new check. If too many earlier checks are still
+        running, return False at once.
 
         Raises:
             Exception: The exception that the statement raised.
