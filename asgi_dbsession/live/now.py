@@ -57,7 +57,10 @@ class Lanes:
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def of(self, entry: Any) -> int:
-        """Return the row of a connection, counted from 1. It is the same at each call."""
+        """Return the number of the row that shows a connection on the page, counted from 1.
+
+        A connection keeps its number, so it does not move on the page.
+        """
         if entry not in self._numbers:
             taken = set(self._numbers.values())
             self._numbers[entry] = next(n for n in range(1, len(taken) + 2) if n not in taken)

@@ -74,7 +74,7 @@ class LivePage:
         self._now = Now(shown, self._observer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request for the page."""
+        """Answer one HTTP request for the page or its data (`/json`, `/metrics`, `/events`)."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
             return

@@ -1,4 +1,7 @@
-"""Names the request of a unit of work, without any text that the client sent."""
+"""Makes the name under which the web page shows a request, such as `GET /orders/{id}`.
+
+The name contains no text that the client sent.
+"""
 
 import logging
 import sys

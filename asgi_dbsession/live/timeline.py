@@ -9,7 +9,8 @@ from .observer import EndedUnit
 
 _WIDTH = 1200
 _HEIGHT = 300
-# The drawing has one of these numbers of rows: the smallest that has room for all bars.
+# How many rows of bars the drawing may have. `draw` uses the smallest of these numbers that has
+# room for all bars.
 _ROWS = (12, 30, 75)
 # The length of the time axis in seconds. On a longer time axis, the bars would be too narrow.
 _SECONDS = 30.0

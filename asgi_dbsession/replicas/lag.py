@@ -39,7 +39,8 @@ class Lag:
                 elif passed < self._most / 10:
                     return
             history.append(answer)
-            # A process that only writes never calls `floor`.
+            # `floor` forgets old positions too. But a process that only writes never calls `floor`,
+            # and without this line its list of positions would grow without limit.
             self._forget_old(answer.asked)
 
     def floor(self, now: float) -> Position | None:

@@ -61,9 +61,10 @@ class Seen:
             from it.
         replica: The name of the only replica from which the client may read. None if the client may
             read from any replica that has replayed `position`.
-        users: The sessions of this client that use the primary now, each as its `Route` object. A
-            `Route` is removed when the work of its session has ended, just before this package asks
-            the primary for its WAL position.
+        users: The sessions of this client that use the primary now. In place of each session, this
+            set has its `Route` (the object that chooses the server of the session). The `Route` is
+            removed when the work of the session has ended, just before this package asks the
+            primary for its WAL position.
     """
 
     __slots__ = ("_instead", "_since", "_told", "position", "replica", "users")
@@ -73,8 +74,8 @@ class Seen:
         self.replica: str | None = None
         self.users: set[Any] = set()
         self._since = 0
-        # If it is not known what the client has seen, this string goes into the cookie or the store
-        # instead of a WAL position. Otherwise None.
+        # None if it is known what the client has seen. Otherwise a string for the cookie or the
+        # store, instead of a WAL position. With this string, the client reads from the primary.
         self._instead: str | None = None
         self._told: str | None = text
         if text is not None:
@@ -123,7 +124,11 @@ class Seen:
         return f"{self.position}?" if self.position is not None else "0"
 
     def news(self) -> str | None:
-        """Return the string for the cookie or the store. None if it has not changed."""
+        """Return the string to send in the cookie or to save in the store.
+
+        The string says up to which WAL position the client has seen the database. None if the
+        cookie or the store has this string already, or if the client has seen nothing yet.
+        """
         # `users` has the sessions of this client that use the primary now. Such a session may have
         # committed, and the WAL position of its COMMIT is not known yet. So say that the position
         # of the client is not known.
@@ -154,13 +159,14 @@ class Seen:
             self.position = self.position or position
 
     def add(self, text: str | None) -> None:
-        """Record which WAL position the client has seen elsewhere, for example in another process.
+        """Add what another `Seen` object knows about the client, such as that of another process.
 
-        If this position and the one in this object cannot be compared (after the promotion of a
-        replica, for example), the client must read from the primary next.
+        If the positions of the two objects cannot be compared (after the promotion of a replica,
+        for example), the client must read from the primary next.
 
         Args:
-            text: The property `text` of the `Seen` object there. None changes nothing.
+            text: The property `text` of the other object. If this is None, the client has seen
+                nothing there, and this object does not change.
         """
         if text is None or not self.is_trusted:
             return

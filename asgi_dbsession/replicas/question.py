@@ -20,11 +20,11 @@ SELECT standby,
 FROM (SELECT pg_is_in_recovery() AS standby OFFSET 0) AS server
 """
 
-# This query identifies a server and its last start. The last column joins two times: when the
-# server was started, and when its statistics were last reset. After a crash, the server may keep
-# the first time, but it resets the statistics. So if the last column is the same as before, there
-# was neither a restart nor a crash. The query is sent only once on each connection, because the
-# server must read a file to answer it.
+# This query identifies a server and its last start. The last column is a text with two times: when
+# the server was started, and when its statistics were last reset. After a crash, the server may
+# keep the first time, but it resets the statistics. So if the last column is the same as before,
+# there was neither a restart nor a crash. The query is sent only once on each connection, because
+# the server must read a file to answer it.
 IDENTITY = """
 SELECT system_identifier,
        CAST(current_setting('wal_block_size') AS integer),

@@ -136,7 +136,8 @@ class ReplicaSet:
     def give_route(self, made: ManagedSession[Any]) -> None:
         """Give a session a `Route`, the object that chooses the primary or a replica.
 
-        If the session has an engine already, it keeps this engine.
+        A session that may write has the engine of the primary already. For such a session, the
+        `Route` chooses nothing. It only records that the client uses the primary.
         """
         route = Route(self, seen_here(self), chooses=made.orm.bind is None)
         made.companion.route, made.companion.connect = route, route.connect

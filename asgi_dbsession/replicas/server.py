@@ -56,7 +56,10 @@ class Server(ABC):
         return repr(self.database)
 
     def forget(self) -> None:
-        """Forget all answers and the running query. Called after a fork and at shutdown."""
+        """Forget what the server has answered, and the running query for its WAL position.
+
+        Called in a child process after a fork, and at shutdown.
+        """
         self._mutex = Lock()
         self._question: Any = None
         self._began = 0.0
