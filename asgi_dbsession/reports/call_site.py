@@ -87,8 +87,8 @@ def _classify(file: str, module: str) -> bool:
     # Code that is made at run time has a file name such as `<string>`, which many modules share. So
     # the result is not stored for such a name.
     if not file.startswith("<"):
-        # An application may make up file names, without limit. So empty the cache if it is too
-        # large.
+        # An application may compile code at run time, each time with a new file name. So empty this
+        # cache if it has too many file names.
         if len(_is_application) > _MOST_FILES:
             _is_application.clear()
         _is_application[file] = found

@@ -7,7 +7,7 @@ from sqlalchemy import Connection, Engine
 
 from asgi_dbsession.session.companion import Companion, Connect, Step
 
-# The kinds of steps after which the connection is in its pool again.
+# After a step of one of these kinds, the session has returned its connection to the pool.
 ENDS = frozenset(("commit", "rollback"))
 
 

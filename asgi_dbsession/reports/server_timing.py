@@ -44,7 +44,10 @@ class ServerTimingMiddleware:
 
     @staticmethod
     def note(report: UnitReport) -> None:
-        """Add a report to the header of the current request, unless the header was sent already."""
+        """Add a report to the header `Server-Timing` of the response to the current request.
+
+        Do nothing if the header was sent already, or if no request is being served.
+        """
         header = _current.get()
         noted = header.noted if header is not None else None
         if noted is not None:

@@ -100,9 +100,9 @@ def _in_two_phases(dialect: Any, name: str) -> Callable[..., None]:
         steps: list[Step] = getattr(connection, "asgi_dbsession_steps", [])
         place, start = len(steps), perf_counter()
         getattr(type(dialect), name)(dialect, connection, *identity, **options)
-        # The list has the steps in the order in which they began. As a part of this step, the
-        # driver may have sent a statement, which began later but is in the list already. So insert
-        # this step before the statement.
+        # The list has the steps in the order in which they began. This step is added to the list
+        # only now, after its end. SQLAlchemy may have sent a statement for this step, which is in
+        # the list already, although it began later. So insert this step in front of the statement.
         steps.insert(place, [_kind(name), start, perf_counter(), find_call_site(), ""])
 
     return end_in_two_phases

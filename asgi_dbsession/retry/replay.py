@@ -46,8 +46,9 @@ class Replay:
         self._body = bytearray()
         self._has_begun = False
         self._has_more = True
-        # If the current attempt must still receive the stored body, an object that identifies this
-        # attempt. Otherwise None: then the attempt receives the next message of the server.
+        # The attempt that gets the stored body at its next call of `receive`, as an object that
+        # identifies this attempt. None if no attempt waits for the stored body: then each call of
+        # `receive` returns the next message of the server.
         self._pending: object = None
         self.is_kept: bool = True
         self.is_client_gone: bool = False

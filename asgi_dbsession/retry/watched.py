@@ -137,9 +137,10 @@ def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
         and attempt.committing is connection
         and (not is_lost(context) or may_only_read(connection))
     ):
-        # COMMIT failed, and nothing was stored: either the connection was not lost, so the database
-        # has rolled back, or the transaction could only read. If the connection was lost after
-        # writes, it is unknown if they were stored, so `committing` stays set.
+        # COMMIT failed, and it is certain that nothing was stored. There are two such cases. If the
+        # connection was not lost, the database has rolled back. If the transaction could only read,
+        # there was nothing to store. In all other cases nobody knows if COMMIT has succeeded, so
+        # `attempt.committing` keeps the connection, and no retry follows.
         attempt.committing = None
 
 
@@ -152,15 +153,19 @@ def _record_commit(connection: Connection, *_: object) -> None:
 
 
 def _record_rollback(connection: Connection) -> None:
-    # In autocommit mode, the database has stored each statement already, so this ROLLBACK undoes
-    # nothing. This counts as a COMMIT.
+    # In autocommit mode, the database has stored each statement already, and this ROLLBACK undoes
+    # nothing. So record that the attempt has committed work. Then it is not retried.
     if _is_autocommit(connection):
         for attempt in _under_way():
             attempt.has_committed = True
 
 
 def watch_sessions() -> None:
-    """From now on, record each successful COMMIT of a session in the attempts that ran it."""
+    """From now on, record each successful COMMIT of a session in the attempts that are running.
+
+    The code that commits may run in two attempts at once: in an attempt of `run_transaction`,
+    inside an attempt to serve the request. An attempt that has committed is not retried.
+    """
     if not event.contains(GuardedSession, "after_commit", _record_stored):
         event.listen(GuardedSession, "after_commit", _record_stored)
 
