@@ -83,7 +83,7 @@ class ConnectingSession(Session):
 
 
 class ConnectingTransaction(SessionTransaction):
-    """A transaction object that opens its connections with `session._companion.connect`."""
+    """A transaction that opens its connections with `connect`, a function of this package."""
 
     @override
     def __exit__(
@@ -225,7 +225,9 @@ def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> 
 
 
 def is_first(target: Any, name: str, listener: Callable[..., object]) -> bool:
-    """Return True if no listener of the class `Engine` comes before `listener`; see `listen_first`.
+    """Return True if no listener that was added to the class `Engine` comes before `listener`.
+
+    SQLAlchemy calls such listeners before those of a single engine; see `listen_first`.
 
     Args:
         target: The engine, or a connection of this engine.

@@ -60,16 +60,17 @@ def commit_at_once(session: Session, companion: Companion) -> bool:
         changes, or the application has added listeners or overridden `commit()`.
     """
     transaction = session.get_transaction()
-    # After a failed flush the transaction is inactive, and SQLAlchemy's `commit()` raises an error.
+    # After a failed flush the transaction is inactive. The caller must then use SQLAlchemy's
+    # `commit()`, which raises an error.
     if transaction is None or not transaction.is_active:
         return False
-    # Go on only if it is certain that each connection has only read. If the transaction has no
-    # connections, nothing is certain.
+    # Commit here only if it is certain that each connection has only read. If the transaction has
+    # no connections, nothing shows that it has only read. Then the caller must use `commit()`.
     connections = connections_of(transaction)
     if not connections or not all(map(_commits_at_once, connections, connections.values())):
         return False
-    # SQLAlchemy's `commit()` notifies the objects in `followers` (for `on_commit` functions, for
-    # example). This function does not.
+    # The caller must also use SQLAlchemy's `commit()` if an error must be raised (`must_fail`), or
+    # if objects must be notified of the COMMIT (`followers`, for `on_commit` functions).
     if companion.must_fail or companion.followers:
         return False
     if not _has_only_transactions(session):

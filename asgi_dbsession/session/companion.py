@@ -53,14 +53,20 @@ class SessionRecording(Protocol):
     """Records what a session does; see the package `reports`."""
 
     def connected(self, own: Any, connection: Connection) -> None:
-        """Called when a session has begun a transaction. `own` is the engine of the session."""
-
-    def take(self, connections: tuple[Connection, ...]) -> list[Step]:
-        """Return the steps since the last call.
+        """Called when a session has begun a transaction on a connection.
 
         Args:
-            connections: The connections that the session still holds. The next list of steps begins
-                with a step for each of them.
+            own: The engine of the session. Only connections of this engine are recorded. None to
+                record the connections of all engines.
+            connection: The connection.
+        """
+
+    def take(self, connections: tuple[Connection, ...]) -> list[Step]:
+        """Return what the session did since the last call: a list of steps (see `Step`).
+
+        Args:
+            connections: The connections that the session still holds. If there are any, the next
+                list begins with a step of the kind `hold`, so that their use is recorded too.
         """
         ...
 
@@ -81,8 +87,9 @@ class Companion:
             have caught the error. None if no write was refused.
         discarded: The error that COMMIT must raise because `close()` discarded work. None if no
             work was discarded.
-        begun_before: The transaction with work that was open before a `with session:` block. None
-            if there was no work.
+        begun_before: The transaction that was open before a `with session:` block, if it had work.
+            An exception that leaves the block undoes this work too. Then COMMIT must raise an
+            error. None if there was no work.
         expects_read: True if the last statement of the session may be sent without BEGIN, because
             it only reads. False if it is an INSERT, UPDATE or DELETE, or is given as SQL text.
         connections: The connections that the session has used. Some of these may be closed now.
@@ -133,9 +140,10 @@ class Companion:
             raise self.discarded
 
     def rolled_back(self, reason: Reason) -> None:
-        """Called after a rollback: forget the errors in `refused` and `discarded`.
+        """Called after a rollback: forget the errors that the next COMMIT would raise.
 
-        All work is undone, so COMMIT need not raise these errors any more. But if the reason is
+        These are the error of a refused write, and the error of work that `close()` discarded. All
+        work is undone now, so COMMIT need not raise these errors any more. But if `reason` is
         "exception" (a task failed), keep these errors. Other code may catch the exception of the
         task and go on. Then the next COMMIT must still raise these errors.
         """

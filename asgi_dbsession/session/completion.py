@@ -72,15 +72,16 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
 async def run_before_cancellation(work: Coroutine[Any, Any, object]) -> None:
     """Await `work` until it has ended. A cancelled caller gets its exception at its next `await`.
 
-    Use this function on asyncio if an exception here would prevent an important step after it.
+    On asyncio, `run_to_completion` raises the exception of the cancellation as soon as `work` has
+    ended. Use this function instead if the caller must still do an important step after `work`.
     """
     try:
         await run_to_completion(work)
     except asyncio.CancelledError as cancelled:
         if (task := asyncio.current_task()) is not None:
-            # Cancel the caller again, at its next `await`. `uncancel` takes back the cancellation
-            # that was raised here, so that asyncio does not count it twice. anyio recognizes its
-            # own cancellations by the message in `args`, so keep this message.
+            # The caller must get this cancellation later, at its next `await`. So cancel the caller
+            # again. Without `uncancel`, asyncio would count two cancellations instead of one. anyio
+            # recognizes its own cancellations by the message in `args`, so keep this message.
             task.uncancel()
             task.cancel(*cancelled.args)
         if cancelled.__cause__ is not None:  # The exception that `work` raised.

@@ -29,12 +29,12 @@ class End:
     Attributes:
         handled: The exception that the caller was handling, in an `except` block, when this commit
             or rollback began. None if there was none.
-        requested_by: The task and the thread that wait for this commit or rollback, and run no
-            operation meanwhile. If one of them still holds the lock of a session, a signal handler
-            has raised an exception in the middle of an operation. This commit or rollback then
-            takes over the lock.
-        needs_loop: True for a commit of several databases whose steps need the event loop in
-            between. Code that waits for this commit must then not block the event loop.
+        requested_by: The task and the thread that wait for this commit or rollback. While they
+            wait, they run no operation of a session. So if one of them still holds the lock of a
+            session, a signal handler has raised an exception in an operation, which did not release
+            the lock. This commit or rollback then takes over the lock.
+        needs_loop: True for a commit of several databases that needs the event loop between its
+            steps. Code that waits for such a commit must not block the event loop.
         had_work: True if at least one session had something to commit or roll back.
         failure: The exception that the commit or rollback itself raised. None if it succeeded.
     """

@@ -1,4 +1,4 @@
-"""Records failed statements, so that COMMIT raises an error if such a failure has lost work."""
+"""Records failed statements. If a failure has aborted the transaction, COMMIT raises an error."""
 
 from asyncio import CancelledError
 from collections.abc import Callable
@@ -30,9 +30,9 @@ failed_transactions: dict[ref[Transaction], tuple[str, bool]] = {}
 _ROLLING_BACK = (1213, 1020, 1206)
 
 
-# `_watched` has the engines whose failed statements are recorded. `_watchers` has the functions
-# that were given to `watch_all`.
+# The engines whose failed statements are recorded.
 _watched: WeakSet[Engine] = WeakSet()
+# The functions that add further listeners to these engines, each with the function to undo this.
 _watchers: dict[Callable[[Engine], None], Callable[[Engine], None]] = {}
 
 
@@ -91,10 +91,10 @@ def refuse_if_aborted(connections: tuple[Connection, ...], *, of_savepoint: bool
         TransactionAborted: A transaction on one of the connections was aborted, so COMMIT would
             store nothing.
     """
-    # This function is called before the flush, at the event `before_commit`. During the flush, a
-    # listener of the application may send a statement and catch its error. So there is another
-    # check after the flush: in `ManagedSession.flush` if several databases are committed, and
-    # otherwise in `_refuse_at_the_last_moment`.
+    # There are two checks before COMMIT. The first is before the flush, at the event
+    # `before_commit`. But a listener of the application may send a statement during the flush and
+    # catch its error. So the second check is after the flush: in `ManagedSession.flush` if several
+    # databases are committed, and otherwise in `_refuse_at_the_last_moment`.
     if failed_transactions:
         for connection in connections:
             _refuse_if_aborted(connection, of_savepoint=of_savepoint)
@@ -132,9 +132,9 @@ def _is_unusable_after(context: ExceptionContext, transaction: Transaction | Non
         return True
     if not isinstance(transaction, TwoPhaseTransaction):
         return False
-    # Close the connection also after other errors of a two-phase commit. MariaDB lets other
-    # connections end a prepared transaction only after this connection is closed. psycopg believes
-    # that a transaction is prepared even if PREPARE failed.
+    # Close the connection after an error of a two-phase commit, even if the server has answered.
+    # MariaDB lets other connections end a prepared transaction only after this connection is
+    # closed. psycopg believes that a transaction is prepared even if PREPARE failed.
     statement = context.statement
     return is_prepared(transaction) or statement is None or statement.startswith("XA ")
 
@@ -158,8 +158,8 @@ def _remember(context: ExceptionContext, connection: Connection, transaction: Tr
     else:
         savepoint = connection.get_nested_transaction() or transaction
         if (context.statement or "").startswith("RELEASE SAVEPOINT"):
-            # SQLAlchemy believes that this savepoint has ended, and never rolls back to it. So the
-            # statement that has failed in the savepoint has aborted the whole transaction.
+            # RELEASE has failed, and SQLAlchemy will not roll back to this savepoint. So the failed
+            # statement has aborted the whole transaction, and not only the savepoint.
             failed = failed_transactions.get(ref(savepoint), (message, False))
             failed_transactions.setdefault(_key(transaction), failed)
         failed_transactions.setdefault(_key(savepoint), (message, False))
@@ -219,8 +219,8 @@ def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
     try:
         _refuse_if_aborted(connection)
     except TransactionAborted:
-        # If this listener raises an error, SQLAlchemy believes that COMMIT itself failed, and does
-        # not send ROLLBACK. So send ROLLBACK now.
+        # This error leaves a listener of SQLAlchemy. So SQLAlchemy believes that COMMIT itself has
+        # failed, and does not send ROLLBACK. So send ROLLBACK here.
         if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
             try:
                 connection.dialect.do_rollback(connection.connection)
@@ -233,7 +233,7 @@ def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
 
 
 def discard(connection: Connection) -> None:
-    """Close a connection of unknown state, even if the task is cancelled (once more) meanwhile."""
+    """Close a connection of unknown state, even if the task is cancelled meanwhile."""
     if connection.dialect.is_async:
         await_only(run_to_completion(greenlet_spawn(_throw_away, connection)))
     else:
@@ -243,8 +243,8 @@ def discard(connection: Connection) -> None:
 def _throw_away(connection: Connection) -> None:
     if connection.dialect.name == "sqlite":
         # For SQLite, send ROLLBACK before the close. Otherwise SQLite keeps the locks of the
-        # connection until Python frees its cursors. Ignore an error of this ROLLBACK, because the
-        # caller must see the cancellation.
+        # connection until Python frees its cursors. Ignore an error of this ROLLBACK: the caller
+        # must see the earlier error, because of which the connection is closed.
         with suppress(Exception):
             connection.dialect.do_rollback(connection.connection)
     connection.invalidate()

@@ -186,7 +186,7 @@ class GuardedSession(ConnectingSession):
         if lock.is_closed:
             return
         if lock.is_held_by_end_of_caller():
-            # This package calls `close()` after the last commit or rollback. No work is left.
+            # After the last commit or rollback, no work is left that this close could lose.
             super().close()
         else:
             close_now()

@@ -74,7 +74,7 @@ class SessionLock(ABC):
             SessionClosed: The unit of work of the session has ended.
         """
         caller = self._caller()
-        if self._holder == caller:  # Safe without mutex: only this caller sets `_holder` to itself.
+        if self._holder == caller:  # Needs no mutex: only this caller makes itself the holder.
             return False
         while True:
             with self.mutex:
@@ -102,7 +102,7 @@ class SessionLock(ABC):
             self.is_closing = self.is_closing or end.close
 
     def cancel_reservation(self, end: End) -> None:
-        """Undo `reserve_for`, unless `end` has acquired the lock: let operations begin again."""
+        """Let operations begin again after `reserve_for`, unless `end` has acquired the lock."""
         with self.mutex:
             if self._reserved_for is end:
                 self._reserved_for, self._ends = None, self._ends - {end}
@@ -133,7 +133,7 @@ class SessionLock(ABC):
                         return
                     released = self._new_waiter()
                 self._wait(released)
-        except BaseException:  # The wait was cancelled. Wake operations that wait for `end`.
+        except BaseException:  # This commit or rollback is given up, so let operations begin.
             with self.mutex:
                 self._ends -= {end}
                 self._wake_all()
@@ -159,10 +159,10 @@ class SessionLock(ABC):
         self._wake_all()
 
     def delay(self, change: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
-        """If a commit or rollback runs or waits for the lock, call `change` later, after its end.
+        """If a commit or rollback runs or waits, call `change` (such as `session.add`) after it.
 
-        `change` is a method such as `session.add`. Return True if it will be called later. Return
-        False if the caller must acquire the lock and call it: no commit runs, or a thread can wait.
+        Return True if so. Return False if the caller must acquire the lock and call `change`: no
+        commit or rollback runs, or the caller is a thread, which can wait until the lock is free.
 
         Raises:
             SessionClosed: This commit or rollback is the last one of the unit of work.
@@ -182,14 +182,14 @@ class SessionLock(ABC):
 
     def _change_delayed(self) -> None:
         if not self.is_closing and any(each is not self._held_for for each in self._ends):
-            return  # A delayed change must not become a part of a commit that waits already.
+            return  # Another commit waits. These changes must not be a part of it: keep them.
         delayed, self._delayed = self._delayed, ()
         for caller, change in delayed:
             self._add_user(caller)
             try:
                 change()
-            # A delayed change has failed. The task that made the change has gone on, and cannot get
-            # the error any more. So its work must be rolled back.
+            # `delay` has stored this change, and the change has failed. The task that made it has
+            # gone on, and cannot get the error any more. So its work must be rolled back.
             except Exception:
                 self.has_failed_work = True
                 _logger.exception("A change of a session of %s failed", self.database)
@@ -227,9 +227,9 @@ class SessionLock(ABC):
 
     @abstractmethod
     def _is_abandoned(self, thread: int) -> bool:
-        """Return True if an exception of a signal handler kept the holder from releasing the lock.
+        """Return True if the lock is held, but its holder has ended without releasing the lock.
 
-        `thread` is the thread that asks for the lock, or that requested the commit which asks.
+        `thread` wants the lock, or has requested the commit or rollback that wants the lock.
         """
 
     def _new_waiter(self) -> "Future[None]":
@@ -239,7 +239,7 @@ class SessionLock(ABC):
 
     def _wake_all(self) -> None:
         for released in self._waiters:
-            with suppress(InvalidStateError):  # This wait was cancelled.
+            with suppress(InvalidStateError):  # A task that was cancelled does not wait any more.
                 released.set_result(None)
         self._waiters = ()
 

@@ -52,9 +52,9 @@ class ManagedSession(Generic[S]):
     @property
     def has_work(self) -> bool:
         """True if the session has anything to commit or roll back, or if an operation runs."""
-        # `in_transaction()` is True after a flush or a statement. The other checks find changed and
-        # new objects. `must_fail` counts as work, because only a commit raises the error of a
-        # refused write that the application has caught.
+        # After a flush or a statement, `in_transaction()` is True. Changed and new objects are work
+        # too, because a commit flushes them. If `must_fail` is True, the application has caught the
+        # error of a refused write, for example. Only a commit raises this error again.
         session, lock = self.orm, self.lock
         if session.in_transaction() or session.identity_map.check_modified() or lock.is_busy:
             return True
@@ -65,8 +65,8 @@ class ManagedSession(Generic[S]):
         """True if `end` needs no worker thread, because commit and rollback cannot block now."""
         if self.session is not self.orm or self.run is call_here:
             # This session never uses a worker thread. It is an async session, or it belongs to a
-            # `with database.begin()` block, which may block its own thread. So save the time of the
-            # check.
+            # `with database.begin()` block, which may block its own thread. So do not spend time on
+            # the check below.
             return False
         return ends_at_once(self.orm, self.companion)
 
@@ -180,9 +180,9 @@ def _set_up_connection(
 ) -> None:
     companion: Companion = session._companion
     begin_for_session(transaction, connection)
-    # The engine may have no listeners of this package (with SQLAlchemy's option `binds`), or the
-    # application may have added a listener in front of them. In both cases, `watch` adds the
-    # listeners, in front of all others.
+    # `watch` adds listeners for errors to the engine, in front of all others, because a listener
+    # before them may hide an error. Call it if the session uses a further engine (SQLAlchemy's
+    # option `binds`), or if the application has added a listener in front of them since then.
     if connection.engine is not session.bind or not is_watched_first(connection):
         watch(connection.engine)
     companion.add_connection(connection)

@@ -18,11 +18,11 @@ KEY = "asgi_dbsession.read_only"
 
 
 class ReadOnlySession(Protocol):
-    """Refuses the writes of a session that may only read: the interface of the class `Refusals`."""
+    """The interface of the class `Refusals`, which refuses the writes of read-only sessions."""
 
     @property
     def covers_transaction(self) -> bool:
-        """True if the whole transaction may only read, and not only a savepoint."""
+        """True if the whole transaction may only read. False if only a savepoint is read-only."""
         ...
 
     def begin(self, connection: Connection, *, in_savepoint: bool, is_shared: bool) -> None:

@@ -42,7 +42,8 @@ def isolation_level(connection: Connection) -> str | None:
 
 def has_only_read(connection: Connection) -> bool:
     """Return True if it is certain that the transaction on the connection has no writes."""
-    if connection.invalidated:  # The connection was lost. It may have written.
+    # If the connection was lost, nobody knows any more if its transaction has written.
+    if connection.invalidated:
         return False
     if connection.dialect.name == "sqlite" and not connection.closed:
         return not has_open_work(connection)

@@ -31,17 +31,18 @@ _NUMBERS = re.compile(
 
 # Names of two attributes that this module sets on the connection of a session. `_WAS_OPEN`: was a
 # transaction open before the last statement? `_ROLLED_BACK`: has an error made SQLite roll back the
-# transaction? After such an error, COMMIT will be refused. So a rollback must also undo the later
-# statements, and BEGIN is sent before them, even if the application has switched the driver to
-# autocommit (to send BEGIN in a listener). A weak dictionary instead of these attributes would not
-# work: if a signal handler raised an exception while an entry is removed, Python would ignore the
+# transaction? Then the COMMIT of the session will be refused. So a rollback must also undo the
+# statements after the error, and BEGIN is sent before these statements. (BEGIN is sent even if the
+# application has switched the driver to autocommit and sends BEGIN in a listener. SQLAlchemy does
+# not call this listener a second time.) Do not use a weak dictionary instead of these attributes:
+# if a signal handler raised an exception while Python removes an entry, Python would ignore the
 # exception.
 _WAS_OPEN, _ROLLED_BACK = "asgi_dbsession_was_open", "asgi_dbsession_rolled_back"
 
 _EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
 
-# The dialects whose engines have the listeners of this module. An engine and its copies with other
-# options share one dialect, so that no listener is added twice.
+# The dialects that have the listeners of this module already, so that no listener is added twice.
+# SQLAlchemy stores these listeners in the dialect, which an engine shares with its copies.
 _watched: WeakSet[Dialect] = WeakSet()
 
 
@@ -93,7 +94,11 @@ def end_failed_commit(connection: Connection) -> None:
 
 
 def has_open_work(connection: Connection) -> bool:
-    """Return True if a transaction may have written: it is open, or SQLite has rolled it back."""
+    """Return True if the transaction of a connection may have written.
+
+    BEGIN is sent only before a statement that may write. After BEGIN, the transaction is open, or
+    an error has made SQLite roll it back.
+    """
     return _is_open(connection) or bool(vars(connection).get(_ROLLED_BACK))
 
 

@@ -44,16 +44,17 @@ class ThreadLock(SessionLock):
     @override
     def _is_abandoned(self, thread: int) -> bool:
         # After a failed commit or rollback, one of its steps may still run in another thread, and
-        # hold the lock. But a thread does one thing at a time: if the thread of this step asks for
-        # the lock itself, the step has ended, and nobody will release the lock.
+        # hold the lock. But a thread does one thing at a time: if the thread of this step itself
+        # wants the lock, the step has ended. Nobody else will release the lock, so it is abandoned.
         has_failed = self._held_for is not None and self._held_for.failure is not None
         return has_failed and self._thread == thread
 
     @override
     def _wait(self, released: "Future[None]") -> None:
-        # Do not block the event loop while a commit or rollback needs the event loop: both would
-        # wait for ever. A commit or rollback needs the event loop to start (the lock is reserved
-        # for it), or between its steps (`needs_loop`).
+        # Do not block the thread of the event loop if a commit or rollback needs the event loop:
+        # both would wait for ever. Two cases are possible. The event loop must still start the
+        # commit or rollback for which the lock is reserved (`_reserved_for`). Or a commit needs the
+        # event loop between its steps (`needs_loop`).
         needs_loop = self._reserved_for is not None or any(each.needs_loop for each in self._ends)
         if (needs_loop and is_on_event_loop()) or self._is_abandoned(get_ident()):
             raise ConcurrentUse(self.database)

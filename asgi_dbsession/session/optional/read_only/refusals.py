@@ -37,7 +37,7 @@ class Refusals:
 
     @property
     def covers_transaction(self) -> bool:
-        """True if the whole transaction may only read, and not only a savepoint."""
+        """True if the whole transaction may only read. False if only a savepoint may only read."""
         return self.forbidden and not self.in_block
 
     def check_statement(self, statement: object) -> None:
@@ -92,8 +92,9 @@ class Refusals:
     def record_rollback(self, transaction: SessionTransaction) -> None:
         """Called after a ROLLBACK inside a read-only block: make the next transaction read-only.
 
-        A rollback to a savepoint changes nothing here, because the transaction around the
-        `begin(join=True, read_only=True)` block goes on.
+        The savepoint of the `begin(join=True, read_only=True)` block was read-only. The ROLLBACK
+        has ended this savepoint, so the whole next transaction must be read-only. After a rollback
+        to a savepoint, do nothing: the transaction and the block's savepoint are still open.
         """
         if transaction.parent is None:
             self.in_block = False
