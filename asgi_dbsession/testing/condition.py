@@ -28,7 +28,9 @@ class Condition:
 
     @contextmanager
     def alone(self, when: Callable[[], bool], timeout: float | None = None) -> Iterator[None]:
-        """Wait until `when()` returns True and no other task or thread is in such a `with` block.
+        """A `with` block that only one task or thread runs at a time, and only if `when()` is True.
+
+        The others wait before they begin their block.
 
         Args:
             when: The condition. While a task or thread waits, this function is called again when

@@ -47,7 +47,7 @@ class SharedConnection:
         self._send(MARK)
 
     def begin(self, transaction: SavepointTransaction) -> None:
-        """Wait for transactions that must end first, and then begin `transaction` (a savepoint)."""
+        """Begin `transaction` inside the open transactions, or first wait until they have ended."""
         transaction.caller = current_caller()
         transaction.aborted = False
 
@@ -59,9 +59,9 @@ class SharedConnection:
             below = self._open[-1] if self._open else None
             try:
                 if below is not None and below.saved and not below.wrote:
-                    # The outer transaction has written nothing yet. Remove its savepoint. Otherwise
-                    # a rollback of the outer transaction to this savepoint would also undo what the
-                    # new transaction, which begins inside it, has committed.
+                    # `transaction` begins inside of `below`, which has written nothing yet. Remove
+                    # the savepoint of `below`. Otherwise a rollback of `below` to this savepoint
+                    # would also undo what `transaction` has committed.
                     self._release(below)
                 self._save(transaction)
             except self._error as error:
@@ -80,15 +80,15 @@ class SharedConnection:
     def executing(
         self, transaction: SavepointTransaction, statement: str, *, read_only: bool
     ) -> Iterator[bool]:
-        """Begin the `with` block when all transactions inside of `transaction` have ended.
+        """Wait until all transactions inside of `transaction` have ended. Then begin the block.
 
         Yields:
-            True if the `with` block must send `statement`. False if it must skip a needless BEGIN.
+            True if the block must send `statement`. False if it must not: `statement` is BEGIN.
         """
         self.refuse_if_lost()
         if transaction not in self._open:
-            # SQLAlchemy's documentation shows how to send BEGIN to SQLite in a listener. Skip this
-            # BEGIN, because the shared connection is in a transaction already.
+            # A listener of the application may send BEGIN to SQLite, as SQLAlchemy's documentation
+            # shows. Skip this BEGIN: the shared connection is in a transaction already.
             yield not statement.lstrip().upper().startswith("BEGIN")
             return
         with self._on_top(transaction):
@@ -159,7 +159,7 @@ class SharedConnection:
         self._free.wake()
 
     def end(self, reason: NotIsolated) -> AbstractContextManager[None]:
-        """Mark the connection as lost. `with` on the result waits until no statement is running.
+        """Mark the connection as lost. Return a `with` block that begins when no statement runs.
 
         Raises:
             TimeoutError: The statement that runs on the connection did not end in time.

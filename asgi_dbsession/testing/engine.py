@@ -50,9 +50,9 @@ def share(engine: Engine, isolation: Isolation) -> None:
             f"{name} is inside of `rolled_back` already: use it once for each test."
         )
     dialect = engine.dialect
-    # The dialect may still have the class `SavepointDialect` from an earlier test, because
-    # `unshare` keeps this class while a connection is in use. Then do not derive a second class
-    # from it: `unshare` would remove only the second class.
+    # The dialect may still have the class `SavepointDialect` from an earlier test: if a connection
+    # was in use at the end of that test, `unshare` has kept the class. Then do not derive another
+    # class from it, because the next `unshare` would remove only the new class.
     if not isinstance(dialect, SavepointDialect):
         dialect.__class__ = with_savepoints(type(dialect))
     engine.pool = SharedPool(engine.pool, dialect, name, isolation)

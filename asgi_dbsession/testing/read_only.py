@@ -31,8 +31,8 @@ def refusing_writes(
             _allow_writes(connection, dialect)
         return
     if dialect.name == "postgresql" and not transaction.read_only:
-        # This is needed only once for each savepoint. When the savepoint ends, PostgreSQL allows
-        # writes again.
+        # Send this only once for each savepoint. PostgreSQL then refuses writes until the savepoint
+        # ends.
         send(connection, "SET TRANSACTION READ ONLY")
         transaction.read_only = True
     yield

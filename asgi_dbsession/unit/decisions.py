@@ -35,10 +35,10 @@ def take_decision(unit: UnitOfWork, task: object, *, has_work: bool) -> bool | N
     Args:
         unit: The unit of work.
         task: The task that is about to send a message or to wait for a message.
-        has_work: True if work of `task` is committed now, or if no task has uncommitted work. Then
-            `set_rollback` calls of worker threads, and of tasks that have ended, count too: their
-            work is committed together with the work of `task`. False if only the calls of `task`
-            count.
+        has_work: False if only the `set_rollback` calls of `task` count. True if the calls of
+            worker threads and of ended tasks count too. Use True if work of `task` is committed
+            now, because their work is then committed too. Also use True if no task has uncommitted
+            work.
 
     Returns:
         The argument of the last `set_rollback` call that counts: True or False. None if no call
@@ -69,9 +69,10 @@ def unit_to_decide(*, also_at_end: bool = False) -> UnitOfWork:
     if unit is None:
         raise NoSession("any database")
     # The unit of work is marked as closed before its last COMMIT. During this COMMIT, a listener of
-    # the application (for an SQLAlchemy event) may still call `on_commit`. In such a listener,
-    # `current_end` is set. All other callers, such as a task that outlives the request, get an
-    # error, because no further COMMIT follows.
+    # the application (for an SQLAlchemy event) may still call `on_commit`. The context variable
+    # `current_end` is set only in code that runs during a commit or rollback, such as this
+    # listener. All other callers, such as a task that outlives the request, get an error, because
+    # no further COMMIT follows.
     is_closed = unit.closed or (unit.joined is not None and unit.outermost.closed)
     if is_closed and not (also_at_end and current_end.get() and unit.outermost.sessions):
         raise SessionClosed("any database")

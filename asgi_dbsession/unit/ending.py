@@ -66,8 +66,8 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         return
     own, failed = sort_work(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
-    # If the work of `task` stays uncommitted now, keep the `set_rollback` call of `task` for the
-    # commit of this work.
+    # A `set_rollback` call of `task` decides about the work of `task`. If this work is neither
+    # committed nor rolled back now, keep the call until then.
     if unit.rollbacks and (own or not working or living == "refuse"):
         rollback = take_decision(unit, task, has_work=bool(own) or not working)
         if rollback is not None:

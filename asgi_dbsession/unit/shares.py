@@ -42,8 +42,9 @@ def sort_work(
         changer = lock.last_user if _is_in_memory(lock) else None
         if changer is not None and not has_ended(changer):
             lock.users.add(changer)
-        # A parent task may only wait for `task`, as in `asyncio.wait_for` before Python 3.12. Then
-        # `task` acts for the parent task, and the work of both counts as work of `task`.
+        # A parent task may do nothing but wait for its child `task`: before Python 3.12,
+        # `asyncio.wait_for` runs its coroutine in such a child. Then `task` acts for the parent
+        # task, and the work of both counts as work of `task`.
         others = {
             each for each in lock.users if each is not task and not is_waiting_for(each, task)
         }
@@ -64,8 +65,9 @@ def find_failed(unit: UnitOfWork, working: Sessions) -> tuple[bool, Sessions]:
     """Find sessions that only failed tasks have used, after the application has returned.
 
     Returns:
-        A pair. (1) True if work may be committed, False if one transaction has work of both failed
-        and successful tasks. (2) The sessions to roll back even if the others are committed.
+        A pair. (1) False if no session may be committed, because one transaction has work of both
+        failed and successful tasks. Otherwise True. (2) If (1) is True, the sessions to roll back.
+        The other sessions may be committed.
     """
     sessions = [each for each in working if each.has_work]
     try:

@@ -45,9 +45,9 @@ async def flush_all(sessions: Sessions, end: End, run: Run | None = None) -> Bas
     Args:
         sessions: The sessions to flush.
         end: The commit for which the sessions are flushed.
-        run: A function that calls `flush`. `call_here` calls it on the current thread. None: use
-            the attribute `run` of each session, which calls it in a greenlet (async) or a worker
-            thread.
+        run: A function that calls the method `flush` of each session. With `call_here`, the current
+            thread runs `flush`. None: use the attribute `run` of each session. Then `flush` runs in
+            a greenlet (async session) or in a worker thread (sync session).
     """
     end.needs_loop = run is None
     for each in sessions:

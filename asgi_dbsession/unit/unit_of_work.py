@@ -147,7 +147,10 @@ class UnitOfWork:
         )
 
     def within(self, databases: tuple[SessionSource[Any], ...]) -> "UnitOfWork":
-        """Make a new unit of work inside this one. Its `scope` is None if the request has ended."""
+        """Make a new unit of work inside this one, with the ASGI scope of the same request.
+
+        Outside of a request, and after its end, the new unit of work has no scope (None).
+        """
         serving = next((each for each in self.chain() if not each.is_inner), None)
         scope = serving.scope if serving is not None else None
         unit = UnitOfWork(databases, scope, self, self.observers)

@@ -33,7 +33,8 @@ async def call_after_commit(
         stored: The functions in `given` whose work was stored earlier, because the application
             called `commit()` itself. They are called even if this COMMIT has failed.
         working: The sessions that were committed or rolled back.
-        close: The function that commits or rolls back a unit of work, and closes it.
+        close: A function that commits or rolls back a unit of work, and closes it. Each `on_commit`
+            function runs in a new unit of work, which is then given to `close`.
     """
     for callback in _settle(unit.callbacks, end, given, stored, working):
         await _call(unit, callback, close)
@@ -74,9 +75,9 @@ def _settle(
     """Remove the `on_commit` functions whose work has ended. Return those to call now."""
     due: list[AfterCommit] = []
     for each in tuple(callbacks):
-        # This commit is not about the functions of other tasks, nor about functions that were given
-        # to `on_commit` while this commit ran. Keep these functions, unless this is the last commit
-        # (`end.close`): a later COMMIT may store the work that they wait for.
+        # Functions of other tasks, and functions that were given to `on_commit` while this commit
+        # ran, may wait for a later COMMIT. Neither call them nor drop them yet. But no COMMIT
+        # follows the last one (`end.close`), so then call or drop all functions.
         is_concerned = each in given and is_of(each.given_by, end.task)
         ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):

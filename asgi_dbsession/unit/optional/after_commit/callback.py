@@ -65,7 +65,11 @@ class AfterCommit:
         self._transactions.clear()
 
     def waits_for_others(self, sessions: Iterable[ManagedSession[Any]]) -> bool:
-        """Return True if the function also waits for the COMMIT of a session not in `sessions`."""
+        """Return True if the `on_commit` function also waits for a session not in `sessions`.
+
+        The function waits for the COMMIT of each session that was in a transaction when `on_commit`
+        was called.
+        """
         others = self._pending.difference(each.orm for each in sessions)
         return any(each.in_transaction() for each in others)
 
@@ -79,11 +83,12 @@ class AfterCommit:
         return self.committed or (success and not self.rolled_back and not self._pending)
 
     def record_commit(self, session: Session) -> None:
-        """Called after a COMMIT of a session: the function no longer waits for this session."""
+        """Called after a COMMIT of a session. The `on_commit` function need not wait for it now."""
         if session in self._pending and session.get_transaction() not in self._transactions:
-            # The session has committed a newer transaction. So the transaction that the `on_commit`
-            # function waits for was rolled back, although SQLAlchemy has not reported this
-            # rollback.
+            # The `on_commit` function waits for the COMMIT of another transaction of this session.
+            # A session has one transaction at a time, so that other transaction has ended. Its
+            # COMMIT was not reported, so it was rolled back. SQLAlchemy has not reported this
+            # either.
             self.rolled_back = True
         self._pending.discard(session)
         self.committed = self.committed or not (self._pending or self.rolled_back)
@@ -107,7 +112,12 @@ class AfterCommit:
             await result
 
     def call_blocking(self) -> None:
-        """Call the `on_commit` function on this thread, where a coroutine cannot be awaited."""
+        """Call the `on_commit` function on this thread. It must be a plain function.
+
+        Raises:
+            ConfigurationError: The function has returned a coroutine, for example. On this thread,
+                nothing can be awaited.
+        """
         result = self.function()
         if isawaitable(result):
             if isinstance(result, Coroutine):

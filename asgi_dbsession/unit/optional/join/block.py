@@ -128,8 +128,8 @@ class _Block:
         except SessionClosed:
             if error is None:
                 raise
-            # The outer unit of work ended before the `begin(join=True)` block. So the work of the
-            # block was committed or rolled back already, as a part of the outer unit of work.
+            # The outer unit of work has ended while this block was still open. At that time, the
+            # work of the block was committed or rolled back together with the outer work.
             return
         was_closed = self.unit.closed
         try:
@@ -152,9 +152,9 @@ class _Block:
             self._companion.check_commit()
             if self._is_open:
                 self._savepoint.commit()
-            # The application called `commit()` inside a read-only `begin(join=True)` block. The
-            # transaction since then may only read too. End this transaction, because the outer unit
-            # of work may write.
+            # The application called `commit()` inside a read-only `begin(join=True)` block. The new
+            # transaction that began after this COMMIT is read-only too. End it, because the outer
+            # unit of work may write, and needs a transaction that allows this.
             elif self._forbids_writes:
                 self._opened.orm.flush()
                 self._opened.orm.rollback()

@@ -1,4 +1,4 @@
-"""Raises an error if code outside of an open `begin(join=True)` block uses its session."""
+"""Raises an error if code outside of an open `begin(join=True)` block uses the block's session."""
 
 from typing import Any
 

@@ -55,7 +55,9 @@ def refuse_one_phase(databases: Sequence[Any]) -> None:
 
 
 class TwoPhases:
-    """Commits the sessions of one unit of work: the attribute `two_phases` of the unit of work.
+    """Commits the sessions of one unit of work with a two-phase commit.
+
+    The unit of work has this object as its attribute `two_phases`.
 
     Args:
         databases: How many databases the unit of work has.
@@ -79,8 +81,8 @@ class TwoPhases:
             unit: The unit of work that opened the sessions.
             sessions: The sessions that have work, in the order in which their databases were
                 declared.
-            end: The object that describes this commit. By this object, the lock of a session
-                recognizes the commit.
+            end: The object that describes this commit. The locks of the sessions are held for this
+                object, so that each step of the commit may use the sessions.
 
         Returns:
             The first error, or None if all COMMITs succeeded.
@@ -116,8 +118,9 @@ class TwoPhases:
 def _add_deciding(deciding: Session | None, unit: UnitOfWork, sessions: Sessions) -> None:
     """Add the deciding session to `sessions`, even if it has no work.
 
-    After a crash, this session shows an operator what to do with the others (see the top of this
-    file). So it must take part in each two-phase commit.
+    The deciding session must take part in each two-phase commit. After a crash, an operator sees if
+    its transaction is still prepared, and so knows what to do with the other transactions (see the
+    top of this file).
 
     Raises:
         ConcurrentUse: The deciding session has uncommitted work of another task.

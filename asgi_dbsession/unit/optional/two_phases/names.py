@@ -37,23 +37,24 @@ class Names:
         self._databases = databases
         self._begun: list[Session] = []
         self._unit = token_hex(16)
-        self._mutex = Lock()  # Several threads may begin transactions at once.
+        self._mutex = Lock()  # So that transactions of two threads do not get the same number.
 
     @property
     def deciding(self) -> Session | None:
-        """The session of transaction number 1, which decides for all others (see `Names`).
+        """The session of transaction number 1; None if no transaction is open now.
 
-        None if no transaction is open now.
+        After a crash, number 1 tells an operator what to do with the other transactions of the unit
+        of work (see `Names`).
         """
         begun = self._begun
         return begun[0] if any(each.in_transaction() for each in begun) else None
 
     def connect(self, session: Any, engine: Engine) -> Connection:
-        """Return a new connection for a session. Its next transaction gets a name of this package.
+        """Return a new connection for a session, whose next two-phase transaction gets a name.
 
-        The name contains the number of the transaction. A session has only one number, so only the
-        first connection of the session gets such a name. For further connections of the session
-        (SQLAlchemy's option `binds`), SQLAlchemy makes a random name.
+        By this name, an operator finds the transaction (see `Names`). The name contains a number. A
+        session has only one number, so only its first connection gets such a name. For further
+        connections of the session (SQLAlchemy's option `binds`), SQLAlchemy makes a random name.
         """
         if session._companion.open_connections:
             return engine.connect()
@@ -81,10 +82,10 @@ class Names:
             return f"{_PREFIX}{self._unit}_{number}_{self._databases}"
 
     def renew(self) -> None:
-        """Use a new random text in all names from now on.
+        """Use a new random text in the names of all later two-phase transactions.
 
-        If an earlier transaction may still be prepared on the server, a later transaction must not
-        get the same name.
+        An earlier transaction may still be prepared on the server. A later transaction must not get
+        the same name.
         """
         self._begun = []
         self._unit = token_hex(16)

@@ -46,8 +46,8 @@ class TwoPhaseSession(ManagedSession[S]):
 
     @override
     def _flush(self) -> None:
-        # Begin a transaction in any case: the deciding session is prepared even if it has no work
-        # (see `_add_deciding`).
+        # Begin a transaction, even if the session has no work. One session of each two-phase commit
+        # must be prepared in any case (see `_add_deciding`), and this may be that session.
         self.orm.connection()
         # With SQLAlchemy's option `binds`, this flush may begin transactions on further engines.
         # These transactions need `twophase=True` too.
