@@ -98,7 +98,7 @@ def _is_event_stream(start: Message) -> bool:
     # Read the headers only if they are a list. An iterator can be read only once, and the server
     # must read it.
     for name, value in headers if isinstance(headers, list) else ():
-        # The length of an event stream is never known at its start. So this is another response.
+        # The length of an event stream is not known at its start. So this is no event stream.
         if name == b"content-length":
             return False
         if name == b"content-type":

@@ -122,9 +122,9 @@ def _cancellations() -> int:
     """Return how often the current task was cancelled. On trio, return 0."""
     try:
         task = asyncio.current_task()
-    # The task runs on trio. The number is used to find a cancelled request, which must not be
-    # retried. On trio, a cancelled task gets an exception at each later `await`, even if it has
-    # caught the first exception. So it cannot begin a retry, and the number is not needed.
+    # The task runs on trio. The number of cancellations is needed only to find a cancelled request,
+    # which must not be retried. On trio, a cancelled task gets an exception at each later `await`,
+    # even if it has caught the first exception. So it cannot begin a retry in any case.
     except RuntimeError:
         return 0
     return task.cancelling() if task is not None else 0

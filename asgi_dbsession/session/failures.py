@@ -91,10 +91,10 @@ def refuse_if_aborted(connections: tuple[Connection, ...], *, of_savepoint: bool
         TransactionAborted: A transaction on one of the connections was aborted, so COMMIT would
             store nothing.
     """
-    # There are two checks before COMMIT. The first is before the flush, at the event
-    # `before_commit`. But a listener of the application may send a statement during the flush and
-    # catch its error. So the second check is after the flush: in `ManagedSession.flush` if several
-    # databases are committed, and otherwise in `_refuse_at_the_last_moment`.
+    # Each COMMIT is checked twice for an aborted transaction: first before the flush, at the event
+    # `before_commit`. But during the flush, a listener of the application may send a statement and
+    # catch its error. So there is another check after the flush: in `ManagedSession.flush` if
+    # several databases are committed, and otherwise in `_refuse_at_the_last_moment`.
     if failed_transactions:
         for connection in connections:
             _refuse_if_aborted(connection, of_savepoint=of_savepoint)
@@ -158,8 +158,8 @@ def _remember(context: ExceptionContext, connection: Connection, transaction: Tr
     else:
         savepoint = connection.get_nested_transaction() or transaction
         if (context.statement or "").startswith("RELEASE SAVEPOINT"):
-            # RELEASE has failed, and SQLAlchemy will not roll back to this savepoint. So the failed
-            # statement has aborted the whole transaction, and not only the savepoint.
+            # The release of a savepoint failed, and SQLAlchemy never rolls back to this savepoint.
+            # So the failed statement has aborted the whole transaction, not only the savepoint.
             failed = failed_transactions.get(ref(savepoint), (message, False))
             failed_transactions.setdefault(_key(transaction), failed)
         failed_transactions.setdefault(_key(savepoint), (message, False))
@@ -219,8 +219,8 @@ def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
     try:
         _refuse_if_aborted(connection)
     except TransactionAborted:
-        # This error leaves a listener of SQLAlchemy. So SQLAlchemy believes that COMMIT itself has
-        # failed, and does not send ROLLBACK. So send ROLLBACK here.
+        # This listener raises an error before COMMIT is sent. SQLAlchemy takes it for an error of
+        # COMMIT itself, and does not send ROLLBACK. So send ROLLBACK here.
         if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
             try:
                 connection.dialect.do_rollback(connection.connection)

@@ -161,8 +161,8 @@ class SessionLock(ABC):
     def delay(self, change: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
         """If a commit or rollback runs or waits, call `change` (such as `session.add`) after it.
 
-        Return True if so. Return False if the caller must acquire the lock and call `change`: no
-        commit or rollback runs, or the caller is a thread, which can wait until the lock is free.
+        Return True if `change` is called later. Return False if the caller must acquire the lock
+        and call `change`: no commit or rollback runs, or the caller's thread can wait for its end.
 
         Raises:
             SessionClosed: This commit or rollback is the last one of the unit of work.

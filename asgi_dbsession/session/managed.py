@@ -181,8 +181,8 @@ def _set_up_connection(
     companion: Companion = session._companion
     begin_for_session(transaction, connection)
     # `watch` adds listeners for errors to the engine, in front of all others, because a listener
-    # before them may hide an error. Call it if the session uses a further engine (SQLAlchemy's
-    # option `binds`), or if the application has added a listener in front of them since then.
+    # before them may hide an error. Call `watch` if the session uses a further engine (SQLAlchemy's
+    # option `binds`), or if the application has since then added a listener in front.
     if connection.engine is not session.bind or not is_watched_first(connection):
         watch(connection.engine)
     companion.add_connection(connection)

@@ -66,8 +66,8 @@ def _unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
     unit.read_only = read_only
     # During the COMMIT of an outer unit of work, a listener of the application may call `begin()`.
-    # The outer unit of work is marked as closed already, but `get_session()` in the listener must
-    # still find its sessions. So do not forget closed units of work during a commit or rollback.
+    # The outer unit of work is then marked as closed, although its COMMIT is still running. So
+    # remove closed units of work only if no commit or rollback is running.
     if not current_end.get():
         _forget_unreachable(unit)
     with made_current(unit):

@@ -42,8 +42,8 @@ def sort_work(
         changer = lock.last_user if _is_in_memory(lock) else None
         if changer is not None and not has_ended(changer):
             lock.users.add(changer)
-        # A parent task may do nothing but wait for its child `task`: before Python 3.12,
-        # `asyncio.wait_for` runs its coroutine in such a child. Then `task` acts for the parent
+        # A parent task may do nothing else than wait for its child `task`. (Before Python 3.12,
+        # `asyncio.wait_for` runs its coroutine in such a child.) Then `task` acts for the parent
         # task, and the work of both counts as work of `task`.
         others = {
             each for each in lock.users if each is not task and not is_waiting_for(each, task)

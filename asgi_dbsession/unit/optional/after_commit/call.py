@@ -76,8 +76,8 @@ def _settle(
     due: list[AfterCommit] = []
     for each in tuple(callbacks):
         # Functions of other tasks, and functions that were given to `on_commit` while this commit
-        # ran, may wait for a later COMMIT. Neither call them nor drop them yet. But no COMMIT
-        # follows the last one (`end.close`), so then call or drop all functions.
+        # ran, may wait for a later COMMIT. Neither call them nor drop them yet. But if this is the
+        # last COMMIT (`end.close`), call or drop all functions now.
         is_concerned = each in given and is_of(each.given_by, end.task)
         ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):

@@ -83,12 +83,11 @@ class AfterCommit:
         return self.committed or (success and not self.rolled_back and not self._pending)
 
     def record_commit(self, session: Session) -> None:
-        """Called after a COMMIT of a session. The `on_commit` function need not wait for it now."""
+        """Called after a COMMIT of a session: the `on_commit` function need not wait for it now."""
         if session in self._pending and session.get_transaction() not in self._transactions:
-            # The `on_commit` function waits for the COMMIT of another transaction of this session.
-            # A session has one transaction at a time, so that other transaction has ended. Its
-            # COMMIT was not reported, so it was rolled back. SQLAlchemy has not reported this
-            # either.
+            # The `on_commit` function waits for the COMMIT of an earlier transaction. A session has
+            # one transaction at a time, so the earlier transaction has ended without a COMMIT. It
+            # was rolled back, although SQLAlchemy has not reported this.
             self.rolled_back = True
         self._pending.discard(session)
         self.committed = self.committed or not (self._pending or self.rolled_back)
