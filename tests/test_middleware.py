@@ -489,6 +489,21 @@ async def test_set_rollback_of_a_handler_without_a_session_is_over_with_its_resp
     assert running.stored() == ["background"]
 
 
+async def test_set_rollback_of_a_handler_without_a_session_does_not_hold_for_the_body(
+    running: Running,
+) -> None:
+    """The body is a unit of work of its own, even if the handler had nothing to roll back."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        set_rollback(True)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await running.write("body")
+        await send({"type": "http.response.body"})
+
+    await get(serving(running, app))
+    assert running.stored() == ["body"]
+
+
 async def test_set_rollback_of_a_body_that_did_nothing_is_over_with_it(running: Running) -> None:
     """Otherwise the work of the background task would be lost."""
 
