@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from contextlib import suppress
+from types import BuiltinMethodType
 from typing import Any
 
 import anyio
@@ -918,3 +919,18 @@ async def test_an_object_added_in_a_thread_to_a_session_of_tasks_is_refused(
 
     exchange = await get(DBSessionMiddleware(app, running.database))
     assert (exchange.status, exchange.error, running.stored()) == (200, None, [])
+
+
+@pytest.mark.parametrize("real", ["sqlite-sync"], indirect=True)
+async def test_no_exception_of_a_signal_handler_is_lost_when_a_failure_is_forgotten(
+    real: Real,
+) -> None:
+    """Python ignores exceptions of Python code that runs when an object is freed."""
+    database: Any = real.describe()
+    with database:
+        with database.begin() as session:
+            with suppress(DBAPIError):
+                session.execute(WRONG)
+            (failed,) = failures.failed_transactions
+            assert isinstance(failed.__callback__, BuiltinMethodType)
+        assert not failures.failed_transactions

@@ -447,14 +447,30 @@ async def test_an_error_that_rolled_back_one_statement_may_be_swallowed(running:
     assert running.stored() == [*BEFORE, "three", "four"]
 
 
+@pytest.mark.parametrize("rolls_back", [True, False])
 @pytest.mark.parametrize("how", ["close", "with"])
 async def test_a_close_after_a_failed_commit_leaves_nothing_to_the_next_request(
-    real: Real, how: str
+    real: Real, how: str, *, rolls_back: bool
 ) -> None:
-    """SQLite keeps the transaction of a failed COMMIT open, and SQLAlchemy does not know it."""
+    """SQLite keeps the transaction of a failed COMMIT open, and SQLAlchemy does not know it.
+
+    The ROLLBACK after the failed COMMIT may fail too.
+    """
+
+    class Driver(sqlite3.Connection):
+        """A connection whose first ROLLBACK in the first request fails."""
+
+        def rollback(self) -> None:
+            if failures:
+                raise failures.pop()
+            super().rollback()
+
+    failures: list[Exception] = []
 
     async def fail(running: Running) -> None:
         await running.write("undone")
+        if not rolls_back:
+            failures.append(sqlite3.OperationalError("disk I/O error"))
         with pytest.raises(OperationalError, match="locked"):
             await running.call("commit")
 
@@ -483,7 +499,7 @@ async def test_a_close_after_a_failed_commit_leaves_nothing_to_the_next_request(
                 await closing
         await respond(send, 409)
 
-    async with real.describe(connect_args={"timeout": 0}) as database:
+    async with real.describe(connect_args={"timeout": 0, "factory": Driver}) as database:
         middleware = DBSessionMiddleware(app, database)
         with real.reader.connect() as reading:
             # COMMIT has to wait until this transaction, which has read, ends.

@@ -2,18 +2,16 @@
 
 from asyncio import CancelledError
 from collections.abc import Callable
-from contextlib import suppress
 from weakref import WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.engine import ExceptionContext, Transaction, TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError
-from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbsession.errors import TransactionAborted, without_secrets
 
 from ._sqlalchemy import is_first, is_prepared, listen_first, original_engine, stop_listening
-from .completion import run_to_completion
+from .discard import discard, roll_back_or_discard
 from .read_only import KEY
 from .sqlite import end_failed_commit, unwatch_sqlite, was_rolled_back, watch_sqlite
 
@@ -192,7 +190,8 @@ def _listen_for_commit(connection: Connection) -> None:
 
 
 def _key(transaction: Transaction) -> ref[Transaction]:
-    return ref(transaction, lambda key: failed_transactions.pop(key, None))
+    # The callback must not be Python code: an exception of a signal handler in it would be lost.
+    return ref(transaction, failed_transactions.pop)
 
 
 def _refuse_if_aborted(connection: Connection, *, of_savepoint: bool = False) -> None:
@@ -222,29 +221,5 @@ def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
         # This listener raises an error before COMMIT is sent. SQLAlchemy takes it for an error of
         # COMMIT itself, and does not send ROLLBACK. So send ROLLBACK here.
         if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
-            try:
-                connection.dialect.do_rollback(connection.connection)
-            # ROLLBACK failed or was cancelled, and may not have reached the server. So close the
-            # connection.
-            except BaseException:
-                discard(connection)
-                raise
+            roll_back_or_discard(connection)
         raise
-
-
-def discard(connection: Connection) -> None:
-    """Close a connection of unknown state, even if the task is cancelled meanwhile."""
-    if connection.dialect.is_async:
-        await_only(run_to_completion(greenlet_spawn(_throw_away, connection)))
-    else:
-        _throw_away(connection)
-
-
-def _throw_away(connection: Connection) -> None:
-    if connection.dialect.name == "sqlite":
-        # For SQLite, send ROLLBACK before the close. Otherwise SQLite keeps the locks of the
-        # connection until Python frees its cursors. Ignore an error of this ROLLBACK: the caller
-        # must see the earlier error, because of which the connection is closed.
-        with suppress(Exception):
-            connection.dialect.do_rollback(connection.connection)
-    connection.invalidate()

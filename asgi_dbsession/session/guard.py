@@ -14,7 +14,7 @@ from asgi_dbsession.errors import PrematureClose
 
 from ._sqlalchemy import ConnectingSession, ConnectingTransaction
 from .companion import Companion
-from .failures import discard
+from .discard import discard
 from .reads import begin_now, begin_on_server, session_has_only_read
 from .roll_back import has_changes
 

@@ -10,6 +10,7 @@ from sqlalchemy.engine import Dialect, ExecutionContext
 from sqlalchemy.orm import SessionTransaction
 
 from ._sqlalchemy import listen_first, stop_listening
+from .discard import roll_back_or_discard
 
 # The first word of a statement, after comments.
 _FIRST_WORD = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)
@@ -90,7 +91,7 @@ def end_failed_commit(connection: Connection) -> None:
     if _WAS_OPEN in vars(connection) and _is_open(connection):
         vars(connection)[_ROLLED_BACK] = True
         with suppress(Exception):
-            connection.dialect.do_rollback(connection.connection)
+            roll_back_or_discard(connection)
 
 
 def has_open_work(connection: Connection) -> bool:
