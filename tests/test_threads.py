@@ -1,6 +1,7 @@
 """What `def` handlers did is ended in one other thread; in none, where nothing is to be sent."""
 
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,15 @@ from several import Entry
 from sqlalchemy import event, func, select
 from sqlalchemy.orm import Session
 
-from asgi_dbsession import ConfigurationError, DBSessionMiddleware, SyncDatabase, on_commit
+from asgi_dbsession import (
+    ConfigurationError,
+    DBSessionMiddleware,
+    NoSession,
+    SyncDatabase,
+    on_commit,
+)
 from asgi_dbsession.database import engines, sync_database
+from asgi_dbsession.unit.current import current_unit
 
 pytestmark = pytest.mark.anyio
 KINDS = ("sqlite-sync", "psycopg-sync")
@@ -251,3 +259,23 @@ async def test_a_block_that_is_open_in_one_thread_cannot_be_opened_in_another(re
                 with pytest.raises(ConfigurationError, match="at each place"):
                     await to_thread.run_sync(open_too)
     assert real.stored() == ["kept", "kept too"]
+
+
+@pytest.mark.parametrize("real", ["sqlite-sync"], indirect=True)
+async def test_a_block_that_is_interrupted_as_it_begins_is_not_current_afterwards(
+    real: Real,
+) -> None:
+    """A session that `get_session()` returned outside of a block would never be committed."""
+
+    def interrupt(_frame: Any, kind: str, function: Any) -> None:
+        if kind == "c_return" and function == current_unit.set:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    database = SyncDatabase(real.url)
+    with database:
+        sys.setprofile(interrupt)
+        with pytest.raises(KeyboardInterrupt), database.begin():
+            pytest.fail("nothing has interrupted the block")
+        with pytest.raises(NoSession):
+            database.get_session()

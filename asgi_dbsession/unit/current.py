@@ -20,8 +20,8 @@ def made_current(unit: UnitOfWork) -> Iterator[None]:
     """In the `with` block, make `unit` the current unit of work, which `get_session()` uses."""
     around = current_unit.get()
     was_closed = around is not None and around.closed
-    current_unit.set(unit)
     try:
+        current_unit.set(unit)
         yield
     finally:
         # A unit of work that was opened inside the `with` block may still be open, and is then the
