@@ -410,11 +410,11 @@ async def test_an_engine_of_ones_own_is_watched_for_silent_rollbacks(real: Real)
 
 
 def listeners_on(engine: Any) -> dict[str, int]:
-    """Return how many listeners an engine and its pool have for each event."""
+    """Return how many listeners an engine, its pool and its dialect have for each event."""
     engine = getattr(engine, "sync_engine", engine)
     return {
-        name: len(list(getattr(target.dispatch, name)))
-        for target in (engine, engine.pool)
+        f"{name} of {type(target).__name__}": len(list(getattr(target.dispatch, name)))
+        for target in (engine, engine.pool, engine.dialect)
         for name in dir(target.dispatch)
         if not name.startswith("_") and hasattr(getattr(target.dispatch, name), "__iter__")
     }
