@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError as PoolTimeo
 from sqlalchemy.orm import registry
 from starlette.responses import PlainTextResponse
 
-from asgi_dbsession import DBSessionMiddleware, SyncDatabase
+from asgi_dbsession import DBSessionMiddleware, SyncDatabase, set_rollback
 from asgi_dbsession.errors import AbortRequest
 
 pytestmark = pytest.mark.anyio
@@ -220,6 +220,22 @@ async def test_an_application_that_gets_over_it_answers_for_itself(
         exchange = await get(ours(app, running))
     assert (exchange.status, exchange.body) == (status, b"mine")
     assert exchange.kinds[0] == "response.early_hint"
+
+
+async def test_a_500_that_was_committed_is_sent(running: Running) -> None:
+    """A client may repeat a request after a 503, and would then store its work twice."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async with exhausted(running):
+            with pytest.raises(PoolTimeout):
+                await running.write("lost")
+        await running.call("rollback")
+        await running.write("kept")
+        set_rollback(False)
+        await respond(send, 500)
+
+    assert (await get(ours(app, running))).status == 500
+    assert running.stored() == ["kept"]
 
 
 async def test_no_other_error_hides_behind_it(running: Running) -> None:

@@ -11,7 +11,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 from typing_extensions import override
 
-from asgi_dbsession.session.companion import Companion, Connect
+from asgi_dbsession.session.companion import Companion, Connect, Step
+from asgi_dbsession.session.end import End
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_dbsession.unit.observer import UnitObserver
@@ -51,6 +52,14 @@ class Overload(UnitObserver):
     @override
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
         on_pool_timeout(opened.companion, _record_failure)
+
+    @override
+    def work_ended(self, unit: Any, end: End, steps: dict[Any, list[Step]]) -> None:
+        # The application has stored work although its status is 500. A 503 would invite the client
+        # to repeat this work.
+        wait = _current.get()
+        if wait is not None and end.succeeded and end.had_work and not unit.is_inner:
+            wait.has_failed = False
 
 
 def on_pool_timeout(companion: Companion, function: Callable[[], None]) -> None:
