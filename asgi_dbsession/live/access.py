@@ -10,8 +10,8 @@ from asgi_dbsession.types import Scope
 # connections. It takes the ASGI scope of the client's request, and returns True or False.
 Allow: TypeAlias = Callable[[Scope], bool]
 
-# Proxies add these headers. A request with such a header came through a proxy, or its client
-# pretends that it did.
+# Proxies add these headers to requests. So a request with one of these headers may come from
+# another machine, through a proxy on this machine. `is_local` returns False for such a request.
 _OF_PROXIES = ("forwarded", "via", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip")
 _OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
@@ -35,8 +35,8 @@ def is_local(scope: Scope) -> bool:
 def _is_loopback(client: Any) -> bool:
     try:
         address = ip_address(client[0])
-    # There is no address, for example because the server listens on a Unix socket. So it is unknown
-    # if the client is on this machine.
+    # The ASGI scope has no IP address of the client, for example because the server listens on a
+    # Unix socket. So the client may be on another machine, and must not count as local.
     except (TypeError, ValueError, LookupError):
         return False
     mapped = getattr(address, "ipv4_mapped", None)

@@ -3,7 +3,8 @@
 from asgi_dbsession.types import Send
 
 _NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-# This Content-Security-Policy allows the page only its own style, script and event stream.
+# The header Content-Security-Policy of `LivePage` (the web page that shows database connections).
+# Browsers then use only the page's own style, script and event stream.
 CSS_AND_SCRIPT = (
     _NOTHING + "; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'"
 )

@@ -6,8 +6,9 @@ from typing import TypedDict
 from .now import Connection, DatabaseNow
 from .recent import Recent
 
-# If a connection is idle, or is busy with one statement, for longer than this time (in seconds),
-# the page reports it as a problem.
+# The web page `LivePage` lists lines of code that cause problems. A line causes a problem if it has
+# left a connection idle for this time (in seconds) or longer, or if its statement has been running
+# for this time. If the request has ended, half of this idle time is enough.
 _LONG = 0.5
 _MOST_OF_A_KIND = 2
 

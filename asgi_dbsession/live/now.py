@@ -57,9 +57,9 @@ class Lanes:
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def of(self, entry: Any) -> int:
-        """Return the number of the row that shows a connection on the page, counted from 1.
+        """Return in which row the web page `LivePage` shows a connection, counted from 1.
 
-        A connection keeps its number, so it does not move on the page.
+        A connection keeps its row, so the row does not move while somebody reads the web page.
         """
         if entry not in self._numbers:
             taken = set(self._numbers.values())
@@ -68,10 +68,12 @@ class Lanes:
 
 
 class Now:
-    """Reads the current state of the connection pools, without opening a connection.
+    """Reads the state of the connection pools, for the web page that shows connections.
+
+    Reading the state opens no connection.
 
     Args:
-        databases: The databases to show on the page.
+        databases: The databases to show on the web page.
         observer: The object that knows which units of work are open.
     """
 
@@ -82,7 +84,10 @@ class Now:
         self._shown: dict[Any, int] = dict.fromkeys(databases, 0)
 
     def look(self) -> list[DatabaseNow]:
-        """Return the current state of all databases, in the order in which the page shows them."""
+        """Return the state of all databases, for the web page that shows their connections.
+
+        The databases are in the order in which the web page shows them.
+        """
         now = perf_counter()
         used: dict[Any, list[Connection]] = {each: [] for each in self._databases}
         waiting: dict[Any, list[Waiting]] = {each: [] for each in self._databases}
@@ -121,8 +126,9 @@ class Now:
         shown = max(size, checked_out, self._shown[database], *lanes, 0)
         if most is not None:
             shown = max(min(shown, most), *lanes, 0)
-        # If connections were closed, still show their rows. Otherwise the content of the page below
-        # these rows would move up while somebody reads the page.
+        # The web page shows one row for each connection of the pool. If connections were closed,
+        # still show their rows. Otherwise all content below these rows would move up while somebody
+        # reads the web page.
         self._shown[database] = shown
         others = max(0, checked_out - len(used))
         connections = []

@@ -26,7 +26,7 @@ from .recent import Recent, summarize
 from .route import RouteName
 from .timeline import draw
 
-# How many seconds lie between two updates of the page.
+# How many seconds lie between two updates of the web page that shows database connections.
 _PERIOD = 1.0
 # A stream of updates ends after this number of seconds, and the browser opens a new one. A server
 # that is shutting down waits for the end of the stream.
@@ -74,15 +74,19 @@ class LivePage:
         self._now = Now(shown, self._observer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one HTTP request for the page or its data (`/json`, `/metrics`, `/events`)."""
+        """Answer one HTTP request for the web page that shows connections, or for its data.
+
+        The data are below the path of the web page, at `/json`, `/metrics` and `/events`.
+        """
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
             return
         if scope["type"] != "http":
             raise ConfigurationError("LivePage serves HTTP alone. Mount it in an application.")
         reply = partial(answer, send, has_body=scope["method"] != "HEAD")
-        # An `async def` function would return a coroutine, which counts as true in an `if`. So
-        # compare with True.
+        # `allow` is a function of the application, which returns True if the client may see the web
+        # page. A `lambda` may return a coroutine by mistake. A coroutine counts as true in an `if`,
+        # and then every client could see the web page. So compare with True.
         if self._allow(scope) is not True:
             await reply(403, _REFUSAL)
         elif scope["method"] not in ("GET", "HEAD"):
@@ -109,7 +113,11 @@ class LivePage:
             await reply(200, render(nonce, summary, parts), "text/html", policy=policy)
 
     async def _stream(self, receive: Receive, send: Send) -> None:
-        """Send updates of the page until the client disconnects or `_STREAM` seconds are over."""
+        """Send new content of `LivePage` (a web page) to the browser every `_PERIOD` seconds.
+
+        The response is an event stream. It ends when the browser disconnects, or after `_STREAM`
+        seconds.
+        """
         await begin_events(send)
 
         async def leave() -> None:
@@ -150,10 +158,10 @@ class LivePage:
 
 
 def _wanted(scope: Scope) -> str:
-    """Return which form of the page is requested, for example `json`, from the path or the query.
+    """Return in which form a request asks for the web page `LivePage`, for example `json`.
 
-    The links on the page use the query, as in `?json`. Such a link works if the path of the page
-    ends with a slash, and also if it does not.
+    The form is in the path (`/json`) or in the query (`?json`). The links on the web page use the
+    query. Such a link works if the path of the web page ends with a slash, and also if it does not.
     """
     last = scope["path"].rstrip("/").rpartition("/")[2]
     query: str = scope.get("query_string", b"").decode("latin-1")

@@ -1,4 +1,8 @@
-"""Summarizes the ended units of work, and finds the lines of code that cause problems."""
+"""Summarizes the ended units of work (requests, for example), for the web page `LivePage`.
+
+The summary tells how long connections were held, which code left a connection idle, and which code
+sent the same statement many times.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,8 +14,8 @@ from asgi_dbsession.reports.tally import Tally
 from .observer import EndedUnit
 from .shown import line, name, without_values
 
-# If one line of code sent the same statement this often or more often in one unit of work, the page
-# reports it.
+# If one line of code sent the same statement this often or more often in one unit of work (a
+# request, for example), the web page `LivePage` reports this line as a problem (N+1 queries).
 _REPEATED = 5
 # An idle time of a connection is reported only if it is this long or longer, in seconds.
 _IDLE = 0.05
@@ -61,7 +65,18 @@ class Idle(TypedDict):
 
 
 class Recent(TypedDict):
-    """The summary of the ended units of work. In each list, the worst entry is first."""
+    """The summary of the units of work that have ended.
+
+    Attributes:
+        units: How many units of work there are.
+        seconds: How many seconds ago the first of them began.
+        routes: What the units of work of each route did. The first route held connections longest
+            (number of units, multiplied by the 95th percentile of the time).
+        repeated: Statements that one line of code sent many times in one unit of work. The first
+            statement was sent most often.
+        idle: Lines of code after which a connection was idle. The first line has the greatest sum
+            of idle time.
+    """
 
     units: int
     seconds: float
@@ -115,7 +130,8 @@ def _reason(unit: EndedUnit) -> str:
 
 
 def _percentile(values: list[float], percent: int) -> float:
-    if len(values) == 1:  # `quantiles` needs at least two values.
+    # `quantiles` needs at least two values. If there is only one, each percentile is this value.
+    if len(values) == 1:
         return values[0]
     return quantiles(values, n=100, method="inclusive")[percent - 1]
 

@@ -1,6 +1,6 @@
-"""Makes the name under which the web page shows a request, such as `GET /orders/{id}`.
+"""Makes the name of a request, for the web page that shows database connections.
 
-The name contains no text that the client sent.
+For example, the name is `GET /orders/{id}`. It contains no text that the client sent.
 """
 
 import logging
@@ -21,8 +21,9 @@ _METHODS = frozenset(
 )
 _SHOWN = _METHODS | {"WebSocket"}
 
-# What is needed to name a request: (1) its method, (2) its route, (3) True for a `begin()` block in
-# the request. None outside of a request.
+# The parts of the name that a request has on the web page `LivePage`: (1) the method of the
+# request, (2) its route, (3) True for a `begin()` block in the request. None for a unit of work
+# outside of a request.
 Named: TypeAlias = tuple[str, str, bool] | None
 
 
@@ -41,7 +42,8 @@ def named(unit: Any, route: RouteName | None, by_quart: Mapping[Any, str]) -> Na
     try:
         found = scope["route"].path if route is None else _call(route, scope)
     except (KeyError, AttributeError):
-        # Only FastAPI and Starlette store a route object in the ASGI scope.
+        # Only FastAPI and Starlette store a route object in the ASGI scope. For other frameworks,
+        # look for the route elsewhere, or take the name of the handler.
         found = route_of(scope) or by_quart.get(unit, "")
     return scope.get("method", "WebSocket"), found, unit.enclosing is not None
 
@@ -52,7 +54,8 @@ def name_of(found: Named) -> str:
         return "begin()"
     method, route, is_inner = found
     name = f"{method if method in _SHOWN else 'Other'} {route or '(no route)'}"
-    # A `begin()` block in a request uses another connection, so the page shows it separately.
+    # A `begin()` block in a request uses another connection than the request. So the block has a
+    # name of its own on the web page that shows connections.
     return f"{name} › begin()" if is_inner else name
 
 

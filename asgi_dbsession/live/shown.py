@@ -8,8 +8,9 @@ from typing import Any
 from asgi_dbsession.reports.call_site import CallSite
 
 _LONGEST = 400
-# These characters begin a string or a comment: `'` and `$$` (strings), `--` and `/*` (comments).
-# `#` begins a comment in MySQL.
+# A string in a statement begins with `'` or `$$`, and a comment with `--` or `/*` (in MySQL also
+# with `#`). Find these characters, because strings and comments may have secret values, and must
+# not be shown.
 _MARK = re.compile(r"'|--|/\*|\$(?:[A-Za-z_]\w*)?\$")
 _MARK_OR_HASH = re.compile(_MARK.pattern + "|#")
 # A number in a statement may be a secret value, so it is hidden. Numbers of parameters (`$1`,

@@ -25,7 +25,10 @@ def summary(databases: list[DatabaseNow]) -> str:
 
 
 def findings(found: list[Finding]) -> str:
-    """Return the lines of code that cause problems, as an HTML list."""
+    """Return an HTML list of the lines of code that need attention.
+
+    These lines leave a connection idle, wait long for a statement, or send it many times.
+    """
     if not found:
         return "<p class=calm>Nothing stands out.</p>"
     items = "".join(
@@ -154,7 +157,10 @@ def _table(caption: str, heads: str, rows: list[str], empty: str) -> str:
 
 
 def _line(text: str) -> str:
-    """Return a line of code as HTML. A browser may wrap it after each slash of the file name."""
+    """Return the place of a line of code, such as `app/orders.py:12`, as HTML.
+
+    In a narrow column, a browser may wrap this text after each slash.
+    """
     return escape(text).replace("/", "/<wbr>")
 
 

@@ -9,8 +9,9 @@ from .observer import EndedUnit
 
 _WIDTH = 1200
 _HEIGHT = 300
-# How many rows of bars the drawing may have. `draw` uses the smallest of these numbers that has
-# room for all bars.
+# `draw` makes a drawing in which each ended unit of work is a bar on a time axis. The drawing has
+# one of these numbers of rows: the smallest number that gives room for all bars. If the largest
+# number is not enough, the other bars are left out.
 _ROWS = (12, 30, 75)
 # The length of the time axis in seconds. On a longer time axis, the bars would be too narrow.
 _SECONDS = 30.0
@@ -24,7 +25,8 @@ _ORDER: tuple[Kind, ...] = ("wait", "hold", "statement", "rollback", "commit")
 def draw(ended: Sequence[EndedUnit], now: float) -> str:
     """Return an SVG drawing of the last seconds, in which each unit of work is a bar."""
     begin = now - _SECONDS
-    # For each row of the drawing, the time at which its last bar ends.
+    # For each row of bars in the drawing, the time when its last bar ends. A row has room for
+    # another bar if this bar begins later.
     rows: list[float] = []
     placed: list[tuple[EndedUnit, int]] = []
     left_out = 0
@@ -77,9 +79,10 @@ def _draw_unit(
 
 
 def _spans(unit: EndedUnit) -> Iterable[Span]:
-    """Yield the measured times of a unit of work.
+    """Yield the measured times of a unit of work (statements, for example), to draw them.
 
-    Two times of the same kind are joined if the gap between them is too small to be seen.
+    Two times of the same kind become one if the gap between them is too small to be seen in the
+    drawing.
     """
     for _, tally in unit.tallies:
         last: Span | None = None
