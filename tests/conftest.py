@@ -413,6 +413,14 @@ def real(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Real]:
 
 
 @pytest.fixture
+def asked(request: pytest.FixtureRequest) -> None:
+    """Ask for reads without a transaction on MariaDB, where they need an option."""
+    real = request.getfixturevalue("real") if "real" in request.fixturenames else None
+    if isinstance(real, Real) and real.is_mariadb:
+        real.options |= {"autocommit_reads": True, "isolation_level": "READ COMMITTED"}
+
+
+@pytest.fixture
 async def running(real: Real) -> AsyncIterator[Running]:
     """A running database of each kind, checked after the test."""
     async with real.describe() as database:

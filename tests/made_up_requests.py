@@ -1,32 +1,52 @@
 """Requests that Hypothesis makes up, and the databases to run them on with and without BEGIN."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import mariadb_server
 import postgres
 from anyio import to_thread
 from asgi import Exchange, respond
 from conftest import AnyDatabase, checked_out
 from hypothesis import strategies as st
-from made_up_steps import DEFINITIONS, DO, FATAL, METADATA, NOTE, OTHERS, PLAIN, WRITER
+from made_up_steps import (
+    DEFINITIONS,
+    DO,
+    FATAL,
+    METADATA,
+    NOTE,
+    ON_MARIADB,
+    OTHERS,
+    OTHERS_ON_MARIADB,
+    PLAIN,
+    WRITER,
+    WRITER_ON_MARIADB,
+)
+from mariadb_server import NO_TLS
 from sqlalchemy import URL, Connection, Engine, Result, create_engine, event, select, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, SyncDatabase, UnitReport
 
-KINDS = ("asyncpg", "psycopg", "psycopg-sync")
+POSTGRESQL, MARIADB = ("asyncpg", "psycopg", "psycopg-sync"), ("asyncmy", "pymysql-sync")
+KINDS = (*POSTGRESQL, *MARIADB)
 # The second database object of a request is for the same database, or for another of this server.
 MAIN, SAME, OTHER = "main", "same", "other"
 OPEN = text(
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
     "AND backend_type = 'client backend' AND xact_start IS NOT NULL AND pid <> pg_backend_pid()"
 )
-IN_DOUBT = text("SELECT count(*) FROM pg_prepared_xacts")
+OPEN_ON_MARIADB = text(
+    "SELECT count(*) FROM information_schema.innodb_trx JOIN information_schema.processlist "
+    "ON id = trx_mysql_thread_id WHERE db = database() AND id <> connection_id()"
+)
+IN_DOUBT = text("SELECT gid FROM pg_prepared_xacts")
+IN_DOUBT_ON_MARIADB = text("XA RECOVER")
 
 
 @dataclass(frozen=True)
@@ -57,30 +77,43 @@ class Case:
 
 
 RARELY = st.sampled_from([False, False, False, True])
-STEPS = st.one_of(
-    st.builds(Step, st.sampled_from(sorted(PLAIN)), on_second=st.booleans()),
-    st.builds(
-        Step,
-        st.sampled_from(sorted([*PLAIN, *OTHERS])),
-        st.sampled_from([True, True, False]),
-        st.booleans(),
-    ),
-    st.builds(Step, st.sampled_from(sorted(WRITER))),
-    st.builds(Step, st.sampled_from(sorted([*PLAIN, *OTHERS, *FATAL])), st.just(False)),
-)
-READS = st.builds(Step, st.sampled_from(sorted([*PLAIN, *WRITER])), on_second=st.booleans())
-CASES = st.builds(
-    Case,
-    st.tuples(st.lists(READS, max_size=3), st.lists(STEPS, min_size=1, max_size=8)).map(
-        lambda parts: (*parts[0], *parts[1])
-    ),
-    st.sampled_from([201, 201, 201, 409, 0]),
-    has_tenant=RARELY,
-    read_only=RARELY,
-    second=st.sampled_from(["", "", SAME, OTHER]),
-    two_phase=RARELY,
-    has_reports=st.booleans(),
-)
+
+
+def cases_of(others: Iterable[str], writer: Iterable[str]) -> st.SearchStrategy[Case]:
+    """Make up requests.
+
+    Args:
+        others: The operations that are more than plain reads.
+        writer: What somebody else does meanwhile.
+    """
+    reads = st.builds(Step, st.sampled_from(sorted([*PLAIN, *writer])), on_second=st.booleans())
+    all_steps = st.one_of(
+        st.builds(Step, st.sampled_from(sorted(PLAIN)), on_second=st.booleans()),
+        st.builds(
+            Step,
+            st.sampled_from(sorted([*PLAIN, *others])),
+            st.sampled_from([True, True, False]),
+            st.booleans(),
+        ),
+        st.builds(Step, st.sampled_from(sorted(writer))),
+        st.builds(Step, st.sampled_from(sorted([*PLAIN, *others, *FATAL])), st.just(False)),
+    )
+    return st.builds(
+        Case,
+        st.tuples(st.lists(reads, max_size=3), st.lists(all_steps, min_size=1, max_size=8)).map(
+            lambda parts: (*parts[0], *parts[1])
+        ),
+        st.sampled_from([201, 201, 201, 409, 0]),
+        has_tenant=RARELY,
+        read_only=RARELY,
+        second=st.sampled_from(["", "", SAME, OTHER]),
+        two_phase=RARELY,
+        has_reports=st.booleans(),
+    )
+
+
+CASES = cases_of(OTHERS, WRITER)
+CASES_ON_MARIADB = cases_of(OTHERS_ON_MARIADB, WRITER_ON_MARIADB)
 
 
 def steps(*names: str, **options: Any) -> Case:
@@ -105,6 +138,15 @@ class Bench:
     def is_asyncpg(self) -> bool:
         return self.databases[True][MAIN].engine.dialect.driver == "asyncpg"
 
+    @property
+    def is_mariadb(self) -> bool:
+        return is_mariadb(self.databases[True][MAIN])
+
+    @property
+    def cases(self) -> st.SearchStrategy[Case]:
+        """Requests for this kind of database."""
+        return CASES_ON_MARIADB if self.is_mariadb else CASES
+
     @contextmanager
     def begun_anew(self) -> Iterator[dict[str, Connection]]:
         """Yield the connections of the second writer, once all is as at first."""
@@ -112,7 +154,9 @@ class Bench:
             writers = {}
             for name, engine in self.engines.items():
                 writer = writers[name] = stack.enter_context(engine.connect())
-                writer.execute(text("DELETE FROM note"))
+                # InnoDB keeps deleted rows for a while, and locks them.
+                empty = "TRUNCATE note" if self.is_mariadb else "DELETE FROM note"
+                writer.execute(text(empty))
                 first = {1: "taken", 2: "second", 3: "third"}
                 writer.execute(
                     NOTE.insert(), [{"id": id_, "text": each} for id_, each in first.items()]
@@ -144,6 +188,7 @@ class Run:
     reports: list[UnitReport] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.is_mariadb = is_mariadb(self.databases[MAIN])
         self.used = [self.databases[each] for each in self.case.names]
         rule = partial(_always, self.case.read_only)
         options: Any = {"on_report": self.reports.append} if self.case.has_reports else {}
@@ -168,13 +213,14 @@ class Run:
 
     async def serve(self) -> None:
         """Run the request, with the listener that it wants."""
+        set_tenant = _set_variable if self.is_mariadb else _set_tenant
         if self.case.has_tenant:
-            event.listen(Session, "after_begin", _set_tenant)
+            event.listen(Session, "after_begin", set_tenant)
         try:
             await self.exchange.run()
         finally:
             if self.case.has_tenant:
-                event.remove(Session, "after_begin", _set_tenant)
+                event.remove(Session, "after_begin", set_tenant)
         self.look()
 
     async def outcome(self) -> Outcome:
@@ -186,10 +232,12 @@ class Run:
 
     def assert_clean(self) -> None:
         assert [checked_out(each) for each in self.used] == [0] * len(self.used)
-        assert self.writers[MAIN].scalar(IN_DOUBT) == 0
+        in_doubt = IN_DOUBT_ON_MARIADB if self.is_mariadb else IN_DOUBT
+        assert self.writers[MAIN].execute(in_doubt).all() == []
 
     def open_transactions(self) -> int:
-        return sum(each.scalar(OPEN) for each in self.writers.values())
+        query = OPEN_ON_MARIADB if self.is_mariadb else OPEN
+        return sum(each.scalar(query) for each in self.writers.values())
 
     def look(self) -> None:
         """Note what is stored now."""
@@ -208,7 +256,8 @@ class Run:
 
     async def perform(self, step: Step, number: int) -> Any:
         if step.do in WRITER:
-            result = self.writers[MAIN].execute(text(WRITER[step.do].format(n=number)))
+            statement = (WRITER_ON_MARIADB if self.is_mariadb else WRITER)[step.do]
+            result = self.writers[MAIN].execute(text(statement.format(n=number)))
             return result.scalar() if result.returns_rows else result.rowcount
         database = self.used[-1 if step.on_second else 0]
         work = partial(self.work, step=step, number=number)
@@ -228,6 +277,8 @@ class Run:
 def is_in_transaction(connection: Connection) -> bool:
     """What the driver knows of its connection, without asking the server."""
     driver: Any = connection.connection.driver_connection
+    if hasattr(driver, "get_autocommit"):  # MariaDB: each statement begins one if it is off
+        return not driver.get_autocommit()
     if hasattr(driver, "is_in_transaction"):
         return bool(driver.is_in_transaction())
     return bool(driver.info.transaction_status.name != "IDLE")
@@ -241,8 +292,18 @@ def _set_tenant(_session: Any, _transaction: Any, connection: Connection) -> Non
     connection.exec_driver_sql("SET LOCAL app.tenant = 'listener'")
 
 
-def new_urls(name: str) -> dict[str, URL]:
+def _set_variable(_session: Any, _transaction: Any, connection: Connection) -> None:
+    connection.exec_driver_sql("SET @tenant = 'listener'")
+
+
+def is_mariadb(database: AnyDatabase) -> bool:
+    return database.url.get_backend_name() == "mysql"
+
+
+def new_urls(kind: str, name: str) -> dict[str, URL]:
     """Make two databases with a view, and with a function that writes."""
+    if kind in MARIADB:
+        return _new_urls_on_mariadb(name)
     urls = {MAIN: postgres.new_database(name), OTHER: postgres.new_database(f"{name}_other")}
     for url in urls.values():
         engine = create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool)
@@ -254,31 +315,55 @@ def new_urls(name: str) -> dict[str, URL]:
     return urls
 
 
+def _new_urls_on_mariadb(name: str) -> dict[str, URL]:
+    urls = {}
+    for key, database in ((MAIN, name), (OTHER, f"{name}_other")):
+        urls[key], administrator_url = mariadb_server.new_database(database)
+        engine = create_engine(administrator_url, connect_args=NO_TLS, poolclass=NullPool)
+        with engine.begin() as connection:
+            METADATA.create_all(connection)
+            for each in (*ON_MARIADB, "SET GLOBAL innodb_lock_wait_timeout = 0"):
+                connection.execute(text(each))
+    return urls
+
+
+def writer_of(url: URL) -> Engine:
+    """Make the engine of the second writer."""
+    options: dict[str, Any] = {"options": "-c lock_timeout=0"}
+    driver = "postgresql+psycopg"
+    if url.get_backend_name() == "mysql":
+        # An ordinary user may not see the transactions of others.
+        driver, url = "mysql+pymysql", url.set(username="root")
+        waits = "SET innodb_lock_wait_timeout = 9, lock_wait_timeout = 9"
+        options = {**NO_TLS, "init_command": waits}
+    return create_engine(
+        url.set(drivername=driver), isolation_level="AUTOCOMMIT", connect_args=options
+    )
+
+
 @contextmanager
 def opened_bench(kind: str, urls: dict[str, URL]) -> Iterator[Bench]:
     """For all sequences: what one leaves behind on the connection, the next one stumbles over."""
     driver = kind.removesuffix("-sync")
     database_class: Any = SyncDatabase if kind.endswith("-sync") else AsyncDatabase
+    dialect = urls[MAIN].get_backend_name()
+    options: Any = {"isolation_level": "READ COMMITTED"} if kind in MARIADB else {}
+    if driver == "pymysql":
+        options["connect_args"] = NO_TLS
     databases = {
         wanted: {
             name: database_class(
-                url.set(drivername=f"postgresql+{driver}"),
-                autocommit_reads=None if wanted else False,
+                url.set(drivername=f"{dialect}+{driver}"),
+                autocommit_reads=(True if kind in MARIADB else None) if wanted else False,
                 pool_size=1,
                 max_overflow=0,
+                **options,
             )
             for name, url in {**urls, SAME: urls[MAIN]}.items()
         }
         for wanted in (True, False)
     }
-    engines = {
-        name: create_engine(
-            url.set(drivername="postgresql+psycopg"),
-            isolation_level="AUTOCOMMIT",
-            connect_args={"options": "-c lock_timeout=0"},
-        )
-        for name, url in urls.items()
-    }
+    engines = {name: writer_of(url) for name, url in urls.items()}
     with asyncio.Runner() as runner:
         every = [each for described in databases.values() for each in described.values()]
         for database in every:

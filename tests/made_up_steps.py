@@ -11,10 +11,10 @@ from sqlalchemy import (
     Column,
     Integer,
     MetaData,
+    String,
     Table,
     Text,
     func,
-    literal,
     literal_column,
     select,
     text,
@@ -24,15 +24,31 @@ from sqlalchemy.util import await_only
 
 METADATA = MetaData()
 NOTE = Table(
-    "note", METADATA, Column("id", Integer, primary_key=True), Column("text", Text, unique=True)
+    "note",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("text", Text().with_variant(String(255), "mysql"), unique=True),
 )
+NOWHERE = Table("nowhere", MetaData(), Column("id", Integer))
 VIEW = Table("note_view", MetaData(), Column("id", Integer), Column("text", Text))
 DEFINITIONS = """
 CREATE VIEW note_view AS SELECT id, text FROM note;
 CREATE FUNCTION write_note(number int) RETURNS int LANGUAGE sql VOLATILE AS
     'INSERT INTO note VALUES (number, ''function '' || number) RETURNING id';
 """
-FAILING = select(NOTE.c.id).where(literal(1) / literal(0) > 0)
+# The procedure fails after it has written, and its row stays in the transaction.
+ON_MARIADB = (
+    "CREATE VIEW note_view AS SELECT id, text FROM note",
+    (
+        "CREATE FUNCTION write_note(number INT) RETURNS INT MODIFIES SQL DATA BEGIN "
+        "INSERT INTO note VALUES (number, CONCAT('function ', number)); RETURN number; END"
+    ),
+    (
+        "CREATE PROCEDURE write_and_fail(number INT) BEGIN INSERT INTO note "
+        "VALUES (number, CONCAT('procedure ', number)); SELECT * FROM nowhere; END"
+    ),
+)
+FAILING = select(NOWHERE.c.id)
 ALL = select(NOTE.c.text).order_by(NOTE.c.text)
 UPPER = func.upper(NOTE.c.text)
 TENANT = "SELECT current_setting('app.tenant', true)"
@@ -66,6 +82,11 @@ def driver_of(session: Session) -> Any:
 def raw(session: Session, statement: str) -> None:
     """Work below SQLAlchemy, with the driver's own connection."""
     driver = driver_of(session)
+    if hasattr(driver, "get_autocommit"):  # MariaDB
+        cursor = session.connection().connection.cursor()
+        cursor.execute(statement)
+        cursor.close()
+        return
     pending = driver.execute(statement)
     if hasattr(pending, "__await__"):
         await_only(pending)
@@ -212,4 +233,37 @@ WRITER = {
     "(SELECT id FROM note WHERE id < 3 ORDER BY id FOR UPDATE SKIP LOCKED)",
     "other locks": "SELECT pg_try_advisory_xact_lock(7)",
 }
-DO = {**PLAIN, **OTHERS, **FATAL}
+# What only PostgreSQL has, and what only MariaDB has: statements that commit, and a procedure.
+_POSTGRESQL = {
+    "copy",
+    "copy a file",
+    "copy out",
+    "failing copy",
+    "failing function",
+    "lock",
+    "set local",
+    "tenant",
+    "writing cte",
+}
+_MARIADB: dict[str, Callable[[Session, int], Any]] = {
+    "create a table": lambda session, n: bool(
+        session.execute(text(f"CREATE OR REPLACE TABLE made_{n % 2} (id INT)"))
+    ),
+    "commit as text": lambda session, _: bool(session.execute(text("COMMIT"))),
+    "commit below": lambda session, _: raw(session, "COMMIT"),
+    "procedure": lambda session, n: session.execute(text(f"CALL write_and_fail({n})")),
+    "procedure below": lambda session, n: raw(session, f"CALL write_and_fail({n})"),
+}
+# These steps end the transaction, and SQLAlchemy does not know it.
+COMMITTING = ("create a table", "commit as text", "commit below")
+OTHERS_ON_MARIADB = {
+    **{name: do for name, do in OTHERS.items() if name not in _POSTGRESQL},
+    **_MARIADB,
+}
+_WITHOUT_WAITING = "SET STATEMENT innodb_lock_wait_timeout = 0 FOR "
+WRITER_ON_MARIADB = {
+    "other inserts": f"{_WITHOUT_WAITING} {WRITER['other inserts']}",
+    "other updates": f"{_WITHOUT_WAITING} UPDATE note "
+    "SET text = CONCAT('other {n} ', id) WHERE id < 3",
+}
+DO = {**PLAIN, **OTHERS, **_MARIADB, **FATAL}

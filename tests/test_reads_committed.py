@@ -26,8 +26,9 @@ from asgi_dbsession import (
     safe_methods,
 )
 
-pytestmark = pytest.mark.anyio
-KINDS = ("asyncpg", "psycopg", "psycopg-sync")
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("asked")]
+POSTGRESQL = ("asyncpg", "psycopg", "psycopg-sync")
+KINDS = (*POSTGRESQL, "asyncmy", "pymysql-sync")
 SCOPE = {"type": "http", "method": "GET", "path": "/", "headers": []}
 LISTENERS = {
     "the session class, before": ("class", "before_commit"),
@@ -397,6 +398,7 @@ async def test_a_refused_write_fails_the_request_although_it_has_only_read(
     assert isinstance(exchange.error, ForbiddenWrite)
 
 
+@pytest.mark.parametrize("real", POSTGRESQL, indirect=True)
 async def test_the_response_waits_for_a_read_of_another_task(running: Running) -> None:
     """The read waits for a lock on the table, and the response starts after the read."""
     happened: list[str] = []
@@ -483,6 +485,7 @@ CONNECTIONS = text(
 )
 
 
+@pytest.mark.parametrize("real", POSTGRESQL, indirect=True)
 @pytest.mark.parametrize("pool", ["no pool", "a full pool"])
 async def test_a_connection_that_no_pool_keeps_is_closed(
     real: Real, pool: str, caplog: pytest.LogCaptureFixture

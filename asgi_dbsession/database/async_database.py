@@ -39,16 +39,17 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         ping_on_startup: True if the startup must fail when the database does not answer.
         on_engine: A plain function that is called with each new `sqlalchemy.Engine` before its
             first connection. It can add listeners for SQLAlchemy's events to the engine.
-        autocommit_reads: True: read without a transaction until the unit of work writes. False:
-            always read in a transaction. None: read without a transaction only on PostgreSQL at
-            READ COMMITTED, where the application sees no difference.
+        autocommit_reads: True: read without a transaction until the unit of work writes. On MariaDB
+            and MySQL, a write then takes one more round trip. False: always read in a transaction.
+            None: read without a transaction only on PostgreSQL at READ COMMITTED, where the
+            application sees no difference.
         replicas: The URLs of replicas of a PostgreSQL server, or `Replicas(...)`. A unit of work
             that may only read uses a replica that has all changes that its client has seen.
         **engine_options: Arguments for `sqlalchemy.ext.asyncio.create_async_engine`.
 
     Raises:
-        ConfigurationError: The URL is not a database URL, or its driver is not installed or is not
-            for asyncio.
+        ConfigurationError: The URL is not a database URL, or its driver is not installed, is not
+            for asyncio, or does not support `autocommit_reads=True`.
     """
 
     is_async = True

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from asgi_dbsession.errors import ConfigurationError, DatabaseNotRunning, without_secrets
 from asgi_dbsession.session.completion import run_to_completion
+from asgi_dbsession.session.reads import Reads
 from asgi_dbsession.unit.observer import UnitObserver
 
 from .arguments import check_flags, check_function
@@ -28,6 +29,7 @@ class EngineLife(ABC, Generic[E]):
     is_async: bool
     # An object of the class `ReplicaSet` of the package `replicas`. None without replicas.
     _replica_set: Any = None
+    _reads: Reads
 
     def __init__(
         self,
@@ -212,6 +214,7 @@ class EngineLife(ABC, Generic[E]):
             ) from None
         sync_engine = sync_engine_of(engine)
         built.add(sync_engine)
+        self._reads.watch(sync_engine)
         self._prepare(sync_engine)
         for observer in self._observers:
             observer.engine_used(sync_engine)

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Query, Session
 from typing_extensions import TypedDict, TypeVar
 
 from asgi_dbsession.errors import ConfigurationError, kind_of
-from asgi_dbsession.session.reads import DRIVERS, Reads
+from asgi_dbsession.session.reads import DRIVERS, ON_DEMAND, Reads
 
 AnyAsyncSession = TypeVar("AnyAsyncSession", bound=AsyncSession, default=AsyncSession)
 AnySession = TypeVar("AnySession", bound=Session, default=Session)
@@ -83,8 +83,7 @@ def reads_of(database: object, wanted: object, driver: str) -> Reads:
         driver: The name of the driver.
 
     Raises:
-        ConfigurationError: The driver cannot switch autocommit on and off without a round trip to
-            the server, and the option is True.
+        ConfigurationError: The option is True, and the driver has no support for it.
     """
     if wanted is not None and not isinstance(wanted, bool):
         raise ConfigurationError("autocommit_reads takes True, False or None.")
@@ -92,9 +91,13 @@ def reads_of(database: object, wanted: object, driver: str) -> Reads:
         from asgi_dbsession.session.optional.reads.delayed import DelayingReads
 
         return DelayingReads(wanted)
+    if wanted and driver in ON_DEMAND:
+        from asgi_dbsession.session.optional.reads.mariadb import AutocommitReads
+
+        return AutocommitReads()
     if wanted:
         raise ConfigurationError(
-            f"{database} cannot read in autocommit: only {' and '.join(DRIVERS)} (PostgreSQL) "
-            "switch autocommit without a round trip. Leave out `autocommit_reads=True`."
+            f"{database} cannot read without a transaction. Leave out `autocommit_reads=True`, or "
+            f"use {', '.join(DRIVERS)} (PostgreSQL), {', '.join(ON_DEMAND)} (MariaDB, MySQL)."
         )
     return Reads()

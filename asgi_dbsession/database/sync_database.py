@@ -47,8 +47,8 @@ class SyncDatabase(Database[Engine, AnySession]):
         **engine_options: Arguments for `sqlalchemy.create_engine`.
 
     Raises:
-        ConfigurationError: The URL is not a database URL, or its driver is not installed or is for
-            asyncio.
+        ConfigurationError: The URL is not a database URL, or its driver is not installed, is for
+            asyncio, or does not support `autocommit_reads=True`.
     """
 
     is_async = False

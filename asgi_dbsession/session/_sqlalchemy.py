@@ -14,11 +14,7 @@ from sqlalchemy.engine import Transaction, TwoPhaseTransaction
 from sqlalchemy.event.api import _event_key
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session, SessionTransaction
-from sqlalchemy.orm.session import (
-    SessionTransactionOrigin,
-    SessionTransactionState,
-    _sessions,
-)
+from sqlalchemy.orm.session import SessionTransactionOrigin, SessionTransactionState, _sessions
 from sqlalchemy.pool import QueuePool
 from typing_extensions import override
 
@@ -129,8 +125,7 @@ def is_prepared(transaction: Transaction | None) -> bool:
 
 def is_flushing(session: Any) -> bool:
     """Return True if the session is sending its changed objects to the database (a flush) now."""
-    found: bool = session._flushing
-    return found
+    return bool(session._flushing)
 
 
 def is_orm_enabled(select: Any) -> bool:
@@ -140,8 +135,7 @@ def is_orm_enabled(select: Any) -> bool:
 
 def is_server_side(context: Any) -> bool:
     """Return True if the statement fetches its rows through a cursor on the database server."""
-    found: bool = context._is_server_side
-    return found
+    return bool(context._is_server_side)
 
 
 def has_additions(element: Any) -> bool:
@@ -158,9 +152,9 @@ def renders_expressions(type_: Any, dialect: Any) -> bool:
     )
 
 
-def isolation_level_on_connect(connection: Connection) -> str | None:
+def isolation_level_on_connect(target: Connection | Engine) -> str | None:
     """Return the isolation level that the engine sets on each new connection, or None."""
-    level: str | None = connection.dialect._on_connect_isolation_level
+    level: str | None = target.dialect._on_connect_isolation_level
     return level
 
 
@@ -246,5 +240,9 @@ def stop_listening(engine: Engine, name: str, listener: Callable[..., object]) -
 
 def most_overflow(pool: QueuePool) -> int:
     """Return how many connections a pool may open beyond `pool_size`; negative means no limit."""
-    most: int = pool._max_overflow
-    return most
+    return int(pool._max_overflow)
+
+
+def handle_driver_error(connection: Connection, error: BaseException) -> None:
+    """Do what SQLAlchemy does if the driver raises an error at BEGIN, and raise the error."""
+    connection._handle_dbapi_exception(error, None, None, None, None)

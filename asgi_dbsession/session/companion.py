@@ -91,7 +91,8 @@ class Companion:
             An exception that leaves the block undoes this work too. Then COMMIT must raise an
             error. None if there was no work.
         expects_read: True if the last statement of the session may be sent without BEGIN, because
-            it only reads. False if it is an INSERT, UPDATE or DELETE, or is given as SQL text.
+            it only reads. False if it is an INSERT, UPDATE or DELETE, or is given as SQL text, or
+            if the application has called `connection()` last.
         connections: The connections that the session has used. Some of these may be closed now.
         followers: The objects to notify after each commit and rollback of the session.
         connect: A function that opens the connections of the session, if a feature needs one
@@ -108,13 +109,13 @@ class Companion:
     begun_before: SessionTransaction | None = None
     expects_read: bool = True
     connections: tuple[Connection, ...] = ()
-    connect: Connect | None = None
     route: SessionRoute | None = None
     recording: SessionRecording | None = None
 
     def __init__(self, lock: SessionLock, reads: Reads) -> None:
         self.lock: SessionLock = lock
         self.reads: Reads = reads
+        self.connect: Connect | None = reads.connect
         self.followers: list[Follower] = []
 
     def wrap_connect(self, wrapper: Callable[[Connect, Any, Engine], Connection]) -> None:

@@ -146,14 +146,14 @@ class GuardedSession(ConnectingSession):
     @override
     @locked
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
+        self._companion.expects_read = False
         connection = super().connection(*args, **kwargs)
         begin_now(connection)
         try:
             begin_on_server(connection)
         except BaseException:
             # BEGIN may have been cancelled after it reached the server. SQLAlchemy does not know
-            # this, and would give the pool a connection with an open transaction. So close the
-            # connection.
+            # this. So close the connection, and do not give it to the pool.
             discard(connection)
             raise
         return connection

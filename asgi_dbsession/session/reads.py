@@ -1,9 +1,10 @@
 """Stores which connections have only read so far, and sends BEGIN on them when needed."""
 
+from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
 from ._sqlalchemy import connections_of, isolation_level_on_connect
@@ -13,11 +14,12 @@ from .sqlite import has_open_work
 # The drivers of PostgreSQL that can switch autocommit on and off without a round trip to the
 # server. Only with these drivers, BEGIN is delayed until a statement may write.
 DRIVERS = ("asyncpg", "psycopg")
-# The connections in autocommit mode whose BEGIN is delayed. (Weak references in a set are faster
-# than a `WeakSet`.) In addition, `connection.info` of these connections has the key `KEY`. A
-# listener finds this key when a connection returns to the pool, and switches autocommit off again.
-delayed: set[ref[Connection]] = set()
-KEY = "asgi_dbsession.delayed_begin"
+# The drivers of MariaDB and MySQL with which it can be delayed, if the application asks for it.
+ON_DEMAND = ("asyncmy", "aiomysql", "pymysql")
+# The connections in autocommit mode whose BEGIN is delayed. The value is a function that switches
+# autocommit off. Its second argument is True if SQLAlchemy is executing a statement, and handles
+# all errors. (Weak references in a dictionary are faster than a `WeakKeyDictionary`.)
+delayed: dict[ref[Connection], Callable[[Connection, bool], None]] = {}
 
 
 class Reads:
@@ -25,9 +27,14 @@ class Reads:
 
     Attributes:
         is_shared: True inside `testing.rolled_back()`, where all sessions share one transaction.
+        connect: A function that opens the connections of sessions. None: SQLAlchemy opens them.
     """
 
     is_shared: bool = False
+    connect: Callable[[Any, Engine], Connection] | None = None
+
+    def watch(self, engine: Engine) -> None:
+        """Called with each new engine of the database."""
 
     def delay_begin(self, session: Session, connection: Connection) -> None:
         """Called when SQLAlchemy begins a transaction. A subclass may delay BEGIN on the server."""
@@ -63,12 +70,12 @@ def session_has_only_read(session: Session) -> bool:
     return all(map(has_only_read, connections_of(transaction)))
 
 
-def begin_now(connection: Connection) -> None:
-    """If BEGIN was delayed, switch autocommit off: BEGIN is sent before the next statement."""
-    if ref(connection) in delayed:
-        set_autocommit(connection, False)
-        connection.info.pop(KEY, None)
-        delayed.discard(ref(connection))
+def begin_now(connection: Connection, *, in_statement: bool = False) -> None:
+    """If BEGIN was delayed, switch autocommit off: a transaction begins with the next statement."""
+    begin = delayed.get(ref(connection))
+    if begin is not None:
+        begin(connection, in_statement)
+        delayed.pop(ref(connection), None)
 
 
 def begin_on_server(connection: Connection) -> None:
@@ -96,9 +103,3 @@ def is_in_transaction(connection: Connection) -> bool:
         return bool(driver.is_in_transaction())
     # The driver psycopg uses libpq. In libpq, 0 is PQTRANS_IDLE: no transaction is open.
     return bool(driver.info.transaction_status != 0)
-
-
-def set_autocommit(connection: Connection, value: bool) -> None:
-    """Switch autocommit of the driver's connection on or off."""
-    driver: Any = connection.connection.dbapi_connection
-    driver.autocommit = value

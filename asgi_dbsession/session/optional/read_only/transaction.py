@@ -1,6 +1,7 @@
 """Makes the transaction of a session read-only, so that the database itself refuses writes."""
 
 from typing import Any
+from weakref import ref
 
 from sqlalchemy import Connection
 from sqlalchemy.pool import StaticPool
@@ -9,7 +10,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from asgi_dbsession.session._sqlalchemy import on_checkin
 from asgi_dbsession.session.completion import run_before_cancellation
 from asgi_dbsession.session.read_only import ON_MARIADB, ON_POSTGRESQL
-from asgi_dbsession.session.reads import DRIVERS, is_in_transaction
+from asgi_dbsession.session.reads import DRIVERS, delayed, is_in_transaction
 
 # The error codes that databases report for a write in a read-only transaction. Sources: PostgreSQL
 # https://www.postgresql.org/docs/current/errcodes-appendix.html MariaDB
@@ -30,8 +31,9 @@ def begin_read_only(connection: Connection) -> None:
         _begin_on_postgresql(connection)
     elif name in {"mysql", "mariadb"}:
         # Do this only if SQLAlchemy sends ROLLBACK before the connection returns to the pool.
-        # Otherwise the next user of the connection would get the read-only transaction.
-        if not _skips_rollback(connection):
+        # Otherwise the next user of the connection would get the read-only transaction. If BEGIN
+        # is delayed, `begin_now` sends this statement.
+        if ref(connection) not in delayed and not _skips_rollback(connection):
             connection.exec_driver_sql(ON_MARIADB)
     elif name == "sqlite" and not isinstance(connection.engine.pool, StaticPool):
         # Not with StaticPool: all sessions share one connection, and so `PRAGMA query_only` would

@@ -1,1 +1,1 @@
-"""Lets a session on PostgreSQL read without BEGIN and COMMIT."""
+"""Lets a session on PostgreSQL or MariaDB read without BEGIN and COMMIT."""

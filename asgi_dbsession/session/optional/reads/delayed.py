@@ -1,4 +1,4 @@
-"""Delays BEGIN until a session sends a statement that may write."""
+"""Delays BEGIN on PostgreSQL until a session sends a statement that may write."""
 
 from typing import Any
 from weakref import WeakSet, ref
@@ -11,13 +11,11 @@ from typing_extensions import override
 
 from asgi_dbsession.session._sqlalchemy import is_flushing, listen_first, stop_listening
 from asgi_dbsession.session.reads import (
-    KEY,
     Reads,
     begin_now,
     delayed,
     is_in_transaction,
     isolation_level,
-    set_autocommit,
 )
 
 from .plain import is_plain_read
@@ -25,6 +23,9 @@ from .plain import is_plain_read
 # The dialects whose engines have the listeners of this module. An engine and its copies with other
 # options share one dialect, so that no listener is added twice.
 _watched: WeakSet[Dialect] = WeakSet()
+# `connection.info` has this key while autocommit is switched on. The key tells the listener
+# `_restore` to switch autocommit off when the connection returns to the pool.
+_KEY = "asgi_dbsession.delayed_begin"
 
 
 class DelayingReads(Reads):
@@ -48,11 +49,11 @@ class DelayingReads(Reads):
         """If it is safe, switch the connection to autocommit until a statement may write."""
         if self._wanted is False or self.is_shared or not self._can_delay(session, connection):
             return
-        # Set `KEY` before the switch to autocommit. If a signal handler raises an exception
+        # Set `_KEY` before the switch to autocommit. If a signal handler raises an exception
         # between these two steps, the listener `_restore` still switches autocommit off.
-        connection.info[KEY] = True
-        delayed.add(ref(connection, delayed.discard))
-        set_autocommit(connection, True)
+        connection.info[_KEY] = True
+        delayed[ref(connection, delayed.pop)] = _begin
+        _set_autocommit(connection, True)
 
     def _can_delay(self, session: Session, connection: Connection) -> bool:
         dialect = connection.dialect
@@ -81,8 +82,13 @@ def watch_reads(engine: Engine) -> None:
     if engine.dialect not in _watched:
         _watched.add(engine.dialect)
         event.listen(engine, "checkin", _restore)
-        for name, listener in _LISTENERS.items():
-            listen_first(engine, name, listener)
+        watch_statements(engine)
+
+
+def watch_statements(engine: Engine) -> None:
+    """Add listeners to `engine` that call `begin_now` before a statement that may write."""
+    for name, listener in _LISTENERS.items():
+        listen_first(engine, name, listener)
 
 
 def unwatch_reads(engine: Engine) -> None:
@@ -94,20 +100,30 @@ def unwatch_reads(engine: Engine) -> None:
             stop_listening(engine, name, listener)
 
 
+def _begin(connection: Connection, _in_statement: bool) -> None:
+    _set_autocommit(connection, False)
+    connection.info.pop(_KEY, None)
+
+
+def _set_autocommit(connection: Connection, value: bool) -> None:
+    driver: Any = connection.connection.dbapi_connection
+    driver.autocommit = value
+
+
 def _begin_unless_plain(
     _cursor: object, _statement: str, _parameters: object, context: ExecutionContext
 ) -> None:
     connection = context.root_connection
     if ref(connection) in delayed and not is_plain_read(context):
-        begin_now(connection)
+        begin_now(connection, in_statement=True)
 
 
 def _begin_always(*arguments: Any) -> None:
-    begin_now(arguments[-1].root_connection)
+    begin_now(arguments[-1].root_connection, in_statement=True)
 
 
 def _restore(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
-    if record.info.pop(KEY, False) and dbapi_connection is not None:
+    if record.info.pop(_KEY, False) and dbapi_connection is not None:
         dbapi_connection.autocommit = False
 
 

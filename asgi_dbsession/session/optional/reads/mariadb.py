@@ -1,0 +1,82 @@
+"""Lets the sessions of a database on MariaDB or MySQL read without BEGIN and COMMIT."""
+
+from typing import Any
+from weakref import ref
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
+from typing_extensions import override
+
+from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.session._sqlalchemy import (
+    handle_driver_error,
+    is_flushing,
+    isolation_level_on_connect,
+)
+from asgi_dbsession.session.read_only import ON_MARIADB, may_only_read
+from asgi_dbsession.session.reads import Reads, delayed, isolation_level
+
+from .delayed import watch_statements
+from .mariadb_connections import ReadingDialect, begin, obey, reading, watch_connections
+
+# Listeners of these packages for `checkout` send no statements.
+_HARMLESS = ("asgi_dbsession.", "opentelemetry.")
+
+
+class AutocommitReads(Reads):
+    """Lets the sessions of a database read in autocommit mode until a statement may write."""
+
+    def __init__(self) -> None:
+        self.connect = self._connect
+
+    @override
+    def watch(self, engine: Engine) -> None:
+        if isinstance(engine.pool, StaticPool | SingletonThreadPool):
+            raise ConfigurationError(
+                "With `autocommit_reads=True`, each session needs a connection of its own. Leave "
+                f"out `poolclass={type(engine.pool).__name__}`."
+            )
+        if isolation_level_on_connect(engine) != "AUTOCOMMIT":
+            watch_statements(engine)
+            watch_connections(engine)
+
+    def _connect(self, session: Any, engine: Engine) -> Connection:
+        """Open a connection of the session: in autocommit mode if its first statement may read."""
+        if self.is_shared or not session._companion.expects_read or not _may_read(session, engine):
+            return engine.connect()
+        token = reading.set(engine.dialect)
+        try:
+            connection = engine.connect()
+        finally:
+            reading.reset(token)
+        delayed[ref(connection, delayed.pop)] = _begin
+        return connection
+
+
+def _may_read(session: Session, engine: Engine) -> bool:
+    """Return True if nothing but a plain read can follow before `begin_now` is called."""
+    if not isinstance(engine.dialect, ReadingDialect) or is_flushing(session):
+        return False
+    # This package cannot see what a listener of the application sends on the driver's own
+    # connection. This package itself has one listener for `after_begin`.
+    events = engine.dispatch
+    if len(session.dispatch.after_begin) > 1 or events.begin or events.engine_connect:
+        return False
+    checkout = engine.pool.dispatch.checkout
+    return all(str(getattr(each, "__module__", "")).startswith(_HARMLESS) for each in checkout)
+
+
+def _begin(connection: Connection, in_statement: bool) -> None:
+    pooled = connection.connection
+    if isolation_level(connection) == "AUTOCOMMIT":
+        obey(pooled)
+        return
+    try:
+        begin(pooled)
+        if may_only_read(connection):
+            pooled.cursor().execute(ON_MARIADB)
+    except BaseException as error:
+        if in_statement:
+            raise
+        handle_driver_error(connection, error)
