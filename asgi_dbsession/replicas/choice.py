@@ -35,13 +35,16 @@ class Choice:
         self._seen.read_from_replica(self._answer.name, self._answer.position, self._lifetime)
 
     def connect(self) -> Connection | None:
-        """Return a connection to the replica. None if the replica is down or may have restarted.
+        """Return a connection to the replica, or None if the session must use the primary instead.
+
+        None if the replica is down. Also None if the replica may have restarted since it reported
+        its WAL position, because a restarted replica may show older data.
 
         Raises:
             sqlalchemy.exc.TimeoutError: No connection became free within the `pool_timeout`.
         """
-        # Import this before connecting: if the process has too many open files, connecting fails,
-        # and an import would fail then too.
+        # The `except` block below needs this function. Import the function before connecting: if
+        # the process has too many open files, connecting fails, and then an import would fail too.
         from asgi_dbsession.database.optional.failures.explanation import keeps_from_connecting
 
         try:

@@ -93,8 +93,8 @@ async def _save(own: dict[ReplicaSet, Seen], scope: Scope) -> None:
         if store is not None and (text := seen.news()) is not None:
             try:
                 await store.save(scope, text)
-            # The request may have committed its work already. So an error of the store must not
-            # make the request fail.
+            # The store (an object of the application) could not save the position. Only log the
+            # error: the request may have committed its work already, so the request must not fail.
             except Exception:
                 _logger.exception("The store of positions failed, so the next read may be outdated")
 

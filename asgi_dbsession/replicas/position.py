@@ -74,8 +74,9 @@ class Seen:
         self.replica: str | None = None
         self.users: set[Any] = set()
         self._since = 0
-        # None if it is known what the client has seen. Otherwise a string for the cookie or the
-        # store, instead of a WAL position. With this string, the client reads from the primary.
+        # None if the client's WAL position is known, or the client has seen nothing yet. Otherwise
+        # a string that is stored for the client instead of a position. A request with this string
+        # reads from the primary.
         self._instead: str | None = None
         self._told: str | None = text
         if text is not None:
@@ -101,9 +102,11 @@ class Seen:
 
     @property
     def text(self) -> str | None:
-        """This object as a string, which is stored for the next request of the client.
+        """Up to which WAL position the client has seen the database, as a string.
 
-        None if the client has seen nothing yet.
+        The next request of the client gets this string from a cookie or a store. If the position is
+        not known, the string makes this request read from the primary. None if the client has seen
+        nothing yet.
         """
         if self._instead is not None:
             return self._instead
@@ -124,10 +127,11 @@ class Seen:
         return f"{self.position}?" if self.position is not None else "0"
 
     def news(self) -> str | None:
-        """Return the string to send in the cookie or to save in the store.
+        """Return a string to send in the client's cookie, or to save in the application's store.
 
-        The string says up to which WAL position the client has seen the database. None if the
-        cookie or the store has this string already, or if the client has seen nothing yet.
+        The string says up to which WAL position the client has seen the database. None if there is
+        nothing to send or save: the cookie or the store has this string already, or the client has
+        seen nothing yet.
         """
         # `users` has the sessions of this client that use the primary now. Such a session may have
         # committed, and the WAL position of its COMMIT is not known yet. So say that the position
@@ -159,14 +163,15 @@ class Seen:
             self.position = self.position or position
 
     def add(self, text: str | None) -> None:
-        """Add what another `Seen` object knows about the client, such as that of another process.
+        """Record that the client has seen the database elsewhere too, up to another WAL position.
 
-        If the positions of the two objects cannot be compared (after the promotion of a replica,
-        for example), the client must read from the primary next.
+        For example, the client has used the database in another process, which has its own `Seen`
+        object for the client. If the two positions cannot be compared (after the promotion of a
+        replica, for example), the client must read from the primary next.
 
         Args:
-            text: The property `text` of the other object. If this is None, the client has seen
-                nothing there, and this object does not change.
+            text: The property `text` of the other `Seen` object. None if the client has seen
+                nothing there. Then nothing is recorded.
         """
         if text is None or not self.is_trusted:
             return

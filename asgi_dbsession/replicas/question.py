@@ -6,7 +6,8 @@ from .position import Position, checksum
 
 # `received_tli` is the timeline that a replica receives from its primary. Only roles with
 # `pg_read_all_stats` may read this column. For all other roles, the query returns the timeline of
-# the last restart point, which changes only some minutes after a promotion.
+# the last restart point. After the promotion of another replica, this old timeline stays for some
+# minutes. Until it changes, no request reads from the replica.
 QUESTION = """
 SELECT standby,
        CAST(CASE WHEN standby THEN pg_last_wal_replay_lsn()
@@ -37,8 +38,9 @@ FROM pg_control_system()
 # and when it was started.
 KEY = "asgi_dbsession.identity"
 
-# Each WAL page begins with a header. In the first page of a WAL segment, the header is longer.
-# These are the two sizes in bytes.
+# Each WAL page begins with a header of 24 bytes. In the first page of a WAL segment, the header has
+# 40 bytes. `Answer.of` needs these sizes to compare the positions of a primary and a replica,
+# because the primary counts the header of a new page earlier.
 _PAGE_HEADER, _SEGMENT_HEADER = 24, 40
 
 
@@ -65,14 +67,16 @@ class Answer(NamedTuple):
 
     @classmethod
     def of(cls, row: Any, identity: Any, asked: float, timeline: int, address: object) -> "Answer":
-        """Make an `Answer` from the rows that a server returned.
+        """Make an `Answer`, which has the WAL position of a server, from the rows of two queries.
 
         Args:
-            row: The row that the server returned for the query `QUESTION`.
-            identity: The row that the server returned for the query `IDENTITY`.
-            asked: When the query was sent, as a time of Python's `monotonic`.
+            row: The row that the server returned for `QUESTION`, the query for its WAL position.
+            identity: The row that the server returned for `IDENTITY`, the query that tells which
+                server this is, and when it was started.
+            asked: When the server was asked, as a time of Python's `monotonic`.
             timeline: The timeline in the last answer of this server. If the new answer has a
-                smaller number, this one is used, because the timeline of a server only increases.
+                smaller number, use the number of the last answer, because the timeline of a server
+                only increases.
             address: The address of the server. The attribute `name` is made from this address.
         """
         is_standby, lsn, flushed, current = row

@@ -21,8 +21,9 @@ from .seen_here import seen_here
 from .server import Server, TaskServer, ThreadServer
 from .watch import Watch
 
-# If the last known WAL position of a replica is too low, and older than this time (in seconds), the
-# replica is asked again.
+# If no replica has reported the WAL position that a client needs, all replicas are asked again. A
+# request waits for the new answer of a replica only if the last answer is older than this time (in
+# seconds).
 _AGAIN = 0.005
 # Each server has one more connection, which only asks for the WAL position. For this connection,
 # these engine options of the application are not used.
@@ -121,7 +122,11 @@ class ReplicaSet:
                 each.__exit__()
 
     def after_fork(self) -> None:
-        """Called in a child process after a fork: forget all answers that the parent has got."""
+        """Called in a child process after a fork: forget the WAL positions reported by the servers.
+
+        Also forget queries that are running in the parent. They never end in the child, because
+        their threads and tasks do not run there. So the child asks the servers again.
+        """
         for server in self._servers:
             server.forget()
 

@@ -96,8 +96,9 @@ class Route:
         From now on, the client must not read older data.
         """
         # `users` has the sessions that use the primary now. Remove this session before the primary
-        # is asked, and not afterwards. While the primary answers, another thread may begin new work
-        # in this session, and add the session again. Then the session must stay in `users`.
+        # is asked for its WAL position, and not afterwards. While the primary answers, another
+        # thread may begin new work in this session, and add the session to `users` again. Then the
+        # session must stay there.
         self._seen.users.discard(self)
         self._seen.read_from_primary(self._replica_set.ask_primary())
 

@@ -17,7 +17,12 @@ _here: ContextVar[dict[Any, Seen] | None] = ContextVar("asgi_dbsession.seen", de
 
 @contextmanager
 def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
-    """Let code in the `with` block use `seen`, which says what the current client has seen."""
+    """In the `with` block, use `seen` for the current client (of a request, for example).
+
+    Args:
+        seen: For each database with replicas (`ReplicaSet`), up to which WAL position the client
+            has seen the database. Code in the block uses this to choose a replica, and updates it.
+    """
     token = _here.set(seen)
     try:
         yield

@@ -25,7 +25,8 @@ _logger = logging.getLogger("asgi_dbsession")
 # `_STALE`, requests wait for the new answer, at most for `_PATIENCE`. A server that did not answer
 # is asked again after `_PAUSE`.
 _FRESH, _STALE, _PATIENCE, _PAUSE = 0.1, 0.3, 1.0, 0.5
-# The time limit for a query in seconds, including the time to connect to the server.
+# The time limit in seconds for a `TaskServer` (a server of an `AsyncDatabase`): for connecting to
+# the server and asking for its WAL position.
 _LIMIT = 5
 
 
@@ -186,8 +187,9 @@ class TaskServer(Server):
 
     @override
     def _wait(self, question: "asyncio.Task[None]", seconds: float) -> bool:
-        # Waiting is possible only in a greenlet of SQLAlchemy. There is none if, for example, the
-        # application itself calls `session.get_bind()`.
+        # Only a greenlet of SQLAlchemy can wait for the answer. There is no greenlet if, for
+        # example, the application itself calls `session.get_bind()`. Then act as if the server did
+        # not answer.
         if not in_greenlet():
             return False
         await_only(asyncio.wait([question], timeout=seconds))
