@@ -24,8 +24,9 @@ _BETWEEN = frozenset(
 # code objects, because Python computes the hash of a code object at each look-up, which is slow.
 _is_application: dict[str, bool] = {}
 _MOST_FILES = 10_000
-# These methods of `AsyncSession` run a method of SQLAlchemy in a greenlet. `run_sync` is left out,
-# because the function that it runs in the greenlet is code of the application.
+# The methods of `AsyncSession` that run a method of SQLAlchemy in a greenlet. `find_line` looks for
+# the line of the application that called one of these methods. `run_sync` is left out: it runs a
+# function of the application, and the line to find is inside this function.
 _AWAITED = frozenset(
     method.__code__.co_qualname
     for name, method in vars(AsyncSession).items()
@@ -49,9 +50,9 @@ def find_line() -> CallSite:
             file = frame.f_code.co_filename
             if _is_application[file]:
                 return file, frame.f_lineno
-    # The short way above fails for a sync session, which does not run in a greenlet of its own. It
-    # also fails if the file is not in the cache `_is_application` yet. In both cases, search the
-    # whole stack.
+    # The code above looks at one line only: the line that called a method of `AsyncSession`. This
+    # fails for a sync session, which has no greenlet of its own. It also fails if it is not known
+    # yet whether the file belongs to the application. In both cases, search the whole stack.
     except (AttributeError, KeyError):
         pass
     return find_call_site()
@@ -84,8 +85,8 @@ def find_call_site() -> CallSite:
 
 def _classify(file: str, module: str) -> bool:
     found = module.partition(".")[0] not in _BETWEEN
-    # Code that is made at run time has a file name such as `<string>`, which many modules share. So
-    # the result is not stored for such a name.
+    # Store whether this file belongs to the application. But code that is made at run time has a
+    # file name such as `<string>`, which many modules share. For such a name, store nothing.
     if not file.startswith("<"):
         # An application may compile code at run time, each time with a new file name. So empty this
         # cache if it has too many file names.

@@ -7,7 +7,8 @@ from sqlalchemy import Connection, Engine
 
 from asgi_dbsession.session.companion import Companion, Connect, Step
 
-# After a step of one of these kinds, the session has returned its connection to the pool.
+# A step is a recorded operation of a session, such as a statement. After a successful step of one
+# of these kinds, the session usually returns its connection to the pool.
 ENDS = frozenset(("commit", "rollback"))
 
 
@@ -46,8 +47,9 @@ class Recording:
 
     def _record_wait(self, start: float, stop: float) -> None:
         if self.steps and self.steps[-1][0] == "wait":
-            # Waits that follow each other are one step, so that the list does not grow without
-            # limit.
+            # The last entry of the list is a wait too, in which the session got no connection. Add
+            # up both waits in this entry. Otherwise a session that waits again and again would make
+            # the list very long.
             self.steps[-1][2] += stop - start
         else:
             self.steps.append(["wait", start, stop, None, ""])

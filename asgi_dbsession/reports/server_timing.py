@@ -9,7 +9,8 @@ from asgi_dbsession.unit.report import UnitReport
 
 class _Header:
     def __init__(self) -> None:
-        # The reports for the header. None after the header was sent: later reports, in a long
+        # The reports (each says what one unit of work did) whose times go into the header
+        # `Server-Timing` of the response. None after this header was sent: later reports, in a long
         # stream for example, are not needed and would only use memory.
         self.noted: list[UnitReport] | None = []
 

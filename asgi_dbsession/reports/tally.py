@@ -28,11 +28,14 @@ _SHOWN_AS: dict[str, Kind] = {"hold": "wait", "prepare": "commit"}
 
 
 class Span(NamedTuple):
-    """A measured time of one `kind`. `start` and `stop` are times of Python's `perf_counter`.
+    """A measured time in a session, from `start` to `stop` (times of Python's `perf_counter`).
 
     Attributes:
-        call_site: The line of the application that caused the operation.
-        statement: The SQL text, without the values of its parameters.
+        kind: What was measured: a statement, COMMIT or ROLLBACK, waiting for a connection (`wait`),
+            or holding a connection (`hold`).
+        call_site: The line of the application that led to the statement, COMMIT or ROLLBACK. None
+            for other kinds, or if there is no such line.
+        statement: The SQL text of a statement, without the values of its parameters.
     """
 
     kind: Kind
@@ -89,8 +92,9 @@ class Tally:
                 self.wait_time += stop - start
                 self.since = self._idle_since = stop
                 self._line = None
-            # Ignore a step inside of another step: COMMIT may also be sent as a statement, and then
-            # there are two steps for it.
+            # SQLAlchemy may send a two-phase COMMIT as a statement. Then both the COMMIT and,
+            # inside of it, the statement are recorded. Ignore the inner one, so that the COMMIT is
+            # counted once.
             elif start >= self._idle_since and (self.since is not None or kind == "statement"):
                 self._operate(kind, start, stop or now, call_site, text)
         if has_ended:
@@ -136,5 +140,9 @@ class Tally:
 
 
 def condense(steps: list[Step]) -> None:
-    """Replace all recorded steps of a session except the last by one step, which has the sums."""
+    """Shorten the list of the recorded steps of a session, so that it does not use much memory.
+
+    A step is an operation, such as a statement. All steps except the last are replaced by one step,
+    a `Tally`: it has the sums of their times, and the first `MOST_STEPS` steps.
+    """
     steps[:-1] = [["sum", 0, 0, None, Tally(steps[:-1], steps[-1][1])]]
