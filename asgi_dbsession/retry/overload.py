@@ -36,7 +36,7 @@ class Overload(UnitObserver):
         self._retry_after = retry_after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one HTTP request, or answer 503."""
+        """Serve one HTTP request. Answer 503 if it fails because no connection became free."""
         wait = _Wait()
         token = _current.set(wait)
         try:

@@ -30,7 +30,11 @@ async def run_transaction(
     attempts: int,
     retry_on: RetryOn,
 ) -> T:
-    """Await `function(*args)` in a `database.begin()` block, at most `attempts` times."""
+    """Await `function(*args)` in a `database.begin()` block, and again after a conflict.
+
+    A conflict is an error such as a deadlock, or an error that `retry_on` selects. The function is
+    called at most `attempts` times.
+    """
     _check(function)
     for attempt in _attempts(attempts, retry_on):
         with _retrying(attempt):
@@ -51,7 +55,11 @@ def run_transaction_blocking(
     attempts: int,
     retry_on: RetryOn,
 ) -> T:
-    """Call `function(*args)` in a `database.begin()` block, at most `attempts` times."""
+    """Call `function(*args)` in a `database.begin()` block, and again after a conflict.
+
+    A conflict is an error such as a deadlock, or an error that `retry_on` selects. The function is
+    called at most `attempts` times.
+    """
     _check(function)
     for attempt in _attempts(attempts, retry_on):
         with _retrying(attempt):

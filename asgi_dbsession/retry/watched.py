@@ -171,7 +171,8 @@ def watch_sessions() -> None:
 
 
 def _record_stored(session: Session) -> None:
-    # SQLAlchemy calls this function also when a savepoint is released, which commits nothing.
+    # SQLAlchemy calls this function also when a savepoint is released. This commits nothing, so
+    # there is nothing to record.
     if session.in_nested_transaction():
         return
     for attempt in _under_way():
@@ -212,7 +213,7 @@ def _is_lost_read(context: ExceptionContext) -> bool:
     """Return True if the connection was lost in a transaction that could only read."""
     connection = context.connection
     # If an earlier error has invalidated the connection, this package cannot tell any more if the
-    # transaction was read-only.
+    # transaction was read-only. So return False: the error is then no reason to retry.
     if connection is None or connection.invalidated:
         return False
     return is_lost(context) and may_only_read(connection)

@@ -7,7 +7,9 @@ from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class Withholding(ABC):
-    """One attempt to serve a request, which can hold back a response or an exception.
+    """One attempt to serve a request. It can hold back a failed response or an exception.
+
+    Then the client has received nothing, so the request can be retried, or get another response.
 
     Attributes:
         is_answered: True if the client got at least one message of a response.
@@ -44,8 +46,17 @@ class Withholding(ABC):
 
     @abstractmethod
     def withholds_message(self, message: Message) -> bool:
-        """Return True if a response that starts with `message` must not be sent."""
+        """Return True to hold back a response, so that the client gets another response.
+
+        For example, the request is retried after a conflict, or 503 is sent instead.
+
+        Args:
+            message: The first message of the response.
+        """
 
     @abstractmethod
     def withholds_error(self, error: BaseException) -> bool:
-        """Return True to suppress an exception that the application has raised."""
+        """Return True to catch an exception of the application, so that the client gets a response.
+
+        For example, the request is retried after a conflict, or 503 is sent.
+        """
