@@ -25,7 +25,9 @@ async def answer_or_raise(
     would also show the internal exception AbortRequest.
     """
     answer: ASGIApp | None = None
-    # These errors show a mistake in the application, which `on_commit_error` must not hide.
+    # ConfigurationError, ForbiddenWrite and PrematureClose show a mistake in the application. A
+    # response that the application's function `on_commit_error` makes would hide the mistake. So
+    # raise these three errors without a call of `on_commit_error`.
     is_mistake = isinstance(failure, ConfigurationError | ForbiddenWrite | PrematureClose)
     attempt = running_attempt.get()
     will_retry = attempt is not None and attempt.can_retry

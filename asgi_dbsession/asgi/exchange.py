@@ -55,8 +55,8 @@ class Exchange:
                 except Exception as error:
                     unit.failure = unit.failure or error
                     raise AbortRequest from error
-                # Another task of the request may have committed meanwhile. If the COMMIT of that
-                # task failed, send nothing.
+                # During this commit or rollback, another task of the request may have tried to
+                # commit too. If the COMMIT of the other task failed, do not send the response.
                 if unit.failure is not None:
                     raise AbortRequest
             elif unit.rollback is not None:
@@ -98,7 +98,8 @@ def _is_event_stream(start: Message) -> bool:
     # Read the headers only if they are a list. An iterator can be read only once, and the server
     # must read it.
     for name, value in headers if isinstance(headers, list) else ():
-        # The length of an event stream is not known at its start. So this is no event stream.
+        # A response with the header Content-Length is no event stream, because the length of an
+        # event stream is not known at its start.
         if name == b"content-length":
             return False
         if name == b"content-type":

@@ -15,7 +15,10 @@ class Startable(Protocol):
     """An object that is started and stopped together with the application, such as a database."""
 
     async def startup(self) -> None:
-        """Start the object. If this raises an error, no connection may stay open."""
+        """Start this object (a database, for example), before the application starts.
+
+        If `startup` fails, it must close the connections that it has opened, and raise an error.
+        """
         ...
 
     async def shutdown(self) -> None:
@@ -41,7 +44,7 @@ class Unstartable:
     startup = refuse
 
     async def shutdown(self) -> None:
-        """Do nothing, because `startup` did not start anything."""
+        """Do nothing: the databases cannot be used, and so none of them was started."""
 
 
 async def serve_lifespan(

@@ -13,7 +13,8 @@ CommitWhen: TypeAlias = Callable[[int], bool] | Callable[[int, Scope], bool]
 CommitRule: TypeAlias = Callable[[int, Scope], bool]
 ReadOnly: TypeAlias = Callable[[Scope], bool]
 
-# `HTTPStatus.BAD_REQUEST` is an enumeration member, and slower to compare than an `int`.
+# The status 400 as an `int`. The status of each response is compared with 400, and a comparison
+# with the enumeration member `HTTPStatus.BAD_REQUEST` is slower.
 _BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)
 _SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
 
@@ -33,7 +34,8 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
         ConfigurationError: `commit_when` can be called neither with the status, nor with the status
             and the scope.
     """
-    # The default function always returns True or False. So do not check its result each time.
+    # The default for `commit_when` is `below_400`, which always returns True or False. So do not
+    # check its result in each request, as for a function of the application.
     if commit_when is below_400:
         return lambda status, _scope: status < _BAD_REQUEST
     rule: Any = commit_when
@@ -91,8 +93,8 @@ def checked(decision: object, rule: str) -> bool:
     if decision is True or decision is False:
         return decision
     if isinstance(decision, Coroutine):
-        # Close the coroutine, so that Python does not warn about a coroutine that was never
-        # awaited.
+        # The application's function is an `async def` function, and so has returned a coroutine.
+        # Close the coroutine. Otherwise Python would warn that the coroutine was never awaited.
         decision.close()
     raise ConfigurationError(
         f"{rule} must return True or False, and returned something of type "

@@ -21,12 +21,17 @@ _WARNING = (
     "COMMIT can still fail. If the event says that work is stored, do the work in "
     "`database.begin()`, or call `commit()` before the event. This is logged once for each route."
 )
-# The routes for which the warning was logged already. It is logged once for each route.
+# The routes for which the warning about an event that was sent before COMMIT was logged already.
+# The warning is logged only once for each route.
 _warned: set[str] = set()
 
 
 def warn_of_early_events(unit: UnitOfWork, send: Send) -> Send:
-    """Return a `send` that logs a warning if a server-sent event is sent before the COMMIT."""
+    """Return a `send` that logs a warning about server-sent events that are sent too early.
+
+    An event is sent too early if the request has uncommitted writes. The COMMIT of these writes can
+    still fail, but the client may already believe that they are stored.
+    """
     writes = _Writes()
     unit.observers = (*unit.observers, writes)
     for database, opened in tuple(unit.sessions.items()):
@@ -34,8 +39,8 @@ def warn_of_early_events(unit: UnitOfWork, send: Send) -> Send:
 
     async def send_event(message: Message) -> None:
         body = message.get("body", b"")
-        # In an event stream, a line that begins with a colon is a comment. Servers send comments to
-        # keep the connection open. See
+        # Log no warning for a comment. A comment in an event stream is a line that begins with a
+        # colon. Servers send comments to keep the connection open. See
         # https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
         if body and bytes(body[:1]) != b":":
             _warn(unit, writes)
@@ -82,8 +87,9 @@ class _Writes(UnitObserver):
             self._record_flush(state.session, None)
 
     def _record_commit(self, session: Session) -> None:
-        # SQLAlchemy calls this function also just before it releases a savepoint. The release
-        # commits nothing: the writes then belong to the outer savepoint, or to the transaction.
+        # SQLAlchemy calls this listener after a COMMIT, and also after the release of a savepoint.
+        # The release commits nothing. So the writes of the savepoint stay uncommitted, and now
+        # belong to the outer savepoint, or to the transaction.
         savepoint = session.get_nested_transaction()
         if savepoint is None:
             self._forget(session, None)
