@@ -140,7 +140,11 @@ class EngineLife(ABC, Generic[E]):
             return self._engine
 
     def _end_start(self) -> E | None:
-        """Count a call of `shutdown`. Return the engine if the caller must dispose it now."""
+        """Count a call of `shutdown`. At the last call, return the engine to dispose.
+
+        The last call is the one after which `shutdown` was called as often as `startup`. Return
+        None at earlier calls, before `startup`, and for an engine that the application has made.
+        """
         with self._starting:
             self._starts = max(0, self._starts - 1)
             if self._starts > 0 or not self._owns_engine or self._engine is None:

@@ -50,7 +50,14 @@ class AsyncSessionOptions(_Options, Generic[AnyAsyncSession], total=False):
 
 
 def checked_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Add this package's defaults to the options. Raise an error if they are not a dictionary."""
+    """Return the `session_options` of a database, with the defaults of this package added.
+
+    Args:
+        given: The `session_options` that the application has given. None if it has given none.
+
+    Raises:
+        ConfigurationError: `given` is not a dictionary.
+    """
     if given is not None and not isinstance(given, Mapping):
         raise ConfigurationError(f"session_options takes a dictionary, not {kind_of(given)}.")
     return {

@@ -22,7 +22,7 @@ class PositionStore(Protocol):
     """
 
     async def load(self, scope: Scope) -> str | None:
-        """Return the position that was last saved for the client. None if none was saved."""
+        """Return the WAL position that is saved for the client. None if none is saved."""
 
     async def save(self, scope: Scope, position: str) -> None:
         """Save the position of the client. If the saved string is greater, keep the saved string.

@@ -12,7 +12,11 @@ _warned: WeakSet[Engine] = WeakSet()
 
 
 def warn_of_shared_connection(engine: Engine) -> None:
-    """Log a warning, once for each engine, because several sessions may share a connection."""
+    """Log a warning that several sessions of an engine may share one connection.
+
+    Then they also share one transaction, and the COMMIT of one request stores the unfinished work
+    of another request. The warning is logged once for each engine.
+    """
     if engine not in _warned:
         _warned.add(engine)
         _logger.warning(

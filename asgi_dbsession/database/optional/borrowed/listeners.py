@@ -27,12 +27,17 @@ _observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
 
 
 def borrow(engine: Engine, database: object, observers: list[UnitObserver]) -> None:
-    """Add listeners to an engine of the application, until the database object is freed.
+    """Add the listeners of this package to an engine that the application has made.
+
+    When the last database object that uses the engine is garbage collected, the listeners are
+    removed.
 
     Args:
-        engine: The engine that the application has made.
-        database: The database object that uses the engine.
-        observers: The list of observers of the database object, which may grow later.
+        engine: The engine.
+        database: The database object that uses the engine (`AsyncDatabase` or `SyncDatabase`).
+        observers: The observers of the database object: objects that are notified of its units of
+            work. The list may grow later. When the listeners are removed, each observer is told to
+            remove its own listeners too (method `engine_left`).
     """
     with _mutex:
         prepare(engine)
@@ -60,7 +65,11 @@ def _release(engine: Engine, observers: list[UnitObserver]) -> None:
 
 
 def _connect_as_before(engine: Engine) -> None:
-    """Remove the replacement of the driver's `connect` that `connect_outside` has made."""
+    """Let the engine use the driver's own function `connect` again.
+
+    The function `connect_outside` of this package has replaced the driver's `connect`, so that
+    connections are opened outside of the context (`contextvars`) of a request.
+    """
     driver: Any = engine.dialect.dbapi
     replacement = vars(driver).get("connect")
     if isinstance(replacement, partial) and replacement.func is connect_in_task:
@@ -68,5 +77,8 @@ def _connect_as_before(engine: Engine) -> None:
 
 
 def _is_used(original: Engine) -> bool:
-    """Return True if a database object uses the engine, or a copy made by `execution_options`."""
+    """Return True if an `AsyncDatabase` or `SyncDatabase` object uses an engine or a copy of it.
+
+    `Engine.execution_options` makes a copy, which shares the listeners of the original engine.
+    """
     return any(users and original_engine(engine) is original for engine, users in _users.items())

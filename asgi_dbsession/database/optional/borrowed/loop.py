@@ -18,6 +18,7 @@ def take_to_loop(database: Any, engine: AsyncEngine, loop: AbstractEventLoop) ->
     if database._loop is not None and not isinstance(engine.pool, NullPool):
         if not database._loop.is_closed():
             raise DatabaseNotRunning(database, other_loop=True)
-        # These connections belong to a closed event loop, so nobody can close them.
+        # The connections in the pool belong to an event loop that is closed, so nobody can close
+        # the connections any more. Give the engine a new pool, and leave the connections open.
         engine.sync_engine.dispose(close=False)
     database._loop = loop

@@ -98,8 +98,9 @@ def reason_of(database: Any, error: Exception) -> str:
     original = getattr(error, "orig", None) or error
     text = " ".join(str(original).split()) or type(original).__name__
     if tells_a_secret(text, secrets_of(database.url, database._engine_options)):
-        # Leave out the whole text. If only the secret was left out, the words around it could tell
-        # the secret.
+        # The driver's message seems to contain a secret (a password, for example). Return only the
+        # class of the error. A message with a gap instead of the secret is not safe enough: the
+        # words around the gap could tell the secret.
         return f"{type(original).__name__} (the text of the driver may hold a secret)"
     return text.rstrip(".?")
 
@@ -107,7 +108,8 @@ def reason_of(database: Any, error: Exception) -> str:
 def _chain(error: BaseException | None) -> list[BaseException]:
     """Return an error, the driver's error inside it, and all their causes."""
     chain: list[BaseException] = []
-    # An error may be its own cause, after `raise error from error`.
+    # Stop at an error that is already in the list. After `raise error from error`, an error is its
+    # own cause, and the loop would never end.
     while error is not None and error not in chain:
         chain.append(error)
         error = getattr(error, "orig", None) or error.__cause__

@@ -17,7 +17,8 @@ from asgi_dbsession.errors import DBSessionError
 
 from .questions import TaskQuestions, ThreadQuestions
 
-# The running checks of each database. Callers in several threads may share a check.
+# For each database object: the object that sends a statement to check if the database answers. If
+# several tasks or threads call `health()` at the same time, they share one such check.
 _questions: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 # A fork copies this dictionary to the child process, but the checks run only in the parent process.
 # So empty the dictionary in the child. On Windows, Python has no `os.register_at_fork`, because
@@ -51,8 +52,8 @@ async def health_of(database: EngineLife[Any], within: float) -> Health:
 
 
 async def _check(database: EngineLife[Any], within: float) -> Health:
-    # Import this before the check. If the process has opened too many files, the check fails, and
-    # then an import would fail too.
+    # Import `failure_of`, which explains a failed check, before the database is checked. If the
+    # process has opened too many files, the check fails, and a later import would fail too.
     from asgi_dbsession.database.optional.failures.explanation import failure_of
 
     start = perf_counter()

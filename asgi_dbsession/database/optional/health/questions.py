@@ -31,13 +31,13 @@ class TaskQuestions:
         self._callers: dict[asyncio.Task[None], int] = {}
 
     async def answers(self, engine: AsyncEngine, seconds: float) -> bool:
-        """Return True if the database behind the engine answers within the given seconds.
+        """Return True if the database answers a SELECT within the given seconds.
 
-        Callers at the same time share one check. If the check takes longer than `seconds`, return
-        False. The next caller then starts a new check.
+        Callers at the same time share one SELECT. If the SELECT takes longer than `seconds`, return
+        False. The next caller then sends a new SELECT.
 
         Raises:
-            Exception: The exception that the statement raised.
+            Exception: The error of the SELECT, or of connecting to the database.
         """
         task = self._current_or_new(engine)
         self._callers[task] += 1
@@ -97,14 +97,14 @@ class ThreadQuestions:
         self._running = 0
 
     async def answers(self, engine: Engine, seconds: float) -> bool:
-        """Return True if the database behind the engine answers within the given seconds.
+        """Return True if the database answers a SELECT within the given seconds.
 
-        Callers at the same time share one check. If the check takes longer than `seconds`, return
-        False. The next caller then starts a new check. If too many earlier checks are still
+        Callers at the same time share one SELECT. If the SELECT takes longer than `seconds`, return
+        False. The next caller then sends a new SELECT. If too many earlier SELECTs are still
         running, return False at once.
 
         Raises:
-            Exception: The exception that the statement raised.
+            Exception: The error of the SELECT, or of connecting to the database.
         """
         answer = self._current_or_new(engine)
         if answer is None:
@@ -124,8 +124,8 @@ class ThreadQuestions:
         with self._mutex:
             if self._current is not None and self._current[0] is engine:
                 return self._current[1]
-            # Checks of earlier calls may still run, although nobody waits for them. If too many
-            # run, do not start another check.
+            # Earlier checks if the database answers may still run in their threads, although
+            # nobody waits for them any more. If too many of them run, do not start another check.
             if self._running >= _MAX_RUNNING:
                 return None
             answer: Future[None] = Future()
@@ -144,7 +144,9 @@ class ThreadQuestions:
             failure = error
         finally:
             with self._mutex:
-                answer.set_exception(failure)  # None means that the database has answered.
+                # If the database has answered, `failure` is None, and the waiting callers get no
+                # exception.
+                answer.set_exception(failure)
                 self._forget(answer)
                 self._running -= 1
 

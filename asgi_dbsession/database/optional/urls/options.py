@@ -61,11 +61,20 @@ class UrlOptions:
             try:
                 self.arguments[to or name] = of(value)
             except ValueError:
-                # `refuse` hides the ValueError, because its text contains the value of the option.
+                # `refuse` raises a ConfigurationError that hides the ValueError. The message of the
+                # ValueError contains the value of the option, which may be a secret.
                 self.refuse(name, "The value must be a number.")
 
     def refuse(self, name: str, cure: str) -> None:
-        """Raise a ConfigurationError that names the option and says what to write instead."""
+        """Raise the error for an option in the database URL that the driver does not accept.
+
+        Args:
+            name: The name of the option.
+            cure: A sentence for the error message, which says what to write instead.
+
+        Raises:
+            ConfigurationError: Always.
+        """
         # Show only names that look like an option. Any other text may be a part of a password that
         # is not percent-encoded.
         shown = name if re.fullmatch(r"[A-Za-z][\w.-]{1,30}", name) else "(not shown)"
@@ -88,7 +97,8 @@ def take_ssl_mode(options: UrlOptions, modes: Sequence[str]) -> str | None:
     value = options.take(*_SSL_MODE)
     if value is None:
         return None
-    # URLs of the provider PlanetScale have JSON in the TLS option, which is meant for Node.js.
+    # In the URLs of the provider PlanetScale, the value of the TLS option is JSON for Node.js.
+    # Python drivers do not understand this JSON. So find out if it requires a valid certificate.
     if value.startswith("{"):
         try:
             strict = json.loads(value).get("rejectUnauthorized", True)

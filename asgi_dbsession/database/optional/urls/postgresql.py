@@ -7,7 +7,8 @@ from sqlalchemy import URL
 from .options import UrlOptions, is_on, take_ssl_mode
 
 _MODES = ("allow", "disable", "prefer", "require", "verify-ca", "verify-full")
-# asyncpg accepts these options of libpq (PostgreSQL's C library) only in its argument `dsn`.
+# The options of libpq (PostgreSQL's C library) that asyncpg accepts only in its argument `dsn`. So
+# `for_asyncpg` moves these options from the database URL into a `dsn`.
 _DSN_ONLY = (
     "application_name",
     "options",
