@@ -24,8 +24,8 @@ def made_current(unit: UnitOfWork) -> Iterator[None]:
         current_unit.set(unit)
         yield
     finally:
-        # A unit of work that was opened inside the `with` block may still be open, and is then the
-        # current unit of work. Do not replace it.
+        # Inside the `with` block, the application may have opened another unit of work that is
+        # still open now. Then let this other unit of work stay the current one.
         if current_unit.get() is unit:
             current_unit.set(around if was_closed else _nearest_open(around))
 

@@ -33,11 +33,9 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
 def commit_reads(unit: UnitOfWork) -> bool:
     """Commit the unit of work without an `await`, if it has one session that has only read.
 
-    Such a commit sends nothing to the database.
-
     Returns:
-        True if the session was committed. False if nothing was done, and the caller must call
-        `end_work`.
+        True if the session was committed, which sends nothing to the database. False if nothing was
+        done, and the caller must call `end_work`.
     """
     opened = unit.opened
     if len(opened) != 1 or unit.observers or unit.is_routed or not opened[0].commit_at_once():
@@ -66,8 +64,8 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         return
     own, failed = sort_work(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
-    # A `set_rollback` call of `task` decides about the work of `task`. If this work is neither
-    # committed nor rolled back now, keep the call until then.
+    # If `task` has called `set_rollback`, the call decides about the work of `task`. If this work
+    # stays uncommitted now, remember the call until the work is committed or rolled back.
     if unit.rollbacks and (own or not working or living == "refuse"):
         rollback = take_decision(unit, task, has_work=bool(own) or not working)
         if rollback is not None:
@@ -167,7 +165,10 @@ async def _close_left(unit: UnitOfWork) -> None:
 async def _close_working(
     unit: UnitOfWork, working: Sessions, end: End, failed: Sessions, rollback: End
 ) -> None:
-    """Roll back the sessions in `failed`. Commit or roll back the others. Close all of them."""
+    """Commit or roll back the sessions in `working` (those that have work), and close them.
+
+    Those in `failed`, which only failed tasks have used, are rolled back in any case.
+    """
     failure: BaseException | None = None
     if failed:
         try:
@@ -183,7 +184,7 @@ async def _close_working(
 
 
 async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
-    """Commit or roll back the sessions in `working`, and then call the `on_commit` functions.
+    """Commit or roll back sessions with work (`working`). Then call functions given to `on_commit`.
 
     Raises:
         Exception: The error of the flush or of COMMIT.

@@ -21,10 +21,16 @@ class UnitObserver:
     """
 
     def engine_used(self, engine: Engine) -> None:
-        """Called when a database starts to use `engine`. Several databases may use one engine."""
+        """Called when a database starts to use `engine`. The observer may add listeners to it.
+
+        If several databases use one engine, this method is called for each of them.
+        """
 
     def engine_left(self, engine: Engine) -> None:
-        """Called when no database uses `engine` any more: remove your listeners from it."""
+        """Called when no database uses `engine` any more. The observer must remove its listeners.
+
+        This method is called only for an engine that the application has made (`from_engine`).
+        """
 
     def unit_began(self, unit: Any) -> None:
         """Called when a unit of work begins.

@@ -16,7 +16,7 @@ S = TypeVar("S")
 
 
 class SessionSource(Protocol[S]):
-    """The methods of a database object that a unit of work uses."""
+    """The part of `AsyncDatabase` and `SyncDatabase` that a unit of work uses."""
 
     is_async: bool
     observers: tuple[UnitObserver, ...]
@@ -190,8 +190,9 @@ class UnitOfWork:
         if not self.observers:
             self.observers = database.observers
         elif database.observers:
-            # The database may have an observer that the unit of work has already. Keep each
-            # observer once.
+            # Add the database's observers (objects that are notified of the events of a unit of
+            # work). The unit of work may already have one of them, from another database. Keep each
+            # observer only once.
             self.observers = tuple(dict.fromkeys((*self.observers, *database.observers)))
         if self.observers:
             observed.add(self)

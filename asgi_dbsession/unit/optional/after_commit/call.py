@@ -72,7 +72,12 @@ def _settle(
     stored: Sequence[AfterCommit],
     working: Sessions,
 ) -> list[AfterCommit]:
-    """Remove the `on_commit` functions whose work has ended. Return those to call now."""
+    """Return the functions given to `on_commit` that must be called after this commit or rollback.
+
+    Each function waits for the work that was uncommitted when `on_commit` was called. If this work
+    was committed, return the function. If this work was rolled back, drop the function. If neither
+    has happened yet, the function stays in `callbacks`.
+    """
     due: list[AfterCommit] = []
     for each in tuple(callbacks):
         # Functions of other tasks, and functions that were given to `on_commit` while this commit

@@ -83,7 +83,11 @@ class AfterCommit:
         return self.committed or (success and not self.rolled_back and not self._pending)
 
     def record_commit(self, session: Session) -> None:
-        """Called after a COMMIT of a session: the `on_commit` function need not wait for it now."""
+        """Called after a COMMIT of `session`.
+
+        The function given to `on_commit` need not wait for this session any more. It may still wait
+        for the COMMIT of other sessions.
+        """
         if session in self._pending and session.get_transaction() not in self._transactions:
             # The `on_commit` function waits for the COMMIT of an earlier transaction. A session has
             # one transaction at a time, so the earlier transaction has ended without a COMMIT. It

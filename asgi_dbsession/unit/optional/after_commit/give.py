@@ -53,8 +53,9 @@ def on_commit(function: Function) -> None:
     outermost.is_used = True
     outermost.callbacks.append(callback)
     if outermost.closed and not current_end.get():
-        # Another thread has closed the unit of work during this call. If the function is still in
-        # the list of callbacks, it will never be called. So remove it, and raise an error.
+        # Another thread has closed the unit of work while `on_commit` was running here. If the
+        # given function is still in the list `callbacks`, the function will never be called. So
+        # remove the function from the list, and raise an error.
         with suppress(ValueError):
             outermost.callbacks.remove(callback)
             raise SessionClosed("any database")

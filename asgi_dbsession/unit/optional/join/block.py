@@ -128,8 +128,9 @@ class _Block:
         except SessionClosed:
             if error is None:
                 raise
-            # The outer unit of work has ended while this block was still open. At that time, the
-            # work of the block was committed or rolled back together with the outer work.
+            # The outer unit of work has ended while this `begin(join=True)` block was still open.
+            # The work of the block was then committed or rolled back together with the outer work.
+            # So nothing is left to commit or roll back here.
             return
         was_closed = self.unit.closed
         try:

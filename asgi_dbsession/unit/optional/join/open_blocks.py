@@ -73,7 +73,10 @@ class OpenBlocks:
         self._companion.followers.append(self._refusals)
 
     def allow_writes(self) -> None:
-        """Allow writes again, unless an open block or the outer unit of work may only read."""
+        """Let the session write again, after a read-only `begin(join=True)` block has ended.
+
+        If the outer unit of work or a block that is still open may only read, do nothing.
+        """
         refusals = self._refusals
         if refusals is None or any(each.read_only for each in (self._unit, *self.open)):
             return

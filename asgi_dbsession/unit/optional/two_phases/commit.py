@@ -67,11 +67,18 @@ class TwoPhases:
         self._names = Names(databases)
 
     def anew(self, databases: int) -> Self:
-        """Return a new `TwoPhases` for the unit of work in which an `on_commit` function runs."""
+        """Return a new `TwoPhases` object, which commits another unit of work in two phases.
+
+        Each function given to `on_commit` runs in a new unit of work. The transactions of the new
+        unit of work must not get the same names as those of the outer unit of work.
+
+        Args:
+            databases: How many databases the new unit of work has.
+        """
         return type(self)(databases)
 
     def manage(self, opened: ManagedSession[S]) -> ManagedSession[S]:
-        """Return a replacement for the session `opened`: a session that can also send PREPARE."""
+        """Return a session to use instead of `opened`, which can be committed in two phases."""
         return TwoPhaseSession(opened, self._names)
 
     async def commit(self, unit: UnitOfWork, sessions: Sessions, end: End) -> BaseException | None:

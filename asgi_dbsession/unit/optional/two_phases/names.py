@@ -37,14 +37,17 @@ class Names:
         self._databases = databases
         self._begun: list[Session] = []
         self._unit = token_hex(16)
-        self._mutex = Lock()  # So that transactions of two threads do not get the same number.
+        # This lock is held while a transaction gets its number. Without the lock, the transactions
+        # of two threads could get the same number.
+        self._mutex = Lock()
 
     @property
     def deciding(self) -> Session | None:
-        """The session of transaction number 1; None if no transaction is open now.
+        """The session whose transaction has begun first. None if no transaction is open now.
 
-        After a crash, number 1 tells an operator what to do with the other transactions of the unit
-        of work (see `Names`).
+        The first transaction has number 1. After a crash, an operator looks if number 1 is still
+        prepared on the server. If it is, all transactions of the unit of work must be rolled back.
+        Otherwise all transactions that are still prepared must be committed.
         """
         begun = self._begun
         return begun[0] if any(each.in_transaction() for each in begun) else None
