@@ -58,8 +58,8 @@ class ConnectingSession(Session):
     def begin(self, nested: bool = False) -> SessionTransaction:
         outer = self._transaction
         if not nested or (outer is not None and outer._state is not SessionTransactionState.ACTIVE):
-            # SQLAlchemy's own method begins the transaction, or raises an error if this is
-            # impossible.
+            # SQLAlchemy's own `begin` is right for a transaction. For a savepoint in a transaction
+            # that is not active (after a failed flush, for example), `begin` raises an error.
             return super().begin(nested)
         outer = outer or self._autobegin_t(begin=True)
         inner = self.transaction_class(self, SessionTransactionOrigin.BEGIN_NESTED, outer)
@@ -79,7 +79,7 @@ class ConnectingSession(Session):
 
 
 class ConnectingTransaction(SessionTransaction):
-    """A transaction that opens its connections with `connect`, a function of this package."""
+    """A transaction that lets a feature of this package (such as replicas) open its connections."""
 
     @override
     def __exit__(
@@ -112,7 +112,7 @@ class ConnectingTransaction(SessionTransaction):
 
 
 class _Connector:
-    """Given to SQLAlchemy instead of an engine: `connect()` calls a function of this package."""
+    """Replaces an engine: `connect()` lets a feature of this package (such as replicas) connect."""
 
     def __init__(self, connect: Callable[[], Connection]) -> None:
         self.connect: Callable[[], Connection] = connect

@@ -28,7 +28,8 @@ _OF_SESSIONS = (
 _OF_CONNECTIONS = ("commit", "rollback")
 _OF_POOLS = ("checkin", "reset")
 # The events of a commit, each with the number of listeners that this package has added. If an event
-# has more listeners, the application has added one.
+# has more listeners, the application has added one. Only SQLAlchemy's own `commit()` calls this
+# listener, so the session must be committed with `commit()`.
 _OF_COMMIT = (("before_commit", 1), ("after_commit", 1), ("after_transaction_end", 0))
 _METHODS = ("close", "commit", "rollback")
 
@@ -69,8 +70,9 @@ def commit_at_once(session: Session, companion: Companion) -> bool:
     connections = connections_of(transaction)
     if not connections or not all(map(_commits_at_once, connections, connections.values())):
         return False
-    # The caller must also use SQLAlchemy's `commit()` if an error must be raised (`must_fail`), or
-    # if objects must be notified of the COMMIT (`followers`, for `on_commit` functions).
+    # If `must_fail` is True, COMMIT must raise an error, because a write was refused or work was
+    # discarded. The objects in `followers` (functions given to `on_commit`, for example) must be
+    # notified of the COMMIT. In both cases, the caller must use SQLAlchemy's `commit()`.
     if companion.must_fail or companion.followers:
         return False
     if not _has_only_transactions(session):
@@ -101,12 +103,13 @@ def _commits_at_once(connection: Connection, begun: Transaction | None) -> bool:
         return False
     dialect = connection.dialect
     # At a commit, async drivers other than asyncpg await a lock of their own, even if they send
-    # nothing. Nothing can be awaited here.
+    # nothing. A plain function cannot await. So leave the commit to SQLAlchemy's `commit()`.
     if dialect.is_async and dialect.driver != "asyncpg":
         return False
     pool = pool_of(connection)
     # A full pool closes the connection instead of taking it back. With an async driver, this close
-    # must be awaited, which is impossible here.
+    # must be awaited. A plain function cannot await. So leave the commit to SQLAlchemy's
+    # `commit()`.
     if not isinstance(pool, QueuePool) or pool.checkedin() >= (pool.size() or inf):
         return False
     return not (connection.dispatch.commit or pool.dispatch.reset or len(pool.dispatch.checkin) > 1)

@@ -19,10 +19,19 @@ class Follower(Protocol):
     """The interface of objects that are notified after each commit and rollback of a session."""
 
     def record_commit(self, session: Session, /) -> None:
-        """Called after the work of the session was committed."""
+        """Called after a COMMIT of the session.
+
+        For example, a function given to `on_commit` need not wait for this session any more.
+        """
 
     def record_rollback(self, transaction: SessionTransaction, /) -> None:
-        """Called after a rollback, with the transaction or savepoint that was rolled back."""
+        """Called after a rollback of the session, or of one of its savepoints.
+
+        For example, a function given to `on_commit` is never called if its work was rolled back.
+
+        Args:
+            transaction: The transaction or savepoint that was rolled back.
+        """
 
 
 class SessionRoute(Protocol):

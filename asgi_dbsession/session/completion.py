@@ -84,7 +84,9 @@ async def run_before_cancellation(work: Coroutine[Any, Any, object]) -> None:
             # recognizes its own cancellations by the message in `args`, so keep this message.
             task.uncancel()
             task.cancel(*cancelled.args)
-        if cancelled.__cause__ is not None:  # The exception that `work` raised.
+        # If the coroutine `work` has raised an exception, raise this exception now. The
+        # cancellation follows at the next `await` of the caller.
+        if cancelled.__cause__ is not None:
             raise cancelled.__cause__ from None
 
 

@@ -30,7 +30,8 @@ _ROLLING_BACK = (1213, 1020, 1206)
 
 # The engines whose failed statements are recorded.
 _watched: WeakSet[Engine] = WeakSet()
-# The functions that add further listeners to these engines, each with the function to undo this.
+# Functions of other features (retries, for example) that add more listeners to each engine whose
+# failed statements are recorded. The value for each key is a function that removes the listeners.
 _watchers: dict[Callable[[Engine], None], Callable[[Engine], None]] = {}
 
 
@@ -138,10 +139,10 @@ def _is_unusable_after(context: ExceptionContext, transaction: Transaction | Non
 
 
 def _was_answered(error: Exception | None) -> bool:
-    # InterfaceError and InternalError come from the driver and not from the server. The driver
-    # raises them if the connection is busy, or if it does not know what the server did. A psycopg
-    # error without an SQLSTATE code comes from the driver too (after a cancelled COPY, for
-    # example).
+    # An InterfaceError or InternalError comes from the driver, and is no answer of the server. The
+    # driver raises it if the connection is busy, or if the driver does not know what the server
+    # did. A psycopg error without an SQLSTATE code (after a cancelled COPY, for example) is no
+    # answer of the server either.
     if not isinstance(error, DBAPIError) or isinstance(error, InterfaceError | InternalError):
         return False
     return getattr(error.orig, "sqlstate", "") is not None
@@ -183,8 +184,9 @@ def forbid_commit(connections: tuple[Connection, ...], error: Exception) -> None
 
 def _listen_for_commit(connection: Connection) -> None:
     for name in ("commit", "prepare_twophase"):
-        # Add the listener to this one connection. A listener on the engine would make each
-        # statement slower.
+        # The listener checks before COMMIT if the transaction was aborted. Only a connection with a
+        # failed statement needs this listener. So add it to the connection, not to the engine: a
+        # listener on the engine would make each statement on all connections slower.
         if not event.contains(connection, name, _refuse_at_the_last_moment):
             event.listen(connection, name, _refuse_at_the_last_moment)
 
@@ -195,8 +197,8 @@ def _key(transaction: Transaction) -> ref[Transaction]:
 
 
 def _refuse_if_aborted(connection: Connection, *, of_savepoint: bool = False) -> None:
-    # The application may have left a savepoint open on the connection. COMMIT ends it too, so check
-    # both the transaction and this savepoint.
+    # Find out if a statement has failed in the transaction, or in a savepoint that the application
+    # has left open. (COMMIT ends such a savepoint too.)
     savepoint = None if of_savepoint else connection.get_nested_transaction()
     opened = [each for each in (connection.get_transaction(), savepoint) if each is not None]
     found = next((known for each in opened if (known := failed_transactions.get(ref(each)))), None)

@@ -176,7 +176,7 @@ class GuardedSession(ConnectingSession):
         traceback: types.TracebackType | None,
     ) -> None:
         if type(self).close is not GuardedSession.close:
-            # The application has overridden `close()`, and expects a call at the end of the block.
+            # The application's session class has its own `close()`, so `with session:` calls it.
             super().__exit__(type_, value, traceback)
         else:
             self._close(self.reset if type_ is None else self.discard)
@@ -186,7 +186,7 @@ class GuardedSession(ConnectingSession):
         if lock.is_closed:
             return
         if lock.is_held_by_end_of_caller():
-            # After the last commit or rollback, no work is left that this close could lose.
+            # This package calls `close()` after the last commit or rollback: no work can be lost.
             super().close()
         else:
             close_now()

@@ -29,7 +29,7 @@ class SessionLock(ABC):
         is_closed: True if every new operation is refused, because the unit of work has ended.
         is_closing: True if the last commit or rollback of the unit of work runs or waits.
         users: The running tasks that used the session since the last commit or rollback.
-        has_finished_work: True if a task that has returned, or an unknown task, used the session.
+        has_finished_work: True if a task that returned, or code outside a task, used the session.
         has_failed_work: True if a task that used the session has failed or was cancelled.
         last_user: The task that used the session last, also before the last commit or rollback.
         admit: A function that refuses tasks outside of an open `begin(join=True)` block; or None.
@@ -74,7 +74,8 @@ class SessionLock(ABC):
             SessionClosed: The unit of work of the session has ended.
         """
         caller = self._caller()
-        if self._holder == caller:  # Needs no mutex: only this caller makes itself the holder.
+        # This check needs no mutex, because no other code makes this caller the lock's holder.
+        if self._holder == caller:
             return False
         while True:
             with self.mutex:
@@ -102,7 +103,7 @@ class SessionLock(ABC):
             self.is_closing = self.is_closing or end.close
 
     def cancel_reservation(self, end: End) -> None:
-        """Let operations begin again after `reserve_for`, unless `end` has acquired the lock."""
+        """Undo `reserve_for(end)`: let operations begin, if `end` has not acquired the lock yet."""
         with self.mutex:
             if self._reserved_for is end:
                 self._reserved_for, self._ends = None, self._ends - {end}
@@ -133,7 +134,9 @@ class SessionLock(ABC):
                         return
                     released = self._new_waiter()
                 self._wait(released)
-        except BaseException:  # This commit or rollback is given up, so let operations begin.
+        # The wait for the lock was cancelled, for example. Then no commit or rollback follows, so
+        # let waiting operations of the session begin.
+        except BaseException:
             with self.mutex:
                 self._ends -= {end}
                 self._wake_all()
@@ -182,14 +185,14 @@ class SessionLock(ABC):
 
     def _change_delayed(self) -> None:
         if not self.is_closing and any(each is not self._held_for for each in self._ends):
-            return  # Another commit waits. These changes must not be a part of it: keep them.
+            return  # Another commit waits, which must not store the delayed changes: keep them.
         delayed, self._delayed = self._delayed, ()
         for caller, change in delayed:
             self._add_user(caller)
             try:
                 change()
-            # `delay` has stored this change, and the change has failed. The task that made it has
-            # gone on, and cannot get the error any more. So its work must be rolled back.
+            # The delayed call (of `session.add`, for example) has failed. The task that made the
+            # call has gone on, and cannot get the error any more. So roll back the task's work.
             except Exception:
                 self.has_failed_work = True
                 _logger.exception("A change of a session of %s failed", self.database)
@@ -227,10 +230,7 @@ class SessionLock(ABC):
 
     @abstractmethod
     def _is_abandoned(self, thread: int) -> bool:
-        """Return True if the lock is held, but its holder has ended without releasing the lock.
-
-        `thread` wants the lock, or has requested the commit or rollback that wants the lock.
-        """
+        """Return True if the lock that `thread` wants is still held, but its holder has ended."""
 
     def _new_waiter(self) -> "Future[None]":
         released: Future[None] = Future()
@@ -239,7 +239,7 @@ class SessionLock(ABC):
 
     def _wake_all(self) -> None:
         for released in self._waiters:
-            with suppress(InvalidStateError):  # A task that was cancelled does not wait any more.
+            with suppress(InvalidStateError):  # Skip tasks that were cancelled while they waited.
                 released.set_result(None)
         self._waiters = ()
 

@@ -62,11 +62,15 @@ class ManagedSession(Generic[S]):
 
     @property
     def ends_at_once(self) -> bool:
-        """True if `end` needs no worker thread, because commit and rollback cannot block now."""
+        """True if a sync session can be committed and rolled back without a worker thread.
+
+        Then commit and rollback cannot block, because the session has only read, and no transaction
+        has begun on the server.
+        """
         if self.session is not self.orm or self.run is call_here:
             # This session never uses a worker thread. It is an async session, or it belongs to a
-            # `with database.begin()` block, which may block its own thread. So do not spend time on
-            # the check below.
+            # `with database.begin()` block, which may block its own thread. So do not spend time to
+            # find out if a commit could block.
             return False
         return ends_at_once(self.orm, self.companion)
 
@@ -180,9 +184,10 @@ def _set_up_connection(
 ) -> None:
     companion: Companion = session._companion
     begin_for_session(transaction, connection)
-    # `watch` adds listeners for errors to the engine, in front of all others, because a listener
-    # before them may hide an error. Call `watch` if the session uses a further engine (SQLAlchemy's
-    # option `binds`), or if the application has since then added a listener in front.
+    # `watch` adds listeners for errors to the engine. They must come before the listeners of the
+    # application, which may hide an error. Call `watch` if the session uses a further engine
+    # (SQLAlchemy's option `binds`), or if the application has put a listener in front of those that
+    # an earlier call of `watch` has added.
     if connection.engine is not session.bind or not is_watched_first(connection):
         watch(connection.engine)
     companion.add_connection(connection)
@@ -206,14 +211,17 @@ def _refuse_or_begin(session: Any, *_: object) -> None:
 
 
 def _refuse_to_commit(session: Any) -> None:
-    # SQLAlchemy calls this function before a COMMIT, and before it releases a savepoint.
+    # SQLAlchemy calls this listener before a COMMIT, and also before it releases a savepoint. At a
+    # release, the statements inside the savepoint need no check: if one of them has failed, the
+    # database itself refuses the release.
     of_savepoint = session.in_nested_transaction()
     session._companion.check_commit()
     refuse_if_aborted(session._companion.connections, of_savepoint=of_savepoint)
 
 
 def _record_commit(session: Any) -> None:
-    # SQLAlchemy calls this function also when a savepoint is released, which commits nothing.
+    # SQLAlchemy calls this listener after a COMMIT, and also after the release of a savepoint. The
+    # release commits nothing, so nothing is recorded then.
     if not session.in_nested_transaction():
         # An earlier `close()` may have discarded work. If the application then calls `commit()`
         # itself, it accepts this. So the unit of work need not fail any more.
@@ -223,8 +231,9 @@ def _record_commit(session: Any) -> None:
 
 
 def _record_rollback(session: Any, transaction: SessionTransaction) -> None:
-    # After a failed flush, `transaction` is the object that SQLAlchemy makes for the flush itself.
-    # But the rollback was that of the savepoint or transaction around the flush.
+    # After a failed flush, `transaction` is an internal object that SQLAlchemy makes for the flush.
+    # But the database has rolled back the savepoint or transaction around the flush. So record the
+    # rollback of this savepoint or transaction.
     around = with_outer(transaction)
     rolled_back = next(each for each in around if each.nested or each.parent is None)
     for follower in tuple(session._companion.followers):

@@ -26,7 +26,7 @@ class ReadOnlySession(Protocol):
         ...
 
     def begin(self, connection: Connection, *, in_savepoint: bool, is_shared: bool) -> None:
-        """Called when a transaction or savepoint of the session has begun."""
+        """Called when a transaction or savepoint of the session has begun. Make it read-only."""
 
     def check_statement(self, statement: object) -> None:
         """Called before each statement. Raise `ForbiddenWrite` if the statement writes."""

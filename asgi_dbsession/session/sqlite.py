@@ -15,7 +15,8 @@ from .discard import roll_back_or_discard
 # The first word of a statement, after comments.
 _FIRST_WORD = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)
 _WORD = re.compile(r"\w+")
-# Python's module `sqlite3` itself sends BEGIN before these statements.
+# Python's module `sqlite3` itself sends BEGIN before these statements. So this package sends no
+# BEGIN before them. (For the only exception, see `_ROLLED_BACK`.)
 _BY_DRIVER = frozenset(("INSERT", "UPDATE", "DELETE", "REPLACE"))
 # No BEGIN is sent before these statements. Those in `_OUTSIDE` only read, or SQLite refuses or
 # ignores them inside a transaction. Those in `_CONTROL` begin or end a transaction themselves. All
@@ -30,14 +31,19 @@ _NUMBERS = re.compile(
     re.IGNORECASE,
 )
 
-# Names of two attributes that this module sets on the connection of a session. `_WAS_OPEN`: was a
-# transaction open before the last statement? `_ROLLED_BACK`: has an error made SQLite roll back the
-# transaction? Then the COMMIT of the session will be refused. So a rollback must also undo the
-# statements after the error, and BEGIN is sent before these statements. (BEGIN is sent even if the
-# application has switched the driver to autocommit and sends BEGIN in a listener. SQLAlchemy does
-# not call this listener a second time.) Do not use a weak dictionary instead of these attributes:
-# if a signal handler raised an exception while Python removes an entry, Python would ignore the
-# exception.
+# Names of two attributes that this module sets on the connection of a session.
+#
+# `_WAS_OPEN` is True if a transaction was open before the last statement.
+#
+# `_ROLLED_BACK` is True if an error has made SQLite roll back the transaction. This package then
+# refuses the COMMIT of the session, and sends ROLLBACK. The ROLLBACK must also undo the statements
+# that the session sends after the error. So this package sends BEGIN before these statements, even
+# if the application has switched the driver to autocommit. (The application may send BEGIN in a
+# listener for SQLAlchemy's event `begin`. But SQLAlchemy calls this listener only once, before the
+# error.)
+#
+# Do not use a weak dictionary instead of these attributes: if a signal handler raised an exception
+# while Python removes an entry, Python would ignore the exception.
 _WAS_OPEN, _ROLLED_BACK = "asgi_dbsession_was_open", "asgi_dbsession_rolled_back"
 
 _EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")

@@ -25,7 +25,8 @@ class TaskLock(SessionLock):
     @override
     def _caller(self) -> object:
         try:
-            # In a callback of the event loop there is no task. Then the loop counts as the caller.
+            # The task that asks for the lock is the caller. In a callback of the event loop there
+            # is no task. Then the event loop itself counts as the caller.
             return asyncio.current_task() or asyncio.get_running_loop()
         except RuntimeError as error:
             raise ConfigurationError(

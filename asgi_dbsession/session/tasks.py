@@ -12,7 +12,7 @@ def current_task() -> object:
         return asyncio.current_task()
     except RuntimeError:
         trio: Any = sys.modules.get("trio")
-        if trio is None:  # No event loop runs in this thread.
+        if trio is None:  # No event loop runs in this thread, so there is no task.
             return None
     try:
         task: object = trio.lowlevel.current_task()

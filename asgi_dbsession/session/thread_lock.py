@@ -43,9 +43,10 @@ class ThreadLock(SessionLock):
 
     @override
     def _is_abandoned(self, thread: int) -> bool:
-        # After a failed commit or rollback, one of its steps may still run in another thread, and
-        # hold the lock. But a thread does one thing at a time: if the thread of this step itself
-        # wants the lock, the step has ended. Nobody else will release the lock, so it is abandoned.
+        # A commit or rollback may run its steps in several threads. After a failure, one of the
+        # steps may still run and hold the lock. But a thread does one thing at a time. So if the
+        # thread of this step now asks for the lock, the step has ended without releasing the lock.
+        # Nobody else will release it: the lock is abandoned.
         has_failed = self._held_for is not None and self._held_for.failure is not None
         return has_failed and self._thread == thread
 

@@ -30,9 +30,9 @@ def begin_read_only(connection: Connection) -> None:
     if name == "postgresql":
         _begin_on_postgresql(connection)
     elif name in {"mysql", "mariadb"}:
-        # Do this only if SQLAlchemy sends ROLLBACK before the connection returns to the pool.
-        # Otherwise the next user of the connection would get the read-only transaction. If BEGIN
-        # is delayed, `begin_now` sends this statement.
+        # Begin a read-only transaction only if SQLAlchemy sends ROLLBACK before the connection
+        # returns to the pool. Otherwise the transaction would stay open, and the next user of the
+        # connection could not write. If BEGIN is delayed, `begin_now` begins the transaction later.
         if ref(connection) not in delayed and not _skips_rollback(connection):
             connection.exec_driver_sql(ON_MARIADB)
     elif name == "sqlite" and not isinstance(connection.engine.pool, StaticPool):
