@@ -35,8 +35,8 @@ class Condition:
         Args:
             when: The condition. While a task or thread waits, this function is called again when
                 another one leaves its `with` block, and at each call of `wake()`.
-            timeout: For how many seconds to wait, if this is shorter than the timeout of the
-                object. None to use the timeout of the object.
+            timeout: For how many seconds to wait at most. None, or a longer time, means the
+                `timeout` that was given to `Condition`.
 
         Raises:
             TimeoutError: The condition did not become true in time.
@@ -52,7 +52,10 @@ class Condition:
             self.wake()
 
     def wake(self) -> None:
-        """Let all tasks and threads that wait in `alone` check their condition again."""
+        """Let all tasks and threads that wait before `with alone(when):` call `when` again.
+
+        If `when` returns True now, one of them begins its `with` block.
+        """
         with self._mutex:
             waiting, self._waiting = self._waiting, []
         for freed in waiting:

@@ -47,7 +47,10 @@ class SharedConnection:
         self._send(MARK)
 
     def begin(self, transaction: SavepointTransaction) -> None:
-        """Begin `transaction` inside the open transactions, or first wait until they have ended."""
+        """Begin `transaction`, a savepoint on the connection that all code of the test shares.
+
+        It begins inside of the open transactions, or after their end: `may_begin_inside` decides.
+        """
         transaction.caller = current_caller()
         transaction.aborted = False
 
@@ -80,15 +83,15 @@ class SharedConnection:
     def executing(
         self, transaction: SavepointTransaction, statement: str, *, read_only: bool
     ) -> Iterator[bool]:
-        """Wait until all transactions inside of `transaction` have ended. Then begin the block.
+        """Wait until the transactions (savepoints) inside of `transaction` have ended.
 
         Yields:
-            True if the block must send `statement`. False if it must not: `statement` is BEGIN.
+            True if the `with` block must send `statement`. False if `statement` is a BEGIN, which
+                must not be sent: the shared connection is in a transaction already.
         """
         self.refuse_if_lost()
         if transaction not in self._open:
-            # A listener of the application may send BEGIN to SQLite, as SQLAlchemy's documentation
-            # shows. Skip this BEGIN: the shared connection is in a transaction already.
+            # SQLAlchemy's documentation shows a listener that sends BEGIN to SQLite. Skip it.
             yield not statement.lstrip().upper().startswith("BEGIN")
             return
         with self._on_top(transaction):
@@ -122,7 +125,7 @@ class SharedConnection:
                 self._undo(transaction)
                 raise
             finally:
-                # If the connection was lost, `lose` has removed all open transactions already.
+                # If the connection was lost, no transaction is open any more, and none is removed.
                 if transaction in self._open:
                     self._open.remove(transaction)
             if self._open and (transaction.wrote or transaction.keeps):
@@ -159,10 +162,9 @@ class SharedConnection:
         self._free.wake()
 
     def end(self, reason: NotIsolated) -> AbstractContextManager[None]:
-        """Mark the connection as lost. Return a `with` block that begins when no statement runs.
+        """Let all later statements fail. Return a `with` block for giving the connection back.
 
-        Raises:
-            TimeoutError: The statement that runs on the connection did not end in time.
+        The block waits until no statement runs any more, or raises TimeoutError after some time.
         """
         self.lose(reason)
         return self._free.alone(lambda: True)

@@ -50,9 +50,10 @@ def share(engine: Engine, isolation: Isolation) -> None:
             f"{name} is inside of `rolled_back` already: use it once for each test."
         )
     dialect = engine.dialect
-    # The dialect may still have the class `SavepointDialect` from an earlier test: if a connection
-    # was in use at the end of that test, `unshare` has kept the class. Then do not derive another
-    # class from it, because the next `unshare` would remove only the new class.
+    # `SavepointDialect` is a class for tests. At the end of a test, `unshare` takes it away from
+    # the dialect, but not while a connection is in use. So the dialect may still have this class
+    # from an earlier test. Then do not add it a second time, because `unshare` takes it away only
+    # once.
     if not isinstance(dialect, SavepointDialect):
         dialect.__class__ = with_savepoints(type(dialect))
     engine.pool = SharedPool(engine.pool, dialect, name, isolation)

@@ -45,7 +45,8 @@ def _send_inside(
 ) -> None:
     driver: Any = connection.driver_connection
     if dialect.name == "sqlite" and not driver.in_transaction:
-        # Outside of a transaction, SAVEPOINT would begin one, and RELEASE would commit it.
+        # SQLite is in no transaction, so something has ended the outer transaction of the test. Do
+        # not send the statement: SAVEPOINT would begin a transaction, and RELEASE would commit it.
         raise _ended_early(database)
     try:
         send(connection, statement)

@@ -134,7 +134,10 @@ class SharedPool(Pool):
 
 
 class SharedRecord(_ConnectionRecord):
-    """The pool entry of one checkout from a `SharedPool`. It contains the shared connection."""
+    """The pool entry of one checkout from a `SharedPool`, a connection pool for tests.
+
+    All entries of the pool have the same connection, which all code of the test shares.
+    """
 
     def __init__(
         self, pool: Pool, shared: SharedConnection, transaction: SavepointTransaction
@@ -181,7 +184,7 @@ class CutOffConnection:
         """Do nothing, because all work was rolled back when the test ended."""
 
     def close(self) -> None:
-        """Do nothing: the engine's own pool has the driver's connection again, or has closed it."""
+        """Do nothing, because the driver's connection is in the engine's pool again, or closed."""
 
 
 class CutOffCursor:
@@ -194,7 +197,7 @@ class CutOffCursor:
         raise self._reason.with_traceback(None)
 
     def close(self) -> None:
-        """Do nothing, because this object has opened no cursor of the driver."""
+        """Do nothing. After a test, this object replaces a cursor. It has opened no real cursor."""
 
 
 def _is_autocommit(dialect: Any) -> bool:

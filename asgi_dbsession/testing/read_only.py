@@ -31,8 +31,8 @@ def refusing_writes(
             _allow_writes(connection, dialect)
         return
     if dialect.name == "postgresql" and not transaction.read_only:
-        # Send this only once for each savepoint. PostgreSQL then refuses writes until the savepoint
-        # ends.
+        # In each savepoint, send SET TRANSACTION READ ONLY only once. PostgreSQL then refuses
+        # writes until the savepoint ends.
         send(connection, "SET TRANSACTION READ ONLY")
         transaction.read_only = True
     yield

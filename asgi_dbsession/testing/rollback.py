@@ -80,7 +80,10 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
 
 
 class RolledBack(AbstractContextManager[None], AbstractAsyncContextManager[None]):
-    """The object that `rolled_back` returns, for `with` and for `async with`."""
+    """A `with` or `async with` block for a test. At its end, all work of the test is rolled back.
+
+    The function `rolled_back` returns an object of this class.
+    """
 
     def __init__(self, databases: tuple[AnyDatabase, ...], timeout: float) -> None:
         self._databases = databases
@@ -188,8 +191,9 @@ def _in_block(isolation: Isolation) -> Iterator[None]:
 
 @contextmanager
 def _raising_violations(isolation: Isolation) -> Iterator[None]:
-    # A violation is an error about code that would behave differently in production. Raise it last,
-    # because the rollback at the end of the block may find a violation too.
+    # `violations` are errors about code that would behave differently in production. Raise the
+    # first of them only after all work of the test was rolled back, because the rollback may find a
+    # violation too.
     try:
         yield
     except BaseException as error:

@@ -36,8 +36,8 @@ def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
         # Never remove this listener, because it must also refuse work that goes on after the test.
         event.listen(database._orm_class, "after_begin", _Check(database))
     else:
-        # Tasks and threads of an earlier test may still be running. They do not belong to this
-        # test.
+        # Tasks and threads of an earlier test may still be running. Take over what is known about
+        # them, so that their work is still refused when this test has ended.
         isolation.threads.intersection_update(earlier.threads)
         isolation.tasks.update(earlier.tasks)
     _latest[database] = isolation
@@ -108,8 +108,8 @@ def _refuse(connection: Connection, error: NotIsolated) -> NoReturn:
     def refuse(*_: object) -> NoReturn:
         raise error.with_traceback(None)
 
-    # Let all later statements on this connection fail too, because the application may catch this
-    # error.
+    # The test cannot roll back the work on this connection, so raise `error`. The application may
+    # catch `error`. So let all later statements on this connection raise it too.
     for name in ("before_cursor_execute", "commit", "prepare_twophase", "commit_twophase"):
         event.listen(connection, name, refuse)
     raise error

@@ -46,7 +46,8 @@ def count_statements(
     with ExitStack() as stack:
         recorder = _Recorder(statements, stack)
         for database in databases:
-            # This raises DatabaseNotRunning if the database was not started.
+            # Read the property `engine` only because it raises DatabaseNotRunning if the database
+            # was not started.
             _ = database.engine
             for engine in engines_of(database):
                 recorder.listen(engine)
