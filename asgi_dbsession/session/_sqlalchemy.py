@@ -58,8 +58,8 @@ class ConnectingSession(Session):
     def begin(self, nested: bool = False) -> SessionTransaction:
         outer = self._transaction
         if not nested or (outer is not None and outer._state is not SessionTransactionState.ACTIVE):
-            # SQLAlchemy's own `begin` is right for a transaction. For a savepoint in a transaction
-            # that is not active (after a failed flush, for example), `begin` raises an error.
+            # Call SQLAlchemy's own `begin` for a transaction. For a savepoint in a transaction that
+            # is not active (after a failed flush, for example), this call raises an error.
             return super().begin(nested)
         outer = outer or self._autobegin_t(begin=True)
         inner = self.transaction_class(self, SessionTransactionOrigin.BEGIN_NESTED, outer)

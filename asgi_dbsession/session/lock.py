@@ -74,7 +74,7 @@ class SessionLock(ABC):
             SessionClosed: The unit of work of the session has ended.
         """
         caller = self._caller()
-        # This check needs no mutex, because no other code makes this caller the lock's holder.
+        # This check needs no mutex: a caller becomes the holder of the lock only by its own call.
         if self._holder == caller:
             return False
         while True:
@@ -103,7 +103,7 @@ class SessionLock(ABC):
             self.is_closing = self.is_closing or end.close
 
     def cancel_reservation(self, end: End) -> None:
-        """Undo `reserve_for(end)`: let operations begin, if `end` has not acquired the lock yet."""
+        """Undo `reserve_for`: operations may begin, unless the commit or rollback has the lock."""
         with self.mutex:
             if self._reserved_for is end:
                 self._reserved_for, self._ends = None, self._ends - {end}
