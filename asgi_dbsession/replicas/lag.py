@@ -33,9 +33,9 @@ class Lag:
                 last = history[-1]
                 passed = answer.asked - last.asked
                 if passed > self._most / 2 or not answer.flushed.includes(last.flushed):
-                    # From the recorded WAL positions, `floor` cannot tell any more which position a
-                    # replica must have replayed. The last one is too old, or another server has
-                    # become the primary. So forget all of them.
+                    # From the recorded WAL positions of the primary, the method `floor` cannot tell
+                    # any more which position a replica must have replayed. The last one is too old,
+                    # or another server has become the primary. So forget all of them.
                     history.clear()
                 elif passed < self._most / 10:
                     return
