@@ -361,3 +361,24 @@ async def test_a_rule_that_says_neither_yes_nor_no_is_an_error(postgresql: Runni
     exchange = await get(ours(failing, postgresql, retry_on=print))
     assert isinstance(exchange.error, ConfigurationError)
     assert "retry_on must return True or False" in str(exchange.error)
+
+
+async def test_a_function_that_fails_never_makes_stored_work_fail(postgresql: Running) -> None:
+    """The handler has caught an error, for which `retry_on` of the application was not written."""
+    reports: list[UnitReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await postgresql.write("kept")
+        try:
+            raise KeyError
+        except KeyError:
+            await respond(send, 201)
+
+    def is_deadlock(error: Any) -> bool:
+        return "deadlock" in str(error.orig)
+
+    serving = ours(app, postgresql, retry_on=is_deadlock, on_report=reports.append)
+    exchange = await get(serving)
+    assert (exchange.status, exchange.error) == (201, None)
+    assert postgresql.stored() == ["kept"]
+    assert [(each.outcome, each.will_retry) for each in reports] == [("committed", False)]

@@ -62,9 +62,13 @@ class WatchedAttempt(RunningAttempt):
 
     @override
     def will_retry(self, end: End) -> bool:
+        # After a successful COMMIT, do not call the function `retry_on` of the application: if it
+        # failed, the client would get an error although the work is stored.
+        if end.succeeded:
+            return False
         for error in (end.failure, end.handled):
             self.record_error(error)
-        return self.can_retry and not end.succeeded
+        return self.can_retry
 
     def make_final(self) -> None:
         """Forget the conflict, and record no more conflicts, because no retry can follow."""
