@@ -47,6 +47,8 @@ _FILES = {
     "companion": "report",
     "completion": "trio",
     "ending": "report",
+    "failures": "sqlite",
+    "in_memory": "database",
     "lost": "replicas_lost",
     "rules": "read_only",
     "answer": "field",
@@ -56,6 +58,7 @@ _FILES = {
     "shares": "field",
     "tasks": "trio",
     "thread_lock": "several_tasks",
+    "together": "threads",
     "unit_of_work": "report",
 }
 # These tests start processes and tools: they are slow, and show nothing about a single line.
