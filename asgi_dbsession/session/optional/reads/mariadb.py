@@ -1,5 +1,6 @@
 """Lets the sessions of a database on MariaDB or MySQL read without BEGIN and COMMIT."""
 
+from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
@@ -28,7 +29,7 @@ class AutocommitReads(Reads):
     """Lets the sessions of a database read in autocommit mode until a statement may write."""
 
     def __init__(self) -> None:
-        self.connect = self._connect
+        self.connect: Callable[[Any, Engine], Connection] | None = self._connect
 
     @override
     def watch(self, engine: Engine) -> None:
