@@ -25,7 +25,9 @@ class PositionStore(Protocol):
         """Return the WAL position that is saved for the client. None if none is saved."""
 
     async def save(self, scope: Scope, position: str) -> None:
-        """Save the position of the client. If the saved string is greater, keep the saved string.
+        """Save up to which WAL position of the primary the client has seen changes.
+
+        If the saved string is greater, keep it: a client must never see older data again.
 
         Args:
             scope: The ASGI scope of the request.

@@ -16,7 +16,7 @@ _getcurrent: Any = import_module("greenlet").getcurrent
 # To save time, the two are joined to the text `file:line` only when somebody reads them.
 CallSite: TypeAlias = tuple[str, int] | None
 
-# Code of these packages is never reported as the line of the application that uses a session.
+# A line in one of these packages is never reported as the line of the application.
 _BETWEEN = frozenset(
     ("sqlalchemy", "asgi_dbsession", "sqlmodel", "greenlet", "contextlib", "functools", "asyncio")
 )

@@ -129,7 +129,7 @@ class Tally:
             self.since, self.in_transaction = None, False
 
     def spans(self) -> Iterator[Span]:
-        """Yield the measured times of the stored steps, at most `MOST_STEPS`."""
+        """Yield the times of at most `MOST_STEPS` steps (statements and COMMITs, for example)."""
         for start, stop in self._holds:
             yield Span("hold", start, stop, None, "")
         for kind, start, stop, call_site, text in self._steps:

@@ -55,7 +55,7 @@ class SessionLock(ABC):
 
     @property
     def is_busy(self) -> bool:
-        """True if an operation, a commit or a rollback is running or waiting for the lock."""
+        """True if an operation, a commit or a rollback uses the session, or waits for that."""
         return self._holder is not None or bool(self._ends)
 
     @property

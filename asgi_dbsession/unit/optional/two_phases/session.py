@@ -53,7 +53,8 @@ class TwoPhaseSession(ManagedSession[S]):
         # These transactions need `twophase=True` too.
         refuse_if_aborted(self.companion.open_connections)
         self.orm.flush()
-        # Do not let SQLAlchemy send PREPARE at the end of the flush: `prepare` sends it later.
+        # At the end of this flush, SQLAlchemy must not send PREPARE. The method `prepare` sends it
+        # after the flushes of all databases.
         try:
             self.orm.twophase = False
             super()._flush()
