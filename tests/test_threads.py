@@ -1,5 +1,6 @@
 """What `def` handlers did is ended in one other thread; in none, where nothing is to be sent."""
 
+import asyncio
 import sqlite3
 import sys
 import threading
@@ -13,7 +14,7 @@ from anyio import to_thread
 from asgi import get, respond
 from conftest import ENTRY, Real, checked_out, real_database
 from several import Entry
-from sqlalchemy import event, func, select
+from sqlalchemy import event, func, select, text
 from sqlalchemy.orm import Session
 
 from asgi_dbsession import (
@@ -279,3 +280,35 @@ async def test_a_block_that_is_interrupted_as_it_begins_is_not_current_afterward
             pytest.fail("nothing has interrupted the block")
         with pytest.raises(NoSession):
             database.get_session()
+
+
+async def test_a_commit_waits_for_an_operation_of_another_task_on_the_event_loop(
+    real: Real,
+) -> None:
+    """The task began its operation in the thread that had asked for the commit, but after that."""
+    slow = text(
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200000) "
+        "SELECT count(*) FROM n"
+    )
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def read() -> None:
+            while not answered.is_set():
+                session.execute(slow).all()
+                await asyncio.sleep(0)
+
+        answered = asyncio.Event()
+        session = database.get_session()
+        session.execute(ENTRY.insert().values(note=scope["path"]))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(read())
+            await asyncio.sleep(0)
+            await respond(send)
+            answered.set()
+
+    paths = [f"/{number}" for number in range(8)]
+    async with describe(real) as database:
+        for path in paths:
+            exchange = await get(DBSessionMiddleware(app, database), path)
+            assert (exchange.status, exchange.error) == (200, None)
+    assert real.stored() == paths

@@ -4,6 +4,7 @@ import sys
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from threading import get_ident
+from time import perf_counter
 from typing import Literal, TypeAlias
 
 from .tasks import current_task
@@ -29,10 +30,11 @@ class End:
     Attributes:
         handled: The exception that the caller was handling, in an `except` block, when this commit
             or rollback began. None if there was none.
-        requested_by: The task and the thread that wait for this commit or rollback. While they
-            wait, they run no operation of a session. So if one of them still holds the lock of a
-            session, a signal handler has raised an exception in an operation, which did not release
-            the lock. This commit or rollback then takes over the lock.
+        requested_by: The task and the thread that wait for this commit or rollback. If one of them
+            held the lock of a session already at the time `requested_at`, a signal handler has
+            raised an exception in an operation, which did not release the lock. This commit or
+            rollback then takes over the lock.
+        requested_at: When this commit or rollback was requested, as a time of `perf_counter`.
         needs_loop: True for a commit of several databases that needs the event loop between its
             steps. Code that waits for such a commit must not block the event loop.
         had_work: True if at least one session had something to commit or roll back.
@@ -45,6 +47,7 @@ class End:
     task: object = None
     error: BaseException | None = None
     requested_by: tuple[object, int] = field(default_factory=lambda: (current_task(), get_ident()))
+    requested_at: float = field(default_factory=perf_counter)
     handled: BaseException | None = field(default_factory=sys.exception)
     needs_loop: bool = False
     had_work: bool = False

@@ -124,7 +124,7 @@ class SessionLock(ABC):
                     if self.is_closed:
                         raise SessionClosed(self.database)
                     task, thread = end.requested_by
-                    if self._holder in (None, task, thread) or self._is_abandoned(thread):
+                    if self._holder in (None, task) or self._is_abandoned(thread, end.requested_at):
                         if self._held_for is not None:
                             self._ends -= {self._held_for}
                         self._held_for = end
@@ -229,8 +229,8 @@ class SessionLock(ABC):
     def _hold(self, caller: object) -> None: ...
 
     @abstractmethod
-    def _is_abandoned(self, thread: int) -> bool:
-        """Return True if the lock that `thread` wants is still held, but its holder has ended."""
+    def _is_abandoned(self, thread: int, since: float = 0) -> bool:
+        """Return True if the lock that `thread` wants, since this time, has a holder that ended."""
 
     def _new_waiter(self) -> "Future[None]":
         released: Future[None] = Future()

@@ -47,7 +47,7 @@ class TaskLock(SessionLock):
         self._holder = caller
 
     @override
-    def _is_abandoned(self, thread: int) -> bool:
+    def _is_abandoned(self, thread: int, since: float = 0) -> bool:
         greenlet, holder = self._greenlet(), self._holder
         # A commit or rollback runs in one task, but its steps run in several greenlets. So an ended
         # greenlet does not mean that the commit or rollback has ended.

@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future
 from threading import get_ident
+from time import perf_counter
 
 from typing_extensions import override
 
@@ -38,17 +39,21 @@ class ThreadLock(SessionLock):
 
     @override
     def _hold(self, caller: object) -> None:
-        self._thread = get_ident()
+        self._thread, self._held_since = get_ident(), perf_counter()
         self._holder = caller
 
     @override
-    def _is_abandoned(self, thread: int) -> bool:
+    def _is_abandoned(self, thread: int, since: float = 0) -> bool:
+        if self._held_for is None:
+            # An operation has not released the lock before its thread asked for a commit or
+            # rollback. (After that, the thread of an event loop may begin operations of other
+            # tasks.)
+            return self._thread == thread and self._held_since <= since
         # A commit or rollback may run its steps in several threads. After a failure, one of the
         # steps may still run and hold the lock. But a thread does one thing at a time. So if the
         # thread of this step now asks for the lock, the step has ended without releasing the lock.
         # Nobody else will release it: the lock is abandoned.
-        has_failed = self._held_for is not None and self._held_for.failure is not None
-        return has_failed and self._thread == thread
+        return self._held_for.failure is not None and self._thread == thread
 
     @override
     def _wait(self, released: "Future[None]") -> None:
