@@ -15,7 +15,7 @@ from several import Entry
 from sqlalchemy import Column, Engine, Integer, MetaData, Table, event, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import NullPool, StaticPool
+from sqlalchemy.pool import NullPool, Pool, StaticPool
 from test_drivers import Rival
 
 from asgi_dbsession import (
@@ -296,6 +296,29 @@ async def test_a_request_that_may_only_read_is_refused_a_write_by_the_server(
     assert reading.stored() == []
 
 
+async def test_a_level_does_not_allow_writes_in_a_request_that_may_only_read(
+    reading: Reading,
+) -> None:
+    """The server refuses them even in autocommit mode."""
+
+    def work(session: Session) -> None:
+        session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        with pytest.raises(DBAPIError, match="READ ONLY"):
+            session.execute(text(LOST))
+
+    assert (await reading.request(work, read_only=safe_methods)).error is not None
+    assert reading.stored() == []
+
+
+@pytest.mark.parametrize("work", [insert_and_close, insert_and_fail, write_raw])
+async def test_after_code_that_uses_the_engine_reads_are_sent_alone(
+    reading: Reading, work: Callable[[Engine], Any]
+) -> None:
+    """The connection is switched to autocommit mode when it returns to the pool."""
+    await reading.on_engine(work)
+    assert await reading.sent(reading.read) == [SELECT]
+
+
 async def test_no_transaction_is_open_between_reads(reading: Reading) -> None:
     """Another connection looks at the server meanwhile."""
     found = []
@@ -312,28 +335,33 @@ async def test_no_transaction_is_open_between_reads(reading: Reading) -> None:
     assert found == [0, 0, 1]
 
 
-LISTENERS = ("after_begin", "begin", "engine_connect", "checkout")
-
-
-@pytest.mark.parametrize("name", LISTENERS)
-async def test_what_a_listener_writes_is_rolled_back(reading: Reading, name: str) -> None:
+@pytest.mark.parametrize("of", ["the class", "the engine"])
+@pytest.mark.parametrize("name", ["after_begin", "begin", "engine_connect", "checkout"])
+async def test_what_a_listener_writes_is_rolled_back(real: Real, name: str, of: str) -> None:
     """A listener may write on the driver's own connection, which this package cannot see."""
-    engine: Any = reading.database.engine
-    engine = getattr(engine, "sync_engine", engine)
     written: list[bool] = []
+    is_ready = asyncio.Event()
 
     def listener(*arguments: Any) -> None:
-        if not written:
+        if is_ready.is_set() and not written:
             written.append(True)
             raw(arguments[0] if name == "checkout" else arguments[-1].connection)
 
-    target = Session if name == "after_begin" else engine
-    event.listen(target, name, listener)
-    try:
-        exchange = await reading.request(lambda session: session.execute(READ), 409)
-    finally:
-        event.remove(target, name, listener)
-    assert (exchange.status, written, reading.stored()) == (409, [True], [])
+    async with described(real) as database:
+        engine: Any = database.engine
+        target: Any = getattr(engine, "sync_engine", engine)
+        if of == "the class" or name == "after_begin":
+            target = {"after_begin": Session, "checkout": Pool}.get(name, Engine)
+        event.listen(target, name, listener)
+        try:
+            reading = Reading(real, database)
+            await reading.read()
+            is_ready.set()
+            exchange = await reading.request(lambda session: session.execute(READ), 409)
+        finally:
+            event.remove(target, name, listener)
+        await reading.assert_clean()
+    assert (exchange.status, written, real.stored()) == (409, [True], [])
 
 
 @pytest.mark.parametrize("first", ["a read", "nothing"])
@@ -392,6 +420,32 @@ async def test_opentelemetry_does_not_switch_it_off(real: Real) -> None:
     async with described(real, on_engine=instrument) as database:
         assert await Reading(real, database).statements_of_a_read() == [SELECT]
     SQLAlchemyInstrumentor().uninstrument()
+
+
+@pytest.mark.parametrize("real", ["asyncmy", "aiomysql"], indirect=True)
+async def test_what_a_task_writes_that_began_meanwhile_is_rolled_back(real: Real) -> None:
+    """A listener for `do_connect` starts a task, while a session waits for a connection."""
+    tasks, may_write = [], asyncio.Event()
+
+    async def write_later() -> None:
+        await may_write.wait()
+        await running.on_engine(write_raw)
+
+    def connect(*_: Any) -> None:
+        tasks.append(asyncio.get_running_loop().create_task(write_later()))
+
+    database = described(
+        real,
+        on_engine=lambda engine: event.listen(engine, "do_connect", connect),
+        ping_on_startup=False,
+    )
+    async with database:
+        running = Reading(real, database)
+        for _ in range(2):
+            await running.read()
+        may_write.set()
+        await asyncio.gather(*tasks)
+    assert (len(tasks), real.stored()) == (1, [])
 
 
 @pytest.mark.parametrize("level", ["SERIALIZABLE", "READ UNCOMMITTED"])
@@ -455,6 +509,14 @@ async def test_at_other_levels_reads_are_sent_alone_too(real: Real, level: str |
         assert reading.stored() == []
 
 
+def roll_back_twice(engine: Engine) -> None:
+    with engine.connect() as connection:
+        connection.execute(READ)
+        connection.rollback()
+        connection.execute(WRITE)
+        connection.rollback()
+
+
 def detach_and_write(session: Any) -> None:
     connection = session.execute(READ).connection
     connection.detach()
@@ -479,6 +541,11 @@ async def test_what_the_pool_does_with_a_returned_connection_is_obeyed(
         await reading.read()
         assert reading.stored() == (["lost"] if setting == "commit" else [])
         reading.clear()
+        await reading.on_engine(write_raw)
+        if setting == "commit":
+            reading.clear()
+        await reading.on_engine(roll_back_twice)
+        assert reading.stored() == []
         assert (await reading.request(IN_A_SESSION["INSERT"], 409)).status == 409
         assert reading.stored() == []
         await reading.assert_clean()
@@ -698,20 +765,30 @@ async def test_without_a_pool_each_session_has_a_new_connection(real: Real) -> N
 
 
 async def test_many_requests_at_once(real: Real) -> None:
-    """Readers and writers change places on few connections."""
+    """Readers, writers, and code that uses the engine change places on few connections."""
 
-    def request(number: int) -> Any:
+    def work(number: int) -> Any:
+        statement = f"INSERT INTO entry (note) VALUES ('{number}')"
+
         def write(session: Session) -> None:
             session.execute(READ)
-            session.execute(ENTRY.insert().values(note=str(number)))
+            session.execute(text(statement))
 
-        if number % 3:
+        def write_below(engine: Engine) -> None:
+            connection = engine.raw_connection()
+            try:
+                raw(connection, statement)
+            finally:
+                connection.close()
+
+        if number % 3 == 0:
+            return running.on_engine(write_below)
+        if number % 3 == 1:
             return running.request(write, 409)
         return running.request(lambda session: session.execute(READ))
 
     async with described(real, pool_size=3) as database:
         running = Reading(real, database)
-        exchanges = await asyncio.gather(*map(request, range(60)))
-        assert {each.status for each in exchanges} == {200, 409}
+        await asyncio.gather(*map(work, range(90)))
         assert running.stored() == []
         await running.assert_clean()

@@ -19,7 +19,13 @@ from asgi_dbsession.session.read_only import ON_MARIADB, may_only_read
 from asgi_dbsession.session.reads import Reads, delayed, isolation_level
 
 from .delayed import watch_statements
-from .mariadb_connections import ReadingDialect, begin, obey, reading, watch_connections
+from .mariadb_connections import (
+    ReadingDialect,
+    begin,
+    connect_to_read,
+    obey,
+    watch_connections,
+)
 
 # Listeners of these packages for `checkout` send no statements.
 _HARMLESS = ("asgi_dbsession.", "opentelemetry.")
@@ -46,11 +52,7 @@ class AutocommitReads(Reads):
         """Open a connection of the session: in autocommit mode if its first statement may read."""
         if self.is_shared or not session._companion.expects_read or not _may_read(session, engine):
             return engine.connect()
-        token = reading.set(engine.dialect)
-        try:
-            connection = engine.connect()
-        finally:
-            reading.reset(token)
+        connection = connect_to_read(engine)
         delayed[ref(connection, delayed.pop)] = _begin
         return connection
 

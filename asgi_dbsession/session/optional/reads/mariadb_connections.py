@@ -10,10 +10,10 @@ The next write would be stored, even if the request fails.
 """
 
 import types
-from contextvars import ContextVar
+from threading import get_ident
 from typing import Any
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.pool import (
@@ -25,6 +25,7 @@ from sqlalchemy.pool import (
 from typing_extensions import override
 
 from asgi_dbsession.session.end import current_end
+from asgi_dbsession.session.tasks import current_task
 
 # Bits of the status that the server sends with each answer. The bit for a transaction is reliable
 # only in autocommit mode. Source: https://mariadb.com/kb/en/ok_packet/
@@ -37,9 +38,9 @@ _IN_TRANSACTION, _AUTOCOMMIT = 1, 2
 _READS, _OWED = "asgi_dbsession.reads", "asgi_dbsession.autocommit_owed"
 _RETURNS = "asgi_dbsession.returns"
 
-# While a session that may read without a transaction takes a connection from the pool, the dialect
-# of its engine.
-reading: ContextVar[Dialect | None] = ContextVar("asgi_dbsession.reading", default=None)
+# Who waits in `connect_to_read` for a connection: the dialect, the task and the thread. (Not a
+# `ContextVar`: a task that is started meanwhile, by a listener, would inherit its value.)
+_readers: set[tuple[Dialect, object, int]] = set()
 
 
 def watch_connections(engine: Engine) -> None:
@@ -48,6 +49,16 @@ def watch_connections(engine: Engine) -> None:
     dialect: Any = engine.dialect
     event.listen(engine, "checkout", dialect.check_out, insert=True)
     event.listen(engine, "reset", _return)
+
+
+def connect_to_read(engine: Engine) -> Connection:
+    """Open a connection in autocommit mode."""
+    reader = _caller(engine.dialect)
+    _readers.add(reader)
+    try:
+        return engine.connect()
+    finally:
+        _readers.discard(reader)
 
 
 class ReadingDialect(Dialect):
@@ -82,7 +93,7 @@ class ReadingDialect(Dialect):
         marks = _marks_of(entry)
         marks.pop(_RETURNS, None)
         try:
-            if reading.get() is self:
+            if _caller(self) in _readers:
                 if not _is_reading(entry):
                     # With `pool_reset_on_return=None`, a transaction may still be open. The switch
                     # to autocommit mode would commit it.
@@ -94,6 +105,10 @@ class ReadingDialect(Dialect):
             if self.is_disconnect(error, driver, None):
                 raise InvalidatePoolError(str(error)) from error
             raise
+
+
+def _caller(dialect: Dialect) -> tuple[Dialect, object, int]:
+    return dialect, current_task(), get_ident()
 
 
 def _return(driver: Any, entry: ConnectionPoolEntry | None, state: PoolResetState) -> None:
