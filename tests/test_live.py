@@ -272,6 +272,28 @@ async def test_a_database_that_blocks_is_shown(tmp_path: Any) -> None:
     assert [each["route"] for each in facts["recent"]["routes"]] == ["begin()"]
 
 
+async def test_the_error_of_a_handler_is_raised_unchanged(tmp_path: Any) -> None:
+    """The page asks if the error is a conflict, although its argument cannot be compared."""
+
+    class Array:
+        """Behaves like an array of NumPy."""
+
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            raise ValueError("the truth value of an array is ambiguous")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await database.get_session().execute(text("SELECT 1"))
+        raise LookupError(Array())
+
+    database = AsyncDatabase(f"sqlite:///{tmp_path}/test.db")
+    LivePage(database)
+    async with database:
+        exchange = await Exchange(DBSessionMiddleware(app, database)).run()
+    assert type(exchange.error) is LookupError
+
+
 async def test_a_wait_in_vain_is_counted() -> None:
     """The wait ends with the time-out, although the unit continues."""
     pytest.importorskip("prometheus_client")

@@ -24,7 +24,10 @@ def is_conflict(error: Any) -> bool:
     """Return True if the error is a conflict: a serialization failure, a deadlock or similar."""
     # Compare the error number first: for MySQL's error 1205 (a lock was not free in time), the
     # SQLSTATE does not tell that this is a conflict.
-    if error.args and error.args[0] in _MYSQL:
+    # The comparison is for numbers only: an error of the application may carry a NumPy array, which
+    # cannot be compared with `in`.
+    number = error.args[0] if error.args else None
+    if isinstance(number, int) and number in _MYSQL:
         return True
     # asyncpg raises an error of this class if a migration has made a prepared statement outdated.
     # Some versions of asyncpg give no SQLSTATE for this error, so compare the name of its class.
