@@ -164,6 +164,33 @@ async def test_a_write_is_refused_and_stores_nothing(running: Running, name: str
         assert running.stored() == before
 
 
+BULK = {
+    "bulk_insert_mappings": lambda session: session.bulk_insert_mappings(Entry, [{"note": "new"}]),
+    "bulk_save_objects": lambda session: session.bulk_save_objects([Entry(note="new")]),
+    "bulk_update_mappings": lambda session: session.bulk_update_mappings(
+        Entry, [{"id": first(session).id, "note": "new"}]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BULK)
+async def test_bulk_operations_are_refused_only_where_a_request_may_only_read(
+    running: Running, name: str
+) -> None:
+    """The error names the method, and the statement does not reach the database."""
+    before = kept(running.real)
+
+    async def work() -> None:
+        await on_session(running, BULK[name])
+
+    exchange = await serve(running, work)
+    assert isinstance(exchange.error, ForbiddenWrite)
+    assert f"`{name}()`" in str(exchange.error)
+    assert running.stored() == before
+    assert (await serve(running, work, "POST")).status == 200
+    assert running.stored()[-1] == "new"
+
+
 async def test_an_error_of_a_read_is_not_taken_for_a_refused_write(running: Running) -> None:
     """The application may catch this error, and the request succeeds."""
     wrong = "SELECT zeroblob(2000000000)" if running.real.is_sqlite else "SELECT nonsense"
