@@ -13,7 +13,7 @@ from typing import Any
 import postgres
 import pytest
 import trio
-from asgi import get
+from asgi import get, respond
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -252,6 +252,20 @@ async def statement_in_a_thread() -> None:
     await in_a_request(work)
 
 
+async def inside_a_block() -> None:
+    database = AsyncDatabase("sqlite:///shop.db")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async with database.begin() as session:
+            await session.execute(text("CREATE TABLE early (id INTEGER)"))
+            await respond(send, 201)
+
+    async with database:
+        exchange = await get(DBSessionMiddleware(app, database))
+    if exchange.error is not None:
+        raise exchange.error
+
+
 WAYS = (
     outside,
     in_a_thread,
@@ -277,6 +291,7 @@ WAYS = (
     session_of_the_other_kind,
     async_session_in_a_thread,
     statement_in_a_thread,
+    inside_a_block,
 )
 
 

@@ -47,7 +47,7 @@ class Exchange:
                 from .optional.events import warn_of_early_events
 
                 self._send = warn_of_early_events(unit, self._send)
-            if unit.sessions or unit.callbacks:
+            if unit.sessions or unit.callbacks or current_unit.get() is not unit:
                 try:
                     commit = self._decide(message)
                     if not (commit and commit_reads(unit)):
@@ -80,6 +80,11 @@ class Exchange:
         await self._send(message)
 
     def _decide(self, message: Message) -> bool:
+        innermost = current_unit.get()
+        if innermost is not None and innermost is not self._unit:
+            from .optional.open_block import refuse_open_block
+
+            refuse_open_block(self._unit, innermost)
         if self._unit.rollback is not None:
             return not self._unit.rollback
         return self._commit_rule(message["status"], self._unit.scope)

@@ -15,8 +15,7 @@ from asgi_dbsession.errors import PrematureClose
 from ._sqlalchemy import ConnectingSession, ConnectingTransaction
 from .companion import Companion
 from .discard import discard
-from .reads import begin_now, begin_on_server, session_has_only_read
-from .roll_back import has_changes
+from .reads import begin_now, begin_on_server, may_have_written
 
 R = TypeVar("R")
 S = TypeVar("S", bound=Session)
@@ -164,7 +163,7 @@ class GuardedSession(ConnectingSession):
 
     @override
     def __enter__(self) -> Self:
-        has_work = has_changes(self) or not session_has_only_read(self)
+        has_work = may_have_written(self)
         self._companion.begun_before = self.get_transaction() if has_work else None
         return super().__enter__()
 
@@ -210,7 +209,7 @@ class GuardedSession(ConnectingSession):
         of work (the request or `begin()` block) raises `PrematureClose`.
         """
         companion = self._companion
-        if has_changes(self) or not session_has_only_read(self):
+        if may_have_written(self):
             companion.discarded = PrematureClose(companion.lock.database)
         super().reset()
 

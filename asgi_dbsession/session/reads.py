@@ -8,6 +8,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
 from ._sqlalchemy import connections_of, isolation_level_on_connect
+from .roll_back import has_changes
 from .savepoints import with_outer
 from .sqlite import has_open_work
 
@@ -57,17 +58,17 @@ def has_only_read(connection: Connection) -> bool:
     return ref(connection) in delayed
 
 
-def session_has_only_read(session: Session) -> bool:
-    """Return True if it is certain that the transaction of a session has no writes."""
+def may_have_written(session: Session) -> bool:
+    """Return True unless it is certain that a session has no changes and no uncommitted writes."""
     transaction = session.get_transaction()
-    if transaction is None:
-        return True
+    if transaction is None or has_changes(session):
+        return has_changes(session)
     # If the transaction or a savepoint is inactive, a flush has failed, and has discarded the
     # changed objects. So the session had work, although no changed object is left.
     opened = with_outer(session.get_nested_transaction() or transaction)
     if not all(each.is_active for each in opened):
-        return False
-    return all(map(has_only_read, connections_of(transaction)))
+        return True
+    return not all(map(has_only_read, connections_of(transaction)))
 
 
 def begin_now(connection: Connection, *, in_statement: bool = False) -> None:

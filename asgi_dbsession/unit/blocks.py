@@ -28,6 +28,7 @@ async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> A
         try:
             yield unit.open(database)
         except BaseException as error:
+            unit.lost_work = unit.may_have_written
             await close(unit, commit=False, error=error)
             raise
         else:
@@ -50,6 +51,7 @@ def blocking_block_of(database: SessionSource[S], join: bool, read_only: bool) -
         try:
             yield unit.open(database)
         except BaseException as error:
+            unit.lost_work = unit.may_have_written
             close_blocking(unit, commit=False, error=error)
             raise
         else:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from asgi_dbsession.errors import SessionClosed
 from asgi_dbsession.session.completion import call_here
 from asgi_dbsession.session.managed import ManagedSession, Sessions
+from asgi_dbsession.session.reads import may_have_written
 from asgi_dbsession.types import Scope
 
 from .observer import UnitObserver, observed
@@ -61,6 +62,8 @@ class UnitOfWork:
         read_only: True if the sessions may only read. Set it before the first session is opened.
         is_routed: True if the database of one of the sessions has replicas.
         is_blocking: True if commit and rollback run on the calling thread, without an event loop.
+        lost_work: True if an exception has left this `begin()` block, and its writes were rolled
+            back.
         is_answered: True after the start of the response was sent; always True for a WebSocket.
         has_news: True if a session has done something to report since the last commit or rollback.
         closed: True if this unit of work has ended.
@@ -80,6 +83,7 @@ class UnitOfWork:
     joins_outer_unit: bool = False
     is_inner: bool = False
     is_answered: bool = False
+    lost_work: bool = False
     joined: "UnitOfWork | None" = None
 
     def __init__(
@@ -116,6 +120,11 @@ class UnitOfWork:
     def outermost(self) -> "UnitOfWork":
         """The outermost unit of work of the same request, which ends last."""
         return deque(self.of_same_request(), maxlen=1)[0] if self.joins_outer_unit else self
+
+    @property
+    def may_have_written(self) -> bool:
+        """True if a session has uncommitted changes, or has sent more than plain reads."""
+        return any(may_have_written(each.orm) for each in self.opened)
 
     @property
     def opened(self) -> tuple[ManagedSession[Any], ...]:
