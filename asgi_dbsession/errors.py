@@ -26,8 +26,10 @@ class NoSession(DBSessionError, LookupError):
         if _is_in_bare_thread():
             super().__init__(
                 f"There is no session of {database} in this thread, because the thread was started "
-                "without the context of a request (`run_in_executor`, `threading.Thread`). Start "
-                "it with `asyncio.to_thread`, or open `database.begin()` in it."
+                "without the context of a request (`run_in_executor`, `threading.Thread`). With a "
+                "SyncDatabase, start the thread with `asyncio.to_thread`, or open "
+                "`database.begin()` in it. With an AsyncDatabase, call a coroutine that opens "
+                "`database.begin()`: `asyncio.run_coroutine_threadsafe(coroutine, loop)`."
             )
         else:
             super().__init__(

@@ -215,7 +215,8 @@ async def test_threads_without_the_context_are_told(running: Running, framework:
 
     def in_thread() -> None:
         for accessor in (get_session, get_sync_session, running.database.get_session):
-            with pytest.raises(NoSession, match=r"Start it with `asyncio\.to_thread`") as caught:
+            cures = r"SyncDatabase, .* `asyncio\.to_thread`.* AsyncDatabase, .* `asyncio\.run_corout"
+            with pytest.raises(NoSession, match=cures) as caught:
                 accessor()
             errors.append(caught.value)
 
@@ -227,6 +228,28 @@ async def test_threads_without_the_context_are_told(running: Running, framework:
 
     await serve(framework, running, work)
     assert len(errors) == 6
+
+
+@ASYNC
+async def test_a_bare_thread_can_send_work_of_an_async_database_to_the_loop(
+    running: Running,
+) -> None:
+    """The cure for an `AsyncDatabase`: the coroutine runs in the loop, in its own `begin()`."""
+
+    async def store() -> None:
+        async with running.database.begin() as session:
+            await session.execute(ENTRY.insert().values(note="from a thread"))
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+
+        def in_thread() -> None:
+            asyncio.run_coroutine_threadsafe(store(), loop).result(timeout=10)
+
+        await loop.run_in_executor(None, in_thread)
+
+    await serve("Starlette", running, work)
+    assert running.stored() == ["from a thread"]
 
 
 @ASYNC
