@@ -52,9 +52,9 @@ class SessionClosed(DBSessionError, RuntimeError):
             )
             return
         super().__init__(
-            f"The request that this session of {database} belongs to has ended; a task or a stored "
-            "reference still uses the session. For work that takes longer than its request, open "
-            "`database.begin()` in the task."
+            f"The request or `begin()` block that this session of {database} belongs to has ended; "
+            "a task or a stored reference still uses the session. For later work, open "
+            "`database.begin()` in the code that does the work."
         )
 
 

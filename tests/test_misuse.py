@@ -303,6 +303,23 @@ async def test_a_session_that_escaped_is_told(running: Running, framework: str) 
     await running.assert_clean()
 
 
+@BOTH
+async def test_a_session_of_a_block_that_has_ended_is_told(running: Running) -> None:
+    """A script has no request, so the error speaks of the block too."""
+    told = r"The request or `begin\(\)` block .* has ended; .* open `database\.begin\(\)`"
+    if isinstance(running.database, AsyncDatabase):
+        async with running.database.begin() as session:
+            pass
+        with pytest.raises(SessionClosed, match=told):
+            await session.execute(select(ENTRY))
+    else:
+        with running.database.begin() as blocking:
+            pass
+        with pytest.raises(SessionClosed, match=told):
+            blocking.execute(select(ENTRY))
+    await running.assert_clean()
+
+
 # GraphQL
 
 
