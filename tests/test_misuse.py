@@ -215,7 +215,7 @@ async def test_threads_without_the_context_are_told(running: Running, framework:
 
     def in_thread() -> None:
         for accessor in (get_session, get_sync_session, running.database.get_session):
-            cures = r"SyncDatabase, .* `asyncio\.to_thread`.* AsyncDatabase, .* `asyncio\.run_corout"
+            cures = r"SyncDatabase, .* `asyncio\.to_thread`.* AsyncDatabase, .* `asyncio\.run_cor"
             with pytest.raises(NoSession, match=cures) as caught:
                 accessor()
             errors.append(caught.value)
