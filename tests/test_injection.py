@@ -8,7 +8,7 @@ import pytest
 import strawberry
 from asgi import get
 from conftest import ENTRY, Running, checked_out
-from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Response
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from litestar import Litestar, Response as LitestarResponse, get as litestar_get
 from litestar.di import NamedDependency, Provide
@@ -220,6 +220,39 @@ async def test_the_override_of_one_database_leaves_the_others_alone(
     app.dependency_overrides[reports.session_dependency] = lambda: "instead"
     async with reports:
         assert (await get(app)).body == b"[true,true]"
+
+
+# FastAPI: middleware that decides after `call_next`
+
+
+@ASYNC
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("is_above", [False, True])
+async def test_a_middleware_that_refuses_after_call_next_belongs_above(
+    running: Running, *, is_above: bool, fails: bool
+) -> None:
+    """Below `add_middleware(DBSessionMiddleware, …)` it is outside, and runs after COMMIT."""
+
+    async def refuse(request: Request, call_next: Callable[[Request], Any]) -> Response:
+        await call_next(request)
+        if fails:
+            raise LookupError
+        return Response(status_code=403)
+
+    app = FastAPI()
+    if is_above:
+        app.middleware("http")(refuse)
+    app.add_middleware(DBSessionMiddleware, running.database)
+    if not is_above:
+        app.middleware("http")(refuse)
+
+    @app.get("/")
+    async def handler(session: Injected) -> None:
+        await session.execute(note("refused"))
+
+    exchange = await get(app)
+    assert exchange.status == (500 if fails else 403)
+    assert running.stored() == ([] if is_above else ["refused"])
 
 
 # FastAPI: `def` handlers and dependencies

@@ -236,8 +236,10 @@ async def test_a_bare_thread_can_send_work_of_an_async_database_to_the_loop(
 ) -> None:
     """The cure for an `AsyncDatabase`: the coroutine runs in the loop, in its own `begin()`."""
 
+    database: Any = running.database
+
     async def store() -> None:
-        async with running.database.begin() as session:
+        async with database.begin() as session:
             await session.execute(ENTRY.insert().values(note="from a thread"))
 
     async def work() -> None:
