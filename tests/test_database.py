@@ -35,6 +35,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, object_session
 from sqlalchemy.pool import NullPool, Pool, SingletonThreadPool, StaticPool
+from sqlalchemy.schema import CreateTable
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelAsyncSession
 from starlette.testclient import TestClient
 
@@ -1217,6 +1218,28 @@ async def test_an_engine_with_one_connection_for_all_sessions_is_named_in_the_lo
         (line,) = lines
         assert pool.__name__ in line
         assert "without `poolclass`" in line
+        assert "if they send one request at a time, and open no `begin()`" in line
+
+
+@pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
+async def test_a_block_in_a_request_shares_its_transaction_where_all_share_one_connection(
+    database_class: type[AnyDatabase],
+) -> None:
+    """So the log warns of a StaticPool even in tests that send one request at a time."""
+    async with database_class("sqlite://", poolclass=StaticPool) as database:
+        async with beginning(database) as session:
+            await result_of(session.execute(CreateTable(ENTRY)))
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            insert = ENTRY.insert().values(note="of a request that fails")
+            await result_of(database.get_session().execute(insert))
+            async with beginning(database) as session:
+                await result_of(session.execute(ENTRY.insert().values(note="of the block")))
+            await respond(send, 400)
+
+        exchange = await get(DBSessionMiddleware(app, database))
+        assert (exchange.status, exchange.error) == (400, None)
+        assert len(await notes(database)) == 2
 
 
 # Error texts

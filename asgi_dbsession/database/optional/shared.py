@@ -23,7 +23,8 @@ def warn_of_shared_connection(engine: Engine) -> None:
             "Requests at the same time share one connection of %s, because its engine has a %s. "
             "The COMMIT of one request then stores the work of another request, even if that one "
             "fails. Give the URL to `AsyncDatabase` or `SyncDatabase`, without `poolclass`. "
-            "Tests that send one request after the other may ignore this.",
+            "Tests may ignore this if they send one request at a time, and open no `begin()` "
+            "inside a request.",
             without_secrets(engine.url),
             type(engine.pool).__name__,
         )
