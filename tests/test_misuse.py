@@ -235,7 +235,6 @@ async def test_a_bare_thread_can_send_work_of_an_async_database_to_the_loop(
     running: Running,
 ) -> None:
     """The cure for an `AsyncDatabase`: the coroutine runs in the loop, in its own `begin()`."""
-
     database: Any = running.database
 
     async def store() -> None:
