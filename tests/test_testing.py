@@ -723,6 +723,49 @@ async def test_several_databases_are_all_rolled_back(tmp_path: Path) -> None:
         real.reader.dispose()
 
 
+async def test_a_database_that_is_left_out_is_not_rolled_back(tmp_path: Path) -> None:
+    """The testing page says to name every database of the application."""
+    reals = [real_database(kind, tmp_path) for kind in ("asyncpg", "sqlite")]
+    named, forgotten = (Shop.of(real) for real in reals)
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await named.write("named")
+        await forgotten.write("forgotten")
+        await respond(send)
+
+    async with rolled_back(named.database), forgotten.database:
+        app = DBSessionMiddleware(serve, named.database, forgotten.database)
+        assert (await get(app)).error is None
+    assert [each.stored() for each in (named, forgotten)] == [[], ["forgotten"]]
+    for real in reals:
+        real.reader.dispose()
+
+
+@pytest.mark.parametrize("real", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("is_rolled_back", [False, True])
+async def test_a_second_writer_of_one_request_is_seen_without_rolled_back_only(
+    real: Real, is_rolled_back: bool
+) -> None:
+    """SQLite has one writer, and retries do not help a request that waits for itself."""
+    shop = Shop.of(real, connect_args={"timeout": 0.1})
+    runs = []
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        runs.append(scope)
+        await shop.write("of the request")
+        await shop.add("of the block")
+        await respond(send)
+
+    async with rolled_back(shop.database) if is_rolled_back else shop.database:
+        exchange = await get(DBSessionMiddleware(serve, shop.database, attempts=2))
+    if is_rolled_back:
+        assert (exchange.status, exchange.error, len(runs)) == (200, None, 1)
+    else:
+        assert "database is locked" in str(exchange.error)
+        assert len(runs) == 2
+    assert real.stored() == []
+
+
 @pytest.mark.parametrize("helper", [rolled_back, count_statements])
 def test_what_is_not_a_database_is_an_error(helper: Any) -> None:
     """Without a database, nothing would be rolled back, and a test would leave its rows."""
