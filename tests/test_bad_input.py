@@ -18,7 +18,8 @@ import pytest
 from asgi import Life, get
 from conftest import AnyDatabase, becomes_true, real_database
 from hypothesis import example, given, strategies as st
-from sqlalchemy import URL
+from sqlalchemy import URL, create_engine
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.pool import StaticPool
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
@@ -146,7 +147,73 @@ async def test_a_url_is_no_name_of_a_variable(
 ) -> None:
     """A URL must be given to the class itself, and the error does not show it."""
     said = await told(lambda: database_class.from_env(variable))
-    assert said.endswith(f"or give {database_class.__name__} the URL itself.")
+    if isinstance(variable, str):
+        assert said.endswith(f"and this is a URL. Write `{database_class.__name__}(url)`.")
+    else:
+        assert said.endswith(f"or give {database_class.__name__} the URL itself.")
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["AsyncDatabase", "SyncDatabase"])
+async def test_an_engine_is_told_from_engine(database_class: type[AnyDatabase], kind: str) -> None:
+    """The cure names the class that fits the engine, not the class that was called."""
+    is_async = kind == "AsyncDatabase"
+    engine: Any = (
+        create_async_engine("sqlite+aiosqlite://") if is_async else create_engine("sqlite://")
+    )
+    said = await told(lambda: database_class(engine))
+    assert said.startswith("This is an engine, not a database URL.")
+    assert f"Write `{kind}.from_engine(engine)`" in said
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "cure"),
+    [
+        ({"autocommit_reads": True}, "or write `{0}(url, autocommit_reads=…)`"),
+        ({"pool_size": 3, "echo": True}, "Set options of the engine in `create_{1}engine`"),
+        ({"expire_on_commit": True}, 'Write `session_options={{"expire_on_commit": True}}`'),
+    ],
+)
+async def test_an_option_that_from_engine_does_not_take_is_told(
+    database_class: type[AnyDatabase], options: dict[str, Any], cure: str
+) -> None:
+    """The engine is finished, so its options come too late."""
+    async with database_class("sqlite://") as database:
+        make: Any = database_class.from_engine
+        said = await told(lambda: make(database.engine, **options))
+    prefix = "async_" if database_class is AsyncDatabase else ""
+    assert cure.format(database_class.__name__, prefix) in said
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "cure"),
+    [
+        ({"expire_on_commit": True}, 'Write `session_options={"expire_on_commit": True}`.'),
+        (
+            {"info": {"password": SECRET}, "autoflush": False},
+            'Write `session_options={"autoflush": False, "info": …}`.',
+        ),
+        ({"class_": AsyncSession}, 'Write `session_options={"class_": …}`.'),
+    ],
+)
+async def test_an_option_of_the_session_is_told_where_it_belongs(
+    database_class: type[AnyDatabase], options: dict[str, Any], cure: str
+) -> None:
+    """The error comes when the database is described, not at startup."""
+    said = await told(lambda: database_class("sqlite://", **options))
+    assert said.endswith(f"but the session does. {cure}")
+
+
+@BOTH
+async def test_execution_options_belong_to_the_engine_too(
+    database_class: type[AnyDatabase],
+) -> None:
+    """Both the engine and the session have an option of this name."""
+    options = {"schema_translate_map": {None: "main"}}
+    async with database_class("sqlite://", execution_options=options) as database:
+        assert database.engine.get_execution_options() == options
 
 
 @pytest.mark.parametrize("value", [" ", '"sqlite:///shop.db"', f"db:{SECRET}"])
@@ -385,6 +452,22 @@ def test_an_option_with_a_typing_error_is_refused() -> None:
     options = "commit_when, on_commit_error, attempts, retry_on, retry_after, two_phase, read_only"
     cure = f"It takes {options}, on_report."
     assert said == f"DBSessionMiddleware takes no option attemps. {cure}"
+
+
+@pytest.mark.parametrize("name", ["database", "databases", "db", "engine", "url"])
+def test_a_database_that_is_given_by_name_is_told(name: str) -> None:
+    """The value, which may be a URL with a password, is not shown."""
+    said = refused(nothing, **{name: f"postgresql://app:{SECRET}@db/shop"})
+    cure = "Give databases without a name: `add_middleware(DBSessionMiddleware, database)`."
+    assert said == f"DBSessionMiddleware takes no option {name}. {cure}"
+
+
+@pytest.mark.parametrize("wrong", [True, False, SECRET], ids=["True", "False", "text"])
+def test_a_flag_for_read_only_is_told_the_function(wrong: Any) -> None:
+    """`begin(read_only=True)` takes a flag, but the middleware takes a function."""
+    said = refused(nothing, "sqlite://", read_only=wrong)
+    assert said.startswith("read_only takes a plain function, not something of type ")
+    assert said.endswith(" Write `read_only=safe_methods`, or leave it out.")
 
 
 @pytest.mark.parametrize("app", [None, f"sqlite:///{SECRET}", AsyncDatabase("sqlite://")], ids=str)

@@ -527,7 +527,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "an engine for a URL": (
         lambda any_: AsyncDatabase(any_(create_async_engine(URL))),
-        r"Write `dialect://user:password@host:port/name`",
+        r"Write `AsyncDatabase\.from_engine\(engine\)`",
     ),
     "an engine of the other kind": (
         lambda any_: AsyncDatabase.from_engine(any_(create_engine(SYNC_URL))),

@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -230,6 +231,36 @@ async def engine_for_a_database() -> None:
     await asyncio.to_thread(DBSessionMiddleware, nothing, engine)  # without an event loop
 
 
+async def url_for_a_variable() -> None:
+    AsyncDatabase.from_env("sqlite:///shop.db")
+
+
+async def engine_for_a_url() -> None:
+    engine: Any = create_async_engine("sqlite+aiosqlite:///shop.db")
+    AsyncDatabase(engine)
+
+
+async def option_of_from_engine() -> None:
+    make: Any = AsyncDatabase.from_engine
+    make(create_async_engine("sqlite+aiosqlite:///shop.db"), autocommit_reads=True)
+
+
+async def option_of_the_session() -> None:
+    AsyncDatabase("sqlite:///shop.db", expire_on_commit=True)
+
+
+async def database_by_name() -> None:
+    wrong: Any = DBSessionMiddleware
+    make = partial(wrong, nothing, database=AsyncDatabase("sqlite:///shop.db"))
+    await asyncio.to_thread(make)  # without an event loop
+
+
+async def flag_for_a_function() -> None:
+    wrong: Any = DBSessionMiddleware
+    make = partial(wrong, nothing, "sqlite:///shop.db", read_only=True)
+    await asyncio.to_thread(make)  # without an event loop
+
+
 async def session_of_the_other_kind() -> None:
     async def work() -> None:
         get_sync_session()
@@ -288,6 +319,12 @@ WAYS = (
     driver_that_blocks,
     driver_for_asyncio,
     engine_for_a_database,
+    url_for_a_variable,
+    engine_for_a_url,
+    option_of_from_engine,
+    option_of_the_session,
+    database_by_name,
+    flag_for_a_function,
     session_of_the_other_kind,
     async_session_in_a_thread,
     statement_in_a_thread,

@@ -20,6 +20,10 @@ D = TypeVar("D")
 # The middleware options that take a function with one parameter. For each option, this is the name
 # of the parameter that an error text shows.
 _PARAMETERS = {"on_commit_error": "error", "on_report": "report", "read_only": "scope"}
+# What an error text adds if such an option is not a function.
+_CURES = {"read_only": " Write `read_only=safe_methods`, or leave it out."}
+# Names under which applications may give a database, which has no name.
+_NAMES_OF_DATABASES = {"database", "databases", "db", "engine", "url"}
 # The default value of the argument `app`: no application was given as the first argument.
 no_application: Any = None
 
@@ -69,7 +73,7 @@ def usable_databases(
         check_function("commit_when", options["commit_when"])
         for name, parameter in _PARAMETERS.items():
             if options[name] is not None:
-                check_function(name, options[name], parameter)
+                check_function(name, options[name], parameter, _CURES.get(name, ""))
         # `check_function` has not checked the parameters of `commit_when`. `commit_rule` raises an
         # error if these parameters are wrong.
         commit_rule(options["commit_when"])
@@ -112,9 +116,11 @@ def _check_application(app: object) -> None:
 def _check_names(unknown: Mapping[str, object], options: Mapping[str, Any]) -> None:
     if unknown:
         known = [each for each in options if each not in ("app", "databases")]
+        cure = f"It takes {', '.join(known)}."
+        if unknown.keys() & _NAMES_OF_DATABASES:
+            cure = "Give databases without a name: `add_middleware(DBSessionMiddleware, database)`."
         raise ConfigurationError(
-            f"DBSessionMiddleware takes no option {', '.join(unknown)}. It takes "
-            f"{', '.join(known)}."
+            f"DBSessionMiddleware takes no option {', '.join(unknown)}. {cure}"
         )
 
 

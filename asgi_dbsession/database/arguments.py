@@ -34,16 +34,17 @@ def check_number(name: str, given: Any, least: int = 1, *, seconds: bool = False
     raise ConfigurationError(f"{name} takes a {kind}, {least} or more, not {shown}.")
 
 
-def check_function(name: str, given: object, parameter: str | None = None) -> None:
+def check_function(name: str, given: object, parameter: str | None = None, cure: str = "") -> None:
     """Raise an error if an argument is not a plain function with one parameter.
 
     Args:
         name: The name of the argument.
         given: Its value.
         parameter: The name of the parameter, for the error text. None: do not check parameters.
+        cure: What the error text adds if the argument is not a function.
     """
     if not callable(given):
-        raise ConfigurationError(f"{name} takes a plain function, not {kind_of(given)}.")
+        raise ConfigurationError(f"{name} takes a plain function, not {kind_of(given)}.{cure}")
     if iscoroutinefunction(given):
         raise ConfigurationError(
             f"{name} takes a plain function, not a coroutine function. Write it with `def`, not "

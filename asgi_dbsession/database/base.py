@@ -1,10 +1,9 @@
 """The base class of `AsyncDatabase` and `SyncDatabase`."""
 
 import os
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Never, TypeVar
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -46,7 +45,7 @@ class Database(EngineLife[E], Generic[E, S]):
     ) -> None:
         super().__init__(url, ping_on_startup, on_engine, engine_options)
         self._reads = reads_of(self, autocommit_reads, self.url.get_dialect().driver)
-        self._session_options = checked_options(session_options)
+        self._session_options = checked_options(session_options, engine_options)
         self.observers: tuple[UnitObserver, ...] = ()
 
     @classmethod
@@ -63,14 +62,9 @@ class Database(EngineLife[E], Generic[E, S]):
         """
         url = os.environ.get(str(variable))
         if not url:
-            # Show the value in the error only if it looks like the name of an environment variable.
-            # Any other value may be a URL, with a password.
-            is_name = re.fullmatch(r"[A-Z][A-Z0-9_]*", str(variable))
-            raise ConfigurationError(
-                f"{variable if is_name else 'The variable'} is not set. Set it to a database URL, "
-                f"for example `{variable if is_name else 'DATABASE_URL'}=sqlite:///shop.db`, or "
-                f"give {cls.__name__} the URL itself."
-            )
+            from .optional.mistakes import no_variable
+
+            raise no_variable(str(variable), cls.__name__)
         try:
             url_with_driver(url, asynchronous=cls.is_async)
         except ConfigurationError as error:
@@ -79,7 +73,12 @@ class Database(EngineLife[E], Generic[E, S]):
 
     @classmethod
     def from_engine(
-        cls, engine: E, *, session_options: Any = None, ping_on_startup: bool = True
+        cls,
+        engine: E,
+        *,
+        session_options: Any = None,
+        ping_on_startup: bool = True,
+        **unknown: Never,
     ) -> Self:
         """Make a database object that uses an existing engine, and never disposes this engine.
 
@@ -93,14 +92,16 @@ class Database(EngineLife[E], Generic[E, S]):
             engine: An `AsyncEngine` for `AsyncDatabase`, an `Engine` for `SyncDatabase`.
             session_options: The same dictionary as for `AsyncDatabase(...)` or `SyncDatabase(...)`.
             ping_on_startup: True if the startup must fail when the database does not answer.
+            **unknown: Any other argument is refused.
 
         Raises:
-            ConfigurationError: `engine` is not an engine, or is of the wrong kind (async or sync).
+            ConfigurationError: `engine` is not an engine, or is of the wrong kind (async or sync),
+                or another argument is wrong.
         """
         from .optional.borrowed.database import database_of
 
         options = {"session_options": session_options, "ping_on_startup": ping_on_startup}
-        made: Self = database_of(engine, cls, **options)
+        made: Self = database_of(engine, cls, unknown, **options)
         return made
 
     @property

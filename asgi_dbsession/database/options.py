@@ -49,15 +49,28 @@ class AsyncSessionOptions(_Options, Generic[AnyAsyncSession], total=False):
     sync_session_class: type[Session]
 
 
-def checked_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
+# An engine has `execution_options` too. The other options of a session are refused as options of an
+# engine.
+_SESSION_ONLY = AsyncSessionOptions.__optional_keys__ - {"execution_options"}
+
+
+def checked_options(
+    given: Mapping[str, Any] | None, engine_options: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the `session_options` of a database, with the defaults of this package added.
 
     Args:
         given: The `session_options` that the application has given. None if it has given none.
+        engine_options: The options of the engine.
 
     Raises:
-        ConfigurationError: `given` is not a dictionary.
+        ConfigurationError: `given` is not a dictionary, or an option of the session is among the
+            options of the engine.
     """
+    if misplaced := engine_options.keys() & _SESSION_ONLY:
+        from .optional.mistakes import options_of_the_session
+
+        raise options_of_the_session(misplaced, engine_options)
     if given is not None and not isinstance(given, Mapping):
         raise ConfigurationError(f"session_options takes a dictionary, not {kind_of(given)}.")
     return {

@@ -84,12 +84,9 @@ def _parse(url: str | URL) -> URL:
     if parsed is None or not text.isprintable() or _is_misread(parsed, text):
         # Raise this error outside of the `except` block. Otherwise the traceback would also show
         # SQLAlchemy's message, which may contain the password.
-        subject = "None" if url is None else "This"
-        raise ConfigurationError(
-            f"{subject} is not a database URL. Write `dialect://user:password@host:port/name`, for "
-            "example `postgresql://app@localhost/shop` or `sqlite:///shop.db`, without quotes, "
-            "and with special characters percent-encoded (`sqlalchemy.URL.create` does it)."
-        )
+        from .optional.mistakes import not_a_url
+
+        raise not_a_url(url)
     return parsed
 
 
