@@ -5,20 +5,25 @@ import asyncio
 import re
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import postgres
 import pytest
 import trio
 from asgi import get, respond
+from fastapi import Depends, FastAPI
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
 import asgi_dbsession
 from asgi_dbsession import (
@@ -345,6 +350,99 @@ async def test_the_page_quotes_what_is_said(
             await way()
         said.setdefault(type(caught.value).__name__, set()).add(str(caught.value))
     assert said == quoted()
+
+
+# Mistakes with errors of Python, SQLAlchemy and drivers
+
+
+async def block_for_a_session() -> None:
+    database: Any = AsyncDatabase("sqlite:///shop.db")
+    await database.begin().execute(text("SELECT 1"))
+
+
+async def async_block_of_a_sync_database() -> None:
+    database: Any = SyncDatabase("sqlite:///shop.db")
+    async with database.begin():
+        pytest.fail("it went on")
+
+
+async def plain_with_of_an_async_database() -> None:
+    database: Any = AsyncDatabase("sqlite:///shop.db")
+    with database:
+        pytest.fail("it went on")
+
+
+async def depend_on(database: Any) -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    async def handler(session: Annotated[Any, Depends(database.begin)]) -> None:
+        session.scalar(text("SELECT 1"))
+
+    async with database:
+        exchange = await get(DBSessionMiddleware(app, database))
+    assert exchange.error is not None
+    raise exchange.error
+
+
+async def block_for_a_dependency() -> None:
+    await depend_on(AsyncDatabase("sqlite:///shop.db"))
+
+
+async def sync_block_for_a_dependency() -> None:
+    await depend_on(SyncDatabase("sqlite:///shop.db"))
+
+
+async def stream_of_the_handler(driver: str) -> None:
+    url = postgres.new_database(f"stream_{driver}").set(drivername=f"postgresql+{driver}")
+    database = AsyncDatabase(url)
+
+    async def handler(request: Request) -> StreamingResponse:
+        rows = await database.get_session().stream(text("SELECT generate_series(1, 5000)"))
+
+        async def body() -> AsyncIterator[str]:
+            async for row in rows:
+                yield str(row[0])
+
+        return StreamingResponse(body())
+
+    app = Starlette(routes=[Route("/", handler)])
+    async with database:
+        exchange = await get(DBSessionMiddleware(app, database))
+    assert exchange.error is not None
+    raise exchange.error
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        block_for_a_session,
+        async_block_of_a_sync_database,
+        plain_with_of_an_async_database,
+        block_for_a_dependency,
+        sync_block_for_a_dependency,
+        partial(stream_of_the_handler, "asyncpg"),
+        partial(stream_of_the_handler, "psycopg"),
+    ],
+)
+async def test_the_page_has_a_row_for_the_error_of_a_mistake(
+    mistake: Callable[[], Awaitable[None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader who searches the page for the text of the error finds the cure."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - of Python or of a driver
+        await mistake()
+    assert not isinstance(caught.value, DBSessionError)
+    _, section = ERRORS.split("## Errors of SQLAlchemy and drivers")
+    messages = re.findall(r"`([^`]+)`", "".join(row.split("|")[1] for row in rows_of(section)))
+    patterns = [re.escape(each).replace("…", ".+") for each in messages]
+    assert any(re.search(each, str(caught.value)) for each in patterns), caught.value
+
+
+def rows_of(section: str) -> list[str]:
+    """The rows of the table in a section."""
+    return [line for line in section.splitlines() if line.startswith("| ")]
 
 
 def log_lines() -> set[str]:
