@@ -377,7 +377,7 @@ async def depend_on(database: Any) -> None:
 
     @app.get("/")
     async def handler(session: Annotated[Any, Depends(database.begin)]) -> None:
-        session.scalar(text("SELECT 1"))
+        session.execute(text("SELECT 1"))
 
     async with database:
         exchange = await get(DBSessionMiddleware(app, database))
