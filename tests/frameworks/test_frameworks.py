@@ -567,7 +567,7 @@ async def test_falcon_sync_to_async_loses_the_session(pages: Pages) -> None:
     class Threads:
         async def on_get(self, request: Any, response: Any) -> None:
             session = await asyncio.to_thread(get_session)
-            with pytest.raises(NoSession, match=r"Start it with `asyncio\.to_thread`"):
+            with pytest.raises(NoSession, match=r"start the thread with `asyncio\.to_thread`"):
                 await falcon.sync_to_async(get_session)
             response.media = session is get_session()
 
