@@ -421,13 +421,17 @@ def listeners_on(engine: Any) -> dict[str, int]:
     }
 
 
-def test_an_engine_of_ones_own_keeps_nothing_of_a_database_that_is_gone(real: Real) -> None:
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_an_engine_of_ones_own_keeps_nothing_of_a_database_that_is_gone(
+    real: Real, *, is_copy: bool
+) -> None:
     """No listener and no reference stays; while another database uses the engine, all stay."""
     kind: Any = SyncDatabase if real.is_sync else AsyncDatabase
     url = real.describe().url
     engine: Any = create_engine(url) if real.is_sync else create_async_engine(url)
     before = listeners_on(engine)
-    first, second = kind.from_engine(engine), kind.from_engine(engine)
+    given = engine.execution_options(logging_token="a copy") if is_copy else engine
+    first, second = kind.from_engine(given), kind.from_engine(given)
     app: Any = respond
     DBSessionMiddleware(app, first, on_report=print, attempts=2)
     watched = listeners_on(engine)

@@ -244,3 +244,22 @@ async def test_a_connection_that_is_cancelled_while_it_opens_is_not_left_behind(
         assert checked_out(database) == 0
     await empty(database)
     await becomes_true(lambda: running.real.connections() == 0)
+
+
+async def test_a_closed_session_is_not_in_the_registry_of_sqlalchemy(running: Running) -> None:
+    """Its callback there would swallow the exception of a signal handler."""
+    registry = import_module("sqlalchemy.orm.session")._sessions
+    keys: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        session: Any = running.database.get_session()
+        keys.append(getattr(session, "sync_session", session).hash_key)
+        assert keys[0] in registry
+        sessions.append(session)
+        await respond(send)
+
+    sessions: list[Any] = []
+    await Exchange(DBSessionMiddleware(app, running.database)).run()
+    assert keys[0] not in registry
+    assert running.stored() == ["kept"]
