@@ -68,8 +68,7 @@ def watch_all(watcher: Callable[[Engine], None], undo: Callable[[Engine], None])
 
 
 def unwatch(engine: Engine) -> None:
-    """Remove the listeners that `watch` added to `engine`."""
-    engine = original_engine(engine)
+    """Remove the listeners that `watch` added to an engine, which is not a copy."""
     if engine in _watched:
         stop_listening(engine, "handle_error", _record_failure)
         unwatch_sqlite(engine)
