@@ -39,10 +39,13 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         ping_on_startup: True if the startup must fail when the database does not answer.
         on_engine: A plain function that is called with each new `sqlalchemy.Engine` before its
             first connection. It can add listeners for SQLAlchemy's events to the engine.
-        autocommit_reads: True: read without a transaction until the unit of work writes. On MariaDB
-            and MySQL, a write then takes one more round trip. False: always read in a transaction.
-            None: read without a transaction only on PostgreSQL at READ COMMITTED, where the
-            application sees no difference.
+        autocommit_reads: True: a request or `begin()` block reads without a transaction until it
+            sends a statement that may write. This needs asyncpg, psycopg, asyncmy or aiomysql. At
+            isolation levels above READ COMMITTED, two reads may then contradict each other. On
+            MariaDB and MySQL, a request that writes then takes one more round trip. False: always
+            read in a transaction. None: the same as True on PostgreSQL with asyncpg or psycopg at
+            READ COMMITTED (each statement sees its own snapshot there anyway), and otherwise the
+            same as False.
         replicas: The URLs of replicas of a PostgreSQL server, or `Replicas(...)`. A unit of work
             that may only read uses a replica that has all changes that its client has seen.
         **engine_options: Arguments for `sqlalchemy.ext.asyncio.create_async_engine`.

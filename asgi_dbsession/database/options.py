@@ -1,4 +1,7 @@
-"""Checks the options `session_options` and `autocommit_reads`, and has types for the first."""
+"""Checks the options `session_options` and `autocommit_reads` of a database.
+
+The types of `session_options` are defined here too.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Generic
@@ -98,12 +101,13 @@ def reads_of(database: object, wanted: object, driver: str) -> Reads:
     """Return the object that decides if the sessions of a database read without BEGIN and COMMIT.
 
     Args:
-        database: The database.
-        wanted: The option `autocommit_reads` of the database.
-        driver: The name of the driver.
+        database: The database. An error shows its name.
+        wanted: The value that the application has given for the option `autocommit_reads`.
+        driver: The name of the database driver, for example "asyncpg".
 
     Raises:
-        ConfigurationError: The option is True, and the driver has no support for it.
+        ConfigurationError: The value is not True, False or None, or it is True and sessions cannot
+            read without a transaction with this driver.
     """
     if wanted is not None and not isinstance(wanted, bool):
         raise ConfigurationError("autocommit_reads takes True, False or None.")

@@ -1,4 +1,4 @@
-"""Stores which connections have only read so far, and sends BEGIN on them when needed."""
+"""Stores the connections on which BEGIN is delayed, and ends the delay before a write."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,37 +12,52 @@ from .roll_back import has_changes
 from .savepoints import with_outer
 from .sqlite import has_open_work
 
-# The drivers of PostgreSQL that can switch autocommit on and off without a round trip to the
-# server. Only with these drivers, BEGIN is delayed until a statement may write.
+# The drivers of PostgreSQL with which BEGIN is delayed until a statement may write. They can switch
+# autocommit on and off without a round trip to the server. So the delay costs nothing.
 DRIVERS = ("asyncpg", "psycopg")
-# The drivers of MariaDB and MySQL with which it can be delayed, if the application asks for it.
+# The drivers of MariaDB and MySQL with which BEGIN is delayed only if the application has set
+# `autocommit_reads=True`. With these drivers, each switch of autocommit costs a round trip.
 ON_DEMAND = ("asyncmy", "aiomysql", "pymysql")
-# The connections in autocommit mode whose BEGIN is delayed. The value is a function that switches
-# autocommit off. Its second argument is True if SQLAlchemy is executing a statement, and handles
-# all errors. (Weak references in a dictionary are faster than a `WeakKeyDictionary`.)
+# The connections that are in autocommit mode because BEGIN is delayed. The value is a function that
+# gets the connection and switches autocommit off. The second argument of the function is True if
+# SQLAlchemy is executing a statement: SQLAlchemy then handles an error of the driver. If the second
+# argument is False, the function itself must handle such an error. (Weak references in a dictionary
+# are faster than a `WeakKeyDictionary`.)
 delayed: dict[ref[Connection], Callable[[Connection, bool], None]] = {}
 
 
 class Reads:
-    """Decides if sessions read without BEGIN and COMMIT. In this base class they never do.
+    """Decides if the sessions of a database read without BEGIN and COMMIT.
+
+    This base class never delays BEGIN. Subclasses do, for PostgreSQL and for MariaDB or MySQL.
 
     Attributes:
-        is_shared: True inside `testing.rolled_back()`, where all sessions share one transaction.
-        connect: A function that opens the connections of sessions. None: SQLAlchemy opens them.
+        is_shared: True inside `testing.rolled_back()`. There, all sessions share one transaction,
+            so BEGIN is never delayed.
+        connect: A function that opens a connection for a session. None if SQLAlchemy opens the
+            connections, as usual.
     """
 
     is_shared: bool = False
     connect: Callable[[Any, Engine], Connection] | None = None
 
     def watch(self, engine: Engine) -> None:
-        """Called with each new engine of the database."""
+        """Called with each engine that the database builds. A subclass may add listeners to it."""
 
     def delay_begin(self, session: Session, connection: Connection) -> None:
-        """Called when SQLAlchemy begins a transaction. A subclass may delay BEGIN on the server."""
+        """Called when a session begins a transaction on a connection and probably only reads next.
+
+        A subclass may then delay BEGIN on the server until the session writes.
+        """
 
 
 def isolation_level(connection: Connection) -> str | None:
-    """Return the isolation level of transactions on the connection; None if it is unknown."""
+    """Return the isolation level for transactions on a connection. None if the level is unknown.
+
+    The level comes from SQLAlchemy's option `isolation_level`. If the application has not set this
+    option, the level is the default level of the server. A level that the application has set by
+    SQL text is not seen.
+    """
     level: str | None = connection.get_execution_options().get("isolation_level")
     default = connection.dialect.default_isolation_level
     return level or isolation_level_on_connect(connection) or default
@@ -50,7 +65,7 @@ def isolation_level(connection: Connection) -> str | None:
 
 def has_only_read(connection: Connection) -> bool:
     """Return True if it is certain that the transaction on the connection has no writes."""
-    # If the connection was lost, nobody knows any more if its transaction has written.
+    # If the connection to the server was lost, it is unknown if the transaction had writes.
     if connection.invalidated:
         return False
     if connection.dialect.name == "sqlite" and not connection.closed:
@@ -59,12 +74,16 @@ def has_only_read(connection: Connection) -> bool:
 
 
 def may_have_written(session: Session) -> bool:
-    """Return True unless it is certain that a session has no changes and no uncommitted writes."""
+    """Return True if a session may have uncommitted work: changed objects or writes.
+
+    Return False only if it is certain that the session has neither of them.
+    """
     transaction = session.get_transaction()
     if transaction is None or has_changes(session):
         return has_changes(session)
-    # If the transaction or a savepoint is inactive, a flush has failed, and has discarded the
-    # changed objects. So the session had work, although no changed object is left.
+    # If a flush fails, SQLAlchemy discards the changed objects, and marks the transaction or
+    # savepoint as inactive. So a session with an inactive transaction or savepoint had work, even
+    # if no changed object is left.
     opened = with_outer(session.get_nested_transaction() or transaction)
     if not all(each.is_active for each in opened):
         return True
@@ -72,7 +91,15 @@ def may_have_written(session: Session) -> bool:
 
 
 def begin_now(connection: Connection, *, in_statement: bool = False) -> None:
-    """If BEGIN was delayed, switch autocommit off: a transaction begins with the next statement."""
+    """If BEGIN is delayed on a connection, end the delay.
+
+    Autocommit is switched off, so that the next statement begins a transaction on the server.
+
+    Args:
+        connection: The connection. If BEGIN is not delayed on it, nothing happens.
+        in_statement: True if SQLAlchemy is executing a statement. SQLAlchemy then handles an error
+            of the driver. If it is False, an error of the driver is handled here, in the same way.
+    """
     begin = delayed.get(ref(connection))
     if begin is not None:
         begin(connection, in_statement)
@@ -80,10 +107,11 @@ def begin_now(connection: Connection, *, in_statement: bool = False) -> None:
 
 
 def begin_on_server(connection: Connection) -> None:
-    """Send BEGIN now if the driver is asyncpg: the application may use asyncpg's connection next.
+    """Send BEGIN to the server now if the driver of a connection is asyncpg.
 
-    For example, the application may call COPY on asyncpg's own connection. SQLAlchemy would send
-    BEGIN only before the next statement that SQLAlchemy itself sends.
+    With asyncpg, SQLAlchemy sends BEGIN only before the next statement that SQLAlchemy itself
+    sends. But the application may use asyncpg's own connection next (for COPY, for example). What
+    it writes there must be in the transaction too.
     """
     if connection.dialect.driver == "asyncpg" and connection.in_transaction():
         driver: Any = connection.connection.driver_connection
@@ -94,13 +122,14 @@ def begin_on_server(connection: Connection) -> None:
 
 
 def is_in_transaction(connection: Connection) -> bool:
-    """Return True if a transaction is open on the connection, according to its driver.
+    """Ask the driver (asyncpg or psycopg) if a transaction is open on a connection.
 
-    SQLAlchemy may not know this transaction: the application may have sent BEGIN on the driver's
+    SQLAlchemy does not know all transactions: the application may have sent BEGIN on the driver's
     own connection.
     """
     driver: Any = connection.connection.driver_connection
     if connection.dialect.driver == "asyncpg":
         return bool(driver.is_in_transaction())
-    # The driver psycopg uses libpq. In libpq, 0 is PQTRANS_IDLE: no transaction is open.
+    # psycopg uses PostgreSQL's library libpq. There, the status 0 (PQTRANS_IDLE) means that no
+    # transaction is open.
     return bool(driver.info.transaction_status != 0)

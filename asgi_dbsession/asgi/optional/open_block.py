@@ -1,4 +1,4 @@
-"""Refuses a response that starts inside a `begin()` block, before the block has committed."""
+"""Refuses a response that starts inside a `begin()` block, if the block has uncommitted work."""
 
 from typing import Any
 
@@ -7,19 +7,23 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
 
 def refuse_open_block(unit: UnitOfWork, innermost: UnitOfWork) -> None:
-    """Raise an error if the response would start before a `begin()` block around it has committed.
+    """Called before a response starts: raise an error if it would start inside a `begin()` block.
 
-    The block would commit or roll back after the response: a client could be told "201 Created" for
-    a row that is never stored. This happens if a dependency of FastAPI, or another generator, has a
-    `yield` in the block.
+    Such a block would commit or roll back only after the response has started. So a client could be
+    told "201 Created" for a row that is never stored. This happens if a dependency of FastAPI, or
+    another generator, has a `yield` inside `async with database.begin()`.
+
+    A block without uncommitted work is allowed. A block that an exception has already ended is
+    refused if its writes were rolled back. (For example, the generator was closed early.)
 
     Args:
-        unit: The unit of work of the request.
-        innermost: The unit of work that is current in the code that starts the response.
+        unit: The unit of work of the request: its sessions, which commit together.
+        innermost: The innermost unit of work (a request or a `begin()` block) around the code that
+            starts the response.
 
     Raises:
-        ConfigurationError: A `begin()` block is open there and has uncommitted work, or was left
-            without its end and has lost its work.
+        ConfigurationError: A `begin()` block inside the request has uncommitted work, or its work
+            was rolled back because of an exception.
     """
     chain = list(innermost.chain())
     for each in chain[: chain.index(unit)] if unit in chain else ():

@@ -20,20 +20,22 @@ from asgi_dbsession.session.reads import (
 
 from .plain import is_plain_read
 
-# The dialects whose engines have the listeners of this module. An engine and its copies with other
-# options share one dialect, so that no listener is added twice.
+# The dialects of the engines that have the listeners of this module already. An engine and its
+# copies (made by `Engine.execution_options`) share one dialect and its listeners. Without this set,
+# the listeners would be added again for each copy.
 _watched: WeakSet[Dialect] = WeakSet()
-# `connection.info` has this key while autocommit is switched on. The key tells the listener
-# `_restore` to switch autocommit off when the connection returns to the pool.
+# SQLAlchemy's dictionary `connection.info` has this key while this module keeps the connection in
+# autocommit mode. If the connection still has the key when it returns to the pool, the listener
+# `_restore` switches autocommit off. So the next user of the connection gets a transaction.
 _KEY = "asgi_dbsession.delayed_begin"
 
 
 class DelayingReads(Reads):
-    """Decides if the sessions of a database read without BEGIN and COMMIT.
+    """Decides if the sessions of a PostgreSQL database read without BEGIN and COMMIT.
 
-    At the isolation level READ COMMITTED, each statement sees its own snapshot of the data. So
-    BEGIN and COMMIT around a SELECT only cost two round trips to the server. Source:
-    https://www.postgresql.org/docs/current/transaction-iso.html
+    At the isolation level READ COMMITTED, each statement sees its own snapshot of the data, with or
+    without a transaction. So BEGIN and COMMIT around reads are of no use, and cost round trips to
+    the server. Source: https://www.postgresql.org/docs/current/transaction-iso.html
 
     Args:
         wanted: The option `autocommit_reads` of the database. True: read without BEGIN at every
@@ -46,11 +48,15 @@ class DelayingReads(Reads):
 
     @override
     def delay_begin(self, session: Session, connection: Connection) -> None:
-        """If it is safe, switch the connection to autocommit until a statement may write."""
+        """If a delay of BEGIN is safe, switch the connection to autocommit mode.
+
+        The connection stays in this mode until the session sends a statement that may write.
+        """
         if self._wanted is False or self.is_shared or not self._can_delay(session, connection):
             return
-        # Set `_KEY` before the switch to autocommit. If a signal handler raises an exception
-        # between these two steps, the listener `_restore` still switches autocommit off.
+        # First set `_KEY`, then switch autocommit on. A signal handler may raise an exception at
+        # any point. With this order, a connection in autocommit mode always has `_KEY`. So the
+        # listener `_restore` switches autocommit off when the connection returns to the pool.
         connection.info[_KEY] = True
         delayed[ref(connection, delayed.pop)] = _begin
         _set_autocommit(connection, True)
@@ -61,24 +67,28 @@ class DelayingReads(Reads):
             return False
         if is_flushing(session) or is_in_transaction(connection):
             return False
-        # A savepoint exists only inside a transaction that has begun already. So it is too late for
-        # autocommit.
+        # Inside a savepoint, the transaction has begun on the server already. So BEGIN cannot be
+        # delayed any more.
         if connection.in_nested_transaction():
             return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
-        # This package itself has one listener for `after_begin`.
+        # SQLAlchemy calls the listeners for `after_begin` and `begin` when a transaction begins.
+        # This package adds one listener for `after_begin`, and none for `begin`. If there are more,
+        # the application has added a listener, which may need a transaction (to send `SET LOCAL`,
+        # for example). This package cannot see the statements that such a listener sends on the
+        # driver's own connection. So BEGIN is not delayed.
         if len(list(session.dispatch.after_begin)) > 1 or list(connection.dispatch.begin):
-            # The application has a listener for BEGIN, which may need a transaction (to send `SET
-            # LOCAL`, for example). This package cannot see what a listener sends on the driver's
-            # own connection. So do not delay BEGIN.
             return False
         level = isolation_level(connection)
         return level != "AUTOCOMMIT" and (self._wanted is True or level == "READ COMMITTED")
 
 
 def watch_reads(engine: Engine) -> None:
-    """Add listeners to `engine` that send BEGIN before a statement that may write."""
+    """Add listeners to a PostgreSQL engine that end the delay of BEGIN.
+
+    The delay ends before a statement that may write, or when the connection returns to the pool.
+    """
     if engine.dialect not in _watched:
         _watched.add(engine.dialect)
         event.listen(engine, "checkin", _restore)
@@ -86,13 +96,13 @@ def watch_reads(engine: Engine) -> None:
 
 
 def watch_statements(engine: Engine) -> None:
-    """Add listeners to `engine` that call `begin_now` before a statement that may write."""
+    """Add listeners to `engine` that end the delay of BEGIN before a statement that may write."""
     for name, listener in _LISTENERS.items():
         listen_first(engine, name, listener)
 
 
 def unwatch_reads(engine: Engine) -> None:
-    """Remove the listeners that `watch_reads` added to `engine`."""
+    """Remove all listeners that the function `watch_reads` has added to `engine`."""
     if engine.dialect in _watched:
         _watched.discard(engine.dialect)
         event.remove(engine, "checkin", _restore)

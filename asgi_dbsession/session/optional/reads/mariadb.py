@@ -27,12 +27,17 @@ from .mariadb_connections import (
     watch_connections,
 )
 
-# Listeners of these packages for `checkout` send no statements.
+# The listeners of this package and of OpenTelemetry for SQLAlchemy's event `checkout` send no
+# statements. If the pool has any other listener for `checkout`, this listener may write. Then
+# sessions do not read in autocommit mode.
 _HARMLESS = ("asgi_dbsession.", "opentelemetry.")
 
 
 class AutocommitReads(Reads):
-    """Lets the sessions of a database read in autocommit mode until a statement may write."""
+    """Lets sessions on MariaDB or MySQL read in autocommit mode until a statement may write.
+
+    This class is used only if the application has set the option `autocommit_reads=True`.
+    """
 
     def __init__(self) -> None:
         self.connect: Callable[[Any, Engine], Connection] | None = self._connect
@@ -49,7 +54,12 @@ class AutocommitReads(Reads):
             watch_connections(engine)
 
     def _connect(self, session: Any, engine: Engine) -> Connection:
-        """Open a connection of the session: in autocommit mode if its first statement may read."""
+        """Open a connection for a session.
+
+        The connection is in autocommit mode if the first statement of the session is probably a
+        read, and if autocommit mode is safe. Otherwise the connection is in SQLAlchemy's usual
+        mode, in which all statements are in a transaction.
+        """
         if self.is_shared or not session._companion.expects_read or not _may_read(session, engine):
             return engine.connect()
         connection = connect_to_read(engine)
@@ -58,11 +68,17 @@ class AutocommitReads(Reads):
 
 
 def _may_read(session: Session, engine: Engine) -> bool:
-    """Return True if nothing but a plain read can follow before `begin_now` is called."""
+    """Return True if autocommit mode is safe: no write can be sent in this mode.
+
+    This package checks each statement of SQLAlchemy, and switches autocommit off before a statement
+    that may write. So only writes that SQLAlchemy does not know must be ruled out.
+    """
     if not isinstance(engine.dialect, ReadingDialect) or is_flushing(session):
         return False
-    # This package cannot see what a listener of the application sends on the driver's own
-    # connection. This package itself has one listener for `after_begin`.
+    # SQLAlchemy calls the listeners for `after_begin`, `begin` and `engine_connect` with a new
+    # connection. Of these, this package adds one listener for `after_begin`. If there are more, the
+    # application has added a listener, which may write on the driver's own connection. This package
+    # cannot see such a write. In autocommit mode, the server would store it at once.
     events = engine.dispatch
     if len(session.dispatch.after_begin) > 1 or events.begin or events.engine_connect:
         return False

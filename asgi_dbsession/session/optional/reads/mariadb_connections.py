@@ -1,12 +1,13 @@
 """Switches connections to MariaDB or MySQL between autocommit mode and transactions.
 
-A connection that has only read stays in autocommit mode, also while it is in the pool. All other
-users of the connection (a write, SQL text, `database.engine`) get it with autocommit switched off,
-as SQLAlchemy would give it to them: then the server itself begins each transaction.
+This module is used only with the option `autocommit_reads=True`. A connection that has only read
+stays in autocommit mode, also while it is in the pool. Before any other use of the connection (a
+write, SQL text, `database.engine`), this module switches autocommit off. This is SQLAlchemy's usual
+mode: the server begins a transaction at the next statement.
 
-BEGIN would not be safe here. After BEGIN, the server is in autocommit mode again as soon as the
-transaction ends without COMMIT (by CREATE TABLE, a deadlock, or on the driver's own connection).
-The next write would be stored, even if the request fails.
+It would not be safe to leave autocommit on and send BEGIN before a write. CREATE TABLE or a
+deadlock ends the transaction early, and the server would then be in autocommit mode again. It would
+store the next write at once, even if the request fails later.
 """
 
 import types
@@ -27,24 +28,43 @@ from typing_extensions import override
 from asgi_dbsession.session.end import current_end
 from asgi_dbsession.session.tasks import current_task
 
-# Bits of the status that the server sends with each answer. The bit for a transaction is reliable
-# only in autocommit mode. Source: https://mariadb.com/kb/en/ok_packet/
+# The server sends a status (a number made of bits) with each answer. The bit with the value 1 means
+# that a transaction is open. The bit with the value 2 means that autocommit is on. The first bit is
+# reliable only while autocommit is on. Source: https://mariadb.com/kb/en/ok_packet/
 _IN_TRANSACTION, _AUTOCOMMIT = 1, 2
-# The keys of `record_info`, a dictionary that belongs to a connection in the pool.
-# `_READS`: This module has switched autocommit on, and only plain reads were sent since then.
-# `_OWED`: This module has switched autocommit off, and must switch it on when the connection
-# returns to the pool. The value is the `End` that has sent COMMIT or ROLLBACK last, or None.
-# `_RETURNS`: The connection is returning to the pool now.
+# This module stores three keys in `record_info`, a dictionary that SQLAlchemy keeps for each
+# connection of a pool.
+#
+# `_READS` ("the connection is used for reads") is set while this module keeps the connection in
+# autocommit mode. Only SELECT statements that cannot write were sent in this mode. So COMMIT and
+# ROLLBACK have nothing to end, and are not sent.
+#
+# `_OWED` ("autocommit must be switched on again") is set after this module has switched autocommit
+# off, because the connection is used for more than reads. When the connection returns to the pool,
+# this module switches autocommit on again. The value of the key tells who sent COMMIT or ROLLBACK
+# last. The value is an `End` object if it was the commit or rollback of a request or `begin()`
+# block. The value is None if it was the application, for example by `session.commit()`, or if
+# nothing was sent yet.
+#
+# `_RETURNS` ("the connection returns to the pool") is set when the pool takes back a connection
+# that has the key `_OWED`. So the next ROLLBACK is the one that the pool itself sends.
 _READS, _OWED = "asgi_dbsession.reads", "asgi_dbsession.autocommit_owed"
 _RETURNS = "asgi_dbsession.returns"
 
-# Who waits in `connect_to_read` for a connection: the dialect, the task and the thread. (Not a
-# `ContextVar`: a task that is started meanwhile, by a listener, would inherit its value.)
+# The callers of `connect_to_read` that wait for a connection now. Each caller is stored as a tuple
+# of its dialect, task and thread. The listener `check_out` gives these callers a connection in
+# autocommit mode. (A `ContextVar` would not be safe here. If another listener starts a task at this
+# time, the task would inherit the value of the `ContextVar`. Then `check_out` would give the task
+# connections in autocommit mode too.)
 _readers: set[tuple[Dialect, object, int]] = set()
 
 
 def watch_connections(engine: Engine) -> None:
-    """Let an engine switch its connections to the mode that their users need."""
+    """Add listeners to an engine that switch autocommit on or off for each user of a connection.
+
+    The dialect of the engine also gets a new class, which does not send needless COMMIT and
+    ROLLBACK statements.
+    """
     engine.dialect.__class__ = _with_reads(type(engine.dialect))
     dialect: Any = engine.dialect
     event.listen(engine, "checkout", dialect.check_out, insert=True)
@@ -52,7 +72,7 @@ def watch_connections(engine: Engine) -> None:
 
 
 def connect_to_read(engine: Engine) -> Connection:
-    """Open a connection in autocommit mode."""
+    """Open a connection in autocommit mode, for a session that is about to read."""
     reader = _caller(engine.dialect)
     _readers.add(reader)
     try:
@@ -62,7 +82,11 @@ def connect_to_read(engine: Engine) -> Connection:
 
 
 class ReadingDialect(Dialect):
-    """A dialect that sends no COMMIT and no ROLLBACK after plain reads in autocommit mode."""
+    """A dialect that sends no COMMIT and no ROLLBACK after reads in autocommit mode.
+
+    In autocommit mode, no transaction is open after a read. So COMMIT and ROLLBACK would only cost
+    round trips to the server.
+    """
 
     @override
     def do_commit(self, dbapi_connection: PoolProxiedConnection) -> None:
@@ -79,8 +103,10 @@ class ReadingDialect(Dialect):
             super().do_rollback(dbapi_connection)
             _record_end(dbapi_connection)
             return
-        # The pool calls this method when the connection returns. If this very commit or rollback of
-        # a unit of work has ended the transaction already, another ROLLBACK would have no effect.
+        # The pool calls this method because the connection returns to the pool. Usually, the
+        # connection returns during a commit or rollback of a request or `begin()` block, just after
+        # COMMIT or ROLLBACK was sent. Then no transaction is open, and another ROLLBACK would only
+        # cost a round trip. In all other cases, a transaction may be open: send ROLLBACK.
         end = marks[_OWED]
         if end is None or end is not current_end.get():
             super().do_rollback(dbapi_connection)
@@ -89,19 +115,25 @@ class ReadingDialect(Dialect):
     def check_out(
         self, driver: Any, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection
     ) -> None:
-        """Called when a connection leaves the pool: switch autocommit on or off if needed."""
+        """Called when a connection leaves the pool: switch autocommit on or off for its new user.
+
+        Autocommit is switched on for a session that is about to read, and off for all other users.
+        """
         marks = _marks_of(entry)
         marks.pop(_RETURNS, None)
         try:
             if _caller(self) in _readers:
                 if not _is_reading(entry):
-                    # With `pool_reset_on_return=None`, a transaction may still be open. The switch
-                    # to autocommit mode would commit it.
+                    # With `pool_reset_on_return=None`, the transaction of an earlier user may still
+                    # be open. Switching autocommit on would commit this transaction. So first send
+                    # ROLLBACK.
                     driver.rollback()
                     _switch_on(driver, marks)
             elif _READS in marks:
                 _switch_off(driver, marks)
         except self.loaded_dbapi.Error as error:
+            # If the server has closed the connection while it was in the pool, this error lets
+            # SQLAlchemy open a new connection and use it instead.
             if self.is_disconnect(error, driver, None):
                 raise InvalidatePoolError(str(error)) from error
             raise
@@ -114,7 +146,8 @@ def _caller(dialect: Dialect) -> tuple[Dialect, object, int]:
 def _return(driver: Any, entry: ConnectionPoolEntry | None, state: PoolResetState) -> None:
     marks = _marks_of(entry)
     if _OWED in marks and state.transaction_was_reset:
-        # `Connection.close()` has just sent ROLLBACK, and the pool sends no other one.
+        # SQLAlchemy's `Connection.close()` has just sent ROLLBACK. So the pool sends no ROLLBACK of
+        # its own, and `do_rollback`, which usually switches autocommit on, is not called.
         _switch_on(driver, marks)
     elif _OWED in marks:
         marks[_RETURNS] = True
@@ -122,19 +155,24 @@ def _return(driver: Any, entry: ConnectionPoolEntry | None, state: PoolResetStat
 
 def _switch_on(driver: Any, marks: dict[str, Any]) -> None:
     marks.pop(_OWED, None)
-    # Set `_READS` before the switch. If a signal handler raises an exception between these two
-    # steps, `check_out` still switches autocommit off.
+    # First set `_READS`, then switch autocommit on. A signal handler may raise an exception at any
+    # point. With this order, a connection in autocommit mode always has `_READS`. So the listener
+    # `check_out` switches autocommit off before another user gets the connection.
     marks[_READS] = True
     driver.autocommit(True)
 
 
 def begin(pooled: PoolProxiedConnection) -> None:
-    """Switch autocommit off, so that a transaction begins with the next statement."""
+    """Switch autocommit off, so that the server begins a transaction at the next statement."""
     _switch_off(pooled.dbapi_connection, _marks_of(pooled))
 
 
 def obey(pooled: PoolProxiedConnection) -> None:
-    """Stay in autocommit mode, but send COMMIT and ROLLBACK: the application wants this mode."""
+    """Called if the application itself has chosen the isolation level AUTOCOMMIT for a connection.
+
+    The connection stays in autocommit mode. But from now on, COMMIT and ROLLBACK are sent on the
+    connection, as SQLAlchemy itself does it at this isolation level.
+    """
     _marks_of(pooled).pop(_READS, None)
 
 
@@ -145,7 +183,11 @@ def _switch_off(driver: Any, marks: dict[str, Any]) -> None:
 
 
 def _is_reading(pooled: ManagesConnection) -> bool:
-    """Return True if COMMIT and ROLLBACK would have no effect on the connection."""
+    """Return True if a connection has only read in autocommit mode, so that nothing can be open.
+
+    The status from the last answer of the server is checked too. The application may have begun a
+    transaction, or switched autocommit off, on the driver's own connection.
+    """
     if _READS not in _marks_of(pooled):
         return False
     driver: Any = pooled.driver_connection
@@ -159,14 +201,17 @@ def _record_end(pooled: PoolProxiedConnection) -> None:
 
 
 def _marks_of(pooled: ManagesConnection | None) -> dict[str, Any]:
-    # A connection that the application has detached from the pool has no dictionary.
+    # If the application has detached a connection from its pool, SQLAlchemy has no `record_info`
+    # dictionary for this connection. Then return an empty dictionary: the connection has no keys of
+    # this module.
     marks = pooled.record_info if pooled is not None else None
     return {} if marks is None else marks
 
 
 def _with_reads(dialect: type[Dialect]) -> type[Dialect]:
-    # A derived dialect needs this attribute. Without it, SQLAlchemy does not cache compiled
-    # statements.
+    # SQLAlchemy looks for the attribute `supports_statement_cache` in the class of the dialect, but
+    # not in the base classes. Without the attribute, SQLAlchemy does not cache compiled statements.
+    # So copy the attribute into the new class.
     known = {"supports_statement_cache": dialect.supports_statement_cache}
     return types.new_class(
         dialect.__name__, (ReadingDialect, dialect), exec_body=lambda body: body.update(known)

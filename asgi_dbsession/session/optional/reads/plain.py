@@ -1,4 +1,7 @@
-"""Decides if a statement only reads, by its SQLAlchemy objects and not by its SQL text."""
+"""Decides if a statement is a plain read: a SELECT built only of parts that cannot write.
+
+The parts are SQLAlchemy's objects, such as columns and tables. The SQL text is not read.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,9 +23,10 @@ from asgi_dbsession.session._sqlalchemy import (
     renders_expressions,
 )
 
-# The classes of SQLAlchemy from which a statement may be built if it only reads. Everything else
-# may write: other functions, FOR UPDATE, SQL text, literal columns, common table expressions, and
-# new classes of later SQLAlchemy versions.
+# A plain read (a SELECT that cannot write) is built only of objects of these SQLAlchemy classes. A
+# statement with any other part needs a transaction, because this part may write or lock rows. Other
+# parts are: other SQL functions, FOR UPDATE, `text()`, `literal_column()`, WITH (`cte()`), and
+# classes that a later SQLAlchemy version adds.
 _PLAIN = frozenset(
     {
         Column,
@@ -60,12 +64,21 @@ _PLAIN = frozenset(
         selectable.TableClause,
     }
 )
-# Stores for each compiled statement if it only reads. (A `WeakKeyDictionary` would be slower.)
+# The results of `is_plain_read`, by compiled statement. A value is True if the statement cannot
+# write. (Weak references in a dictionary are faster than a `WeakKeyDictionary`.)
 _known: dict[ref[Compiled], bool] = {}
 
 
 def is_plain_read(context: ExecutionContext) -> bool:
-    """Return True if all parts of the statement are of classes that cannot write."""
+    """Return True if it is certain that the statement of `context` cannot write.
+
+    The result is False for a statement that is given as a string. It is also False for a statement
+    that fetches its rows through a cursor on the server: on PostgreSQL, such a cursor needs a
+    transaction.
+
+    Args:
+        context: SQLAlchemy's data about a statement that SQLAlchemy is about to send.
+    """
     compiled: Compiled | None = context.compiled
     if compiled is None or is_server_side(context):
         return False
@@ -79,7 +92,9 @@ def is_plain_read(context: ExecutionContext) -> bool:
 
 def _elements_of(compiled: Compiled) -> Iterator[Any]:
     yield from iterate(compiled.statement)
-    # For eager loading, the ORM makes a second SELECT with joins. Check the parts of both SELECTs.
+    # At compilation, the ORM replaces the SELECT of the application by a second SELECT (with the
+    # joins for eager loading, for example). The statement is a plain read only if both SELECTs have
+    # no other parts than those of a plain read.
     state: Any = getattr(compiled, "compile_state", None)
     made = getattr(state, "statement", None)
     if made is not None and made is not compiled.statement:
@@ -89,19 +104,22 @@ def _elements_of(compiled: Compiled) -> Iterator[Any]:
 def _is_plain_element(element: Any, compiled: Compiled) -> bool:
     kind = next(each for each in type(element).__mro__ if not issubclass(each, Annotated))
     if kind is elements.ColumnClause and element.is_literal:
-        # A literal column is SQL text of the application. Only `*` is known to be safe, as in
-        # COUNT(*) and EXISTS (SELECT *).
+        # The application can write any SQL text in `literal_column()`, also a call of a function
+        # that writes. Only the text `*` is known to be safe: SQLAlchemy itself uses it in COUNT(*)
+        # and EXISTS (SELECT *).
         return bool(element.name == "*")
-    # SQLAlchemy uses a subclass of `BindParameter` for LIMIT and OFFSET, and a subclass of `Join`
-    # for joins of ORM classes. These subclasses cannot write either.
+    # SQLAlchemy itself has a subclass of `BindParameter` for LIMIT and OFFSET, and a subclass of
+    # `Join` for joins of ORM classes. Objects of these two subclasses cannot write. But a subclass
+    # that the application has made may add any SQL, so it is not accepted.
     is_variant = issubclass(kind, elements.BindParameter | Join) and _is_of_sqlalchemy(kind)
     if kind not in _PLAIN and not is_variant:
         return False
     if isinstance(getattr(element, "operator", None), custom_op) or has_additions(element):
         return False
     if kind is Select and element is not compiled.statement and is_orm_enabled(element):
-        # The ORM will replace this inner SELECT by another SELECT when it makes the SQL text. The
-        # parts of that other SELECT are not known here, and may write.
+        # This is an inner SELECT (a subquery, for example) of ORM classes. The ORM replaces the
+        # inner SELECT by another SELECT while SQLAlchemy makes the SQL text. The parts of the other
+        # SELECT are not known here, and may write.
         return False
     if any(_is_unquoted(getattr(element, name, None)) for name in ("name", "schema")):
         return False
@@ -109,7 +127,11 @@ def _is_plain_element(element: Any, compiled: Compiled) -> bool:
 
 
 def _is_unquoted(name: object) -> bool:
-    """Return True if the name is written without quotes, so that it may be any SQL text."""
+    """Return True if the application has given a name with `quote=False`, which may hide a write.
+
+    SQLAlchemy copies such a name into the SQL text as it is. So instead of the name of a table or
+    column, the application may have written any SQL, such as a call of a function.
+    """
     return isinstance(name, quoted_name) and name.quote is False
 
 
