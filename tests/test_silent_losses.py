@@ -934,3 +934,25 @@ async def test_no_exception_of_a_signal_handler_is_lost_when_a_failure_is_forgot
             (failed,) = failures.failed_transactions
             assert isinstance(failed.__callback__, BuiltinMethodType)
         assert not failures.failed_transactions
+
+
+async def test_with_a_listener_on_the_class_failures_are_recorded_once(tmp_path: Any) -> None:
+    """Each new engine would add one more listener to the class, and each failure call all."""
+    calls: list[Any] = []
+
+    def record(context: Any) -> None:
+        calls.append(context)
+
+    event.listen(Engine, "handle_error", record)
+    try:
+        for number in range(3):
+            database = SyncDatabase(f"sqlite:///{tmp_path}/{number}.db")
+            with database:
+                listeners = list(database.engine.dialect.dispatch.handle_error)
+                assert listeners[0] is failures._record_failure
+                assert listeners.count(failures._record_failure) == 1
+                with suppress(DBAPIError), database.begin() as session:
+                    session.execute(WRONG)
+        assert len(calls) == 3
+    finally:
+        event.remove(Engine, "handle_error", record)

@@ -213,6 +213,7 @@ def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> 
     """
     dispatch: Any = engine.dialect.dispatch
     target: Any = Engine if getattr(dispatch, name).parent_listeners else engine
+    stop_listening(target, name, listener)
     key: Any = _event_key(target, name, listener)
     key.dispatch_target._has_events = True
     key.base_listen(insert=True)
@@ -232,10 +233,10 @@ def is_first(target: Any, name: str, listener: Callable[..., object]) -> bool:
     return not of_class or of_class[0] is listener
 
 
-def stop_listening(engine: Engine, name: str, listener: Callable[..., object]) -> None:
-    """Remove a listener from an engine. If it was added to the class `Engine`, it stays there."""
-    if event.contains(engine, name, listener):
-        event.remove(engine, name, listener)
+def stop_listening(target: Any, name: str, listener: Callable[..., object]) -> None:
+    """Remove a listener from an engine or from the class `Engine`, if it was added to this one."""
+    if event.contains(target, name, listener):
+        event.remove(target, name, listener)
 
 
 def most_overflow(pool: QueuePool) -> int:

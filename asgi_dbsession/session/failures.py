@@ -100,7 +100,11 @@ def refuse_if_aborted(connections: tuple[Connection, ...], *, of_savepoint: bool
 
 def _record_failure(context: ExceptionContext) -> None:
     connection = context.connection
-    if connection is None or original_engine(connection.engine) not in _watched:
+    # SQLAlchemy calls this listener twice if it was added to the engine, and later to the class
+    # `Engine` too. The first call may have closed the connection.
+    if connection is None or connection.invalidated:
+        return
+    if original_engine(connection.engine) not in _watched:
         return
     if isinstance(context.original_exception, CancelledError) and connection.dialect.is_async:
         discard(connection)
