@@ -322,7 +322,7 @@ def _new_urls_on_mariadb(name: str) -> dict[str, URL]:
         engine = create_engine(administrator_url, connect_args=NO_TLS, poolclass=NullPool)
         with engine.begin() as connection:
             METADATA.create_all(connection)
-            for each in (*ON_MARIADB, "SET GLOBAL innodb_lock_wait_timeout = 0"):
+            for each in ON_MARIADB:
                 connection.execute(text(each))
     return urls
 
@@ -347,9 +347,12 @@ def opened_bench(kind: str, urls: dict[str, URL]) -> Iterator[Bench]:
     driver = kind.removesuffix("-sync")
     database_class: Any = SyncDatabase if kind.endswith("-sync") else AsyncDatabase
     dialect = urls[MAIN].get_backend_name()
-    options: Any = {"isolation_level": "READ COMMITTED"} if kind in MARIADB else {}
-    if driver == "pymysql":
-        options["connect_args"] = NO_TLS
+    options: Any = {}
+    if kind in MARIADB:
+        # Two sessions of one request would wait for each other forever.
+        arguments: dict[str, Any] = {"init_command": "SET innodb_lock_wait_timeout = 0"}
+        arguments |= NO_TLS if driver == "pymysql" else {}
+        options = {"isolation_level": "READ COMMITTED", "connect_args": arguments}
     databases = {
         wanted: {
             name: database_class(
