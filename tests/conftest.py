@@ -73,15 +73,15 @@ _MARIADB = ("asyncmy", "aiomysql", "pymysql-sync")
 # The kinds that `--quick` keeps: SQLite, an async driver and a blocking driver.
 _QUICK_KINDS = ("sqlite", "asyncpg", "psycopg-sync")
 # The tests that `--quick` skips: tests of other programs, other libraries, the documentation, and
-# the parts of the package that no promise needs (for example, reports and `health()`).
+# the parts of the package that no promise needs (for example, reports and retries).
 _SLOW_FOLDERS = ("servers", "frameworks", "libraries")
 _SLOW_MODULES = """
     audit benchmarks capacity comparison drivers example faults forks galera growing_guides
     guides health hosting_providers idle kept_bodies live live_in_a_browser matrix migrations
-    observability_guide overload package postgresql_guide races read_only_guide readme replicas
-    replicas_at_work replicas_failover replicas_guide replicas_lost report server_timing shop
-    site site_in_a_browser slow_uploads tenants testing testing_guide tokens tutorial
-    when_it_goes_wrong workers
+    observability_guide overload package postgresql_guide races read_only_guide readme
+    reads_mariadb replicas replicas_at_work replicas_failover replicas_guide replicas_lost
+    report retry retry_on run_transaction server_timing shop site site_in_a_browser slow_uploads
+    tenants testing testing_guide tokens tutorial when_it_goes_wrong workers
 """
 _SLOW = {*_SLOW_FOLDERS, *(f"test_{each}.py" for each in _SLOW_MODULES.split())}
 
