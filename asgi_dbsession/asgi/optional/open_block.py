@@ -34,7 +34,7 @@ def refuse_open_block(unit: UnitOfWork, innermost: UnitOfWork) -> None:
 def _text(database: Any) -> str:
     return (
         f"A response would start before the `begin()` block on {database} around it commits. "
-        "Nothing was sent, and nothing was stored. End the block before the response starts. In a "
-        "dependency with `yield`, use `get_session()` instead of the block; in a middleware, write "
-        "`begin(join=True)`."
+        "Nothing was sent, and all uncommitted work is rolled back. End the block before the "
+        "response starts. In a dependency with `yield`, use `get_session()` instead of the block; "
+        "in a middleware, write `begin(join=True)`."
     )
