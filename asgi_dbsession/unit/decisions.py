@@ -29,16 +29,16 @@ def set_rollback(rollback: bool) -> None:
         unit.is_used, unit.rollback, unit.rollbacks = True, rollback, {**others, task: rollback}
 
 
-def take_decision(unit: UnitOfWork, task: object, *, has_work: bool) -> bool | None:
+def take_decision(unit: UnitOfWork, task: object, *, of_ended_too: bool) -> bool | None:
     """Return the last `set_rollback` decision about the work of `task`, and forget it.
 
     Args:
         unit: The unit of work.
         task: The task that is about to send a message or to wait for a message.
-        has_work: False if only the `set_rollback` calls of `task` count. True if the calls of
-            worker threads and of ended tasks count too. Use True if work of `task` is committed
-            now, because their work is then committed too. Also use True if no task has uncommitted
-            work.
+        of_ended_too: True to count the `set_rollback` calls of worker threads and ended tasks too.
+            Use True if the work of `task` is committed or rolled back now, because the work of
+            these threads and tasks is part of it. Also use True if no task has uncommitted work.
+            False to count only the calls of `task`.
 
     Returns:
         The argument of the last `set_rollback` call that counts: True or False. None if no call
@@ -47,7 +47,7 @@ def take_decision(unit: UnitOfWork, task: object, *, has_work: bool) -> bool | N
     taken = [
         each
         for each in unit.rollbacks
-        if each is task or (has_work and (each is None or has_ended(each)))
+        if each is task or (of_ended_too and (each is None or has_ended(each)))
     ]
     decision = unit.rollbacks[taken[-1]] if taken else None
     unit.rollbacks = {each: value for each, value in unit.rollbacks.items() if each not in taken}

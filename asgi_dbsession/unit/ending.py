@@ -67,7 +67,7 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
     # If `task` has called `set_rollback`, the call decides about the work of `task`. If this work
     # stays uncommitted now, remember the call until the work is committed or rolled back.
     if unit.rollbacks and (own or not working or living == "refuse"):
-        rollback = take_decision(unit, task, has_work=bool(own) or not working)
+        rollback = take_decision(unit, task, of_ended_too=bool(own) or not working)
         if rollback is not None:
             commit, reason = not rollback, "set_rollback"
     end = End(commit, reason, task=task)
