@@ -25,7 +25,7 @@ class PositionStore(Protocol):
         """Return the WAL position that is saved for the client. None if none is saved."""
 
     async def save(self, scope: Scope, position: str) -> None:
-        """Save up to which WAL position of the primary the client has seen changes.
+        """Save the WAL position up to which the client has seen the changes of the primary.
 
         If the saved string is greater, keep it: a client must never see older data again.
 

@@ -57,7 +57,7 @@ class Lanes:
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def of(self, entry: Any) -> int:
-        """Return in which row the web page `LivePage` shows a connection, counted from 1.
+        """Return the number of the row in which the web page `LivePage` shows a connection, from 1.
 
         A connection keeps its row, so the row does not move while somebody reads the web page.
         """

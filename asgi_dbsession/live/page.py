@@ -158,7 +158,7 @@ class LivePage:
 
 
 def _wanted(scope: Scope) -> str:
-    """Return in which form a request asks for the web page `LivePage`, for example `json`.
+    """Return the form in which a request asks for the web page `LivePage`, for example `json`.
 
     The form is in the path (`/json`) or in the query (`?json`). The links on the web page use the
     query. Such a link works if the path of the web page ends with a slash, and also if it does not.

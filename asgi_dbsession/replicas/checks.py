@@ -50,7 +50,7 @@ def _is_store(given: Any) -> bool:
 def check_cookies(replica_sets: Sequence[Any]) -> None:
     """Raise an error if two databases with replicas have the same cookie.
 
-    For each database, a cookie stores up to which WAL position the client has seen the database.
+    For each database, a cookie stores the WAL position up to which the client has seen its data.
 
     Args:
         replica_sets: The `ReplicaSet` objects of all databases that have replicas.

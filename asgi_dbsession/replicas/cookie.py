@@ -17,8 +17,8 @@ from .seen_here import used_here
 _logger = logging.getLogger("asgi_dbsession")
 
 # Under this key, the ASGI scope has a dictionary: for each database with replicas (`ReplicaSet`),
-# up to which WAL position the client has seen it. An inner DBSessionMiddleware uses the same
-# dictionary.
+# the WAL position up to which the client has seen the database. An inner DBSessionMiddleware uses
+# the same dictionary.
 _KEY = "asgi_dbsession.seen"
 _SAFE = ("GET", "HEAD")
 _SHARED = re.compile(rb"(?i)\b(public|s-maxage)\b")
@@ -121,7 +121,7 @@ def _cookie(replica_set: ReplicaSet, text: str, scope: Scope) -> str:
 
 
 def _is_for_all(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Return True if the response may be stored in shared caches, and given to other clients."""
+    """Return True if a shared cache may store the response and give it to other clients."""
     return any(
         name.lower() == b"cache-control" and _SHARED.search(value) for name, value in headers
     )

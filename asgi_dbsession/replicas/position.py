@@ -93,7 +93,7 @@ class Seen:
 
     @property
     def is_trusted(self) -> bool:
-        """True if this package knows up to which WAL position the client has seen the database.
+        """True if this package knows the WAL position up to which the client has seen the database.
 
         Also True if the client has seen nothing yet. If this is False, the client must read from
         the primary, which has all changes.
@@ -102,7 +102,7 @@ class Seen:
 
     @property
     def text(self) -> str | None:
-        """Up to which WAL position the client has seen the database, as a string.
+        """The WAL position up to which the client has seen the database, as a string.
 
         The next request of the client gets this string from a cookie or a store. If the position is
         not known, the string makes this request read from the primary. None if the client has seen
@@ -129,9 +129,9 @@ class Seen:
     def news(self) -> str | None:
         """Return a string to send in the client's cookie, or to save in the application's store.
 
-        The string says up to which WAL position the client has seen the database. None if there is
-        nothing to send or save: the cookie or the store has this string already, or the client has
-        seen nothing yet.
+        The string has the WAL position up to which the client has seen the database. None if there
+        is nothing to send or save: the cookie or the store has this string already, or the client
+        has seen nothing yet.
         """
         # `users` has the sessions of this client that use the primary now. Such a session may have
         # committed, and the WAL position of its COMMIT is not known yet. So say that the position

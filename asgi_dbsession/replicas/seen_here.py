@@ -9,9 +9,9 @@ from asgi_dbsession.errors import ConfigurationError, kind_of
 
 from .position import Seen
 
-# For each database with replicas (`ReplicaSet`), up to which WAL position the current client has
-# seen the database. Each request sets its own dictionary. Code that serves no request, such as a
-# worker, gets a dictionary at its first unit of work (`begin()` block).
+# For each database with replicas (`ReplicaSet`), the WAL position up to which the current client
+# has seen the database. Each request sets its own dictionary. Code that serves no request, such as
+# a worker, gets a dictionary at its first unit of work (`begin()` block).
 _here: ContextVar[dict[Any, Seen] | None] = ContextVar("asgi_dbsession.seen", default=None)
 
 
@@ -20,8 +20,9 @@ def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
     """In the `with` block, use `seen` for the current client (of a request, for example).
 
     Args:
-        seen: For each database with replicas (`ReplicaSet`), up to which WAL position the client
-            has seen the database. Code in the block uses this to choose a replica, and updates it.
+        seen: For each database with replicas (`ReplicaSet`), the WAL position up to which the
+            client has seen the database. Code in the block uses this position to choose a replica,
+            and updates it.
     """
     token = _here.set(seen)
     try:
@@ -31,7 +32,11 @@ def used_here(seen: dict[Any, Seen]) -> Iterator[None]:
 
 
 def seen_here(replica_set: Any) -> Seen:
-    """Return up to which WAL position the current client has seen the database of `replica_set`."""
+    """Return the object with the WAL position up to which the current client has seen a database.
+
+    Args:
+        replica_set: The replicas of this database.
+    """
     found = _here.get()
     if found is None:
         found = {}
