@@ -207,7 +207,7 @@ def without_secrets(url: URL) -> str:
 
 
 def kind_of(given: object) -> str:
-    """Describe a wrong argument for an error text, without its value, which may be a secret."""
+    """For an error text, describe a wrong argument by its type: its value may be a secret."""
     return (
         given.__name__ if isinstance(given, type) else f"something of type {type(given).__name__}"
     )

@@ -20,9 +20,10 @@ D = TypeVar("D")
 # The middleware options that take a function with one parameter. For each option, this is the name
 # of the parameter that an error text shows.
 _PARAMETERS = {"on_commit_error": "error", "on_report": "report", "read_only": "scope"}
-# What an error text adds if such an option is not a function.
+# If an option must be a function, but is not, the error text ends with this sentence.
 _CURES = {"read_only": " Write `read_only=safe_methods`, or leave it out."}
-# Names under which applications may give a database, which has no name.
+# Databases are positional arguments. If an application gives a database as a keyword argument with
+# one of these names, the error text says how to write it.
 _NAMES_OF_DATABASES = {"database", "databases", "db", "engine", "url"}
 # The default value of the argument `app`: no application was given as the first argument.
 no_application: Any = None
@@ -74,8 +75,8 @@ def usable_databases(
         for name, parameter in _PARAMETERS.items():
             if options[name] is not None:
                 check_function(name, options[name], parameter, _CURES.get(name, ""))
-        # `check_function` has not checked the parameters of `commit_when`. `commit_rule` raises an
-        # error if these parameters are wrong.
+        # `check_function` has not checked the parameters of `commit_when`. So call `commit_rule`,
+        # which raises an error if the parameters are wrong.
         commit_rule(options["commit_when"])
         check_number("attempts", options["attempts"])
         if options["retry_after"] is not None:

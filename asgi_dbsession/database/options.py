@@ -52,8 +52,8 @@ class AsyncSessionOptions(_Options, Generic[AnyAsyncSession], total=False):
     sync_session_class: type[Session]
 
 
-# An engine has `execution_options` too. The other options of a session are refused as options of an
-# engine.
+# The options of a session that are refused as options of an engine. `execution_options` is not
+# refused, because an engine has this option too.
 _SESSION_ONLY = AsyncSessionOptions.__optional_keys__ - {"execution_options"}
 
 

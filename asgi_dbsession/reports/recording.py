@@ -56,7 +56,7 @@ class Recording:
         self._unit.has_news = True
 
     def connected(self, own: Any, connection: Any) -> None:
-        """Record that the session got a connection, and has begun its transaction.
+        """Record that the session got a connection, and has begun a transaction on it.
 
         Args:
             own: The engine of the session. Connections of other engines are ignored. None to record

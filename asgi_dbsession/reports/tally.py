@@ -21,9 +21,10 @@ MOST_STEPS = 200
 _NOTHING = 50e-6
 # A report shows the SQL text of each step. For a COMMIT or ROLLBACK that failed, the text is:
 FAILED = "failed"
-# These kinds of steps are shown as another kind. The step `hold` is the time from the request for a
-# connection until the session gets the connection, so it is shown as `wait`. The step `prepare` is
-# the first half of a two-phase COMMIT, so it is shown as `commit`.
+# These kinds of steps are shown as another kind. A step `hold` means that the session holds a
+# connection from the stop of this step on. From start to stop, the session waited for the
+# connection, so this time is shown as `wait`. The step `prepare` is the first half of a two-phase
+# COMMIT, so it is shown as `commit`.
 _SHOWN_AS: dict[str, Kind] = {"hold": "wait", "prepare": "commit"}
 
 

@@ -37,9 +37,9 @@ def unwatch_usage(engine: Engine) -> None:
             delattr(engine.dialect, name)
 
 
-# The functions below look up the method of the dialect at each call, because
-# `testing.rolled_back()` changes the class of the dialect object. If a connection has no attribute
-# `asgi_dbsession_steps`, no session uses it, and its statements are not recorded.
+# The functions below replace methods of a dialect object, and call the original method of its
+# class. They look up the original method at each call, and do not store it, because
+# `testing.rolled_back()` changes the class of the dialect object.
 
 
 def _executing(dialect: Any, name: str) -> Callable[..., None]:
@@ -48,6 +48,7 @@ def _executing(dialect: Any, name: str) -> Callable[..., None]:
         try:
             steps = context.root_connection.asgi_dbsession_steps
         except AttributeError:
+            # No session uses this connection, so the statement is not recorded.
             getattr(type(dialect), name)(dialect, cursor, statement, *values)
             return
         # Use the SQL text before the values are known. In the final text, an `IN` list has as many

@@ -108,7 +108,10 @@ class WatchedAttempt(RunningAttempt):
 
 
 def watch_conflicts(engine: Engine) -> None:
-    """Add listeners to `engine` that record conflicts and COMMITs for the running attempt."""
+    """Add listeners to `engine` that record conflicts and COMMITs in the attempts that are running.
+
+    An attempt runs a request, or the function given to `run_transaction`.
+    """
     for name, listener in _LISTENERS.items():
         event.listen(engine, name, listener)
 
@@ -187,9 +190,9 @@ def _record_stored(session: Session) -> None:
 
 
 def _under_way() -> list[WatchedAttempt]:
-    """Return the attempts in which this code runs: of the request, and of `run_transaction`.
+    """Return the attempts in which the calling code runs, if a retry can still follow them.
 
-    Attempts that no retry can follow are left out.
+    For example, an attempt of `run_transaction` may run inside an attempt to serve the request.
     """
     attempt = running_attempt.get()
     return attempt.enclosing() if isinstance(attempt, WatchedAttempt) else []

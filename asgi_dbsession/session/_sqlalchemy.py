@@ -44,12 +44,11 @@ def flush_for_commit(session: Session) -> None:
 
 
 class ConnectingSession(Session):
-    """A session with transaction classes of this package, for which SQLAlchemy has no option.
+    """A session that uses transaction classes of this package. SQLAlchemy has no option for this.
 
     `begin()` and `begin_nested()` make objects of the class `transaction_class`. A transaction may
-    also begin by itself, at the first statement. It is then a `ConnectingTransaction` if the
-    `_companion` of the session (the data of this package) has a function `connect`, which opens the
-    connections.
+    also begin by itself, at the first statement. It is then a `ConnectingTransaction` if a feature
+    of this package opens the connections (see `Companion.connect`).
     """
 
     transaction_class: type[SessionTransaction] = SessionTransaction
@@ -58,8 +57,7 @@ class ConnectingSession(Session):
     def begin(self, nested: bool = False) -> SessionTransaction:
         outer = self._transaction
         if not nested or (outer is not None and outer._state is not SessionTransactionState.ACTIVE):
-            # Call SQLAlchemy's own `begin` for a transaction. For a savepoint in a transaction that
-            # is not active (after a failed flush, for example), this call raises an error.
+            # For a savepoint in an inactive transaction, let SQLAlchemy's `begin` raise its error.
             return super().begin(nested)
         outer = outer or self._autobegin_t(begin=True)
         inner = self.transaction_class(self, SessionTransactionOrigin.BEGIN_NESTED, outer)
@@ -112,7 +110,7 @@ class ConnectingTransaction(SessionTransaction):
 
 
 class _Connector:
-    """Replaces an engine: `connect()` lets a feature of this package (such as replicas) connect."""
+    """Given to SQLAlchemy instead of an engine; a feature (such as replicas) provides `connect`."""
 
     def __init__(self, connect: Callable[[], Connection]) -> None:
         self.connect: Callable[[], Connection] = connect
@@ -234,7 +232,7 @@ def is_first(target: Any, name: str, listener: Callable[..., object]) -> bool:
 
 
 def stop_listening(target: Any, name: str, listener: Callable[..., object]) -> None:
-    """Remove a listener from an engine or from the class `Engine`, if it was added to this one."""
+    """Remove `listener` from `target` (an engine, or the class `Engine`), if it was added there."""
     if event.contains(target, name, listener):
         event.remove(target, name, listener)
 
@@ -245,5 +243,8 @@ def most_overflow(pool: QueuePool) -> int:
 
 
 def handle_driver_error(connection: Connection, error: BaseException) -> None:
-    """Do what SQLAlchemy does if the driver raises an error at BEGIN, and raise the error."""
+    """Raise an error of the driver at BEGIN as SQLAlchemy does: as an SQLAlchemy error.
+
+    Before that, the listeners for `handle_error` are called, and a lost connection is closed.
+    """
     connection._handle_dbapi_exception(error, None, None, None, None)

@@ -62,10 +62,10 @@ class SessionRecording(Protocol):
     """Records what a session does; see the package `reports`."""
 
     def connected(self, own: Any, connection: Connection) -> None:
-        """Called when a session has begun a transaction on a connection.
+        """Record that a session got a connection, and has begun a transaction on it.
 
         Args:
-            own: The engine of the session. Only connections of this engine are recorded. None to
+            own: The engine of the session. Connections of other engines are not recorded. None to
                 record the connections of all engines.
             connection: The connection.
         """
@@ -128,7 +128,12 @@ class Companion:
         self.followers: list[Follower] = []
 
     def wrap_connect(self, wrapper: Callable[[Connect, Any, Engine], Connection]) -> None:
-        """Open connections with `wrapper`. Its first argument is the function used until now."""
+        """Open the next connections of the session with `wrapper`.
+
+        Args:
+            wrapper: A function with three arguments: the function that has opened the connections
+                until now, the session and the engine. It returns the connection.
+        """
         self.connect = partial(wrapper, self.connect or _connect)
 
     @property

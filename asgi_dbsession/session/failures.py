@@ -30,8 +30,9 @@ _ROLLING_BACK = (1213, 1020, 1206)
 
 # The engines whose failed statements are recorded.
 _watched: WeakSet[Engine] = WeakSet()
-# Functions of other features (retries, for example) that add more listeners to each engine whose
-# failed statements are recorded. The value for each key is a function that removes the listeners.
+# Each key is a function of another feature (retries, for example). It adds the listeners of this
+# feature to each engine whose failed statements are recorded. The value is a function that removes
+# these listeners.
 _watchers: dict[Callable[[Engine], None], Callable[[Engine], None]] = {}
 
 
@@ -68,7 +69,11 @@ def watch_all(watcher: Callable[[Engine], None], undo: Callable[[Engine], None])
 
 
 def unwatch(engine: Engine) -> None:
-    """Remove the listeners that `watch` added to an engine, which is not a copy."""
+    """Remove the listeners that `watch` added.
+
+    Args:
+        engine: The original engine, not a copy that `Engine.execution_options` has made.
+    """
     if engine in _watched:
         stop_listening(engine, "handle_error", _record_failure)
         unwatch_sqlite(engine)
@@ -101,7 +106,7 @@ def refuse_if_aborted(connections: tuple[Connection, ...], *, of_savepoint: bool
 def _record_failure(context: ExceptionContext) -> None:
     connection = context.connection
     # SQLAlchemy calls this listener twice if it was added to the engine, and later to the class
-    # `Engine` too. The first call may have closed the connection.
+    # `Engine` too. If the first call has closed the connection, the second call does nothing.
     if connection is None or connection.invalidated:
         return
     if original_engine(connection.engine) not in _watched:

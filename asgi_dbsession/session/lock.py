@@ -55,7 +55,7 @@ class SessionLock(ABC):
 
     @property
     def is_busy(self) -> bool:
-        """True if an operation, a commit or a rollback uses the session, or waits for that."""
+        """True if an operation, a commit or a rollback uses the session, or waits to use it."""
         return self._holder is not None or bool(self._ends)
 
     @property
@@ -185,7 +185,7 @@ class SessionLock(ABC):
 
     def _change_delayed(self) -> None:
         if not self.is_closing and any(each is not self._held_for for each in self._ends):
-            return  # Another commit waits, which must not store the delayed changes: keep them.
+            return  # Another commit waits. Make the delayed changes (see `delay`) only after it.
         delayed, self._delayed = self._delayed, ()
         for caller, change in delayed:
             self._add_user(caller)
@@ -230,7 +230,7 @@ class SessionLock(ABC):
 
     @abstractmethod
     def _is_abandoned(self, thread: int, since: float = 0) -> bool:
-        """Return True if the lock that `thread` wants, since this time, has a holder that ended."""
+        """Return True if the holder of the lock has ended, but has not released the lock."""
 
     def _new_waiter(self) -> "Future[None]":
         released: Future[None] = Future()

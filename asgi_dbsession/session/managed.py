@@ -53,8 +53,9 @@ class ManagedSession(Generic[S]):
     def has_work(self) -> bool:
         """True if the session has anything to commit or roll back, or if an operation runs."""
         # After a flush or a statement, `in_transaction()` is True. Changed and new objects are work
-        # too, because a commit flushes them. If `must_fail` is True, the application has caught the
-        # error of a refused write, for example. Only a commit raises this error again.
+        # too, because a commit flushes them. `must_fail` is True if the application has caught the
+        # error of a refused write, for example. This counts as work, so that a commit follows, and
+        # raises the error again.
         session, lock = self.orm, self.lock
         if session.in_transaction() or session.identity_map.check_modified() or lock.is_busy:
             return True

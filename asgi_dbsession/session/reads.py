@@ -65,7 +65,8 @@ def isolation_level(connection: Connection) -> str | None:
 
 def has_only_read(connection: Connection) -> bool:
     """Return True if it is certain that the transaction on the connection has no writes."""
-    # If the connection to the server was lost, it is unknown if the transaction had writes.
+    # If the connection to the server was lost, nobody can tell if the transaction had writes. So
+    # the answer is False.
     if connection.invalidated:
         return False
     if connection.dialect.name == "sqlite" and not connection.closed:

@@ -103,8 +103,8 @@ def end_failed_commit(connection: Connection) -> None:
 def has_open_work(connection: Connection) -> bool:
     """Return True if the transaction of a connection may have written.
 
-    BEGIN is sent only before a statement that may write. After BEGIN, the transaction is open, or
-    an error has made SQLite roll it back.
+    BEGIN is sent only before a statement that may write. So return True if a transaction is open on
+    SQLite, or if an error has made SQLite roll back the transaction.
     """
     return _is_open(connection) or bool(vars(connection).get(_ROLLED_BACK))
 
@@ -137,8 +137,8 @@ def _needs_begin(connection: Connection, statement: str) -> bool:
 def _begin(connection: Connection) -> None:
     driver: Any = connection.connection.driver_connection
     level = driver.isolation_level
-    # If the driver has no isolation level, the application has switched the driver to autocommit.
-    # Only newer versions of Python have the attribute `autocommit`.
+    # If `isolation_level` is None, or `autocommit` is True, the application has switched the driver
+    # to autocommit. The attribute `autocommit` is missing before Python 3.12, and in aiosqlite.
     is_autocommit = level is None or getattr(driver, "autocommit", None) is True
     if not is_autocommit or vars(connection).get(_ROLLED_BACK, False):
         cursor = connection.connection.cursor()

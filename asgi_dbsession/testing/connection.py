@@ -62,9 +62,9 @@ class SharedConnection:
             below = self._open[-1] if self._open else None
             try:
                 if below is not None and below.saved and not below.wrote:
-                    # `transaction` begins inside of `below`, which has written nothing yet. Remove
-                    # the savepoint of `below`. Otherwise a rollback of `below` to this savepoint
-                    # would also undo what `transaction` has committed.
+                    # `below` is the outer transaction. Here, its rollback would also undo what
+                    # `transaction` commits; in production, it would not. So remove the savepoint of
+                    # `below`, which has written nothing yet. Its next statement sets it again.
                     self._release(below)
                 self._save(transaction)
             except self._error as error:
@@ -91,7 +91,7 @@ class SharedConnection:
         """
         self.refuse_if_lost()
         if transaction not in self._open:
-            # SQLAlchemy's documentation shows a listener that sends BEGIN to SQLite. Skip it.
+            # On SQLite, a listener of the application may send BEGIN. Do not send this BEGIN.
             yield not statement.lstrip().upper().startswith("BEGIN")
             return
         with self._on_top(transaction):
@@ -125,7 +125,7 @@ class SharedConnection:
                 self._undo(transaction)
                 raise
             finally:
-                # If the connection was lost, no transaction is open any more, and none is removed.
+                # If the connection was lost, `lose` has already removed all transactions.
                 if transaction in self._open:
                     self._open.remove(transaction)
             if self._open and (transaction.wrote or transaction.keeps):
@@ -162,9 +162,9 @@ class SharedConnection:
         self._free.wake()
 
     def end(self, reason: NotIsolated) -> AbstractContextManager[None]:
-        """Let all later statements fail. Return a `with` block for giving the connection back.
+        """Let all later statements fail. Return a context manager that waits for running ones.
 
-        The block waits until no statement runs any more, or raises TimeoutError after some time.
+        In its `with` block, return the connection to the pool. A long wait raises TimeoutError.
         """
         self.lose(reason)
         return self._free.alone(lambda: True)

@@ -89,11 +89,11 @@ def _outlived(isolation: Isolation) -> bool:
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
         return True
-    # A thread may have no copy of the context in which it was started. Then `_block` does not tell
-    # which test has started the thread. So assume that this test has ended, and let the work of the
-    # thread be refused. Do not refuse the work of two kinds of threads: those that ran before the
-    # first `rolled_back` block, and those of a thread pool. A thread pool runs each function in the
-    # context of the code that submitted the function.
+    # A thread may have no copy of the context in which it was started. Then the context variable
+    # `_block` does not tell which test has started the thread. So return True, as if that test has
+    # ended: the work of the thread is refused. Two kinds of threads are not refused: those that ran
+    # before the first `rolled_back` block, and those of a thread pool. A thread pool runs each
+    # function in the context of the code that submitted the function.
     thread = threading.current_thread()
     return (
         task is None

@@ -33,10 +33,10 @@ class UnitObserver:
         """
 
     def unit_began(self, unit: Any) -> None:
-        """Called when a unit of work begins.
+        """Called when a unit of work begins, if it has this observer from the beginning.
 
-        A unit of work gets the observers of a database later, when it opens a session of the
-        database. This method is not called for these observers.
+        A unit of work gets the observers of a database only when it opens its session of this
+        database. If an observer is added in this way, this method is not called.
         """
 
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:

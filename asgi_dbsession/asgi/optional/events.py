@@ -21,8 +21,8 @@ _WARNING = (
     "COMMIT can still fail. If the event says that work is stored, do the work in "
     "`database.begin()`, or call `commit()` before the event. This is logged once for each route."
 )
-# The routes for which the warning about an event that was sent before COMMIT was logged already.
-# The warning is logged only once for each route.
+# The routes that have got the warning already: a server-sent event was sent before COMMIT. The
+# warning is logged only once for each route.
 _warned: set[str] = set()
 
 

@@ -46,7 +46,10 @@ class SocketExchange:
         self._waiting = 0
 
     async def receive(self) -> Message:
-        """Commit the work of the calling task, which must hold no connection while it waits."""
+        """Commit the work of the calling task, and then wait for a message from the client.
+
+        So the task holds no database connection while it waits.
+        """
         await self._end_work(commit=True)
         self._waiting += 1
         try:

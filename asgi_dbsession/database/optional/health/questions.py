@@ -14,8 +14,8 @@ from asgi_dbsession.database.engines import call_with, select_one
 # A blocking driver cannot be stopped, so a check may still run in its thread after its callers have
 # stopped waiting. At most this many checks run at the same time.
 _MAX_RUNNING = 3
-# A caller looks again and again if the thread of its check has finished. Between two looks, the
-# caller sleeps: first for `_FIRST_LOOK` seconds, later for up to `_LAST_LOOK` seconds.
+# A caller sleeps, looks if the thread of its check has finished, sleeps again, and so on. The first
+# sleep takes `_FIRST_LOOK` seconds. Each next sleep is twice as long, up to `_LAST_LOOK` seconds.
 _FIRST_LOOK, _LAST_LOOK = 0.0005, 0.02
 
 
@@ -124,8 +124,8 @@ class ThreadQuestions:
         with self._mutex:
             if self._current is not None and self._current[0] is engine:
                 return self._current[1]
-            # Earlier checks if the database answers may still run in their threads, although
-            # nobody waits for them any more. If too many of them run, do not start another check.
+            # The threads of earlier checks may still run, although nobody waits for them any more.
+            # If too many of them run, do not start another check.
             if self._running >= _MAX_RUNNING:
                 return None
             answer: Future[None] = Future()

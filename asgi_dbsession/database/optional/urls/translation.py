@@ -1,4 +1,4 @@
-"""Translates options in a database URL from a hosting provider for the Python driver."""
+"""Translates a hosting provider's options in a database URL into options of the Python driver."""
 
 from collections.abc import Callable
 from typing import Any

@@ -36,8 +36,8 @@ def begin_read_only(connection: Connection) -> None:
         if ref(connection) not in delayed and not _skips_rollback(connection):
             connection.exec_driver_sql(ON_MARIADB)
     elif name == "sqlite" and not isinstance(connection.engine.pool, StaticPool):
-        # Not with StaticPool: all sessions share one connection, and so `PRAGMA query_only` would
-        # refuse the writes of other sessions too.
+        # With StaticPool, all sessions share one connection. `PRAGMA query_only` would refuse the
+        # writes of other sessions too, so it is not used there.
         _begin_on_sqlite(connection)
 
 

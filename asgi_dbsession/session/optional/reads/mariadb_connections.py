@@ -60,10 +60,10 @@ _readers: set[tuple[Dialect, object, int]] = set()
 
 
 def watch_connections(engine: Engine) -> None:
-    """Add listeners to an engine that switch autocommit on or off for each user of a connection.
+    """Add listeners to an engine that switch the autocommit mode of its connections.
 
-    The dialect of the engine also gets a new class, which does not send needless COMMIT and
-    ROLLBACK statements.
+    A listener is called when a connection leaves its pool, and another when it returns. The dialect
+    of the engine also gets a new class, which sends no needless COMMIT and ROLLBACK.
     """
     engine.dialect.__class__ = _with_reads(type(engine.dialect))
     dialect: Any = engine.dialect
@@ -115,18 +115,18 @@ class ReadingDialect(Dialect):
     def check_out(
         self, driver: Any, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection
     ) -> None:
-        """Called when a connection leaves the pool: switch autocommit on or off for its new user.
+        """Called when a connection leaves the pool: switch autocommit on or off.
 
-        Autocommit is switched on for a session that is about to read, and off for all other users.
+        Autocommit is switched on for a session that is about to read, and off for all other code.
         """
         marks = _marks_of(entry)
         marks.pop(_RETURNS, None)
         try:
             if _caller(self) in _readers:
                 if not _is_reading(entry):
-                    # With `pool_reset_on_return=None`, the transaction of an earlier user may still
-                    # be open. Switching autocommit on would commit this transaction. So first send
-                    # ROLLBACK.
+                    # With `pool_reset_on_return=None`, an earlier transaction may still be open on
+                    # the connection. Switching autocommit on would commit this transaction. So
+                    # first send ROLLBACK.
                     driver.rollback()
                     _switch_on(driver, marks)
             elif _READS in marks:
@@ -146,8 +146,9 @@ def _caller(dialect: Dialect) -> tuple[Dialect, object, int]:
 def _return(driver: Any, entry: ConnectionPoolEntry | None, state: PoolResetState) -> None:
     marks = _marks_of(entry)
     if _OWED in marks and state.transaction_was_reset:
-        # SQLAlchemy's `Connection.close()` has just sent ROLLBACK. So the pool sends no ROLLBACK of
-        # its own, and `do_rollback`, which usually switches autocommit on, is not called.
+        # SQLAlchemy's `Connection.close()` has just sent ROLLBACK, so the pool sends no ROLLBACK of
+        # its own. Usually, autocommit is switched on at the ROLLBACK of the pool (`do_rollback`).
+        # So switch autocommit on here.
         _switch_on(driver, marks)
     elif _OWED in marks:
         marks[_RETURNS] = True
@@ -157,7 +158,7 @@ def _switch_on(driver: Any, marks: dict[str, Any]) -> None:
     marks.pop(_OWED, None)
     # First set `_READS`, then switch autocommit on. A signal handler may raise an exception at any
     # point. With this order, a connection in autocommit mode always has `_READS`. So the listener
-    # `check_out` switches autocommit off before another user gets the connection.
+    # `check_out` switches autocommit off before the connection is used for more than reads.
     marks[_READS] = True
     driver.autocommit(True)
 
@@ -171,7 +172,7 @@ def obey(pooled: PoolProxiedConnection) -> None:
     """Called if the application itself has chosen the isolation level AUTOCOMMIT for a connection.
 
     The connection stays in autocommit mode. But from now on, COMMIT and ROLLBACK are sent on the
-    connection, as SQLAlchemy itself does it at this isolation level.
+    connection, as SQLAlchemy itself does at this isolation level.
     """
     _marks_of(pooled).pop(_READS, None)
 
@@ -183,7 +184,7 @@ def _switch_off(driver: Any, marks: dict[str, Any]) -> None:
 
 
 def _is_reading(pooled: ManagesConnection) -> bool:
-    """Return True if a connection has only read in autocommit mode, so that nothing can be open.
+    """Return True if a connection has only read in autocommit mode, so no transaction is open.
 
     The status from the last answer of the server is checked too. The application may have begun a
     transaction, or switched autocommit off, on the driver's own connection.

@@ -104,7 +104,7 @@ def _elements_of(compiled: Compiled) -> Iterator[Any]:
 def _is_plain_element(element: Any, compiled: Compiled) -> bool:
     kind = next(each for each in type(element).__mro__ if not issubclass(each, Annotated))
     if kind is elements.ColumnClause and element.is_literal:
-        # The application can write any SQL text in `literal_column()`, also a call of a function
+        # The application can write any SQL text in `literal_column()`, even a call of a function
         # that writes. Only the text `*` is known to be safe: SQLAlchemy itself uses it in COUNT(*)
         # and EXISTS (SELECT *).
         return bool(element.name == "*")

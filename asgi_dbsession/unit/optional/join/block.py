@@ -21,7 +21,7 @@ S = TypeVar("S")
 
 
 def unit_to_join(database: SessionSource[Any]) -> UnitOfWork | None:
-    """Return the open unit of work that a `begin(join=True)` block must join; None without one."""
+    """Return the open unit of work that a `begin(join=True)` block must join, or None."""
     with suppress(NoSession, SessionClosed):
         unit = unit_that_manages(database)
         return None if unit.closed else unit

@@ -78,7 +78,7 @@ class TwoPhases:
         return type(self)(databases)
 
     def manage(self, opened: ManagedSession[S]) -> ManagedSession[S]:
-        """Return a session to use instead of `opened`, which can be committed in two phases."""
+        """Return a session that can be committed in two phases. Use it instead of `opened`."""
         return TwoPhaseSession(opened, self._names)
 
     async def commit(self, unit: UnitOfWork, sessions: Sessions, end: End) -> BaseException | None:
