@@ -211,7 +211,14 @@ def test_no_file_is_too_long_to_read_at_once() -> None:
 
 
 NAMES = {
-    "session": ("_transaction", "_nested_transaction", "_autobegin_t", "_flushing"),
+    "session": (
+        "_transaction",
+        "_nested_transaction",
+        "_autobegin_t",
+        "_autoflush",
+        "_flushing",
+        "_is_clean",
+    ),
     "transaction": ("_prepare_impl", "_state", "_connection_for_bind", "_connections"),
     "connection": ("_dbapi_connection",),
     "pooled": ("_connection_record", "_pool"),

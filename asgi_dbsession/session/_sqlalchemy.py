@@ -1,7 +1,6 @@
 """The only module, besides those in `testing`, that uses private names of SQLAlchemy (`_name`).
 
-These names were checked with SQLAlchemy 2.0.40 and 2.1.9. If a later version removes a name, a test
-fails and reports the name.
+These names were checked with SQLAlchemy 2.0.40 and 2.1.9. A test reports any name that is missing.
 """
 
 from collections.abc import Callable
@@ -74,6 +73,13 @@ class ConnectingSession(Session):
         if companion is None or companion.connect is None or not self.autobegin:
             return super()._autobegin_t()
         return ConnectingTransaction(self, SessionTransactionOrigin.AUTOBEGIN)
+
+    @override
+    def _autoflush(self) -> None:
+        # SQLAlchemy calls this method before each statement. If there is nothing to flush, do not
+        # call `flush`, which would acquire the lock of the session once more.
+        if not self._is_clean():
+            super()._autoflush()
 
 
 class ConnectingTransaction(SessionTransaction):
@@ -220,12 +226,8 @@ def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> 
 def is_first(target: Any, name: str, listener: Callable[..., object]) -> bool:
     """Return True if no listener that was added to the class `Engine` comes before `listener`.
 
-    SQLAlchemy calls such listeners before those of a single engine; see `listen_first`.
-
-    Args:
-        target: The engine, or a connection of this engine.
-        name: The name of the event.
-        listener: A listener that was added by `listen_first`.
+    SQLAlchemy calls such listeners before those of a single engine; see `listen_first`, which has
+    added `listener` to the engine. `target` is this engine, or one of its connections.
     """
     of_class: Any = getattr(target.dialect.dispatch, name).parent_listeners
     return not of_class or of_class[0] is listener
