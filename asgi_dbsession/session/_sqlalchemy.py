@@ -33,10 +33,8 @@ def flush_for_commit(session: Session) -> None:
 
     PREPARE is sent only if the application has given the option `twophase=True` of SQLAlchemy.
     SQLAlchemy's method `Session.prepare` does not fit here, because it raises an error if a
-    savepoint is open, or if this option is not set.
-
-    Args:
-        session: The session to flush. The next operation of the session must be COMMIT or ROLLBACK.
+    savepoint is open, or if this option is not set. After this function, the next operation of the
+    session must be COMMIT or ROLLBACK.
     """
     transaction = session.get_transaction() or session.begin()
     transaction._prepare_impl()
