@@ -27,11 +27,8 @@ _OF_SESSIONS = (
 )
 _OF_CONNECTIONS = ("commit", "rollback")
 _OF_POOLS = ("checkin", "reset")
-# The events of a commit, each with the number of listeners that this package has added. If an event
-# has more listeners, the application has added one. Only SQLAlchemy's own `commit()` calls this
-# listener, so the session must be committed with `commit()`.
-_OF_COMMIT = (("before_commit", 1), ("after_commit", 1), ("after_transaction_end", 0))
 _METHODS = ("close", "commit", "rollback")
+_OWN_LISTENERS = 2
 
 
 def ends_at_once(session: Session, companion: Companion) -> bool:
@@ -90,8 +87,11 @@ def _has_only_transactions(session: Session) -> bool:
         return False
     if getattr(session.commit, "__func__", None) is not GuardedSession.commit:
         return False
-    listeners: Any = session.dispatch
-    return all(len(getattr(listeners, name)) == number for name, number in _OF_COMMIT)
+    # This package has added one listener for `before_commit` and one for `after_commit`. If there
+    # are more, the application has added one. Only SQLAlchemy's own `commit()` calls this listener.
+    events: Any = session.dispatch
+    listeners = len(events.before_commit) + len(events.after_commit)
+    return listeners == _OWN_LISTENERS and not events.after_transaction_end
 
 
 def _commits_at_once(connection: Connection, begun: Transaction | None) -> bool:

@@ -78,7 +78,7 @@ class DelayingReads(Reads):
         # the application has added a listener, which may need a transaction (to send `SET LOCAL`,
         # for example). This package cannot see the statements that such a listener sends on the
         # driver's own connection. So BEGIN is not delayed.
-        if len(list(session.dispatch.after_begin)) > 1 or list(connection.dispatch.begin):
+        if len(session.dispatch.after_begin) > 1 or connection.dispatch.begin:
             return False
         level = isolation_level(connection)
         return level != "AUTOCOMMIT" and (self._wanted is True or level == "READ COMMITTED")
