@@ -45,6 +45,7 @@ class Door:
             await self.app(scope, receive, send)
             return
         if scope["path"] == "/forget":
+            self._watch()
             self._held.clear()
         body = json.dumps(self.measure()).encode()
         headers = [(b"content-length", str(len(body)).encode())]
@@ -53,7 +54,6 @@ class Door:
 
     def measure(self) -> dict[str, Any]:
         """Return the present state, and how long connections were held since `/forget`."""
-        self._watch()
         gc.collect()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return {
@@ -67,6 +67,8 @@ class Door:
         }
 
     def _watch(self) -> None:
+        # Not before `/forget`: this package ends a read without a task only if no application
+        # listens to the pool. So these listeners would change what is measured.
         if self._watched is self.pool():
             return
         self._watched = self.pool()
