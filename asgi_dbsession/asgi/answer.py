@@ -43,7 +43,10 @@ async def answer_or_raise(
 
 
 def add_note(failure: Exception, error: BaseException) -> None:
-    """Add a note to the error of COMMIT if the application then raised another exception."""
+    """If the application raised another exception after a failed COMMIT, name it in a note.
+
+    The server gets only the error of the COMMIT. With the note, the log shows both errors.
+    """
     if isinstance(error, AbortRequest) or error is failure:
         return
     if isinstance(error, BaseExceptionGroup) and error.split(AbortRequest)[1] is None:

@@ -39,8 +39,8 @@ def with_optional_rooms(
     """Wrap the application `serve` in the classes that the options need (retries, for example).
 
     Returns:
-        A pair: (1) the ASGI application that serves HTTP requests, (2) the observers: objects whose
-        methods are called at each event of a unit of work (of a request, for example).
+        A pair: (1) the ASGI application that serves HTTP requests, (2) the observers: objects that
+        are notified when a unit of work (a request, for example) begins and ends.
     """
     observers: list[UnitObserver] = []
     if on_report is not None:

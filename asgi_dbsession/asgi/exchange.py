@@ -10,7 +10,8 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
 from .rules import CommitRule
 
-# A message of one of these types is the last one of a response if its `more_body` is False.
+# The types of messages that can end a response. Such a message ends the response if its `more_body`
+# is False. Work is committed before this message is sent.
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
 # HTTP trailers follow the last part of the body. With gRPC, they carry the status of the call. So
 # work is committed before the trailers too.
@@ -21,8 +22,8 @@ class Exchange:
     """Sends the messages of one response. Commits or rolls back before the first and last message.
 
     Attributes:
-        may_commit: True after the last message of the response. Only then may later work (of a
-            background task, for example) be committed when the application returns.
+        may_commit: True after the last message of the response. If this is False when the
+            application returns, the uncommitted work of the request is rolled back.
     """
 
     __slots__ = ("_commit_rule", "_send", "_unit", "may_commit", "receive")
@@ -41,8 +42,8 @@ class Exchange:
             raise AbortRequest
         kind = message["type"]
         if kind == "http.response.start" and not unit.is_answered:
-            # Import the function here, before COMMIT: if the import failed after COMMIT, the client
-            # would get an error although the work is stored.
+            # Import `warn_of_early_events` before COMMIT: if the import failed after COMMIT, the
+            # client would get an error although the work is stored.
             if _is_event_stream(message):
                 from .optional.events import warn_of_early_events
 

@@ -38,7 +38,11 @@ class Unstartable:
         self._reason = reason
 
     async def refuse(self, *_: object) -> NoReturn:
-        """Raise the error that tells why the databases cannot be used. Works as an ASGI app."""
+        """Raise the error that tells why the databases cannot be used.
+
+        The middleware calls this method at startup, and for each request instead of the
+        application. So the method takes any arguments.
+        """
         raise self._reason.with_traceback(None)
 
     startup = refuse
@@ -110,7 +114,8 @@ class _Lifespan:
                 raise failure
             _logger.info("The application has no lifespan, and is served without one: %r", failure)
             failure = None
-        # Answer the other messages of the server here, because the application has returned.
+        # The application has returned. If it has not answered the startup message or the shutdown
+        # message, answer them here.
         if not self._answered_startup:
             await self.send({"type": "lifespan.startup.complete"})
         while not (self._finished or self._heard_shutdown):

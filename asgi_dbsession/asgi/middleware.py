@@ -142,8 +142,8 @@ class DBSessionMiddleware:
         """Serve an HTTP request, a WebSocket, or the startup and shutdown of the server."""
         kind = scope["type"]
         if kind == "http":
-            # If an outer DBSessionMiddleware serves this request too, leave retries and 503
-            # responses to the outer middleware.
+            # If an outer DBSessionMiddleware serves this request too, it retries the request and
+            # sends 503 responses. So do not use the code for this (`_serve_http`) a second time.
             serve = self._serve_http if scope.get(_KEY) is None else self._serve
             await serve(scope, receive, send)
         elif kind == "websocket":
@@ -193,8 +193,9 @@ class DBSessionMiddleware:
             unit.scope = None
             failure = unit.failure
             if failure is not None:
-                # The error keeps the data of the request in memory. Tasks that are still running
-                # only need to know that there was an error. So replace the error by an empty one.
+                # Tasks of the request may still run, and refer to `unit`. The error would keep the
+                # data of the request in memory as long as they run. They only need to know that
+                # there was an error. So replace the error by an empty one.
                 unit.failure = RuntimeError()
         if failure is not None:
             if unit.is_answered:

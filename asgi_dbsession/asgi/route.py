@@ -1,4 +1,8 @@
-"""Finds the route of a request: its declared path, such as `/orders/{id}`, or its handler."""
+"""Finds the route of a request, to name the request in logs and on web pages.
+
+The route is the path that the application has declared, such as `/orders/{id}`. If there is none,
+it is the name of the handler.
+"""
 
 from asgi_dbsession.types import Scope
 

@@ -66,7 +66,7 @@ def apply_read_rule(rule: ReadOnly, unit: UnitOfWork, scope: Scope) -> None:
 
     Raises:
         ConfigurationError: The function returned neither True nor False. Or the request may only
-            read, but its sessions belong to an outer DBSessionMiddleware that allows writes.
+            read, but an outer DBSessionMiddleware has opened its session and allows writes.
     """
     unit.read_only = checked(rule(scope), "read_only")
     if not unit.read_only or not unit.joins_outer_unit:

@@ -21,8 +21,8 @@ _WARNING = (
     "COMMIT can still fail. If the event says that work is stored, do the work in "
     "`database.begin()`, or call `commit()` before the event. This is logged once for each route."
 )
-# The routes that have got the warning already: a server-sent event was sent before COMMIT. The
-# warning is logged only once for each route.
+# The routes for which the warning (a server-sent event was sent before COMMIT) was logged already.
+# For each route, the warning is logged only once.
 _warned: set[str] = set()
 
 
@@ -88,8 +88,8 @@ class _Writes(UnitObserver):
 
     def _record_commit(self, session: Session) -> None:
         # SQLAlchemy calls this listener after a COMMIT, and also after the release of a savepoint.
-        # The release commits nothing. So the writes of the savepoint stay uncommitted, and now
-        # belong to the outer savepoint, or to the transaction.
+        # The release commits nothing: a rollback of the outer savepoint, or of the transaction,
+        # still undoes the writes. So record them as writes of the outer savepoint or transaction.
         savepoint = session.get_nested_transaction()
         if savepoint is None:
             self._forget(session, None)

@@ -13,8 +13,9 @@ def refuse_open_block(unit: UnitOfWork, innermost: UnitOfWork) -> None:
     told "201 Created" for a row that is never stored. This happens if a dependency of FastAPI, or
     another generator, has a `yield` inside `async with database.begin()`.
 
-    A block without uncommitted work is allowed. A block that an exception has already ended is
-    refused if its writes were rolled back. (For example, the generator was closed early.)
+    A response may start inside a block without uncommitted work. If an exception has ended the
+    block already (because the generator was closed early, for example), raise an error only if the
+    writes of the block were rolled back.
 
     Args:
         unit: The unit of work of the request: its sessions, which commit together.

@@ -8,8 +8,8 @@ from asgi_dbsession.types import Message, Receive, Send
 from asgi_dbsession.unit.ending import end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
-# The types of messages that reach the client. The last type denies the handshake with an HTTP
-# response.
+# Before a message of one of these types, which reach the client, work is committed or rolled back.
+# (`websocket.http.response.start` denies the handshake with an HTTP response.)
 _OBSERVED = (
     "websocket.accept",
     "websocket.send",
