@@ -40,12 +40,12 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         on_engine: A plain function that is called with each new `sqlalchemy.Engine` before its
             first connection. It can add listeners for SQLAlchemy's events to the engine.
         autocommit_reads: True: a request or `begin()` block reads without a transaction until it
-            sends a statement that may write. This needs asyncpg, psycopg, asyncmy or aiomysql. At
-            isolation levels above READ COMMITTED, two reads may then contradict each other. On
-            MariaDB and MySQL, a request that writes then takes one more round trip. False: always
-            read in a transaction. None: the same as True on PostgreSQL with asyncpg or psycopg at
-            READ COMMITTED (each statement sees its own snapshot there anyway), and otherwise the
-            same as False.
+            sends a statement that may write. This needs asyncpg, psycopg, asyncmy or aiomysql.
+            Another request can then change the data between two reads, even at isolation levels
+            above READ COMMITTED. On MariaDB and MySQL, a request that writes takes one more round
+            trip. False: always read in a transaction. None: on PostgreSQL with asyncpg or psycopg
+            at READ COMMITTED the same as True, because each statement sees its own snapshot there
+            anyway. Everywhere else the same as False.
         replicas: The URLs of replicas of a PostgreSQL server, or `Replicas(...)`. A unit of work
             that may only read uses a replica that has all changes that its client has seen.
         **engine_options: Arguments for `sqlalchemy.ext.asyncio.create_async_engine`.

@@ -1,4 +1,4 @@
-"""The base class of `AsyncDatabase` and `SyncDatabase`."""
+"""The options and methods that `AsyncDatabase` and `SyncDatabase` have in common."""
 
 import os
 from abc import abstractmethod

@@ -30,8 +30,8 @@ class DecoratingBlock(Generic[S]):
         self._is_free: Lock = Lock()
 
     def __enter__(self) -> S:
-        # This object can store only one open block. If two threads entered this object at once, a
-        # thread might end the block of the other thread.
+        # This object can store only one open block. If two threads were in its `with` block at
+        # once, one thread could commit or roll back the work of the other one.
         if not self._is_free.acquire(blocking=False):
             raise ConfigurationError(
                 "This `begin()` block is open already, perhaps in another thread. Write "

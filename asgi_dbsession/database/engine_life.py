@@ -59,7 +59,8 @@ class EngineLife(ABC, Generic[E]):
         self._owns_engine = True
         self._starts = 0
         self._starting = Lock()
-        # Called with each new engine. `testing.rolled_back()` replaces this function by another.
+        # A function that prepares each new engine for this package. In a test,
+        # `testing.rolled_back()` sets another function here.
         self._prepare: Callable[[Engine], None] = prepare
         self._observers: list[UnitObserver] = []
         databases.add(self)
@@ -112,8 +113,8 @@ class EngineLife(ABC, Generic[E]):
             if self._replica_set is not None:
                 await self._replica_set.startup()
         except BaseException:
-            # If the engine has changed, another task or thread has called `shutdown` already. Do
-            # not call it again.
+            # Undo this startup. If `_engine` is not `engine` any more, another task or thread has
+            # called `shutdown` meanwhile, and there is nothing left to undo.
             if self._engine is engine:
                 await self.shutdown()
             raise
@@ -140,10 +141,10 @@ class EngineLife(ABC, Generic[E]):
             return self._engine
 
     def _end_start(self) -> E | None:
-        """Count a call of `shutdown`. At the last call, return the engine to dispose.
+        """Count a call of `shutdown`. Return the engine if the caller must dispose it.
 
-        The last call is the one after which `shutdown` was called as often as `startup`. Return
-        None at earlier calls, before `startup`, and for an engine that the application has made.
+        The caller must dispose the engine if `shutdown` was now called as often as `startup`.
+        Return None at earlier calls, before `startup`, and for an engine of the application.
         """
         with self._starting:
             self._starts = max(0, self._starts - 1)
@@ -159,7 +160,8 @@ class EngineLife(ABC, Generic[E]):
         An engine with a sync driver gets a new pool. An `AsyncDatabase` that built its engine
         itself must be started again, in the event loop of the child process.
         """
-        # A thread of the parent process may hold the old lock. So make a new lock for this process.
+        # At the fork, a thread of the parent process may have held the lock. That thread does not
+        # run in this process, so nobody would release the lock. So make a new lock.
         self._starting = Lock()
         if self._replica_set is not None:
             self._replica_set.after_fork()

@@ -79,7 +79,8 @@ def checked_options(
     return {
         "expire_on_commit": False,
         **(given or {}),
-        # Without this option, a session could be used again after its close, and keep a connection.
+        # With SQLAlchemy's default (True), a task could use a session again after its request, and
+        # nobody would return the connection of this session to the pool.
         "close_resets_only": False,
     }
 

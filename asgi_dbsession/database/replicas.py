@@ -27,12 +27,13 @@ class PositionStore(Protocol):
     async def save(self, scope: Scope, position: str) -> None:
         """Save the WAL position up to which the client has seen the changes of the primary.
 
-        If the saved string is greater, keep it: a client must never see older data again.
+        If a greater string is saved for this client already, do not replace it. Otherwise the
+        client could read older data than it has seen. The store is allowed to delete a position
+        `lifetime` seconds (an attribute of `Replicas`) after it was saved.
 
         Args:
             scope: The ASGI scope of the request.
-            position: The position as a string of at most 60 ASCII characters. This method may
-                delete the position after `lifetime` seconds (an attribute of `Replicas`).
+            position: The position as a string of at most 60 ASCII characters.
         """
 
 

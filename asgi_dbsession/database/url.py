@@ -107,7 +107,7 @@ def _choose_driver(url: URL, *, asynchronous: bool) -> str:
             return name
     if not drivers:
         # The lists of drivers do not have this database, so its SQLAlchemy dialect is from another
-        # package. Leave the URL as it is, because the dialect chooses a driver itself.
+        # package. Do not add a driver to the URL, because the dialect chooses a driver itself.
         return url.drivername
     kind = "asyncio" if asynchronous else "blocking"
     installs = " or ".join(map(_install, drivers))

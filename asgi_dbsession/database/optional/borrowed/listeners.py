@@ -18,7 +18,8 @@ from asgi_dbsession.unit.observer import UnitObserver
 # lock, and with a plain lock this thread would wait forever.
 _mutex = RLock()
 # For each engine: one `finalize` object for each database object that uses the engine through
-# `from_engine`. The `finalize` object is alive as long as its database object.
+# `from_engine`. When a database object is garbage collected, its `finalize` object calls
+# `_release`, which removes the listeners if no other database object uses the engine.
 _users: "WeakKeyDictionary[Engine, list[finalize[..., object]]]" = WeakKeyDictionary()
 # For each engine: the observers of database objects that were garbage collected. (An observer is an
 # object that a database object notifies of its units of work.) The observers stay here until no
