@@ -23,7 +23,7 @@ class Finding(TypedDict):
 
 
 def find(databases: list[DatabaseNow], recent: Recent) -> list[Finding]:
-    """Return the lines of code to look at: those that hold connections, or repeat statements."""
+    """Return lines of code that keep a connection idle, run long, or repeat a statement."""
     found = [*_now(databases, "idle"), *_now(databases, "working")]
     lines = {each["line"] for each in found}
     idle = [

@@ -36,7 +36,7 @@ class Waiting(TypedDict):
 
 
 class DatabaseNow(TypedDict):
-    """The current state of one database and its connection pool.
+    """Who uses the connections of one database now, and who waits for a connection.
 
     `most` is how many connections the pool may open. It is None if there is no limit, or if this
     package does not know the limit.
@@ -68,9 +68,9 @@ class Lanes:
 
 
 class Now:
-    """Reads the state of the connection pools, for the web page that shows connections.
+    """Finds out how connections are used now, for the web page that shows connections.
 
-    Reading the state opens no connection.
+    This opens no connection itself.
 
     Args:
         databases: The databases to show on the web page.
@@ -84,7 +84,7 @@ class Now:
         self._shown: dict[Any, int] = dict.fromkeys(databases, 0)
 
     def look(self) -> list[DatabaseNow]:
-        """Return the state of all databases, for the web page that shows their connections.
+        """Return how the connections of all databases are used now, for the web page `LivePage`.
 
         The databases are in the order in which the web page shows them.
         """

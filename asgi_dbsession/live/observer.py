@@ -95,7 +95,7 @@ class LiveObserver(UnitObserver):
                 yield name_of(named(unit, self._route, self._by_quart)), unit
 
     def ended(self) -> list[EndedUnit]:
-        """Return the units of work that ended last, if they used one of the databases."""
+        """Of the stored units of work, which have ended, return those that used the databases."""
         found = [
             _evaluate(name, now, result, self._tallies(steps, now))
             for name, now, result, steps in tuple(self._ended)
@@ -103,10 +103,10 @@ class LiveObserver(UnitObserver):
         return [each for each in found if each.tallies]
 
     def current_totals(self) -> list[Totals]:
-        """Return the numbers for the metrics of each database.
+        """Return a `Totals` object (how long units of work waited, for example) of each database.
 
-        To save time, nothing is counted before the first call. The first call counts the ended
-        units of work that are stored. After that, each unit of work is counted when it ends.
+        To save time, nothing is added up before the first call. The first call adds up the ended
+        units of work that are stored. After that, each unit of work is added when it ends.
         """
         if not self._counts:
             self._counts = True

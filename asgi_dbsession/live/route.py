@@ -28,7 +28,7 @@ Named: TypeAlias = tuple[str, str, bool] | None
 
 
 def named(unit: Any, route: RouteName | None, by_quart: Mapping[Any, str]) -> Named:
-    """Return what is needed to name the request of a unit of work after the request has ended.
+    """Return the parts of the name of a request. They can be found only during the request.
 
     Args:
         unit: The unit of work.

@@ -10,15 +10,15 @@ from .observer import EndedUnit
 _WIDTH = 1200
 _HEIGHT = 300
 # `draw` makes a drawing in which each ended unit of work is a bar on a time axis. The drawing has
-# one of these numbers of rows: the smallest number that gives room for all bars. If the largest
-# number is not enough, the other bars are left out.
+# one of these numbers of rows: the smallest number that gives room for all bars. If even the
+# largest number is too small, the bars for which there is no room are left out.
 _ROWS = (12, 30, 75)
 # The length of the time axis in seconds. On a longer time axis, the bars would be too narrow.
 _SECONDS = 30.0
 # The smallest width of a bar, so that it is still visible, in units of the SVG drawing.
 _LEAST = 1.5
-# The kinds of measured time in the order in which they are drawn. A later kind is drawn over an
-# earlier kind.
+# The kinds of bars (such as waiting for a connection, or a statement), in the order in which they
+# are drawn. A bar of a later kind covers a bar of an earlier kind.
 _ORDER: tuple[Kind, ...] = ("wait", "hold", "statement", "rollback", "commit")
 
 
@@ -79,10 +79,10 @@ def _draw_unit(
 
 
 def _spans(unit: EndedUnit) -> Iterable[Span]:
-    """Yield the measured times of a unit of work (statements, for example), to draw them.
+    """Yield a `Span` (a kind of work, its start and its end) for each bar of a unit of work.
 
-    Two times of the same kind become one if the gap between them is too small to be seen in the
-    drawing.
+    If two spans of the same kind follow each other, and the gap between them is too small to be
+    seen in the drawing, join them to one span.
     """
     for _, tally in unit.tallies:
         last: Span | None = None

@@ -28,7 +28,7 @@ class Histogram:
 
 
 class Totals:
-    """The numbers for the metrics of one database. They are never reset.
+    """Sums for the metrics of one database. They only grow, and are never reset.
 
     Attributes:
         timeouts: How often a session got no connection within `pool_timeout`.
