@@ -1,4 +1,4 @@
-"""The replica that was chosen for a unit of work, and how to connect to this replica."""
+"""The replica that was chosen for a session, and how to connect to this replica."""
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -10,9 +10,9 @@ from .watch import OPENED
 
 
 class Choice:
-    """The replica that was chosen for one unit of work (a request or a `begin()` block).
+    """The replica that was chosen for the next statements of one session.
 
-    The replica has replayed all changes that the client has seen before.
+    The replica has replayed all changes that the client of the session has seen before.
 
     Args:
         server: The replica.

@@ -170,8 +170,8 @@ class Seen:
         replica, for example), the client must read from the primary next.
 
         Args:
-            text: The property `text` of the other `Seen` object. None if the client has seen
-                nothing there. Then nothing is recorded.
+            text: The property `text` of the `Seen` object in the other process. None if the client
+                has seen nothing there. Then nothing is recorded.
         """
         if text is None or not self.is_trusted:
             return

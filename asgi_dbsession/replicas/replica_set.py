@@ -83,7 +83,7 @@ class ReplicaSet:
 
     @property
     def databases(self) -> tuple[Any, ...]:
-        """The replicas as database objects. Each has its own connection pool."""
+        """The `AsyncDatabase` or `SyncDatabase` objects of the replicas, each with its own pool."""
         return tuple(each.database for each in self.replicas)
 
     @property
@@ -100,7 +100,10 @@ class ReplicaSet:
             await each.startup()
 
     async def shutdown(self) -> None:
-        """Close all connections to the replicas, even if `startup` was called several times."""
+        """Close all connections to the replicas. Called when the primary was shut down.
+
+        Each replica counts the calls of `startup`, so call its `shutdown` as often.
+        """
         for server in self._servers:
             await server.stop()
         for each in self._lives:

@@ -116,7 +116,7 @@ class Server(ABC):
                 return None
 
     def lost(self) -> None:
-        """Record that a connection to the server was lost, or could not be opened."""
+        """After a lost or failed connection, let no request read here until the server answers."""
         self._fail(monotonic(), "a connection was lost")
         self.ask()
 

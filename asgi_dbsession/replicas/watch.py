@@ -14,7 +14,8 @@ from asgi_dbsession.unit.observer import UnitObserver
 
 from .server import Server
 
-# The time when a connection was opened is stored in its `info` under this key.
+# Under this key, the `info` dictionary of a connection has the time when it was opened. Connections
+# that were opened before the last lost connection are not used any more.
 OPENED = "asgi_dbsession.opened"
 
 
