@@ -28,7 +28,7 @@ _logger = logging.getLogger("asgi_dbsession")
 
 @dataclass
 class _Start:
-    """When a unit of work began, and in which attempt (a request may be retried)."""
+    """When a unit of work began, and which attempt to serve the request was running then."""
 
     start_time: float = field(default_factory=time)
     counter: float = field(default_factory=perf_counter)

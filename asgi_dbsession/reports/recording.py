@@ -59,8 +59,8 @@ class Recording:
         """Record that the session got a connection, and has begun a transaction on it.
 
         Args:
-            own: The engine of the session. Connections of other engines are ignored. None to record
-                connections of all engines.
+            own: The engine of the session. Only connections of its pool are recorded. None to
+                record the connections of all engines.
             connection: The SQLAlchemy connection. This object and the pool's connection inside it
                 get the attribute `asgi_dbsession_steps`, which is the list of the session's steps.
         """
@@ -77,7 +77,8 @@ class Recording:
 
         Args:
             connections: The open connections of the session. If another task is still using one of
-                them, the new list begins with a step for this connection.
+                them, the new list begins with a step of the kind `hold`. So the report of the next
+                commit or rollback has the time in which the connection is held.
         """
         done = self.steps
         if done:

@@ -9,17 +9,19 @@ from asgi_dbsession.session.read_only import PARTS_OF_BEGIN
 from .call_site import CallSite
 from .recording import ENDS
 
-# The kinds of measured time. `wait`: the session waited for a connection. `hold`: the session held
-# a connection, from checkout to checkin. The other three kinds are operations during `hold`.
+# What is measured. `wait`: how long the session waited for a connection. `hold`: how long it held a
+# connection, from checkout to checkin. `statement`, `commit` and `rollback`: how long the session
+# waited for an answer of the database, while it held the connection.
 Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 
 # At most this many steps are stored for each session, so that a long unit of work does not use much
 # memory. Of all further steps, only the sums are stored.
 MOST_STEPS = 200
-# If a COMMIT or ROLLBACK takes less time than this (in seconds), it has sent nothing to a server,
-# and is not shown.
+# A COMMIT or ROLLBACK that takes less time than this (in seconds) has probably sent nothing to a
+# server. So it is not shown.
 _NOTHING = 50e-6
-# A report shows the SQL text of each step. For a COMMIT or ROLLBACK that failed, the text is:
+# The text of the step for a COMMIT or ROLLBACK that failed. After it, the session still holds its
+# connection. (The step for a statement has the SQL text of the statement.)
 FAILED = "failed"
 # These kinds of steps are shown as another kind. A step `hold` means that the session holds a
 # connection from the stop of this step on. From start to stop, the session waited for the
@@ -29,11 +31,11 @@ _SHOWN_AS: dict[str, Kind] = {"hold": "wait", "prepare": "commit"}
 
 
 class Span(NamedTuple):
-    """A measured time in a session, from `start` to `stop` (times of Python's `perf_counter`).
+    """One thing that a session did, from `start` to `stop` (times of Python's `perf_counter`).
 
     Attributes:
-        kind: What was measured: a statement, COMMIT or ROLLBACK, waiting for a connection (`wait`),
-            or holding a connection (`hold`).
+        kind: What the session did: it ran a statement, COMMIT or ROLLBACK, waited for a connection
+            (`wait`), or held a connection (`hold`).
         call_site: The line of the application that led to the statement, COMMIT or ROLLBACK. None
             for other kinds, or if there is no such line.
         statement: The SQL text of a statement, without the values of its parameters.
@@ -130,7 +132,7 @@ class Tally:
             self.since, self.in_transaction = None, False
 
     def spans(self) -> Iterator[Span]:
-        """Yield the times of at most `MOST_STEPS` steps (statements and COMMITs, for example)."""
+        """Yield a `Span` for each of the first `MOST_STEPS` steps (statements, for example)."""
         for start, stop in self._holds:
             yield Span("hold", start, stop, None, "")
         for kind, start, stop, call_site, text in self._steps:
