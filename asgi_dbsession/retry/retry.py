@@ -110,9 +110,8 @@ def log_retry(what: str, failed: WatchedAttempt, pause: float) -> None:
     _logger.info(
         "Attempt %d of %d of %a begins after a pause of %.0f ms, because of this error: %a",
         number + 1,
-        # `%a` escapes line breaks in the path, which comes from the client.
         number + remaining,
-        what,
+        what,  # The path in this text comes from the client. `%a` escapes line breaks in it.
         pause * 1000,
         failed.reason,
     )

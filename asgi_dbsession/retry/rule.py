@@ -12,7 +12,9 @@ Rule: TypeAlias = Callable[[BaseException], bool]
 
 
 def rule_of(retry_on: RetryOn) -> Rule:
-    """Return a function that returns True if an error is retried in the same way as a conflict.
+    """Turn the option `retry_on` into a function that says after which errors to retry.
+
+    The function gets an exception. It returns True to retry as after a conflict.
 
     Raises:
         ConfigurationError: `retry_on` is neither an exception class, nor a tuple of exception

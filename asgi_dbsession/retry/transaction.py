@@ -99,7 +99,7 @@ def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:
 
 @contextmanager
 def _retrying(attempt: WatchedAttempt) -> Iterator[None]:
-    """If another attempt can follow, ignore the exception that the `with` block raises."""
+    """A `with` block for one attempt. Raise its exception only if no other attempt can follow."""
     token = running_attempt.set(attempt)
     try:
         yield

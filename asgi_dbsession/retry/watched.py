@@ -83,11 +83,14 @@ class WatchedAttempt(RunningAttempt):
                 self.record_conflict(found, _text(found))
 
     def record_handled_error(self) -> None:
-        """Record the exception that the application handles while it sends its response."""
+        """If a response is sent in an `except` block, record the exception of this block.
+
+        An exception handler of the framework may send the response for a conflict.
+        """
         self.record_error(sys.exception())
 
     def record_conflict(self, error: BaseException, reason: str) -> None:
-        """Record a conflict, so that a retry can follow."""
+        """Record a conflict as the reason for a retry. Do nothing if no retry can follow."""
         if not self.is_final:
             self.conflict, self.reason = error, reason
 
@@ -98,9 +101,9 @@ class WatchedAttempt(RunningAttempt):
         return is_conflicting or self._counts(found)
 
     def enclosing(self) -> "list[WatchedAttempt]":
-        """Return this attempt and the attempts around it, if a retry can still follow them.
+        """Of this attempt and the attempts around it, return those that can still be retried.
 
-        For example, an attempt of `run_transaction` may run inside an attempt of a request.
+        For example, an attempt of `run_transaction` can run inside an attempt of a request.
         """
         outer = self._outer
         rest = outer.enclosing() if isinstance(outer, WatchedAttempt) else []
@@ -170,7 +173,7 @@ def _record_rollback(connection: Connection) -> None:
 def watch_sessions() -> None:
     """From now on, record each successful COMMIT of a session in the attempts that are running.
 
-    The code that commits may run in two attempts at once: in an attempt of `run_transaction`,
+    The code that commits can run in two attempts at once: in an attempt of `run_transaction`,
     inside an attempt to serve the request. An attempt that has committed is not retried.
     """
     if not event.contains(GuardedSession, "after_commit", _record_stored):
@@ -190,9 +193,9 @@ def _record_stored(session: Session) -> None:
 
 
 def _under_way() -> list[WatchedAttempt]:
-    """Return the attempts in which the calling code runs, if a retry can still follow them.
+    """Of the attempts in which the calling code runs, return those that can still be retried.
 
-    For example, an attempt of `run_transaction` may run inside an attempt to serve the request.
+    There can be two: an attempt of `run_transaction`, inside an attempt to serve the request.
     """
     attempt = running_attempt.get()
     return attempt.enclosing() if isinstance(attempt, WatchedAttempt) else []
