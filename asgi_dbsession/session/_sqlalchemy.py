@@ -114,7 +114,7 @@ class ConnectingTransaction(SessionTransaction):
 
 
 class _Connector:
-    """Given to SQLAlchemy instead of an engine; a feature (such as replicas) provides `connect`."""
+    """SQLAlchemy gets this object instead of an engine: a feature of this package can connect."""
 
     def __init__(self, connect: Callable[[], Connection]) -> None:
         self.connect: Callable[[], Connection] = connect
@@ -174,10 +174,10 @@ def pool_entry(connection: Connection) -> Any:
 
 
 def connections_of(transaction: SessionTransaction) -> dict[Connection, Transaction | None]:
-    """Return a dictionary of all connections that a transaction has used, also of closed ones.
+    """Return all connections that a transaction has used (closed ones too), as a dictionary.
 
-    The value is the transaction that the session will commit on this connection. The value is None
-    if the application had begun a transaction before it gave the connection to the session.
+    The value is the transaction on this connection, which the session will commit. It is None if
+    the application had begun the transaction itself. The session does not commit it then.
     """
     return {
         connection: begun if should_commit else None

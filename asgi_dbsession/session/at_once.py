@@ -97,19 +97,19 @@ def _has_only_transactions(session: Session) -> bool:
 def _commits_at_once(connection: Connection, begun: Transaction | None) -> bool:
     if ref(connection) not in delayed or connection.closed or connection.invalidated:
         return False
-    # If the application itself has begun or ended the transaction on the connection, leave this
-    # case to SQLAlchemy's `commit()`.
+    # The application itself has begun or ended the transaction on this connection. So return False:
+    # then the session is committed with SQLAlchemy's `commit()`, which knows this case.
     if begun is None or connection.get_transaction() is not begun:
         return False
     dialect = connection.dialect
-    # At a commit, async drivers other than asyncpg await a lock of their own, even if they send
-    # nothing. A plain function cannot await. So leave the commit to SQLAlchemy's `commit()`.
+    # At a commit, all async drivers except asyncpg wait for a lock of their own, even if they send
+    # nothing. This function cannot wait. So return False: then the session is committed with
+    # SQLAlchemy's `commit()` in a greenlet, which can wait.
     if dialect.is_async and dialect.driver != "asyncpg":
         return False
     pool = pool_of(connection)
-    # A full pool closes the connection instead of taking it back. With an async driver, this close
-    # must be awaited. A plain function cannot await. So leave the commit to SQLAlchemy's
-    # `commit()`.
+    # A full pool closes the connection instead of taking it back, and has to wait for this close.
+    # This function cannot wait. So return False, and let `commit()` run in a greenlet or thread.
     if not isinstance(pool, QueuePool) or pool.checkedin() >= (pool.size() or inf):
         return False
     return not (connection.dispatch.commit or pool.dispatch.reset or len(pool.dispatch.checkin) > 1)

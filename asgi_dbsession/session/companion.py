@@ -1,4 +1,4 @@
-"""The data that this package attaches to a session: the class `Companion`."""
+"""The data that this package attaches to a session, such as its lock and its connections."""
 
 from collections.abc import Callable
 from functools import partial
@@ -40,13 +40,16 @@ class SessionRoute(Protocol):
     def work_ended(self) -> bool:
         """Called after a commit or rollback.
 
-        Return True if the session has used the primary. The caller must then call `learn`, to ask
-        the primary for its WAL position.
+        Return True if the session has used the primary. The caller must then call `learn`.
         """
         ...
 
     def learn(self) -> None:
-        """Ask the primary for its WAL position (how far it has written its log); this may block."""
+        """Record the WAL position of the primary (how far it has written its log).
+
+        The next request of the client reads only from a server that has reached this position. This
+        method asks the primary, and blocks the calling thread or greenlet until the answer.
+        """
 
 
 # One thing that a session did. A step is a list of: its kind, its start, its stop (both times of
@@ -65,7 +68,7 @@ class SessionRecording(Protocol):
         """Record that a session got a connection, and has begun a transaction on it.
 
         Args:
-            own: The engine of the session. Connections of other engines are not recorded. None to
+            own: The engine of the session. Only connections of its pool are recorded. None to
                 record the connections of all engines.
             connection: The connection.
         """
@@ -80,8 +83,8 @@ class SessionRecording(Protocol):
         ...
 
 
-# A function that opens a connection. It gets a session and the engine of this session, and may
-# connect to another server than this engine (to a replica, for example).
+# A function that opens a connection. It gets a session and the engine of this session. It can
+# connect to another server than this engine does (to a replica, for example).
 Connect: TypeAlias = Callable[[Any, Engine], Connection]
 
 
@@ -99,9 +102,9 @@ class Companion:
         begun_before: The transaction that was open before a `with session:` block, if it had work.
             An exception that leaves the block undoes this work too. Then COMMIT must raise an
             error. None if there was no work.
-        expects_read: True if the last statement of the session may be sent without BEGIN, because
-            it only reads. False if it is an INSERT, UPDATE or DELETE, or is given as SQL text, or
-            if the application has called `connection()` last.
+        expects_read: True if the statement that the session is about to send is probably a read.
+            Then BEGIN can be delayed. False for INSERT, UPDATE, DELETE and SQL text, and after a
+            call of `connection()`.
         connections: The connections that the session has used. Some of these may be closed now.
         followers: The objects to notify after each commit and rollback of the session.
         connect: A function that opens the connections of the session, if a feature needs one

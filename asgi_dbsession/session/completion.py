@@ -50,7 +50,7 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
             finish(None)
 
     task = _start(loop, work_to_the_end())
-    # A signal handler may raise an exception in `finish`. So `finish` is called a second time here.
+    # If a signal handler has raised an exception in `finish`, this second call wakes the caller.
     task.add_done_callback(finish)
     try:
         await finished

@@ -1,4 +1,4 @@
-"""One commit or rollback of a unit of work: the class `End`."""
+"""What one commit or rollback of a unit of work must do, and how it has ended."""
 
 import sys
 from contextvars import ContextVar
@@ -18,7 +18,7 @@ Reason: TypeAlias = Literal[
 class End:
     """One commit or rollback of a unit of work (one request or one `begin()` block).
 
-    The steps of one commit or rollback may run in several threads.
+    One commit or rollback can use several threads, for example one for each database.
 
     Args:
         commit: True to commit, False to roll back.
@@ -30,10 +30,10 @@ class End:
     Attributes:
         handled: The exception that the caller was handling, in an `except` block, when this commit
             or rollback began. None if there was none.
-        requested_by: The task and the thread that wait for this commit or rollback. They cannot ask
-            for it inside of an operation. So if one of them held the lock of a session at the time
-            `requested_at`, a signal handler has raised an exception in an operation, and the lock
-            was not released. This commit or rollback then takes over the lock.
+        requested_by: The task and the thread that wait for this commit or rollback. Neither of them
+            can be in the middle of an operation. So if one of them held the lock of a session at
+            the time `requested_at`, a signal handler has raised an exception in an operation, and
+            nobody will release the lock. This commit or rollback then gets the lock at once.
         requested_at: When this commit or rollback was requested, as a time of `perf_counter`.
         needs_loop: True for a commit of several databases that needs the event loop between its
             steps. Code that waits for such a commit must not block the event loop.

@@ -130,7 +130,7 @@ def _record_failure(context: ExceptionContext) -> None:
 
 
 def _is_unusable_after(context: ExceptionContext, transaction: Transaction | None) -> bool:
-    """Return True if the connection must be closed, as its state is unknown after the error."""
+    """Return True if the connection must be closed: a transaction may be open after the error."""
     ends_or_begins = context.statement is None and context.execution_context is None
     if ends_or_begins and not _was_answered(context.sqlalchemy_exception):
         # The server did not answer BEGIN, COMMIT or ROLLBACK, so the transaction may still be open
@@ -165,8 +165,9 @@ def _remember(context: ExceptionContext, connection: Connection, transaction: Tr
     else:
         savepoint = connection.get_nested_transaction() or transaction
         if (context.statement or "").startswith("RELEASE SAVEPOINT"):
-            # The release of a savepoint failed, and SQLAlchemy never rolls back to this savepoint.
-            # So the failed statement has aborted the whole transaction, not only the savepoint.
+            # If RELEASE SAVEPOINT fails, SQLAlchemy sends no ROLLBACK TO SAVEPOINT. So the whole
+            # transaction stays aborted on the server. Record this for the transaction too, with the
+            # message of the statement that failed inside the savepoint, if there was one.
             failed = failed_transactions.get(ref(savepoint), (message, False))
             failed_transactions.setdefault(_key(transaction), failed)
         failed_transactions.setdefault(_key(savepoint), (message, False))

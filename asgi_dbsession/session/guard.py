@@ -51,7 +51,7 @@ _CHANGES = (
     "expunge_all",
 )
 
-# SQL text, INSERT, UPDATE and DELETE always need a transaction. BEGIN is never delayed for them.
+# The classes of SQL text, INSERT, UPDATE and DELETE. BEGIN is not delayed before such a statement.
 _NEVER_PLAIN = (TextClause, UpdateBase)
 
 

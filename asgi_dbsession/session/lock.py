@@ -164,8 +164,8 @@ class SessionLock(ABC):
     def delay(self, change: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
         """If a commit or rollback runs or waits, call `change` (such as `session.add`) after it.
 
-        Return True if `change` is called later. Return False if the caller must acquire the lock
-        and call `change`: no commit or rollback runs, or the caller's thread can wait for its end.
+        Return True if `change` is called later. Return False if the caller must call it itself: no
+        commit or rollback runs, the caller is a part of it, or the caller's thread can be blocked.
 
         Raises:
             SessionClosed: This commit or rollback is the last one of the unit of work.
@@ -230,7 +230,7 @@ class SessionLock(ABC):
 
     @abstractmethod
     def _is_abandoned(self, thread: int, since: float = 0) -> bool:
-        """Return True if the holder of the lock has ended, but has not released the lock."""
+        """Return True if the holder of the lock has ended, and so will never release the lock."""
 
     def _new_waiter(self) -> "Future[None]":
         released: Future[None] = Future()

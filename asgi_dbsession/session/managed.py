@@ -65,8 +65,8 @@ class ManagedSession(Generic[S]):
     def ends_at_once(self) -> bool:
         """True if a sync session can be committed and rolled back without a worker thread.
 
-        Then commit and rollback cannot block, because the session has only read, and no transaction
-        has begun on the server.
+        This is so if the session has only read, and no transaction has begun on the server. Commit
+        and rollback then send nothing, and cannot block the thread of the event loop.
         """
         if self.session is not self.orm or self.run is call_here:
             # This session never uses a worker thread. It is an async session, or it belongs to a

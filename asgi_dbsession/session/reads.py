@@ -42,12 +42,12 @@ class Reads:
     connect: Callable[[Any, Engine], Connection] | None = None
 
     def watch(self, engine: Engine) -> None:
-        """Called with each engine that the database builds. A subclass may add listeners to it."""
+        """Called with each engine that the database builds. A subclass can add listeners to it."""
 
     def delay_begin(self, session: Session, connection: Connection) -> None:
         """Called when a session begins a transaction on a connection and probably only reads next.
 
-        A subclass may then delay BEGIN on the server until the session writes.
+        A subclass can then delay BEGIN on the server until the session writes.
         """
 
 

@@ -24,8 +24,8 @@ _BY_DRIVER = frozenset(("INSERT", "UPDATE", "DELETE", "REPLACE"))
 _OUTSIDE = frozenset(("SELECT", "VALUES", "EXPLAIN", "VACUUM", "ATTACH", "DETACH"))
 _CONTROL = frozenset(("BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE"))
 # These PRAGMA statements store a number in the file of the database, and a rollback restores the
-# old number. So BEGIN is sent before them, but not before other PRAGMA statements: SQLite ignores
-# many of the others inside a transaction.
+# old number. So BEGIN is sent before them. Before any other PRAGMA statement, no BEGIN is sent,
+# because SQLite ignores many PRAGMA statements inside a transaction.
 _NUMBERS = re.compile(
     r"\bPRAGMA\s+(?:\w+\s*\.\s*)?(?:application_id|schema_version|user_version)\s*[=(]",
     re.IGNORECASE,

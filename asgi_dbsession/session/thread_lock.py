@@ -45,11 +45,11 @@ class ThreadLock(SessionLock):
     @override
     def _is_abandoned(self, thread: int, since: float = 0) -> bool:
         if self._held_for is None:
-            # `thread` asked for a commit or rollback at the time `since`, so it was not inside an
-            # operation then. If it has held the lock since before that, a signal handler raised an
-            # exception in an operation, and nobody will release the lock. A lock that is held since
-            # a later time is in use: the thread of an event loop also serves other tasks. (`since`
-            # is 0 if `thread` asks for an operation.)
+            # `thread` asked for a commit or rollback at the time `since`. At that time, it was not
+            # in the middle of an operation. If it held the lock nevertheless, a signal handler has
+            # raised an exception in an operation, and nobody will release the lock. If it got the
+            # lock later, the lock is in use by another task on the same event loop. (If `thread`
+            # asks for the lock for an operation, `since` is 0 and the answer is False.)
             return self._thread == thread and self._held_since <= since
         # A commit or rollback may run its steps in several threads. After a failure, one of the
         # steps may still run and hold the lock. But a thread does one thing at a time. So if the

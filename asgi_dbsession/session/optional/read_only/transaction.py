@@ -44,8 +44,8 @@ def begin_read_only(connection: Connection) -> None:
 def set_savepoint_read_only(connection: Connection) -> None:
     """Make the current savepoint read-only on PostgreSQL; do nothing on other databases.
 
-    PostgreSQL refuses writes until the savepoint ends. The other databases have no read-only
-    savepoints.
+    PostgreSQL then refuses writes until the savepoint ends. MariaDB, MySQL and SQLite have no
+    read-only savepoints.
     """
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(ON_POSTGRESQL)

@@ -70,8 +70,10 @@ class AutocommitReads(Reads):
 def _may_read(session: Session, engine: Engine) -> bool:
     """Return True if autocommit mode is safe: no write can be sent in this mode.
 
-    This package checks each statement of SQLAlchemy, and switches autocommit off before a statement
-    that may write. So only writes that SQLAlchemy does not know must be ruled out.
+    SQLAlchemy tells this package of each statement, and before a statement that may write, this
+    package switches autocommit off. But this package does not see what a listener of the
+    application sends on the driver's own connection. So return False if there may be such a
+    listener. Also return False during a flush, which writes.
     """
     if not isinstance(engine.dialect, ReadingDialect) or is_flushing(session):
         return False

@@ -118,8 +118,8 @@ def _is_plain_element(element: Any, compiled: Compiled) -> bool:
         return False
     if kind is Select and element is not compiled.statement and is_orm_enabled(element):
         # This is an inner SELECT (a subquery, for example) of ORM classes. The ORM replaces the
-        # inner SELECT by another SELECT while SQLAlchemy makes the SQL text. The parts of the other
-        # SELECT are not known here, and may write.
+        # inner SELECT by a second SELECT while SQLAlchemy makes the SQL text. The parts of the
+        # second SELECT are not known here, and may write.
         return False
     if any(_is_unquoted(getattr(element, name, None)) for name in ("name", "schema")):
         return False
