@@ -30,7 +30,7 @@ class Condition:
     def alone(self, when: Callable[[], bool], timeout: float | None = None) -> Iterator[None]:
         """A `with` block that only one task or thread runs at a time, and only if `when()` is True.
 
-        The others wait before they begin their block.
+        All other tasks and threads wait before they begin their `with` block.
 
         Args:
             when: The condition. While a task or thread waits, this function is called again when
@@ -59,7 +59,7 @@ class Condition:
         with self._mutex:
             waiting, self._waiting = self._waiting, []
         for freed in waiting:
-            # A task that was cancelled while it waited need not be woken.
+            # Skip a task that was cancelled while it waited: nobody waits for its future any more.
             if freed.set_running_or_notify_cancel():
                 freed.set_result(None)
 

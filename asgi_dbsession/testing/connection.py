@@ -25,7 +25,7 @@ class SharedConnection:
         connection: A connection with an open transaction, which is never committed.
         dialect: The SQLAlchemy dialect of the engine.
         database: The URL of the database, for error texts.
-        isolation: The state of the test's `with rolled_back(...)` block.
+        isolation: The data of the test's `with rolled_back(...)` block.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class SharedConnection:
             below = self._open[-1] if self._open else None
             try:
                 if below is not None and below.saved and not below.wrote:
-                    # `below` is the outer transaction. Here, its rollback would also undo what
-                    # `transaction` commits; in production, it would not. So remove the savepoint of
-                    # `below`, which has written nothing yet. Its next statement sets it again.
+                    # The outer transaction `below` has written nothing yet. Remove its savepoint,
+                    # because a rollback of `below` must not undo what `transaction` commits. (In
+                    # production it does not.) The next statement of `below` makes a new savepoint.
                     self._release(below)
                 self._save(transaction)
             except self._error as error:

@@ -39,7 +39,7 @@ def share(engine: Engine, isolation: Isolation) -> None:
 
     Args:
         engine: The engine. It is changed in place, because the application has a reference to it.
-        isolation: The state of the test's `with rolled_back(...)` block.
+        isolation: The data of the test's `with rolled_back(...)` block.
 
     Raises:
         ConfigurationError: `share` was called for the engine already.

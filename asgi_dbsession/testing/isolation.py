@@ -1,4 +1,4 @@
-"""The state of a `with rolled_back(...)` block, and the error if it cannot roll back all work."""
+"""The data of a `with rolled_back(...)` block, and the error if it cannot roll back all work."""
 
 from dataclasses import dataclass, field
 from threading import Thread, enumerate as enumerate_threads
@@ -57,7 +57,7 @@ def disposed(database: str) -> NotIsolated:
 
 @dataclass(eq=False)
 class Isolation:
-    """The state of one `with rolled_back(...)` block, which undoes all work of one test.
+    """The data of one `with rolled_back(...)` block, which undoes all work of one test.
 
     Args:
         timeout: For how many seconds a transaction waits until another transaction has ended.
@@ -69,8 +69,8 @@ class Isolation:
         has_ended: True if the block has ended.
         threads: The threads that were already running before the first such block of these
             databases. No test has started them, so they may use a database after a block.
-        tasks: The tasks that used a session in such a block. They belong to a test, so they may not
-            use a database after the block.
+        tasks: The tasks that used a session in such a block. A test has started them, so they may
+            not use a database after the block.
     """
 
     timeout: float

@@ -24,7 +24,7 @@ class SharedPool(Pool):
         source: The engine's own pool, which opens the connection.
         dialect: The SQLAlchemy dialect of the engine.
         database: The URL of the database, for error texts.
-        isolation: The state of the test's `with rolled_back(...)` block.
+        isolation: The data of the test's `with rolled_back(...)` block.
     """
 
     def __init__(self, source: Pool, dialect: Dialect, database: str, isolation: Isolation) -> None:

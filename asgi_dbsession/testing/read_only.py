@@ -19,8 +19,8 @@ def refusing_writes(
 ) -> Iterator[None]:
     """Let the database refuse writes during the one statement that the `with` block sends.
 
-    All transactions of the test share one connection, and the other transactions may write. So
-    writes are allowed again after the statement (SQLite) or after the savepoint (PostgreSQL).
+    All transactions of the test share one connection, and not all of them are read-only. So writes
+    are allowed again after the statement (SQLite) or after the savepoint (PostgreSQL).
     MariaDB has no read-only savepoints, so it does not refuse writes.
     """
     if dialect.name == "sqlite":

@@ -230,6 +230,7 @@ def _shut_down(database: AnyDatabase) -> None:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    # `asyncio.run` would remove the event loop that a test plugin has set.
+    # `asyncio.run` would remove the event loop that a test plugin has set. A `Runner` with a
+    # `loop_factory` does not touch it.
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         runner.run(work)

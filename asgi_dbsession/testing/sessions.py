@@ -18,14 +18,14 @@ from .isolation import Isolation, NotIsolated, outlived
 # The test (its `with rolled_back(...)` block) that has started the current task or thread, or None.
 _block: ContextVar[Isolation | None] = ContextVar("asgi_dbsession.testing", default=None)
 
-# These two tell to which test a session belongs. `_latest` has, for each `AsyncDatabase` or
+# These two tell which test has used a session. `_latest` has, for each `AsyncDatabase` or
 # `SyncDatabase`, the `with rolled_back(...)` block that was entered last. `_block_of` has, for each
 # session, the block in which the session was used first.
 _latest: WeakKeyDictionary[Database[Any, Any], Isolation] = WeakKeyDictionary()
 _block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
 
-# Threads from these modules are in a pool, and run code of many tests. So they belong to no single
-# test.
+# Threads from these modules are in a pool, and run code of many tests. So the end of one test is no
+# reason to refuse their work.
 _POOLS = ("anyio.", "trio.")
 
 
@@ -36,15 +36,19 @@ def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
         # Never remove this listener, because it must also refuse work that goes on after the test.
         event.listen(database._orm_class, "after_begin", _Check(database))
     else:
-        # Tasks and threads of an earlier test may still be running. Take over what is known about
-        # them, so that their work is still refused when this test has ended.
+        # A task or thread that an earlier test has started may still be running, even after this
+        # test. Then its work must be refused too. So add the tasks of the earlier tests to `tasks`,
+        # and keep in `threads` only the threads that ran before the first test.
         isolation.threads.intersection_update(earlier.threads)
         isolation.tasks.update(earlier.tasks)
     _latest[database] = isolation
 
 
 def enter_block(isolation: Isolation) -> None:
-    """From now on, new tasks and threads belong to this `with rolled_back(...)` block of a test."""
+    """Record that new tasks and threads are started in this `with rolled_back(...)` block.
+
+    After the block, they must not use the database any more.
+    """
     _block.set(isolation)
 
 
@@ -59,8 +63,8 @@ def leave_block(isolation: Isolation) -> None:
 class _Check:
     """Called at each BEGIN of a session. Raises an error if the test cannot roll back the work.
 
-    This is so if the session belongs to a test that has ended, or if its engine is not in the
-    test's `rolled_back` block.
+    This is so if the test that has used the session has ended, or if the engine of the session was
+    not given to `rolled_back`.
     """
 
     def __init__(self, database: Database[Any, Any]) -> None:
@@ -84,7 +88,7 @@ class _Check:
 
 
 def _outlived(isolation: Isolation) -> bool:
-    """Return True if the calling code belongs to a test whose `rolled_back` block has ended."""
+    """Return True if the calling code was started by a test whose `rolled_back` block has ended."""
     task = _current_task()
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
