@@ -10,7 +10,7 @@ from asgi_dbsession.session.end import End
 class Attempt:
     """One attempt to run a request, or the function given to `run_transaction`.
 
-    If the database reports a conflict with another transaction, a retry may follow.
+    If the database reports a conflict with another transaction, a further attempt can follow.
 
     Attributes:
         number: 1 for the first attempt, 2 for the first retry.
@@ -34,7 +34,7 @@ class RunningAttempt:
 
     @property
     def can_retry(self) -> bool:
-        """True if a retry may follow, because there was a conflict and nothing was committed."""
+        """True if a retry is possible: there was a conflict, and nothing was committed."""
         return False
 
     def will_retry(self, _end: End) -> bool:

@@ -24,14 +24,17 @@ def made_current(unit: UnitOfWork) -> Iterator[None]:
         current_unit.set(unit)
         yield
     finally:
-        # Inside the `with` block, the application may have opened another unit of work that is
-        # still open now. Then let this other unit of work stay the current one.
+        # If `unit` is not the current unit of work now, the application has opened another one in
+        # the `with` block and has not closed it yet (in a generator, for example). Then change
+        # nothing.
         if current_unit.get() is unit:
             current_unit.set(around if was_closed else _nearest_open(around))
 
 
 def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
-    """Return the nearest unit of work that opens and closes the session of the database.
+    """Return the unit of work around the calling code that opens and closes the session.
+
+    If several open a session of `database`, return the innermost one.
 
     Raises:
         NoSession: No unit of work with this database is around the calling code.

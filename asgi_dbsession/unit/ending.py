@@ -139,14 +139,14 @@ def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | Non
 
 
 def _close_idle(opened: Iterable[ManagedSession[Any]]) -> tuple[Sessions, Exception | None]:
-    """Close sessions without work. Return the other sessions, and the first exception."""
+    """Close the sessions that have no work. Return those with work, and the first exception."""
     working, raised = [], None
     for each in opened:
         try:
             if not each.close_if_idle():
                 working.append(each)
-        # A listener of the application raised this exception. It is raised again after the other
-        # sessions are closed.
+        # A listener of the application raised this exception. It is raised again after all sessions
+        # are closed.
         except Exception as error:
             if not each.lock.is_closed:
                 raise
@@ -191,7 +191,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     """
     given = tuple(unit.callbacks)
     # The `on_commit` functions in `stored` waited for work that the application itself has
-    # committed already. So they are called even if the COMMIT of the other work fails.
+    # committed already. So they are called even if the COMMIT of the later work fails.
     stored = [each for each in given if each.committed]
     end.had_work = bool(working)
     token = current_end.set(end)

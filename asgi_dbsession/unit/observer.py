@@ -13,15 +13,15 @@ observed: set[Any] = set()
 
 
 class UnitObserver:
-    """An observer: an object whose methods are called at each event of a unit of work.
+    """An object that is notified when a unit of work begins, opens a session, and ends its work.
 
-    (A unit of work is one request or one `begin()` block.) The methods must be fast and must not
+    A unit of work is one request or one `begin()` block. The methods must be fast and must not
     raise exceptions. The argument `unit` is a `UnitOfWork`. Its annotation is `Any`, because
     importing `UnitOfWork` here would be a circular import.
     """
 
     def engine_used(self, engine: Engine) -> None:
-        """Called when a database starts to use `engine`. The observer may add listeners to it.
+        """Called when a database starts to use `engine`. The observer can add listeners to it.
 
         If several databases use one engine, this method is called for each of them.
         """
@@ -33,10 +33,10 @@ class UnitObserver:
         """
 
     def unit_began(self, unit: Any) -> None:
-        """Called when a unit of work begins, if it has this observer from the beginning.
+        """Called when a unit of work begins, if this observer watches it from its beginning.
 
-        A unit of work gets the observers of a database only when it opens its session of this
-        database. If an observer is added in this way, this method is not called.
+        An observer of a single database watches a unit of work only from the time when the unit of
+        work opens its session of this database. Then this method is not called.
         """
 
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:

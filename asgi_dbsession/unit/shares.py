@@ -9,10 +9,14 @@ from asgi_dbsession.session.tasks import current_task, has_ended, is_waiting_for
 
 from .unit_of_work import UnitOfWork
 
-# What `sort_work` does with the work of living tasks (other tasks that are still running), if one
-# task is about to commit work in the same session. "refuse" (for WebSockets): raise ConcurrentUse
-# if both tasks have work in the session. "leave" (at the end of a response body): do not commit
-# this session yet. "include" (after the application has returned): commit the work of all tasks.
+# One task is about to commit its work. A living task (another task that is still running) has work
+# in the same session, and a COMMIT would store this unfinished work too. So `sort_work` does this:
+#
+# "refuse", for WebSockets: raise ConcurrentUse if both tasks have work in the session.
+# "leave", at the end of a response body: do not commit this session yet. It is committed when the
+# application has returned.
+# "include", after the application has returned: commit the work of all tasks, because no later
+# COMMIT follows.
 Living: TypeAlias = Literal["refuse", "leave", "include"]
 
 
@@ -42,9 +46,9 @@ def sort_work(
         changer = lock.last_user if _is_in_memory(lock) else None
         if changer is not None and not has_ended(changer):
             lock.users.add(changer)
-        # A parent task may do nothing else than wait for its child `task`. (Before Python 3.12,
-        # `asyncio.wait_for` runs its coroutine in such a child.) Then `task` acts for the parent
-        # task, and the work of both counts as work of `task`.
+        # `task` may be the child of a parent task that only waits for it. (Before Python 3.12,
+        # `asyncio.wait_for` runs its coroutine in such a child.) Then the parent task cannot work
+        # meanwhile, so its work is finished, and counts as work of `task`.
         others = {
             each for each in lock.users if each is not task and not is_waiting_for(each, task)
         }
@@ -67,7 +71,7 @@ def find_failed(unit: UnitOfWork, working: Sessions) -> tuple[bool, Sessions]:
     Returns:
         A pair. (1) False if no session may be committed, because one transaction has work of both
         failed and successful tasks. Otherwise True. (2) If (1) is True, the sessions to roll back.
-        The other sessions may be committed.
+        All sessions of `working` that are not in this list may be committed.
     """
     sessions = [each for each in working if each.has_work]
     try:

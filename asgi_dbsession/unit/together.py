@@ -94,10 +94,10 @@ async def commit_all(sessions: Sessions, end: End, run: Run | None = None) -> Ba
 
 
 async def learn_positions(sessions: Iterable[ManagedSession[Any]]) -> None:
-    """After work on databases with replicas has ended, ask each primary for its WAL position.
+    """For each session that has used a primary with replicas, record the primary's WAL position.
 
-    The client may have seen the data of the primary up to this position. So its next request may
-    use only replicas that have reached this position.
+    The client may have seen the data of the primary up to this position. So the next request of the
+    client reads only from replicas that have reached this position.
     """
     for each in sessions:
         route = each.companion.route

@@ -40,8 +40,8 @@ class UnitOfWork:
             end.
         enclosing: The unit of work around this one, for databases that are not in `databases`. None
             if there is none.
-        observers: Objects whose methods are called at each event of this unit of work. The
-            observers of a database are added when its session is opened.
+        observers: Objects that are notified when this unit of work begins, opens a session, commits
+            or rolls back. The observers of a database are added when its session is opened.
 
     Attributes:
         sessions: The sessions that were opened, by database. Empty after the end.
@@ -49,10 +49,11 @@ class UnitOfWork:
             work.
         joins_outer_unit: True in an inner DBSessionMiddleware of the same request, and in a
             `begin(join=True)` block. If an outer unit of work of the same request has the same
-            database, the session belongs to the outer unit of work.
+            database, this unit of work uses the session of the outer unit of work.
         joined: In a `begin(join=True)` block: the unit of work whose session the block uses. None
             elsewhere.
-        rollback: The value of the last `set_rollback` call since the last commit, or None.
+        rollback: The value of the last `set_rollback` call since the last commit or rollback.
+            None if there was no call.
         rollbacks: For each task, the argument of its last `set_rollback` call. The newest call is
             last.
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
@@ -148,7 +149,11 @@ class UnitOfWork:
         self.rollback, self.rollbacks = None, {}
 
     def manages(self, database: SessionSource[Any]) -> bool:
-        """Return True if this unit of work opens and closes the session of the database."""
+        """Return True if this unit of work opens and closes the session of the database.
+
+        False if it does not have the database, or if it uses the session that an outer unit of work
+        of the same request opens (see `joins_outer_unit`).
+        """
         if database not in self.databases:
             return False
         return not self.joins_outer_unit or not any(
@@ -199,9 +204,8 @@ class UnitOfWork:
         if not self.observers:
             self.observers = database.observers
         elif database.observers:
-            # Add the database's observers (objects that are notified of the events of a unit of
-            # work). The unit of work may already have one of them, from another database. Keep each
-            # observer only once.
+            # Add the observers of the database. The unit of work may already have one of them, from
+            # another database. Keep each observer only once, so that it is notified only once.
             self.observers = tuple(dict.fromkeys((*self.observers, *database.observers)))
         if self.observers:
             observed.add(self)

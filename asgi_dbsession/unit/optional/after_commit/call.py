@@ -80,9 +80,10 @@ def _settle(
     """
     due: list[AfterCommit] = []
     for each in tuple(callbacks):
-        # Functions of other tasks, and functions that were given to `on_commit` while this commit
-        # ran, may wait for a later COMMIT. Neither call them nor drop them yet. But if this is the
-        # last COMMIT (`end.close`), call or drop all functions now.
+        # A later COMMIT decides about a function if its work is not committed or rolled back yet,
+        # and one of these is true: a task that is still running gave it to `on_commit`, it was
+        # given while this commit ran, or it also waits for another session. Such a function stays
+        # in `callbacks`. But after the last COMMIT (`end.close`), no function stays there.
         is_concerned = each in given and is_of(each.given_by, end.task)
         ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):

@@ -168,8 +168,8 @@ class _Block:
             if self._is_open:
                 self._savepoint.rollback()
             # The application called `commit()` inside the `begin(join=True)` block. This ended the
-            # savepoint of the block, and began a new transaction. All work of the new transaction
-            # belongs to the block. So roll back the whole transaction.
+            # savepoint of the block, and began a new transaction. All work in the new transaction
+            # was done in the block. So roll back the whole transaction.
             else:
                 self._opened.orm.rollback()
         except Exception as failure:

@@ -125,9 +125,9 @@ class TwoPhases:
 def _add_deciding(deciding: Session | None, unit: UnitOfWork, sessions: Sessions) -> None:
     """Add the deciding session to `sessions`, even if it has no work.
 
-    The deciding session must take part in each two-phase commit. After a crash, an operator sees if
-    its transaction is still prepared, and so knows what to do with the other transactions (see the
-    top of this file).
+    The deciding session must be a part of each two-phase commit. After a crash, an operator sees if
+    its transaction is still prepared. If it is, the operator rolls back all transactions of the
+    unit of work. Otherwise the operator commits those that are still prepared.
 
     Raises:
         ConcurrentUse: The deciding session has uncommitted work of another task.

@@ -1,4 +1,4 @@
-"""A session of a unit of work that is committed in two phases."""
+"""A session whose transaction is committed in two phases: PREPARE, and then COMMIT."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
