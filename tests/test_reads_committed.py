@@ -82,8 +82,13 @@ async def tasks_of(served, method):
     await served({"type": "http", "method": method, "path": "/"}, None, send)
     return len(made)
 
+def instrument(engine):
+    from opentelemetry.instrumentation.sqlalchemy import SQLAlchemyInstrumentor
+    SQLAlchemyInstrumentor().instrument(engine=engine, skip_dep_check=True)
+
 async def main():
-    async with AsyncDatabase(sys.argv[1]) as database:
+    options = {"on_engine": instrument} if "instrumented" in sys.argv else {}
+    async with AsyncDatabase(sys.argv[1], **options) as database:
         served = DBSessionMiddleware(app, database)
         counts = [await tasks_of(served, method) for method in ("GET", "POST")]
     print("reads {}, writes {}".format(*counts))
@@ -317,10 +322,14 @@ async def test_the_session_works_on_after_its_reads(running: Running) -> None:
 
 
 @pytest.mark.parametrize("real", ["asyncpg"], indirect=True)
-def test_reads_are_committed_without_a_task(real: Real) -> None:
-    """A task costs time. In this process, other tests have used options that need one."""
+@pytest.mark.parametrize("kind", ["plain", "instrumented"])
+def test_reads_are_committed_without_a_task(real: Real, kind: str) -> None:
+    """A task costs time. The listeners of OpenTelemetry need none.
+
+    In this process, other tests have used options that need a task.
+    """
     url = real.url.render_as_string(hide_password=False)
-    program = [sys.executable, "-c", COUNT_TASKS, url]
+    program = [sys.executable, "-c", COUNT_TASKS, url, kind]
     assert subprocess.check_output(program, text=True) == "reads 0, writes 1\n"
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.pool import QueuePool
 from ._sqlalchemy import connections_of, pool_of
 from .companion import Companion
 from .guard import GuardedSession
-from .reads import delayed, has_only_read
+from .reads import delayed, has_foreign, has_only_read
 from .roll_back import has_changes
 
 # SQLAlchemy calls the listeners of these events during a commit or rollback. If the application has
@@ -43,7 +43,7 @@ def ends_at_once(session: Session, companion: Companion) -> bool:
     if any(getattr(type(session), each) is not getattr(GuardedSession, each) for each in _METHODS):
         return False
     listeners = _listeners(session, _OF_SESSIONS)
-    return not _has_foreign(listeners) and all(map(_sends_nothing, companion.open_connections))
+    return not has_foreign(listeners) and all(map(_sends_nothing, companion.open_connections))
 
 
 def commit_at_once(session: Session, companion: Companion) -> bool:
@@ -112,22 +112,17 @@ def _commits_at_once(connection: Connection, begun: Transaction | None) -> bool:
     # This function cannot wait. So return False, and let `commit()` run in a greenlet or thread.
     if not isinstance(pool, QueuePool) or pool.checkedin() >= (pool.size() or inf):
         return False
-    return not (connection.dispatch.commit or pool.dispatch.reset or len(pool.dispatch.checkin) > 1)
+    listeners = connection.dispatch.commit or pool.dispatch.reset
+    return not (listeners or has_foreign(pool.dispatch.checkin))
 
 
 def _sends_nothing(connection: Connection) -> bool:
-    if _has_foreign(_listeners(connection, _OF_CONNECTIONS)):
+    if has_foreign(_listeners(connection, _OF_CONNECTIONS)):
         return False
-    if _has_foreign(_listeners(connection.engine.pool, _OF_POOLS)):
+    if has_foreign(_listeners(connection.engine.pool, _OF_POOLS)):
         return False
     return has_only_read(connection)
 
 
 def _listeners(target: Any, events: Iterable[str]) -> Iterable[Any]:
     return (each for name in events for each in getattr(target.dispatch, name))
-
-
-def _has_foreign(listeners: Iterable[Any]) -> bool:
-    return any(
-        not str(getattr(each, "__module__", "")).startswith("asgi_dbsession.") for each in listeners
-    )

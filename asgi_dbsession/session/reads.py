@@ -1,6 +1,6 @@
 """Stores the connections on which BEGIN is delayed, and ends the delay before a write."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import ref
 
@@ -18,6 +18,8 @@ DRIVERS = ("asyncpg", "psycopg")
 # The drivers of MariaDB and MySQL with which BEGIN is delayed only if the application has set
 # `autocommit_reads=True`. With these drivers, each switch of autocommit costs a round trip.
 ON_DEMAND = ("asyncmy", "aiomysql", "pymysql")
+# Listeners of this package and of OpenTelemetry send no statements and do not wait.
+_HARMLESS = ("asgi_dbsession.", "opentelemetry.")
 # The connections that are in autocommit mode because BEGIN is delayed. The value is a function that
 # gets the connection and switches autocommit off. The second argument of the function is True if
 # SQLAlchemy is executing a statement: SQLAlchemy then handles an error of the driver. If the second
@@ -49,6 +51,18 @@ class Reads:
 
         A subclass can then delay BEGIN on the server until the session writes.
         """
+
+
+def has_foreign(listeners: Iterable[object]) -> bool:
+    """Return True if one of the listeners may send a statement, or wait for something.
+
+    This is unknown for all listeners except those of this package and of OpenTelemetry.
+    """
+    return any(map(_is_foreign, listeners))
+
+
+def _is_foreign(listener: object) -> bool:
+    return not str(getattr(listener, "__module__", "")).startswith(_HARMLESS)
 
 
 def isolation_level(connection: Connection) -> str | None:

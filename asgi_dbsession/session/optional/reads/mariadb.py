@@ -16,7 +16,7 @@ from asgi_dbsession.session._sqlalchemy import (
     isolation_level_on_connect,
 )
 from asgi_dbsession.session.read_only import ON_MARIADB, may_only_read
-from asgi_dbsession.session.reads import Reads, delayed, isolation_level
+from asgi_dbsession.session.reads import Reads, delayed, has_foreign, isolation_level
 
 from .delayed import watch_statements
 from .mariadb_connections import (
@@ -26,11 +26,6 @@ from .mariadb_connections import (
     obey,
     watch_connections,
 )
-
-# The listeners of this package and of OpenTelemetry for SQLAlchemy's event `checkout` send no
-# statements. If the pool has any other listener for `checkout`, this listener may write. Then
-# sessions do not read in autocommit mode.
-_HARMLESS = ("asgi_dbsession.", "opentelemetry.")
 
 
 class AutocommitReads(Reads):
@@ -84,8 +79,7 @@ def _may_read(session: Session, engine: Engine) -> bool:
     events = engine.dispatch
     if len(session.dispatch.after_begin) > 1 or events.begin or events.engine_connect:
         return False
-    checkout = engine.pool.dispatch.checkout
-    return all(str(getattr(each, "__module__", "")).startswith(_HARMLESS) for each in checkout)
+    return not has_foreign(engine.pool.dispatch.checkout)
 
 
 def _begin(connection: Connection, in_statement: bool) -> None:
