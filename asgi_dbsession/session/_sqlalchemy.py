@@ -186,7 +186,7 @@ def connections_of(transaction: SessionTransaction) -> dict[Connection, Transact
 
 
 def pool_of(connection: Connection) -> Any:
-    """Return the pool of a connection. After `dispose()`, `engine.pool` is another pool."""
+    """Return the pool that has opened a connection. `dispose()` gives the engine another pool."""
     pooled: Any = connection.connection
     return pooled._pool
 

@@ -35,7 +35,7 @@ class Follower(Protocol):
 
 
 class SessionRoute(Protocol):
-    """Chooses the primary or a replica for a session; see the package `replicas`."""
+    """The interface of the class `Route`, which chooses the primary or a replica for a session."""
 
     def work_ended(self) -> bool:
         """Called after a commit or rollback.
@@ -62,7 +62,7 @@ Step: TypeAlias = list[Any]
 
 
 class SessionRecording(Protocol):
-    """Records what a session does; see the package `reports`."""
+    """The interface of the class `Recording`, which records what a session does, for reports."""
 
     def connected(self, own: Any, connection: Connection) -> None:
         """Record that a session got a connection, and has begun a transaction on it.

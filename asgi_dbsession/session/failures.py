@@ -201,7 +201,8 @@ def _listen_for_commit(connection: Connection) -> None:
 
 
 def _key(transaction: Transaction) -> ref[Transaction]:
-    # The callback must not be Python code: an exception of a signal handler in it would be lost.
+    # The callback of a weak reference must not be Python code. If a signal handler raised its
+    # exception there, Python would ignore the exception.
     return ref(transaction, failed_transactions.pop)
 
 

@@ -159,7 +159,8 @@ class ManagedSession(Generic[S]):
             self._release(end)
 
     def _let_go(self) -> None:
-        # A task may still refer to this session. The session must not keep the request in memory.
+        # A task may still refer to this session. Remove the ASGI scope from the session. Otherwise
+        # the session would keep the data of the request in memory.
         self.orm.info["scope"] = None
         self.companion.connect = None
         forget(self.orm)
