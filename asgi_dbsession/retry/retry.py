@@ -55,7 +55,7 @@ class Retry:
         watch_sessions()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one HTTP request, with as many attempts as needed and allowed."""
+        """Serve one HTTP request. Serve it again after a conflict, at most `attempts` times."""
         body = Replay(receive, self._memory)
         try:
             await self._serve(scope, body, send)
@@ -79,8 +79,8 @@ class Retry:
                         raise watched.conflict
                     return
             finally:
-                # Tasks that this attempt started may still be running. They must not record a
-                # conflict any more.
+                # Tasks that this attempt started may still be running. If one of them meets a
+                # conflict later, this is no reason for a retry. So record no more conflicts.
                 watched.make_final()
             # Do not retry a cancelled request. The application may have caught the cancellation and
             # answered with an error response, so no `CancelledError` was raised here.

@@ -23,7 +23,9 @@ class Attempt:
 
 
 class RunningAttempt:
-    """An attempt that is running now. A subclass in the package `retry` overrides the methods.
+    """An attempt that is running now, and after which no retry follows.
+
+    The package `retry` has a subclass for attempts that can be retried.
 
     Args:
         attempt: The object that `current_attempt()` returns to the application.

@@ -76,7 +76,7 @@ def _settle(
 
     Each function waits for the work that was uncommitted when `on_commit` was called. If this work
     was committed, return the function. If this work was rolled back, drop the function. If neither
-    has happened yet, the function stays in `callbacks`.
+    has happened yet, a later COMMIT decides, and the function stays in `callbacks`.
     """
     due: list[AfterCommit] = []
     for each in tuple(callbacks):

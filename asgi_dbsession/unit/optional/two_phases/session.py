@@ -50,7 +50,7 @@ class TwoPhaseSession(ManagedSession[S]):
         # must be prepared in any case (see `_add_deciding`), and this may be that session.
         self.orm.connection()
         # With SQLAlchemy's option `binds`, this flush may begin transactions on further engines.
-        # These transactions need `twophase=True` too.
+        # `twophase` must be True meanwhile, so that PREPARE can be sent for these too.
         refuse_if_aborted(self.companion.open_connections)
         self.orm.flush()
         # At the end of this flush, SQLAlchemy must not send PREPARE. The method `prepare` sends it
