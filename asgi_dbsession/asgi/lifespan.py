@@ -70,7 +70,7 @@ async def serve_lifespan(
 
 
 class _Lifespan:
-    """Passes on the lifespan messages (startup, shutdown) of one run of the server."""
+    """Passes the startup and shutdown messages on, and starts and stops the databases with them."""
 
     def __init__(self, databases: Sequence[Startable], receive: Receive, send: Send) -> None:
         self._databases = databases

@@ -30,7 +30,8 @@ S = TypeVar("S")
 class Database(EngineLife[E], Generic[E, S]):
     """The methods that `AsyncDatabase` and `SyncDatabase` have in common."""
 
-    # The class of the sessions: a subclass of SQLAlchemy's `Session`, also for an async database.
+    # The class of the sessions, a subclass of SQLAlchemy's `Session`. For an async database, it is
+    # the class of the `Session` inside each `AsyncSession`.
     _orm_class: type[Any]
 
     def __init__(

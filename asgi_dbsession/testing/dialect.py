@@ -85,7 +85,7 @@ class SavepointDialect(Dialect):
     def _set_connection_characteristics(
         self, connection: Connection, characteristics: Mapping[str, Any]
     ) -> None:
-        """Ignore a new isolation level on a shared connection, which is always in a transaction."""
+        """Ignore a new isolation level on the shared connection: it is in a transaction already."""
         dialect: Any = super()
         if record_of(connection.connection):
             known = dialect.connection_characteristics
@@ -99,8 +99,8 @@ class SavepointDialect(Dialect):
 
 def with_savepoints(dialect: type[Dialect]) -> type[Dialect]:
     """Derive a dialect class from `SavepointDialect`, which replaces transactions by savepoints."""
-    # A derived dialect needs this attribute. Without it, SQLAlchemy does not cache compiled
-    # statements.
+    # Without the attribute `supports_statement_cache` in the derived class itself, SQLAlchemy does
+    # not cache compiled statements.
     known = {"supports_statement_cache": dialect.supports_statement_cache}
     return types.new_class(
         dialect.__name__, (SavepointDialect, dialect), exec_body=lambda body: body.update(known)
