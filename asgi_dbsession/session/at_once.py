@@ -88,7 +88,8 @@ def _has_only_transactions(session: Session) -> bool:
     if getattr(session.commit, "__func__", None) is not GuardedSession.commit:
         return False
     # This package has added one listener for `before_commit` and one for `after_commit`. If there
-    # are more, the application has added one. Then return False: only SQLAlchemy's `commit()` calls it.
+    # are more, the application has added one. Only SQLAlchemy's `commit()` calls that listener. So
+    # return False.
     events: Any = session.dispatch
     listeners = len(events.before_commit) + len(events.after_commit)
     return listeners == _OWN_LISTENERS and not events.after_transaction_end
