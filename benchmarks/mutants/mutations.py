@@ -1,6 +1,7 @@
 """Finds every change of a file that a test should notice."""
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import unified_diff
@@ -16,6 +17,11 @@ from parso.python.tree import Keyword
 
 # Operators whose result is the same program, or a TypeError in any test that runs the line.
 _POINTLESS = ("BinaryOperator", "Is_Eq", "IsNot_NotEq", "Is_Lt", "Is_Gt", "IsNot_Lt", "IsNot_Gt")
+# Here `is` gives the same result as `==`: both names are literals of one word, in SQLAlchemy and in
+# this package, and CPython makes only one object of equal literals. (Types of ASGI messages do not
+# belong here: a server may build them at run time.)
+_SAME_OBJECT = re.compile(r'dialect\.(name|driver) [=!]= "\w+"')
+_POINTLESS_ON_SAME_OBJECT = ("Eq_Is", "NotEq_IsNot")
 _POINTLESS_DECORATORS = ("@override", "@functools.wraps(operation)")
 _LOGGERS = ("_logger", "logger", "logging")
 
@@ -78,11 +84,15 @@ def mutations_of(root: Path, file: Path) -> Iterator[Mutation]:
         places = [(*each, node) for node in nodes for each in operator.mutation_positions(node)]
         for occurrence, (start, _end, node) in enumerate(places):
             is_skipped = any(first <= start < last for first, last in skipped)
-            is_pointless = (
-                node.type == "decorator" and node.get_code().strip() in _POINTLESS_DECORATORS
-            )
-            if not is_skipped and not is_pointless:
+            if not is_skipped and not _is_pointless(operator, node):
                 yield Mutation(str(file.relative_to(root)), start[0], operator, occurrence, source)
+
+
+def _is_pointless(operator: Operator, node: Any) -> bool:
+    if node.type == "decorator":
+        return node.get_code().strip() in _POINTLESS_DECORATORS
+    kind = type(operator).__name__.partition("_")[2]
+    return kind in _POINTLESS_ON_SAME_OBJECT and bool(_SAME_OBJECT.search(node.parent.get_code()))
 
 
 def _operators() -> Iterator[Operator]:
