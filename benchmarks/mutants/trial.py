@@ -66,8 +66,10 @@ _FAR = (
     *("servers", "frameworks", "test_benchmarks.py", "test_comparison.py", "test_example.py"),
     *("test_faults.py", "test_galera.py", "test_package.py", "test_site.py", "test_tutorial.py"),
 )
-# Seconds for one test, and for all of them: a busy machine must not kill a mutant.
+# Seconds for one test, and for all of them. After a time-out they run again with twice the seconds,
+# because a busy machine must not kill a mutant. pytest-timeout writes this text after a time-out.
 _TEST_LIMIT, _LIMIT = 30, 900
+_TIMED_OUT = "+ Timeout +"
 _MEMORY = 3 * 1024**3  # bytes of one process: an endless loop must not use all memory
 
 
@@ -101,20 +103,31 @@ def _near(folder: Path, mutation: Mutation) -> list[str]:
 
 
 def _pass(folder: Path, arguments: tuple[str, ...]) -> bool:
-    process = subprocess.Popen(  # noqa: S603
-        [sys.executable, *_PYTEST, f"--timeout={_TEST_LIMIT}", *arguments],
-        cwd=folder,
-        # Run in this folder, so that servers of the tests can be found after a crash.
-        env={**os.environ, "PYTHONPATH": str(folder), "TMPDIR": str(folder)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    for factor in (1, 2):
+        status, output = _run(folder, arguments, factor)
+        if status is not None and _TIMED_OUT not in output:
+            break
+    return status == 0
+
+
+def _run(folder: Path, arguments: tuple[str, ...], factor: int) -> tuple[int | None, str]:
+    """Return the exit status of the tests (None after a time-out), and their output."""
+    output = folder / "output.txt"
+    with output.open("wb") as written:
+        process = subprocess.Popen(  # noqa: S603
+            [sys.executable, *_PYTEST, f"--timeout={factor * _TEST_LIMIT}", *arguments],
+            cwd=folder,
+            # Run in this folder, so that servers of the tests can be found after a crash.
+            env={**os.environ, "PYTHONPATH": str(folder), "TMPDIR": str(folder)},
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     resource.prlimit(process.pid, resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    status = None
     try:
-        return process.wait(_LIMIT) == 0
-    except subprocess.TimeoutExpired:
-        return False
+        with suppress(subprocess.TimeoutExpired):
+            status = process.wait(factor * _LIMIT)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -122,3 +135,4 @@ def _pass(folder: Path, arguments: tuple[str, ...]) -> bool:
             with suppress(ProcessLookupError):
                 os.kill(int(each.read_text().split()[0]), signal.SIGQUIT)
         process.wait()
+    return status, output.read_text(errors="replace")
