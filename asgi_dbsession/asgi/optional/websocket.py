@@ -62,8 +62,6 @@ class SocketExchange:
         kind = message["type"]
         if kind == "websocket.accept":
             self.may_commit = True
-        elif kind == "websocket.http.response.start":
-            self.may_commit = False
         elif kind == "websocket.close":
             is_regular = message.get("code", 1000) in _REGULAR_CLOSE
             self.may_commit = self.may_commit and is_regular
@@ -93,7 +91,6 @@ class SocketExchange:
         this message, and the other task waits for the client, neither would ever go on.
         """
         if self._waiting and self.may_commit:
-            self.may_commit = False
             for code in _INTERNAL_ERROR:
                 # Ignore an error of this close message, because the client may have disconnected.
                 # The caller raises the error of the failed commit next, which is more important.
