@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from anyio import to_thread
 from asgi import Life, get, respond
-from conftest import CHILD, ENTRY, Real, Running, becomes_true, real_database
+from conftest import CHILD, ENTRY, Real, Running, becomes_true, checked_out, real_database
 from pages import ROOT, Page
 from several import Several, engine_of, in_session, orm, several_databases, swallow_an_error
 from sqlalchemy import Connection, create_engine, event, text
@@ -171,7 +171,9 @@ async def test_what_mariadb_refuses_to_prepare_is_not_in_doubt(
     assert "In doubt" not in caplog.text
 
 
-@pytest.mark.parametrize(("number", "refused"), [(1399, True), (2013, False)])
+@pytest.mark.parametrize(
+    ("number", "refused"), [(1399, True), (1999, True), (2000, False), (2999, False), (3000, True)]
+)
 def test_an_error_without_sqlstate_is_known_by_its_number(number: int, *, refused: bool) -> None:
     """Older drivers of MariaDB give no SQLSTATE; only 2000 to 2999 come from the client."""
     error = sqlite3.OperationalError(number, "XA PREPARE failed")
@@ -348,6 +350,31 @@ async def test_one_that_is_lost_after_the_deciding_commit_is_stored_in_the_end(
     assert xid in error.getMessage()
     resolve(*several.reals)
     assert several.stored() == [["kept"], ["kept"]]
+
+
+async def test_a_listener_that_fails_after_the_commit_keeps_no_connection(
+    several: Several, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All work is stored, and no transaction is in doubt."""
+
+    def fail(_session: Session) -> None:
+        raise LookupError
+
+    held: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await several.write("kept")
+        for each in several.each:
+            event.listen(orm(each), "after_commit", fail)
+        try:
+            await respond(send)
+        finally:
+            held.extend(map(checked_out, several.databases))
+
+    exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
+    assert isinstance(exchange.error, LookupError)
+    assert (held, several.stored()) == ([0, 0], [["kept"], ["kept"]])
+    assert "In doubt" not in caplog.text
 
 
 async def test_one_that_may_be_prepared_keeps_the_deciding_one_prepared(
