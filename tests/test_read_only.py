@@ -27,6 +27,7 @@ from asgi_dbsession import (
     safe_methods,
     set_rollback,
 )
+from asgi_dbsession.session.optional.read_only.transaction import is_refusal
 from asgi_dbsession.testing import count_statements, rolled_back
 
 pytestmark = pytest.mark.anyio
@@ -189,6 +190,27 @@ async def test_bulk_operations_are_refused_only_where_a_request_may_only_read(
     assert running.stored() == before
     assert (await serve(running, work, "POST")).status == 200
     assert running.stored()[-1] == "new"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "arguments", "refused"),
+    [
+        ({"pgcode": "25006"}, (), True),  # psycopg2
+        ({"pgcode": "25001"}, (), False),
+        ({}, (1792, "READ ONLY"), True),  # older drivers of MariaDB
+        ({}, (1791, "READ ONLY"), False),
+        ({"sqlite_errorcode": 8}, ("readonly",), True),
+        ({"sqlite_errorcode": 8 | 3 << 8}, ("readonly",), True),  # SQLITE_READONLY_ROLLBACK
+        ({"sqlite_errorcode": 9}, ("interrupted",), False),
+    ],
+)
+def test_a_refused_write_is_known_by_the_code_of_each_driver(
+    attributes: dict[str, Any], arguments: tuple[Any, ...], *, refused: bool
+) -> None:
+    """Drivers that give no SQLSTATE give a number."""
+    error = Exception(*arguments)
+    vars(error).update(attributes)
+    assert is_refusal(error) is refused
 
 
 async def test_an_error_of_a_read_is_not_taken_for_a_refused_write(running: Running) -> None:
