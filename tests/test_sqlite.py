@@ -1,6 +1,7 @@
 """Tests that SQLite rolls back whatever a unit of work has written, as the other databases do."""
 
 import sqlite3
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -307,6 +308,22 @@ async def test_the_applications_own_listener_for_begin_is_respected(
     assert (exchange.status, exchange.error) == (409, None)
     assert running.stored() == ([] if begin else ["new"])
     await dispose(database)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 added `autocommit`")
+@pytest.mark.parametrize("real", ["sqlite-sync"], indirect=True)
+async def test_in_autocommit_mode_no_transaction_begins(real: Real) -> None:
+    """The driver's `commit()` would not end it."""
+    engine = create_engine(real.url, connect_args={"autocommit": True})
+    database = SyncDatabase.from_engine(engine)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await Running(real, database).execute(WRITES["text"])
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, database))
+    assert (exchange.status, real.stored()) == (200, ["new"])
+    engine.dispose()
 
 
 UPSET = {
