@@ -98,7 +98,7 @@ def _has_only_transactions(session: Session) -> bool:
 def _commits_at_once(connection: Connection, begun: Transaction | None) -> bool:
     if ref(connection) not in delayed or connection.closed or connection.invalidated:
         return False
-    # The application itself has begun or ended the transaction on this connection. So return False:
+    # If the application itself has begun or ended the transaction on this connection, return False:
     # then the session is committed with SQLAlchemy's `commit()`, which knows this case.
     if begun is None or connection.get_transaction() is not begun:
         return False

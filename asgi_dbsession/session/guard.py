@@ -51,7 +51,8 @@ _CHANGES = (
     "expunge_all",
 )
 
-# The classes of SQL text, INSERT, UPDATE and DELETE. BEGIN is not delayed before such a statement.
+# The classes of SQL text, INSERT, UPDATE and DELETE. Such a statement may write, so BEGIN is sent
+# before it without delay.
 _NEVER_PLAIN = (TextClause, UpdateBase)
 
 
