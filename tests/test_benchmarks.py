@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+from sqlalchemy import create_engine
+from sqlalchemy.pool import QueuePool
+
 from benchmarks.speed.clients import read_slowly
+from benchmarks.speed.server import Door
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,3 +103,15 @@ def test_a_slow_reader_who_has_waited_does_not_hurry() -> None:
         return rate
 
     assert 0 < asyncio.run(read()) < 0.3
+
+
+def test_a_measured_server_has_no_listeners_on_its_pool() -> None:
+    """With such listeners, this package ends a read in a task, and would seem slower than it is."""
+    pool = create_engine("sqlite://", poolclass=QueuePool).pool
+    door = Door(app=None, pool=lambda: pool)
+
+    async def measure() -> None:
+        door.measure()
+
+    asyncio.run(measure())
+    assert len(pool.dispatch.checkout) == len(pool.dispatch.checkin) == 0
