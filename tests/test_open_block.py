@@ -4,6 +4,7 @@ import asyncio
 import gc
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from contextvars import Context
 from typing import Annotated, Any
 
 import pytest
@@ -52,6 +53,18 @@ async def test_a_response_inside_a_block_with_work_is_refused(running: Running, 
     assert isinstance(exchange.error, ConfigurationError)
     assert "begin(join=True)" in str(exchange.error)
     assert running.stored() == []
+
+
+async def test_a_response_may_start_in_code_without_context(running: Running) -> None:
+    """For example, `asyncio.run_coroutine_threadsafe` in a bare thread copies no context."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("kept")
+        await asyncio.create_task(respond(send, 201), context=Context())
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert (exchange.status, exchange.error) == (201, None)
+    assert running.stored() == ["kept"]
 
 
 async def test_a_block_that_is_left_with_break_loses_nothing_in_silence(running: Running) -> None:

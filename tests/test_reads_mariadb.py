@@ -11,7 +11,7 @@ from asgi import get, respond
 from autocommitting import KINDS, READ, Reading, described
 from conftest import ENTRY, Real
 from opentelemetry.instrumentation.sqlalchemy import SQLAlchemyInstrumentor
-from several import Entry
+from several import Entry, engine_of
 from sqlalchemy import Column, Engine, Integer, MetaData, Table, event, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -362,6 +362,22 @@ async def test_what_a_listener_writes_is_rolled_back(real: Real, name: str, of: 
             event.remove(target, name, listener)
         await reading.assert_clean()
     assert (exchange.status, written, real.stored()) == (409, [True], [])
+
+
+@pytest.mark.parametrize(("status", "stored"), [(200, ["lost"]), (409, [])])
+async def test_a_transaction_that_a_listener_begins_ends_with_the_request(
+    reading: Reading, status: int, stored: list[str]
+) -> None:
+    """The server tells of a transaction that this package cannot see."""
+
+    def begin(connection: Any, *_: Any) -> None:
+        raw(connection.connection, "START TRANSACTION")
+        raw(connection.connection)
+
+    event.listen(engine_of(reading), "after_cursor_execute", begin, once=True)
+    exchange = await reading.request(lambda session: session.execute(READ), status)
+    assert (exchange.status, reading.stored()) == (status, stored)
+    await reading.assert_clean()
 
 
 @pytest.mark.parametrize("first", ["a read", "nothing"])

@@ -218,7 +218,7 @@ async def test_a_retry_repeats_no_write(running: Running) -> None:
     "read",
     [
         text("SELECT note FROM entry"),
-        text("/* a comment */ VALUES (1)"),
+        text("/* a comment */ VALUES ((SELECT count(*) FROM entry))"),
         text("EXPLAIN SELECT note FROM entry"),
         text("WITH one AS (SELECT note AS last_update FROM entry) SELECT last_update FROM one"),
         select(ONE.c.id),
