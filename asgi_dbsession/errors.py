@@ -15,7 +15,11 @@ class DBSessionError(Exception):
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let `pickle` store the whole error text, because `__init__` takes only parts of it."""
+        """Let `pickle` and `copy` make the same error again, with the same text.
+
+        By default, they would call the class with the whole error text. But the class takes other
+        arguments, such as the database, and makes the text itself.
+        """
         return type(self).__new__, (type(self),), {**vars(self), "args": self.args}
 
 

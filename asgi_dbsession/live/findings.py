@@ -6,9 +6,10 @@ from typing import TypedDict
 from .now import Connection, DatabaseNow
 from .recent import Recent
 
-# The web page `LivePage` lists lines of code that cause problems. A line causes a problem if it has
-# left a connection idle for this time (in seconds) or longer, or if its statement has been running
-# for this time. If the request has ended, half of this idle time is enough.
+# The web page `LivePage` reports a line of code if its statement has been running for this time (in
+# seconds) or longer, or if a connection has been idle for this time since the line used it. When
+# the request has ended, a line is reported if the idle time was at least half of this time. So the
+# page also reports idle times that were too short to be reported during the request.
 _LONG = 0.5
 _MOST_OF_A_KIND = 2
 

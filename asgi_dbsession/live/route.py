@@ -28,13 +28,17 @@ Named: TypeAlias = tuple[str, str, bool] | None
 
 
 def named(unit: Any, route: RouteName | None, by_quart: Mapping[Any, str]) -> Named:
-    """Return the parts of the name of a request. They can be found only during the request.
+    """Return the method and the route of a request, and if the work is in a `begin()` block.
+
+    `name_of` makes the name of the request from these parts. The caller must call `named` before
+    the request ends, because the unit of work then loses its ASGI scope.
 
     Args:
         unit: The unit of work.
-        route: A function that names the request. None to use the route of the framework.
-        by_quart: For each unit of work in a request to the framework Quart, the route of this
-            request. Quart tells the route only during the request.
+        route: A function that returns a name for a request. None to use the framework's route.
+        by_quart: The routes of requests to the framework Quart, by unit of work. They were stored
+            when the unit of work opened a session, because Quart tells a route only to code inside
+            the request.
     """
     scope = unit.scope
     if scope is None:

@@ -210,8 +210,9 @@ class ThreadServer(Server):
     @override
     def _begin(self) -> Event:
         done = Event()
-        # Run the query in an empty context, because a driver may keep the context of the request.
-        # Use a new thread, because all threads of a thread pool may be busy.
+        # Run the query in an empty context (`contextvars`). In the context of a request, a driver
+        # could keep all context variables of this request in memory as long as the connection is
+        # open. Use a new thread, because all threads of a thread pool may be busy.
         Thread(target=Context().run, args=(self._ask, done), daemon=True).start()
         return done
 
@@ -238,9 +239,9 @@ class ThreadServer(Server):
         await to_thread.run_sync(self.stop_here)
 
     def stop_here(self) -> None:
-        """Wait for the running query for the WAL position, at most for a second.
+        """Block the calling thread until the running query has ended, but for one second at most.
 
-        This blocks the calling thread.
+        The query asks the server for its WAL position. A query in a thread cannot be cancelled.
         """
         question: Event | None = self._question
         if question is not None:

@@ -101,9 +101,9 @@ def _in_two_phases(dialect: Any, name: str) -> Callable[..., None]:
         steps: list[Step] = getattr(connection, "asgi_dbsession_steps", [])
         place, start = len(steps), perf_counter()
         getattr(type(dialect), name)(dialect, connection, *identity, **options)
-        # The list has the steps in the order in which they began. This step is added to the list
-        # only now, after its end. SQLAlchemy may have sent a statement for this step, which is in
-        # the list already, although it began later. So insert this step in front of the statement.
+        # For most databases, SQLAlchemy has done this step with a statement, for example with
+        # PREPARE TRANSACTION. The list has this statement already, as a step of its own. The list
+        # must be sorted by the time when each step began. So insert this step before its statement.
         steps.insert(place, [_kind(name), start, perf_counter(), find_call_site(), ""])
 
     return end_in_two_phases

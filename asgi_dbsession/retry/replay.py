@@ -83,7 +83,7 @@ class Replay:
             self._release()
 
     def close(self) -> None:
-        """Free the stored body at once, because the request has ended."""
+        """Free the stored request body. No retry can follow, because the request has ended."""
         self._pending = None
         self.let_go()
 

@@ -83,9 +83,11 @@ class WatchedAttempt(RunningAttempt):
                 self.record_conflict(found, _text(found))
 
     def record_handled_error(self) -> None:
-        """If a response is sent in an `except` block, record the exception of this block.
+        """Record the exception that the calling code handles now, if `retry_on` selects it.
 
-        An exception handler of the framework may send the response for a conflict.
+        Called before an error response is sent. The framework may have caught the exception, and
+        may send this response in an `except` block. If the exception is recorded, the request can
+        be retried, and the response is then not sent.
         """
         self.record_error(sys.exception())
 

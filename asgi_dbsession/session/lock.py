@@ -42,8 +42,8 @@ class SessionLock(ABC):
     has_failed_work: bool = False
     last_user: object = None
     _holder: object = None
-    _held_for: End | None = None  # The commit or rollback that holds the lock now.
-    _reserved_for: End | None = None  # The commit or rollback that gets the lock next.
+    _held_for: End | None = None  # The commit or rollback that holds the session's lock now.
+    _reserved_for: End | None = None  # The commit or rollback that gets the session's lock next.
     _ends: frozenset[End] = frozenset()  # All commits and rollbacks that run or wait.
     _waiters: "tuple[Future[None], ...]" = ()
     _delayed: tuple[tuple[object, Callable[[], None]], ...] = ()
@@ -184,15 +184,15 @@ class SessionLock(ABC):
         return True
 
     def _change_delayed(self) -> None:
+        """Make changes (such as `session.add`) that `delay` stored during a commit or rollback."""
         if not self.is_closing and any(each is not self._held_for for each in self._ends):
-            return  # Another commit waits. Make the delayed changes (see `delay`) only after it.
+            return  # Another commit or rollback waits. It would store or undo these changes too.
         delayed, self._delayed = self._delayed, ()
         for caller, change in delayed:
             self._add_user(caller)
             try:
                 change()
-            # The delayed call (of `session.add`, for example) has failed. The task that made the
-            # call has gone on, and cannot get the error any more. So roll back the task's work.
+            # The task that made the change cannot get its error any more. So roll back its work.
             except Exception:
                 self.has_failed_work = True
                 _logger.exception("A change of a session of %s failed", self.database)

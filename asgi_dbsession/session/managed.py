@@ -128,7 +128,7 @@ class ManagedSession(Generic[S]):
         refuse_if_aborted(self.companion.open_connections)
 
     def end(self, end: End, commit: bool) -> None:
-        """Wait until the running operation has ended; then commit or roll back the session.
+        """Commit or roll back the session, after its running operation (if any) has ended.
 
         After this method, even if it raises, the connection is in its pool again or closed.
 

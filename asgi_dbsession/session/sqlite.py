@@ -70,7 +70,10 @@ def unwatch_sqlite(engine: Engine) -> None:
 
 
 def begin_for_session(transaction: SessionTransaction, connection: Connection) -> None:
-    """Called when a session gets a connection: BEGIN will be sent before its first write."""
+    """Mark an SQLite connection of a session, so that BEGIN is sent before the first write.
+
+    Called when the session gets the connection. Without BEGIN, a rollback could not undo the write.
+    """
     if connection.dialect.name == "sqlite" and not transaction.nested:
         vars(connection).update({_WAS_OPEN: False, _ROLLED_BACK: False})
 

@@ -91,7 +91,7 @@ class SharedConnection:
         """
         self.refuse_if_lost()
         if transaction not in self._open:
-            # On SQLite, a listener of the application may send BEGIN. Do not send this BEGIN.
+            # SQLite would refuse BEGIN, because the test has begun a transaction. Do not send it.
             yield not statement.lstrip().upper().startswith("BEGIN")
             return
         with self._on_top(transaction):

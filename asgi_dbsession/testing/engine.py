@@ -50,10 +50,10 @@ def share(engine: Engine, isolation: Isolation) -> None:
             f"{name} is inside of `rolled_back` already: use it once for each test."
         )
     dialect = engine.dialect
-    # `SavepointDialect` is a class for tests. At the end of a test, `unshare` takes it away from
-    # the dialect, but not while a connection is in use. So the dialect may still have this class
-    # from an earlier test. Then do not add it a second time, because `unshare` takes it away only
-    # once.
+    # For the test, give the engine's dialect object a class derived from `SavepointDialect`. At the
+    # end of the test, `unshare` restores the old class, unless a connection is still in use. So the
+    # object may already have a derived class from an earlier test. Then do not derive again,
+    # because `unshare` would undo only one of the two derivations.
     if not isinstance(dialect, SavepointDialect):
         dialect.__class__ = with_savepoints(type(dialect))
     engine.pool = SharedPool(engine.pool, dialect, name, isolation)

@@ -184,7 +184,7 @@ class CutOffConnection:
         """Do nothing, because all work was rolled back when the test ended."""
 
     def close(self) -> None:
-        """Do nothing, because the driver's connection is in the engine's pool again, or closed."""
+        """Do not close the driver's connection. It is in the engine's pool again, or closed."""
 
 
 class CutOffCursor:

@@ -45,9 +45,10 @@ def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
 
 
 def enter_block(isolation: Isolation) -> None:
-    """Record that new tasks and threads are started in this `with rolled_back(...)` block.
+    """From now on, mark each new task as a task of this `with rolled_back(...)` block.
 
-    After the block, they must not use the database any more.
+    A new thread is marked too, if it copies the context (`contextvars`) of the code that starts it.
+    After the block, marked tasks and threads get an error if they use the database.
     """
     _block.set(isolation)
 

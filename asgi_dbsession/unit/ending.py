@@ -47,12 +47,12 @@ def commit_reads(unit: UnitOfWork) -> bool:
 async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: Living) -> None:
     """Commit or roll back the work of a task, before this task sends or waits for a message.
 
-    If the application called `set_rollback`, the value of that call is used instead of `commit`.
-
     Args:
         task: The task that is about to send a message or to wait for a message.
         unit: The unit of work of the HTTP request or WebSocket.
-        commit: True to commit, False to roll back.
+        commit: True to commit, False to roll back. If the application has called `set_rollback` for
+            this work, `commit` is ignored: `set_rollback(True)` rolls back, and
+            `set_rollback(False)` commits.
         living: What to do with uncommitted work of other tasks that run; see the type `Living`.
 
     Raises:

@@ -131,8 +131,9 @@ class ThreadQuestions:
             answer: Future[None] = Future()
             self._current = engine, answer
             self._running += 1
-        # Run the check in an empty context, because a driver may keep the context of the request.
-        # Use a new thread, because all threads of the pool may be busy.
+        # Run the check in an empty context (`contextvars`). In the context of a request, a driver
+        # could keep all context variables of this request in memory as long as the connection is
+        # open. Use a new thread, because all threads of a thread pool may be busy.
         Thread(target=Context().run, args=(self._run, engine, answer), daemon=True).start()
         return answer
 

@@ -114,7 +114,10 @@ class _Block:
                 lock.release()
 
     def end(self, end: End, error: BaseException | None) -> None:
-        """Wait until the running operation has ended, then release or roll back the savepoint.
+        """Release the savepoint of the block, or roll back to it if the block had an error.
+
+        If another task or thread is in the middle of an operation of the session, first wait until
+        this operation has ended.
 
         Raises:
             ConcurrentUse: A `begin(join=True)` block inside of this block is still open.

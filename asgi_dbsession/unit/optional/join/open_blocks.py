@@ -9,18 +9,19 @@ from asgi_dbsession.unit.unit_of_work import SessionSource, UnitOfWork
 
 
 class OpenBlocks:
-    """The `begin(join=True)` blocks of one session that are open now. The innermost block is last.
+    """The `begin(join=True)` blocks of one session that are open now.
 
     Only code inside the innermost block may use the session. Work of any other code would be inside
     the block's savepoint too, and a rollback of the block would undo this work.
 
     Args:
-        unit: The unit of work whose session the blocks use.
+        unit: The outer unit of work, whose session all blocks use.
         database: The database of the session.
         opened: The session.
 
     Attributes:
-        open: The units of work of the open blocks.
+        open: The units of work of the open blocks. Each block has one of its own, which uses the
+            session `opened` of the outer unit of work. The innermost block is last.
     """
 
     def __init__(

@@ -62,7 +62,10 @@ class TwoPhaseSession(ManagedSession[S]):
             self.orm.twophase = True
 
     def prepare(self) -> None:
-        """Send PREPARE. Afterwards the caller must call `end`, even if PREPARE failed.
+        """Send PREPARE, the first phase of a two-phase commit. COMMIT is the second phase.
+
+        Afterwards, the caller must call `end` or `leave_in_doubt`, even if PREPARE failed. Until
+        then, the session keeps its connection and its lock, and other tasks cannot use the session.
 
         Raises:
             TransactionAborted: The application caught an error that aborted the transaction.
