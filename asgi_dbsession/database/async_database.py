@@ -19,6 +19,7 @@ from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.task_lock import TaskLock
 from asgi_dbsession.types import RetryOn, Scope
 from asgi_dbsession.unit.blocks import block_of
+from asgi_dbsession.unit.together import Run
 
 from .base import Database
 from .options import AnyAsyncSession, AsyncSessionOptions, take_class
@@ -56,6 +57,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     """
 
     is_async = True
+    _run = staticmethod(greenlet_spawn)
 
     def __init__(
         self,
@@ -176,7 +178,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         return self._engine
 
     @override
-    async def startup(self) -> None:
+    async def _start(self, run: Run) -> None:
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -189,7 +191,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             # connections. So build a new engine.
             self._forget_engine()
         self._refuse_other_loop()
-        await super().startup()
+        await super()._start(run)
 
     @override
     def _make_session(

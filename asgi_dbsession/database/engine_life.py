@@ -10,12 +10,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from typing_extensions import Self
 
 from asgi_dbsession.errors import ConfigurationError, DatabaseNotRunning, without_secrets
-from asgi_dbsession.session.completion import run_to_completion
+from asgi_dbsession.session.completion import call_here, run_to_completion
 from asgi_dbsession.session.reads import Reads
 from asgi_dbsession.unit.observer import UnitObserver
+from asgi_dbsession.unit.together import Run
 
 from .arguments import check_flags, check_function
-from .engines import call_with, select_one, sync_engine_of
+from .engines import select_one, sync_engine_of
 from .forks import databases, inherited_pools
 from .listeners import built, prepare
 from .url import is_in_memory, refuse_autocommit, url_with_driver
@@ -27,6 +28,8 @@ class EngineLife(ABC, Generic[E]):
     """The engine of a database object: built at startup and disposed at shutdown."""
 
     is_async: bool
+    # Calls blocking code without blocking the event loop: in a greenlet (async) or in a thread.
+    _run: Run
     # An object of the class `ReplicaSet` of the package `replicas`. None without replicas.
     _replica_set: Any = None
     _reads: Reads
@@ -104,19 +107,26 @@ class EngineLife(ABC, Generic[E]):
             ConfigurationError: SQLAlchemy or the driver did not accept the options.
             DatabaseNotRunning: Another task or thread called `shutdown` during this startup.
         """
-        engine = self._begin_start()
+        await self._start(self._run)
+
+    async def _start(self, run: Run) -> None:
+        with self._starting:
+            if self._engine is None:
+                self._engine = self._build_engine()
+            self._starts += 1
+            engine = self._engine
         try:
             if self._ping_on_startup:
-                await self.ping()
+                await self._ping(run)
             if self._engine is not engine:
                 raise DatabaseNotRunning(self)
             if self._replica_set is not None:
-                await self._replica_set.startup()
+                await self._replica_set.startup(run)
         except BaseException:
             # Undo this startup. If `_engine` is not `engine` any more, another task or thread has
             # called `shutdown` meanwhile, and there is nothing left to undo.
             if self._engine is engine:
-                await self.shutdown()
+                await self._stop(run)
             raise
 
     async def shutdown(self) -> None:
@@ -124,35 +134,20 @@ class EngineLife(ABC, Generic[E]):
 
         All connections are closed even if the task is cancelled.
         """
-        engine = self._end_start()
-        try:
-            if engine is not None:
-                await run_to_completion(call_with(engine, Engine.dispose))
-        finally:
-            if self._replica_set is not None and not self.is_running:
-                await self._replica_set.shutdown()
+        await self._stop(self._run)
 
-    def _begin_start(self) -> E:
-        """Count a call of `startup`. At the first call, build the engine."""
-        with self._starting:
-            if self._engine is None:
-                self._engine = self._build_engine()
-            self._starts += 1
-            return self._engine
-
-    def _end_start(self) -> E | None:
-        """Count a call of `shutdown`. Return the engine if the caller must dispose it.
-
-        The caller must dispose the engine if `shutdown` was now called as often as `startup`.
-        Return None at earlier calls, before `startup`, and for an engine of the application.
-        """
+    async def _stop(self, run: Run) -> None:
+        engine = None
         with self._starting:
             self._starts = max(0, self._starts - 1)
-            if self._starts > 0 or not self._owns_engine or self._engine is None:
-                return None
-            engine = self._engine
-            self._forget_engine()
-            return engine
+            if self._starts == 0 and self._owns_engine:
+                engine, self._engine = self._engine, None
+        try:
+            if engine is not None:
+                await _dispose(engine, run)
+        finally:
+            if self._replica_set is not None and not self.is_running:
+                await self._replica_set.shutdown(run)
 
     def after_fork(self) -> None:
         """Called in the child process after a fork: stop using connections of the parent process.
@@ -196,16 +191,19 @@ class EngineLife(ABC, Generic[E]):
                 this error.
             DatabaseNotRunning: The database was not started.
         """
+        await self._ping(self._run)
+
+    async def _ping(self, run: Run) -> None:
         engine = self.engine
         try:
-            await call_with(engine, select_one)
+            await run(select_one, sync_engine_of(engine))
         except Exception as error:
             self._raise_failure(error)
         finally:
             # If `shutdown` was called during this statement, the connection of the statement is
             # still open. So dispose the engine again.
             if self._engine is not engine:
-                await run_to_completion(call_with(engine, Engine.dispose))
+                await _dispose(engine, run)
 
     def _build_engine(self) -> E:
         try:
@@ -238,3 +236,8 @@ class EngineLife(ABC, Generic[E]):
 
     @abstractmethod
     def _create_engine(self) -> E: ...
+
+
+async def _dispose(engine: Engine | AsyncEngine, run: Run) -> None:
+    disposing = run(Engine.dispose, sync_engine_of(engine))
+    await (disposing if run is call_here else run_to_completion(disposing))

@@ -1,4 +1,4 @@
-"""Calls blocking functions with an engine: in a greenlet (async engine) or a thread (sync)."""
+"""Functions that use an engine, sync or async, and that call blocking code in a thread."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.util import greenlet_spawn
 
 T = TypeVar("T")
 
@@ -14,13 +13,6 @@ T = TypeVar("T")
 def sync_engine_of(engine: Engine | AsyncEngine) -> Engine:
     """Return the `Engine` inside an `AsyncEngine`, or the given `Engine` itself."""
     return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
-
-
-async def call_with(engine: Engine | AsyncEngine, function: Callable[[Engine], T]) -> T:
-    """Call a blocking function with the sync engine, without blocking the event loop."""
-    if isinstance(engine, AsyncEngine):
-        return await greenlet_spawn(function, engine.sync_engine)
-    return await run_in_thread(function, engine)
 
 
 def select_one(engine: Engine) -> None:

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from typing_extensions import Self, TypeVarTuple, Unpack, override
 
 from asgi_dbsession.session.companion import Companion
+from asgi_dbsession.session.completion import call_here, complete_here
 from asgi_dbsession.session.guard import guarded_class
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.tasks import current_task
@@ -18,7 +19,7 @@ from asgi_dbsession.unit.blocks import blocking_block_of
 
 from .base import Database
 from .decorator import DecoratingBlock
-from .engines import run_in_thread, select_one
+from .engines import run_in_thread
 from .options import AnySession, SessionOptions, take_class
 from .replicas import Replicas
 
@@ -57,6 +58,7 @@ class SyncDatabase(Database[Engine, AnySession]):
     """
 
     is_async = False
+    _run = staticmethod(run_in_thread)
 
     def __init__(
         self,
@@ -84,25 +86,11 @@ class SyncDatabase(Database[Engine, AnySession]):
 
     def __enter__(self) -> Self:
         """Start the database; for `with database:` in a script or worker without an event loop."""
-        engine = self._begin_start()
-        try:
-            if self._ping_on_startup:
-                select_one(engine)
-            if self._replica_set is not None:
-                self._replica_set.start_here()
-        except BaseException as error:
-            self.__exit__()
-            if isinstance(error, Exception):
-                self._raise_failure(error)
-            raise
+        complete_here(self._start(call_here))
         return self
 
     def __exit__(self, *_: object) -> None:
-        engine = self._end_start()
-        if engine is not None:
-            engine.dispose()
-        if self._replica_set is not None and not self.is_running:
-            self._replica_set.shutdown_here()
+        complete_here(self._stop(call_here))
 
     def begin(
         self, *, join: bool = False, read_only: bool = False, after: str | None = None

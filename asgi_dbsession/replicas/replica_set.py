@@ -10,6 +10,7 @@ from sqlalchemy import URL
 from asgi_dbsession.database.engine_life import EngineLife
 from asgi_dbsession.database.replicas import Replicas
 from asgi_dbsession.session.managed import ManagedSession
+from asgi_dbsession.unit.together import Run
 
 from .checks import check_primary, check_replica, with_driver
 from .choice import Choice
@@ -94,35 +95,22 @@ class ReplicaSet:
         """
         return seen_here(self).text
 
-    async def startup(self) -> None:
-        """Build the engines of the replicas. Do not connect, because a replica may be down."""
-        for each in self._lives:
-            await each.startup()
+    async def startup(self, run: Run) -> None:
+        """Build the engines of the replicas. Do not connect, because a replica may be down.
 
-    async def shutdown(self) -> None:
-        """Close all connections to the replicas. Called when the primary was shut down.
-
-        Each replica counts the calls of `startup`, so call its `shutdown` as often.
+        Args:
+            run: A function that calls blocking code: in a greenlet, in a thread, or directly.
         """
+        for each in self._lives:
+            await each._start(run)
+
+    async def shutdown(self, run: Run) -> None:
+        """Close all connections to the replicas, even if `startup` was called several times."""
         for server in self._servers:
-            await server.stop()
+            await server.stop(run)
         for each in self._lives:
             while each.is_running:
-                await each.shutdown()
-
-    def start_here(self) -> None:
-        """Build the engines of the replicas of a `SyncDatabase`, without an event loop."""
-        for each in self._lives:
-            each.__enter__()
-
-    def shutdown_here(self) -> None:
-        """Close all connections to the replicas of a `SyncDatabase`, without an event loop."""
-        for server in self._servers:
-            if isinstance(server, ThreadServer):
-                server.stop_here()
-        for each in self._lives:
-            while each.is_running:
-                each.__exit__()
+                await each._stop(run)
 
     def after_fork(self) -> None:
         """Called in a child process after a fork: forget the WAL positions reported by the servers.

@@ -8,13 +8,13 @@ from threading import Event, Lock, Thread
 from time import monotonic
 from typing import Any
 
-from anyio import to_thread
 from sqlalchemy import Engine
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 from typing_extensions import override
 
 from asgi_dbsession.database.engines import sync_engine_of
+from asgi_dbsession.unit.together import Run
 
 from .question import IDENTITY, KEY, QUESTION, Answer
 
@@ -156,11 +156,14 @@ class Server(ABC):
     def _wait(self, question: Any, seconds: float) -> bool: ...
 
     @abstractmethod
-    async def stop(self) -> None:
+    async def stop(self, run: Run) -> None:
         """End the running query for the WAL position, if there is one. Called at shutdown.
 
         A query in a task is cancelled. A query in a thread cannot be cancelled, so wait for it, at
         most for a second.
+
+        Args:
+            run: A function that calls blocking code: in a greenlet, in a thread, or directly.
         """
 
 
@@ -196,7 +199,7 @@ class TaskServer(Server):
         return question.done()
 
     @override
-    async def stop(self) -> None:
+    async def stop(self, run: Run) -> None:
         question: asyncio.Task[None] | None = self._question
         if question is not None and question.get_loop() is asyncio.get_running_loop():
             question.cancel()
@@ -235,15 +238,8 @@ class ThreadServer(Server):
         return question.wait(seconds)
 
     @override
-    async def stop(self) -> None:
-        await to_thread.run_sync(self.stop_here)
-
-    def stop_here(self) -> None:
-        """Block the calling thread until the running query has ended, but for one second at most.
-
-        The query asks the server for its WAL position. A query in a thread cannot be cancelled.
-        """
+    async def stop(self, run: Run) -> None:
         question: Event | None = self._question
         if question is not None:
-            question.wait(_PATIENCE)
+            await run(question.wait, _PATIENCE)
         self.forget()

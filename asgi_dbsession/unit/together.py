@@ -1,6 +1,6 @@
 """Commits or rolls back the sessions of several databases, one after the other."""
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from asgi_dbsession.session.completion import call_here, complete_here
@@ -9,7 +9,7 @@ from asgi_dbsession.session.managed import ManagedSession, Sessions
 
 from .unit_of_work import UnitOfWork
 
-Run: TypeAlias = Callable[..., Awaitable[Any]]
+Run: TypeAlias = Callable[..., Coroutine[Any, Any, Any]]
 
 
 async def end_together(sessions: Sessions, end: End) -> BaseException | None:

@@ -8,8 +8,9 @@ from threading import Lock, Thread
 from anyio import move_on_after, sleep
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.util import greenlet_spawn
 
-from asgi_dbsession.database.engines import call_with, select_one
+from asgi_dbsession.database.engines import select_one
 
 # A blocking driver cannot be stopped, so a check may still run in its thread after its callers have
 # stopped waiting. At most this many checks run at the same time.
@@ -56,7 +57,7 @@ class TaskQuestions:
         # Run the check in an empty context. In the context of a request, some drivers would keep
         # all context variables of this request in memory as long as the connection is open.
         loop = asyncio.get_running_loop()
-        task = loop.create_task(call_with(engine, select_one), context=Context())
+        task = loop.create_task(greenlet_spawn(select_one, engine.sync_engine), context=Context())
         task.add_done_callback(self._forget)
         self._current, self._callers[task] = (engine, task), 0
         return task
