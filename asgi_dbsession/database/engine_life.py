@@ -144,7 +144,8 @@ class EngineLife(ABC, Generic[E]):
                 engine, self._engine = self._engine, None
         try:
             if engine is not None:
-                await _dispose(engine, run)
+                disposing = run(Engine.dispose, sync_engine_of(engine))
+                await (disposing if run is call_here else run_to_completion(disposing))
         finally:
             if self._replica_set is not None and not self.is_running:
                 await self._replica_set.shutdown(run)
@@ -194,16 +195,11 @@ class EngineLife(ABC, Generic[E]):
         await self._ping(self._run)
 
     async def _ping(self, run: Run) -> None:
-        engine = self.engine
+        engine = sync_engine_of(self.engine)
         try:
-            await run(select_one, sync_engine_of(engine))
+            await run(select_one, engine, engine.pool)
         except Exception as error:
             self._raise_failure(error)
-        finally:
-            # If `shutdown` was called during this statement, the connection of the statement is
-            # still open. So dispose the engine again.
-            if self._engine is not engine:
-                await _dispose(engine, run)
 
     def _build_engine(self) -> E:
         try:
@@ -236,8 +232,3 @@ class EngineLife(ABC, Generic[E]):
 
     @abstractmethod
     def _create_engine(self) -> E: ...
-
-
-async def _dispose(engine: Engine | AsyncEngine, run: Run) -> None:
-    disposing = run(Engine.dispose, sync_engine_of(engine))
-    await (disposing if run is call_here else run_to_completion(disposing))

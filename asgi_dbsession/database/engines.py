@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, Pool, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 T = TypeVar("T")
@@ -15,15 +15,21 @@ def sync_engine_of(engine: Engine | AsyncEngine) -> Engine:
     return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
 
 
-def select_one(engine: Engine) -> None:
-    """Send a statement to check that the database answers."""
-    pool = engine.pool
+def select_one(engine: Engine, pool: Pool) -> None:
+    """Send a statement to check that the database answers.
+
+    Args:
+        engine: The engine.
+        pool: The pool that the engine had when the check was requested.
+    """
     with engine.connect() as connection:
-        connection.execute(select(1))
-        # If the engine was disposed during this statement, its new pool does not know this
-        # connection, and would not close it later. So close the connection here.
-        if engine.pool is not pool:
-            connection.invalidate()
+        try:
+            connection.execute(select(1))
+        finally:
+            # If the engine was disposed meanwhile, it has a new pool, and nobody will close this
+            # connection later. So close the connection here.
+            if engine.pool is not pool:
+                connection.invalidate()
 
 
 async def run_in_thread(function: Callable[..., T], *args: Any) -> T:

@@ -57,7 +57,8 @@ class TaskQuestions:
         # Run the check in an empty context. In the context of a request, some drivers would keep
         # all context variables of this request in memory as long as the connection is open.
         loop = asyncio.get_running_loop()
-        task = loop.create_task(greenlet_spawn(select_one, engine.sync_engine), context=Context())
+        asking = greenlet_spawn(select_one, engine.sync_engine, engine.pool)
+        task = loop.create_task(asking, context=Context())
         task.add_done_callback(self._forget)
         self._current, self._callers[task] = (engine, task), 0
         return task
@@ -141,7 +142,7 @@ class ThreadQuestions:
     def _run(self, engine: Engine, answer: "Future[None]") -> None:
         failure: Exception | None = None
         try:
-            select_one(engine)
+            select_one(engine, engine.pool)
         except Exception as error:
             failure = error
         finally:
