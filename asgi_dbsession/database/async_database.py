@@ -73,10 +73,10 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         super().__init__(
             url,
             session_options,
-            ping_on_startup,
-            autocommit_reads,
             engine_options,
+            ping_on_startup=ping_on_startup,
             on_engine=on_engine,
+            autocommit_reads=autocommit_reads,
         )
         options = self._session_options
         session_class: type[AnyAsyncSession] = take_class(options, "class_", AsyncSession)
@@ -85,8 +85,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         self._orm_class = guarded_class(take_class(options, "sync_session_class", Session, default))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._check_session_options()
-        options = {"on_engine": on_engine} | engine_options
-        self._add_replicas(AsyncDatabase, url, replicas, options)
+        self._add_replicas(AsyncDatabase, url, replicas, engine_options)
 
     @asynccontextmanager
     async def begin(

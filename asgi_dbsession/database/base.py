@@ -2,7 +2,7 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic, Never, TypeVar
 
 from sqlalchemy import URL, Engine
@@ -19,7 +19,6 @@ from .arguments import check_flags
 from .engine_life import EngineLife
 from .engines import sync_engine_of
 from .health import Health
-from .options import checked_options, reads_of
 from .replicas import Replicas
 from .url import url_with_driver
 
@@ -33,21 +32,7 @@ class Database(EngineLife[E], Generic[E, S]):
     # The class of the sessions, a subclass of SQLAlchemy's `Session`. For an async database, it is
     # the class of the `Session` inside each `AsyncSession`.
     _orm_class: type[Any]
-
-    def __init__(
-        self,
-        url: str | URL,
-        session_options: Mapping[str, Any] | None,
-        ping_on_startup: bool,
-        autocommit_reads: bool | None,
-        engine_options: dict[str, Any],
-        *,
-        on_engine: Callable[[Engine], object] | None,
-    ) -> None:
-        super().__init__(url, ping_on_startup, on_engine, engine_options)
-        self._reads = reads_of(self, autocommit_reads, self.url.get_dialect().driver)
-        self._session_options = checked_options(session_options, engine_options)
-        self.observers: tuple[UnitObserver, ...] = ()
+    observers: tuple[UnitObserver, ...] = ()
 
     @classmethod
     def from_env(cls, variable: str = "DATABASE_URL", **options: Any) -> Self:
@@ -211,13 +196,14 @@ class Database(EngineLife[E], Generic[E, S]):
         kind: type[Any],
         url: str | URL,
         replicas: Sequence[str | URL] | Replicas,
-        options: dict[str, Any],
+        engine_options: dict[str, Any],
     ) -> None:
         # Do not write `if replicas:` here. `ReplicaSet` must get None and "" too, to refuse them.
         if replicas not in ((), []):
             from asgi_dbsession.replicas.replica_set import ReplicaSet
             from asgi_dbsession.replicas.route import routed_class
 
+            options = {"on_engine": self._on_engine, **engine_options}
             self._replica_set = ReplicaSet(self, kind, url, replicas, options)
             self._orm_class = routed_class(self._orm_class)
 

@@ -74,15 +74,14 @@ class SyncDatabase(Database[Engine, AnySession]):
         super().__init__(
             url,
             session_options,
-            ping_on_startup,
-            autocommit_reads,
             engine_options,
+            ping_on_startup=ping_on_startup,
             on_engine=on_engine,
+            autocommit_reads=autocommit_reads,
         )
         self._orm_class = guarded_class(take_class(self._session_options, "class_", Session))
         self._check_session_options()
-        options = {"on_engine": on_engine} | engine_options
-        self._add_replicas(SyncDatabase, url, replicas, options)
+        self._add_replicas(SyncDatabase, url, replicas, engine_options)
 
     def __enter__(self) -> Self:
         """Start the database; for `with database:` in a script or worker without an event loop."""
