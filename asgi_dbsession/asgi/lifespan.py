@@ -1,29 +1,14 @@
 """Starts and stops the databases with the application, even if the application has no lifespan."""
 
 import logging
-from collections.abc import Sequence
-from typing import NoReturn, Protocol
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 from asgi_dbsession.errors import DBSessionError
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 
 _logger = logging.getLogger("asgi_dbsession")
-
-
-class Startable(Protocol):
-    """An object that is started and stopped together with the application, such as a database."""
-
-    async def startup(self) -> None:
-        """Start this object (a database, for example), before the application starts.
-
-        If `startup` fails, it must close the connections that it has opened, and raise an error.
-        """
-        ...
-
-    async def shutdown(self) -> None:
-        """Stop what `startup` has started, and close all connections opened since then."""
-        ...
 
 
 class Unstartable:
@@ -47,12 +32,9 @@ class Unstartable:
 
     startup = refuse
 
-    async def shutdown(self) -> None:
-        """Do nothing: the databases cannot be used, and so none of them was started."""
-
 
 async def serve_lifespan(
-    app: ASGIApp, databases: Sequence[Startable], scope: Scope, receive: Receive, send: Send
+    app: ASGIApp, databases: Iterable[Any], scope: Scope, receive: Receive, send: Send
 ) -> None:
     """Start the databases before the application starts, and stop them after it has stopped.
 
@@ -60,6 +42,13 @@ async def serve_lifespan(
     an error. If the application raises before it has received the startup message, it does not
     support lifespan messages. Then this middleware answers them, and the server starts. If the
     application raises later, the startup has failed, and the server gets `lifespan.startup.failed`.
+
+    Args:
+        app: The application.
+        databases: The databases, or an `Unstartable` object in their place.
+        scope: The ASGI scope of the lifespan.
+        receive: The ASGI function that returns the next message of the server.
+        send: The ASGI function that sends a message to the server.
     """
     lifespan = _Lifespan(databases, receive, send)
     try:
@@ -72,11 +61,11 @@ async def serve_lifespan(
 class _Lifespan:
     """Passes the startup and shutdown messages on, and starts and stops the databases with them."""
 
-    def __init__(self, databases: Sequence[Startable], receive: Receive, send: Send) -> None:
+    def __init__(self, databases: Iterable[Any], receive: Receive, send: Send) -> None:
         self._databases = databases
         self._receive = receive
         self._send = send
-        self._running: list[Startable] = []
+        self._running: list[Any] = []
         self._startup: Message | None = None
         self._answered_startup = False
         self._heard_shutdown = False
@@ -94,8 +83,7 @@ class _Lifespan:
             return
         # Send the message outside of an `except` block. If `send` raises too (as with hypercorn),
         # the traceback of that exception would otherwise show the database error a second time.
-        await self.stop()
-        await self._send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
+        await self.send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
         # Raise the error for test clients. A test client that gets no exception would run the test
         # although the startup failed, and would then wait forever for the end of the shutdown.
         raise failure

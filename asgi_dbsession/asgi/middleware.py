@@ -17,7 +17,7 @@ from .answer import OnCommitError, add_note, answer_or_raise
 from .arguments import AnyDatabase, application_first, no_application, usable_databases
 from .composition import with_optional_rooms, with_positions
 from .exchange import Exchange
-from .lifespan import Startable, Unstartable, serve_lifespan
+from .lifespan import Unstartable, serve_lifespan
 from .rules import CommitWhen, ReadOnly, apply_read_rule, below_400, commit_rule
 
 # The key of the ASGI scope under which the unit of work (the sessions of the request) is stored. An
@@ -120,7 +120,7 @@ class DBSessionMiddleware:
         self.on_report: Callable[[UnitReport], object] | None = on_report
         usable = usable_databases(app, databases, unknown, vars(self))
         if isinstance(usable, Unstartable):
-            self._startable: tuple[Startable, ...] = (usable,)
+            self._startable: tuple[Any, ...] = (usable,)
             self._serve: ASGIApp = usable.refuse
             self._serve_http: ASGIApp = usable.refuse
             return
