@@ -24,7 +24,6 @@ async def answer_or_raise(
     Call this function outside of an `except` block. Otherwise the traceback of the raised error
     would also show the internal exception AbortRequest.
     """
-    answer: ASGIApp | None = None
     # ConfigurationError, ForbiddenWrite and PrematureClose show a mistake in the application. A
     # response that the application's function `on_commit_error` makes would hide the mistake. So
     # raise these three errors without a call of `on_commit_error`.
@@ -36,10 +35,10 @@ async def answer_or_raise(
             answer = on_commit_error(failure)
             if answer is not None:
                 await answer(scope, receive, send)
+                return
         except Exception as error:
             raise error from failure
-    if answer is None:
-        raise failure
+    raise failure
 
 
 def add_note(failure: Exception, error: BaseException) -> None:
