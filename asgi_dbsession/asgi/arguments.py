@@ -17,11 +17,13 @@ from .rules import commit_rule
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
 D = TypeVar("D")
-# The middleware options that take a function with one parameter. For each option, this is the name
-# of the parameter that an error text shows.
-_PARAMETERS = {"on_commit_error": "error", "on_report": "report", "read_only": "scope"}
-# If an option must be a function, but is not, the error text ends with this sentence.
-_CURES = {"read_only": " Write `read_only=safe_methods`, or leave it out."}
+# The middleware options that take a function with one parameter. For each option: the name of the
+# parameter for the error text, and a sentence to add if the option is not a function.
+_FUNCTIONS = {
+    "on_commit_error": ("error", ""),
+    "on_report": ("report", ""),
+    "read_only": ("scope", " Write `read_only=safe_methods`, or leave it out."),
+}
 # Databases are positional arguments. If an application gives a database as a keyword argument with
 # one of these names, the error text says how to write it.
 _NAMES_OF_DATABASES = {"database", "databases", "db", "engine", "url"}
@@ -30,7 +32,7 @@ no_application: Any = None
 
 
 def application_first(
-    app: ASGIApp, databases: tuple[D, ...], unknown: dict[str, Any]
+    app: Any, databases: tuple[D, ...], unknown: dict[str, Any]
 ) -> tuple[ASGIApp, tuple[D, ...]]:
     """Find the application and the databases in the arguments of `DBSessionMiddleware`.
 
@@ -43,8 +45,7 @@ def application_first(
     named: Any = unknown.pop("app", None)
     if named is None:
         return app, databases
-    first: Any = app
-    return named, (databases if first is no_application else (first, *databases))
+    return named, (databases if app is None else (app, *databases))
 
 
 def usable_databases(
@@ -71,13 +72,11 @@ def usable_databases(
         _check_names(unknown, options)
         _check_databases(given)
         check_flags(two_phase=options["two_phase"])
-        check_function("commit_when", options["commit_when"])
-        for name, parameter in _PARAMETERS.items():
-            if options[name] is not None:
-                check_function(name, options[name], parameter, _CURES.get(name, ""))
-        # `check_function` has not checked the parameters of `commit_when`. So call `commit_rule`,
-        # which raises an error if the parameters are wrong.
+        # Make the rule only to check `commit_when`: `DBSessionMiddleware` makes it again.
         commit_rule(options["commit_when"])
+        for name, (parameter, cure) in _FUNCTIONS.items():
+            if options[name] is not None:
+                check_function(name, options[name], parameter, cure)
         check_number("attempts", options["attempts"])
         if options["retry_after"] is not None:
             check_number("retry_after", options["retry_after"])
@@ -90,7 +89,8 @@ def usable_databases(
             raise
         return Unstartable(error)
     try:
-        databases = _databases_of(given)
+        databases = tuple(AsyncDatabase(e) if isinstance(e, str | URL) else e for e in given)
+        databases = databases or (AsyncDatabase.from_env(),)
         if options["two_phase"]:
             from asgi_dbsession.unit.optional.two_phases.commit import refuse_one_phase
 
@@ -98,12 +98,6 @@ def usable_databases(
     except ConfigurationError as error:
         return Unstartable(error)
     return databases
-
-
-def _databases_of(given: Sequence[AnyDatabase | str | URL]) -> tuple[AnyDatabase, ...]:
-    if not given:
-        return (AsyncDatabase.from_env(),)
-    return tuple(AsyncDatabase(each) if isinstance(each, str | URL) else each for each in given)
 
 
 def _check_application(app: object) -> None:
@@ -126,15 +120,13 @@ def _check_names(unknown: Mapping[str, object], options: Mapping[str, Any]) -> N
 
 
 def _check_databases(given: Sequence[object]) -> None:
-    databases: list[AnyDatabase] = []
     for each in given:
-        if isinstance(each, AsyncDatabase | SyncDatabase):
-            databases.append(each)
-        elif not isinstance(each, str | URL):
+        if not isinstance(each, AsyncDatabase | SyncDatabase | str | URL):
             raise ConfigurationError(
                 "DBSessionMiddleware takes a URL, an AsyncDatabase or a SyncDatabase, not "
                 f"{kind_of(each)}. Write `AsyncDatabase.from_engine(engine)` for an engine."
             )
+    databases = [each for each in given if isinstance(each, AsyncDatabase | SyncDatabase)]
     if len(set(databases)) < len(databases):
         raise ConfigurationError(f"The same database was given twice: {databases}. Give it once.")
     replica_sets = [each._replica_set for each in databases if each._replica_set is not None]

@@ -1,10 +1,9 @@
 """Calls the functions `commit_when` and `read_only`, which decide what a request may store."""
 
 from collections.abc import Callable, Coroutine
-from http import HTTPStatus
 from typing import Any, TypeAlias
 
-from asgi_dbsession.database.arguments import accepts, signature_of
+from asgi_dbsession.database.arguments import accepts, check_function, signature_of
 from asgi_dbsession.errors import ConfigurationError
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
@@ -13,13 +12,11 @@ CommitWhen: TypeAlias = Callable[[int], bool] | Callable[[int, Scope], bool]
 CommitRule: TypeAlias = Callable[[int, Scope], bool]
 ReadOnly: TypeAlias = Callable[[Scope], bool]
 
-# The status 400 as an `int`. The status of each response is compared with 400, and a comparison
-# with the enumeration member `HTTPStatus.BAD_REQUEST` is slower.
-_BAD_REQUEST = int(HTTPStatus.BAD_REQUEST)
+_BAD_REQUEST = 400
 _SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
 
 
-def below_400(status: int) -> bool:
+def below_400(status: int, _scope: Scope = None) -> bool:
     """Return True (commit) for a status below 400. This is the default for `commit_when`."""
     return status < _BAD_REQUEST
 
@@ -31,20 +28,15 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
     value gets the ASGI scope only if its name is `scope`.
 
     Raises:
-        ConfigurationError: `commit_when` can be called neither with the status, nor with the status
-            and the scope.
+        ConfigurationError: `commit_when` is not a plain function, or can be called neither with the
+            status, nor with the status and the scope.
     """
-    # The default for `commit_when` is `below_400`, which always returns True or False. So do not
-    # check its result in each request, as for a function of the application.
+    # The default for `commit_when` always returns True or False. So do not check its result in each
+    # request, as for a function of the application.
     if commit_when is below_400:
-        return lambda status, _scope: status < _BAD_REQUEST
+        return below_400
+    check_function("commit_when", commit_when)
     rule: Any = commit_when
-    if _takes_scope(rule):
-        return lambda status, scope: checked(rule(status, scope), "commit_when")
-    return lambda status, _scope: checked(rule(status), "commit_when")
-
-
-def _takes_scope(rule: Callable[..., object]) -> bool:
     takes_status = accepts(rule, 0, follow_wrapped=True)
     takes_both = accepts(rule, 0, {}, follow_wrapped=True)
     if not (takes_status or takes_both):
@@ -53,7 +45,9 @@ def _takes_scope(rule: Callable[..., object]) -> bool:
             "`def commit_when(status)` or `def commit_when(status, scope)`."
         )
     names = list(signature_of(rule).parameters)
-    return takes_both and (not takes_status or names[1:2] == ["scope"])
+    if takes_both and (not takes_status or names[1:2] == ["scope"]):
+        return lambda status, scope: checked(rule(status, scope), "commit_when")
+    return lambda status, _scope: checked(rule(status), "commit_when")
 
 
 def safe_methods(scope: Scope) -> bool:
