@@ -1,7 +1,7 @@
 """The object that `SyncDatabase.begin()` returns, for `with` and as a decorator."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from threading import Lock
@@ -26,7 +26,7 @@ class DecoratingBlock(Generic[S]):
 
     def __init__(self, open_block: Callable[[], AbstractContextManager[S]]) -> None:
         self._open_block = open_block
-        self._open: Any = None
+        self._open: Any = ExitStack()
         self._is_free: Lock = Lock()
 
     def __enter__(self) -> S:
@@ -37,20 +37,14 @@ class DecoratingBlock(Generic[S]):
                 "This `begin()` block is open already, perhaps in another thread. Write "
                 "`with database.begin():` at each place."
             )
-        try:
-            self._open = self._open_block()
-            session: S = self._open.__enter__()
-        except BaseException:
-            self._is_free.release()
-            raise
+        with ExitStack() as stack:
+            stack.callback(self._is_free.release)
+            session = stack.enter_context(self._open_block())
+            self._open = stack.pop_all()
         return session
 
     def __exit__(self, *raised: object) -> bool | None:
-        try:
-            is_handled: bool | None = self._open.__exit__(*raised)
-        finally:
-            self._open = None
-            self._is_free.release()
+        is_handled: bool | None = self._open.__exit__(*raised)
         return is_handled
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
