@@ -178,13 +178,11 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     @override
     async def _start(self, run: Run) -> None:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
+        if asyncio._get_running_loop() is None:
             raise ConfigurationError(
                 f"{self} works on asyncio only, and this is another event loop, such as "
                 "trio. Describe it as a SyncDatabase there."
-            ) from None
+            )
         if self._owns_engine and self._loop is not None and self._loop.is_closed():
             # The event loop of the engine was closed, and no other event loop can use the engine's
             # connections. So build a new engine.
@@ -205,12 +203,9 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         return ManagedSession(session, orm, companion, greenlet_spawn)
 
     def _refuse_other_loop(self) -> None:
-        try:
-            loop = asyncio.get_running_loop()
-        # No event loop runs in this thread, so there is no wrong event loop to refuse.
-        except RuntimeError:
-            return
-        if self._loop is loop or self._engine is None:
+        loop = asyncio._get_running_loop()
+        # If `loop` is None, no event loop runs in this thread, so there is none to refuse.
+        if loop is None or self._loop is loop or self._engine is None:
             return
         if self._owns_engine:
             raise DatabaseNotRunning(self, other_loop=True)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from threading import Lock
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -202,7 +202,12 @@ class EngineLife(ABC, Generic[E]):
         try:
             await run(select_one, engine, engine.pool)
         except Exception as error:
-            self._raise_failure(error)
+            from .optional.failures.explanation import failure_of
+
+            failure = failure_of(self, error)
+            if failure is error:
+                raise
+            raise failure from error
 
     def _build_engine(self) -> E:
         try:
@@ -224,14 +229,6 @@ class EngineLife(ABC, Generic[E]):
         if self._on_engine is not None:
             self._on_engine(sync_engine)
         return engine
-
-    def _raise_failure(self, error: Exception) -> NoReturn:
-        from .optional.failures.explanation import failure_of
-
-        failure = failure_of(self, error)
-        if failure is error:
-            raise error
-        raise failure from error
 
     @abstractmethod
     def _create_engine(self) -> E: ...
