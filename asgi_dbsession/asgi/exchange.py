@@ -5,7 +5,7 @@ from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.tasks import current_task
 from asgi_dbsession.types import Message, Receive, Send
 from asgi_dbsession.unit.current import current_unit
-from asgi_dbsession.unit.ending import commit_reads, end_work, end_work_of
+from asgi_dbsession.unit.ending import end_reads, end_work, end_work_of
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
 from .rules import CommitRule
@@ -51,7 +51,7 @@ class Exchange:
             if unit.sessions or unit.callbacks or current_unit.get() is not unit:
                 try:
                     commit = self._decide(message)
-                    if not (commit and commit_reads(unit)):
+                    if not end_reads(unit, commit=commit):
                         await run_to_completion(end_work(unit, commit=commit))
                 except Exception as error:
                     unit.failure = unit.failure or error

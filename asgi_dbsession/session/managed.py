@@ -7,9 +7,8 @@ from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ._sqlalchemy import flush_for_commit, forget
-from .at_once import commit_at_once, ends_at_once
+from .at_once import end_at_once
 from .companion import Companion
-from .completion import call_here
 from .end import End
 from .failures import is_watched_first, refuse_if_aborted, watch
 from .guard import GuardedSession
@@ -61,31 +60,21 @@ class ManagedSession(Generic[S]):
             return True
         return (lock.is_used and bool(session.new)) or self.companion.must_fail
 
-    @property
-    def ends_at_once(self) -> bool:
-        """True if a sync session can be committed and rolled back without a worker thread.
+    def end_at_once(self, *, commit: bool, close: bool = False) -> bool:
+        """If the session has only read, and has sent no BEGIN, end it without an `await`.
 
-        This is so if the session has only read, and no transaction has begun on the server. Commit
-        and rollback then send nothing, and cannot block the thread of the event loop.
-        """
-        if self.session is not self.orm or self.run is call_here:
-            # This session never uses a worker thread. It is an async session, or it belongs to a
-            # `with database.begin()` block, which may block its own thread. So do not spend time to
-            # find out if a commit could block.
-            return False
-        return ends_at_once(self.orm, self.companion)
-
-    def commit_at_once(self) -> bool:
-        """If the session has only read, and has sent no BEGIN, commit it without an `await`.
+        Args:
+            commit: True to commit, False to roll back.
+            close: True to close the session permanently.
 
         Returns:
-            True if the session was committed. False if the caller must commit it with `end`.
+            True if the session was ended. False if the caller must end it with `end`.
         """
         with self.lock.mutex:
-            if self.lock.is_busy or not commit_at_once(self.orm, self.companion):
+            if self.lock.is_busy or not end_at_once(self.orm, self.companion, commit=commit):
                 return False
             self.lock.forget_users()
-        return True
+        return not close or self.close_if_idle()
 
     def close_if_idle(self) -> bool:
         """Close the session permanently if it has nothing to commit. Send nothing to the database.

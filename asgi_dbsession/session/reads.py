@@ -83,9 +83,10 @@ def has_only_read(connection: Connection) -> bool:
     # the answer is False.
     if connection.invalidated:
         return False
-    if connection.dialect.name == "sqlite" and not connection.closed:
-        return not has_open_work(connection)
-    return ref(connection) in delayed
+    if ref(connection) in delayed:
+        return True
+    is_sqlite = connection.dialect.name == "sqlite"
+    return is_sqlite and not connection.closed and not has_open_work(connection)
 
 
 def may_have_written(session: Session) -> bool:

@@ -30,15 +30,17 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
     return _end(unit, end, unit.with_work())
 
 
-def commit_reads(unit: UnitOfWork) -> bool:
-    """Commit the unit of work without an `await`, if it has one session that has only read.
+def end_reads(unit: UnitOfWork, *, commit: bool) -> bool:
+    """Commit or roll back without an `await`, if the unit of work has one session, which only read.
 
     Returns:
-        True if the session was committed, which sends nothing to the database. False if nothing was
+        True if the session was ended, which sends nothing to the database. False if nothing was
         done, and the caller must call `end_work`.
     """
     opened = unit.opened
-    if len(opened) != 1 or unit.observers or unit.is_routed or not opened[0].commit_at_once():
+    if len(opened) != 1 or unit.callbacks or unit.observers or unit.is_routed:
+        return False
+    if not opened[0].end_at_once(commit=commit):
         return False
     unit.forget_decisions()
     return True
@@ -200,9 +202,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
             end.failure = await unit.two_phases.commit(unit, in_order(unit, working), end)
         elif len(working) == 1:
             only = working[0]
-            if only.ends_at_once:
-                only.end(end, end.commit)
-            else:
+            if not only.end_at_once(commit=end.commit, close=end.close):
                 await only.run(only.end, end, end.commit)
         elif working:
             end.failure = await end_together(in_order(unit, working), end)

@@ -21,9 +21,11 @@ async def end_together(sessions: Sessions, end: End) -> BaseException | None:
     Returns:
         The first error, or None.
     """
-    if all(each.ends_at_once for each in sessions):
-        return await _end_all(sessions, end, call_here)
-    if all(each.session is each.orm for each in sessions):
+    # What has only read is ended without waiting. It cannot fail, and the others need not know.
+    sessions = [
+        each for each in sessions if not each.end_at_once(commit=end.commit, close=end.close)
+    ]
+    if sessions and all(each.session is each.orm for each in sessions):
         # All sessions are sync sessions, which block their thread. So use one worker thread for all
         # of them, instead of changing the thread for each session.
         ending = _end_all(sessions, end, call_here)
