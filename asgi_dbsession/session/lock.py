@@ -27,7 +27,6 @@ class SessionLock(ABC):
 
     Attributes:
         is_closed: True if every new operation is refused, because the unit of work has ended.
-        is_closing: True if the last commit or rollback of the unit of work runs or waits.
         users: The running tasks that used the session since the last commit or rollback.
         has_finished_work: True if a task that returned, or code outside a task, used the session.
         has_failed_work: True if a task that used the session has failed or was cancelled.
@@ -37,7 +36,6 @@ class SessionLock(ABC):
 
     admit: Callable[[], None] | None = None
     is_closed: bool = False
-    is_closing: bool = False
     has_finished_work: bool = False
     has_failed_work: bool = False
     last_user: object = None
@@ -100,7 +98,6 @@ class SessionLock(ABC):
         """
         with self.mutex:
             self._reserved_for, self._ends = end, self._ends | {end}
-            self.is_closing = self.is_closing or end.close
 
     def cancel_reservation(self, end: End) -> None:
         """Undo `reserve_for`: operations may begin, unless the commit or rollback has the lock."""
@@ -117,7 +114,6 @@ class SessionLock(ABC):
             if self._reserved_for is end:
                 self._reserved_for = None
             self._ends |= {end}
-            self.is_closing = self.is_closing or end.close
         try:
             while True:
                 with self.mutex:
@@ -176,7 +172,7 @@ class SessionLock(ABC):
         with self.mutex:
             if not self._ends or self._holder == caller:
                 return False
-            if self.is_closing:
+            if any(each.close for each in self._ends):
                 raise SessionClosed(self.database)
             if self.admit is not None:
                 self.admit()
@@ -185,7 +181,7 @@ class SessionLock(ABC):
 
     def _change_delayed(self) -> None:
         """Make changes (such as `session.add`) that `delay` stored during a commit or rollback."""
-        if not self.is_closing and any(each is not self._held_for for each in self._ends):
+        if self._ends - {self._held_for} and not any(each.close for each in self._ends):
             return  # Another commit or rollback waits. It would store or undo these changes too.
         delayed, self._delayed = self._delayed, ()
         for caller, change in delayed:
