@@ -110,13 +110,12 @@ class SessionLock(ABC):
 
     def acquire_for_end(self, end: End, *, of_block: bool = False) -> None:
         """Wait for the running operation, then acquire the lock for a commit or rollback."""
-        with self.mutex:
-            if self._reserved_for is end:
-                self._reserved_for = None
-            self._ends |= {end}
         try:
             while True:
                 with self.mutex:
+                    self._ends |= {end}
+                    if self._reserved_for is end:
+                        self._reserved_for = None
                     if self.is_closed:
                         raise SessionClosed(self.database)
                     task, thread = end.requested_by
