@@ -11,7 +11,6 @@ from asgi_dbsession.errors import ForbiddenWrite, PrematureClose
 
 from .end import Reason, current_end
 from .lock import SessionLock
-from .read_only import ReadOnlySession
 from .reads import Reads
 
 
@@ -34,24 +33,6 @@ class Follower(Protocol):
         """
 
 
-class SessionRoute(Protocol):
-    """The interface of the class `Route`, which chooses the primary or a replica for a session."""
-
-    def work_ended(self) -> bool:
-        """Called after a commit or rollback.
-
-        Return True if the session has used the primary. The caller must then call `learn`.
-        """
-        ...
-
-    def learn(self) -> None:
-        """Record the WAL position of the primary (how far it has written its log).
-
-        The next request of the client reads only from a server that has reached this position. This
-        method asks the primary, and blocks the calling thread or greenlet until the answer.
-        """
-
-
 # One thing that a session did. A step is a list of: its kind, its start, its stop (both times of
 # Python's `perf_counter`), the line of the application that led to it, and the SQL text. The stop
 # is None while the step is running. The kind `wait` means that the session waited and got no
@@ -59,28 +40,6 @@ class SessionRoute(Protocol):
 # connection since then. The other kinds are `statement`, `prepare`, `commit` and `rollback`. A step
 # is a plain list, because an object of a class would take twice as much time in each request.
 Step: TypeAlias = list[Any]
-
-
-class SessionRecording(Protocol):
-    """The interface of the class `Recording`, which records what a session does, for reports."""
-
-    def connected(self, own: Any, connection: Connection) -> None:
-        """Record that a session got a connection, and has begun a transaction on it.
-
-        Args:
-            own: The engine of the session. Only connections of its pool are recorded. None to
-                record the connections of all engines.
-            connection: The connection.
-        """
-
-    def take(self, connections: tuple[Connection, ...]) -> list[Step]:
-        """Return what the session did since the last call: a list of steps (see `Step`).
-
-        Args:
-            connections: The connections that the session still holds. If there are any, the next
-                list begins with a step of the kind `hold`, so that their use is recorded too.
-        """
-        ...
 
 
 # A function that opens a connection. It gets a session and the engine of this session. It can
@@ -94,7 +53,8 @@ class Companion:
     Attributes:
         lock: The lock that every operation of the session holds.
         reads: The object that decides if the session may read without BEGIN and COMMIT.
-        read_only: The object that refuses writes. None if the session may write now.
+        read_only: The object that refuses writes, of the class `Refusals` in `optional/read_only/`.
+            None if the session may write now.
         refused: The error that COMMIT must raise because a write was refused: the application may
             have caught the error. None if no write was refused.
         discarded: The error that COMMIT must raise because `close()` discarded work. None if no
@@ -109,20 +69,20 @@ class Companion:
         followers: The objects to notify after each commit and rollback of the session.
         connect: A function that opens the connections of the session, if a feature needs one
             (two-phase commit, for example). None if SQLAlchemy opens the connections, as usual.
-        route: The object that chooses the primary or a replica for the session. None if the
-            database has no replicas.
-        recording: The object that records what the session does, for reports. None if nothing is
-            measured.
+        route: The object that chooses the primary or a replica for the session, of the class
+            `Route` in the package `replicas`. None if the database has no replicas.
+        recording: The object that records what the session does, of the class `Recording` in the
+            package `reports`. None if nothing is measured.
     """
 
-    read_only: ReadOnlySession | None = None
+    read_only: Any = None
     refused: ForbiddenWrite | None = None
     discarded: PrematureClose | None = None
     begun_before: SessionTransaction | None = None
     expects_read: bool = True
     connections: tuple[Connection, ...] = ()
-    route: SessionRoute | None = None
-    recording: SessionRecording | None = None
+    route: Any = None
+    recording: Any = None
 
     def __init__(self, lock: SessionLock, reads: Reads) -> None:
         self.lock: SessionLock = lock
