@@ -11,8 +11,8 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError
 from asgi_dbsession.errors import TransactionAborted, without_secrets
 
 from ._sqlalchemy import is_first, is_prepared, listen_first, original_engine, stop_listening
-from .discard import discard, roll_back_or_discard
 from .read_only import KEY
+from .roll_back import discard, roll_back_or_discard
 from .sqlite import end_failed_commit, unwatch_sqlite, was_rolled_back, watch_sqlite
 
 # The statements that failed. Each key is a weak reference to the transaction or savepoint in which

@@ -14,8 +14,8 @@ from asgi_dbsession.errors import PrematureClose
 
 from ._sqlalchemy import ConnectingSession, ConnectingTransaction
 from .companion import Companion
-from .discard import discard
 from .reads import begin_now, begin_on_server, may_have_written
+from .roll_back import discard
 
 R = TypeVar("R")
 S = TypeVar("S", bound=Session)

@@ -14,8 +14,7 @@ from .failures import is_watched_first, refuse_if_aborted, watch
 from .guard import GuardedSession
 from .lock import SessionLock
 from .reads import begin_now
-from .roll_back import roll_back
-from .savepoints import with_outer
+from .roll_back import roll_back, with_outer
 from .sqlite import begin_for_session
 
 S = TypeVar("S")

@@ -1,6 +1,13 @@
-"""Rolls back all changes of a session, both in the database and in its Python objects."""
+"""Rolls back a session or a connection. A connection in an unknown state is closed instead."""
 
-from sqlalchemy.orm import Session
+from collections.abc import Iterator
+from contextlib import suppress
+
+from sqlalchemy import Connection
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from .completion import run_to_completion
 
 
 def roll_back(session: Session) -> bool:
@@ -24,3 +31,48 @@ def roll_back(session: Session) -> bool:
 def has_changes(session: Session) -> bool:
     """Return True if the session has changed objects that were not sent to the database yet."""
     return bool(session.new or session.deleted or session.identity_map.check_modified())
+
+
+def with_outer(transaction: SessionTransaction | None) -> Iterator[SessionTransaction]:
+    """Yield a savepoint, the savepoint around it, and so on, up to the transaction itself."""
+    while transaction is not None:
+        yield transaction
+        transaction = transaction.parent
+
+
+def roll_back_or_discard(connection: Connection) -> None:
+    """Send ROLLBACK. If the ROLLBACK fails or is cancelled, close the connection.
+
+    After a failure or a cancellation, it is unknown if the ROLLBACK has reached the server. So a
+    transaction may still be open, and the pool must not give the connection to another session.
+
+    Raises:
+        BaseException: The error of the ROLLBACK, or the cancellation.
+    """
+    try:
+        connection.dialect.do_rollback(connection.connection)
+    except BaseException:
+        discard(connection)
+        raise
+
+
+def discard(connection: Connection) -> None:
+    """Close a connection on which a transaction may still be open. The pool does not reuse it.
+
+    The close is completed even if the task is cancelled meanwhile.
+    """
+    if connection.dialect.is_async:
+        await_only(run_to_completion(greenlet_spawn(_throw_away, connection)))
+    else:
+        _throw_away(connection)
+
+
+def _throw_away(connection: Connection) -> None:
+    if connection.dialect.name == "sqlite":
+        # On SQLite, send ROLLBACK before the connection is closed. Otherwise SQLite keeps the locks
+        # of the connection until Python frees the cursors of the connection. Ignore an error of the
+        # ROLLBACK. It must not hide the earlier error, which is the reason for closing the
+        # connection.
+        with suppress(Exception):
+            connection.dialect.do_rollback(connection.connection)
+    connection.invalidate()

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Dialect, ExecutionContext
 from sqlalchemy.orm import SessionTransaction
 
 from ._sqlalchemy import listen_first, stop_listening
-from .discard import roll_back_or_discard
+from .roll_back import roll_back_or_discard
 
 # The first word of a statement, after comments.
 _FIRST_WORD = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from asgi_dbsession.errors import ConfigurationError, name_of
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.session.savepoints import with_outer
+from asgi_dbsession.session.roll_back import with_outer
 
 Function: TypeAlias = Callable[[], object] | Callable[[], Awaitable[object]]
 

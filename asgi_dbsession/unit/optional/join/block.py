@@ -11,7 +11,7 @@ from asgi_dbsession.errors import ConcurrentUse, NoSession, SessionClosed
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.end import End
 from asgi_dbsession.session.failures import forbid_commit
-from asgi_dbsession.session.savepoints import with_outer
+from asgi_dbsession.session.roll_back import with_outer
 from asgi_dbsession.unit.current import current_unit, made_current, unit_that_manages
 from asgi_dbsession.unit.unit_of_work import SessionSource, UnitOfWork
 
