@@ -185,6 +185,22 @@ async def test_the_log_of_the_engine_says_what_the_status_means(
     assert ends == {expected}
 
 
+async def test_objects_expire_at_a_rollback_of_reads(running: Running) -> None:
+    """As SQLAlchemy documents it: what runs after the rollback must read the rows again."""
+    found: list[bool] = []
+    with running.real.reader.begin() as connection:
+        connection.execute(ENTRY.insert().values(note="read"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        read = (await running.execute(select(Entry))).scalars().one()
+        await send({"type": "http.response.start", "status": 404, "headers": []})
+        found.append(inspect(read).expired)
+        await send({"type": "http.response.body"})
+
+    assert (await get(DBSessionMiddleware(app, running.database))).error is None
+    assert found == [True]
+
+
 @pytest.mark.parametrize("expire", [True, False])
 async def test_objects_expire_if_the_session_says_so(real: Real, *, expire: bool) -> None:
     """The option `expire_on_commit` of the session is obeyed."""

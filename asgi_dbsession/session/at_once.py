@@ -52,6 +52,7 @@ def end_at_once(session: Session, companion: Companion, *, commit: bool) -> bool
     # This rolls back what was not committed.
     SessionTransaction.close(transaction)
     if not commit:
+        Session.expire_all(session)
         events.after_soft_rollback(session, transaction)
     return True
 
