@@ -9,6 +9,8 @@ from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 
 _logger = logging.getLogger("asgi_dbsession")
+# Each of these messages is the last one of a lifespan. The databases are stopped before it.
+_LAST = ("lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed")
 
 
 class Unstartable:
@@ -67,9 +69,9 @@ class _Lifespan:
         self._send = send
         self._running: list[Any] = []
         self._startup: Message | None = None
-        self._answered_startup = False
         self._heard_shutdown = False
-        self._finished = False
+        # The type of the last message to the server.
+        self._sent: str | None = None
 
     async def start(self) -> None:
         self._startup = await self._receive()
@@ -94,7 +96,7 @@ class _Lifespan:
             await app(scope, self.receive, self.send)
         except Exception as error:
             failure = error
-        if failure is not None and not self._answered_startup:
+        if failure is not None and self._sent is None:
             if self._startup is None:
                 # Log the traceback here, because servers show only the text of the message.
                 _logger.error("The startup of the application failed", exc_info=failure)
@@ -104,13 +106,13 @@ class _Lifespan:
             failure = None
         # The application has returned. If it has not answered the startup message or the shutdown
         # message, answer them here.
-        if not self._answered_startup:
+        if self._sent is None:
             await self.send({"type": "lifespan.startup.complete"})
-        while not (self._finished or self._heard_shutdown):
+        while self._sent not in _LAST and not self._heard_shutdown:
             await self.receive()
         if failure is not None:
             raise failure
-        if not self._finished:
+        if self._sent not in _LAST:
             await self.send({"type": "lifespan.shutdown.complete"})
 
     async def receive(self) -> Message:
@@ -122,16 +124,10 @@ class _Lifespan:
         return message
 
     async def send(self, message: Message) -> None:
-        kind = message["type"]
-        if kind == "lifespan.startup.complete":
-            self._answered_startup = True
-        elif kind == "lifespan.startup.failed":
-            self._answered_startup = self._finished = True
-            await self.stop()
-        elif kind in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
-            self._finished = True
+        self._sent = message["type"]
+        if self._sent in _LAST:
             failures = await self.stop()
-            if failures and kind == "lifespan.shutdown.complete":
+            if failures and self._sent == "lifespan.shutdown.complete":
                 message = {"type": "lifespan.shutdown.failed", "message": _one_line(failures[0])}
         await self._send(message)
 
