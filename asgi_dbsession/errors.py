@@ -224,10 +224,5 @@ def name_of(function: object) -> str:
 
 
 def _is_in_bare_thread() -> bool:
-    if threading.current_thread() is threading.main_thread():
-        return False
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return True
-    return False
+    is_main = threading.current_thread() is threading.main_thread()
+    return not is_main and asyncio._get_running_loop() is None
