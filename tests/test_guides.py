@@ -414,7 +414,7 @@ def described_with(url: str) -> AsyncDatabase:
 
 async def test_the_options_of_the_pool_are_taken() -> None:
     """Five connections, and no overflow."""
-    pool: Any = described_with("postgresql+asyncpg://app@db/shop")._create_engine().pool
+    pool: Any = described_with("postgresql+asyncpg://app@db/shop")._build_engine().pool
     assert (pool.size(), pool._max_overflow, pool.timeout()) == (5, 0, 5)
 
 

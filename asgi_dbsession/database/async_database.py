@@ -57,6 +57,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     """
 
     is_async = True
+    _create_engine = staticmethod(create_async_engine)
     _run = staticmethod(greenlet_spawn)
 
     def __init__(
@@ -178,7 +179,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     @override
     async def _start(self, run: Run) -> None:
-        if asyncio._get_running_loop() is None:
+        loop = asyncio._get_running_loop()
+        if loop is None:
             raise ConfigurationError(
                 f"{self} works on asyncio only, and this is another event loop, such as "
                 "trio. Describe it as a SyncDatabase there."
@@ -188,6 +190,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             # connections. So build a new engine.
             self._forget_engine()
         self._refuse_other_loop()
+        self._loop = loop
         await super()._start(run)
 
     @override
@@ -212,9 +215,3 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         from .optional.borrowed.loop import take_to_loop
 
         take_to_loop(self, self._engine, loop)
-
-    @override
-    def _create_engine(self) -> AsyncEngine:
-        engine = create_async_engine(self.url, **self._engine_options)
-        self._loop = asyncio.get_running_loop()
-        return engine

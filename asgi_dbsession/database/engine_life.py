@@ -1,6 +1,6 @@
 """Builds the engine of a database object, checks that the database answers, disposes the engine."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Mapping
 from threading import Lock
 from typing import Any, Generic, TypeVar
@@ -28,6 +28,7 @@ class EngineLife(ABC, Generic[E]):
     """The engine of a database object: built at startup and disposed at shutdown."""
 
     is_async: bool
+    _create_engine: Callable[..., E]
     # Calls blocking code without blocking the event loop: in a greenlet (async) or in a thread.
     _run: Run
     # An object of the class `ReplicaSet` of the package `replicas`. None without replicas.
@@ -211,7 +212,7 @@ class EngineLife(ABC, Generic[E]):
 
     def _build_engine(self) -> E:
         try:
-            engine = self._create_engine()
+            engine = self._create_engine(self.url, **self._engine_options)
         # Wrong options can raise many kinds of errors in SQLAlchemy and in drivers: ArgumentError,
         # KeyError, AttributeError and others. So catch all of them.
         except Exception as error:
@@ -229,6 +230,3 @@ class EngineLife(ABC, Generic[E]):
         if self._on_engine is not None:
             self._on_engine(sync_engine)
         return engine
-
-    @abstractmethod
-    def _create_engine(self) -> E: ...

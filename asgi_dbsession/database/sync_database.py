@@ -58,6 +58,7 @@ class SyncDatabase(Database[Engine, AnySession]):
     """
 
     is_async = False
+    _create_engine = staticmethod(create_engine)
     _run = staticmethod(run_in_thread)
 
     def __init__(
@@ -171,7 +172,3 @@ class SyncDatabase(Database[Engine, AnySession]):
         session.info["scope"] = scope
         companion = Companion(ThreadLock(self, current_task()), self._reads)
         return ManagedSession(session, session, companion, run_in_thread)
-
-    @override
-    def _create_engine(self) -> Engine:
-        return create_engine(self.url, **self._engine_options)
