@@ -82,8 +82,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         options = self._session_options
         session_class: type[AnyAsyncSession] = take_class(options, "class_", AsyncSession)
         self._guarded_class = guarded_async_class(session_class)
-        default = session_class.sync_session_class
-        self._orm_class = guarded_class(take_class(options, "sync_session_class", Session, default))
+        options.setdefault("sync_session_class", session_class.sync_session_class)
+        self._orm_class = guarded_class(take_class(options, "sync_session_class", Session))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._check_session_options()
         self._add_replicas(AsyncDatabase, url, replicas, engine_options)

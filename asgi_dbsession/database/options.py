@@ -85,11 +85,9 @@ def checked_options(
     }
 
 
-def take_class(
-    options: dict[str, Any], option: str, base: type, default: type | None = None
-) -> Any:
+def take_class(options: dict[str, Any], option: str, base: type) -> Any:
     """Remove a session class from the options, and return it. It must be a subclass of `base`."""
-    session_class = options.pop(option, default or base)
+    session_class = options.pop(option, base)
     if isinstance(session_class, type) and issubclass(session_class, base):
         return session_class
     raise ConfigurationError(
