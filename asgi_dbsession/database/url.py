@@ -8,22 +8,15 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from asgi_dbsession.errors import ConfigurationError, without_secrets
 
-# If a URL names no driver, the first driver in this list that is installed is used.
-_ASYNC_DRIVERS: dict[str, tuple[str, ...]] = {
-    "postgresql": ("asyncpg", "psycopg"),
-    "mysql": ("asyncmy", "aiomysql"),
-    "mariadb": ("asyncmy", "aiomysql"),
-    "sqlite": ("aiosqlite",),
-    "oracle": ("oracledb",),
-    "mssql": ("aioodbc",),
-}
-_SYNC_DRIVERS: dict[str, tuple[str, ...]] = {
-    "postgresql": ("psycopg", "psycopg2", "pg8000"),
-    "mysql": ("mysqldb", "pymysql", "mariadbconnector"),
-    "mariadb": ("mysqldb", "pymysql", "mariadbconnector"),
-    "sqlite": ("pysqlite",),
-    "oracle": ("oracledb",),
-    "mssql": ("pyodbc", "pymssql"),
+# For each database, the async drivers and the sync drivers. If a URL names no driver, the first one
+# that is installed is used.
+_DRIVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "postgresql": (("asyncpg", "psycopg"), ("psycopg", "psycopg2", "pg8000")),
+    "mysql": (("asyncmy", "aiomysql"), ("mysqldb", "pymysql", "mariadbconnector")),
+    "mariadb": (("asyncmy", "aiomysql"), ("mysqldb", "pymysql", "mariadbconnector")),
+    "sqlite": (("aiosqlite",), ("pysqlite",)),
+    "oracle": (("oracledb",), ("oracledb",)),
+    "mssql": (("aioodbc",), ("pyodbc", "pymssql")),
 }
 # Most drivers have the same name as their PyPI package. `_PACKAGES` has the other names.
 _PACKAGES: dict[str, str] = {"mysqldb": "mysqlclient", "mariadbconnector": "mariadb"}
@@ -98,8 +91,8 @@ def _is_misread(url: URL, text: str) -> bool:
 
 
 def _choose_driver(url: URL, *, asynchronous: bool) -> str:
-    known = _ASYNC_DRIVERS if asynchronous else _SYNC_DRIVERS
-    drivers: tuple[str, ...] = known.get(url.drivername, ())
+    of_async, of_sync = _DRIVERS.get(url.drivername, ((), ()))
+    drivers = of_async if asynchronous else of_sync
     for driver in drivers:
         name = f"{url.drivername}+{driver}"
         with suppress(ImportError):
@@ -128,10 +121,10 @@ def _check_driver(url: URL, *, asynchronous: bool) -> None:
     if asynchronous:
         dialect = dialect.get_async_dialect_cls(url)
     if dialect.is_async != asynchronous:
-        drivers = " or ".join(_ASYNC_DRIVERS.get(url.get_backend_name(), ("another driver",)))
+        of_async, _ = _DRIVERS.get(url.get_backend_name(), (("another driver",), ()))
         raise ConfigurationError(
             f"The driver of {shown} blocks, and AsyncDatabase needs one for asyncio. "
-            f"Use {drivers}, or a SyncDatabase."
+            f"Use {' or '.join(of_async)}, or a SyncDatabase."
             if asynchronous
             else f"The driver of {shown} is for asyncio, and SyncDatabase needs one that blocks. "
             "Leave the driver out, or use an AsyncDatabase."
