@@ -208,7 +208,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     def _refuse_other_loop(self) -> None:
         loop = asyncio._get_running_loop()
         # If `loop` is None, no event loop runs in this thread, so there is none to refuse.
-        if loop is None or self._loop is loop or self._engine is None:
+        if self._loop is loop or loop is None or self._engine is None:
             return
         if self._owns_engine:
             raise DatabaseNotRunning(self, other_loop=True)
