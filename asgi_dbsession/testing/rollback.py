@@ -1,7 +1,7 @@
 """Rolls back everything that a test has written to the databases of an application."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -126,8 +126,7 @@ class RolledBack(AbstractContextManager[None], AbstractAsyncContextManager[None]
                 stack.enter_context(_sharing(database, isolation))
                 stack.callback(_unshare, database)
                 if isinstance(database, SyncDatabase):
-                    _run(database.startup())
-                    stack.callback(_shut_down, database)
+                    stack.enter_context(database)
             with _in_block(isolation):
                 yield
 
@@ -223,14 +222,3 @@ async def _unshare_async(database: AnyDatabase) -> None:
             await to_thread.run_sync(unshare, engine)
         else:
             await run_to_completion(greenlet_spawn(unshare, engine))
-
-
-def _shut_down(database: AnyDatabase) -> None:
-    _run(database.shutdown())
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    # `asyncio.run` would remove the event loop that a test plugin has set. A `Runner` with a
-    # `loop_factory` does not touch it.
-    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
-        runner.run(work)
