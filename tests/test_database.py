@@ -297,11 +297,12 @@ async def test_begin_that_fails_to_start_leaves_no_unit_of_work_behind(real: Rea
         assert database.get_session() is session
 
 
-def test_another_event_loop_is_told_so(real: Real) -> None:
+@pytest.mark.parametrize("pings", [True, False])
+def test_another_event_loop_is_told_so(real: Real, *, pings: bool) -> None:
     """Each use of connections of the first loop is refused, and does no damage."""
     if real.is_sync:
         pytest.skip("its connections belong to no loop")
-    database = real.describe()
+    database = real.describe(ping_on_startup=pings)
 
     async def in_request() -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None:
