@@ -153,7 +153,6 @@ class _Block:
 
     def _release(self) -> None:
         try:
-            self._companion.check_commit()
             if self._is_open:
                 self._savepoint.commit()
             # The application called `commit()` inside a read-only `begin(join=True)` block. The new
