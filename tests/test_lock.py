@@ -356,3 +356,15 @@ def test_a_lock_is_busy_while_a_commit_is_about_to_acquire_it() -> None:
         assert not lock.is_busy
 
     asyncio.run(run())
+
+
+def test_a_cancelled_reservation_keeps_nobody_waiting_although_another_commit_came_first() -> None:
+    """The operations of the session would wait for a commit that never runs."""
+    lock = ThreadLock("the database", None)
+    cancelled, other = an_end(), an_end()
+    lock.reserve_for(cancelled)
+    lock.acquire_for_end(other)
+    lock.release()
+    assert lock.is_busy
+    lock.cancel_reservation(cancelled)
+    assert not lock.is_busy

@@ -888,6 +888,8 @@ async def test_without_databases_the_environment_says_which(
     (database,) = DBSessionMiddleware(nothing).databases
     assert database.url.render_as_string() == "sqlite+aiosqlite:///shop.db"
     monkeypatch.delenv("DATABASE_URL")
-    exchange = await get(DBSessionMiddleware(nothing))
+    middleware = DBSessionMiddleware(nothing)
+    assert middleware.databases == ()
+    exchange = await get(middleware)
     assert isinstance(exchange.error, ConfigurationError)
     assert "DATABASE_URL=sqlite:///shop.db" in str(exchange.error)

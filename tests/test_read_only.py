@@ -16,6 +16,7 @@ from several import Entry as SeveralEntry, several_databases
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session
+from sqlalchemy.pool import StaticPool
 
 from asgi_dbsession import (
     ConfigurationError,
@@ -163,6 +164,20 @@ async def test_a_write_is_refused_and_stores_nothing(running: Running, name: str
         said = " ".join((str(error), *getattr(error, "__notes__", ())))
         assert "database.begin()" in said
         assert running.stored() == before
+
+
+@pytest.mark.parametrize("real", ["sqlite"], indirect=True)
+async def test_a_write_with_parameters_is_refused_on_a_shared_connection(real: Real) -> None:
+    """SQLite cannot refuse it there: it would refuse the writes of other sessions too."""
+    async with real.describe(poolclass=StaticPool) as database:
+        running = Running(real, database)
+
+        async def work() -> None:
+            await on_session(running, WRITES["an INSERT by the ORM"])
+
+        exchange = await serve(running, work)
+        assert isinstance(exchange.error, ForbiddenWrite)
+        assert (exchange.messages, running.stored()) == ([], [])
 
 
 BULK = {

@@ -66,6 +66,7 @@ async def begun(database: AsyncDatabase[Any] | SyncDatabase[Any]) -> AsyncIterat
         ("doomed", "rolled_back", "commit_failed", Exception),
         ("unused", "nothing_to_do", None, None),
         ("own commit", "committed", None, None),
+        ("own commit, then an exception", "committed", "exception", LookupError),
     ],
 )
 async def test_each_end_is_reported_with_its_reason(
@@ -81,14 +82,14 @@ async def test_each_end_is_reported_with_its_reason(
             await running.write("row")
         if how == "set_rollback":
             set_rollback(True)
-        elif how == "exception":
-            raise LookupError
         elif how == "silence":
             return
         elif how == "doomed":
             await running.doom()
-        elif how == "own commit":
+        elif how.startswith("own commit"):
             await running.call("commit")
+        if how.endswith("exception"):
+            raise LookupError
         await respond(send, 404 if how == "status" else 200)
 
     app_with_reports = DBSessionMiddleware(app, running.database, on_report=reports.append)

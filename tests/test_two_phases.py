@@ -257,6 +257,24 @@ async def test_a_session_that_is_alone_commits_in_one_phase(several: Several) ->
     assert several.stored() == [["kept"], ["kept"]]
 
 
+async def test_a_session_that_is_alone_after_a_rollback_commits_in_one_phase(
+    several: Several,
+) -> None:
+    """The session that was rolled back is the deciding one, but nothing is to be decided."""
+    rolled_back, alone = sorted(several.each, key=lambda running: running.real.is_postgresql)
+    event.listen(engine_of(alone), "prepare_twophase", lambda *_: pytest.fail("it was prepared"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await rolled_back.write("lost")
+        await alone.write("kept")
+        await rolled_back.call("rollback")
+        await respond(send)
+
+    exchange = await get(DBSessionMiddleware(app, *several.databases, two_phase=True))
+    assert (exchange.status, exchange.error) == (200, None)
+    assert (rolled_back.stored(), alone.stored()) == ([], ["kept"])
+
+
 async def test_after_a_commit_alone_the_rest_of_the_request_is_in_two_phases(
     several: Several,
 ) -> None:
