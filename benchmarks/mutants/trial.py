@@ -27,7 +27,7 @@ _ROOMS = {
     ),
     "unit": (
         *("other_tasks", "on_commit", "database", "nesting", "websocket", "several_tasks"),
-        *("several_databases", "two_phases"),
+        *("several_databases", "two_phases", "reads_committed"),
     ),
     "asgi": (
         *("misuse", "lifespan", "nesting", "open_block", "websocket", "on_commit", "events"),
@@ -51,8 +51,9 @@ _FILES = {
     "at_once": "threads",
     "attempt": "retry_on",
     "companion": "report",
-    "completion": "trio",
+    "completion": "trio cancellation",
     "discard": "cancellation",
+    "end": "report",
     "ending": "report",
     "engine_life": "forks",
     "failures": "sqlite",
@@ -65,13 +66,15 @@ _FILES = {
     "rules": "read_only",
     "answer": "field",
     "async_guard": "misuse",
+    "base": "replicas",
+    "block": "join",
     "blocks": "join",
     "callback": "join",
     "shares": "field",
     "tasks": "trio",
     "thread_lock": "several_tasks",
-    "together": "threads",
-    "unit_of_work": "report",
+    "together": "threads several_databases",
+    "unit_of_work": "report live",
 }
 # These tests start processes and tools: they are slow, and show nothing about a single line.
 _FAR = (
@@ -100,8 +103,8 @@ def survives(root: Path, mutation: Mutation, *, near_only: bool) -> bool:
         copy(root, folder)
         (folder / mutation.file).write_text(mutation.after)
         runs = [("--quick", "-k", _FEW_DRIVERS, *_near(folder, mutation))]
-        if (first := _FILES.get(Path(mutation.file).stem)) is not None:
-            runs.insert(0, ("--quick", f"tests/test_{first}.py"))
+        if first := _FILES.get(Path(mutation.file).stem, "").split():
+            runs.insert(0, ("--quick", *(f"tests/test_{name}.py" for name in first)))
         if not near_only:
             runs.append(("tests", *(f"--ignore=tests/{each}" for each in _FAR)))
         return all(_pass(folder, each) for each in runs)
