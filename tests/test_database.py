@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import inspect
+import sqlite3
 import threading
 import traceback
 import weakref
@@ -30,7 +31,7 @@ from conftest import (
     enforce_foreign_keys,
     real_database,
 )
-from sqlalchemy import URL, create_engine, event, select, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, object_session
@@ -224,6 +225,28 @@ async def test_a_shutdown_during_a_startup_ends_it(real: Real, turns: int) -> No
         await store(database, "kept")
     assert not database.is_running
     assert real.stored() == ["kept"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_shutdown_during_a_ping_leaves_no_connection_open(tmp_path: Path, fails: bool) -> None:
+    """The engine has a new pool then, so nobody would close the connection in the old one."""
+    used: list[Any] = []
+
+    def shut_down(connection: Connection, *_: object) -> None:
+        used.extend([connection.connection.driver_connection, connection.engine.pool])
+        database.__exit__()
+        if fails:
+            raise LookupError
+
+    def listen(engine: Engine) -> None:
+        event.listen(engine, "before_cursor_execute", shut_down)
+
+    database = SyncDatabase(f"sqlite:///{tmp_path / 'shop.db'}", on_engine=listen)
+    with pytest.raises(LookupError if fails else DatabaseNotRunning), database:
+        pytest.fail("it started")
+    assert not database.is_running
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        used[0].execute("SELECT 1")
 
 
 def test_starts_in_many_threads_are_all_counted(tmp_path: Path) -> None:
