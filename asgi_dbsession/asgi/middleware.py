@@ -129,7 +129,14 @@ class DBSessionMiddleware:
         # By default, both `_serve` and `_serve_http` are `_serve_one` itself. Only the options
         # `attempts`, `retry_after` and `replicas` wrap other code around `_serve_one`.
         self._serve = with_positions(self._serve_one, usable)
-        self._serve_http, self._observers = with_optional_rooms(self._serve_one, usable, vars(self))
+        self._serve_http, self._observers = with_optional_rooms(
+            self._serve_one,
+            usable,
+            attempts=attempts,
+            retry_on=retry_on,
+            retry_after=retry_after,
+            on_report=on_report,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve an HTTP request, a WebSocket, or the startup and shutdown of the server."""
