@@ -89,8 +89,7 @@ def usable_databases(
             raise
         return Unstartable(error)
     try:
-        databases = tuple(AsyncDatabase(e) if isinstance(e, str | URL) else e for e in given)
-        databases = databases or (AsyncDatabase.from_env(),)
+        databases = tuple(map(_database_of, given)) or (AsyncDatabase.from_env(),)
         if options["two_phase"]:
             from asgi_dbsession.unit.optional.two_phases.commit import refuse_one_phase
 
@@ -98,6 +97,10 @@ def usable_databases(
     except ConfigurationError as error:
         return Unstartable(error)
     return databases
+
+
+def _database_of(given: AnyDatabase | str | URL) -> AnyDatabase:
+    return AsyncDatabase(given) if isinstance(given, str | URL) else given
 
 
 def _check_application(app: object) -> None:
