@@ -120,7 +120,7 @@ class LiveObserver(UnitObserver):
 
     @override
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
-        record(unit, opened.companion)
+        record(opened.companion)
         on_pool_timeout(opened.companion, partial(self._count_timeout, database, opened))
         if "quart" in modules:
             self._by_quart[unit] = route_by_quart()

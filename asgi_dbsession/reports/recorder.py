@@ -60,7 +60,7 @@ class Recorder(UnitObserver):
 
     @override
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
-        record(unit, opened.companion)
+        record(opened.companion)
 
     @override
     def work_ended(self, unit: Any, end: End, steps: dict[Any, list[Step]]) -> None:

@@ -16,7 +16,6 @@ class Recording:
     """Records what one session did since the last commit or rollback of its unit of work.
 
     Args:
-        unit: The unit of work of the session.
         companion: The object with the data that this package attaches to the session.
 
     Attributes:
@@ -27,9 +26,8 @@ class Recording:
     waits_since: float | None = None
     _asked: float = 0
 
-    def __init__(self, unit: Any, companion: Companion) -> None:
+    def __init__(self, companion: Companion) -> None:
         self.steps: list[Step] = []
-        self._unit = unit
         companion.recording = self
         companion.wrap_connect(self._connect)
 
@@ -53,7 +51,6 @@ class Recording:
             self.steps[-1][2] += stop - start
         else:
             self.steps.append(["wait", start, stop, None, ""])
-        self._unit.has_news = True
 
     def connected(self, own: Any, connection: Any) -> None:
         """Record that the session got a connection, and has begun a transaction on it.
@@ -70,7 +67,6 @@ class Recording:
             now = perf_counter()
             steps.append(["hold", self._asked or now, now, None, ""])
             self._asked = 0
-            self._unit.has_news = True
 
     def take(self, connections: tuple[Any, ...]) -> list[Step]:
         """Return the steps, and begin a new list, after a commit or rollback of the unit of work.
@@ -89,11 +85,10 @@ class Recording:
                     held.asgi_dbsession_steps = held.connection.asgi_dbsession_steps = steps
                     now = perf_counter()
                     steps[:] = [["hold", now, now, None, ""]]
-                    self._unit.has_news = True
         return done
 
 
-def record(unit: Any, companion: Companion) -> None:
+def record(companion: Companion) -> None:
     """Record the steps of a session from now on. Do nothing if they are recorded already."""
     if companion.recording is None:
-        Recording(unit, companion)
+        Recording(companion)

@@ -122,7 +122,7 @@ async def close(
             end, rollback = _last_end(unit, commit, error), End(commit=False, reason="exception")
             ending = _close_working(unit, working, end, failed, rollback)
             await (ending if unit.is_blocking else run_to_completion(ending))
-        elif unit.has_news:
+        elif unit.observers:
             _tell(unit, _last_end(unit, commit, error))
     except BaseException:
         await _close_left(unit)
@@ -226,7 +226,6 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
 def _tell(unit: UnitOfWork, end: End) -> None:
     if not unit.observers:
         return
-    unit.has_news = False
     steps: dict[Any, list[Step]] = {}
     for database, opened in tuple(unit.sessions.items()):
         companion = opened.companion

@@ -45,7 +45,7 @@ class UnitObserver:
     def work_ended(self, unit: Any, end: End, steps: dict[Any, list[Step]]) -> None:
         """Called after a commit or rollback of a unit of work, and its `on_commit` functions.
 
-        This is not called if the unit of work did nothing since its last commit or rollback.
-        `steps` tells for each database what its session did in that time (see `Step`). Do not
-        change these lists.
+        This is also called at the end of a unit of work that did nothing since its last commit or
+        rollback. `steps` tells for each database what its session did in that time (see `Step`).
+        A database whose session did nothing is left out. Do not change these lists.
         """

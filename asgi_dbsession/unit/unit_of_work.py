@@ -66,7 +66,6 @@ class UnitOfWork:
         lost_work: True if an exception has left this `begin()` block, and its writes were rolled
             back.
         is_answered: True after the start of the response was sent; always True for a WebSocket.
-        has_news: True if a session has done something to report since the last commit or rollback.
         closed: True if this unit of work has ended.
     """
 
@@ -75,7 +74,6 @@ class UnitOfWork:
     rollback: bool | None = None
     rollbacks: Mapping[object, bool] = MappingProxyType({})
     failure: Exception | None = None
-    has_news: bool = False
     closed: bool = False
     two_phases: Any = None
     read_only: bool = False
