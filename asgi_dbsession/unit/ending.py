@@ -177,9 +177,8 @@ async def _close_working(
             await _end(unit, rollback, failed)
         except BaseException as error:
             failure, end.commit = error, False
-        left, raised = _close_idle(failed)
         last = End(commit=False, reason="exception", close=True)
-        failure = await roll_back_all(left, last, failure or raised)
+        failure = await roll_back_all(failed, last, failure)
     await _end(unit, end, [each for each in working if each not in failed])
     if failure is not None:
         raise failure
