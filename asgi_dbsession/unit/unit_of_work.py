@@ -199,9 +199,7 @@ class UnitOfWork:
             raise SessionClosed(database)
         for callback in tuple(self.outermost.callbacks):
             callback.attach(made)
-        if not self.observers:
-            self.observers = database.observers
-        elif database.observers:
+        if database.observers:
             # Add the observers of the database. The unit of work may already have one of them, from
             # another database. Keep each observer only once, so that it is notified only once.
             self.observers = tuple(dict.fromkeys((*self.observers, *database.observers)))
