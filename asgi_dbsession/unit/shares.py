@@ -55,11 +55,13 @@ def sort_work(
         is_own = lock.has_finished_work or len(others) < len(lock.users) or _is_in_memory(lock)
         if (others or lock.is_busy) and living != "include":
             if is_own and living == "refuse":
-                raise _refuse(unit, ConcurrentUse(lock.database, mixed_with="living"))
+                unit.failure = ConcurrentUse(lock.database, mixed_with="living")
+                raise unit.failure
         elif not lock.has_failed_work:
             own.append(opened)
         elif is_own:
-            raise _refuse(unit, ConcurrentUse(lock.database, mixed_with="failed"))
+            unit.failure = ConcurrentUse(lock.database, mixed_with="failed")
+            raise unit.failure
         else:
             failed.append(opened)
     return own, failed
@@ -79,11 +81,6 @@ def find_failed(unit: UnitOfWork, working: Sessions) -> tuple[bool, Sessions]:
     except ConcurrentUse:
         return False, []
     return True, failed
-
-
-def _refuse(unit: UnitOfWork, error: ConcurrentUse) -> ConcurrentUse:
-    unit.failure = error
-    return error
 
 
 def is_of(task: object, asking: object) -> bool:
