@@ -4,10 +4,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
+from asgi_dbsession.session.completion import complete_here
 from asgi_dbsession.session.end import current_end
 
 from .current import current_unit, made_current
-from .ending import close, close_blocking
+from .ending import close
 from .unit_of_work import SessionSource, UnitOfWork
 
 S = TypeVar("S")
@@ -52,10 +53,10 @@ def blocking_block_of(database: SessionSource[S], join: bool, read_only: bool) -
             yield unit.open(database)
         except BaseException as error:
             unit.lost_work = unit.may_have_written
-            close_blocking(unit, commit=False, error=error)
+            complete_here(close(unit, commit=False, error=error))
             raise
         else:
-            close_blocking(unit, commit=not unit.rollback)
+            complete_here(close(unit, commit=not unit.rollback))
 
 
 @contextmanager

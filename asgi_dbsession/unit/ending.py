@@ -4,7 +4,7 @@ from collections.abc import Coroutine, Iterable
 from typing import Any
 
 from asgi_dbsession.session.companion import Step
-from asgi_dbsession.session.completion import complete_here, run_to_completion
+from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.end import End, Reason, current_end
 from asgi_dbsession.session.managed import ManagedSession, Sessions
 
@@ -133,11 +133,6 @@ async def close(
             observed.discard(unit)
     if raised is not None:
         raise raised
-
-
-def close_blocking(unit: UnitOfWork, *, commit: bool, error: BaseException | None = None) -> None:
-    """Close the unit of work of a `with SyncDatabase.begin()` block, on the current thread."""
-    complete_here(close(unit, commit=commit, error=error))
 
 
 def _close_idle(opened: Iterable[ManagedSession[Any]]) -> tuple[Sessions, Exception | None]:
