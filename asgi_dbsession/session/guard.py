@@ -100,20 +100,15 @@ def locked(
 
 def _changing(change: Callable[..., None]) -> Callable[..., None]:
     """Wrap a method such as `add`. If a commit or rollback is running, call the method after it."""
+    change_locked = locked(change)
 
     @functools.wraps(change)
-    def change_locked(self: Any, *args: Any, **kwargs: Any) -> None:
+    def change_or_delay(self: Any, *args: Any, **kwargs: Any) -> None:
         lock = self._companion.lock
-        if lock.delay(change, self, *args, **kwargs):
-            return
-        is_outermost = lock.acquire()
-        try:
-            change(self, *args, **kwargs)
-        finally:
-            if is_outermost:
-                lock.release()
+        if not (lock.ends and lock.delay(change, self, *args, **kwargs)):
+            change_locked(self, *args, **kwargs)
 
-    return change_locked
+    return change_or_delay
 
 
 class LockedTransaction(ConnectingTransaction):

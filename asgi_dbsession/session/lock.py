@@ -26,6 +26,7 @@ class SessionLock(ABC):
     `with mutex` runs no Python code, so no signal handler can leave it locked.
 
     Attributes:
+        ends: All commits and rollbacks that run or wait.
         is_closed: True if every new operation is refused, because the unit of work has ended.
         users: The running tasks that used the session since the last commit or rollback.
         has_finished_work: True if a task that returned, or code outside a task, used the session.
@@ -36,13 +37,13 @@ class SessionLock(ABC):
 
     admit: Callable[[], None] | None = None
     is_closed: bool = False
+    ends: frozenset[End] = frozenset()
     has_finished_work: bool = False
     has_failed_work: bool = False
     last_user: object = None
     _holder: object = None
     _held_for: End | None = None  # The commit or rollback that holds the session's lock now.
     _reserved_for: End | None = None  # The commit or rollback that gets the session's lock next.
-    _ends: frozenset[End] = frozenset()  # All commits and rollbacks that run or wait.
     _waiters: "tuple[Future[None], ...]" = ()
     _delayed: tuple[tuple[object, Callable[[], None]], ...] = ()
 
@@ -54,7 +55,7 @@ class SessionLock(ABC):
     @property
     def is_busy(self) -> bool:
         """True if an operation, a commit or a rollback uses the session, or waits to use it."""
-        return self._holder is not None or bool(self._ends)
+        return self._holder is not None or bool(self.ends)
 
     @property
     def is_used(self) -> bool:
@@ -79,7 +80,7 @@ class SessionLock(ABC):
             with self.mutex:
                 if self.is_closed:
                     raise SessionClosed(self.database)
-                if not self._ends:
+                if not self.ends:
                     if self._holder is not None and not self._is_abandoned(get_ident()):
                         raise ConcurrentUse(self.database)
                     if self.admit is not None:
@@ -97,13 +98,13 @@ class SessionLock(ABC):
         Otherwise another task could begin an operation first, and `end` would commit its work.
         """
         with self.mutex:
-            self._reserved_for, self._ends = end, self._ends | {end}
+            self._reserved_for, self.ends = end, self.ends | {end}
 
     def cancel_reservation(self, end: End) -> None:
         """Undo `reserve_for`: operations may begin, unless the commit or rollback has the lock."""
         with self.mutex:
             if self._reserved_for is end:
-                self._reserved_for, self._ends = None, self._ends - {end}
+                self._reserved_for, self.ends = None, self.ends - {end}
                 if self._holder is None:
                     self._change_delayed()
                 self._wake_all()
@@ -113,7 +114,7 @@ class SessionLock(ABC):
         try:
             while True:
                 with self.mutex:
-                    self._ends |= {end}
+                    self.ends |= {end}
                     if self._reserved_for is end:
                         self._reserved_for = None
                     if self.is_closed:
@@ -121,7 +122,7 @@ class SessionLock(ABC):
                     task, thread = end.requested_by
                     if self._holder in (None, task) or self._is_abandoned(thread, end.requested_at):
                         if self._held_for is not None:
-                            self._ends -= {self._held_for}
+                            self.ends -= {self._held_for}
                         self._held_for = end
                         self._hold(self._caller())
                         if not of_block:
@@ -133,7 +134,7 @@ class SessionLock(ABC):
         # let waiting operations of the session begin.
         except BaseException:
             with self.mutex:
-                self._ends -= {end}
+                self.ends -= {end}
                 self._wake_all()
             raise
 
@@ -143,7 +144,7 @@ class SessionLock(ABC):
             if self._delayed:
                 self._change_delayed()
             if self._held_for is not None:
-                self._ends -= {self._held_for}
+                self.ends -= {self._held_for}
                 self._held_for = None
             if closed:
                 self.is_closed = True
@@ -165,13 +166,13 @@ class SessionLock(ABC):
         Raises:
             SessionClosed: This commit or rollback is the last one of the unit of work.
         """
-        if not self._ends or not is_on_event_loop():
+        if not is_on_event_loop():
             return False
         caller = self._caller()
         with self.mutex:
-            if not self._ends or self._holder == caller:
+            if not self.ends or self._holder == caller:
                 return False
-            if any(each.close for each in self._ends):
+            if any(each.close for each in self.ends):
                 raise SessionClosed(self.database)
             if self.admit is not None:
                 self.admit()
@@ -180,7 +181,7 @@ class SessionLock(ABC):
 
     def _change_delayed(self) -> None:
         """Make changes (such as `session.add`) that `delay` stored during a commit or rollback."""
-        if self._ends - {self._held_for} and not any(each.close for each in self._ends):
+        if self.ends - {self._held_for} and not any(each.close for each in self.ends):
             return  # Another commit or rollback waits. It would store or undo these changes too.
         delayed, self._delayed = self._delayed, ()
         for caller, change in delayed:

@@ -63,7 +63,7 @@ class ThreadLock(SessionLock):
         # both would wait for ever. Two cases are possible. The event loop must still start the
         # commit or rollback for which the lock is reserved (`_reserved_for`). Or a commit needs the
         # event loop between its steps (`needs_loop`).
-        needs_loop = self._reserved_for is not None or any(each.needs_loop for each in self._ends)
+        needs_loop = self._reserved_for is not None or any(each.needs_loop for each in self.ends)
         if (needs_loop and is_on_event_loop()) or self._is_abandoned(get_ident()):
             raise ConcurrentUse(self.database)
         released.result()
