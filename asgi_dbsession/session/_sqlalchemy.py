@@ -6,7 +6,7 @@ These names were checked with SQLAlchemy 2.0.40 and 2.1.9. A test reports any na
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import Transaction, TwoPhaseTransaction
@@ -14,7 +14,6 @@ from sqlalchemy.event.api import _event_key
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionOrigin, SessionTransactionState, _sessions
-from sqlalchemy.pool import QueuePool
 from typing_extensions import override
 
 
@@ -76,7 +75,7 @@ class ConnectingSession(Session):
     def _autoflush(self) -> None:
         # SQLAlchemy calls this method before each statement. If there is nothing to flush, do not
         # call `flush`, which would acquire the lock of the session once more.
-        if not self._is_clean():
+        if has_changes(self):
             super()._autoflush()
 
 
@@ -94,8 +93,7 @@ class ConnectingTransaction(SessionTransaction):
         if type_ is None and is_rolled_back:
             # The application caught the error of a flush in the `with session.begin()` block.
             # SQLAlchemy has rolled back all work, and would end the block without an error. (In a
-            # savepoint, that is right: applications use savepoints to skip a row that cannot be
-            # stored.)
+            # savepoint, that is right: applications use it to skip a row that cannot be stored.)
             try:
                 self.commit()
             except PendingRollbackError as error:
@@ -109,20 +107,23 @@ class ConnectingTransaction(SessionTransaction):
         is_new = self.parent is None and bind not in self._connections
         if connect is not None and is_new and isinstance(bind, Engine):
             bind = _Connector(partial(connect, session, bind))
-        connection: Connection = super()._connection_for_bind(bind, execution_options)
-        return connection
+        return super()._connection_for_bind(bind, execution_options)
 
 
-class _Connector:
+class _Connector(NamedTuple):
     """SQLAlchemy gets this object instead of an engine: a feature of this package can connect."""
 
-    def __init__(self, connect: Callable[[], Connection]) -> None:
-        self.connect: Callable[[], Connection] = connect
+    connect: Callable[[], Connection]
 
 
 def is_prepared(transaction: Transaction | None) -> bool:
     """Return True if PREPARE (two-phase commit) has succeeded for a transaction."""
     return isinstance(transaction, TwoPhaseTransaction) and transaction._is_prepared
+
+
+def has_changes(session: Session) -> bool:
+    """Return True if the session has changed objects that were not sent to the database yet."""
+    return not session._is_clean()
 
 
 def is_flushing(session: Any) -> bool:
@@ -191,7 +192,7 @@ def pool_of(connection: Connection) -> Any:
     return pooled._pool
 
 
-def original_engine(engine: Any) -> Engine:
+def original_engine(engine: Engine) -> Engine:
     """Return the engine from which `engine` was copied with other options, or `engine` itself.
 
     An engine and its copies (`Engine.execution_options`) share a dialect and a pool, and a copy has
@@ -199,8 +200,7 @@ def original_engine(engine: Any) -> Engine:
     """
     while (original := vars(engine).get("_proxied")) is not None:
         engine = original
-    found: Engine = engine
-    return found
+    return engine
 
 
 def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> None:
@@ -237,7 +237,7 @@ def stop_listening(target: Any, name: str, listener: Callable[..., object]) -> N
         event.remove(target, name, listener)
 
 
-def most_overflow(pool: QueuePool) -> int:
+def most_overflow(pool: Any) -> int:
     """Return how many connections a pool may open beyond `pool_size`; negative means no limit."""
     return int(pool._max_overflow)
 

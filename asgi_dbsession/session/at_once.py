@@ -9,11 +9,10 @@ from sqlalchemy.engine import Transaction
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import QueuePool
 
-from ._sqlalchemy import connections_of, pool_of
+from ._sqlalchemy import connections_of, has_changes, pool_of
 from .companion import Companion
 from .guard import GuardedSession
 from .reads import has_foreign, has_only_read
-from .roll_back import has_changes
 
 
 def end_at_once(session: Session, companion: Companion, *, commit: bool) -> bool:
@@ -60,7 +59,7 @@ def end_at_once(session: Session, companion: Companion, *, commit: bool) -> bool
 def _ends_at_once(
     session: Session, connection: Connection, begun: Transaction | None, commit: bool
 ) -> bool:
-    if connection.closed or not has_only_read(connection):
+    if not has_only_read(connection):
         return False
     # The application itself has begun or ended the transaction on this connection. So return False:
     # then the session is committed with SQLAlchemy's `commit()`, which knows this case.

@@ -7,8 +7,8 @@ from weakref import ref
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
-from ._sqlalchemy import connections_of, isolation_level_on_connect
-from .roll_back import has_changes, with_outer
+from ._sqlalchemy import connections_of, has_changes, isolation_level_on_connect
+from .roll_back import with_outer
 from .sqlite import has_open_work
 
 # The drivers of PostgreSQL with which BEGIN is delayed until a statement may write. They can switch

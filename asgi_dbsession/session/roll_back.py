@@ -7,6 +7,7 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from ._sqlalchemy import has_changes
 from .completion import run_to_completion
 
 
@@ -26,11 +27,6 @@ def roll_back(session: Session) -> bool:
             session.invalidate()
         return False
     return True
-
-
-def has_changes(session: Session) -> bool:
-    """Return True if the session has changed objects that were not sent to the database yet."""
-    return bool(session.new or session.deleted or session.identity_map.check_modified())
 
 
 def with_outer(transaction: SessionTransaction | None) -> Iterator[SessionTransaction]:

@@ -8,8 +8,9 @@ from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 from typing_extensions import override
 
 from asgi_dbsession.asgi.route import route_of
+from asgi_dbsession.session._sqlalchemy import has_changes
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.session.roll_back import has_changes, with_outer
+from asgi_dbsession.session.roll_back import with_outer
 from asgi_dbsession.types import Message, Send
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
