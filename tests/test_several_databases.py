@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from asgi import Exchange, Message, get, respond
-from conftest import ENTRY, Real, Running, becomes_true, real_database
+from conftest import ENTRY, Real, Running, becomes_true, checked_out, real_database
 from pages import Page
 from several import Entry, Several, engine_of, in_session, orm, several_databases, swallow_an_error
-from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError, OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -199,6 +199,35 @@ async def test_a_listener_that_comes_too_late_for_another_session_is_told(
         exchange = await get(DBSessionMiddleware(app, *several.databases))
         assert isinstance(exchange.error, InvalidRequestError)
         assert several.stored() == [[], []]
+
+
+@pytest.mark.parametrize("when", ["before_commit", "before_flush", "after_flush"])
+@pytest.mark.parametrize("statement", [select(ENTRY), ENTRY.insert().values(note="by listener")])
+@pytest.mark.parametrize(
+    "kinds", ["sqlite + asyncpg", "asyncpg + psycopg-sync", "psycopg-sync + sqlite-sync"]
+)
+async def test_what_a_listener_does_in_a_session_that_only_read_ends_before_the_response(
+    tmp_path: Path, kinds: str, statement: Any, when: str
+) -> None:
+    """The other session has sent nothing to commit until the flush of this session uses it."""
+    found: list[Any] = []
+    async with several_databases(kinds, tmp_path) as several:
+        writer, reader = several.each
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await reader.execute(select(ENTRY))
+            await in_session(writer, lambda session: session.add(Entry("written")))
+            use = partial(orm(reader).execute, statement)
+            event.listen(orm(writer), when, lambda *_: use(), once=True)
+            await respond(send)
+
+        def look(_: Message) -> None:
+            found.append((several.stored(), checked_out(reader.database)))
+
+        exchange = await get(DBSessionMiddleware(app, *several.databases), on_message=look)
+    assert exchange.error is None
+    by_listener = ["by listener"] if statement.is_insert else []
+    assert found == [([["written"], by_listener], 0)] * 2
 
 
 async def test_a_savepoint_that_nobody_closed_is_stored_with_the_rest(several: Several) -> None:

@@ -23,9 +23,30 @@ def end_at_once(session: Session, companion: Companion, *, commit: bool) -> bool
     The caller must hold the mutex of the lock, and no operation may be running.
 
     Returns:
-        True if the session was committed or rolled back. False if SQLAlchemy's `commit()` or
-        `rollback()` is needed: there may be changes, or these methods may call code of the
-        application.
+        True if the session was committed or rolled back. False if `ends_at_once` returns False.
+    """
+    transaction = session.get_transaction()
+    if transaction is None or not ends_at_once(session, companion, commit=commit):
+        return False
+    events: Any = session.dispatch
+    if commit:
+        for begun in connections_of(transaction).values():
+            if begun is not None:
+                begun.commit()
+        events.after_commit(session)
+    # This rolls back what was not committed.
+    SessionTransaction.close(transaction)
+    if not commit:
+        Session.expire_all(session)
+        events.after_soft_rollback(session, transaction)
+    return True
+
+
+def ends_at_once(session: Session, companion: Companion, *, commit: bool) -> bool:
+    """Return True if `end_at_once` can commit or roll back the session now.
+
+    Return False if SQLAlchemy's `commit()` or `rollback()` is needed: there may be changes, or
+    these methods may call code of the application.
     """
     if not companion.expects_read or session.expire_on_commit:
         return False
@@ -40,23 +61,12 @@ def end_at_once(session: Session, companion: Companion, *, commit: bool) -> bool
     if not connections or session.in_nested_transaction() or has_changes(session):
         return False
     for connection, begun in connections.items():
-        if not _ends_at_once(session, connection, begun, commit):
+        if not _sends_nothing(session, connection, begun, commit):
             return False
-    events: Any = session.dispatch
-    if commit:
-        for begun in connections.values():
-            if begun is not None:
-                begun.commit()
-        events.after_commit(session)
-    # This rolls back what was not committed.
-    SessionTransaction.close(transaction)
-    if not commit:
-        Session.expire_all(session)
-        events.after_soft_rollback(session, transaction)
     return True
 
 
-def _ends_at_once(
+def _sends_nothing(
     session: Session, connection: Connection, begun: Transaction | None, commit: bool
 ) -> bool:
     if not has_only_read(connection):

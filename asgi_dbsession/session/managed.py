@@ -7,7 +7,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ._sqlalchemy import flush_for_commit, forget
-from .at_once import end_at_once
+from .at_once import end_at_once, ends_at_once
 from .companion import Companion
 from .end import End
 from .failures import is_watched_first, refuse_if_aborted, watch
@@ -58,6 +58,10 @@ class ManagedSession(Generic[S]):
         if session.in_transaction() or session.identity_map.check_modified() or lock.is_busy:
             return True
         return (lock.is_used and bool(session.new)) or self.companion.must_fail
+
+    def ends_at_once(self, *, commit: bool) -> bool:
+        """Return True if `end_at_once` can commit or roll back this session now."""
+        return not self.lock.is_busy and ends_at_once(self.orm, self.companion, commit=commit)
 
     def end_at_once(self, *, commit: bool, close: bool = False) -> bool:
         """If the session has only read, and has sent no BEGIN, end it without an `await`.

@@ -21,10 +21,13 @@ async def end_together(sessions: Sessions, end: End) -> BaseException | None:
     Returns:
         The first error, or None.
     """
-    # What has only read is ended without waiting. It cannot fail, and the others need not know.
-    sessions = [
-        each for each in sessions if not each.end_at_once(commit=end.commit, close=end.close)
-    ]
+    # If one session needs SQLAlchemy's `commit()`, a listener of the application may use the other
+    # sessions during the flush or COMMIT. So end the sessions one by one only if no listener is
+    # called. Otherwise work of the listener in a session that has ended would not be committed.
+    if all(each.ends_at_once(commit=end.commit) for each in sessions):
+        sessions = [
+            each for each in sessions if not each.end_at_once(commit=end.commit, close=end.close)
+        ]
     if sessions and all(each.session is each.orm for each in sessions):
         # All sessions are sync sessions, which block their thread. So use one worker thread for all
         # of them, instead of changing the thread for each session.
