@@ -1,7 +1,7 @@
 """Checks the arguments of `DBSessionMiddleware`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from sqlalchemy import URL
 
@@ -16,7 +16,6 @@ from .lifespan import Unstartable
 from .rules import commit_rule
 
 AnyDatabase: TypeAlias = AsyncDatabase[Any] | SyncDatabase[Any]
-D = TypeVar("D")
 # The middleware options that take a function with one parameter. For each option: the name of the
 # parameter for the error text, and a sentence to add if the option is not a function.
 _FUNCTIONS = {
@@ -32,8 +31,8 @@ no_application: Any = None
 
 
 def application_first(
-    app: Any, databases: tuple[D, ...], unknown: dict[str, Any]
-) -> tuple[ASGIApp, tuple[D, ...]]:
+    app: Any, databases: tuple[AnyDatabase | str | URL, ...], unknown: dict[str, Any]
+) -> tuple[ASGIApp, tuple[AnyDatabase | str | URL, ...]]:
     """Find the application and the databases in the arguments of `DBSessionMiddleware`.
 
     Litestar's `DefineMiddleware` and Starlette below 0.41.3 pass the application as the keyword
@@ -49,7 +48,6 @@ def application_first(
 
 
 def usable_databases(
-    app: object,
     given: Sequence[AnyDatabase | str | URL],
     unknown: Mapping[str, object],
     options: Mapping[str, Any],
@@ -68,7 +66,7 @@ def usable_databases(
             is starting, and nothing ignores the exception.
     """
     try:
-        _check_application(app)
+        _check_application(options["app"])
         _check_names(unknown, options)
         _check_databases(given)
         check_flags(two_phase=options["two_phase"])

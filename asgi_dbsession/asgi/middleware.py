@@ -118,7 +118,7 @@ class DBSessionMiddleware:
         self.two_phase: bool = two_phase
         self.read_only: ReadOnly | None = read_only
         self.on_report: Callable[[UnitReport], object] | None = on_report
-        usable = usable_databases(app, databases, unknown, vars(self))
+        usable = usable_databases(databases, unknown, vars(self))
         if isinstance(usable, Unstartable):
             self._startable: tuple[Any, ...] = (usable,)
             self._serve: ASGIApp = usable.refuse
