@@ -28,8 +28,8 @@ from conftest import (
     Real,
     Running,
     becomes_true,
-    enforce_foreign_keys,
     real_database,
+    set_up_sqlite,
 )
 from sqlalchemy import URL, Connection, Engine, create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -1140,7 +1140,7 @@ async def test_a_database_in_memory_outlives_a_failed_commit(
     database_class: type[AnyDatabase], url: str
 ) -> None:
     """ROLLBACK is enough then: a new connection would find an empty database."""
-    options: Any = {"pool_events": [(enforce_foreign_keys, "connect")]}
+    options: Any = {"pool_events": [(set_up_sqlite, "connect")]}
     async with with_tables(database_class(url, **options)) as running:
 
         async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from anyio import to_thread
 from asgi import respond
-from conftest import CHILD, ENTRY, METADATA, AnyDatabase, checked_out, enforce_foreign_keys
+from conftest import CHILD, ENTRY, METADATA, AnyDatabase, checked_out, set_up_sqlite
 from hypothesis import example, given, strategies as st
 from rules import HTTP, KEYS, SOCKET, Broken, Case, Expected, ExpectedOfSocket, Step
 from sqlalchemy import create_engine, event, select
@@ -78,8 +78,7 @@ def bench(
     reader.execute("INSERT INTO entry VALUES (1000, 'taken')")
 
     def prepare(connection: Any, record: Any) -> None:
-        enforce_foreign_keys(connection, record)
-        connection.execute("PRAGMA synchronous = OFF")
+        set_up_sqlite(connection, record)
         connection.isolation_level = None  # otherwise a savepoint would not be a transaction
 
     database = request.param(
