@@ -28,13 +28,14 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
-from sqlalchemy import URL, create_engine, func, insert, select, text
+from sqlalchemy import URL, create_engine, delete, func, insert, select, text
 from sqlalchemy.pool import NullPool
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from example_app.databases import describe_database
-from example_app.models import Mail, Order, Payment, Product, Sale
+from example_app.models import Mail, Order, Payment, Product, ReportBase, Sale, ShopBase
+from example_app.shop import SHELF
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL_SHELF = {"Teapot": 12, "Cup": 48, "The last biscuit": 1}
@@ -99,6 +100,21 @@ class Books:
         with engine.begin() as connection:
             yield connection
 
+    def empty(self) -> None:
+        """Delete all rows of a running shop, and fill its shelf again."""
+        for url, base in ((self.shop, ShopBase), (self.reports, ReportBase)):
+            with self.connect(url) as connection:
+                tables = reversed(base.metadata.sorted_tables)
+                if url.drivername == "sqlite":
+                    for table in tables:
+                        connection.execute(delete(table))
+                else:
+                    names = ", ".join(table.name for table in tables)
+                    connection.execute(text(f"TRUNCATE {names} RESTART IDENTITY"))
+        with self.connect() as connection:
+            for name, price, stock in SHELF:
+                connection.execute(insert(Product).values(name=name, price=price, stock=stock))
+
     def read(self) -> Stored:
         """Read all tables."""
         with self.connect() as connection, self.connect(self.reports) as other:
@@ -137,14 +153,32 @@ class Shop:
         return self.client.post("/orders", data=wish, follow_redirects=False)
 
 
+# A database on a server, made once.
+database_named = cache(postgres.new_database)
+
+
+def make_books(kind: str, folder: Path, name: str) -> Books:
+    """Make two empty databases of a kind; PostgreSQL uses one for both."""
+    if kind == "sqlite":
+        files = (folder / "shop.db", folder / "reports.db")
+        return Books(*(URL.create("sqlite", database=str(file)) for file in files))
+    url = database_named(name)
+    books = Books(url, url)
+    with books.connect() as connection:
+        connection.execute(text("DROP SCHEMA public CASCADE; CREATE SCHEMA public"))
+    return books
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def books(request: pytest.FixtureRequest, tmp_path: Path) -> Books:
-    """Make two empty databases of each kind; PostgreSQL uses one for both."""
-    if request.param == "sqlite":
-        files = (tmp_path / "shop.db", tmp_path / "reports.db")
-        return Books(*(URL.create("sqlite", database=str(file)) for file in files))
-    url = postgres.new_database("example")
-    return Books(url, url)
+    """Make two empty databases of each kind."""
+    return make_books(request.param, tmp_path, "example")
+
+
+# What is refused before a database is used, and what a browser does with an answer, is the same
+# with each database.
+one_database = pytest.mark.parametrize("books", ["sqlite"], indirect=True)
+one_running_shop = pytest.mark.parametrize("shared_program", ["postgresql"], indirect=True)
 
 
 @cache
@@ -281,6 +315,7 @@ def test_a_form_sent_twice_is_paid_once(shop: Shop) -> None:
     assert shop.books.read() == once
 
 
+@one_database
 @pytest.mark.parametrize("wrong", BAD_WISHES.values(), ids=BAD_WISHES)
 @pytest.mark.parametrize("send", [Shop.order, Shop.send_form], ids=["json", "form"])
 def test_a_wish_that_makes_no_sense_is_refused(
@@ -293,6 +328,7 @@ def test_a_wish_that_makes_no_sense_is_refused(
     assert shop.books.read() == UNTOUCHED
 
 
+@one_database
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"1", b"\xff", b"[" * 100_000])
 def test_a_body_that_is_no_json_object_is_refused(shop: Shop, body: bytes) -> None:
     """A wrong input is the client's mistake: 400."""
@@ -301,12 +337,14 @@ def test_a_body_that_is_no_json_object_is_refused(shop: Shop, body: bytes) -> No
     assert "JSON" in response.json()["error"]
 
 
+@one_database
 def test_a_form_with_a_file_in_it_is_refused(shop: Shop) -> None:
     """A field of a form may be a file instead of text."""
     response = shop.client.post("/orders", data={"quantity": "1"}, files={"product": b"1"})
     assert response.status_code == 400
 
 
+@one_database
 def test_errors_speak_the_language_of_the_client(shop: Shop) -> None:
     """Paths below `/api/` answer with JSON, all others with a page and a link back."""
     assert shop.client.get("/api/nothing").json() == {"error": "Not Found"}
@@ -389,19 +427,24 @@ async def test_each_sqlite_connection_is_set_up(tmp_path: Path) -> None:
 class Program:
     """`python -m example_app`, running on a free port in a temporary folder."""
 
-    process: "subprocess.Popen[str]"
+    process: "subprocess.Popen[bytes]"
     address: str
     folder: Path
+    output: Path
 
-    def stop(self) -> tuple[int, str]:
-        """Press Ctrl-C, and return the exit code and the output."""
+    @property
+    def printed(self) -> str:
+        """Return the output so far."""
+        return self.output.read_text()
+
+    def stop(self) -> int:
+        """Press Ctrl-C, and return the exit code."""
         self.process.send_signal(signal.SIGINT)
-        printed, _ = self.process.communicate(timeout=20)
-        return self.process.returncode, printed
+        return self.process.wait(20)
 
     def answers(self) -> bool:
         """Return True if the shop answers."""
-        assert self.process.poll() is None, self.process.communicate()[0]
+        assert self.process.poll() is None, self.printed
         try:
             return httpx2.get(self.address, trust_env=False).status_code == 200
         except httpx2.TransportError:
@@ -422,16 +465,19 @@ def start_program(folder: Path, variables: dict[str, str]) -> Iterator[Program]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for name in ("DATABASE_URL", "REPORT_DATABASE_URL"):
         environment.pop(name, None)
-    with subprocess.Popen(
-        [sys.executable, "-m", "example_app", "--port", str(port)],
-        cwd=folder,
-        env=environment | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
+    output = folder.with_name(f"{folder.name}.txt")
+    with (
+        output.open("wb") as printed,
+        subprocess.Popen(
+            [sys.executable, "-m", "example_app", "--port", str(port)],
+            cwd=folder,
+            env=environment | variables,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
         try:
-            program = Program(process, f"http://127.0.0.1:{port}", folder)
+            program = Program(process, f"http://127.0.0.1:{port}", folder, output)
             eventually(program.answers)
             yield program
         finally:
@@ -445,11 +491,51 @@ def program(books: Books, tmp_path: Path) -> Iterator[Program]:
         yield running
 
 
+@contextmanager
+def connect_to(program: Program, books: Books) -> Iterator[Shop]:
+    """Open a connection to the shop behind a real socket."""
+    with httpx2.Client(base_url=program.address, trust_env=False, timeout=30) as client:
+        yield Shop(client, books)
+
+
 @pytest.fixture
 def real_shop(program: Program, books: Books) -> Iterator[Shop]:
     """The shop behind a real socket."""
-    with httpx2.Client(base_url=program.address, trust_env=False, timeout=30) as client:
-        yield Shop(client, books)
+    with connect_to(program, books) as shop:
+        yield shop
+
+
+@dataclass
+class OpenProgram:
+    """A running program that several tests share, and its databases."""
+
+    program: Program
+    books: Books
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def shared_program(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OpenProgram]:
+    """Run the program once with each kind of database: a start takes longer than most tests."""
+    folder = tmp_path_factory.mktemp("program")
+    books = make_books(request.param, folder, "example_program")
+    with start_program(folder, books.variables) as program:
+        yield OpenProgram(program, books)
+
+
+@pytest.fixture
+def open_program(shared_program: OpenProgram) -> OpenProgram:
+    """The running program, with a full shelf and no orders."""
+    shared_program.books.empty()
+    return shared_program
+
+
+@pytest.fixture
+def open_shop(open_program: OpenProgram) -> Iterator[Shop]:
+    """The shop of the running program, behind a real socket."""
+    with connect_to(open_program.program, open_program.books) as shop:
+        yield shop
 
 
 def test_the_program_says_where_it_is_and_leaves_nothing_behind(
@@ -458,35 +544,38 @@ def test_the_program_says_where_it_is_and_leaves_nothing_behind(
     """After Ctrl-C the exit code is 0, there is no traceback, and all data is in the files."""
     assert real_shop.order().status_code == 201
     eventually(lambda: real_shop.books.read().packed)
-    code, printed = program.stop()
-    assert code == 0
-    assert f"opens at {program.address}" in printed
-    assert f"curl {program.address}/api/orders" in printed
-    assert "Traceback" not in printed
+    assert program.stop() == 0
+    assert f"opens at {program.address}" in program.printed
+    assert f"curl {program.address}/api/orders" in program.printed
+    assert "Traceback" not in program.printed
     files = set() if real_shop.books.variables else {"shop.db", "reports.db"}
     assert {each.name for each in program.folder.iterdir()} == files
     assert real_shop.books.read() == after(1, Teapot=11)
 
 
-def test_on_a_real_socket_failures_change_nothing(program: Program, real_shop: Shop) -> None:
+def test_on_a_real_socket_failures_change_nothing(
+    open_program: OpenProgram, open_shop: Shop
+) -> None:
     """The log shows the crash; the client does not see it."""
-    assert real_shop.order(card="declined").status_code == 402
-    assert real_shop.order(quantity=999).status_code == 409
-    assert real_shop.send_form(card="crashing").status_code == 500
-    assert real_shop.books.read() == UNTOUCHED
-    code, printed = program.stop()
-    assert code == 0
-    assert "The payment provider hung up." in printed
+    crash = "The payment provider hung up."
+    crashes = open_program.program.printed.count(crash)
+    assert open_shop.order(card="declined").status_code == 402
+    assert open_shop.order(quantity=999).status_code == 409
+    response = open_shop.send_form(card="crashing")
+    assert response.status_code == 500
+    assert crash not in response.text
+    assert open_shop.books.read() == UNTOUCHED
+    eventually(lambda: open_program.program.printed.count(crash) > crashes)
 
 
-def test_a_crowd_gets_what_there_is_and_no_more(real_shop: Shop) -> None:
+def test_a_crowd_gets_what_there_is_and_no_more(open_shop: Shop) -> None:
     """Thirty customers order twelve teapots: twelve orders, and eighteen conflicts."""
     with ThreadPoolExecutor(30) as crowd:
-        responses = list(crowd.map(lambda _: real_shop.order(), range(30)))
+        responses = list(crowd.map(lambda _: open_shop.order(), range(30)))
     statuses = sorted(response.status_code for response in responses)
     assert statuses == [201] * 12 + [409] * 18
-    eventually(lambda: real_shop.books.read().packed == 12)
-    assert real_shop.books.read() == after(12, Teapot=0)
+    eventually(lambda: open_shop.books.read().packed == 12)
+    assert open_shop.books.read() == after(12, Teapot=0)
 
 
 def test_what_the_client_was_told_survives_a_kill(program: Program, real_shop: Shop) -> None:
@@ -572,16 +661,16 @@ class Page:
 
 
 @pytest.fixture
-def page(browser: webdriver.Chrome, program: Program) -> Page:
+def page(browser: webdriver.Chrome, open_program: OpenProgram) -> Page:
     """The page, open in the browser."""
-    page = Page(browser, program.address)
+    page = Page(browser, open_program.program.address)
     page.open()
     return page
 
 
 @pytest.mark.parametrize("card", ["approved", "busy"])
 def test_in_a_browser_an_order_appears_and_the_stock_goes_down(
-    page: Page, books: Books, card: str
+    page: Page, open_program: OpenProgram, card: str
 ) -> None:
     """Sale and mail are stored once, also by a second attempt; the parcel is packed."""
     page.order("Teapot", 2, card)
@@ -591,12 +680,13 @@ def test_in_a_browser_an_order_appears_and_the_stock_goes_down(
     assert page.table("Latest orders")[0][:4] == [number, "Teapot", "2", "€ 78.00"]
     assert [row[1:] for row in page.table("Sales per day")] == [["Teapot", "2", "€ 78.00"]]
     assert page.mails() == [f"Thank you for order {number}: 2 of Teapot."]
-    eventually(lambda: books.read().packed)
+    eventually(lambda: open_program.books.read().packed)
     page.open()
     assert page.table("Latest orders") == [[number, "Teapot", "2", "€ 78.00", "packed"]]
-    assert books.read() == after(1, Teapot=10)
+    assert open_program.books.read() == after(1, Teapot=10)
 
 
+@one_running_shop
 def test_a_browser_shows_what_the_page_cost_the_databases(page: Page) -> None:
     """The network panel shows the working time and the waiting time of the databases."""
     work, wait = page.loaded()["serverTiming"]
@@ -604,6 +694,7 @@ def test_a_browser_shows_what_the_page_cost_the_databases(page: Page) -> None:
     assert work["duration"] > 0
 
 
+@one_running_shop
 @pytest.mark.parametrize(
     ("order", "status", "message"),
     [
@@ -614,7 +705,7 @@ def test_a_browser_shows_what_the_page_cost_the_databases(page: Page) -> None:
     ids=["declined", "crash", "out-of-stock"],
 )
 def test_in_a_browser_an_order_that_fails_leaves_the_page_as_it_was(
-    page: Page, books: Books, order: tuple[str, int, str], status: int, message: str
+    page: Page, open_program: OpenProgram, order: tuple[str, int, str], status: int, message: str
 ) -> None:
     """The customer reads the reason, goes back, and finds the same stock and no order."""
     shelf = page.table("On the shelf")
@@ -627,4 +718,4 @@ def test_in_a_browser_an_order_that_fails_leaves_the_page_as_it_was(
     assert page.table("On the shelf") == shelf
     assert page.table("Latest orders") == page.table("Sales per day") == []
     assert page.mails() == []
-    assert books.read() == UNTOUCHED
+    assert open_program.books.read() == UNTOUCHED
