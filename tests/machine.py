@@ -1,4 +1,4 @@
-"""Finds programs that pip cannot install: optional on a developer's machine, required in CI."""
+"""Runs other programs: those that pip cannot install are required in CI only."""
 
 import os
 import shutil
@@ -7,6 +7,8 @@ from typing import NoReturn
 
 import pytest
 
+# Let a pytest in another process load the plugins of its command only: all of them take a second.
+FEW_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 # Debian puts servers into directories that only root's PATH contains.
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
 

@@ -11,6 +11,7 @@ import pytest
 from asgi import get
 from conftest import ENTRY, Running
 from fastapi import Depends, FastAPI
+from machine import FEW_PLUGINS
 from pages import Page
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
@@ -98,7 +99,7 @@ def test_the_options_of_the_page_fail_a_test_of_a_forgotten_await(
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTEST_ADDOPTS": ""},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTEST_ADDOPTS": ""} | FEW_PLUGINS,
         capture_output=True,
         text=True,
         check=False,

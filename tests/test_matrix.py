@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matrix
 import pytest
+from machine import FEW_PLUGINS
 
 TESTS = '''
 import pytest
@@ -43,12 +44,14 @@ TABLE = """\
 """
 
 
-@pytest.mark.parametrize("options", [[], ["-n", "2"]], ids=["one process", "several"])
+@pytest.mark.parametrize(
+    "options", [[], ["-p", "xdist", "-n", "2"]], ids=["one process", "several"]
+)
 def test_a_cell_is_the_worst_of_what_was_found(tmp_path: Path, options: list[str]) -> None:
     """One failure makes a cell fail, a skip shows its reason, and a missing result shows too."""
     (tmp_path / "test_fruit.py").write_text(TESTS)
     path = str(Path(matrix.__file__).parent)
-    environment = os.environ | {"PYTHONPATH": path, "PYTEST_ADDOPTS": ""}
+    environment = os.environ | {"PYTHONPATH": path, "PYTEST_ADDOPTS": ""} | FEW_PLUGINS
     command = [sys.executable, "-m", "pytest", "-q", "-p", "matrix", "--matrix", "tables.md"]
     subprocess.run(
         [*command, *options], cwd=tmp_path, env=environment, capture_output=True, check=False

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import postgres
 import pytest
+from machine import FEW_PLUGINS
 from sqlalchemy import URL
 
 import asgi_dbsession
@@ -42,7 +43,10 @@ def run(folder: Path, conftest: str, tests: str, *options: str, **variables: str
     finished = subprocess.run(
         [sys.executable, *command],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTEST_ADDOPTS": ""} | variables,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(path), "PYTEST_ADDOPTS": ""}
+        | FEW_PLUGINS
+        | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -62,7 +66,7 @@ def shown(url: URL) -> str:
 @BOTH
 def test_with_anyio(tmp_path: Path, url: URL) -> None:
     """The same names are free in each test."""
-    printed = run(tmp_path, CONFTEST, TESTS, "-p", "no:asyncio", DATABASE_URL=shown(url))
+    printed = run(tmp_path, CONFTEST, TESTS, "-p", "anyio", DATABASE_URL=shown(url))
     assert "5 passed" in printed
 
 
@@ -72,6 +76,7 @@ def test_with_pytest_asyncio(tmp_path: Path, url: URL) -> None:
     conftest, tests = (re.sub(ANYIO, "", each, flags=re.DOTALL) for each in (CONFTEST, TESTS))
     options = [part for name, value in INI for part in ("-o", f"{name}={value}")]
     assert len(options) == 6
+    options += ["-p", "asyncio"]
     printed = run(tmp_path, conftest, tests, *options, DATABASE_URL=shown(url))
     assert "5 passed" in printed
 
@@ -79,8 +84,7 @@ def test_with_pytest_asyncio(tmp_path: Path, url: URL) -> None:
 @BOTH
 def test_with_the_test_client(tmp_path: Path, url: URL) -> None:
     """The client runs the application in another thread."""
-    options = ("-p", "no:asyncio")
-    assert "2 passed" in run(tmp_path, SYNC_CONFTEST, SYNC_TESTS, *options, DATABASE_URL=shown(url))
+    assert "2 passed" in run(tmp_path, SYNC_CONFTEST, SYNC_TESTS, DATABASE_URL=shown(url))
 
 
 def test_with_a_test_client_for_the_whole_session(tmp_path: Path, url: URL) -> None:
@@ -94,15 +98,14 @@ def test_with_a_test_client_for_the_whole_session(tmp_path: Path, url: URL) -> N
         "\n\n@pytest.fixture\ndef client(around):\n"
         "    with rolled_back(shop.database):\n        yield around\n"
     )
-    options = ("-p", "no:asyncio")
-    assert "2 passed" in run(tmp_path, conftest, SYNC_TESTS, *options, DATABASE_URL=shown(url))
+    assert "2 passed" in run(tmp_path, conftest, SYNC_TESTS, DATABASE_URL=shown(url))
 
 
 def test_in_parallel_processes(tmp_path: Path) -> None:
     """Each process has its own database."""
     conftest = PARALLEL + re.sub(FIRST_LINES, "", CONFTEST, flags=re.DOTALL)
     server = postgres.administrator_url()
-    options = ("-n", "2", "-p", "no:asyncio")
+    options = ("-p", "xdist", "-n", "2", "-p", "anyio")
     printed = run(tmp_path, conftest, TESTS, *options, TEST_DATABASE_URL=shown(server))
     assert "2 workers" in printed or "bringing up nodes" in printed
     assert "5 passed" in printed

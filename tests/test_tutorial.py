@@ -13,6 +13,7 @@ import httpx2
 import postgres
 import pytest
 from conftest import becomes_true
+from machine import FEW_PLUGINS
 from pages import Page
 
 import asgi_dbsession
@@ -36,7 +37,8 @@ class Reader:
         package = str(Path(asgi_dbsession.__file__).parents[1])
         self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]),
-            "PYTEST_ADDOPTS": "-W error -p no:asyncio -p no:cacheprovider",
+            "PYTEST_ADDOPTS": "-W error -p anyio -p no:cacheprovider",
+            **FEW_PLUGINS,
         }
         self._changes: tuple[str, ...] = ()
 
