@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -25,10 +25,13 @@ from starlette.routing import Route
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, get_session
 from asgi_dbsession.live import LivePage
 
+released = threading.Event()
+
 
 async def hold(_request: Request) -> Response:
     await get_session().execute(text("SELECT 1"))
-    await asyncio.sleep(4)
+    while not released.is_set():
+        await asyncio.sleep(0.02)
     return PlainTextResponse("held")
 
 
@@ -81,6 +84,19 @@ def eventually(condition: Any, seconds: float = 15) -> None:
         threading.Event().wait(0.05)
 
 
+@contextmanager
+def holding(address: str) -> Iterator[None]:
+    """Let a request hold a connection inside the block."""
+    released.clear()
+    asking = threading.Thread(target=httpx2.get, args=(f"{address}/hold",), kwargs={"timeout": 60})
+    asking.start()
+    try:
+        yield
+    finally:
+        released.set()
+        asking.join()
+
+
 def text_of(browser: Any, place: str) -> str:
     """Return the visible text of an element; empty while the page is reloaded."""
     with suppress(Exception):
@@ -100,13 +116,11 @@ def test_it_moves_by_itself(browser: Any, address: str) -> None:
     """A request that holds a connection appears with its line, and later disappears."""
     browser.get(f"{address}/db")
     assert "Nobody waits" in text_of(browser, "now")
-    asking = threading.Thread(target=httpx2.get, args=(f"{address}/hold",), kwargs={"timeout": 20})
-    asking.start()
     name = f"{Path(__file__).name}:{line_of('hold')}"
-    eventually(lambda: "GET /hold" in text_of(browser, "now"))
-    eventually(lambda: name in text_of(browser, "findings").replace("\n", ""))
-    assert "keeps 1 connection idle now" in text_of(browser, "findings")
-    asking.join()
+    with holding(address):
+        eventually(lambda: "GET /hold" in text_of(browser, "now"))
+        eventually(lambda: name in text_of(browser, "findings").replace("\n", ""))
+        eventually(lambda: "keeps 1 connection idle now" in text_of(browser, "findings"))
     eventually(lambda: "GET /hold" not in text_of(browser, "now"))
     eventually(lambda: "GET /hold" in text_of(browser, "recent"))
 
@@ -137,13 +151,11 @@ def test_it_fits_the_window_and_does_not_jump(browser: Any, address: str, width:
     browser.get(f"{address}/db/")
     height = "return document.getElementById('now').getBoundingClientRect().height"
     before = browser.execute_script(height)
-    asking = threading.Thread(target=httpx2.get, args=(f"{address}/hold",), kwargs={"timeout": 20})
-    asking.start()
-    eventually(lambda: "GET /hold" in text_of(browser, "now"))
-    assert browser.execute_script(height) == before
-    wide = "return document.documentElement.scrollWidth"
-    assert browser.execute_script(wide) <= width
-    asking.join()
+    with holding(address):
+        eventually(lambda: "GET /hold" in text_of(browser, "now"))
+        assert browser.execute_script(height) == before
+        wide = "return document.documentElement.scrollWidth"
+        assert browser.execute_script(wide) <= width
 
 
 def test_a_keyboard_pauses_it(browser: Any, address: str) -> None:
@@ -157,13 +169,11 @@ def test_a_keyboard_pauses_it(browser: Any, address: str) -> None:
     button.send_keys(Keys.SPACE)
     assert (button.text, button.get_attribute("aria-pressed")) == ("Go on", "true")
     shown = text_of(browser, "now")
-    asking = threading.Thread(target=httpx2.get, args=(f"{address}/hold",), kwargs={"timeout": 20})
-    asking.start()
-    threading.Event().wait(2)
-    assert text_of(browser, "now") == shown
-    button.send_keys(Keys.SPACE)
-    eventually(lambda: "GET /hold" in text_of(browser, "now"))
-    asking.join()
+    with holding(address):
+        threading.Event().wait(2)
+        assert text_of(browser, "now") == shown
+        button.send_keys(Keys.SPACE)
+        eventually(lambda: "GET /hold" in text_of(browser, "now"))
 
 
 def test_a_screen_reader_finds_its_way(browser: Any, address: str) -> None:
