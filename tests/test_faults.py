@@ -79,7 +79,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def results(cluster: Cluster) -> dict[str, Result]:
     """Run this package through the whole plan once."""
-    ran = run_tool("asgi_dbsession", faults_in_order(SEED), seed=SEED, seconds=0.8, cluster=cluster)
+    ran = run_tool("asgi_dbsession", faults_in_order(SEED), seed=SEED, seconds=0.5, cluster=cluster)
     return {result.fault: result for result in asyncio.run(ran)}
 
 

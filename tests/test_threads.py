@@ -287,7 +287,7 @@ async def test_a_commit_waits_for_an_operation_of_another_task_on_the_event_loop
 ) -> None:
     """The task began its operation in the thread that had asked for the commit, but after that."""
     slow = text(
-        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200000) "
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 50000) "
         "SELECT count(*) FROM n"
     )
 

@@ -36,7 +36,7 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Library]:
 def board(page: Library) -> Any:
     """The application, set up to notice disconnected polling clients quickly."""
     module = page.load("board")
-    module.sio.eio.ping_interval, module.sio.eio.ping_timeout = 0.5, 1
+    module.sio.eio.ping_interval, module.sio.eio.ping_timeout = 0.1, 1
     return module
 
 
@@ -92,7 +92,7 @@ async def test_a_handler_that_fails_stores_and_acknowledges_nothing(
         async with connected(host, transports) as client:
             client.on("written", heard.append)
             await client.call("write", "one", timeout=10)
-            failing = asyncio.create_task(client.call("write", "one", timeout=1))
+            failing = asyncio.create_task(client.call("write", "one", timeout=0.5))
             await client.call("write", "two", timeout=10)
             with pytest.raises(socketio.exceptions.TimeoutError):
                 await failing
