@@ -17,6 +17,8 @@ from sqlalchemy.pool import NullPool
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, SyncDatabase, safe_methods
 
 KINDS = ("asyncpg", "psycopg", "psycopg-sync")
+# Enough unless a driver loses a connection: one with async sessions, one with blocking sessions.
+TWO_KINDS = ("asyncpg", "psycopg-sync")
 AnyDatabase = AsyncDatabase[Any] | SyncDatabase[Any]
 COUNT = select(func.count()).select_from(ENTRY)
 

@@ -9,7 +9,7 @@ import pytest
 from asgi import Socket, respond
 from conftest import CHILD, ENTRY, becomes_true
 from replicas import Cluster
-from replicated_shop import COUNT, KINDS, Client, Shop, ports, reads_from, set_cookies
+from replicated_shop import COUNT, TWO_KINDS, Client, Shop, ports, reads_from, set_cookies
 from sqlalchemy import event, select
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -31,7 +31,7 @@ from asgi_dbsession.testing import rolled_back
 pytestmark = pytest.mark.anyio
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TWO_KINDS)
 async def test_a_replica_that_is_down_keeps_nothing_from_starting(
     nodes: Cluster, kind: str
 ) -> None:
@@ -55,7 +55,7 @@ async def test_a_replica_that_is_down_keeps_nothing_from_starting(
         await reads_from(lambda: Client(shop.app), {nodes.primary.port})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TWO_KINDS)
 async def test_a_replica_that_lags_too_far_is_left_out(nodes: Cluster, kind: str) -> None:
     """It comes back by itself."""
     shop = Shop(nodes, kind)
@@ -79,7 +79,7 @@ async def test_a_replica_that_lags_too_far_is_left_out(nodes: Cluster, kind: str
         await asyncio.wait([writing])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TWO_KINDS)
 async def test_a_replica_that_crashed_takes_no_client_back(nodes: Cluster, kind: str) -> None:
     """It accepts readers before it has replayed again what its clients have seen."""
     shop, replica = Shop(nodes, kind, pool_pre_ping=True), nodes.replicas[0]
@@ -100,7 +100,7 @@ async def test_a_replica_that_crashed_takes_no_client_back(nodes: Cluster, kind:
         assert (await client.read())[0] == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TWO_KINDS)
 async def test_a_read_after_begin_sees_what_begin_has_written(nodes: Cluster, kind: str) -> None:
     """Also in the session that has read from a replica before."""
     counts: list[int] = []
@@ -201,7 +201,7 @@ def test_a_later_position_is_the_greater_text() -> None:
     assert not Seen(unclear).is_trusted
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TWO_KINDS)
 async def test_the_least_busy_replica_is_chosen(nodes: Cluster, kind: str) -> None:
     """A replica whose connections are in use gets no new clients."""
     shop = Shop(nodes, kind)
@@ -244,7 +244,7 @@ async def test_positions_are_asked_for_once_for_all(nodes: Cluster) -> None:
         await reads_from(lambda: Client(shop.app, dict(client.cookies)), ports(nodes))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TWO_KINDS)
 async def test_what_follows_a_write_sees_it(nodes: Cluster, kind: str) -> None:
     """Functions given to on_commit, streaming bodies, background tasks, child tasks."""
     seen: list[tuple[str, int]] = []
@@ -279,7 +279,7 @@ async def test_what_follows_a_write_sees_it(nodes: Cluster, kind: str) -> None:
     assert seen == [("on_commit", 1), ("body", 1), ("child", 1), ("background", 1)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TWO_KINDS)
 async def test_the_application_may_commit_by_itself(nodes: Cluster, kind: str) -> None:
     """Its position is told all the same, and what follows sees it."""
 
@@ -385,7 +385,7 @@ async def test_a_socket_sees_what_it_wrote(nodes: Cluster) -> None:
         assert heard == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TWO_KINDS)
 async def test_a_worker_reads_after_the_position_in_a_message(nodes: Cluster, kind: str) -> None:
     """In another process, without a cookie: the message carries it."""
 
@@ -428,7 +428,7 @@ async def test_a_worker_reads_after_the_position_in_a_message(nodes: Cluster, ki
         assert (count, port in ports(nodes)) == (1, True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TWO_KINDS)
 async def test_a_worker_reads_what_it_has_written_itself(nodes: Cluster, kind: str) -> None:
     """Unit after unit, without any request."""
     shop = Shop(nodes, kind)
@@ -448,7 +448,7 @@ async def test_a_worker_reads_what_it_has_written_itself(nodes: Cluster, kind: s
                     assert await session.scalar(COUNT) == number
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TWO_KINDS)
 async def test_within_rolled_back_all_reads_see_what_the_test_wrote(
     nodes: Cluster, kind: str
 ) -> None:
@@ -511,7 +511,7 @@ async def test_the_live_page_shows_a_table_for_each_server(nodes: Cluster) -> No
     assert {name: count for name, count in shown.items() if count} == {port: 1}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TWO_KINDS)
 async def test_shutdown_leaves_no_connection(nodes: Cluster, kind: str) -> None:
     """Neither of the pools, nor of what asks for positions."""
     query = (
