@@ -20,6 +20,7 @@ from hypothesis import settings
 from sqlalchemy import (
     URL,
     Column,
+    Connection,
     Engine,
     Executable,
     ForeignKey,
@@ -135,9 +136,16 @@ class Real:
         database_class = SyncDatabase if self.is_sync else AsyncDatabase
         return database_class(self.url, **options)
 
+    def look(self) -> Connection:
+        """Return a connection that reads without BEGIN and ROLLBACK, which take time."""
+        connection = self.reader.connect()
+        if self.is_postgresql:
+            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+        return connection
+
     def stored(self) -> list[str]:
         """Return the notes of all rows that are stored."""
-        with self.reader.connect() as connection:
+        with self.look() as connection:
             return list(connection.scalars(select(ENTRY.c.note).order_by(ENTRY.c.id)))
 
     def open_transactions(self) -> int:
@@ -162,7 +170,7 @@ class Real:
                     return 1
                 connection.rollback()
             return 0
-        with self.reader.connect() as connection:
+        with self.look() as connection:
             return int(
                 connection.scalar(
                     text(
@@ -198,7 +206,7 @@ class Real:
             )
             with self.reader.connect() as connection:
                 return int(connection.scalar(text(query)) or 0)
-        with self.reader.connect() as connection:
+        with self.look() as connection:
             return int(
                 connection.scalar(
                     text(
@@ -255,9 +263,11 @@ def forget_modules(*names: str) -> None:
 async def becomes_true(condition: Callable[[], bool], seconds: float = 10) -> None:
     """Wait until another process has done something; fail if it never happens."""
     deadline = time.monotonic() + seconds
+    pause = 0.001
     while not condition():
         assert time.monotonic() < deadline, "it never became true"
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, 0.02)
 
 
 @dataclass
@@ -328,7 +338,8 @@ def maria_database() -> tuple[URL, Engine]:
     url, administrator_url = mariadb_server.new_database("tests")
     reader = create_engine(
         administrator_url,
-        poolclass=NullPool,
+        pool_size=1,
+        pool_pre_ping=True,
         isolation_level="AUTOCOMMIT",
         connect_args=mariadb_server.NO_TLS,
     )
@@ -363,10 +374,10 @@ def real_database(kind: str, folder: Path, name: str = "tests") -> Real:
         options = {"connect_args": mariadb_server.NO_TLS} if driver == "pymysql" else {}
         return Real(kind, url.set(drivername=f"mysql+{driver}"), reader, options)
     url, reader = postgresql(name)
-    with reader.begin() as connection:
-        connection.execute(delete(CHILD))
-        connection.execute(delete(ENTRY))
-    return Real(kind, url.set(drivername=f"postgresql+{driver}"), reader)
+    real = Real(kind, url.set(drivername=f"postgresql+{driver}"), reader)
+    with real.look() as connection:
+        connection.exec_driver_sql("DELETE FROM child; DELETE FROM entry")
+    return real
 
 
 @pytest.fixture
