@@ -1,12 +1,12 @@
 """Commits or rolls back the work of a unit of work: all of it, or only the work of one task."""
 
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from typing import Any
 
 from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.end import End, Reason, current_end
-from asgi_dbsession.session.managed import ManagedSession, Sessions
+from asgi_dbsession.session.managed import Sessions
 
 from .decisions import take_decision
 from .observer import observed
@@ -112,7 +112,7 @@ async def close(
             from .optional.unsaved import log_unsaved
 
             log_unsaved(unit, opened)
-        working, raised = _close_idle(opened)
+        working = [each for each in opened if not each.close_if_idle()]
         failed: Sessions = []
         if working and commit and sort_tasks:
             commit, failed = find_failed(unit, working)
@@ -131,28 +131,14 @@ async def close(
         unit.sessions.clear()
         if unit.observers:
             observed.discard(unit)
-    if raised is not None:
-        raise raised
-
-
-def _close_idle(opened: Iterable[ManagedSession[Any]]) -> tuple[Sessions, Exception | None]:
-    """Close the sessions that have no work. Return those with work, and the first exception."""
-    working, raised = [], None
-    for each in opened:
-        try:
-            if not each.close_if_idle():
-                working.append(each)
-        # A listener of the application raised this exception. It is raised again after all sessions
-        # are closed.
-        except Exception as error:
-            if not each.lock.is_closed:
-                raise
-            raised = raised or error
-    return working, raised
 
 
 async def _close_left(unit: UnitOfWork) -> None:
-    """Close the sessions that are still open because a signal handler raised an exception."""
+    """Roll back and close the sessions that are still open after an exception.
+
+    A signal handler has raised this exception, or a listener that the application has added for an
+    event of its objects.
+    """
     left = [each for each in unit.opened if not each.lock.is_closed]
     if left:
         ending = roll_back_all(left, End(commit=False, reason="exception", close=True), None)
