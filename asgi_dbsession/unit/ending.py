@@ -171,10 +171,9 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     Raises:
         Exception: The error of the flush or of COMMIT.
     """
-    given = tuple(unit.callbacks)
-    # The `on_commit` functions in `stored` waited for work that the application itself has
-    # committed already. So they are called even if the COMMIT of the later work fails.
-    stored = [each for each in given if each.committed]
+    # The value is True if the `on_commit` function has waited for work that the application itself
+    # has committed already. Then it is called even if the COMMIT of the later work fails.
+    given = {each: each.committed for each in tuple(unit.callbacks)}
     end.had_work = bool(working)
     token = current_end.set(end)
     try:
@@ -197,7 +196,7 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     if unit.callbacks:
         from .optional.after_commit.call import call_after_commit
 
-        await call_after_commit(unit, end, given, stored, working, close=close)
+        await call_after_commit(unit, end, given, working, close=close)
     _tell(unit, end)
     if end.failure is not None:
         raise end.failure

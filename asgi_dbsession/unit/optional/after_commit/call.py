@@ -1,7 +1,7 @@
 """Calls the functions given to `on_commit` after a COMMIT."""
 
 from asyncio import CancelledError
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
 from asgi_dbsession.session.end import End
@@ -18,8 +18,7 @@ Close: TypeAlias = Callable[..., Awaitable[Any]]
 async def call_after_commit(
     unit: UnitOfWork,
     end: End,
-    given: Sequence[AfterCommit],
-    stored: Sequence[AfterCommit],
+    given: Mapping[AfterCommit, bool],
     working: Sessions,
     *,
     close: Close,
@@ -29,14 +28,14 @@ async def call_after_commit(
     Args:
         unit: The unit of work.
         end: The commit or rollback that has ended.
-        given: The functions that were given to `on_commit` before this commit or rollback.
-        stored: The functions in `given` whose work was stored earlier, because the application
-            called `commit()` itself. They are called even if this COMMIT has failed.
+        given: The functions that were given to `on_commit` before this commit or rollback. The
+            value is True if the work of the function was stored earlier, because the application
+            called `commit()` itself. Then it is called even if this COMMIT has failed.
         working: The sessions that were committed or rolled back.
         close: A function that commits or rolls back a unit of work, and closes it. Each `on_commit`
             function runs in a new unit of work, which is then given to `close`.
     """
-    for callback in _settle(unit.callbacks, end, given, stored, working):
+    for callback in _settle(unit.callbacks, end, given, working):
         await _call(unit, callback, close)
 
 
@@ -68,8 +67,7 @@ async def _call(unit: UnitOfWork, callback: AfterCommit, close: Close) -> None:
 def _settle(
     callbacks: list[AfterCommit],
     end: End,
-    given: Sequence[AfterCommit],
-    stored: Sequence[AfterCommit],
+    given: Mapping[AfterCommit, bool],
     working: Sessions,
 ) -> list[AfterCommit]:
     """Return the functions given to `on_commit` that must be called after this commit or rollback.
@@ -88,7 +86,7 @@ def _settle(
         ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):
             continue
-        if each in stored or (end.succeeded and each.should_run(success=ends)):
+        if given.get(each) or (end.succeeded and each.should_run(success=ends)):
             due.append(each)
         callbacks.remove(each)
         each.detach()
