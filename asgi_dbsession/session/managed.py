@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
-from ._sqlalchemy import flush_for_commit, forget
+from ._sqlalchemy import flush_for_commit, forget, has_changes
 from .at_once import end_at_once, ends_at_once
 from .companion import Companion
 from .end import End
@@ -54,10 +54,9 @@ class ManagedSession(Generic[S]):
         # too, because a commit flushes them. `must_fail` is True if the application has caught the
         # error of a refused write, for example. This counts as work, so that a commit follows, and
         # raises the error again.
-        session, lock = self.orm, self.lock
-        if session.in_transaction() or session.identity_map.check_modified() or lock.is_busy:
+        if self.orm.in_transaction() or has_changes(self.orm):
             return True
-        return (lock.is_used and bool(session.new)) or self.companion.must_fail
+        return self.lock.is_busy or self.companion.must_fail
 
     def ends_at_once(self, *, commit: bool) -> bool:
         """Return True if `end_at_once` can commit or roll back this session now."""
