@@ -38,7 +38,6 @@ from asgi_dbsession import (
 )
 from asgi_dbsession.live import LivePage
 from asgi_dbsession.live.shown import without_values
-from asgi_dbsession.unit.observer import observed
 
 pytestmark = pytest.mark.anyio
 
@@ -347,7 +346,7 @@ async def test_memory_is_bounded(served: Served) -> None:
             await session.commit()
     facts = await served.facts()
     assert facts["recent"]["units"] == 400
-    assert not observed
+    assert not served.page._observer._open
     ended = served.page._observer.ended()
     assert max(len(list(tally.spans())) for unit in ended for _, tally in unit.tallies) <= 400
     async with served.database.begin() as session:

@@ -21,7 +21,7 @@ from asgi_dbsession.retry.overload import on_pool_timeout
 from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.end import End
 from asgi_dbsession.session.managed import ManagedSession
-from asgi_dbsession.unit.observer import UnitObserver, observed
+from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.report import Outcome
 
 from .route import Named, RouteName, name_of, named, route_by_quart
@@ -80,6 +80,9 @@ class LiveObserver(UnitObserver):
         self._ended: deque[tuple[Named, float, _Result, dict[Any, list[Step]]]] = deque(
             maxlen=_MOST_UNITS
         )
+        # The units of work that have opened a session and have not ended. After an exception of a
+        # signal handler, units of work that have ended may stay here until `open_units` is called.
+        self._open: set[Any] = set()
         self._counts: bool = False
         self._by_quart: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
         for each in databases:
@@ -90,8 +93,10 @@ class LiveObserver(UnitObserver):
 
         Each value is a pair: a name to show (such as `GET /orders`), and the unit of work.
         """
-        for unit in tuple(observed):
-            if not self.totals.keys().isdisjoint(tuple(unit.sessions)):
+        for unit in tuple(self._open):
+            if unit.closed and not unit.sessions:
+                self._open.discard(unit)
+            elif not self.totals.keys().isdisjoint(tuple(unit.sessions)):
                 yield name_of(named(unit, self._route, self._by_quart)), unit
 
     def ended(self) -> list[EndedUnit]:
@@ -120,6 +125,7 @@ class LiveObserver(UnitObserver):
 
     @override
     def session_opened(self, unit: Any, database: Any, opened: ManagedSession[Any]) -> None:
+        self._open.add(unit)
         record(opened.companion)
         on_pool_timeout(opened.companion, partial(self._count_timeout, database, opened))
         if "quart" in modules:
@@ -127,6 +133,8 @@ class LiveObserver(UnitObserver):
 
     @override
     def work_ended(self, unit: Any, end: End, steps: dict[Any, list[Step]]) -> None:
+        if end.close:
+            self._open.discard(unit)
         if steps:
             if unit.is_routed:
                 steps = {server_of(each, unit.sessions[each]): steps[each] for each in steps}

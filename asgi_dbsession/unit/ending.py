@@ -9,7 +9,6 @@ from asgi_dbsession.session.end import End, Reason, current_end
 from asgi_dbsession.session.managed import Sessions
 
 from .decisions import take_decision
-from .observer import observed
 from .shares import Living, find_failed, is_of, sort_work
 from .together import end_together, in_order, learn_positions, roll_back_all
 from .unit_of_work import UnitOfWork
@@ -129,8 +128,6 @@ async def close(
         raise
     finally:
         unit.sessions.clear()
-        if unit.observers:
-            observed.discard(unit)
 
 
 async def _close_left(unit: UnitOfWork) -> None:

@@ -8,9 +8,6 @@ from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.end import End
 from asgi_dbsession.session.managed import ManagedSession
 
-# The open units of work that have opened a session. Units of work without observers are left out.
-observed: set[Any] = set()
-
 
 class UnitObserver:
     """An object that is notified when a unit of work begins, opens a session, and ends its work.

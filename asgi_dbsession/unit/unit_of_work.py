@@ -11,7 +11,7 @@ from asgi_dbsession.session.managed import ManagedSession, Sessions
 from asgi_dbsession.session.reads import may_have_written
 from asgi_dbsession.types import Scope
 
-from .observer import UnitObserver, observed
+from .observer import UnitObserver
 
 S = TypeVar("S")
 
@@ -203,8 +203,6 @@ class UnitOfWork:
             # Add the observers of the database. The unit of work may already have one of them, from
             # another database. Keep each observer only once, so that it is notified only once.
             self.observers = tuple(dict.fromkeys((*self.observers, *database.observers)))
-        if self.observers:
-            observed.add(self)
-            for observer in self.observers:
-                observer.session_opened(self, database, made)
+        for observer in self.observers:
+            observer.session_opened(self, database, made)
         return opened
