@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
 from typing import Any, Self
 
+import aiosqlite
 import anyio
 import pytest
 from asgi import Exchange, get, respond
@@ -409,3 +410,23 @@ async def test_a_task_factory_of_the_loop_makes_every_task_that_commits(running:
         asyncio.get_running_loop().set_task_factory(None)
     assert committing
     assert made.issuperset(committing)
+
+
+@pytest.mark.parametrize("real", ["sqlite"], indirect=True)
+async def test_sqlite_connects_in_the_task_of_the_request(real: Real) -> None:
+    """A cancelled connect in another task would leave the file of the database open."""
+    tasks = []
+
+    async def connect() -> Any:
+        tasks.append(asyncio.current_task())
+        return await aiosqlite.connect(str(real.url.database))
+
+    async with real.describe(async_creator=connect, ping_on_startup=False) as database:
+        running = Running(real, database)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await running.execute(select(ENTRY))
+            await respond(send)
+
+        assert (await get(DBSessionMiddleware(app, database))).status == 200
+    assert tasks == [asyncio.current_task()]

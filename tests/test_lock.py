@@ -368,3 +368,10 @@ def test_a_cancelled_reservation_keeps_nobody_waiting_although_another_commit_ca
     assert lock.is_busy
     lock.cancel_reservation(cancelled)
     assert not lock.is_busy
+
+
+def test_a_change_in_a_thread_waits_for_the_commit() -> None:
+    """An error of the change reaches its caller."""
+    lock = ThreadLock("the database", None)
+    lock.reserve_for(an_end())
+    assert not lock.delay(list)

@@ -885,3 +885,22 @@ async def test_a_close_that_is_interrupted_leaves_no_connection_behind(
         assert checked_out(database) == 0
     assert running.stored() == []
     await running.assert_clean()
+
+
+async def test_a_block_stores_the_work_of_a_failed_task_whose_error_it_has_caught(
+    running: Running,
+) -> None:
+    """The code of the block knows of the error, and has decided to go on."""
+    if running.real.is_sync:
+        pytest.skip("what threads do says nothing of tasks")
+    database: Any = running.database
+
+    async def fail() -> None:
+        await running.write("by the task")
+        raise LookupError
+
+    async with database.begin():
+        with pytest.raises(LookupError):
+            await asyncio.create_task(fail())
+        await running.write("by the block")
+    assert running.stored() == ["by the task", "by the block"]

@@ -165,6 +165,18 @@ def test_a_url_of_a_provider_is_translated_for_psycopg(
     assert (dict(database.url.query), arguments_of(database)) == (stays, arguments)
 
 
+@pytest.mark.parametrize(
+    ("database_class", "driver"),
+    [(AsyncDatabase, "asyncmy"), (AsyncDatabase, "aiomysql"), (SyncDatabase, "pymysql")],
+)
+def test_the_encoding_is_translated_for_mysql(
+    database_class: type[AnyDatabase], driver: str
+) -> None:
+    """The drivers call it `charset`."""
+    database = database_class(f"mysql+{driver}://u:pw@h/d?encoding=utf8mb4")
+    assert dict(database.url.query) == {"charset": "utf8mb4"}
+
+
 @pytest.mark.parametrize("driver", ["asyncmy", "pymysql"])
 @pytest.mark.parametrize(
     ("query", "mode"),
