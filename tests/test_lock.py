@@ -374,4 +374,4 @@ def test_a_change_in_a_thread_waits_for_the_commit() -> None:
     """An error of the change reaches its caller."""
     lock = ThreadLock("the database", None)
     lock.reserve_for(an_end())
-    assert not lock.delay(list)
+    assert not lock.delay(lock.forget_users)

@@ -46,12 +46,20 @@ _ROOMS = {
     "two_phases": ("two_phases",),
 }
 _FEW_DRIVERS = "not sqlite-sync and not psycopg-sync"
-# Tests for a single file, which run first. Some of them need drivers that block.
+# Tests for a single file, which run first, with all drivers.
 _FILES = {
+    "answer": "field",
+    "async_guard": "misuse",
     "at_once": "threads",
     "attempt": "retry_on",
+    "base": "replicas",
+    "block": "join",
+    "blocks": "join",
+    "callback": "join",
+    "commit": "two_phases",
     "companion": "report",
     "completion": "trio cancellation",
+    "connecting": "cancellation",
     "discard": "cancellation",
     "end": "report",
     "ending": "report",
@@ -62,18 +70,16 @@ _FILES = {
     "lost": "replicas_lost",
     "mariadb": "reads_mariadb",
     "mariadb_connections": "reads_mariadb",
+    "names": "two_phases",
+    "refusals": "read_only",
     "roll_back": "two_phases",
     "rules": "read_only",
-    "answer": "field",
-    "async_guard": "misuse",
-    "base": "replicas",
-    "block": "join",
-    "blocks": "join",
-    "callback": "join",
+    "session": "two_phases",
     "shares": "field",
     "tasks": "trio",
     "thread_lock": "several_tasks",
     "together": "threads several_databases",
+    "transaction": "read_only",
     "unit_of_work": "report live",
 }
 # These tests start processes and tools: they are slow, and show nothing about a single line.
@@ -104,7 +110,7 @@ def survives(root: Path, mutation: Mutation, *, near_only: bool) -> bool:
         (folder / mutation.file).write_text(mutation.after)
         runs = [("--quick", "-k", _FEW_DRIVERS, *_near(folder, mutation))]
         if first := _FILES.get(Path(mutation.file).stem, "").split():
-            runs.insert(0, ("--quick", *(f"tests/test_{name}.py" for name in first)))
+            runs.insert(0, tuple(f"tests/test_{name}.py" for name in first))
         if not near_only:
             runs.append(("tests", *(f"--ignore=tests/{each}" for each in _FAR)))
         return all(_pass(folder, each) for each in runs)
