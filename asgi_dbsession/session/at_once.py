@@ -23,57 +23,60 @@ def end_at_once(session: Session, companion: Companion, *, commit: bool) -> bool
     The caller must hold the mutex of the lock, and no operation may be running.
 
     Returns:
-        True if the session was committed or rolled back. False if `ends_at_once` returns False.
+        True if the session was committed or rolled back. False if SQLAlchemy's `commit()` or
+        `rollback()` is needed; see `transactions_to_end`.
     """
-    transaction = session.get_transaction()
-    if transaction is None or not ends_at_once(session, companion, commit=commit):
+    transactions = transactions_to_end(session, companion, commit=commit)
+    if not transactions:
         return False
+    outermost: Any = session.get_transaction()
     events: Any = session.dispatch
     if commit:
-        for begun in connections_of(transaction).values():
-            if begun is not None:
-                begun.commit()
+        for each in transactions:
+            each.commit()
         events.after_commit(session)
     # This rolls back what was not committed.
-    SessionTransaction.close(transaction)
+    SessionTransaction.close(outermost)
     if not commit:
         Session.expire_all(session)
-        events.after_soft_rollback(session, transaction)
+        events.after_soft_rollback(session, outermost)
     return True
 
 
-def ends_at_once(session: Session, companion: Companion, *, commit: bool) -> bool:
-    """Return True if `end_at_once` can commit or roll back the session now.
+def transactions_to_end(
+    session: Session, companion: Companion, *, commit: bool
+) -> tuple[Transaction, ...]:
+    """Return the transactions that `end_at_once` can commit or roll back now, one per connection.
 
-    Return False if SQLAlchemy's `commit()` or `rollback()` is needed: there may be changes, or
-    these methods may call code of the application.
+    The result is empty if SQLAlchemy's `commit()` or `rollback()` is needed: there may be changes,
+    or these methods may call code of the application.
     """
     if not companion.expects_read or session.expire_on_commit:
-        return False
+        return ()
     transaction = session.get_transaction()
     # After a failed flush the transaction is inactive. If `must_fail` is True, COMMIT must raise an
     # error, because a write was refused or work was discarded. In both cases, the caller must use
     # SQLAlchemy's `commit()`, which raises the error.
     if transaction is None or not transaction.is_active or companion.must_fail:
-        return False
+        return ()
     connections = connections_of(transaction)
     # If the transaction has no connections, nothing shows that it has only read.
     if not connections or session.in_nested_transaction() or has_changes(session):
-        return False
+        return ()
+    found: list[Transaction] = []
     for connection, begun in connections.items():
-        if not _sends_nothing(session, connection, begun, commit):
-            return False
-    return True
+        # The application itself has begun or ended the transaction on this connection. SQLAlchemy's
+        # `commit()` knows this case.
+        if connection.get_transaction() is not begun or begun is None:
+            return ()
+        if not _sends_nothing(session, connection, commit):
+            return ()
+        found.append(begun)
+    return tuple(found)
 
 
-def _sends_nothing(
-    session: Session, connection: Connection, begun: Transaction | None, commit: bool
-) -> bool:
+def _sends_nothing(session: Session, connection: Connection, commit: bool) -> bool:
     if not has_only_read(connection):
-        return False
-    # The application itself has begun or ended the transaction on this connection. So return False:
-    # then the session is committed with SQLAlchemy's `commit()`, which knows this case.
-    if begun is None or connection.get_transaction() is not begun:
         return False
     dialect = connection.dialect
     # At a commit, all async drivers except asyncpg wait for a lock of their own, even if they send

@@ -7,7 +7,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ._sqlalchemy import flush_for_commit, forget, has_changes
-from .at_once import end_at_once, ends_at_once
+from .at_once import end_at_once, transactions_to_end
 from .companion import Companion
 from .end import End
 from .failures import is_watched_first, refuse_if_aborted, watch
@@ -60,7 +60,9 @@ class ManagedSession(Generic[S]):
 
     def ends_at_once(self, *, commit: bool) -> bool:
         """Return True if `end_at_once` can commit or roll back this session now."""
-        return not self.lock.is_busy and ends_at_once(self.orm, self.companion, commit=commit)
+        if self.lock.is_busy:
+            return False
+        return bool(transactions_to_end(self.orm, self.companion, commit=commit))
 
     def end_at_once(self, *, commit: bool, close: bool = False) -> bool:
         """If the session has only read, and has sent no BEGIN, end it without an `await`.
