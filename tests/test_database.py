@@ -435,9 +435,9 @@ async def test_an_engine_of_ones_own_is_watched_for_silent_rollbacks(real: Real)
 
 
 def listeners_on(engine: Any) -> dict[str, int]:
-    """Return how many listeners an engine, its pool and its dialect have for each event."""
+    """Return how many listeners an engine has for each event, and its replaced methods."""
     engine = getattr(engine, "sync_engine", engine)
-    return {
+    return {name: 1 for name in vars(engine.dialect) if name.startswith("do_")} | {
         f"{name} of {type(target).__name__}": len(list(getattr(target.dispatch, name)))
         for target in (engine, engine.pool, engine.dialect)
         for name in dir(target.dispatch)
