@@ -73,7 +73,7 @@ _FILES = {
     "names": "two_phases",
     "refusals": "read_only",
     "roll_back": "two_phases",
-    "rules": "read_only",
+    "rules": "read_only commit_when",
     "session": "two_phases",
     "shares": "field",
     "tasks": "trio",
