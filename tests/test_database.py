@@ -227,6 +227,23 @@ async def test_a_shutdown_during_a_startup_ends_it(real: Real, turns: int) -> No
     assert real.stored() == ["kept"]
 
 
+@pytest.mark.parametrize("real", ["asyncpg", "psycopg"], indirect=True)
+async def test_a_startup_cancelled_at_its_first_statement_raises_the_cancellation(
+    real: Real,
+) -> None:
+    """The statement is SQLAlchemy's own, which asks the server for its version."""
+
+    def listen(engine: Engine) -> None:
+        event.listen(engine, "connect", lambda *_: starting.cancel(), insert=True)
+
+    database = real.describe(on_engine=listen)
+    starting = asyncio.create_task(database.startup())
+    await asyncio.wait([starting])
+    assert starting.cancelled()
+    assert not database.is_running
+    await becomes_true(lambda: real.connections() == 0)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_shutdown_during_a_ping_leaves_no_connection_open(tmp_path: Path, fails: bool) -> None:
     """The engine has a new pool then, so nobody would close the connection in the old one."""

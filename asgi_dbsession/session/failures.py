@@ -112,7 +112,11 @@ def _record_failure(context: ExceptionContext) -> None:
     if original_engine(connection.engine) not in _watched:
         return
     if isinstance(context.original_exception, CancelledError) and connection.dialect.is_async:
-        discard(connection)
+        # On the first connection of an engine, SQLAlchemy asks the server for its version, without
+        # a transaction. SQLAlchemy then closes this connection itself. If it was closed already,
+        # SQLAlchemy would raise an AssertionError, and the cancellation would be lost.
+        if connection.in_transaction():
+            discard(connection)
         return
     if context.is_disconnect:
         return
