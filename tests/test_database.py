@@ -244,8 +244,11 @@ async def test_a_startup_cancelled_at_its_first_statement_raises_the_cancellatio
     await becomes_true(lambda: real.connections() == 0)
 
 
+@pytest.mark.parametrize("moment", ["before_cursor_execute", "rollback"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_shutdown_during_a_ping_leaves_no_connection_open(tmp_path: Path, fails: bool) -> None:
+def test_a_shutdown_during_a_ping_leaves_no_connection_open(
+    tmp_path: Path, fails: bool, moment: str
+) -> None:
     """The engine has a new pool then, so nobody would close the connection in the old one."""
     used: list[Any] = []
 
@@ -256,7 +259,7 @@ def test_a_shutdown_during_a_ping_leaves_no_connection_open(tmp_path: Path, fail
             raise LookupError
 
     def listen(engine: Engine) -> None:
-        event.listen(engine, "before_cursor_execute", shut_down)
+        event.listen(engine, moment, shut_down)
 
     database = SyncDatabase(f"sqlite:///{tmp_path / 'shop.db'}", on_engine=listen)
     with pytest.raises(LookupError if fails else DatabaseNotRunning), database:

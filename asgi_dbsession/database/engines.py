@@ -22,14 +22,15 @@ def select_one(engine: Engine, pool: Pool) -> None:
         engine: The engine.
         pool: The pool that the engine had when the check was requested.
     """
-    with engine.connect() as connection:
-        try:
+    try:
+        with engine.connect() as connection:
             connection.execute(select(1))
-        finally:
-            # If the engine was disposed meanwhile, it has a new pool, and nobody will close this
-            # connection later. So close the connection here.
-            if engine.pool is not pool:
-                connection.invalidate()
+    finally:
+        # If the engine was disposed meanwhile, it has a new pool. The connection of this check is
+        # now in one of the two pools, and nobody will close it later. So dispose both pools.
+        if engine.pool is not pool:
+            pool.dispose()
+            engine.dispose()
 
 
 async def run_in_thread(function: Callable[..., T], *args: Any) -> T:
