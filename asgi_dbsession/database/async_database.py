@@ -179,8 +179,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     @override
     async def _start(self, run: Run) -> None:
-        loop = asyncio._get_running_loop()
-        if loop is None:
+        if asyncio._get_running_loop() is None:
             raise ConfigurationError(
                 f"{self} works on asyncio only, and this is another event loop, such as "
                 "trio. Describe it as a SyncDatabase there."
@@ -190,8 +189,12 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
             # connections. So build a new engine.
             self._forget_engine()
         self._refuse_other_loop()
-        self._loop = loop
         await super()._start(run)
+
+    @override
+    def _build_engine(self) -> AsyncEngine:
+        self._loop = asyncio._get_running_loop()
+        return super()._build_engine()
 
     @override
     def _make_session(
