@@ -202,23 +202,25 @@ async def test_a_listener_that_comes_too_late_for_another_session_is_told(
 
 
 @pytest.mark.parametrize("when", ["before_commit", "before_flush", "after_flush"])
+@pytest.mark.parametrize("earlier", ["it has read", "it is not open"])
 @pytest.mark.parametrize("statement", [select(ENTRY), ENTRY.insert().values(note="by listener")])
 @pytest.mark.parametrize(
     "kinds", ["sqlite + asyncpg", "asyncpg + psycopg-sync", "psycopg-sync + sqlite-sync"]
 )
-async def test_what_a_listener_does_in_a_session_that_only_read_ends_before_the_response(
-    tmp_path: Path, kinds: str, statement: Any, when: str
+async def test_what_a_listener_does_in_another_session_ends_before_the_response(
+    tmp_path: Path, kinds: str, statement: Any, earlier: str, when: str
 ) -> None:
-    """The other session has sent nothing to commit until the flush of this session uses it."""
+    """The other session has nothing to commit until the flush of this session uses it."""
     found: list[Any] = []
     async with several_databases(kinds, tmp_path) as several:
         writer, reader = several.each
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            await reader.execute(select(ENTRY))
+            if earlier == "it has read":
+                await reader.execute(select(ENTRY))
             await in_session(writer, lambda session: session.add(Entry("written")))
-            use = partial(orm(reader).execute, statement)
-            event.listen(orm(writer), when, lambda *_: use(), once=True)
+            listener = lambda *_: orm(reader).execute(statement)  # noqa: E731
+            event.listen(orm(writer), when, listener, once=True)
             await respond(send)
 
         def look(_: Message) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.end import End, Reason, current_end
-from asgi_dbsession.session.managed import Sessions
+from asgi_dbsession.session.managed import ManagedSession, Sessions
 
 from .decisions import take_decision
 from .shares import Living, find_failed, is_of, sort_work
@@ -162,8 +162,16 @@ async def _close_working(
         raise failure
 
 
-async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
+async def _end(
+    unit: UnitOfWork, end: End, working: Sessions, ended: tuple[ManagedSession[Any], ...] = ()
+) -> None:
     """Commit or roll back sessions with work (`working`). Then call functions given to `on_commit`.
+
+    Args:
+        unit: The unit of work of the sessions.
+        end: The commit or rollback.
+        working: The sessions.
+        ended: The sessions that the same commit or rollback of the unit of work has ended before.
 
     Raises:
         Exception: The error of the flush or of COMMIT.
@@ -197,6 +205,14 @@ async def _end(unit: UnitOfWork, end: End, working: Sessions) -> None:
     _tell(unit, end)
     if end.failure is not None:
         raise end.failure
+    # During the flush, a listener of the application may have used the session of another database
+    # for the first time (to store an audit row there, for example). End this work too, before the
+    # response is sent.
+    if len(unit.databases) > 1 and end.task is None and not end.close:
+        ended = (*ended, *working)
+        late = [each for each in unit.with_work() if each not in ended]
+        if late:
+            await _end(unit, End(end.commit, end.reason), late, ended)
 
 
 def _tell(unit: UnitOfWork, end: End) -> None:
