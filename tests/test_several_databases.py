@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -230,6 +231,25 @@ async def test_what_a_listener_does_in_another_session_ends_before_the_response(
     assert exchange.error is None
     by_listener = ["by listener"] if statement.is_insert else []
     assert found == [([["written"], by_listener], 0)] * 2
+
+
+async def test_a_failed_task_undoes_its_work_on_one_database_only(tmp_path: Path) -> None:
+    """The work of the successful task on the other database is stored."""
+    async with several_databases("sqlite + asyncpg", tmp_path) as several:
+        first, second = several.each
+
+        async def fail() -> None:
+            await first.write("by the failed task")
+            raise ValueError
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await respond(send)
+            await second.write("in the background")
+            with suppress(ValueError):
+                await asyncio.create_task(fail())
+
+        assert (await get(DBSessionMiddleware(app, *several.databases))).error is None
+        assert several.stored() == [[], ["in the background"]]
 
 
 async def test_a_savepoint_that_nobody_closed_is_stored_with_the_rest(several: Several) -> None:

@@ -26,7 +26,7 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
     """
     end = End(commit, "status" if unit.rollback is None else "set_rollback")
     unit.forget_decisions()
-    return _end(unit, end, unit.with_work())
+    return _end(unit, end, unit.with_work(), ended=())
 
 
 def end_reads(unit: UnitOfWork, *, commit: bool) -> bool:
@@ -163,7 +163,11 @@ async def _close_working(
 
 
 async def _end(
-    unit: UnitOfWork, end: End, working: Sessions, ended: tuple[ManagedSession[Any], ...] = ()
+    unit: UnitOfWork,
+    end: End,
+    working: Sessions,
+    *,
+    ended: tuple[ManagedSession[Any], ...] | None = None,
 ) -> None:
     """Commit or roll back sessions with work (`working`). Then call functions given to `on_commit`.
 
@@ -171,7 +175,8 @@ async def _end(
         unit: The unit of work of the sessions.
         end: The commit or rollback.
         working: The sessions.
-        ended: The sessions that the same commit or rollback of the unit of work has ended before.
+        ended: The sessions that the same commit or rollback of the whole unit of work has ended
+            before. None if `end` is for some of the sessions only.
 
     Raises:
         Exception: The error of the flush or of COMMIT.
@@ -208,11 +213,11 @@ async def _end(
     # During the flush, a listener of the application may have used the session of another database
     # for the first time (to store an audit row there, for example). End this work too, before the
     # response is sent.
-    if len(unit.databases) > 1 and end.task is None and not end.close:
+    if ended is not None and len(unit.databases) > 1:
         ended = (*ended, *working)
         late = [each for each in unit.with_work() if each not in ended]
         if late:
-            await _end(unit, End(end.commit, end.reason), late, ended)
+            await _end(unit, End(end.commit, end.reason), late, ended=ended)
 
 
 def _tell(unit: UnitOfWork, end: End) -> None:
