@@ -30,16 +30,21 @@ def wins(found: dict[str, Any]) -> str:
 
 
 def loses(found: dict[str, Any]) -> str:
-    """Return a sentence about the fastest other tool, and about the handlers that become slower."""
+    """Return a sentence about a faster tool, if there is one, and about the slowest handlers."""
     clients, figures = max(found["fast readers"].items(), key=_lag)
     fastest = _fastest(figures)
     theirs, ours = (round(figures[each]["taken"][1]) for each in (fastest, OURS))
     crowd = "1 client" if clients == "1" else f"{clients} clients"
-    blocking = found["in process"]["FastAPI, handlers with `def`"]["one SELECT"][OURS]
-    return (
+    slower = (
         f"with {crowd} over uvicorn, *{title(fastest)}* serves {theirs} responses per second, and "
-        f"this package {ours}; a `def` handler with one SELECT takes "
-        f"{blocking['ratio'][1]:.2f} times the time of hand-written code."
+        f"this package {ours}; "
+    )
+    of_def = found["in process"]["FastAPI, handlers with `def`"]
+    ratios = {each: of_def[each][OURS]["ratio"][1] for each in ("one SELECT", "one INSERT")}
+    worst = max(ratios, key=lambda each: ratios[each])
+    return (
+        f"{slower if ours < theirs else ''}a `def` handler with {worst} takes "
+        f"{ratios[worst]:.2f} times the time of hand-written code."
     )
 
 
