@@ -9,7 +9,7 @@ from asgi import Socket, get, respond
 from conftest import ENTRY, Running
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, close_all_sessions
+from sqlalchemy.orm import Session
 
 from asgi_dbsession import (
     AsyncDatabase,
@@ -277,7 +277,7 @@ async def test_closing_without_an_error_is_refused_still(running: Running) -> No
 
 
 async def test_closing_twice_is_no_error(running: Running) -> None:
-    """`close_all_sessions()` at the end of a test closes the session."""
+    """The tests of an application close the session of a request that has ended."""
     sessions: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -286,11 +286,10 @@ async def test_closing_twice_is_no_error(running: Running) -> None:
         await respond(send)
 
     await get(DBSessionMiddleware(app, running.database))
-    for session in sessions:
+    for session in (*sessions, *sessions):
         done = session.close()
         if asyncio.iscoroutine(done):
             await done
-    close_all_sessions()
 
 
 # Code that outlives a request, and code below SQLAlchemy
