@@ -52,25 +52,24 @@ def usable_databases(
     unknown: Mapping[str, object],
     options: Mapping[str, Any],
 ) -> tuple[AnyDatabase, ...] | Unstartable:
-    """Return the databases. If an argument is wrong, return an `Unstartable` object instead.
+    """Check the arguments of `DBSessionMiddleware`, and return its databases.
 
-    An `Unstartable` object makes the startup of the server, and each request, fail with the error.
-    If this function raised an exception while a server starts, the server would ignore the
-    exception (see the class `Unstartable`).
+    If an event loop is running, a server may be starting, and would ignore an exception. So if an
+    argument is wrong then, return an `Unstartable` object. This object makes the startup of the
+    server, and each request, fail with the error.
 
-    If a URL is wrong, or if a database has no two-phase commit, the result is always an
-    `Unstartable` object.
+    For a wrong URL, or a database without two-phase commit, never raise an exception. Return an
+    `Unstartable` object even without an event loop.
 
     Raises:
-        ConfigurationError: Any other argument is wrong, and no event loop is running. So no server
-            is starting, and nothing ignores the exception.
+        ConfigurationError: Another argument is wrong, and no event loop is running.
     """
     try:
         _check_application(options["app"])
         _check_names(unknown, options)
         _check_databases(given)
         check_flags(two_phase=options["two_phase"])
-        # Make the rule only to check `commit_when`: `DBSessionMiddleware` makes it again.
+        # Call `commit_rule` only because it raises an error if `commit_when` is wrong.
         commit_rule(options["commit_when"])
         for name, (parameter, cure) in _FUNCTIONS.items():
             if options[name] is not None:

@@ -47,7 +47,8 @@ async def serve_lifespan(
 
     Args:
         app: The application.
-        databases: The databases, or an `Unstartable` object in their place.
+        databases: The databases. If an argument of `DBSessionMiddleware` was wrong, a single
+            `Unstartable` object, whose method `startup` raises the error.
         scope: The ASGI scope of the lifespan.
         receive: The ASGI function that returns the next message of the server.
         send: The ASGI function that sends a message to the server.
@@ -70,7 +71,7 @@ class _Lifespan:
         self._running: list[Any] = []
         self._startup: Message | None = None
         self._heard_shutdown = False
-        # The type of the last message to the server.
+        # The type of the last ASGI message to the server, such as `lifespan.startup.complete`.
         self._sent: str | None = None
 
     async def start(self) -> None:
@@ -98,7 +99,8 @@ class _Lifespan:
             failure = error
         if failure is not None and self._sent is None:
             if self._startup is None:
-                # Log the traceback here, because servers show only the text of the message.
+                # Log the traceback here. Servers show only the text of the ASGI message
+                # `lifespan.startup.failed`.
                 _logger.error("The startup of the application failed", exc_info=failure)
                 await self.send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
                 raise failure

@@ -31,8 +31,8 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
         ConfigurationError: `commit_when` is not a plain function, or can be called neither with the
             status, nor with the status and the scope.
     """
-    # The default for `commit_when` always returns True or False. So do not check its result in each
-    # request, as for a function of the application.
+    # The default function always returns True or False, so its result needs no check. The result of
+    # a function of the application is checked in each request.
     if commit_when is below_400:
         return below_400
     check_function("commit_when", commit_when)

@@ -102,7 +102,7 @@ class _Writes(UnitObserver):
         self._forget(session, transaction if transaction.parent is not None else None)
 
     def _forget(self, session: Session, savepoint: SessionTransaction | None) -> None:
-        """Forget the writes of a session: those inside of `savepoint`, or all if it is None."""
+        """Delete the records of a session's writes: those inside `savepoint`, or all if None."""
         for each in tuple(self._written):
             if each[0] is session and (savepoint is None or savepoint in with_outer(each[1])):
                 self._written.discard(each)
