@@ -141,7 +141,10 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
         attempts: int = 3,
         retry_on: RetryOn = None,
     ) -> T:
-        """Call a function in a new unit of work, and call it again if there is a conflict.
+        """Call a function in a new unit of work, and call it again after a conflict.
+
+        A conflict is an error that another transaction causes, for example a deadlock or a
+        serialization failure.
 
         Use this method in workers and scripts, which have no request to retry. Each attempt calls
         the whole function again, with all its effects outside of the database. There is no retry
@@ -210,7 +213,8 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
 
     def _refuse_other_loop(self) -> None:
         loop = asyncio._get_running_loop()
-        # If `loop` is None, no event loop runs in this thread, so there is none to refuse.
+        # Connections of an async engine work only in the event loop that opened them. Raise no
+        # error if this loop is running, if this thread runs no loop, or if there is no engine.
         if self._loop is loop or loop is None or self._engine is None:
             return
         if self._owns_engine:

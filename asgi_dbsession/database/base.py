@@ -68,16 +68,17 @@ class Database(EngineLife[E], Generic[E, S]):
     ) -> Self:
         """Make a database object that uses an existing engine, and never disposes this engine.
 
-        The database is running at once and needs no startup. This package adds listeners to the
-        engine. The listeners are removed when the last database object with this engine is garbage
-        collected. An async engine belongs to the event loop that uses it first. If this loop was
-        closed, the next loop that uses the engine gets new connections. If several loops use the
-        engine at the same time, the engine needs `poolclass=NullPool`.
+        The database object can be used at once, without a call of `startup()`. This package adds
+        listeners to the engine. The listeners are removed when the last database object with this
+        engine is garbage collected. An async engine belongs to the event loop that uses it first.
+        If this loop was closed, the next loop that uses the engine gets new connections. If several
+        loops use the engine at the same time, the engine needs `poolclass=NullPool`.
 
         Args:
             engine: An `AsyncEngine` for `AsyncDatabase`, an `Engine` for `SyncDatabase`.
             session_options: The same dictionary as for `AsyncDatabase(...)` or `SyncDatabase(...)`.
-            ping_on_startup: True if the startup must fail when the database does not answer.
+            ping_on_startup: True if `startup()` must fail when the database does not answer.
+                `DBSessionMiddleware` calls `startup()` when the server starts.
             **unknown: Any other argument is refused.
 
         Raises:

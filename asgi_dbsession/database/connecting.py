@@ -38,7 +38,11 @@ def connect_outside(engine: Engine) -> None:
 
 
 def connect_in_task(dialect: Any, connect: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call the driver's `connect` in a task of its own, with an empty `contextvars` context."""
+    """Call the driver's `connect` in a new task, which has an empty `contextvars` context.
+
+    In the task of a request, the connection would keep the context variables of the request in
+    memory.
+    """
     return await_only(_connect_in_task(dialect, partial(connect, *args, **options)))
 
 

@@ -29,7 +29,8 @@ class EngineLife(ABC, Generic[E]):
 
     is_async: bool
     _create_engine: Callable[..., E]
-    # Calls blocking code without blocking the event loop: in a greenlet (async) or in a thread.
+    # A function that calls blocking code of SQLAlchemy, and that the event loop can await. For an
+    # async engine: SQLAlchemy's `greenlet_spawn`. For a sync engine: a function that uses a thread.
     _run: Run
     # An object of the class `ReplicaSet` of the package `replicas`. None without replicas.
     _replica_set: Any = None

@@ -79,8 +79,9 @@ def checked_options(
     return {
         "expire_on_commit": False,
         **(given or {}),
-        # With SQLAlchemy's default (True), a task could use a session again after its request, and
-        # nobody would return the connection of this session to the pool.
+        # With SQLAlchemy's default `close_resets_only=True`, a closed session can be used again. A
+        # task could then use the session of a request that has ended. Nobody would return the
+        # connection of this session to the pool.
         "close_resets_only": False,
     }
 

@@ -136,7 +136,10 @@ class SyncDatabase(Database[Engine, AnySession]):
         attempts: int = 3,
         retry_on: RetryOn = None,
     ) -> T:
-        """Call a function in a new unit of work, and call it again if there is a conflict.
+        """Call a function in a new unit of work, and call it again after a conflict.
+
+        A conflict is an error that another transaction causes, for example a deadlock or a
+        serialization failure.
 
         Use this method in workers and scripts, which have no request to retry. Each attempt calls
         the whole function again, with all its effects outside of the database. There is no retry

@@ -1,1 +1,1 @@
-"""Uses an engine that the application has made, for `from_engine`."""
+"""Makes database objects with an engine of the application: `AsyncDatabase.from_engine(engine)`."""

@@ -1,4 +1,8 @@
-"""Adds listeners to an engine of the application, and removes them after the last use."""
+"""Adds listeners of this package to an engine that the application has made.
+
+The listeners are removed when the last `AsyncDatabase` or `SyncDatabase` object that uses the
+engine is garbage collected.
+"""
 
 from functools import partial
 from threading import RLock

@@ -20,9 +20,9 @@ from .questions import TaskQuestions, ThreadQuestions
 # For each database object: the object that sends a statement to check if the database answers. If
 # several tasks or threads call `health()` at the same time, they share one such check.
 _questions: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-# A fork copies this dictionary to the child process, but the checks run only in the parent process.
-# So empty the dictionary in the child. On Windows, Python has no `os.register_at_fork`, because
-# there is no fork.
+# A fork copies `_questions` to the child process, but not the threads and tasks of running checks.
+# Callers in the child would wait for a check that never ends. So empty the dictionary in the child.
+# Windows has no fork, so Python has no `os.register_at_fork` there.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_questions.clear)
 

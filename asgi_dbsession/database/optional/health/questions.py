@@ -12,11 +12,12 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_dbsession.database.engines import select_one
 
-# A blocking driver cannot be stopped, so a check may still run in its thread after its callers have
-# stopped waiting. At most this many checks run at the same time.
+# How many threads may send a SELECT at the same time, to check if one database answers. A thread
+# with a blocking driver cannot be stopped, even if nobody waits for its answer any more.
 _MAX_RUNNING = 3
-# A caller sleeps, looks if the thread of its check has finished, sleeps again, and so on. The first
-# sleep takes `_FIRST_LOOK` seconds. Each next sleep is twice as long, up to `_LAST_LOOK` seconds.
+# A coroutine that waits for a SELECT in a thread sleeps, and looks after each sleep if the thread
+# has finished. This works on asyncio and on trio. The first sleep takes `_FIRST_LOOK` seconds. Each
+# next sleep is twice as long, up to `_LAST_LOOK` seconds.
 _FIRST_LOOK, _LAST_LOOK = 0.0005, 0.02
 
 

@@ -14,7 +14,8 @@ from asgi_dbsession.errors import ConfigurationError, without_secrets
 # The names of the option that switches TLS on. Drivers, database clients and hosting providers have
 # different names for it.
 _SSL_MODE = ("sslmode", "ssl-mode", "ssl_mode", "sslMode", "ssl", "sslaccept")
-# Values of the TLS option as other programs write them, with the matching values of `sslmode`.
+# Values of TLS options in a database URL, such as `ssl=true`. For each value: the value of the
+# option `sslmode` that means the same.
 _SYNONYMS = {
     "0": "disable",
     "1": "require",
