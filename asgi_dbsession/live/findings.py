@@ -15,7 +15,7 @@ _MOST_OF_A_KIND = 2
 
 
 class Finding(TypedDict):
-    """A line of the application, and the problem that it causes."""
+    """A line of code that uses connections badly, for example keeps a connection idle."""
 
     kind: str
     line: str

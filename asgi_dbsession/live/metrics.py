@@ -11,9 +11,10 @@ _STATE = "db_client_connection_state"
 
 
 def render_metrics(databases: list[DatabaseNow], totals: list[Totals]) -> str | None:
-    """Return the metrics as text, or None if the package `prometheus-client` is not installed.
+    """Return metrics of the connection pools, as a text in the format of Prometheus.
 
-    Source: https://opentelemetry.io/docs/specs/semconv/database/database-metrics/
+    None if the package `prometheus-client` is not installed. The metrics have the names that
+    OpenTelemetry defines: https://opentelemetry.io/docs/specs/semconv/database/database-metrics/
     """
     try:
         from prometheus_client import generate_latest

@@ -32,7 +32,7 @@ _MOST_UNITS = 400
 
 
 class EndedUnit(NamedTuple):
-    """A unit of work that has ended, without its request and without values of statements.
+    """A record of a unit of work (a request or a `begin()` block) that has ended.
 
     Attributes:
         began: When the unit of work first asked for a connection, as a time of Python's
@@ -100,7 +100,7 @@ class LiveObserver(UnitObserver):
                 yield name_of(named(unit, self._route, self._by_quart)), unit
 
     def ended(self) -> list[EndedUnit]:
-        """Of the stored units of work, which have ended, return those that used the databases."""
+        """Return the last ended units of work that used a database given to this object."""
         found = [
             _evaluate(name, now, result, self._tallies(steps, now))
             for name, now, result, steps in tuple(self._ended)

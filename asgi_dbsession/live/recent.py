@@ -65,13 +65,13 @@ class Idle(TypedDict):
 
 
 class Recent(TypedDict):
-    """The summary of the units of work that have ended.
+    """The summary of the units of work (requests, for example) that have ended.
 
     Attributes:
         units: How many units of work there are.
         seconds: How many seconds ago the first of them began.
-        routes: What the units of work of each route did. The first route held connections longest
-            (number of units, multiplied by the 95th percentile of the time).
+        routes: What the units of work of each route did. The routes are sorted by the time for
+            which they held connections, from long to short. This time is `units * held_p95`.
         repeated: Statements that one line of code sent many times in one unit of work. The first
             statement was sent most often.
         idle: Lines of code after which a connection was idle. The first line has the greatest sum

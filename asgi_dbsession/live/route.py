@@ -28,10 +28,10 @@ Named: TypeAlias = tuple[str, str, bool] | None
 
 
 def named(unit: Any, route: RouteName | None, by_quart: Mapping[Any, str]) -> Named:
-    """Return the method and the route of a request, and if the work is in a `begin()` block.
+    """Return the parts of a request's name: method, route, and True for a `begin()` block in it.
 
-    `name_of` makes the name of the request from these parts. The caller must call `named` before
-    the request ends, because the unit of work then loses its ASGI scope.
+    Call this function before the request ends, because the unit of work then loses its ASGI scope.
+    Later, the function `name_of` makes a text from the parts.
 
     Args:
         unit: The unit of work.

@@ -17,8 +17,9 @@ _ROWS = (12, 30, 75)
 _SECONDS = 30.0
 # The smallest width of a bar, so that it is still visible, in units of the SVG drawing.
 _LEAST = 1.5
-# The kinds of bars (such as waiting for a connection, or a statement), in the order in which they
-# are drawn. A bar of a later kind covers a bar of an earlier kind.
+# Each unit of work is drawn as several rectangles in one row. A rectangle shows what a session did
+# during some time: it waited for a connection (`wait`), held one (`hold`), ran a statement, and so
+# on. Rectangles are drawn in this order of kinds, so a statement covers the `hold` around it.
 _ORDER: tuple[Kind, ...] = ("wait", "hold", "statement", "rollback", "commit")
 
 
@@ -79,10 +80,10 @@ def _draw_unit(
 
 
 def _spans(unit: EndedUnit) -> Iterable[Span]:
-    """Yield a `Span` (a kind of work, its start and its end) for each bar of a unit of work.
+    """Yield what a unit of work did (it ran a statement, for example), with start and end.
 
-    If two spans of the same kind follow each other, and the gap between them is too small to be
-    seen in the drawing, join them to one span.
+    Each `Span` becomes a rectangle in the drawing. If the gap between two spans of the same kind is
+    too small to be seen, join the two spans.
     """
     for _, tally in unit.tallies:
         last: Span | None = None

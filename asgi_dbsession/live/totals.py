@@ -44,7 +44,7 @@ class Totals:
         self.used: Histogram = Histogram()
 
     def add(self, tally: Tally) -> None:
-        """Add how long one unit of work waited for connections, and how long it held them."""
+        """Add the times of one unit of work to the histograms `waited` and `used`."""
         if tally.wait_time:
             self.waited.add(tally.wait_time)
         if tally.use_time:
