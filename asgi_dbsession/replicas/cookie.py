@@ -55,9 +55,9 @@ class Positions:
                 await self._serve(scope, receive, tell_and_send)
         finally:
             scope[_KEY] = outer
-            # After the start of the response, the client may read newer data, for example in a
-            # streaming body. The cookie was sent with the start of the response. But if positions
-            # are saved in a store and not in cookies, the new position can still be saved.
+            # A streaming body may use the database after the response has started. Then the client
+            # has seen changes up to a higher WAL position. It is too late to send this position in
+            # a cookie, but a store can still save it.
             await _save(own, scope)
 
 
@@ -93,8 +93,8 @@ async def _save(own: dict[ReplicaSet, Seen], scope: Scope) -> None:
         if store is not None and (text := seen.news()) is not None:
             try:
                 await store.save(scope, text)
-            # The store (an object of the application) could not save the position. Only log the
-            # error: the request may have committed its work already, so the request must not fail.
+            # The store of the application could not save which changes this client has seen. Only
+            # log the error: the request may have committed already, so the request must not fail.
             except Exception:
                 _logger.exception("The store of positions failed, so the next read may be outdated")
 

@@ -33,15 +33,15 @@ class Lag:
                 last = history[-1]
                 passed = answer.asked - last.asked
                 if passed > self._most / 2 or not answer.flushed.includes(last.flushed):
-                    # From the recorded WAL positions of the primary, the method `floor` cannot tell
-                    # any more which position a replica must have replayed. The last one is too old,
-                    # or another server has become the primary. So forget all of them.
+                    # The recorded WAL positions of the primary do not show any more how far a
+                    # replica is behind. Either the primary was not asked for a long time, or
+                    # another server has become the primary. So forget these positions.
                     history.clear()
                 elif passed < self._most / 10:
                     return
             history.append(answer)
-            # `floor` forgets old positions too. But a process that only writes never calls `floor`,
-            # and without this line its list of positions would grow without limit.
+            # Without this line, the list of WAL positions would grow without limit in a process
+            # that only writes.
             self._forget_old(answer.asked)
 
     def floor(self, now: float) -> Position | None:

@@ -117,12 +117,11 @@ class Seen:
 
     @property
     def _unclear(self) -> str:
-        """A string for the cookie or the store, which says that the position is not known any more.
+        """A string to store for the client if it is unknown which changes the client has seen.
 
-        If the next request of the client has this string, the request reads from the primary. A
-        store keeps the greatest string that it gets for a client. This string is greater than that
-        of the last known position, and less than that of any higher position. So the store keeps
-        this string only until a higher position is known.
+        The next request of the client then reads from the primary. The string is the last known WAL
+        position of the client, followed by "?". A store keeps the greatest string of each client.
+        So the store keeps this string until it gets a higher position.
         """
         return f"{self.position}?" if self.position is not None else "0"
 
@@ -149,9 +148,9 @@ class Seen:
             name: The name of the replica.
             position: The last known WAL position of the replica. The replica may have replayed more
                 since then.
-            lifetime: For how many seconds the cookie or the store keeps a position. After half of
-                this time, the position is sent again, so that it does not expire while the client
-                goes on reading.
+            lifetime: For how many seconds a WAL position is kept in the client's cookie, or in a
+                store of the application. If the client reads again after half of this time, the
+                position is stored again. So the position does not expire while the client reads.
         """
         now = int(time())
         if self.replica not in (None, name):

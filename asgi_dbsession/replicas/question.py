@@ -4,10 +4,12 @@ from typing import Any, NamedTuple
 
 from .position import Position, checksum
 
-# `received_tli` is the timeline that a replica receives from its primary. Only roles with
-# `pg_read_all_stats` may read this column. For all other roles, the query returns the timeline of
-# the last restart point. After the promotion of another replica, this old timeline stays for some
-# minutes. Until it changes, no request reads from the replica.
+# This query returns the WAL position of a server, and its timeline: a number that grows when a
+# replica is promoted to primary. Requests read from a replica only if it has the same timeline as
+# the primary. Only roles with `pg_read_all_stats` may read `received_tli`, the replica's current
+# timeline. For other roles, the query returns the timeline of the last restart point. After another
+# replica is promoted, that timeline is too old for some minutes. During these minutes, no request
+# reads from the replica.
 QUESTION = """
 SELECT standby,
        CAST(CASE WHEN standby THEN pg_last_wal_replay_lsn()
@@ -38,9 +40,10 @@ FROM pg_control_system()
 # and when it was started.
 KEY = "asgi_dbsession.identity"
 
-# Each WAL page begins with a header of 24 bytes. In the first page of a WAL segment, the header has
-# 40 bytes. `Answer.of` needs these sizes to compare the positions of a primary and a replica,
-# because the primary counts the header of a new page earlier.
+# The size in bytes of a header in the WAL: of each page, and of the first page in a WAL segment.
+# When a page begins, a primary adds the header to its WAL position at once. A replica adds the
+# header only together with the first record of the page. So `Answer.of` subtracts the header from
+# the position of a primary. Otherwise a replica that has all changes would seem to be behind.
 _PAGE_HEADER, _SEGMENT_HEADER = 24, 40
 
 

@@ -116,7 +116,7 @@ class Server(ABC):
                 return None
 
     def lost(self) -> None:
-        """After a lost or failed connection, let no request read here until the server answers."""
+        """Called if a connection fails: let no request read from this server until it answers."""
         self._fail(monotonic(), "a connection was lost")
         self.ask()
 
@@ -190,9 +190,9 @@ class TaskServer(Server):
 
     @override
     def _wait(self, question: "asyncio.Task[None]", seconds: float) -> bool:
-        # Only a greenlet of SQLAlchemy can wait for the answer. There is no greenlet if, for
-        # example, the application itself calls `session.get_bind()`. Then act as if the server did
-        # not answer.
+        # Only a greenlet of SQLAlchemy can wait until the server reports its WAL position. There is
+        # no greenlet if, for example, the application itself calls `session.get_bind()`. Then
+        # return False, as for a server that does not answer.
         if not in_greenlet():
             return False
         await_only(asyncio.wait([question], timeout=seconds))
