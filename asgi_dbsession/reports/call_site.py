@@ -50,9 +50,9 @@ def find_line() -> CallSite:
             file = frame.f_code.co_filename
             if _is_application[file]:
                 return file, frame.f_lineno
-    # The code above looks at one line only: the line that called a method of `AsyncSession`. This
-    # fails for a sync session, which has no greenlet of its own. It also fails if it is not known
-    # yet whether the file belongs to the application. In both cases, search the whole stack.
+    # The quick way to the line of the application failed, so search the whole call stack. Either a
+    # sync session sent the statement, without a greenlet of its own (AttributeError). Or the cache
+    # `_is_application` does not have the name of this file yet (KeyError).
     except (AttributeError, KeyError):
         pass
     return find_call_site()

@@ -53,13 +53,14 @@ class Recording:
             self.steps.append(["wait", start, stop, None, ""])
 
     def connected(self, own: Any, connection: Any) -> None:
-        """Record that the session got a connection, and has begun a transaction on it.
+        """Record that the session got a connection, and began a transaction on it.
 
         Args:
-            own: The engine of the session. Only connections of its pool are recorded. None to
-                record the connections of all engines.
-            connection: The SQLAlchemy connection. This object and the pool's connection inside it
-                get the attribute `asgi_dbsession_steps`, which is the list of the session's steps.
+            own: The engine of the session. A session may use further engines (SQLAlchemy's option
+                `binds`), but their connections are not recorded. None if the session has no engine
+                of its own. Then the connections of all its engines are recorded.
+            connection: The SQLAlchemy connection. From now on, each statement on this connection is
+                added to `steps`, the list of what the session did.
         """
         if connection.engine is own or own is None or connection.engine.pool is own.engine.pool:
             steps = self.steps
@@ -69,12 +70,14 @@ class Recording:
             self._asked = 0
 
     def take(self, connections: tuple[Any, ...]) -> list[Step]:
-        """Return the steps, and begin a new list, after a commit or rollback of the unit of work.
+        """Return the list of what the session did, and begin a new list.
+
+        This method is called after each commit or rollback, to make a report.
 
         Args:
-            connections: The open connections of the session. If another task is still using one of
-                them, the new list begins with a step of the kind `hold`. So the report of the next
-                commit or rollback has the time in which the connection is held.
+            connections: The open connections of the session. If another task still uses one of
+                them, the session continues to hold this connection. The new list then begins with
+                an entry `hold`, so that the next report includes the time of this hold.
         """
         done = self.steps
         if done:
@@ -89,6 +92,6 @@ class Recording:
 
 
 def record(companion: Companion) -> None:
-    """Record the steps of a session from now on. Do nothing if they are recorded already."""
+    """Start to record the statements and waits of a session. A second call does nothing."""
     if companion.recording is None:
         Recording(companion)

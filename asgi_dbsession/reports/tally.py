@@ -14,19 +14,19 @@ from .recording import ENDS
 # waited for an answer of the database, while it held the connection.
 Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 
-# At most this many steps are stored for each session, so that a long unit of work does not use much
-# memory. Of all further steps, only the sums are stored.
+# At most this many operations of a session (statements and waits, for example) are stored one by
+# one. Of further operations, only their number and the sum of their times are stored, to save
+# memory.
 MOST_STEPS = 200
 # A COMMIT or ROLLBACK that takes less time than this (in seconds) has probably sent nothing to a
 # server. So it is not shown.
 _NOTHING = 50e-6
-# The text of the step for a COMMIT or ROLLBACK that failed. After it, the session still holds its
-# connection. (The step for a statement has the SQL text of the statement.)
+# Marks a COMMIT or ROLLBACK that failed, in the list of what a session did. The session still holds
+# its connection after such a failure.
 FAILED = "failed"
-# These kinds of steps are shown as another kind. A step `hold` means that the session holds a
-# connection from the stop of this step on. From start to stop, the session waited for the
-# connection, so this time is shown as `wait`. The step `prepare` is the first half of a two-phase
-# COMMIT, so it is shown as `commit`.
+# Two kinds of operations are shown to users under another name. An operation `hold` starts when a
+# session asks for a connection, and stops when the session gets the connection. So it is shown as
+# `wait`. An operation `prepare` (the first half of a two-phase COMMIT) is shown as `commit`.
 _SHOWN_AS: dict[str, Kind] = {"hold": "wait", "prepare": "commit"}
 
 
@@ -132,7 +132,10 @@ class Tally:
             self.since, self.in_transaction = None, False
 
     def spans(self) -> Iterator[Span]:
-        """Yield a `Span` for each of the first `MOST_STEPS` steps (statements, for example)."""
+        """Yield what the session did and when: one `Span` for each statement or wait, for example.
+
+        To save memory, only the first `MOST_STEPS` statements, waits and the like were stored.
+        """
         for start, stop in self._holds:
             yield Span("hold", start, stop, None, "")
         for kind, start, stop, call_site, text in self._steps:
@@ -143,9 +146,10 @@ class Tally:
 
 
 def condense(steps: list[Step]) -> None:
-    """Shorten the list of the recorded steps of a session, so that it does not use much memory.
+    """Shorten the list of what a session did, so that the list does not use much memory.
 
-    A step is an operation, such as a statement. All steps except the last are replaced by one step,
-    a `Tally`: it has the sums of their times, and the first `MOST_STEPS` steps.
+    The list has one entry for each statement, for example. The last entry stays in the list. All
+    others are replaced by one entry with a `Tally`. The `Tally` has the sums of all their times,
+    but it describes only the first `MOST_STEPS` of them one by one.
     """
     steps[:-1] = [["sum", 0, 0, None, Tally(steps[:-1], steps[-1][1])]]

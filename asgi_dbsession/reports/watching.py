@@ -101,9 +101,9 @@ def _in_two_phases(dialect: Any, name: str) -> Callable[..., None]:
         steps: list[Step] = getattr(connection, "asgi_dbsession_steps", [])
         place, start = len(steps), perf_counter()
         getattr(type(dialect), name)(dialect, connection, *identity, **options)
-        # For most databases, SQLAlchemy has done this step with a statement, for example with
-        # PREPARE TRANSACTION. The list has this statement already, as a step of its own. The list
-        # must be sorted by the time when each step began. So insert this step before its statement.
+        # Insert this PREPARE, COMMIT or ROLLBACK before the SQL statement that SQLAlchemy has sent
+        # for it. `steps` (the list of what the session did) has this statement already, if there is
+        # one. But `steps` is sorted by start times, and PREPARE started before its statement.
         steps.insert(place, [_kind(name), start, perf_counter(), find_call_site(), ""])
 
     return end_in_two_phases
