@@ -28,10 +28,10 @@ class RequestAttempt(Withholding):
 
     @property
     def can_retry(self) -> bool:
-        """True if the request may be retried.
+        """True if a conflict with another transaction has occurred, and the request can be retried.
 
-        There must have been a conflict. This attempt must have committed and sent nothing. The body
-        of the request must be stored.
+        A retry is possible only if nothing was committed, and nothing was sent to the client. The
+        body of the request must also be stored, because the retry reads the body again.
         """
         return self._body.is_kept and not self.is_answered and self.watched.can_retry
 

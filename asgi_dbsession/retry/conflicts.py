@@ -22,10 +22,9 @@ _SQLITE_BUSY = 5
 
 def is_conflict(error: Any) -> bool:
     """Return True if the error is a conflict: a serialization failure, a deadlock or similar."""
-    # Compare the error number first: for MySQL's error 1205 (a lock was not free in time), the
-    # SQLSTATE does not tell that this is a conflict.
-    # The comparison is for numbers only: an error of the application may carry a NumPy array, which
-    # cannot be compared with `in`.
+    # Look at MySQL's error number before the SQLSTATE. The error 1205 (a lock was not free in time)
+    # is a conflict, but its SQLSTATE does not say so. Look at integers only: an exception that the
+    # application has raised may have a NumPy array as its argument, and `in _MYSQL` would fail.
     number = error.args[0] if error.args else None
     if isinstance(number, int) and number in _MYSQL:
         return True

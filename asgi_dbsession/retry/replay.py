@@ -27,11 +27,11 @@ class Memory:
 
 
 class Replay:
-    """The stored body of one request, which each attempt receives from the beginning.
+    """The body of one request. It is stored, so that each retry can read it from the beginning.
 
     Args:
         receive: The `receive` function of the server.
-        memory: The memory that all requests share.
+        memory: Limits how many bytes the stored bodies of all requests may have together.
 
     Attributes:
         is_kept: True if the whole body received so far is stored, and the client is still
@@ -46,9 +46,9 @@ class Replay:
         self._body = bytearray()
         self._has_begun = False
         self._has_more = True
-        # The attempt that gets the stored body at its next call of `receive`, as an object that
-        # identifies this attempt. None if no attempt waits for the stored body: then each call of
-        # `receive` returns the next message of the server.
+        # The retry that gets the stored body at its next call of `receive`. (A plain `object()`
+        # stands for each retry.) None if the retry has got the stored body already, or if nothing
+        # was stored. Then `receive` returns the next message of the server.
         self._pending: object = None
         self.is_kept: bool = True
         self.is_client_gone: bool = False
@@ -77,7 +77,10 @@ class Replay:
         return receive_again
 
     def let_go(self) -> None:
-        """Free the stored body, but not before the running attempt has received it."""
+        """Store the request body no longer, because no further retry can follow.
+
+        If the application has not received the stored body yet, free the memory after it has.
+        """
         self.is_kept = False
         if self._pending is None:
             self._release()

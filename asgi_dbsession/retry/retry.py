@@ -27,9 +27,9 @@ _logger = logging.getLogger("asgi_dbsession")
 # limit doubles with each further retry, up to `_LONGEST_PAUSE`.
 _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
 
-# True if `Task.cancelling()` counts real cancellations only. Before Python 3.13, the number is too
-# high after a child of an asyncio TaskGroup has failed. In these versions, each attempt runs in a
-# separate task, and the number is read from the task that waits for the attempt. Source:
+# True if `Task.cancelling()` returns how often a task was cancelled. Before Python 3.13, its result
+# can be too high if the task has used an asyncio TaskGroup. So before 3.13, the application runs in
+# a separate task, and the package calls `cancelling()` of the outer task. Source:
 # https://docs.python.org/3/library/asyncio-task.html#task-groups
 _COUNTS = sys.version_info >= (3, 13)
 

@@ -12,9 +12,9 @@ Rule: TypeAlias = Callable[[BaseException], bool]
 
 
 def rule_of(retry_on: RetryOn) -> Rule:
-    """Turn the option `retry_on` into a function that says after which errors to retry.
+    """Turn the option `retry_on` into a function that gets an exception and returns True to retry.
 
-    The function gets an exception. It returns True to retry as after a conflict.
+    Without this option, only deadlocks and similar errors of the database lead to a retry.
 
     Raises:
         ConfigurationError: `retry_on` is neither an exception class, nor a tuple of exception

@@ -99,7 +99,7 @@ def _attempts(attempts: int, retry_on: RetryOn) -> Iterator[WatchedAttempt]:
 
 @contextmanager
 def _retrying(attempt: WatchedAttempt) -> Iterator[None]:
-    """A `with` block for one attempt. Raise its exception only if no other attempt can follow."""
+    """Suppress the exception of a `with` block if `run_transaction` will run the block again."""
     token = running_attempt.set(attempt)
     try:
         yield

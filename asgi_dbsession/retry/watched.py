@@ -76,7 +76,7 @@ class WatchedAttempt(RunningAttempt):
         self.is_final = True
 
     def record_error(self, error: BaseException | None) -> None:
-        """Record an error of the application as a conflict, if `retry_on` selects this error."""
+        """Store the error as the reason to retry, if the option `retry_on` selects this error."""
         if error is not None and self.conflict is None:
             found = next(filter(self._counts, causes(error)), None)
             if found is not None:
@@ -149,10 +149,9 @@ def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
         and attempt.committing is connection
         and (not is_lost(context) or may_only_read(connection))
     ):
-        # COMMIT failed, and it is certain that nothing was stored. There are two such cases. If the
-        # connection was not lost, the database has rolled back. If the transaction could only read,
-        # there was nothing to store. In all other cases nobody knows if COMMIT has succeeded, so
-        # `attempt.committing` keeps the connection, and no retry follows.
+        # COMMIT failed and has certainly stored nothing, so allow a retry. This is certain if the
+        # connection was not lost (then the database has rolled back), or if the transaction could
+        # only read. In all other cases COMMIT may have succeeded, so allow no retry.
         attempt.committing = None
 
 

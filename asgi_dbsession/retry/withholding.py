@@ -1,4 +1,4 @@
-"""Serves a request, and can hold back its response if another response will replace it."""
+"""Serves a request, and can hold back an error response, to retry or to send 503 instead."""
 
 from abc import ABC, abstractmethod
 
