@@ -1,1 +1,1 @@
-"""Sessions for one task or thread at a time, which commit all of their work or nothing."""
+"""Sessions that two tasks cannot use at once, and that never commit only a part of their work."""

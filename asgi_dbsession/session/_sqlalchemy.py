@@ -40,11 +40,11 @@ def flush_for_commit(session: Session) -> None:
 
 
 class ConnectingSession(Session):
-    """A session that uses transaction classes of this package. SQLAlchemy has no option for this.
+    """A session that makes its transactions of other classes than SQLAlchemy's own.
 
-    `begin()` and `begin_nested()` make objects of the class `transaction_class`. A transaction may
-    also begin by itself, at the first statement. It is then a `ConnectingTransaction` if a feature
-    of this package opens the connections (see `Companion.connect`).
+    `begin()` and `begin_nested()` make objects of the class `transaction_class`. Without a call of
+    `begin()`, the first statement begins a transaction. If a feature of this package opens the
+    connections (to replicas, for example), this transaction is a `ConnectingTransaction`.
     """
 
     transaction_class: type[SessionTransaction] = SessionTransaction
@@ -80,7 +80,7 @@ class ConnectingSession(Session):
 
 
 class ConnectingTransaction(SessionTransaction):
-    """A transaction that lets a feature of this package (such as replicas) open its connections."""
+    """A transaction that a feature of this package can connect to a replica, for example."""
 
     @override
     def __exit__(
@@ -111,7 +111,7 @@ class ConnectingTransaction(SessionTransaction):
 
 
 class _Connector(NamedTuple):
-    """SQLAlchemy gets this object instead of an engine: a feature of this package can connect."""
+    """Replaces an engine, so that SQLAlchemy opens a connection with a function of this package."""
 
     connect: Callable[[], Connection]
 
@@ -132,7 +132,7 @@ def is_flushing(session: Any) -> bool:
 
 
 def is_orm_enabled(select: Any) -> bool:
-    """Return True if SQLAlchemy's ORM replaces the SELECT by another SELECT at compilation."""
+    """Return True for a SELECT of ORM classes. SQLAlchemy may add joins and conditions to it."""
     return bool(select._propagate_attrs.get("compile_state_plugin") == "orm")
 
 
@@ -175,10 +175,10 @@ def pool_entry(connection: Connection) -> Any:
 
 
 def connections_of(transaction: SessionTransaction) -> dict[Connection, Transaction | None]:
-    """Return all connections that a transaction has used (closed ones too), as a dictionary.
+    """Return the connections (also closed ones) that a session has used in `transaction`.
 
-    The value is the transaction on this connection, which the session will commit. It is None if
-    the application had begun the transaction itself. The session does not commit it then.
+    Each key is a connection. Its value is the database transaction on this connection, or None if
+    the application itself began the database transaction. Then the session does not commit it.
     """
     return {
         connection: begun if should_commit else None

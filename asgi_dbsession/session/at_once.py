@@ -18,13 +18,13 @@ from .reads import has_foreign, has_only_read
 def end_at_once(session: Session, companion: Companion, *, commit: bool) -> bool:
     """Commit or roll back a session that has only read, if no transaction began on the server.
 
-    This sends nothing to the database. So this function needs no greenlet or thread, and does only
-    those steps of SQLAlchemy's `commit()` and `rollback()` that a session without changes needs.
-    The caller must hold the mutex of the lock, and no operation may be running.
+    Then nothing has to be sent to the database, so this function needs no greenlet or thread.
+    The caller must hold `companion.lock.mutex`, so that no other thread begins an operation of the
+    session meanwhile. When this function is called, no operation of the session may be running.
 
     Returns:
-        True if the session was committed or rolled back. False if SQLAlchemy's `commit()` or
-        `rollback()` is needed; see `transactions_to_end`.
+        True if the session was committed or rolled back. False if nothing was done, so that the
+        caller must use SQLAlchemy's `commit()` or `rollback()`.
     """
     transactions = transactions_to_end(session, companion, commit=commit)
     if not transactions:
@@ -35,7 +35,7 @@ def end_at_once(session: Session, companion: Companion, *, commit: bool) -> bool
         for each in transactions:
             each.commit()
         events.after_commit(session)
-    # This rolls back what was not committed.
+    # `close` gives the connections back to the pool. If nothing was committed, it rolls back first.
     SessionTransaction.close(outermost)
     if not commit:
         Session.expire_all(session)
@@ -46,27 +46,27 @@ def end_at_once(session: Session, companion: Companion, *, commit: bool) -> bool
 def transactions_to_end(
     session: Session, companion: Companion, *, commit: bool
 ) -> tuple[Transaction, ...]:
-    """Return the transactions that `end_at_once` can commit or roll back now, one per connection.
+    """Return the transactions of a session, if their commit or rollback sends nothing to a server.
 
-    The result is empty if SQLAlchemy's `commit()` or `rollback()` is needed: there may be changes,
-    or these methods may call code of the application.
+    There is one transaction for each connection. The result is empty if SQLAlchemy's `commit()` or
+    `rollback()` is needed. For example, the session has changes, or the application has a listener
+    that may wait for something.
     """
     if not companion.expects_read or session.expire_on_commit:
         return ()
     transaction = session.get_transaction()
-    # After a failed flush the transaction is inactive. If `must_fail` is True, COMMIT must raise an
-    # error, because a write was refused or work was discarded. In both cases, the caller must use
-    # SQLAlchemy's `commit()`, which raises the error.
+    # In two cases, SQLAlchemy's `commit()` must be called, because it raises an error: after a
+    # failed flush (the transaction is not active then), or if a write was refused or work was
+    # discarded (`must_fail` is True then). So return an empty tuple.
     if transaction is None or not transaction.is_active or companion.must_fail:
         return ()
     connections = connections_of(transaction)
-    # If the transaction has no connections, nothing shows that it has only read.
     if not connections or session.in_nested_transaction() or has_changes(session):
         return ()
     found: list[Transaction] = []
     for connection, begun in connections.items():
-        # The application itself has begun or ended the transaction on this connection. SQLAlchemy's
-        # `commit()` knows this case.
+        # If the application itself has begun or ended the transaction on this connection, leave the
+        # session to SQLAlchemy's `commit()` or `rollback()`.
         if connection.get_transaction() is not begun or begun is None:
             return ()
         if not _sends_nothing(session, connection, commit):
@@ -89,7 +89,8 @@ def _sends_nothing(session: Session, connection: Connection, commit: bool) -> bo
     pool = pool_of(connection)
     if not isinstance(pool, QueuePool) or pool.checkedin() >= (pool.size() or inf):
         return False
-    # A method or listener of the application may wait too.
+    # The application may have its own `commit()` method or event listeners, and they may wait for
+    # something. This function cannot wait. So return False if there is such a method or listener.
     events: Any = session.dispatch
     of_connection: Any = connection.dispatch
     if commit:

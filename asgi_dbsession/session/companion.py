@@ -18,15 +18,10 @@ class Follower(Protocol):
     """The interface of objects that are notified after each commit and rollback of a session."""
 
     def record_commit(self, session: Session, /) -> None:
-        """Called after a COMMIT of the session.
-
-        For example, a function given to `on_commit` need not wait for this session any more.
-        """
+        """Called after a COMMIT of the session."""
 
     def record_rollback(self, transaction: SessionTransaction, /) -> None:
         """Called after a rollback of the session, or of one of its savepoints.
-
-        For example, a function given to `on_commit` is never called if its work was rolled back.
 
         Args:
             transaction: The transaction or savepoint that was rolled back.
@@ -59,9 +54,9 @@ class Companion:
             have caught the error. None if no write was refused.
         discarded: The error that COMMIT must raise because `close()` discarded work. None if no
             work was discarded.
-        begun_before: The transaction that was open before a `with session:` block, if it had work.
-            An exception that leaves the block undoes this work too. Then COMMIT must raise an
-            error. None if there was no work.
+        begun_before: The transaction that was open when a `with session:` block began. None if the
+            session had no uncommitted work then. If an exception leaves the block, this earlier
+            work is rolled back too, so the next COMMIT must raise an error.
         expects_read: True if the statement that the session is about to send is probably a read.
             Then BEGIN can be delayed. False for INSERT, UPDATE, DELETE and SQL text, and after a
             call of `connection()`.

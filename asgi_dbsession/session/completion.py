@@ -50,7 +50,8 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
             finish(None)
 
     task = _start(loop, work_to_the_end())
-    # If a signal handler has raised an exception in `finish`, this second call wakes the caller.
+    # Call `finish` once more when the task has ended. A signal handler may have raised an exception
+    # in the first call. Then the future would have no result, and the caller would wait for ever.
     task.add_done_callback(finish)
     try:
         await finished

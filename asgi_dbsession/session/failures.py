@@ -112,9 +112,10 @@ def _record_failure(context: ExceptionContext) -> None:
     if original_engine(connection.engine) not in _watched:
         return
     if isinstance(context.original_exception, CancelledError) and connection.dialect.is_async:
-        # On the first connection of an engine, SQLAlchemy asks the server for its version, without
-        # a transaction. SQLAlchemy then closes this connection itself. If it was closed already,
-        # SQLAlchemy would raise an AssertionError, and the cancellation would be lost.
+        # The task was cancelled. Close the connection only if a transaction is open on it. Without
+        # a transaction, this may be the first connection of the engine, on which SQLAlchemy asks
+        # the server for its version. SQLAlchemy closes this connection itself. If it was closed
+        # already, SQLAlchemy would raise an AssertionError instead of the CancelledError.
         if connection.in_transaction():
             discard(connection)
         return
@@ -151,10 +152,10 @@ def _is_unusable_after(context: ExceptionContext, transaction: Transaction | Non
 
 
 def _was_answered(error: Exception | None) -> bool:
-    # An InterfaceError or InternalError comes from the driver, and is no answer of the server. The
-    # driver raises it if the connection is busy, or if the driver does not know what the server
-    # did. A psycopg error without an SQLSTATE code (after a cancelled COPY, for example) is no
-    # answer of the server either.
+    # Return False if the error comes from the driver and not from the server. Then nobody knows if
+    # the server has ended the transaction. A driver raises InterfaceError or InternalError if the
+    # connection is busy, or if the driver does not know what the server did. psycopg also raises
+    # errors of its own without an SQLSTATE code (after a cancelled COPY, for example).
     if not isinstance(error, DBAPIError) or isinstance(error, InterfaceError | InternalError):
         return False
     return getattr(error.orig, "sqlstate", "") is not None
