@@ -30,9 +30,9 @@ _ROLLING_BACK = (1213, 1020, 1206)
 
 # The engines whose failed statements are recorded.
 _watched: WeakSet[Engine] = WeakSet()
-# Each key is a function of another feature (retries, for example). It adds the listeners of this
-# feature to each engine whose failed statements are recorded. The value is a function that removes
-# these listeners.
+# Other features of this package (retries, for example) add listeners to all engines that this
+# package uses. Each key is a function that adds the listeners of one feature to an engine. The
+# value is a function that removes these listeners.
 _watchers: dict[Callable[[Engine], None], Callable[[Engine], None]] = {}
 
 
@@ -206,8 +206,9 @@ def _listen_for_commit(connection: Connection) -> None:
 
 
 def _key(transaction: Transaction) -> ref[Transaction]:
-    # The callback of a weak reference must not be Python code. If a signal handler raised its
-    # exception there, Python would ignore the exception.
+    # When the transaction is freed, the weak reference calls `dict.pop`, which is written in C. Do
+    # not use a Python function here: a signal handler may raise an exception (KeyboardInterrupt,
+    # for example) in such a function, and Python would ignore the exception.
     return ref(transaction, failed_transactions.pop)
 
 

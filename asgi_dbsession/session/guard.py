@@ -171,7 +171,8 @@ class GuardedSession(ConnectingSession):
         traceback: types.TracebackType | None,
     ) -> None:
         if type(self).close is not GuardedSession.close:
-            # The application's session class has its own `close()`, so `with session:` calls it.
+            # The application's session class has its own `close()`, which must be called at the end
+            # of `with session:`. SQLAlchemy's `__exit__` calls it.
             super().__exit__(type_, value, traceback)
         else:
             self._close(self.reset if type_ is None else self.discard)
@@ -198,11 +199,11 @@ class GuardedSession(ConnectingSession):
 
     @locked
     def close_after_error(self) -> None:
-        """Empty the session while an exception is being handled, without hiding this exception.
+        """Roll back the session, because `close()` was called while an exception was handled.
 
-        Nobody knows if uncommitted work was interrupted by this exception, or was done later (an
-        exception handler may write a row). So if there is uncommitted work, the COMMIT of the unit
-        of work (the request or `begin()` block) raises `PrematureClose`.
+        The rollback may lose work that the application wants: a row that the exception handler has
+        added, for example. An error raised now would hide the handled exception. So if work is
+        lost, the later COMMIT of the request or `begin()` block raises `PrematureClose`.
         """
         companion = self._companion
         if may_have_written(self):

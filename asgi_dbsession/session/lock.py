@@ -18,21 +18,22 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 class SessionLock(ABC):
-    """The lock that each operation, commit and rollback of a session holds.
+    """The lock of a session. Each operation, commit and rollback of the session holds the lock.
 
     If an operation begins while another operation runs, the lock raises `ConcurrentUse`. A commit
     or rollback waits for the running operation, and new operations wait for a commit or rollback.
-    `mutex` is an `RLock`: a signal handler may use the session while its thread holds the mutex.
-    `with mutex` runs no Python code, so no signal handler can leave it locked.
 
     Attributes:
+        mutex: A lock that is held while the attributes are changed. It is an `RLock`, because a
+            signal handler may use the session in the thread that holds the mutex.
         ends: All commits and rollbacks that run or wait.
-        is_closed: True if every new operation is refused, because the unit of work has ended.
+        is_closed: True after the request or `begin()` block has ended: operations are refused.
         users: The running tasks that used the session since the last commit or rollback.
         has_finished_work: True if a task that returned, or code outside a task, used the session.
         has_failed_work: True if a task that used the session has failed or was cancelled.
         last_user: The task that used the session last, also before the last commit or rollback.
-        admit: A function that refuses tasks outside of an open `begin(join=True)` block; or None.
+        admit: A function that raises an error if a task uses the session outside of a
+            `begin(join=True)` block (a savepoint) that is open. None if there was no such block.
     """
 
     admit: Callable[[], None] | None = None
@@ -43,7 +44,7 @@ class SessionLock(ABC):
     last_user: object = None
     _holder: object = None
     _held_for: End | None = None  # The commit or rollback that holds the session's lock now.
-    _reserved_for: End | None = None  # The commit or rollback that gets the session's lock next.
+    _reserved_for: End | None = None  # A commit or rollback. New operations wait until it has run.
     _waiters: "tuple[Future[None], ...]" = ()
     _delayed: tuple[tuple[object, Callable[[], None]], ...] = ()
 
@@ -73,7 +74,7 @@ class SessionLock(ABC):
             SessionClosed: The unit of work of the session has ended.
         """
         caller = self._caller()
-        # This check needs no mutex: a caller becomes the holder of the lock only by its own call.
+        # No mutex is needed: other tasks and threads never make this caller the holder of the lock.
         if self._holder == caller:
             return False
         while True:
@@ -101,7 +102,7 @@ class SessionLock(ABC):
             self._reserved_for, self.ends = end, self.ends | {end}
 
     def cancel_reservation(self, end: End) -> None:
-        """Undo `reserve_for`: operations may begin, unless the commit or rollback has the lock."""
+        """Let operations begin again, if the commit or rollback `end` has not got the lock."""
         with self.mutex:
             if self._reserved_for is end:
                 self._reserved_for, self.ends = None, self.ends - {end}
@@ -160,11 +161,12 @@ class SessionLock(ABC):
     def delay(self, change: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
         """If a commit or rollback runs or waits, call `change` (such as `session.add`) after it.
 
-        Return True if `change` is called later. Return False if the caller must call it itself: no
-        commit or rollback runs, the caller is a part of it, or the caller's thread can be blocked.
+        Return True if `change` is called later. Return False if the caller must call `change` now:
+        there is no commit or rollback, the caller itself holds the lock, or no event loop runs in
+        this thread (so the thread can wait for the lock).
 
         Raises:
-            SessionClosed: This commit or rollback is the last one of the unit of work.
+            SessionClosed: No later COMMIT would store the change.
         """
         if not is_on_event_loop():
             return False
@@ -182,23 +184,24 @@ class SessionLock(ABC):
     def _change_delayed(self) -> None:
         """Make changes (such as `session.add`) that `delay` stored during a commit or rollback."""
         if self.ends - {self._held_for} and not any(each.close for each in self.ends):
-            return  # Another commit or rollback waits. It would store or undo these changes too.
+            return  # Another commit or rollback waits. Make the changes after it.
         delayed, self._delayed = self._delayed, ()
         for caller, change in delayed:
             self._add_user(caller)
             try:
                 change()
-            # The task that made the change cannot get its error any more. So roll back its work.
+            # The call of `session.add` has returned, so it cannot raise this error any more. To
+            # store nothing incomplete, mark the work as failed: it will be rolled back.
             except Exception:
                 self.has_failed_work = True
                 _logger.exception("A change of a session of %s failed", self.database)
 
     def is_held_by_end_of_caller(self) -> bool:
-        """Return True if the caller is a part of the commit or rollback that holds the lock."""
+        """Return True if the current task or thread holds the lock for a commit or rollback."""
         return self._held_for is not None and self._holder == self._caller()
 
     def sort_out_users(self) -> None:
-        """Remove ended tasks from `users`, and record if these tasks returned or failed."""
+        """Remove ended tasks from `users` (tasks that used the session). Record if one failed."""
         with self.mutex:
             for task in [each for each in self.users if has_ended(each)]:
                 self.users.discard(task)

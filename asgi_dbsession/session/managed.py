@@ -50,29 +50,33 @@ class ManagedSession(Generic[S]):
     @property
     def has_work(self) -> bool:
         """True if the session has anything to commit or roll back, or if an operation runs."""
-        # After a flush or a statement, `in_transaction()` is True. Changed and new objects are work
-        # too, because a commit flushes them. `must_fail` is True if the application has caught the
-        # error of a refused write, for example. This counts as work, so that a commit follows, and
-        # raises the error again.
+        # A session has work if it is in a transaction, or has new or changed objects. `must_fail`
+        # is True if COMMIT must raise an error that the application has caught (because a read-only
+        # session has refused a write, for example). Then return True, so that COMMIT is called.
         if self.orm.in_transaction() or has_changes(self.orm):
             return True
         return self.lock.is_busy or self.companion.must_fail
 
     def ends_at_once(self, *, commit: bool) -> bool:
-        """Return True if `end_at_once` can commit or roll back this session now."""
+        """Return True if a commit or rollback sends nothing to the database and needs no `await`.
+
+        This is so if the session has only read, without BEGIN.
+        """
         if self.lock.is_busy:
             return False
         return bool(transactions_to_end(self.orm, self.companion, commit=commit))
 
     def end_at_once(self, *, commit: bool, close: bool = False) -> bool:
-        """If the session has only read, and has sent no BEGIN, end it without an `await`.
+        """Commit or roll back without an `await`, if the session has only read, without BEGIN.
+
+        Nothing is sent to the database.
 
         Args:
             commit: True to commit, False to roll back.
-            close: True to close the session permanently.
+            close: True to close the session permanently after the commit or rollback.
 
         Returns:
-            True if the session was ended. False if the caller must end it with `end`.
+            True on success. False if the caller must call the method `end` of this session instead.
         """
         with self.lock.mutex:
             if self.lock.is_busy or not end_at_once(self.orm, self.companion, commit=commit):
@@ -121,14 +125,14 @@ class ManagedSession(Generic[S]):
         refuse_if_aborted(self.companion.open_connections)
 
     def end(self, end: End, commit: bool) -> None:
-        """Commit or roll back the session, after its running operation (if any) has ended.
+        """Commit or roll back the session. If an operation of the session runs, wait for it first.
 
         After this method, even if it raises, the connection is in its pool again or closed.
 
         Args:
-            end: The commit or rollback of the whole unit of work.
-            commit: True to commit this session, False to roll back (for example, because another
-                database of the unit of work failed).
+            end: The data about this commit or rollback, such as its reason.
+            commit: True to commit, False to roll back. It is False, for example, if another
+                database of the same request has failed.
 
         Raises:
             TransactionAborted: The application caught an error that aborted the transaction.

@@ -45,11 +45,11 @@ class ThreadLock(SessionLock):
     @override
     def _is_abandoned(self, thread: int, since: float = 0) -> bool:
         if self._held_for is None:
-            # `thread` asked for a commit or rollback at the time `since`. At that time, it was not
-            # in the middle of an operation. If it held the lock nevertheless, a signal handler has
-            # raised an exception in an operation, and nobody will release the lock. If it got the
-            # lock later, the lock is in use by another task on the same event loop. (If `thread`
-            # asks for the lock for an operation, `since` is 0 and the answer is False.)
+            # `thread` asked for a commit or rollback at the time `since`, so its operations had
+            # ended then. If `thread` got the lock earlier and still holds the lock, a signal
+            # handler has raised an exception in an operation: the lock is abandoned. If `thread`
+            # got the lock later, another task of this thread uses the lock: it is not abandoned.
+            # (If `thread` waits to begin an operation, `since` is 0: the lock is not abandoned.)
             return self._thread == thread and self._held_since <= since
         # A commit or rollback may run its steps in several threads. After a failure, one of the
         # steps may still run and hold the lock. But a thread does one thing at a time. So if the
@@ -59,10 +59,10 @@ class ThreadLock(SessionLock):
 
     @override
     def _wait(self, released: "Future[None]") -> None:
-        # Do not block the thread of the event loop if a commit or rollback needs the event loop:
-        # both would wait for ever. Two cases are possible. The event loop must still start the
-        # commit or rollback for which the lock is reserved (`_reserved_for`). Or a commit needs the
-        # event loop between its steps (`needs_loop`).
+        # Do not block the thread of the event loop while a commit or rollback needs the event loop:
+        # both would wait for ever. A commit or rollback that has not started yet (`_reserved_for`)
+        # needs the event loop to start. Some commits of several databases need the event loop
+        # between their steps (`needs_loop`).
         needs_loop = self._reserved_for is not None or any(each.needs_loop for each in self.ends)
         if (needs_loop and is_on_event_loop()) or self._is_abandoned(get_ident()):
             raise ConcurrentUse(self.database)
