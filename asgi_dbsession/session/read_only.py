@@ -6,8 +6,8 @@ ON_MARIADB, ON_POSTGRESQL = "START TRANSACTION READ ONLY", "SET TRANSACTION READ
 # These statements make a transaction read-only. Reports do not count them as statements of the
 # application.
 PARTS_OF_BEGIN = frozenset((ON_MARIADB, ON_POSTGRESQL))
-# `connection.info` has this key while the connection belongs to a session that may only read. The
-# value is the `Refusals` object of this session.
+# `connection.info` has this key while a session that may only read uses the connection. The value
+# is an object of the class `Refusals`, which refuses the writes of this session.
 KEY = "asgi_dbsession.read_only"
 
 

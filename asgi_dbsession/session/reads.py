@@ -14,10 +14,12 @@ from .sqlite import has_open_work
 # The drivers of PostgreSQL with which BEGIN is delayed until a statement may write. They can switch
 # autocommit on and off without a round trip to the server. So the delay costs nothing.
 DRIVERS = ("asyncpg", "psycopg")
-# The drivers of MariaDB and MySQL with which BEGIN is delayed only if the application has set
-# `autocommit_reads=True`. With these drivers, each switch of autocommit costs a round trip.
+# The drivers of MariaDB and MySQL with which sessions can read in autocommit mode, without BEGIN.
+# With these drivers, to switch autocommit on or off costs a round trip to the server. So sessions
+# read in autocommit mode only if the application has set `autocommit_reads=True`.
 ON_DEMAND = ("asyncmy", "aiomysql", "pymysql")
-# Listeners of this package and of OpenTelemetry send no statements and do not wait.
+# Modules whose listeners (for SQLAlchemy's events) send no statements and do not wait. If a session
+# has no other listeners, this package can commit reads without an `await`.
 _HARMLESS = ("asgi_dbsession.", "opentelemetry.")
 # The connections that are in autocommit mode because BEGIN is delayed. The value is a function that
 # gets the connection and switches autocommit off. The second argument of the function is True if
@@ -28,13 +30,15 @@ delayed: dict[ref[Connection], Callable[[Connection, bool], None]] = {}
 
 
 class Reads:
-    """Decides if the sessions of a database read without BEGIN and COMMIT.
+    """Decides if sessions read in autocommit mode, without BEGIN and COMMIT.
 
-    This base class never delays BEGIN. Subclasses do, for PostgreSQL and for MariaDB or MySQL.
+    A session in autocommit mode sends BEGIN later, before the first statement that may write. With
+    this base class, sessions never read in autocommit mode. Subclasses for PostgreSQL, MariaDB and
+    MySQL allow it.
 
     Attributes:
         is_shared: True inside `testing.rolled_back()`. There, all sessions share one transaction,
-            so BEGIN is never delayed.
+            so no session reads in autocommit mode.
         connect: A function that opens a connection for a session. None if SQLAlchemy opens the
             connections, as usual.
     """
@@ -78,8 +82,7 @@ def isolation_level(connection: Connection) -> str | None:
 
 def has_only_read(connection: Connection) -> bool:
     """Return True if it is certain that the transaction on the connection has no writes."""
-    # If the connection to the server was lost, nobody can tell if the transaction had writes. So
-    # the answer is False.
+    # If the connection to the server was lost, the transaction may have had writes.
     if connection.invalidated:
         return False
     if ref(connection) in delayed:

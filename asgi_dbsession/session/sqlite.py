@@ -35,15 +35,14 @@ _NUMBERS = re.compile(
 #
 # `_WAS_OPEN` is True if a transaction was open before the last statement.
 #
-# `_ROLLED_BACK` is True if an error has made SQLite roll back the transaction. This package then
-# refuses the COMMIT of the session, and sends ROLLBACK. The ROLLBACK must also undo the statements
-# that the session sends after the error. So this package sends BEGIN before these statements, even
-# if the application has switched the driver to autocommit. (The application may send BEGIN in a
-# listener for SQLAlchemy's event `begin`. But SQLAlchemy calls this listener only once, before the
-# error.)
+# `_ROLLED_BACK` is True if an error has made SQLite roll back the transaction. The session may send
+# more statements before its COMMIT. This package refuses the COMMIT and sends ROLLBACK, which must
+# undo these statements too. So this package sends BEGIN before them, even if the application has
+# switched the driver to autocommit. Such an application may send BEGIN itself, in a listener for
+# SQLAlchemy's event `begin`. But SQLAlchemy does not call this listener again after the error.
 #
-# Do not use a weak dictionary instead of these attributes: if a signal handler raised an exception
-# while Python removes an entry, Python would ignore the exception.
+# Do not use a weak dictionary instead of attributes. If a signal handler raised an exception while
+# Python removes an entry of a weak dictionary, Python would ignore the exception.
 _WAS_OPEN, _ROLLED_BACK = "asgi_dbsession_was_open", "asgi_dbsession_rolled_back"
 
 _EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
@@ -104,10 +103,10 @@ def end_failed_commit(connection: Connection) -> None:
 
 
 def has_open_work(connection: Connection) -> bool:
-    """Return True if the transaction of a connection may have written.
+    """Return True if the transaction of an SQLite connection may have written.
 
-    BEGIN is sent only before a statement that may write. So return True if a transaction is open on
-    SQLite, or if an error has made SQLite roll back the transaction.
+    On SQLite, this package sends BEGIN only before a statement that may write. So every transaction
+    that was begun may have written, even if SQLite has rolled it back after an error.
     """
     return _is_open(connection) or bool(vars(connection).get(_ROLLED_BACK))
 

@@ -30,9 +30,10 @@ def begin_read_only(connection: Connection) -> None:
     if name == "postgresql":
         _begin_on_postgresql(connection)
     elif name in {"mysql", "mariadb"}:
-        # Begin a read-only transaction only if SQLAlchemy sends ROLLBACK before the connection
-        # returns to the pool. Otherwise the transaction would stay open, and the next user of the
-        # connection could not write. If BEGIN is delayed, `begin_now` begins the transaction later.
+        # While the session reads in autocommit mode, send no START TRANSACTION READ ONLY yet. It is
+        # sent when autocommit mode ends. Never send it if SQLAlchemy sends no ROLLBACK before the
+        # connection returns to the pool. Then the read-only transaction would stay open, and the
+        # next user of the connection could not write.
         if ref(connection) not in delayed and not _skips_rollback(connection):
             connection.exec_driver_sql(ON_MARIADB)
     elif name == "sqlite" and not isinstance(connection.engine.pool, StaticPool):

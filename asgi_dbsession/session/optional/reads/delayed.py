@@ -54,9 +54,10 @@ class DelayingReads(Reads):
         """
         if self._wanted is False or self.is_shared or not self._can_delay(session, connection):
             return
-        # First set `_KEY`, then switch autocommit on. A signal handler may raise an exception at
-        # any point. With this order, a connection in autocommit mode always has `_KEY`. So the
-        # listener `_restore` switches autocommit off when the connection returns to the pool.
+        # First mark the connection, then switch autocommit on. If a connection with this mark
+        # returns to the pool, autocommit is switched off. With the other order, a signal handler
+        # could raise an exception between the two steps. Then there would be no mark, and the next
+        # user of the connection would be in autocommit mode.
         connection.info[_KEY] = True
         delayed[ref(connection, delayed.pop)] = _begin
         _set_autocommit(connection, True)
@@ -73,11 +74,10 @@ class DelayingReads(Reads):
             return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
-        # SQLAlchemy calls the listeners for `after_begin` and `begin` when a transaction begins.
-        # This package adds one listener for `after_begin`, and none for `begin`. If there are more,
-        # the application has added a listener, which may need a transaction (to send `SET LOCAL`,
-        # for example). This package cannot see the statements that such a listener sends on the
-        # driver's own connection. So BEGIN is not delayed.
+        # Do not delay BEGIN if the application listens to SQLAlchemy's events `after_begin` or
+        # `begin`. Its listener may need a transaction at once (to send `SET LOCAL`, for example).
+        # If the listener sends statements on the driver's own connection, this package cannot see
+        # them. (The number 1 is this package's own listener for `after_begin`.)
         if len(session.dispatch.after_begin) > 1 or connection.dispatch.begin:
             return False
         level = isolation_level(connection)
@@ -85,9 +85,10 @@ class DelayingReads(Reads):
 
 
 def watch_reads(engine: Engine) -> None:
-    """Add listeners to a PostgreSQL engine that end the delay of BEGIN.
+    """Add listeners to a PostgreSQL engine that switch off the autocommit mode of a connection.
 
-    The delay ends before a statement that may write, or when the connection returns to the pool.
+    A session reads in autocommit mode, without BEGIN. This mode ends before the first statement
+    that may write, or when the connection returns to the pool.
     """
     if engine.dialect not in _watched:
         _watched.add(engine.dialect)
@@ -96,7 +97,7 @@ def watch_reads(engine: Engine) -> None:
 
 
 def watch_statements(engine: Engine) -> None:
-    """Add listeners to `engine` that end the delay of BEGIN before a statement that may write."""
+    """Add listeners to `engine` that switch autocommit off before a statement that may write."""
     for name, listener in _LISTENERS.items():
         listen_first(engine, name, listener)
 

@@ -35,19 +35,18 @@ _IN_TRANSACTION, _AUTOCOMMIT = 1, 2
 # This module stores three keys in `record_info`, a dictionary that SQLAlchemy keeps for each
 # connection of a pool.
 #
-# `_READS` ("the connection is used for reads") is set while this module keeps the connection in
-# autocommit mode. Only SELECT statements that cannot write were sent in this mode. So COMMIT and
-# ROLLBACK have nothing to end, and are not sent.
+# `_READS`: the connection is in autocommit mode, and is used only for reads. No transaction is
+# open, so this module sends no COMMIT and no ROLLBACK.
 #
-# `_OWED` ("autocommit must be switched on again") is set after this module has switched autocommit
-# off, because the connection is used for more than reads. When the connection returns to the pool,
-# this module switches autocommit on again. The value of the key tells who sent COMMIT or ROLLBACK
-# last. The value is an `End` object if it was the commit or rollback of a request or `begin()`
-# block. The value is None if it was the application, for example by `session.commit()`, or if
-# nothing was sent yet.
+# `_OWED`: autocommit is off, because the connection is used for more than reads. When the
+# connection returns to the pool, this module must switch autocommit on again. The pool also sends
+# ROLLBACK then. This module skips the ROLLBACK if the request or `begin()` block has just sent
+# COMMIT or ROLLBACK itself. To know this, the module stores a value with the key: the `End` object
+# (one commit or rollback of a request or `begin()` block) that sent the last COMMIT or ROLLBACK.
+# The value is None if none was sent, or if the application sent it (by `session.commit()`, say).
 #
-# `_RETURNS` ("the connection returns to the pool") is set when the pool takes back a connection
-# that has the key `_OWED`. So the next ROLLBACK is the one that the pool itself sends.
+# `_RETURNS`: the pool has begun to take back a connection that has the key `_OWED`. So the next
+# ROLLBACK on the connection is the ROLLBACK of the pool.
 _READS, _OWED = "asgi_dbsession.reads", "asgi_dbsession.autocommit_owed"
 _RETURNS = "asgi_dbsession.returns"
 
@@ -156,9 +155,10 @@ def _return(driver: Any, entry: ConnectionPoolEntry | None, state: PoolResetStat
 
 def _switch_on(driver: Any, marks: dict[str, Any]) -> None:
     marks.pop(_OWED, None)
-    # First set `_READS`, then switch autocommit on. A signal handler may raise an exception at any
-    # point. With this order, a connection in autocommit mode always has `_READS`. So the listener
-    # `check_out` switches autocommit off before the connection is used for more than reads.
+    # First mark the connection with `_READS`, then switch autocommit on. On a connection with this
+    # mark, autocommit is switched off before a write. With the other order, a signal handler could
+    # raise an exception between the two steps. Then there would be no mark, and a later request
+    # would write in autocommit mode.
     marks[_READS] = True
     driver.autocommit(True)
 
@@ -169,10 +169,10 @@ def begin(pooled: PoolProxiedConnection) -> None:
 
 
 def obey(pooled: PoolProxiedConnection) -> None:
-    """Called if the application itself has chosen the isolation level AUTOCOMMIT for a connection.
+    """Leave a connection in autocommit mode, because the application has chosen AUTOCOMMIT for it.
 
-    The connection stays in autocommit mode. But from now on, COMMIT and ROLLBACK are sent on the
-    connection, as SQLAlchemy itself does at this isolation level.
+    While the connection was used only for reads, COMMIT and ROLLBACK were not sent. The next
+    statement may be a write, so COMMIT and ROLLBACK are sent from now on.
     """
     _marks_of(pooled).pop(_READS, None)
 

@@ -92,9 +92,9 @@ def is_plain_read(context: ExecutionContext) -> bool:
 
 def _elements_of(compiled: Compiled) -> Iterator[Any]:
     yield from iterate(compiled.statement)
-    # At compilation, the ORM replaces the SELECT of the application by a second SELECT (with the
-    # joins for eager loading, for example). The statement is a plain read only if both SELECTs have
-    # no other parts than those of a plain read.
+    # The ORM makes a second SELECT from the SELECT of the application (with joins for eager
+    # loading, for example), and sends the second one. Each of the two may have a part that writes,
+    # such as a call of an SQL function. So check the parts of both.
     state: Any = getattr(compiled, "compile_state", None)
     made = getattr(state, "statement", None)
     if made is not None and made is not compiled.statement:
