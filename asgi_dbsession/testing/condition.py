@@ -35,8 +35,8 @@ class Condition:
         Args:
             when: The condition. While a task or thread waits, this function is called again when
                 another one leaves its `with` block, and at each call of `wake()`.
-            timeout: For how many seconds to wait at most. None, or a longer time, means the
-                `timeout` that was given to `Condition`.
+            timeout: For how many seconds to wait at most, but never longer than `self.timeout`.
+                None means `self.timeout`.
 
         Raises:
             TimeoutError: The condition did not become true in time.
@@ -52,9 +52,9 @@ class Condition:
             self.wake()
 
     def wake(self) -> None:
-        """Let all tasks and threads that wait before `with alone(when):` call `when` again.
+        """Let each task or thread that waits in the method `alone` check its condition again.
 
-        If `when` returns True now, one of them begins its `with` block.
+        The first whose condition is true begins its `with` block.
         """
         with self._mutex:
             waiting, self._waiting = self._waiting, []

@@ -25,7 +25,7 @@ class SharedConnection:
         connection: A connection with an open transaction, which is never committed.
         dialect: The SQLAlchemy dialect of the engine.
         database: The URL of the database, for error texts.
-        isolation: The data of the test's `with rolled_back(...)` block.
+        isolation: The timeout and the recorded errors of the test's `with rolled_back(...)` block.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class SharedConnection:
         self._send(MARK)
 
     def begin(self, transaction: SavepointTransaction) -> None:
-        """Begin `transaction`, a savepoint on the connection that all code of the test shares.
+        """Set a savepoint for `transaction` on the connection that all code of the test shares.
 
-        It begins inside of the open transactions, or after their end: `may_begin_inside` decides.
+        If another transaction is open, `may_begin_inside` decides: nest the savepoint, or wait.
         """
         transaction.caller = current_caller()
         transaction.aborted = False
@@ -125,8 +125,7 @@ class SharedConnection:
                 self._undo(transaction)
                 raise
             finally:
-                # If the connection was lost, `lose` has already removed all transactions.
-                if transaction in self._open:
+                if transaction in self._open:  # If the connection was lost, `_open` is empty.
                     self._open.remove(transaction)
             if self._open and (transaction.wrote or transaction.keeps):
                 self._open[-1].keeps = True
@@ -162,9 +161,10 @@ class SharedConnection:
         self._free.wake()
 
     def end(self, reason: NotIsolated) -> AbstractContextManager[None]:
-        """Let all later statements fail. Return a context manager that waits for running ones.
+        """Let all later statements on the shared connection raise the error `reason`.
 
-        In its `with` block, return the connection to the pool. A long wait raises TimeoutError.
+        Use the result in a `with` statement, and return the connection to the pool in its block.
+        The block begins when no statement runs. If the wait takes too long, TimeoutError is raised.
         """
         self.lose(reason)
         return self._free.alone(lambda: True)
