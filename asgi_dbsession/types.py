@@ -3,8 +3,8 @@
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
-# Starlette, httpx and uvicorn declare different types for these dictionaries, and these types
-# exclude each other. All three libraries accept `Any`.
+# ASGI scopes and messages are dictionaries. Starlette, httpx and uvicorn declare different types
+# for them, which exclude each other. All three libraries accept `Any`.
 Scope: TypeAlias = Any
 Message: TypeAlias = Any
 

@@ -47,10 +47,7 @@ class SharedConnection:
         self._send(MARK)
 
     def begin(self, transaction: SavepointTransaction) -> None:
-        """Set a savepoint for `transaction` on the connection that all code of the test shares.
-
-        If another transaction is open, `may_begin_inside` decides: nest the savepoint, or wait.
-        """
+        """Set a savepoint for `transaction`, inside of the open transactions or after their end."""
         transaction.caller = current_caller()
         transaction.aborted = False
 
@@ -62,18 +59,19 @@ class SharedConnection:
             below = self._open[-1] if self._open else None
             try:
                 if below is not None and below.saved and not below.wrote:
-                    # The outer transaction `below` has written nothing yet. Remove its savepoint,
-                    # because a rollback of `below` must not undo what `transaction` commits. (In
-                    # production it does not.) The next statement of `below` makes a new savepoint.
+                    # In production, a rollback of the outer transaction (`below`) does not undo a
+                    # COMMIT of the new one. In this test, it would, because both are savepoints of
+                    # one connection. So remove the outer savepoint, which has no writes yet. The
+                    # next statement of the outer transaction sets a new savepoint.
                     self._release(below)
                 self._save(transaction)
             except self._error as error:
                 if below is None or not below.saved:
                     self.lose(error)
                     raise
-                # PostgreSQL has aborted the outer transaction, and so accepts no new savepoint. In
-                # production, the new transaction has its own connection, and can begin. So roll
-                # back the outer transaction here, and set the savepoint again.
+                # PostgreSQL accepts no savepoint after an error in the outer transaction (`below`).
+                # In production, the new transaction has its own connection, so it can begin. To let
+                # it begin in this test too, roll back the outer transaction first.
                 self._undo(below)
                 below.aborted = True
                 self._save(transaction)
@@ -83,15 +81,17 @@ class SharedConnection:
     def executing(
         self, transaction: SavepointTransaction, statement: str, *, read_only: bool
     ) -> Iterator[bool]:
-        """Wait until the transactions (savepoints) inside of `transaction` have ended.
+        """Wait until no transaction is open inside `transaction`, and then run the `with` block.
+
+        The block sends a statement of `transaction`. All transactions of a test are savepoints of
+        one connection, so the rollback of an inner savepoint would undo this statement too.
 
         Yields:
-            True if the `with` block must send `statement`. False if `statement` is a BEGIN, which
-                must not be sent: the shared connection is in a transaction already.
+            True if the `with` block must send `statement`. False for BEGIN, which SQLite would
+                refuse, because the connection of the test is in a transaction already.
         """
         self.refuse_if_lost()
         if transaction not in self._open:
-            # SQLite would refuse BEGIN, because the test has begun a transaction. Do not send it.
             yield not statement.lstrip().upper().startswith("BEGIN")
             return
         with self._on_top(transaction):

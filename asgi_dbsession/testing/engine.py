@@ -77,9 +77,10 @@ def unshare(engine: Engine) -> None:
 
 
 def home_of(engine: Engine) -> asyncio.AbstractEventLoop | None:
-    """Return the event loop to which the engine's shared connection belongs.
+    """Return the event loop to which the connection of an engine belongs in a test.
 
-    None if this connection was not opened yet, or needs no event loop.
+    In a test, all code that uses the engine gets the same connection. None if this connection is
+    not open yet, or if its driver needs no event loop.
     """
     return engine.pool.loop if isinstance(engine.pool, SharedPool) else None
 

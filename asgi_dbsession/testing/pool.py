@@ -63,9 +63,9 @@ class SharedPool(Pool):
         self.source.dispose()
 
     def roll_back(self) -> None:
-        """Roll back all work, and return the shared connection to the engine's own pool.
+        """Roll back all work of the test, and return its connection to the pool that opened it.
 
-        Code that still has the shared connection gets an error if it goes on using it.
+        All code of the test has used this one connection. Code that uses it later gets an error.
         """
         shared, self._shared = self._shared, None
         if shared is None:
@@ -184,7 +184,7 @@ class CutOffConnection:
         """Do nothing, because all work was rolled back when the test ended."""
 
     def close(self) -> None:
-        """Do not close the driver's connection. It is in the engine's pool again, or closed."""
+        """Do nothing: after a test, the driver's connection is in its pool again, or closed."""
 
 
 class CutOffCursor:
@@ -197,7 +197,7 @@ class CutOffCursor:
         raise self._reason.with_traceback(None)
 
     def close(self) -> None:
-        """Do nothing. After a test, this object replaces a cursor. It has opened no real cursor."""
+        """Do nothing, because this object has no cursor of the driver that could be closed."""
 
 
 def _is_autocommit(dialect: Any) -> bool:

@@ -1,4 +1,8 @@
-"""Lets the database refuse the writes of a read-only unit of work, in tests with `rolled_back`."""
+"""Lets the database refuse the writes of read-only requests and `begin()` blocks in a test.
+
+In production, a read-only request has a read-only transaction. In a test with `rolled_back` (which
+undoes all work of the test), the request has only a savepoint in the one transaction of the test.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

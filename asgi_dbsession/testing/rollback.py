@@ -65,10 +65,11 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
         An object for `with` or `async with`, which can be used only once.
 
     Raises:
-        NotIsolated: The code would behave differently in production, with several connections; or
-            the connection was lost; or MariaDB committed by itself (CREATE TABLE, for example); or
-            COMMIT was sent on the driver's own connection. The request gets this error, or the end
-            of the block raises this error.
+        NotIsolated: The one connection cannot do what several connections do in production. For
+            example, a request rolls back a transaction, and this would also undo another
+            transaction that was committed inside it. Or the connection was lost. Or MariaDB
+            committed by itself (CREATE TABLE, for example). Or COMMIT was sent on the driver's own
+            connection. The request gets this error, or the end of the block raises this error.
         ConfigurationError: No database was given, or `timeout` is not a number of seconds. Or a
             database is in a `rolled_back` block already. Or `with` was used in an `async def`
             function.
@@ -162,8 +163,8 @@ def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
     try:
         yield
     finally:
-        # If a database failed to start, `leave_block` was never called. So mark the block as ended
-        # here.
+        # Usually, `leave_block` has set `has_ended` already. But if a database failed to start, the
+        # test did not begin, and `leave_block` was never called.
         isolation.has_ended = True
         database._prepare = prepare
         database._reads.is_shared = False

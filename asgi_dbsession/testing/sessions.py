@@ -1,4 +1,4 @@
-"""Makes sessions raise an error if the end of the test could not roll back their work."""
+"""Lets a session raise an error when it begins a transaction that its test cannot roll back."""
 
 import asyncio
 import threading
@@ -30,15 +30,20 @@ _POOLS = ("anyio.", "trio.")
 
 
 def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
-    """Check at each BEGIN of a session that `rolled_back` can roll back its transaction."""
+    """From now on, refuse each transaction of a session that the test cannot roll back.
+
+    This is so if the test has ended, or if the session uses an engine that was not given to
+    `rolled_back` (the function that rolls back all work of a test).
+    """
     earlier = _latest.get(database)
     if earlier is None:
         # Never remove this listener, because it must also refuse work that goes on after the test.
         event.listen(database._orm_class, "after_begin", _Check(database))
     else:
-        # A task or thread that an earlier test has started may still be running, even after this
-        # test. Then its work must be refused too. So add the tasks of the earlier tests to `tasks`,
-        # and keep in `threads` only the threads that ran before the first test.
+        # Tasks and threads that an earlier test has started may still be running. Their work must
+        # be refused after this test too. `threads` has the threads that are allowed: keep only
+        # those that ran before the first test. `tasks` has the tasks that are refused: add those of
+        # the earlier tests.
         isolation.threads.intersection_update(earlier.threads)
         isolation.tasks.update(earlier.tasks)
     _latest[database] = isolation
@@ -94,11 +99,11 @@ def _outlived(isolation: Isolation) -> bool:
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
         return True
-    # A thread may have no copy of the context in which it was started. Then the context variable
-    # `_block` does not tell which test has started the thread. So return True, as if that test has
-    # ended: the work of the thread is refused. Two kinds of threads are not refused: those that ran
-    # before the first `rolled_back` block, and those of a thread pool. A thread pool runs each
-    # function in the context of the code that submitted the function.
+    # A thread that starts with an empty context (`contextvars`) does not know its test. So refuse
+    # its work, as if its test has ended. But allow the threads in `isolation.threads`, which were
+    # running before the first test. Also allow the threads of a pool. They run a function in the
+    # context of the code that submitted it. If this context is empty, no test submitted the
+    # function.
     thread = threading.current_thread()
     return (
         task is None

@@ -22,8 +22,9 @@ def count_statements(
 ) -> Iterator[list[str]]:
     """Record each statement that is sent to the databases in the `with` block.
 
-    Write `with` in async tests too. Savepoints of the application are counted. BEGIN, COMMIT,
-    ROLLBACK and the savepoints of `rolled_back` are not counted. All engines that sessions of the
+    Write `with` in async tests too. Savepoints of the application are counted. BEGIN, COMMIT and
+    ROLLBACK are not counted. In a test with `rolled_back` (which undoes all work of the test),
+    savepoints replace these three, and are not counted either. All engines that sessions of the
     databases use are included, also those in `binds`.
 
     Args:

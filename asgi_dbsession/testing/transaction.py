@@ -14,11 +14,13 @@ def current_caller() -> object:
 
 
 class SavepointTransaction:
-    """A transaction of the application, which is only a savepoint on the shared connection.
+    """A transaction of the application, which is only a savepoint in a test.
+
+    All code of a test uses one connection, so that the end of the test can roll back all work.
 
     Args:
         number: A number for the name of the savepoint.
-        test: The task or thread that entered the `rolled_back` block: the test or its fixture.
+        test: The task or thread of the test or fixture that has `with rolled_back(...)`.
 
     Attributes:
         unit: The unit of work in which the transaction began. None if the code used the engine
@@ -27,8 +29,9 @@ class SavepointTransaction:
         caller: The task or the thread that began the transaction.
         saved: True if the savepoint exists on the server.
         wrote: True if the transaction has sent any other statement than SELECT.
-        keeps: True if a transaction inside this one has committed writes. In production, these
-            writes would stay even if this transaction is rolled back.
+        keeps: True if another transaction began inside this savepoint, and committed writes there.
+            A rollback of this savepoint undoes these writes. In production, with two connections,
+            they would stay.
         read_only: True if PostgreSQL was told to refuse writes in this savepoint.
         aborted: True if only a rollback is possible now.
     """
