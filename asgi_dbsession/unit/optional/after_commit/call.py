@@ -23,14 +23,17 @@ async def call_after_commit(
     *,
     close: Close,
 ) -> None:
-    """Call the `on_commit` functions whose work was committed. Drop those whose work was not.
+    """Call the functions given to `on_commit`, if the work that they wait for was committed.
+
+    A function waits for all work that was uncommitted when the application gave it to `on_commit`.
+    If this work was rolled back, drop the function. If neither has happened yet, keep it.
 
     Args:
         unit: The unit of work.
         end: The commit or rollback that has ended.
         given: The functions that were given to `on_commit` before this commit or rollback. The
-            value is True if the work of the function was stored earlier, because the application
-            called `commit()` itself. Then it is called even if this COMMIT has failed.
+            value is True if the application itself has called `commit()` since then. Such a
+            function is called even if this COMMIT has failed.
         working: The sessions that were committed or rolled back.
         close: A function that commits or rolls back a unit of work, and closes it. Each `on_commit`
             function runs in a new unit of work, which is then given to `close`.
@@ -78,10 +81,10 @@ def _settle(
     """
     due: list[AfterCommit] = []
     for each in tuple(callbacks):
-        # A later COMMIT decides about a function if its work is not committed or rolled back yet,
-        # and one of these is true: a task that is still running gave it to `on_commit`, it was
-        # given while this commit ran, or it also waits for another session. Such a function stays
-        # in `callbacks`. But after the last COMMIT (`end.close`), no function stays there.
+        # A function waits for the next COMMIT (it stays in `callbacks`) in three cases: another
+        # task that is still running gave it to `on_commit`; `on_commit` was called during this
+        # COMMIT; or the function also waits for the COMMIT of another session. After the last
+        # COMMIT of the unit of work (`end.close`), no function waits any more.
         is_concerned = each in given and is_of(each.given_by, end.task)
         ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):

@@ -101,8 +101,8 @@ class AfterCommit:
 
         If the work that the `on_commit` function waits for is undone, the function is never called.
         """
-        # If there was no uncommitted work at the call of `on_commit`, the function waits for the
-        # next transaction. So a rollback of the next transaction drops the function too.
+        # If there was no uncommitted work when `on_commit` was called, its function is called after
+        # the next COMMIT. If the next transaction is rolled back, the function is never called.
         is_next = transaction.parent is None and not self._pending
         if transaction in self._transactions or is_next:
             self.rolled_back = not self.committed

@@ -1,4 +1,4 @@
-"""The function `on_commit`: the current unit of work will call a function after COMMIT."""
+"""The public function `on_commit(function)`: `function` will be called after the next COMMIT."""
 
 from contextlib import suppress
 from inspect import iscoroutinefunction

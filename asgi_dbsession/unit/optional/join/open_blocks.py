@@ -31,8 +31,8 @@ class OpenBlocks:
         self._unit = unit
         self._database = database
         self._companion = opened.companion
-        # The object that refuses writes, if an open block may only read but the unit of work may
-        # write. None otherwise.
+        # This object refuses writes while a block with `read_only=True` is open. None if no such
+        # block is open. Also None if the outer unit of work is read-only: it refuses writes anyway.
         self._refusals: Any = None
 
     def __call__(self) -> None:

@@ -78,7 +78,10 @@ class TwoPhases:
         return type(self)(databases)
 
     def manage(self, opened: ManagedSession[S]) -> ManagedSession[S]:
-        """Return a session that can be committed in two phases. Use it instead of `opened`."""
+        """Return an object that can commit the session of `opened` in two phases.
+
+        The unit of work must use the returned object instead of `opened`.
+        """
         return TwoPhaseSession(opened, self._names)
 
     async def commit(self, unit: UnitOfWork, sessions: Sessions, end: End) -> BaseException | None:
@@ -88,8 +91,8 @@ class TwoPhases:
             unit: The unit of work that opened the sessions.
             sessions: The sessions that have work, in the order in which their databases were
                 declared.
-            end: The object that describes this commit. The locks of the sessions are held for this
-                object, so that each step of the commit may use the sessions.
+            end: This commit. It holds the lock of each session from the flush to the end of
+                COMMIT, so that no other task can use the session meanwhile.
 
         Returns:
             The first error, or None if all COMMITs succeeded.

@@ -46,8 +46,9 @@ class TwoPhaseSession(ManagedSession[S]):
 
     @override
     def _flush(self) -> None:
-        # Begin a transaction, even if the session has no work. One session of each two-phase commit
-        # must be prepared in any case (see `_add_deciding`), and this may be that session.
+        # Begin a transaction even if this session has no work, so that it can be prepared. This may
+        # be the session that began first. After a crash, that session shows an operator whether to
+        # commit or to roll back the prepared transactions of the other sessions.
         self.orm.connection()
         # With SQLAlchemy's option `binds`, this flush may begin transactions on further engines.
         # `twophase` must be True meanwhile, so that PREPARE can be sent for these too.
