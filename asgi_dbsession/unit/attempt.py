@@ -23,9 +23,10 @@ class Attempt:
 
 
 class RunningAttempt:
-    """An attempt that is running now, and after which no retry follows.
+    """The current attempt to run a request, or the function given to `run_transaction`.
 
-    The package `retry` has a subclass for attempts that can be retried.
+    No retry follows this attempt. The package `retry` has a subclass for attempts that may be
+    followed by a retry.
 
     Args:
         attempt: The object that `current_attempt()` returns to the application.

@@ -68,9 +68,9 @@ def _unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[
     around = current_unit.get()
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
     unit.read_only = read_only
-    # During the COMMIT of an outer unit of work, a listener of the application may call `begin()`.
-    # The outer unit of work is then marked as closed, although its COMMIT is still running. So
-    # remove closed units of work only if no commit or rollback is running.
+    # `_forget_unreachable` removes outer units of work that are closed. Do not call it during a
+    # commit or rollback: then a listener of the application has called `begin()`, and the outer
+    # unit of work is still in use, although it is already marked as closed.
     if not current_end.get():
         _forget_unreachable(unit)
     with made_current(unit):

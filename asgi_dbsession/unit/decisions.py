@@ -35,10 +35,9 @@ def take_decision(unit: UnitOfWork, task: object, *, of_ended_too: bool) -> bool
     Args:
         unit: The unit of work.
         task: The task that is about to send a message or to wait for a message.
-        of_ended_too: True to count the `set_rollback` calls of worker threads and ended tasks too.
-            Use True if the work of `task` is committed or rolled back now, because the work of
-            these threads and tasks is part of it. Also use True if no task has uncommitted work.
-            False to count only the calls of `task`.
+        of_ended_too: True to count the `set_rollback` calls of worker threads and ended tasks too,
+            because their work is committed or rolled back together with the work of `task`. False
+            to count only the calls of `task`.
 
     Returns:
         The argument of the last `set_rollback` call that counts: True or False. None if no call

@@ -65,8 +65,9 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         return
     own, failed = sort_work(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
-    # If `task` has called `set_rollback`, the call decides about the work of `task`. If this work
-    # stays uncommitted now, remember the call until the work is committed or rolled back.
+    # A call of `set_rollback` overrides the argument `commit`. At the end of a response body
+    # (`living` is "leave"), a session is not committed yet if another running task uses it too.
+    # Then the call must be remembered for the later COMMIT.
     if unit.rollbacks and (own or not working or living == "refuse"):
         rollback = take_decision(unit, task, of_ended_too=bool(own) or not working)
         if rollback is not None:
@@ -169,20 +170,21 @@ async def _end(
     *,
     ended: tuple[ManagedSession[Any], ...] | None = None,
 ) -> None:
-    """Commit or roll back sessions with work (`working`). Then call functions given to `on_commit`.
+    """Commit or roll back the sessions `working`. Then call functions given to `on_commit`.
 
     Args:
         unit: The unit of work of the sessions.
         end: The commit or rollback.
-        working: The sessions.
-        ended: The sessions that the same commit or rollback of the whole unit of work has ended
-            before. None if `end` is for some of the sessions only.
+        working: The sessions that have work.
+        ended: If None, only the sessions `working` are committed or rolled back. If a tuple, also
+            each session that a listener of the application uses meanwhile, unless this session is
+            in the tuple.
 
     Raises:
         Exception: The error of the flush or of COMMIT.
     """
-    # The value is True if the `on_commit` function has waited for work that the application itself
-    # has committed already. Then it is called even if the COMMIT of the later work fails.
+    # The functions given to `on_commit`. The value is True if the application itself has called
+    # `commit()` since then. Such a function is called even if the COMMIT that follows here fails.
     given = {each: each.committed for each in tuple(unit.callbacks)}
     end.had_work = bool(working)
     token = current_end.set(end)

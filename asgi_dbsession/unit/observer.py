@@ -1,4 +1,4 @@
-"""The base class for objects that watch units of work, such as reports and the live page."""
+"""The base class for objects that are notified of each commit and rollback of a request."""
 
 from typing import Any
 
@@ -40,9 +40,14 @@ class UnitObserver:
         """Called when a unit of work has opened its session of `database`."""
 
     def work_ended(self, unit: Any, end: End, steps: dict[Any, list[Step]]) -> None:
-        """Called after a commit or rollback of a unit of work, and its `on_commit` functions.
+        """Called after each commit or rollback of a unit of work, after its `on_commit` functions.
 
-        This is also called at the end of a unit of work that did nothing since its last commit or
-        rollback. `steps` tells for each database what its session did in that time (see `Step`).
-        A database whose session did nothing is left out. Do not change these lists.
+        Also called at the end of a unit of work that has nothing to commit or roll back.
+
+        Args:
+            unit: The unit of work.
+            end: The commit or rollback.
+            steps: For each database, the list of what its session did since the last call, such as
+                statements (see `Step`). A database whose session did nothing is left out. Do not
+                change a list, because other observers get the same list.
         """

@@ -70,10 +70,14 @@ def sort_work(
 def find_failed(unit: UnitOfWork, working: Sessions) -> tuple[bool, Sessions]:
     """Find sessions that only failed tasks have used, after the application has returned.
 
+    Args:
+        unit: The unit of work.
+        working: The sessions of the unit of work that have uncommitted work.
+
     Returns:
         A pair. (1) False if no session may be committed, because one transaction has work of both
-        failed and successful tasks. Otherwise True. (2) If (1) is True, the sessions to roll back.
-        All sessions of `working` that are not in this list may be committed.
+        failed and successful tasks. Otherwise True. (2) If (1) is True, the sessions that only
+        failed tasks have used. They must be rolled back. All others may be committed.
     """
     sessions = [each for each in working if each.has_work]
     try:

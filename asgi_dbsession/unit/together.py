@@ -21,9 +21,10 @@ async def end_together(sessions: Sessions, end: End) -> BaseException | None:
     Returns:
         The first error, or None.
     """
-    # If one session needs SQLAlchemy's `commit()`, a listener of the application may use the other
-    # sessions during the flush or COMMIT. So end the sessions one by one only if no listener is
-    # called. Otherwise work of the listener in a session that has ended would not be committed.
+    # A session that has only read needs no flush and no COMMIT. `end_at_once` ends it without them.
+    # Call `end_at_once` only if it can end all sessions. Otherwise the flush of another session may
+    # call a listener of the application. If the listener writes in a session that has ended
+    # already, nobody commits this write.
     if all(each.ends_at_once(commit=end.commit) for each in sessions):
         sessions = [
             each for each in sessions if not each.end_at_once(commit=end.commit, close=end.close)

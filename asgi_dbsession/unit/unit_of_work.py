@@ -122,7 +122,7 @@ class UnitOfWork:
 
     @property
     def may_have_written(self) -> bool:
-        """True if a session has uncommitted changes, or has sent more than plain reads."""
+        """False if it is certain that no session has writes or changed objects. Otherwise True."""
         return any(may_have_written(each.orm) for each in self.opened)
 
     @property
