@@ -454,6 +454,28 @@ async def test_an_engine_of_ones_own_is_watched_for_silent_rollbacks(real: Real)
     assert real.stored() == ["once"]
 
 
+@pytest.mark.parametrize(
+    "real", ["psycopg", "psycopg-sync", "asyncmy", "pymysql-sync"], indirect=True
+)
+async def test_an_engine_of_ones_own_may_not_switch_the_driver_to_autocommit(real: Real) -> None:
+    """A rollback would take nothing back, and the options of the engine are not shown before."""
+    make: Any = create_engine if real.is_sync else create_async_engine
+    engine: Any = make(real.url, connect_args={"autocommit": True})
+    database_class: Any = SyncDatabase if real.is_sync else AsyncDatabase
+    database = database_class.from_engine(engine)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await Running(real, database).write("one")
+        await respond(send, 409)
+
+    exchange = await get(DBSessionMiddleware(app, database))
+    assert (exchange.status, real.stored()) == (None, [])
+    assert isinstance(exchange.error, ConfigurationError)
+    with pytest.raises(ConfigurationError, match='isolation_level="AUTOCOMMIT"'):
+        await database.startup()
+    await result_of(engine.dispose())
+
+
 def listeners_on(engine: Any) -> dict[str, int]:
     """Return how many listeners an engine has for each event, and its replaced methods."""
     engine = getattr(engine, "sync_engine", engine)

@@ -29,6 +29,7 @@ from sqlalchemy.schema import DropTable
 
 from asgi_dbsession import (
     AsyncDatabase,
+    ConfigurationError,
     DBSessionMiddleware,
     PrematureClose,
     SyncDatabase,
@@ -93,15 +94,21 @@ def borrowed(real: Real, begin: str | None, execute: Any = None) -> AnyDatabase:
     def configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None
 
-    make: Callable[..., Any] = create_engine if real.is_sync else create_async_engine
-    driver = "pysqlite" if real.is_sync else "aiosqlite"
-    url = real.url.set(drivername=f"sqlite+{driver}")
-    engine = make(url, pool_events=[(configure, "connect")])
+    database = from_engine(real, pool_events=[(configure, "connect")])
+    engine: Any = database.engine
     sync_engine: Engine = getattr(engine, "sync_engine", engine)
     if execute is not None:
         event.listen(sync_engine, "do_execute", execute)
     if begin is not None:
         event.listen(sync_engine, "begin", lambda connection: connection.exec_driver_sql(begin))
+    return database
+
+
+def from_engine(real: Real, **options: Any) -> AnyDatabase:
+    """Make an engine as an application does, and describe the database with this engine."""
+    make: Callable[..., Any] = create_engine if real.is_sync else create_async_engine
+    driver = "pysqlite" if real.is_sync else "aiosqlite"
+    engine = make(real.url.set(drivername=f"sqlite+{driver}"), **options)
     database_class: Any = SyncDatabase if real.is_sync else AsyncDatabase
     database: AnyDatabase = database_class.from_engine(engine)
     return database
@@ -121,6 +128,11 @@ async def test_the_status_decides_about_each_kind_of_write(
     running: Running, write: str, status: int
 ) -> None:
     """Python's driver sends BEGIN only before INSERT, UPDATE, DELETE and REPLACE."""
+    await check_that_the_status_decides(running, write, status)
+
+
+async def check_that_the_status_decides(running: Running, write: str, status: int) -> None:
+    """Check that a write is stored with the status 201, and rolled back with 409."""
     before = stored(running.real)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -311,19 +323,48 @@ async def test_the_applications_own_listener_for_begin_is_respected(
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 added `autocommit`")
-@pytest.mark.parametrize("real", ["sqlite-sync"], indirect=True)
-async def test_in_autocommit_mode_no_transaction_begins(real: Real) -> None:
-    """The driver's `commit()` would not end it."""
-    engine = create_engine(real.url, connect_args={"autocommit": True})
-    database = SyncDatabase.from_engine(engine)
+@pytest.mark.parametrize("switch", ["connect_args", "an event of the pool"])
+@pytest.mark.parametrize("write", ["text", "text of REPLACE"])
+async def test_autocommit_of_the_driver_is_refused_before_a_write_is_lost(
+    real: Real, write: str, switch: str
+) -> None:
+    """The driver's `commit()` does nothing then, so a transaction would never be committed."""
+    if switch == "connect_args":
+        database = from_engine(real, connect_args={"autocommit": True})
+    else:
+        database = from_engine(real, pool_events=[(switch_autocommit_on, "connect")])
+    running = Running(real, database)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await Running(real, database).execute(WRITES["text"])
+        await running.execute(WRITES[write])
         await respond(send)
 
-    exchange = await get(DBSessionMiddleware(app, database))
-    assert (exchange.status, real.stored()) == (200, ["new"])
-    engine.dispose()
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.status is None
+    with pytest.raises(ConfigurationError, match='isolation_level="AUTOCOMMIT"'):
+        raise exchange.error or AssertionError
+    assert (real.stored(), checked_out(running.database)) == ([], 0)
+    await dispose(running.database)
+
+
+def switch_autocommit_on(connection: Any, _record: Any) -> None:
+    """Do what an application may do with each new connection of the driver."""
+    driver = getattr(connection, "driver_connection", connection)
+    getattr(driver, "_conn", driver).autocommit = True
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 added `autocommit`")
+@pytest.mark.parametrize("status", [201, 409])
+@pytest.mark.parametrize("write", WRITES)
+async def test_the_driver_may_begin_each_transaction(real: Real, write: str, status: int) -> None:
+    """With `autocommit=False`, a transaction is always open, so this package sends no BEGIN."""
+    with real.reader.begin() as connection:
+        connection.execute(insert(ENTRY), [{"note": note} for note in BEFORE])
+    database = real.describe(connect_args={"autocommit": False}, pool_events=[])
+    async with database:
+        running = Running(real, database)
+        await check_that_the_status_decides(running, write, status)
+        await running.assert_clean()
 
 
 UPSET = {

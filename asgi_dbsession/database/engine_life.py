@@ -49,7 +49,8 @@ class EngineLife(ABC, Generic[E]):
         if on_engine is not None:
             check_function("on_engine", on_engine, "engine")
         named = url_with_driver(url, asynchronous=self.is_async)
-        refuse_autocommit(named, engine_options)
+        for driver_options in (named.query, engine_options.get("connect_args")):
+            refuse_autocommit(driver_options)
         if named.query:
             from .optional.urls.translation import translate_options
 

@@ -1,5 +1,6 @@
 """Reads database URLs, and chooses a driver if a URL names none."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -43,20 +44,19 @@ def url_with_driver(url: str | URL, *, asynchronous: bool) -> URL:
     return parsed
 
 
-def refuse_autocommit(url: URL, engine_options: dict[str, Any]) -> None:
-    """Raise an error if the driver would store each statement at once.
+def refuse_autocommit(options: Any) -> None:
+    """Raise an error if options of the driver would store each statement at once.
 
     Raises:
         ConfigurationError: The URL or `connect_args` has the driver's option `autocommit`.
     """
-    arguments = engine_options.get("connect_args")
-    for options in (url.query, arguments if isinstance(arguments, dict) else {}):
-        if str(options.get("autocommit")).lower() in ("true", "yes", "on", "1"):
-            raise ConfigurationError(
-                "The driver's `autocommit` stores each statement at once, and a rollback takes "
-                "nothing back. Leave `autocommit` out of the URL and of `connect_args`, or write "
-                '`isolation_level="AUTOCOMMIT"` after the URL.'
-            )
+    autocommit = options.get("autocommit") if isinstance(options, Mapping) else None
+    if str(autocommit).lower() in ("true", "yes", "on", "1"):
+        raise ConfigurationError(
+            "The driver's `autocommit` stores each statement at once, and a rollback takes "
+            "nothing back. Leave `autocommit` out of the URL and of `connect_args`, or write "
+            '`isolation_level="AUTOCOMMIT"` after the URL.'
+        )
 
 
 def is_in_memory(url: URL) -> bool:

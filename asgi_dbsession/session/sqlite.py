@@ -9,6 +9,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import Dialect, ExecutionContext
 from sqlalchemy.orm import SessionTransaction
 
+from asgi_dbsession.errors import ConfigurationError, without_secrets
+
 from ._sqlalchemy import listen_first, stop_listening
 from .roll_back import roll_back_or_discard
 
@@ -72,8 +74,21 @@ def begin_for_session(transaction: SessionTransaction, connection: Connection) -
     """Mark an SQLite connection of a session, so that BEGIN is sent before the first write.
 
     Called when the session gets the connection. Without BEGIN, a rollback could not undo the write.
+
+    Raises:
+        ConfigurationError: The connection was opened with the driver's option `autocommit`. The
+            driver's `commit()` does nothing then, so the transaction could not be committed.
     """
     if connection.dialect.name == "sqlite" and not transaction.nested:
+        driver: Any = connection.connection.driver_connection
+        # aiosqlite has no attribute `autocommit`, but the connection of `sqlite3` inside it has.
+        if getattr(getattr(driver, "_conn", driver), "autocommit", None) is True:
+            raise ConfigurationError(
+                f"The connection to {without_secrets(connection.engine.url)} was opened with "
+                "`autocommit=True`, and SQLite's driver then ignores each COMMIT of a session. "
+                "Leave `autocommit` out where the engine is made, or write "
+                '`isolation_level="AUTOCOMMIT"` instead.'
+            )
         vars(connection).update({_WAS_OPEN: False, _ROLLED_BACK: False})
 
 
@@ -139,10 +154,8 @@ def _needs_begin(connection: Connection, statement: str) -> bool:
 def _begin(connection: Connection) -> None:
     driver: Any = connection.connection.driver_connection
     level = driver.isolation_level
-    # If `isolation_level` is None, or `autocommit` is True, the application has switched the driver
-    # to autocommit. The attribute `autocommit` is missing before Python 3.12, and in aiosqlite.
-    is_autocommit = level is None or getattr(driver, "autocommit", None) is True
-    if not is_autocommit or vars(connection).get(_ROLLED_BACK, False):
+    # If `isolation_level` is None, the application has switched the driver to autocommit.
+    if level is not None or vars(connection).get(_ROLLED_BACK, False):
         cursor = connection.connection.cursor()
         try:
             cursor.execute(f"BEGIN {level or ''}".strip())

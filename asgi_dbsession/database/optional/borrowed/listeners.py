@@ -9,11 +9,13 @@ from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
+from sqlalchemy.engine import Dialect
 
 from asgi_dbsession.database.connecting import connect_in_task
 from asgi_dbsession.database.listeners import built, prepare
-from asgi_dbsession.session._sqlalchemy import original_engine
+from asgi_dbsession.database.url import refuse_autocommit
+from asgi_dbsession.session._sqlalchemy import original_engine, stop_listening
 from asgi_dbsession.session.failures import unwatch
 from asgi_dbsession.session.reads import DRIVERS
 from asgi_dbsession.unit.observer import UnitObserver
@@ -46,6 +48,9 @@ def borrow(engine: Engine, database: object, observers: list[UnitObserver]) -> N
     """
     with _mutex:
         prepare(engine)
+        original = original_engine(engine)
+        if original not in built:
+            event.listen(original, "do_connect", _refuse_autocommit)
         user = finalize(database, _release, engine, observers)
         user.atexit = False
         _users.setdefault(engine, []).append(user)
@@ -60,6 +65,7 @@ def _release(engine: Engine, observers: list[UnitObserver]) -> None:
         original = original_engine(engine)
         if original not in built and not _is_used(original):
             unwatch(original)
+            stop_listening(original, "do_connect", _refuse_autocommit)
             if original.dialect.driver in DRIVERS:
                 from asgi_dbsession.session.optional.reads.delayed import unwatch_reads
 
@@ -67,6 +73,13 @@ def _release(engine: Engine, observers: list[UnitObserver]) -> None:
             _connect_as_before(original)
         for observer in _observers.pop(engine, ()):
             observer.engine_left(engine)
+
+
+def _refuse_autocommit(
+    _dialect: Dialect, _record: object, _arguments: object, options: dict[str, Any]
+) -> None:
+    # The options of the driver are known only now: SQLAlchemy does not show them in the engine.
+    refuse_autocommit(options)
 
 
 def _connect_as_before(engine: Engine) -> None:
