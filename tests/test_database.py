@@ -1114,6 +1114,33 @@ async def test_objects_belong_to_no_session_once_it_is_over(real: Real) -> None:
     assert real.stored() == ["changed"]
 
 
+@pytest.mark.parametrize("is_inherited", [False, True])
+async def test_a_flush_of_ones_own_is_called_before_each_statement(
+    real: Real, *, is_inherited: bool
+) -> None:
+    """It may add objects to the session if there is nothing else to flush."""
+
+    class Queueing(Session):
+        def flush(self, objects: Any = None) -> None:
+            if not self.new:
+                self.add_all(Entry(note=note) for note in self.info.pop("queue", ()))
+            super().flush(objects)
+
+    class Derived(Queueing):
+        pass
+
+    class_ = Derived if is_inherited else Queueing
+    options = {"class_" if real.is_sync else "sync_session_class": class_}
+    database: Any = real.describe(session_options=options)
+    async with database:
+        async with beginning(database) as session:
+            session.info["queue"] = ["one", "two"]
+            found = await Running(real, database).execute(select(ENTRY.c.note))
+            assert found.scalars().all() == ["one", "two"]
+        await real.assert_clean(database)
+    assert real.stored() == ["one", "two"]
+
+
 @pytest.mark.parametrize("wrong", [Session, dict, None, "AsyncSession", AsyncSession(), Entry])
 def test_what_is_no_async_session_class_is_refused(wrong: Any) -> None:
     """The error is raised when the database is configured, not at the first request."""

@@ -71,10 +71,12 @@ class ConnectingSession(Session):
             return super()._autobegin_t()
         return ConnectingTransaction(self, SessionTransactionOrigin.AUTOBEGIN)
 
+
+class SkippingEmptyFlush(Session):
+    """A session that calls `flush` before a statement only if there is something to flush."""
+
     @override
     def _autoflush(self) -> None:
-        # SQLAlchemy calls this method before each statement. If there is nothing to flush, do not
-        # call `flush`, which would acquire the lock of the session once more.
         if has_changes(self):
             super()._autoflush()
 
@@ -170,8 +172,7 @@ def on_checkin(connection: Connection, function: Callable[[Any], object]) -> Non
 
 def pool_entry(connection: Connection) -> Any:
     """Return the pool entry of a connection, or None if another thread has just closed it."""
-    pooled: Any = connection._dbapi_connection
-    return pooled._connection_record if pooled is not None else None
+    return getattr(connection._dbapi_connection, "_connection_record", None)
 
 
 def connections_of(transaction: SessionTransaction) -> dict[Connection, Transaction | None]:
@@ -186,10 +187,9 @@ def connections_of(transaction: SessionTransaction) -> dict[Connection, Transact
     }
 
 
-def pool_of(connection: Connection) -> Any:
+def pool_of(connection: Any) -> Any:
     """Return the pool that has opened a connection. `dispose()` gives the engine another pool."""
-    pooled: Any = connection.connection
-    return pooled._pool
+    return connection.connection._pool
 
 
 def original_engine(engine: Engine) -> Engine:

@@ -12,7 +12,7 @@ from typing_extensions import Self, override
 
 from asgi_dbsession.errors import PrematureClose
 
-from ._sqlalchemy import ConnectingSession, ConnectingTransaction
+from ._sqlalchemy import ConnectingSession, ConnectingTransaction, SkippingEmptyFlush
 from .companion import Companion
 from .reads import begin_now, begin_on_server, may_have_written
 from .roll_back import discard
@@ -59,6 +59,10 @@ _NEVER_PLAIN = (TextClause, UpdateBase)
 def guarded_class(session_class: type[S]) -> type[S]:
     """Derive a session class whose operations hold the session's lock, lazy loading included."""
     bases = (GuardedSession,) if session_class is Session else (session_class, GuardedSession)
+    # SQLAlchemy calls `flush()` before each statement. This package's `flush()` takes time for the
+    # lock, so skip it if there is nothing to flush. Never skip an application's own `flush()`.
+    if session_class.flush is Session.flush:
+        bases = (*bases, SkippingEmptyFlush)
     return derive(session_class, bases, {})
 
 
