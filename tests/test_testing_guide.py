@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from sqlite3 import connect
 
 import postgres
 import pytest
@@ -15,15 +16,15 @@ from sqlalchemy import URL
 import asgi_dbsession
 
 GUIDE = Path(__file__).parents[1] / "docs" / "how-to" / "testing.md"
-BLOCKS = re.findall(r"^```python\n(# (\S+).*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
-SHOP, CONFTEST, TESTS, SYNC_CONFTEST, SYNC_TESTS, PARALLEL = (block for block, _ in BLOCKS)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
+SHOP, CONFTEST, TESTS, SYNC_CONFTEST, SYNC_TESTS, RUNNING_CLIENT, PARALLEL = BLOCKS
 INI = re.findall(r"^(asyncio\w+) = (\w+)$", GUIDE.read_text(), re.MULTILINE)
 # Only anyio needs these: a fixture, for each test that uses it, and the mark.
 ANYIO = (
     r'\n\n@pytest.fixture\(scope="session"\)\ndef anyio_backend.*?"asyncio"\n'
     r"|anyio_backend|pytestmark.*?\n"
 )
-FIRST_LINES = r"\A.*?test\.db.*?\n"
+FIRST_LINES = r"\A.*?(?=\nimport httpx2\n)"
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def shown(url: URL) -> str:
 @BOTH
 def test_with_anyio(tmp_path: Path, url: URL) -> None:
     """The same names are free in each test."""
-    printed = run(tmp_path, CONFTEST, TESTS, "-p", "anyio", DATABASE_URL=shown(url))
+    printed = run(tmp_path, CONFTEST, TESTS, "-p", "anyio", TEST_DATABASE_URL=shown(url))
     assert "5 passed" in printed
 
 
@@ -77,28 +78,36 @@ def test_with_pytest_asyncio(tmp_path: Path, url: URL) -> None:
     options = [part for name, value in INI for part in ("-o", f"{name}={value}")]
     assert len(options) == 6
     options += ["-p", "asyncio"]
-    printed = run(tmp_path, conftest, tests, *options, DATABASE_URL=shown(url))
+    printed = run(tmp_path, conftest, tests, *options, TEST_DATABASE_URL=shown(url))
     assert "5 passed" in printed
 
 
 @BOTH
 def test_with_the_test_client(tmp_path: Path, url: URL) -> None:
     """The client runs the application in another thread."""
-    assert "2 passed" in run(tmp_path, SYNC_CONFTEST, SYNC_TESTS, DATABASE_URL=shown(url))
+    assert "2 passed" in run(tmp_path, SYNC_CONFTEST, SYNC_TESTS, TEST_DATABASE_URL=shown(url))
 
 
 def test_with_a_test_client_for_the_whole_session(tmp_path: Path, url: URL) -> None:
     """The rollback block is inside of the client, and works in the client's event loop."""
-    whole = "with rolled_back(shop.database), TestClient(shop.app) as client:"
-    assert whole in SYNC_CONFTEST
-    fixture = "@pytest.fixture\ndef client"
-    conftest = SYNC_CONFTEST.replace(fixture, '@pytest.fixture(scope="session")\ndef around')
-    conftest = conftest.replace(whole, "with TestClient(shop.app) as client:")
-    conftest += (
-        "\n\n@pytest.fixture\ndef client(around):\n"
-        "    with rolled_back(shop.database):\n        yield around\n"
-    )
-    assert "2 passed" in run(tmp_path, conftest, SYNC_TESTS, DATABASE_URL=shown(url))
+    before, fixture, _ = SYNC_CONFTEST.partition("@pytest.fixture\ndef client")
+    assert fixture
+    conftest = before + RUNNING_CLIENT
+    assert "2 passed" in run(tmp_path, conftest, SYNC_TESTS, TEST_DATABASE_URL=shown(url))
+
+
+@pytest.mark.parametrize("conftest", [CONFTEST, SYNC_CONFTEST], ids=["async", "sync"])
+def test_the_tables_of_the_developer_are_not_dropped(tmp_path: Path, conftest: str) -> None:
+    """The guides say `export DATABASE_URL=…`, and `conftest.py` drops tables elsewhere."""
+    mine = tmp_path / "mine.db"
+    with connect(mine) as connection:
+        connection.execute("CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT)")
+        connection.execute("INSERT INTO item VALUES (1, 'mine')")
+    tests = TESTS if conftest is CONFTEST else SYNC_TESTS
+    run(tmp_path, conftest, tests, "-p", "anyio", DATABASE_URL=f"sqlite:///{mine}")
+    assert connection.execute("SELECT name FROM item").fetchall() == [("mine",)]
+    connection.close()
+    assert (tmp_path / "test.db").exists()
 
 
 def test_in_parallel_processes(tmp_path: Path) -> None:
