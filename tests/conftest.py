@@ -15,6 +15,7 @@ from typing import Any
 import mariadb_server
 import postgres
 import pytest
+import sqlalchemy
 from anyio import to_thread
 from hypothesis import settings
 from sqlalchemy import (
@@ -41,6 +42,12 @@ from sqlalchemy.pool import NullPool
 from asgi_dbsession import AsyncDatabase, SyncDatabase
 
 pytest_plugins = ["matrix", "replicated_shop"]
+
+# The version of SQLAlchemy under test.
+SQLALCHEMY = tuple(map(int, sqlalchemy.__version__.split(".")[:3]))
+# Older versions leave a connection open if the task is cancelled while they prepare the connection
+# for its first use.
+CLOSES_NEW_CONNECTIONS = SQLALCHEMY >= (2, 0, 53)
 
 # By default each run uses the same examples; an environment variable asks for many new examples.
 settings.register_profile("short", max_examples=400, derandomize=True, deadline=None, database=None)

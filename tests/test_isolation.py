@@ -12,9 +12,8 @@ from typing import Any
 import pgbouncer
 import postgres
 import pytest
-import sqlalchemy
 from asgi import get, respond
-from conftest import ENTRY, Running, maria_database
+from conftest import ENTRY, SQLALCHEMY, Running, maria_database
 from fastapi import Depends, HTTPException
 from pages import Page
 from sqlalchemy import URL, create_engine, select, text
@@ -266,7 +265,7 @@ async def test_on_mariadb_a_level_lasts_for_one_transaction_too(driver: str) -> 
 
 
 @pytest.mark.skipif(
-    tuple(map(int, sqlalchemy.__version__.split(".")[:3])) < (2, 0, 43),
+    SQLALCHEMY < (2, 0, 43),
     reason="skip_autocommit_rollback came with SQLAlchemy 2.0.43",
 )
 @pytest.mark.parametrize("driver", ["asyncmy", "aiomysql"])

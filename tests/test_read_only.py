@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy
 from anyio import CancelScope, to_thread
 from asgi import Exchange, Socket, get, respond
-from conftest import ENTRY, METADATA, WITH_MARIADB, Real, Running, checked_out
+from conftest import ENTRY, METADATA, SQLALCHEMY, WITH_MARIADB, Real, Running, checked_out
 from several import Entry as SeveralEntry, several_databases
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import DBAPIError
@@ -283,7 +282,7 @@ async def test_the_next_request_on_the_connection_may_write(real: Real) -> None:
 
 
 @pytest.mark.skipif(
-    tuple(map(int, sqlalchemy.__version__.split(".")[:3])) < (2, 0, 43),
+    SQLALCHEMY < (2, 0, 43),
     reason="SQLAlchemy has the option since 2.0.43",
 )
 async def test_a_connection_that_is_never_rolled_back_may_write(real: Real) -> None:

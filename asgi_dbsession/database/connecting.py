@@ -1,4 +1,4 @@
-"""Opens the connections of an async engine outside of the context of a request.
+"""Opens and closes the connections of an async engine outside of a request.
 
 A socket of asyncio keeps a reference to the context (`contextvars`) in which it was opened. The
 connection stays in the pool after the request. Without this module, the connection would keep all
@@ -13,13 +13,15 @@ from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
 
-from asgi_dbsession.session.completion import run_to_completion
+from asgi_dbsession.session.completion import run_before_cancellation, run_to_completion
 
-# The drivers whose connections keep the `contextvars` context in which they were opened. For these
-# drivers only, a connection is opened in an empty context, by a task of its own. aiosqlite must not
-# be in this list: a cancellation of that task would leave the database file open.
-_KEEPERS = ("aiomysql", "asyncmy", "asyncpg")
+# With these drivers, a task of its own opens a connection, in an empty `contextvars` context. The
+# connections of aiomysql, asyncmy and asyncpg keep this context. psycopg is in this list because of
+# cancellations; see `_connect_in_task`. aiosqlite must not be in this list: a cancellation of that
+# task would leave the database file open.
+_IN_TASK = ("aiomysql", "asyncmy", "asyncpg", "psycopg")
 
 
 def connect_outside(engine: Engine) -> None:
@@ -33,8 +35,28 @@ def connect_outside(engine: Engine) -> None:
     the application connects in the empty context too.
     """
     driver: Any = engine.dialect.dbapi
-    if engine.dialect.driver in _KEEPERS and "connect" not in vars(driver):
+    if engine.dialect.driver in _IN_TASK and "connect" not in vars(driver):
         driver.connect = partial(connect_in_task, engine.dialect, driver.connect)
+
+
+def close_completely(engine: Engine) -> None:
+    """Let an async engine complete the close of a lost connection, even if the task is cancelled.
+
+    A pool closes a connection that is lost or too old before it opens another one. Without this
+    function, the pool could lose a place for a connection if the task is cancelled in between.
+    """
+    dialect: Any = engine.dialect
+    if dialect.is_async and "do_terminate" not in vars(dialect):
+        dialect.do_terminate = partial(close_in_task, dialect.do_terminate)
+
+
+def close_in_task(terminate: Callable[[Any], object], connection: Any) -> None:
+    """Close a connection in a task of its own. A cancellation is raised at the next `await`."""
+    # The garbage collector closes a connection outside of a greenlet, where nothing can be awaited.
+    if in_greenlet():
+        await_only(run_before_cancellation(greenlet_spawn(terminate, connection)))
+    else:
+        terminate(connection)
 
 
 def connect_in_task(dialect: Any, connect: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -51,12 +73,15 @@ async def _connect_in_task(dialect: Any, connect: Callable[[], Any]) -> Any:
     task = loop.create_task(greenlet_spawn(connect), context=Context())
     try:
         return await task
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as cancelled:
         # The request was cancelled just after the new connection was opened. No other code has a
         # reference to this connection, so close it here.
         if task.done() and not task.cancelled() and task.exception() is None:
             await run_to_completion(greenlet_spawn(dialect.do_terminate, task.result()))
-        raise
+        # SQLAlchemy puts the exception into a reference cycle, and the traceback of the exception
+        # refers to a connection that psycopg has not opened completely. Without the traceback, this
+        # connection is closed now, and not only by the garbage collector.
+        raise cancelled.with_traceback(None) from None
     finally:
         # An error of the task refers to this function and its variable `task`, and the task refers
         # to its error. Delete the variable to break this reference cycle, which only the garbage

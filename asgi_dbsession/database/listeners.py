@@ -9,7 +9,7 @@ from asgi_dbsession.session._sqlalchemy import original_engine
 from asgi_dbsession.session.failures import watch
 from asgi_dbsession.session.reads import DRIVERS
 
-from .connecting import connect_outside
+from .connecting import close_completely, connect_outside
 
 # The engines that this package has built itself. They keep the listeners of this package as long as
 # they exist. (From an engine that the application has made, the listeners are removed when no
@@ -26,6 +26,7 @@ def prepare(engine: Engine) -> None:
 
         watch_reads(engine)
     connect_outside(engine)
+    close_completely(engine)
     if isinstance(engine.pool, StaticPool | SingletonThreadPool):
         from .optional.shared import warn_of_shared_connection
 

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, finalize
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import Dialect
 
-from asgi_dbsession.database.connecting import connect_in_task
+from asgi_dbsession.database.connecting import close_in_task, connect_in_task
 from asgi_dbsession.database.listeners import built, prepare
 from asgi_dbsession.database.url import refuse_autocommit
 from asgi_dbsession.session._sqlalchemy import original_engine, stop_listening
@@ -83,15 +83,18 @@ def _refuse_autocommit(
 
 
 def _connect_as_before(engine: Engine) -> None:
-    """Let the engine use the driver's own function `connect` again.
+    """Let the engine open and close its connections without this package again.
 
-    The function `connect_outside` of this package has replaced the driver's `connect`, so that
-    connections are opened outside of the context (`contextvars`) of a request.
+    The functions `connect_outside` and `close_completely` have replaced methods of the driver and
+    of the dialect.
     """
-    driver: Any = engine.dialect.dbapi
-    replacement = vars(driver).get("connect")
-    if isinstance(replacement, partial) and replacement.func is connect_in_task:
-        del driver.connect
+    for owner, name in ((engine.dialect.dbapi, "connect"), (engine.dialect, "do_terminate")):
+        replacement = vars(owner).get(name)
+        if isinstance(replacement, partial) and replacement.func in (
+            connect_in_task,
+            close_in_task,
+        ):
+            delattr(owner, name)
 
 
 def _is_used(original: Engine) -> bool:
