@@ -126,8 +126,8 @@ class DBSessionMiddleware:
             return
         self._startable = self.databases = usable
         self._commit_rule = commit_rule(commit_when)
-        # By default, both `_serve` and `_serve_http` are `_serve_one` itself. Only the options
-        # `attempts`, `retry_after` and `replicas` wrap other code around `_serve_one`.
+        # WebSockets use `_serve`. HTTP requests use `_serve_http`, because only they can be retried
+        # or get a 503 response.
         self._serve = with_positions(self._serve_one, usable)
         self._serve_http, self._observers = with_optional_rooms(
             self._serve_one,
@@ -193,9 +193,9 @@ class DBSessionMiddleware:
             unit.scope = None
             failure = unit.failure
             if failure is not None:
-                # Tasks of the request may still run, and refer to `unit`. The error would keep the
-                # data of the request in memory as long as they run. They only need to know that
-                # there was an error. So replace the error by an empty one.
+                # A task that still runs after the request keeps `unit` in memory. The traceback of
+                # `unit.failure` would also keep all local variables of the request in memory. So
+                # store an exception without a traceback: it still shows that the request failed.
                 unit.failure = RuntimeError()
         if failure is not None:
             if unit.is_answered:

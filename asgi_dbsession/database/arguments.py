@@ -35,13 +35,14 @@ def check_number(name: str, given: Any, least: int = 1, *, seconds: bool = False
 
 
 def check_function(name: str, given: object, parameter: str | None = None, cure: str = "") -> None:
-    """Raise an error if an argument is not a plain function with one parameter.
+    """Raise an error if an argument is not a function, or is a function with `async def`.
 
     Args:
         name: The name of the argument.
-        given: Its value.
-        parameter: The name of the parameter, for the error text. None: do not check parameters.
-        cure: What the error text adds if the argument is not a function.
+        given: The argument itself.
+        parameter: If the function must take one parameter: a name for this parameter, which the
+            error text shows. None if the function may take any parameters.
+        cure: A sentence for the end of the error text, used if the argument is not a function.
     """
     if not callable(given):
         raise ConfigurationError(f"{name} takes a plain function, not {kind_of(given)}.{cure}")

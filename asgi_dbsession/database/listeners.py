@@ -18,7 +18,11 @@ built: WeakSet[Engine] = WeakSet()
 
 
 def prepare(engine: Engine) -> None:
-    """Add all listeners that this package needs, and warn if sessions share a connection."""
+    """Add the listeners of this package to an engine.
+
+    Some pools (`StaticPool`, for example) let several sessions use one connection at the same time.
+    If the engine has such a pool, log a warning.
+    """
     engine = original_engine(engine)
     watch(engine)
     if engine.dialect.driver in DRIVERS:

@@ -28,17 +28,18 @@ Named: TypeAlias = tuple[str, str, bool] | None
 
 
 def named(unit: Any, route: RouteName | None, by_quart: Mapping[Any, str]) -> Named:
-    """Return the parts of a request's name: method, route, and True for a `begin()` block in it.
+    """Return the method and the route of a request, from which `name_of` makes its name.
 
-    Call this function before the request ends, because the unit of work then loses its ASGI scope.
-    Later, the function `name_of` makes a text from the parts.
+    Call this function before the request ends, because the ASGI scope is not available later.
 
     Args:
-        unit: The unit of work.
+        unit: The unit of work: a request, or a `begin()` block.
         route: A function that returns a name for a request. None to use the framework's route.
-        by_quart: The routes of requests to the framework Quart, by unit of work. They were stored
-            when the unit of work opened a session, because Quart tells a route only to code inside
-            the request.
+        by_quart: The routes of requests to the framework Quart. The keys are units of work.
+
+    Returns:
+        The method, the route, and True if `unit` is a `begin()` block inside the request. None for
+        a `begin()` block outside of a request.
     """
     scope = unit.scope
     if scope is None:

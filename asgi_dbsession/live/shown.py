@@ -79,8 +79,8 @@ def _cut(statement: str, marks: list[re.Match[str]], *, may_quote_twice: bool) -
 
 
 def _name_or_nothing(found: re.Match[str]) -> str:
-    # SQLAlchemy writes the names in `_QUOTED_NAMES` in double quotes, because they are words of
-    # SQL. They are not values, so show them.
+    # Hide a text in double quotes, because it may be a secret value. But show a name of a table or
+    # column that is a word of SQL, such as "order". SQLAlchemy writes such names in double quotes.
     return found.group() if found.group()[1:-1] in _QUOTED_NAMES else '"…"'
 
 

@@ -162,15 +162,15 @@ class Seen:
             self.position = self.position or position
 
     def add(self, text: str | None) -> None:
-        """Record that the client has seen the database elsewhere too, up to another WAL position.
+        """Record up to which change the same client has seen the database in another process.
 
-        For example, the client has used the database in another process, which has its own `Seen`
-        object for the client. If the two positions cannot be compared (after the promotion of a
-        replica, for example), the client must read from the primary next.
+        For example, a web server gives a job to a worker process. The job must then see all changes
+        that the client has seen in the web server. If it is unknown which of the two processes has
+        seen more changes, the client reads from the primary next.
 
         Args:
             text: The property `text` of the `Seen` object in the other process. None if the client
-                has seen nothing there. Then nothing is recorded.
+                has seen nothing there.
         """
         if text is None or not self.is_trusted:
             return

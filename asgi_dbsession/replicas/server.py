@@ -99,10 +99,10 @@ class Server(ABC):
         return last
 
     def answer_since(self, moment: float) -> Answer | None:
-        """Return what the server answers if it is asked for its WAL position after `moment`.
+        """Return a WAL position of the server that is not older than `moment`.
 
-        If the server was asked after `moment` already, return that answer. Otherwise ask the server
-        and wait. None if there is no answer in time. `moment` is a time of Python's `monotonic`.
+        If the last known position is older, ask the server, and wait for at most one second. Return
+        None if the server does not answer. `moment` is a time of Python's `monotonic`.
         """
         while True:
             with self._mutex:

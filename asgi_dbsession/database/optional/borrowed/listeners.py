@@ -27,9 +27,9 @@ _mutex = RLock()
 # `from_engine`. When a database object is garbage collected, its `finalize` object calls
 # `_release`, which removes the listeners if no other database object uses the engine.
 _users: "WeakKeyDictionary[Engine, list[finalize[..., object]]]" = WeakKeyDictionary()
-# For each engine: the observers of database objects that were garbage collected. (An observer is an
-# object that a database object notifies of its units of work.) The observers stay here until no
-# database object uses the engine any more. Then their method `engine_left` is called.
+# For each engine: objects that may have added listeners to it, such as the recorder of reports.
+# When no database object uses the engine any more, their method `engine_left` removes these
+# listeners.
 _observers: WeakKeyDictionary[Engine, list[UnitObserver]] = WeakKeyDictionary()
 
 

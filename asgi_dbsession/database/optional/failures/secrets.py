@@ -37,6 +37,6 @@ def tells_a_secret(text: str, secrets: set[str]) -> bool:
         pattern = part if len(secret) >= _SHORTEST_PART else rf"(?<!\w){part}(?!\w)"
         if re.search(pattern, text):
             return True
-    # `secrets` has only the secrets of one database, but the text may contain the URL of a second
-    # database. So also return True if the text contains any URL with a password.
+    # The text may show the URL of another database, whose password is not in `secrets`. So a URL
+    # with any password except `***` counts as a secret.
     return re.search(r"://[^\s/@]*:(?!\*\*\*@)[^\s@]*@", text) is not None

@@ -15,10 +15,9 @@ from asgi_dbsession.database.engines import select_one
 # How many threads may send a SELECT at the same time, to check if one database answers. A thread
 # with a blocking driver cannot be stopped, even if nobody waits for its answer any more.
 _MAX_RUNNING = 3
-# A coroutine that waits for a SELECT in a thread sleeps, and looks after each sleep if the thread
-# has finished. This works on asyncio and on trio. The first sleep takes `_FIRST_LOOK` seconds. Each
-# next sleep is twice as long, up to `_LAST_LOOK` seconds.
-_FIRST_LOOK, _LAST_LOOK = 0.0005, 0.02
+# A coroutine checks again and again if a SELECT in a thread has ended. (Such polling works on
+# asyncio and on trio.) These are the first and the longest pause between two checks, in seconds.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02
 
 
 class TaskQuestions:
@@ -112,11 +111,11 @@ class ThreadQuestions:
         answer = self._current_or_new(engine)
         if answer is None:
             return False
-        look = _FIRST_LOOK
+        pause = _FIRST_PAUSE
         with move_on_after(seconds):
             while not answer.done():
-                await sleep(look)
-                look = min(2 * look, _LAST_LOOK)
+                await sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
         with self._mutex:
             if not answer.done():
                 self._forget(answer)

@@ -76,8 +76,8 @@ class UrlOptions:
         Raises:
             ConfigurationError: Always.
         """
-        # Show only names that look like an option. Any other text may be a part of a password that
-        # is not percent-encoded.
+        # If a password has the characters `@` and `?` and is not percent-encoded, a part of the
+        # password is read as the name of an option. So do not show a name with unusual characters.
         shown = name if re.fullmatch(r"[A-Za-z][\w.-]{1,30}", name) else "(not shown)"
         raise ConfigurationError(
             f"The driver {self.driver} does not accept the option {shown} in the URL of "
