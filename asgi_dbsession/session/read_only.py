@@ -12,6 +12,6 @@ KEY = "asgi_dbsession.read_only"
 
 
 def may_only_read(connection: Connection) -> bool:
-    """Return True if the whole transaction of a connection may only read, not only a savepoint."""
+    """Return True if the transaction is read-only. False if only a savepoint is read-only."""
     refusals = connection.info.get(KEY)
     return refusals is not None and bool(refusals.covers_transaction)

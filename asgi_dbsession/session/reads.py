@@ -21,11 +21,10 @@ ON_DEMAND = ("asyncmy", "aiomysql", "pymysql")
 # Modules whose listeners (for SQLAlchemy's events) send no statements and do not wait. If a session
 # has no other listeners, this package can commit reads without an `await`.
 _HARMLESS = ("asgi_dbsession.", "opentelemetry.")
-# The connections that are in autocommit mode because BEGIN is delayed. The value is a function that
-# gets the connection and switches autocommit off. The second argument of the function is True if
-# SQLAlchemy is executing a statement: SQLAlchemy then handles an error of the driver. If the second
-# argument is False, the function itself must handle such an error. (Weak references in a dictionary
-# are faster than a `WeakKeyDictionary`.)
+# For each connection on which BEGIN is delayed, this dictionary has a function that ends the delay:
+# it switches autocommit off. Call the function with the connection and a bool. True means that
+# SQLAlchemy is executing a statement, and so handles errors of the driver. With False, the function
+# itself handles them. (Weak references in a dictionary are faster than a `WeakKeyDictionary`.)
 delayed: dict[ref[Connection], Callable[[Connection, bool], None]] = {}
 
 
@@ -57,9 +56,9 @@ class Reads:
 
 
 def has_foreign(listeners: Iterable[object]) -> bool:
-    """Return True if one of the listeners may send a statement, or wait for something.
+    """Return True if one of the listeners belongs neither to this package nor to OpenTelemetry.
 
-    This is unknown for all listeners except those of this package and of OpenTelemetry.
+    Such a listener may send statements, or wait for something.
     """
     return any(map(_is_foreign, listeners))
 
@@ -82,7 +81,7 @@ def isolation_level(connection: Connection) -> str | None:
 
 def has_only_read(connection: Connection) -> bool:
     """Return True if it is certain that the transaction on the connection has no writes."""
-    # If the connection to the server was lost, the transaction may have had writes.
+    # After the connection was lost, nobody knows if its transaction had writes: return False.
     if connection.invalidated:
         return False
     if ref(connection) in delayed:

@@ -17,8 +17,9 @@ from .roll_back import roll_back_or_discard
 # The first word of a statement, after comments.
 _FIRST_WORD = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)
 _WORD = re.compile(r"\w+")
-# Python's module `sqlite3` itself sends BEGIN before these statements. So this package sends no
-# BEGIN before them. (For the only exception, see `_ROLLED_BACK`.)
+# Python's module `sqlite3` itself sends BEGIN before INSERT, UPDATE, DELETE and REPLACE. So this
+# package sends BEGIN before other writes only. (After an error at which SQLite has rolled back the
+# transaction, this package sends BEGIN before all writes.)
 _BY_DRIVER = frozenset(("INSERT", "UPDATE", "DELETE", "REPLACE"))
 # No BEGIN is sent before these statements. Those in `_OUTSIDE` only read, or SQLite refuses or
 # ignores them inside a transaction. Those in `_CONTROL` begin or end a transaction themselves. All
@@ -37,11 +38,10 @@ _NUMBERS = re.compile(
 #
 # `_WAS_OPEN` is True if a transaction was open before the last statement.
 #
-# `_ROLLED_BACK` is True if an error has made SQLite roll back the transaction. The session may send
-# more statements before its COMMIT. This package refuses the COMMIT and sends ROLLBACK, which must
-# undo these statements too. So this package sends BEGIN before them, even if the application has
-# switched the driver to autocommit. Such an application may send BEGIN itself, in a listener for
-# SQLAlchemy's event `begin`. But SQLAlchemy does not call this listener again after the error.
+# `_ROLLED_BACK` is True if an error has made SQLite roll back the transaction. This package then
+# refuses the COMMIT of the session. But the session may write again before its COMMIT, and these
+# writes must not be stored. So this package sends BEGIN before them, and ROLLBACK after them, even
+# if the application has switched the driver to autocommit.
 #
 # Do not use a weak dictionary instead of attributes. If a signal handler raised an exception while
 # Python removes an entry of a weak dictionary, Python would ignore the exception.

@@ -14,10 +14,10 @@ from .tasks import current_task, is_on_event_loop
 
 
 class ThreadLock(SessionLock):
-    """The lock of a sync session. Each thread is one caller of the lock.
+    """The lock of a sync session. A thread holds the lock while it uses the session.
 
-    The steps of one commit or rollback may run in several threads. All of these threads count as
-    one caller, which is the `End` object of the commit or rollback.
+    A commit or rollback may use several threads, one after the other. So no thread holds the lock
+    then: the commit or rollback itself holds it, and all of these threads may use the session.
 
     Args:
         database: The database of the session, for error texts.
@@ -45,11 +45,10 @@ class ThreadLock(SessionLock):
     @override
     def _is_abandoned(self, thread: int, since: float = 0) -> bool:
         if self._held_for is None:
-            # `thread` asked for a commit or rollback at the time `since`, so its operations had
-            # ended then. If `thread` got the lock earlier and still holds the lock, a signal
-            # handler has raised an exception in an operation: the lock is abandoned. If `thread`
-            # got the lock later, another task of this thread uses the lock: it is not abandoned.
-            # (If `thread` waits to begin an operation, `since` is 0: the lock is not abandoned.)
+            # At the time `since`, `thread` has asked for a commit or rollback. So its earlier
+            # operations are over and must have released the lock. If one of them still holds the
+            # lock, a signal handler (for Ctrl-C) has interrupted it, and nobody will release the
+            # lock. If an operation got the lock after `since`, another task runs it.
             return self._thread == thread and self._held_since <= since
         # A commit or rollback may run its steps in several threads. After a failure, one of the
         # steps may still run and hold the lock. But a thread does one thing at a time. So if the

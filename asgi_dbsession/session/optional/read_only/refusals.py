@@ -41,9 +41,10 @@ class Refusals:
         return self.forbidden and not self.in_block
 
     def check_statement(self, statement: object) -> None:
-        """Raise an error for an INSERT, UPDATE, DELETE or DDL statement built with SQLAlchemy.
+        """Raise an error for an INSERT, UPDATE, DELETE or DDL statement of a read-only session.
 
-        A statement that is given as SQL text is not checked here, because the database refuses it.
+        Only statement objects of SQLAlchemy are checked. SQL text that writes is refused by the
+        database itself, because the session's transaction is read-only.
 
         Raises:
             ForbiddenWrite: The statement writes.

@@ -74,10 +74,9 @@ class DelayingReads(Reads):
             return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
-        # Do not delay BEGIN if the application listens to SQLAlchemy's events `after_begin` or
-        # `begin`. Its listener may need a transaction at once (to send `SET LOCAL`, for example).
-        # If the listener sends statements on the driver's own connection, this package cannot see
-        # them. (The number 1 is this package's own listener for `after_begin`.)
+        # Do not delay BEGIN if the application has a listener for SQLAlchemy's event `after_begin`
+        # or `begin`. The listener may need a transaction at once, for example to send `SET LOCAL`.
+        # (For `after_begin`, this package has one listener itself, so only a second one counts.)
         if len(session.dispatch.after_begin) > 1 or connection.dispatch.begin:
             return False
         level = isolation_level(connection)

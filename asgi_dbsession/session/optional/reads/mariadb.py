@@ -72,10 +72,9 @@ def _may_read(session: Session, engine: Engine) -> bool:
     """
     if not isinstance(engine.dialect, ReadingDialect) or is_flushing(session):
         return False
-    # SQLAlchemy calls the listeners for `after_begin`, `begin` and `engine_connect` with a new
-    # connection. Of these, this package adds one listener for `after_begin`. If there are more, the
-    # application has added a listener, which may write on the driver's own connection. This package
-    # cannot see such a write. In autocommit mode, the server would store it at once.
+    # Return False if the application has a listener for `after_begin`, `begin` or `engine_connect`.
+    # In autocommit mode, the server would store a write of this listener at once. (For
+    # `after_begin`, this package has one listener itself, so only a second one counts.)
     events = engine.dispatch
     if len(session.dispatch.after_begin) > 1 or events.begin or events.engine_connect:
         return False

@@ -169,10 +169,10 @@ def begin(pooled: PoolProxiedConnection) -> None:
 
 
 def obey(pooled: PoolProxiedConnection) -> None:
-    """Leave a connection in autocommit mode, because the application has chosen AUTOCOMMIT for it.
+    """Let SQLAlchemy send COMMIT and ROLLBACK on a connection, as usual. Autocommit stays on.
 
-    While the connection was used only for reads, COMMIT and ROLLBACK were not sent. The next
-    statement may be a write, so COMMIT and ROLLBACK are sent from now on.
+    While a session only reads, this module skips both. But for this connection, the application
+    itself has chosen AUTOCOMMIT. So this module no longer changes what SQLAlchemy sends.
     """
     _marks_of(pooled).pop(_READS, None)
 
