@@ -47,7 +47,7 @@ class SharedConnection:
         self._send(MARK)
 
     def begin(self, transaction: SavepointTransaction) -> None:
-        """Set a savepoint for `transaction`, inside of the open transactions or after their end."""
+        """Begin a transaction of the application. In a test, each transaction is a savepoint."""
         transaction.caller = current_caller()
         transaction.aborted = False
 
@@ -59,10 +59,9 @@ class SharedConnection:
             below = self._open[-1] if self._open else None
             try:
                 if below is not None and below.saved and not below.wrote:
-                    # In production, a rollback of the outer transaction (`below`) does not undo a
-                    # COMMIT of the new one. In this test, it would, because both are savepoints of
-                    # one connection. So remove the outer savepoint, which has no writes yet. The
-                    # next statement of the outer transaction sets a new savepoint.
+                    # The transaction `below` is still open, but has written nothing. Remove its
+                    # savepoint until it sends its next statement. Otherwise a rollback of `below`
+                    # would also undo what the new transaction commits in the meantime.
                     self._release(below)
                 self._save(transaction)
             except self._error as error:
@@ -81,10 +80,10 @@ class SharedConnection:
     def executing(
         self, transaction: SavepointTransaction, statement: str, *, read_only: bool
     ) -> Iterator[bool]:
-        """Wait until no transaction is open inside `transaction`, and then run the `with` block.
+        """Wait until `transaction` can send `statement`. The `with` block then sends it.
 
-        The block sends a statement of `transaction`. All transactions of a test are savepoints of
-        one connection, so the rollback of an inner savepoint would undo this statement too.
+        In a test, each transaction is a savepoint of one connection. While an inner savepoint is
+        open, `statement` must wait, because a rollback of the inner savepoint would undo it too.
 
         Yields:
             True if the `with` block must send `statement`. False for BEGIN, which SQLite would
@@ -125,7 +124,7 @@ class SharedConnection:
                 self._undo(transaction)
                 raise
             finally:
-                if transaction in self._open:  # If the connection was lost, `_open` is empty.
+                if transaction in self._open:  # A lost connection has no open transactions.
                     self._open.remove(transaction)
             if self._open and (transaction.wrote or transaction.keeps):
                 self._open[-1].keeps = True
@@ -163,8 +162,8 @@ class SharedConnection:
     def end(self, reason: NotIsolated) -> AbstractContextManager[None]:
         """Let all later statements on the shared connection raise the error `reason`.
 
-        Use the result in a `with` statement, and return the connection to the pool in its block.
-        The block begins when no statement runs. If the wait takes too long, TimeoutError is raised.
+        Use the result in a `with` statement, which first waits until no statement runs, or raises
+        TimeoutError. Inside the `with` block, it is safe to return the connection to its pool.
         """
         self.lose(reason)
         return self._free.alone(lambda: True)

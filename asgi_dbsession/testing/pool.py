@@ -45,7 +45,7 @@ class SharedPool(Pool):
         self._out: WeakSet[SharedRecord] = WeakSet()
 
     def checkedout(self) -> int:
-        """Return how many times the shared connection is checked out now."""
+        """Return how many checkouts are open now. All of them have the same connection."""
         return len(self._out)
 
     @override
@@ -148,10 +148,10 @@ class SharedRecord(_ConnectionRecord):
         self.transaction = transaction
 
     def cut_off(self, reason: Exception) -> None:
-        """Let each later use of this checkout of the shared connection raise an error.
+        """Take the connection away from the code that has checked it out. Each use then fails.
 
-        This is called at the end of the test, or when the engine is disposed. Code that the test
-        has started may still be running then.
+        Called at the end of a test, or when the engine is disposed. A task that the test has
+        started may still be running then, and must not use the connection any more.
 
         Args:
             reason: The error to raise.
@@ -184,7 +184,7 @@ class CutOffConnection:
         """Do nothing, because all work was rolled back when the test ended."""
 
     def close(self) -> None:
-        """Do nothing: after a test, the driver's connection is in its pool again, or closed."""
+        """Do nothing, because this object has no connection of the driver to close."""
 
 
 class CutOffCursor:

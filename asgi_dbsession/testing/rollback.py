@@ -163,17 +163,17 @@ def _sharing(database: AnyDatabase, isolation: Isolation) -> Iterator[None]:
     try:
         yield
     finally:
-        # Usually, `leave_block` has set `has_ended` already. But if a database failed to start, the
-        # test did not begin, and `leave_block` was never called.
+        # Usually, the end of the test has set `has_ended` already. But if a database failed to
+        # start, the test has never begun, so set `has_ended` here.
         isolation.has_ended = True
         database._prepare = prepare
         database._reads.is_shared = False
 
 
 def _share_once(engine: Engine, isolation: Isolation) -> None:
-    """Let all transactions of an engine share one connection, if this is not so already.
+    """Let all transactions of an engine share one connection, which the test can roll back.
 
-    Two database objects in one `rolled_back` block may have the same engine.
+    If two databases of a test have the same engine, the second call does nothing.
     """
     pool = original_engine(engine).pool
     if not (isinstance(pool, SharedPool) and pool.isolation is isolation):

@@ -30,20 +30,19 @@ _POOLS = ("anyio.", "trio.")
 
 
 def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
-    """From now on, refuse each transaction of a session that the test cannot roll back.
+    """From now on, let a session raise an error at BEGIN if the test cannot roll back its work.
 
-    This is so if the test has ended, or if the session uses an engine that was not given to
-    `rolled_back` (the function that rolls back all work of a test).
+    There are two such cases: the test has ended, or the session uses an engine that was not given
+    to `rolled_back` (the function that rolls back all work of a test).
     """
     earlier = _latest.get(database)
     if earlier is None:
         # Never remove this listener, because it must also refuse work that goes on after the test.
         event.listen(database._orm_class, "after_begin", _Check(database))
     else:
-        # Tasks and threads that an earlier test has started may still be running. Their work must
-        # be refused after this test too. `threads` has the threads that are allowed: keep only
-        # those that ran before the first test. `tasks` has the tasks that are refused: add those of
-        # the earlier tests.
+        # A task or thread of an earlier test may still be running. After the new test, it must
+        # still get an error. So allow only threads that ran before the first test (`threads`), and
+        # refuse the tasks of all earlier tests too (`tasks`).
         isolation.threads.intersection_update(earlier.threads)
         isolation.tasks.update(earlier.tasks)
     _latest[database] = isolation
@@ -94,16 +93,14 @@ class _Check:
 
 
 def _outlived(isolation: Isolation) -> bool:
-    """Return True if the calling code was started by a test whose `rolled_back` block has ended."""
+    """Return True if a test has started the calling code, and this test has ended already."""
     task = _current_task()
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
         return True
-    # A thread that starts with an empty context (`contextvars`) does not know its test. So refuse
-    # its work, as if its test has ended. But allow the threads in `isolation.threads`, which were
-    # running before the first test. Also allow the threads of a pool. They run a function in the
-    # context of the code that submitted it. If this context is empty, no test submitted the
-    # function.
+    # A thread with an empty context (`contextvars`) does not tell which test has started it. Assume
+    # that a test has started it, and that this test has ended. Exceptions are the threads that ran
+    # before the first test (`isolation.threads`), and the worker threads of anyio and trio.
     thread = threading.current_thread()
     return (
         task is None
