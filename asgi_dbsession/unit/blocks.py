@@ -68,9 +68,9 @@ def _unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[
     around = current_unit.get()
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
     unit.read_only = read_only
-    # `_forget_unreachable` removes outer units of work that are closed. Do not call it during a
-    # commit or rollback: then a listener of the application has called `begin()`, and the outer
-    # unit of work is still in use, although it is already marked as closed.
+    # Remove closed requests and `begin()` blocks, which would stay in memory. But remove nothing if
+    # a listener of the application calls `begin()` during the last commit of a request. The request
+    # is marked as closed at that time, but is still in use.
     if not current_end.get():
         _forget_unreachable(unit)
     with made_current(unit):

@@ -32,12 +32,12 @@ def made_current(unit: UnitOfWork) -> Iterator[None]:
 
 
 def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
-    """Return the unit of work around the calling code that opens and closes the session.
+    """Return the innermost request or `begin()` block that has a session of its own for `database`.
 
-    If several open a session of `database`, return the innermost one.
+    Skip a `begin(join=True)` block or an inner DBSessionMiddleware that uses an outer session.
 
     Raises:
-        NoSession: No unit of work with this database is around the calling code.
+        NoSession: No request or `begin()` block with this database is around the calling code.
         SessionClosed: This task was started in a `begin(join=True)` block that has ended.
     """
     innermost = current_unit.get()

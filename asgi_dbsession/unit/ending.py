@@ -65,9 +65,9 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
         return
     own, failed = sort_work(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
-    # A call of `set_rollback` overrides the argument `commit`. At the end of a response body
-    # (`living` is "leave"), a session is not committed yet if another running task uses it too.
-    # Then the call must be remembered for the later COMMIT.
+    # If the application has called `set_rollback`, its decision replaces the argument `commit`. But
+    # a session that another running task uses may be committed later. Then keep the decision for
+    # the later COMMIT.
     if unit.rollbacks and (own or not working or living == "refuse"):
         rollback = take_decision(unit, task, of_ended_too=bool(own) or not working)
         if rollback is not None:
@@ -176,15 +176,16 @@ async def _end(
         unit: The unit of work of the sessions.
         end: The commit or rollback.
         working: The sessions that have work.
-        ended: If None, only the sessions `working` are committed or rolled back. If a tuple, also
-            each session that a listener of the application uses meanwhile, unless this session is
-            in the tuple.
+        ended: None: commit or roll back only `working`. A tuple: also do this for each session that
+            a listener of the application has begun to use during the flush. The tuple has the
+            sessions that are committed or rolled back already.
 
     Raises:
         Exception: The error of the flush or of COMMIT.
     """
-    # The functions given to `on_commit`. The value is True if the application itself has called
-    # `commit()` since then. Such a function is called even if the COMMIT that follows here fails.
+    # For each function given to `on_commit`: True if the work that the function waits for is stored
+    # already, because the application has called `session.commit()`. Then the function is called
+    # even if the next COMMIT fails.
     given = {each: each.committed for each in tuple(unit.callbacks)}
     end.had_work = bool(working)
     token = current_end.set(end)

@@ -9,13 +9,13 @@ from asgi_dbsession.session.tasks import current_task, has_ended, is_waiting_for
 
 from .unit_of_work import UnitOfWork
 
-# One task is about to commit its work. A living task (another task that is still running) has work
-# in the same session, and a COMMIT would store this unfinished work too. So `sort_work` does this:
+# What to do if two running tasks have uncommitted work in one session, and one of them commits. A
+# COMMIT would also store the work of the other task, which may be unfinished.
 #
-# "refuse", for WebSockets: raise ConcurrentUse if both tasks have work in the session.
-# "leave", at the end of a response body: do not commit this session yet. It is committed when the
+# "refuse" (for WebSockets): raise ConcurrentUse.
+# "leave" (at the end of a response body): do not commit the session yet. It is committed when the
 # application has returned.
-# "include", after the application has returned: commit the work of all tasks, because no later
+# "include" (after the application has returned): commit the work of both tasks, because no later
 # COMMIT follows.
 Living: TypeAlias = Literal["refuse", "leave", "include"]
 
@@ -43,12 +43,14 @@ def sort_work(
     for opened in sessions:
         lock = opened.lock
         lock.sort_out_users()
+        # If only attributes of objects were changed, SQLAlchemy does not tell which task did this.
+        # Assume that it was the last task that used the session.
         changer = lock.last_user if _is_in_memory(lock) else None
         if changer is not None and not has_ended(changer):
             lock.users.add(changer)
-        # `task` may be the child of a parent task that only waits for it. (Before Python 3.12,
-        # `asyncio.wait_for` runs its coroutine in such a child.) Then the parent task cannot work
-        # meanwhile, so its work is finished, and counts as work of `task`.
+        # A task that waits for the end of `task` cannot change the session now. So its work can be
+        # committed together with the work of `task`. (For example, before Python 3.12,
+        # `asyncio.wait_for` runs its coroutine in a new task, and the calling task waits.)
         others = {
             each for each in lock.users if each is not task and not is_waiting_for(each, task)
         }
@@ -97,10 +99,8 @@ def is_of(task: object, asking: object) -> bool:
 
 
 def _is_in_memory(lock: SessionLock) -> bool:
-    """Return True if the only work of a session is changed attributes of Python objects.
+    """Return True if no task has used the session since the last commit or rollback.
 
-    SQLAlchemy does not report which task changed an attribute. So the change counts as work of the
-    task that used the session last. If that task has ended, the change counts as work of the task
-    that commits now.
+    If the session has work nevertheless, a task has only changed attributes of Python objects.
     """
     return not lock.is_used and not lock.is_busy

@@ -93,8 +93,8 @@ async def commit_all(sessions: Sessions, end: End, run: Run | None = None) -> Ba
         try:
             await (run or each.run)(each.end, end, True)
         except BaseException as error:
-            # Databases before this one are committed already, and keep their new data. Only the
-            # option `two_phase=True` can prevent this.
+            # This COMMIT has failed. Roll back the databases that come after it in the list. The
+            # databases before it stay committed, because a COMMIT cannot be undone.
             return await roll_back_all(sessions[number + 1 :], end, error, run)
     return None
 

@@ -15,7 +15,7 @@ _UNSAVED = (
 
 
 def log_unsaved(unit: UnitOfWork, opened: Iterable[ManagedSession[Any]]) -> None:
-    """Log how many changed objects were not stored, if there are any."""
+    """If changed objects are lost because a response was cut short, log how many."""
     unsaved = sum(
         len(each.orm.new) + len(each.orm.dirty) + len(each.orm.deleted) for each in opened
     )

@@ -31,9 +31,9 @@ async def call_after_commit(
     Args:
         unit: The unit of work.
         end: The commit or rollback that has ended.
-        given: The functions that were given to `on_commit` before this commit or rollback. The
-            value is True if the application itself has called `commit()` since then. Such a
-            function is called even if this COMMIT has failed.
+        given: The functions that were given to `on_commit` before `end` began. The value is True if
+            the work of the function was stored before `end` began, because the application has
+            called `session.commit()`. Such a function is called even if `end` has failed.
         working: The sessions that were committed or rolled back.
         close: A function that commits or rolls back a unit of work, and closes it. Each `on_commit`
             function runs in a new unit of work, which is then given to `close`.
@@ -73,11 +73,11 @@ def _settle(
     given: Mapping[AfterCommit, bool],
     working: Sessions,
 ) -> list[AfterCommit]:
-    """Return the functions given to `on_commit` that must be called after this commit or rollback.
+    """Return the functions given to `on_commit` that must be called now.
 
     Each function waits for the work that was uncommitted when `on_commit` was called. If this work
-    was committed, return the function. If this work was rolled back, drop the function. If neither
-    has happened yet, a later COMMIT decides, and the function stays in `callbacks`.
+    was committed, return the function. If this work was rolled back, drop the function. If this
+    work is still uncommitted, keep the function in `callbacks`.
     """
     due: list[AfterCommit] = []
     for each in tuple(callbacks):

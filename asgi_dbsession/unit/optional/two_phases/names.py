@@ -36,7 +36,7 @@ class Names:
     def __init__(self, databases: int) -> None:
         self._databases = databases
         self._begun: list[Session] = []
-        self._unit = ""  # The random text in each name. Empty until the first name is made.
+        self._unit = ""  # The random text in all transaction names. Empty at first.
         # This lock is held while a transaction gets its number. Without the lock, the transactions
         # of two threads could get the same number.
         self._mutex = Lock()

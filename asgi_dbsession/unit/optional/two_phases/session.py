@@ -46,9 +46,8 @@ class TwoPhaseSession(ManagedSession[S]):
 
     @override
     def _flush(self) -> None:
-        # Begin a transaction even if this session has no work, so that it can be prepared. This may
-        # be the session that began first. After a crash, that session shows an operator whether to
-        # commit or to roll back the prepared transactions of the other sessions.
+        # If this session has no work, begin a transaction, because PREPARE needs one. (PREPARE is
+        # sent for the first session of a request even if this session has no work.)
         self.orm.connection()
         # With SQLAlchemy's option `binds`, this flush may begin transactions on further engines.
         # `twophase` must be True meanwhile, so that PREPARE can be sent for these too.
