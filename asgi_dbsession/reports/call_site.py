@@ -50,9 +50,8 @@ def find_line() -> CallSite:
             file = frame.f_code.co_filename
             if _is_application[file]:
                 return file, frame.f_lineno
-    # The quick way to the line of the application failed, so search the whole call stack. Either a
-    # sync session sent the statement, without a greenlet of its own (AttributeError). Or the cache
-    # `_is_application` does not have the name of this file yet (KeyError).
+    # A sync session has no greenlet of its own (AttributeError). Or the file is not in the cache
+    # `_is_application` yet (KeyError). In both cases, search the whole call stack below.
     except (AttributeError, KeyError):
         pass
     return find_call_site()

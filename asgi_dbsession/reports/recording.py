@@ -1,4 +1,4 @@
-"""Records the steps of a session: waits for a connection, statements, COMMITs and ROLLBACKs."""
+"""Records the statements, COMMITs and ROLLBACKs of a session, and its waits for a connection."""
 
 from time import perf_counter
 from typing import Any
@@ -45,9 +45,8 @@ class Recording:
 
     def _record_wait(self, start: float, stop: float) -> None:
         if self.steps and self.steps[-1][0] == "wait":
-            # The last entry of the list is a wait too, in which the session got no connection. Add
-            # up both waits in this entry. Otherwise a session that waits again and again would make
-            # the list very long.
+            # The session has failed again to get a connection. Make the entry of its last failure
+            # longer. A new entry for each failure would make the list very long.
             self.steps[-1][2] += stop - start
         else:
             self.steps.append(["wait", start, stop, None, ""])

@@ -101,9 +101,8 @@ def _in_two_phases(dialect: Any, name: str) -> Callable[..., None]:
         steps: list[Step] = getattr(connection, "asgi_dbsession_steps", [])
         place, start = len(steps), perf_counter()
         getattr(type(dialect), name)(dialect, connection, *identity, **options)
-        # Insert this PREPARE, COMMIT or ROLLBACK before the SQL statement that SQLAlchemy has sent
-        # for it. `steps` (the list of what the session did) has this statement already, if there is
-        # one. But `steps` is sorted by start times, and PREPARE started before its statement.
+        # The call above may have added an SQL statement to `steps` (`PREPARE TRANSACTION`, for
+        # example). The step for the call began earlier, so insert it before the statement.
         steps.insert(place, [_kind(name), start, perf_counter(), find_call_site(), ""])
 
     return end_in_two_phases

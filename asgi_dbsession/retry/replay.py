@@ -46,9 +46,8 @@ class Replay:
         self._body = bytearray()
         self._has_begun = False
         self._has_more = True
-        # The retry that gets the stored body at its next call of `receive`. (A plain `object()`
-        # stands for each retry.) None if the retry has got the stored body already, or if nothing
-        # was stored. Then `receive` returns the next message of the server.
+        # A marker of the attempt that must receive the stored body next. None if no attempt must
+        # receive it: then all calls of `receive` get their messages from the server.
         self._pending: object = None
         self.is_kept: bool = True
         self.is_client_gone: bool = False
@@ -77,9 +76,10 @@ class Replay:
         return receive_again
 
     def let_go(self) -> None:
-        """Store the request body no longer, because no further retry can follow.
+        """Free the stored body, and store no more of it, because no further retry can follow.
 
-        If the application has not received the stored body yet, free the memory after it has.
+        If the running attempt has not received the stored body yet, the memory is freed later: when
+        this attempt receives the body.
         """
         self.is_kept = False
         if self._pending is None:

@@ -27,9 +27,9 @@ _logger = logging.getLogger("asgi_dbsession")
 # limit doubles with each further retry, up to `_LONGEST_PAUSE`.
 _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
 
-# True if `Task.cancelling()` returns how often a task was cancelled. Before Python 3.13, its result
-# can be too high if the task has used an asyncio TaskGroup. So before 3.13, the application runs in
-# a separate task, and the package calls `cancelling()` of the outer task. Source:
+# True if `Task.cancelling()` is exact. (This number shows that a request was cancelled.) Before
+# Python 3.13, a TaskGroup of the application can make the number of its task too high. So the
+# application then runs in a task of its own, and the number of this task is not read. Source:
 # https://docs.python.org/3/library/asyncio-task.html#task-groups
 _COUNTS = sys.version_info >= (3, 13)
 

@@ -71,7 +71,7 @@ class WatchedAttempt(RunningAttempt):
         return self.can_retry
 
     def make_final(self) -> None:
-        """Forget the conflict, and record no more conflicts, because no retry can follow."""
+        """Allow no retry of this attempt any more, whatever error has occurred or will occur."""
         self.conflict = self.committing = self.stored = None
         self.is_final = True
 
@@ -113,9 +113,10 @@ class WatchedAttempt(RunningAttempt):
 
 
 def watch_conflicts(engine: Engine) -> None:
-    """Add listeners to `engine` that record conflicts and COMMITs in the attempts that are running.
+    """Add listeners to an engine that record conflicts (deadlocks, for example) and COMMITs.
 
-    An attempt runs a request, or the function given to `run_transaction`.
+    The retry code needs both records: a request is retried after a conflict, unless it has
+    committed something.
     """
     for name, listener in _LISTENERS.items():
         event.listen(engine, name, listener)

@@ -56,7 +56,10 @@ class Withholding(ABC):
 
     @abstractmethod
     def withholds_error(self, error: BaseException) -> bool:
-        """Return True to catch an exception of the application, so that the client gets a response.
+        """Return True to catch an exception of the application instead of raising it.
 
-        For example, the request is retried after a conflict, or 503 is sent.
+        The caller must then give the client another response: from a retry, or with status 503.
+
+        Args:
+            error: The exception that the application has raised.
         """

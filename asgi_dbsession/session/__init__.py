@@ -1,1 +1,1 @@
-"""Sessions that two tasks cannot use at once, and that never commit only a part of their work."""
+"""Sessions that only one task at a time can use. COMMIT stores all of their work, or nothing."""

@@ -82,7 +82,7 @@ class SkippingEmptyFlush(Session):
 
 
 class ConnectingTransaction(SessionTransaction):
-    """A transaction that a feature of this package can connect to a replica, for example."""
+    """A transaction whose connection is opened by this package: to a replica, for example."""
 
     @override
     def __exit__(
@@ -93,9 +93,9 @@ class ConnectingTransaction(SessionTransaction):
     ) -> None:
         is_rolled_back = self._state is SessionTransactionState.DEACTIVE and not self.nested
         if type_ is None and is_rolled_back:
-            # The application caught the error of a flush in the `with session.begin()` block.
-            # SQLAlchemy has rolled back all work, and would end the block without an error. (In a
-            # savepoint, that is right: applications use it to skip a row that cannot be stored.)
+            # A flush failed in the `with session.begin()` block, and the application caught the
+            # error. All work was rolled back. Call `commit()`, because it raises an error then.
+            # Otherwise the block would end as if its work had been committed.
             try:
                 self.commit()
             except PendingRollbackError as error:
@@ -188,7 +188,7 @@ def connections_of(transaction: SessionTransaction) -> dict[Connection, Transact
 
 
 def pool_of(connection: Any) -> Any:
-    """Return the pool that has opened a connection. `dispose()` gives the engine another pool."""
+    """Return the pool to which a connection goes back, even if the engine has a new pool now."""
     return connection.connection._pool
 
 
@@ -222,10 +222,10 @@ def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> 
 
 
 def is_first(target: Any, name: str, listener: Callable[..., object]) -> bool:
-    """Return True if no listener that was added to the class `Engine` comes before `listener`.
+    """Return True if `listener` is still called first, after `listen_first` has put it in front.
 
-    SQLAlchemy calls such listeners before those of a single engine; see `listen_first`, which has
-    added `listener` to the engine. `target` is this engine, or one of its connections.
+    The result is False if the application has added a listener to the class `Engine` later.
+    `target` is an engine or a connection.
     """
     of_class: Any = getattr(target.dialect.dispatch, name).parent_listeners
     return not of_class or of_class[0] is listener

@@ -1,4 +1,4 @@
-"""Commits or rolls back sessions that have only read, which sends nothing and cannot block."""
+"""Commits or rolls back sessions for which nothing must be sent to the database."""
 
 from itertools import chain
 from math import inf
@@ -16,11 +16,11 @@ from .reads import has_foreign, has_only_read
 
 
 def end_at_once(session: Session, companion: Companion, *, commit: bool) -> bool:
-    """Commit or roll back a session that has only read, if no transaction began on the server.
+    """Commit or roll back a session if nothing must be sent to the database for this.
 
-    Then nothing has to be sent to the database, so this function needs no greenlet or thread.
-    The caller must hold `companion.lock.mutex`, so that no other thread begins an operation of the
-    session meanwhile. When this function is called, no operation of the session may be running.
+    For example, the session has only read in autocommit mode, without BEGIN. Its commit cannot
+    block, so it needs no greenlet or thread. No other code may use the session now: the caller must
+    hold the mutex of the session's lock.
 
     Returns:
         True if the session was committed or rolled back. False if nothing was done, so that the
@@ -55,9 +55,8 @@ def transactions_to_end(
     if not companion.expects_read or session.expire_on_commit:
         return ()
     transaction = session.get_transaction()
-    # In two cases, SQLAlchemy's `commit()` must be called, because it raises an error: after a
-    # failed flush (the transaction is not active then), or if a write was refused or work was
-    # discarded (`must_fail` is True then). So return an empty tuple.
+    # After a failed flush (the transaction is not active then) or after lost work (`must_fail`),
+    # the commit must raise an error. Only SQLAlchemy's `commit()` does this.
     if transaction is None or not transaction.is_active or companion.must_fail:
         return ()
     connections = connections_of(transaction)

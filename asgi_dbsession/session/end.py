@@ -30,10 +30,9 @@ class End:
     Attributes:
         handled: The exception that the caller was handling, in an `except` block, when this commit
             or rollback began. None if there was none.
-        requested_by: The task and the thread that wait for this commit or rollback. They run no
-            operation of a session meanwhile. If one of them got the lock of a session before
-            `requested_at` and still holds it, a signal handler (for Ctrl-C) has interrupted an
-            operation. Nobody will release the lock, so this commit or rollback takes it at once.
+        requested_by: The task and the thread that wait for this commit or rollback. They may still
+            hold the lock of a session, if a signal (Ctrl-C, for example) has interrupted one of its
+            operations. This commit or rollback then takes the lock from them.
         requested_at: When this commit or rollback was requested, as a time of `perf_counter`.
         needs_loop: True for a commit of several databases that needs the event loop between its
             steps. Code that waits for such a commit must not block the event loop.

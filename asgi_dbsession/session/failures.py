@@ -170,9 +170,9 @@ def _remember(context: ExceptionContext, connection: Connection, transaction: Tr
     else:
         savepoint = connection.get_nested_transaction() or transaction
         if (context.statement or "").startswith("RELEASE SAVEPOINT"):
-            # If RELEASE SAVEPOINT fails, SQLAlchemy sends no ROLLBACK TO SAVEPOINT. So the whole
-            # transaction stays aborted on the server. Record this for the transaction too, with the
-            # message of the statement that failed inside the savepoint, if there was one.
+            # After a failed RELEASE SAVEPOINT, SQLAlchemy sends no ROLLBACK TO SAVEPOINT. So the
+            # whole transaction stays aborted, and its COMMIT must fail. If a statement has failed
+            # inside the savepoint, the error of COMMIT shows the message of this statement.
             failed = failed_transactions.get(ref(savepoint), (message, False))
             failed_transactions.setdefault(_key(transaction), failed)
         failed_transactions.setdefault(_key(savepoint), (message, False))

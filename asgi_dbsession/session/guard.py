@@ -51,8 +51,8 @@ _CHANGES = (
     "expunge_all",
 )
 
-# The classes of SQL text, INSERT, UPDATE and DELETE. Such a statement may write, so BEGIN is sent
-# before it without delay.
+# Statements that may write: `text("…")`, INSERT, UPDATE and DELETE. A session sends BEGIN before
+# such a statement. (A session that has only sent SELECTs may not have sent BEGIN yet.)
 _NEVER_PLAIN = (TextClause, UpdateBase)
 
 
@@ -175,8 +175,8 @@ class GuardedSession(ConnectingSession):
         traceback: types.TracebackType | None,
     ) -> None:
         if type(self).close is not GuardedSession.close:
-            # The application's session class has its own `close()`, which must be called at the end
-            # of `with session:`. SQLAlchemy's `__exit__` calls it.
+            # The application has written its own `close()`, and expects that `with session:` calls
+            # this method. SQLAlchemy's `__exit__` does so.
             super().__exit__(type_, value, traceback)
         else:
             self._close(self.reset if type_ is None else self.discard)

@@ -32,8 +32,8 @@ class SessionLock(ABC):
         has_finished_work: True if a task that returned, or code outside a task, used the session.
         has_failed_work: True if a task that used the session has failed or was cancelled.
         last_user: The task that used the session last, also before the last commit or rollback.
-        admit: A function that raises an error if a task uses the session outside of a
-            `begin(join=True)` block (a savepoint) that is open. None if there was no such block.
+        admit: While a `begin(join=True)` block is open, this function raises an error if code
+            outside of the block uses the session. None before the first such block.
     """
 
     admit: Callable[[], None] | None = None
@@ -74,7 +74,7 @@ class SessionLock(ABC):
             SessionClosed: The unit of work of the session has ended.
         """
         caller = self._caller()
-        # No mutex is needed: other tasks and threads never make this caller the holder of the lock.
+        # Nobody else can make this caller the holder, so the comparison needs no mutex.
         if self._holder == caller:
             return False
         while True:
@@ -102,7 +102,7 @@ class SessionLock(ABC):
             self._reserved_for, self.ends = end, self.ends | {end}
 
     def cancel_reservation(self, end: End) -> None:
-        """Let operations begin again, if the commit or rollback `end` has not got the lock."""
+        """Undo `reserve_for`: let operations begin. Do nothing if `end` has the lock already."""
         with self.mutex:
             if self._reserved_for is end:
                 self._reserved_for, self.ends = None, self.ends - {end}
@@ -182,16 +182,16 @@ class SessionLock(ABC):
         return True
 
     def _change_delayed(self) -> None:
-        """Make changes (such as `session.add`) that `delay` stored during a commit or rollback."""
+        """Make the calls (of `session.add`, for example) that a commit or rollback has delayed."""
         if self.ends - {self._held_for} and not any(each.close for each in self.ends):
-            return  # Another commit or rollback waits. Make the changes after it.
+            return  # The next commit or rollback is waiting for the lock: let it run first.
         delayed, self._delayed = self._delayed, ()
         for caller, change in delayed:
             self._add_user(caller)
             try:
                 change()
-            # The call of `session.add` has returned, so it cannot raise this error any more. To
-            # store nothing incomplete, mark the work as failed: it will be rolled back.
+            # The application's own call (of `session.add`, for example) has returned already, so it
+            # cannot raise this error. Mark the work of the session as failed: it is rolled back.
             except Exception:
                 self.has_failed_work = True
                 _logger.exception("A change of a session of %s failed", self.database)
