@@ -231,7 +231,7 @@ async def serving(module: ModuleType, reader: Engine) -> AsyncIterator[Side]:
         async with module.database as database:
             yield Side(module, database.engine, reader)
         if hasattr(module, "engine"):
-            await module.engine.dispose()
+            await dispose(module.engine)
         return
     engine: Any
     if hasattr(module, "engine"):
@@ -243,9 +243,14 @@ async def serving(module: ModuleType, reader: Engine) -> AsyncIterator[Side]:
         yield Side(module, engine, reader)
     finally:
         gc.collect()  # frees the connections that one tool leaves behind
-        disposed = engine.dispose()
-        if isawaitable(disposed):
-            await disposed
+        await dispose(engine)
+
+
+async def dispose(engine: Any) -> None:
+    """Close the connections of a sync or an async engine."""
+    disposed = engine.dispose()
+    if isawaitable(disposed):
+        await disposed
 
 
 @pytest.mark.parametrize(("page", "side"), CASES)
