@@ -134,15 +134,3 @@ def test_the_readme_has_the_commands_that_the_build_runs() -> None:
     """`.ci/run` reads the test command from the section with this name."""
     (command,) = README.blocks("bash", under="Run the tests")
     assert command.endswith(".venv/bin/python -m pytest\n")
-
-
-def test_every_error_is_in_the_table_of_the_readme() -> None:
-    """With its cure, where it is looked for."""
-    import asgi_dbsession  # noqa: PLC0415
-
-    errors = {
-        name
-        for name in asgi_dbsession.__all__
-        if isinstance(value := getattr(asgi_dbsession, name), type) and issubclass(value, Exception)
-    } - {"DBSessionError"}
-    assert errors == set(re.findall(r"^\| `(\w+)` \|", README.text, re.MULTILINE))

@@ -32,8 +32,8 @@ class DBSessionMiddleware:
     2. If the status of the response is below 400, COMMIT is sent before the response starts.
     3. After any other status, an exception, a cancellation, or without a response: ROLLBACK.
     4. If COMMIT fails, nothing of the response is sent, and background tasks do not run.
-    5. Streaming bodies and background tasks use the same session again. Their work is a new unit of
-       work: it is committed at their end, and rolled back if they raise an exception.
+    5. A streaming body, and then a background task, use the same session again. The work of each is
+       a new unit of work: committed at its end, and rolled back if it raises an exception.
     6. When the application returns, its sessions are closed permanently.
 
     For a WebSocket, the work of a task is committed before the task sends a message or waits for a
