@@ -115,9 +115,9 @@ async def hold(client: httpx2.AsyncClient, conversation: list[tuple[str, str]]) 
         address, *options = shlex.split(command.removeprefix("curl "))
         path = address.removeprefix("localhost:8000")
         if options:
-            as_json, content = options
-            assert as_json == "--json"
-            headers = {"content-type": "application/json"}
+            assert options[::2] == ["-H", "-d"]
+            header, content = options[1::2]
+            headers = dict([header.split(": ")])
             response = await client.post(path, content=content, headers=headers)
         else:
             response = await client.get(path)
