@@ -28,8 +28,10 @@ from starlette.routing import Route
 import asgi_dbsession
 from asgi_dbsession import (
     AsyncDatabase,
+    ConcurrentUse,
     DBSessionError,
     DBSessionMiddleware,
+    SessionClosed,
     SyncDatabase,
     TransactionAborted,
     get_session,
@@ -108,6 +110,17 @@ async def at_once() -> None:
         await asyncio.gather(*(get_session().execute(text("SELECT 1")) for _ in range(2)))
 
     await in_a_request(work)
+
+
+# The causes of the next four are in test_several_tasks and test_join.
+
+
+async def mixed(work: str) -> None:
+    raise ConcurrentUse(AsyncDatabase("sqlite:///shop.db"), mixed_with=work)
+
+
+async def after_a_joined_block() -> None:
+    raise SessionClosed(AsyncDatabase("sqlite:///shop.db"), of_block=True)
 
 
 async def closed() -> None:
@@ -307,6 +320,10 @@ WAYS = (
     in_a_thread,
     after_the_request,
     at_once,
+    partial(mixed, "living"),
+    partial(mixed, "failed"),
+    partial(mixed, "block"),
+    after_a_joined_block,
     closed,
     not_started,
     in_another_loop,
