@@ -23,6 +23,7 @@ from asgi_dbsession import (
     ConfigurationError,
     DatabaseUnavailable,
     DBSessionMiddleware,
+    NoSession,
     SyncDatabase,
 )
 from asgi_dbsession.asgi.lifespan import serve_lifespan
@@ -409,6 +410,55 @@ async def test_an_application_that_ignores_the_lifespan_is_served_all_the_same(
     assert life.error is None
     assert life.messages == [COMPLETE, STOPPED]
     assert real.stored() == ["kept"]
+    assert not database.is_running
+
+
+@pytest.mark.parametrize("catches", [False, True])
+async def test_an_application_that_answers_the_lifespan_with_http_is_served(
+    real: Real, catches: bool
+) -> None:
+    """It does not look at the type of the scope. The server would wait for its startup forever."""
+    database = real.describe()
+    running = Running(real, database)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await running.write("kept")
+        except NoSession:
+            assert scope["type"] == "lifespan"
+        try:
+            await respond(send)
+        except ConfigurationError:
+            if not catches:
+                raise
+
+    middleware = DBSessionMiddleware(app, database)
+    life = await Life(middleware).startup()
+    assert life.messages == [COMPLETE]
+    assert (await get(middleware)).status == 200
+    await life.shutdown()
+    assert life.error is None
+    assert life.messages == [COMPLETE, STOPPED]
+    assert real.stored() == ["kept"]
+
+
+async def test_an_application_that_takes_the_startup_for_a_request_does_not_start(
+    real: Real, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The error names the line to write."""
+    database = real.describe()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()  # meant for the body
+        await respond(send)
+
+    life = await Life(DBSessionMiddleware(app, database)).startup()
+    await asyncio.wait([life.task])
+    (message,) = life.messages
+    assert message["type"] == "lifespan.startup.failed"
+    assert """`assert scope["type"] == "http"`""" in message["message"]
+    assert isinstance(life.error, ConfigurationError)
+    assert "http.response.start" in caplog.text
     assert not database.is_running
 
 

@@ -4,13 +4,18 @@ import logging
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from asgi_dbsession.errors import DBSessionError
+from asgi_dbsession.errors import ConfigurationError, DBSessionError
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 
 _logger = logging.getLogger("asgi_dbsession")
 # Each of these messages is the last one of a lifespan. The databases are stopped before it.
 _LAST = ("lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed")
+
+_NO_LIFESPAN = (
+    "The application sent {!r} in the lifespan of the server. Begin the application with "
+    '`assert scope["type"] == "http"`: the middleware answers the lifespan then.'
+)
 
 
 class Unstartable:
@@ -42,8 +47,10 @@ async def serve_lifespan(
 
     The databases are stopped before the server gets the answer to its shutdown message, even after
     an error. If the application raises before it has received the startup message, it does not
-    support lifespan messages. Then this middleware answers them, and the server starts. If the
-    application raises later, the startup has failed, and the server gets `lifespan.startup.failed`.
+    support lifespan messages. Then this middleware answers them, and the server starts. A message
+    of another kind, such as an HTTP response, raises an error in the application. If the
+    application raises later, the startup has failed, and the server gets
+    `lifespan.startup.failed`.
 
     Args:
         app: The application.
@@ -126,6 +133,11 @@ class _Lifespan:
         return message
 
     async def send(self, message: Message) -> None:
+        # An application that does not look at `scope["type"]` answers the startup message with an
+        # HTTP response. This is no answer, so do not wait for the shutdown as if the application
+        # had answered: the server would wait for the answer to its startup message forever.
+        if not message["type"].startswith("lifespan."):
+            raise ConfigurationError(_NO_LIFESPAN.format(message["type"]))
         self._sent = message["type"]
         if self._sent in _LAST:
             failures = await self.stop()
