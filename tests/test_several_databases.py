@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asgi import Exchange, Message, get, respond
+from asgi import Exchange, Message, Socket, get, respond
 from conftest import ENTRY, Real, Running, becomes_true, checked_out, real_database
 from pages import Page
 from several import Entry, Several, engine_of, in_session, orm, several_databases, swallow_an_error
@@ -231,6 +231,62 @@ async def test_what_a_listener_does_in_another_session_ends_before_the_response(
     assert exchange.error is None
     by_listener = ["by listener"] if statement.is_insert else []
     assert found == [([["written"], by_listener], 0)] * 2
+
+
+@pytest.mark.parametrize("edge", ["a message", "a wait", "the end of a body"])
+@pytest.mark.parametrize("earlier", ["it has read", "another task has read"])
+@pytest.mark.parametrize(
+    "listener", ["before_commit: insert", "after_flush: insert", "after_flush: add"]
+)
+@pytest.mark.parametrize(
+    "kinds", ["sqlite + asyncpg", "asyncpg + psycopg-sync", "psycopg-sync + sqlite-sync"]
+)
+async def test_what_a_listener_does_in_another_session_is_stored_before_the_same_message(
+    tmp_path: Path, kinds: str, earlier: str, listener: str, edge: str
+) -> None:
+    """Otherwise the client could read that all is stored. The listener never waits forever."""
+    found: list[Any] = []
+    async with several_databases(kinds, tmp_path) as several:
+        writer, other = several.each
+
+        def look(*_: object) -> None:
+            found.append((several.stored(), checked_out(other.database)))
+
+        def use(how: str, *_: object) -> None:
+            if how == "add":
+                orm(other).add(Entry("by listener"))
+            else:
+                orm(other).execute(ENTRY.insert().values(note="by listener"))
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "websocket":
+                assert (await receive())["type"] == "websocket.connect"
+                await send({"type": "websocket.accept"})
+            else:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+            if earlier == "it has read":
+                await other.execute(select(ENTRY))
+            elif earlier == "another task has read":
+                await asyncio.create_task(other.execute(select(ENTRY)))
+            await in_session(writer, lambda session: session.add(Entry("written")))
+            when, _, how = listener.partition(": ")
+            event.listen(orm(writer), when, partial(use, how), once=True)
+            found.clear()
+            if edge == "a message":
+                await send({"type": "websocket.send", "text": "stored"})
+            elif edge == "a wait":
+                await receive()
+                look()
+            else:
+                await send({"type": "http.response.body", "body": b"stored"})
+
+        peer: Any = Exchange if edge == "the end of a body" else Socket
+        exchange = peer(DBSessionMiddleware(app, *several.databases), on_message=look)
+        if edge == "a wait":
+            exchange.hang_up()
+        await exchange.run()
+    assert exchange.error is None
+    assert found == [([["written"], ["by listener"]], 0)]
 
 
 async def test_a_failed_task_undoes_its_work_on_one_database_only(tmp_path: Path) -> None:

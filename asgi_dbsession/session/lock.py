@@ -11,7 +11,7 @@ from typing import Any
 
 from asgi_dbsession.errors import ConcurrentUse, SessionClosed
 
-from .end import End
+from .end import End, current_end
 from .tasks import has_ended, has_failed, is_on_event_loop
 
 _logger = logging.getLogger("asgi_dbsession")
@@ -81,7 +81,7 @@ class SessionLock(ABC):
             with self.mutex:
                 if self.is_closed:
                     raise SessionClosed(self.database)
-                if not self.ends:
+                if not self.ends or self._is_reserved_for_caller():
                     if self._holder is not None and not self._is_abandoned(get_ident()):
                         raise ConcurrentUse(self.database)
                     if self.admit is not None:
@@ -110,6 +110,11 @@ class SessionLock(ABC):
                     self._change_delayed()
                 self._wake_all()
 
+    def _is_reserved_for_caller(self) -> bool:
+        # During the flush of one session, a listener of the application may use another session. If
+        # it waited until the commit has ended, the commit would wait for the listener forever.
+        return self._held_for is None and self.ends == {current_end.get()}
+
     def acquire_for_end(self, end: End, *, of_block: bool = False) -> None:
         """Wait for the running operation, then acquire the lock for a commit or rollback."""
         try:
@@ -122,9 +127,7 @@ class SessionLock(ABC):
                         raise SessionClosed(self.database)
                     task, thread = end.requested_by
                     if self._holder in (None, task) or self._is_abandoned(thread, end.requested_at):
-                        if self._held_for is not None:
-                            self.ends -= {self._held_for}
-                        self._held_for = end
+                        self.ends, self._held_for = self.ends - {self._held_for}, end
                         self._hold(self._caller())
                         if not of_block:
                             self.forget_users()
@@ -172,7 +175,7 @@ class SessionLock(ABC):
             return False
         caller = self._caller()
         with self.mutex:
-            if not self.ends or self._holder == caller:
+            if not self.ends or self._holder == caller or self._is_reserved_for_caller():
                 return False
             if any(each.close for each in self.ends):
                 raise SessionClosed(self.database)
@@ -205,10 +208,8 @@ class SessionLock(ABC):
         with self.mutex:
             for task in [each for each in self.users if has_ended(each)]:
                 self.users.discard(task)
-                if has_failed(task):
-                    self.has_failed_work = True
-                else:
-                    self.has_finished_work = True
+                self.has_failed_work = self.has_failed_work or has_failed(task)
+                self.has_finished_work = self.has_finished_work or not has_failed(task)
 
     def forget_users(self) -> None:
         """Forget which tasks used the session, because all work is committed or rolled back."""
