@@ -234,7 +234,7 @@ async def test_what_a_listener_does_in_another_session_ends_before_the_response(
 
 
 @pytest.mark.parametrize("edge", ["a message", "a wait", "the end of a body"])
-@pytest.mark.parametrize("earlier", ["it has read", "another task has read"])
+@pytest.mark.parametrize("earlier", ["it has read", "it is not open", "another task has read"])
 @pytest.mark.parametrize(
     "listener", ["before_commit: insert", "after_flush: insert", "after_flush: add"]
 )

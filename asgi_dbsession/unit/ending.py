@@ -6,7 +6,7 @@ from typing import Any
 from asgi_dbsession.session.companion import Step
 from asgi_dbsession.session.completion import run_to_completion
 from asgi_dbsession.session.end import End, Reason, current_end
-from asgi_dbsession.session.managed import ManagedSession, Sessions
+from asgi_dbsession.session.managed import Sessions
 
 from .decisions import take_decision
 from .shares import Living, find_failed, is_of, sort_work
@@ -45,7 +45,9 @@ def end_reads(unit: UnitOfWork, *, commit: bool) -> bool:
     return True
 
 
-async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: Living) -> None:
+async def end_work_of(
+    task: object, unit: UnitOfWork, *, commit: bool, living: Living, ended: tuple[Any, ...] = ()
+) -> None:
     """Commit or roll back the work of a task, before this task sends or waits for a message.
 
     Args:
@@ -55,12 +57,13 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
             this work, `commit` is ignored: `set_rollback(True)` rolls back, and
             `set_rollback(False)` commits.
         living: What to do with uncommitted work of other tasks that run; see the type `Living`.
+        ended: The sessions that were committed or rolled back already before the same message.
 
     Raises:
         ConcurrentUse: `task` and another task have uncommitted work in the same transaction.
         Exception: The error of the flush or of COMMIT. `unit.failure` has the same error.
     """
-    working = unit.with_work()
+    working = [each for each in unit.with_work() if each not in ended]
     if not (working or unit.rollbacks or unit.callbacks):
         return
     own, failed = sort_work(unit, working, task, living) if working else ([], [])
@@ -83,6 +86,10 @@ async def end_work_of(task: object, unit: UnitOfWork, *, commit: bool, living: L
     finally:
         for each in own:
             each.lock.cancel_reservation(end)
+    # A listener may have used the session of another database for the first time (see `_end`).
+    if own and len(unit.databases) > 1:
+        ended = (*ended, *own)
+        await end_work_of(task, unit, commit=commit, living=living, ended=ended)
 
 
 async def close(
@@ -164,11 +171,7 @@ async def _close_working(
 
 
 async def _end(
-    unit: UnitOfWork,
-    end: End,
-    working: Sessions,
-    *,
-    ended: tuple[ManagedSession[Any], ...] | None = None,
+    unit: UnitOfWork, end: End, working: Sessions, *, ended: tuple[Any, ...] | None = None
 ) -> None:
     """Commit or roll back the sessions `working`. Then call functions given to `on_commit`.
 
