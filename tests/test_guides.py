@@ -282,16 +282,6 @@ async def test_a_cache_forgets_what_was_stored(
     assert seen[0] == after
 
 
-async def test_a_task_of_celery_needs_no_event_loop(guide: Guide) -> None:
-    """The engine is running at once, and the work is stored at the end of the block."""
-    guide.load(BACKGROUND, "orders")
-    tasks = guide.load(BACKGROUND, "tasks")
-    guide.execute("INSERT INTO orders VALUES (7, 'confirmed')")
-    await asyncio.to_thread(tasks.ship_order, 7)
-    assert guide.stored("SELECT state FROM orders") == ["shipped"]
-    tasks.engine.dispose()
-
-
 async def test_workers_share_the_rows(guide: Guide) -> None:
     """Each job is done once, and a job that another worker has locked is skipped."""
     worker = guide.load(BACKGROUND, "worker")

@@ -51,7 +51,8 @@ class DBSessionMiddleware:
         commit_when: A plain function that replaces the condition `status < 400` in rules 2 and 3.
             It takes the status, or the status and the ASGI scope of the request: `def rule(status,
             scope)`. It must return True to commit or False to roll back. After any other value, the
-            work is rolled back and `ConfigurationError` is raised.
+            work is rolled back and `ConfigurationError` is raised. It does not decide about
+            streaming bodies, background tasks and WebSockets.
         on_commit_error: A plain function that takes the error of a failed COMMIT and returns the
             response: an ASGI application, such as a Starlette `Response`. If the function returns
             None, or if there is no function, the server gets the error as an exception.
