@@ -42,19 +42,19 @@ class Page:
         return str(text)
 
     def commands(self, under: str = "") -> list[str]:
-        """Return the lines of its command blocks; a line with `&&` at its end is continued."""
-        script = "".join(self.blocks("bash", under)).replace("&&\n", "&&")
+        """Return the lines of its command blocks; `&&` or a backslash continues a line."""
+        script = "".join(self.blocks("bash", under)).replace("&&\n", "&&").replace("\\\n", "")
         return [line for line in script.splitlines() if line]
 
     def answers(self, under: str = "") -> list[tuple[str, str]]:
         """Each request with curl of a section, and the answer in the block below it."""
         blocks = re.findall(
-            r"^```bash\n(curl [^\n]*)\n```\n\n```(?:json|text)\n(.*?)\n```$",
+            r"^```bash\n(curl (?:[^\n]|\\\n)*)\n```\n\n```(?:json|text)\n(.*?)\n```$",
             self._section(under),
             re.DOTALL | re.MULTILINE,
         )
         assert len(blocks) == len([each for each in self.commands(under) if "curl" in each])
-        return blocks
+        return [(command.replace("\\\n", ""), answer) for command, answer in blocks]
 
     def run(self, number: int) -> dict[str, Any]:
         """Execute one block as a module of its own."""

@@ -178,7 +178,7 @@ async def test_the_first_request_is_answered_as_shown(guide: Guide, framework: s
     async with alive(module.app):
         for command, answer in page.answers():
             path, content = re.fullmatch(  # type: ignore[union-attr]
-                r"curl localhost:8000(\S+) -H 'content-type: application/json' -d '(.*)'", command
+                r"curl localhost:8000(\S+) -H 'content-type: application/json' +-d '(.*)'", command
             ).groups()
             exchange = await get(module.app, path, method="POST", content=content.encode())
             assert (exchange.status, exchange.body.decode()) == (201, answer)
