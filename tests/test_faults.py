@@ -216,7 +216,7 @@ def test_a_connection_that_dies_in_commit_can_be_told_from_a_refusal(
         ((count,),) = await cluster.query("SELECT count(*) FROM entry")
         return exchange.status, count
 
-    assert asyncio.run(commit_through_proxy()) == (503 if cut else 201, stored)
+    assert asyncio.run(commit_through_proxy()) == (500 if cut else 201, stored)
 
 
 @pytest.mark.parametrize(
