@@ -230,6 +230,21 @@ async def test_listeners_hold_nothing_between_events(guide: Guide) -> None:
     assert {each.body.decode() for each in listeners} == {events}
 
 
+async def test_a_listener_that_reconnects_gets_only_new_events(guide: Guide) -> None:
+    """The browser sends the `id` of the last event that it got."""
+    module = guide.load(STREAMING, "measures")
+    for number in (1, 2):
+        guide.execute(f"INSERT INTO measure VALUES ({number}, 'value {number}')")
+    again = Exchange(module.app, "/events")
+    again.scope["headers"].append((b"last-event-id", b"1"))
+    async with alive(module.app):
+        serving = asyncio.create_task(again.run())
+        await becomes_true(lambda: b"data:" in again.body)
+        again.hang_up.set()
+        await serving
+    assert again.body.decode() == ": listening\n\nid: 2\ndata: value 2\n\n"
+
+
 # Work in the background
 
 

@@ -37,7 +37,6 @@ async def accounts(url: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         async with database.engine.begin() as connection:
             await connection.run_sync(module.Base.metadata.drop_all)
             await connection.run_sync(module.Base.metadata.create_all)
-            await connection.execute(text("ALTER TABLE account ADD seen int NOT NULL DEFAULT 0"))
             await connection.execute(insert(module.Account).values(name="ann", password="right"))
         yield module
     for name in PAGE.files():
