@@ -88,8 +88,7 @@ async def end_work_of(
             each.lock.cancel_reservation(end)
     # A listener may have used the session of another database for the first time (see `_end`).
     if own and len(unit.databases) > 1:
-        ended = (*ended, *own)
-        await end_work_of(task, unit, commit=commit, living=living, ended=ended)
+        await end_work_of(task, unit, commit=commit, living=living, ended=(*ended, *own))
 
 
 async def close(
