@@ -12,21 +12,19 @@ from asgi_dbsession.session.end import current_end
 # The package greenlet has no type annotations. With a normal import, mypy would report an error.
 _getcurrent: Any = import_module("greenlet").getcurrent
 
-# A line of code that uses a session: the file and the line number. None if there is no such line.
-# To save time, the two are joined to the text `file:line` only when somebody reads them.
+# Where code uses a session: the file and the line number. None if no such line was found.
 CallSite: TypeAlias = tuple[str, int] | None
 
 # A line in one of these packages is never reported as the line of the application.
 _BETWEEN = frozenset(
     ("sqlalchemy", "asgi_dbsession", "sqlmodel", "greenlet", "contextlib", "functools", "asyncio")
 )
-# A cache: True for files of the application, False for all others. The keys are file names and not
-# code objects, because Python computes the hash of a code object at each look-up, which is slow.
+# A cache: True for files of the application, False for all others. File names are faster keys than
+# code objects, whose hash Python computes at each look-up.
 _is_application: dict[str, bool] = {}
 _MOST_FILES = 10_000
-# The methods of `AsyncSession` that run a method of SQLAlchemy in a greenlet. `find_line` looks for
-# the line of the application that called one of these methods. `run_sync` is left out: it runs a
-# function of the application, and the line to find is inside this function.
+# `find_line` returns the line that called one of these async methods. `run_sync` is left out: the
+# line to find is inside the function that `run_sync` calls.
 _AWAITED = frozenset(
     method.__code__.co_qualname
     for name, method in vars(AsyncSession).items()

@@ -10,13 +10,12 @@ _logger = logging.getLogger("asgi_dbsession")
 
 
 def warn_when_idle(seconds: float = 1) -> Callable[[UnitReport], None]:
-    """Return a function for `on_report`. It warns if a request held a connection without using it.
+    """Return an `on_report` function that warns if a request held a connection without using it.
 
-    Write `DBSessionMiddleware(on_report=warn_when_idle())`, or call the returned function in an
-    `on_report` function of your own. The logger `asgi_dbsession` logs each warning. The warning
-    names the line of code before the idle time and the line after the idle time. Often the code
-    between these lines calls another server while the transaction is open. During this time, no
-    other request can use the connection, or change rows that the transaction has locked.
+    Write `DBSessionMiddleware(on_report=warn_when_idle())`, or call the returned function in your
+    own `on_report` function. The logger `asgi_dbsession` logs the lines of code before and after
+    the idle time. Often the code between these lines calls another server. Meanwhile, no other
+    request can use the connection, or change rows that the transaction has locked.
 
     Args:
         seconds: Warn if a connection was idle for this number of seconds or longer.

@@ -15,12 +15,9 @@ ENDS = frozenset(("commit", "rollback"))
 class Recording:
     """Records what one session did since the last commit or rollback of its unit of work.
 
-    Args:
-        companion: The object with the data that this package attaches to the session.
-
     Attributes:
-        steps: What the session did: a list of steps (statements and waits, for example).
-        waits_since: When the session began to wait for a connection. None if it is not waiting now.
+        steps: The recorded operations, for example statements and waits.
+        waits_since: When the session began to wait for a connection. None if it is not waiting.
     """
 
     waits_since: float | None = None
@@ -52,14 +49,9 @@ class Recording:
             self.steps.append(["wait", start, stop, None, ""])
 
     def connected(self, own: Any, connection: Any) -> None:
-        """Record that the session got a connection, and began a transaction on it.
+        """Record that the session got a connection, whose statements are recorded from now on.
 
-        Args:
-            own: The engine of the session. A session may use further engines (SQLAlchemy's option
-                `binds`), but their connections are not recorded. None if the session has no engine
-                of its own. Then the connections of all its engines are recorded.
-            connection: The SQLAlchemy connection. From now on, each statement on this connection is
-                added to `steps`, the list of what the session did.
+        If `own` (the engine of the session) is not None, a connection of another engine is ignored.
         """
         if connection.engine is own or own is None or connection.engine.pool is own.engine.pool:
             steps = self.steps
@@ -69,14 +61,10 @@ class Recording:
             self._asked = 0
 
     def take(self, connections: tuple[Any, ...]) -> list[Step]:
-        """Return the list of what the session did, and begin a new list.
+        """Return what the session did until this commit or rollback, and begin a new list.
 
-        This method is called after each commit or rollback, to make a report.
-
-        Args:
-            connections: The open connections of the session. If another task still uses one of
-                them, the session continues to hold this connection. The new list then begins with
-                an entry `hold`, so that the next report includes the time of this hold.
+        If another task still uses one of `connections`, the new list begins with a `hold`, so that
+        the next report includes the time of this use.
         """
         done = self.steps
         if done:

@@ -9,9 +9,8 @@ from asgi_dbsession.unit.report import UnitReport
 
 class _Header:
     def __init__(self) -> None:
-        # The reports (each says what one unit of work did) whose times go into the header
-        # `Server-Timing` of the response. None after this header was sent: later reports, in a long
-        # stream for example, are not needed and would only use memory.
+        # The reports for the header `Server-Timing`. None after the header was sent, so that later
+        # reports, in a long stream for example, use no memory.
         self.noted: list[UnitReport] | None = []
 
 
@@ -22,10 +21,9 @@ class ServerTimingMiddleware:
     """Adds a `Server-Timing` header to each response, which browsers show in their network view.
 
     Wrap this middleware around `DBSessionMiddleware(..., on_report=ServerTimingMiddleware.note)`.
-    The header is sent with the status. So it covers only work that ended before the status was
-    sent: the work of the request until then, `begin()` blocks and `on_commit` functions. In the
-    header, `db` is the time that the databases worked, and `db_wait` is the time that the request
-    waited for connections. If the request used no session, there is no header. Source:
+    In the header, `db` is the time that the databases worked. `db_wait` is the time that the
+    request waited for connections. The header covers only work that ended before the response
+    started. If the request used no session, there is no header. Source:
     https://www.w3.org/TR/server-timing/
 
     Args:

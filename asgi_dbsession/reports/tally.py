@@ -9,14 +9,12 @@ from asgi_dbsession.session.read_only import PARTS_OF_BEGIN
 from .call_site import CallSite
 from .recording import ENDS
 
-# What is measured. `wait`: how long the session waited for a connection. `hold`: how long it held a
-# connection, from checkout to checkin. `statement`, `commit` and `rollback`: how long the session
-# waited for an answer of the database, while it held the connection.
+# What takes time. `wait`: the session waits for a connection. `hold`: the session has a connection.
+# The others: the session waits for an answer of the database.
 Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 
 # At most this many operations of a session (statements and waits, for example) are stored one by
-# one. Of further operations, only their number and the sum of their times are stored, to save
-# memory.
+# one. Of further operations, only sums are stored, to save memory.
 MOST_STEPS = 200
 # A COMMIT or ROLLBACK that takes less time than this (in seconds) has probably sent nothing to a
 # server. So it is not shown.
@@ -24,20 +22,21 @@ _NOTHING = 50e-6
 # Marks a COMMIT or ROLLBACK that failed, in the list of what a session did. The session still holds
 # its connection after such a failure.
 FAILED = "failed"
-# Two kinds of operations are shown to users under another name. An operation `hold` starts when a
-# session asks for a connection, and stops when the session gets the connection. So it is shown as
-# `wait`. An operation `prepare` (the first half of a two-phase COMMIT) is shown as `commit`.
-_SHOWN_AS: dict[str, Kind] = {"hold": "wait", "prepare": "commit"}
+# Two kinds of operations are shown to users under another name.
+_SHOWN_AS: dict[str, Kind] = {
+    # A recorded `hold` starts when a session asks for a connection, and stops when the session gets
+    # the connection.
+    "hold": "wait",
+    # The first half of a two-phase COMMIT.
+    "prepare": "commit",
+}
 
 
 class Span(NamedTuple):
     """One thing that a session did, from `start` to `stop` (times of Python's `perf_counter`).
 
     Attributes:
-        kind: What the session did: it ran a statement, COMMIT or ROLLBACK, waited for a connection
-            (`wait`), or held a connection (`hold`).
-        call_site: The line of the application that led to the statement, COMMIT or ROLLBACK. None
-            for other kinds, or if there is no such line.
+        call_site: The line of the application that led to the statement, COMMIT or ROLLBACK.
         statement: The SQL text of a statement, without the values of its parameters.
     """
 
@@ -52,15 +51,12 @@ class Tally:
     """What one session did between two commits or rollbacks. All times are in seconds.
 
     Args:
-        steps: The steps of the session (its statements, for example), in the order in which they
-            began.
-        now: The current time, which is used as the end of a step that is still running.
-        has_ended: True if the unit of work has ended, so that the session holds no connection any
-            more.
+        now: The end of a step that is still running.
+        has_ended: True if the unit of work has ended, so the session holds no connection.
 
     Attributes:
         began: When the session asked for a connection for the first time.
-        since: When the session got the connection that it is holding. None if it holds none.
+        since: When the session got the connection that it is holding, if any.
         in_transaction: True if a statement was sent since the last COMMIT or ROLLBACK.
     """
 
@@ -146,10 +142,9 @@ class Tally:
 
 
 def condense(steps: list[Step]) -> None:
-    """Shorten the list of what a session did, so that the list does not use much memory.
+    """Shorten the list of what a session did, to save memory.
 
-    The list has one entry for each statement, for example. The last entry stays in the list. All
-    others are replaced by one entry with a `Tally`. The `Tally` has the sums of all their times,
-    but it describes only the first `MOST_STEPS` of them one by one.
+    The last entry stays. All others are replaced by one entry with a `Tally`: the sums of their
+    times, and the first `MOST_STEPS` of them.
     """
     steps[:-1] = [["sum", 0, 0, None, Tally(steps[:-1], steps[-1][1])]]

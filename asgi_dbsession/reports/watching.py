@@ -37,9 +37,8 @@ def unwatch_usage(engine: Engine) -> None:
             delattr(engine.dialect, name)
 
 
-# The functions below replace methods of a dialect object, and call the original method of its
-# class. They look up the original method at each call, and do not store it, because
-# `testing.rolled_back()` changes the class of the dialect object.
+# Each function below replaces a method of a dialect object. The original method is looked up at
+# each call, because `testing.rolled_back()` changes the class of the dialect object.
 
 
 def _executing(dialect: Any, name: str) -> Callable[..., None]:
