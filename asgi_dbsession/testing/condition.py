@@ -28,19 +28,12 @@ class Condition:
 
     @contextmanager
     def alone(self, when: Callable[[], bool], timeout: float | None = None) -> Iterator[None]:
-        """A `with` block that only one task or thread runs at a time, and only if `when()` is True.
+        """Wait until `when()` is True. Then run the `with` block, alone among such blocks.
 
-        All other tasks and threads wait before they begin their `with` block.
-
-        Args:
-            when: The condition. While a task or thread waits, this function is called again when
-                another one leaves its `with` block, and at each call of `wake()`.
-            timeout: For how many seconds to wait at most, but never longer than `self.timeout`.
-                None means `self.timeout`.
+        A waiting task or thread calls `when` again after each such block, and at each `wake()`.
 
         Raises:
-            TimeoutError: The condition did not become true in time.
-            Exception: The exception that `when` raised.
+            TimeoutError: `when()` did not become True within `timeout` seconds.
         """
         deadline = time.monotonic() + min(self.timeout, timeout or self.timeout)
         while (freed := self._take(when)) is not None:

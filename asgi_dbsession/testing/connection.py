@@ -59,18 +59,18 @@ class SharedConnection:
             below = self._open[-1] if self._open else None
             try:
                 if below is not None and below.saved and not below.wrote:
-                    # The transaction `below` is still open, but has written nothing. Remove its
-                    # savepoint until it sends its next statement. Otherwise a rollback of `below`
-                    # would also undo what the new transaction commits in the meantime.
+                    # The outer transaction `below` has written nothing, so remove its savepoint for
+                    # now. Otherwise a rollback of `below` would also undo what the new transaction
+                    # commits.
                     self._release(below)
                 self._save(transaction)
             except self._error as error:
                 if below is None or not below.saved:
                     self.lose(error)
                     raise
-                # PostgreSQL accepts no savepoint after an error in the outer transaction (`below`).
-                # In production, the new transaction has its own connection, so it can begin. To let
-                # it begin in this test too, roll back the outer transaction first.
+                # After an error in the outer transaction `below`, PostgreSQL accepts no savepoint.
+                # So roll back `below` first. In production, the new transaction could begin too, on
+                # its own connection.
                 self._undo(below)
                 below.aborted = True
                 self._save(transaction)
@@ -82,12 +82,11 @@ class SharedConnection:
     ) -> Iterator[bool]:
         """Wait until `transaction` can send `statement`. The `with` block then sends it.
 
-        In a test, each transaction is a savepoint of one connection. While an inner savepoint is
-        open, `statement` must wait, because a rollback of the inner savepoint would undo it too.
+        `statement` waits while an inner savepoint is open, because a rollback of that savepoint
+        would undo `statement` too.
 
         Yields:
-            True if the `with` block must send `statement`. False for BEGIN, which SQLite would
-                refuse, because the connection of the test is in a transaction already.
+            False if `statement` is a BEGIN that must not be sent. Otherwise True.
         """
         self.refuse_if_lost()
         if transaction not in self._open:

@@ -52,19 +52,9 @@ def check_as_commit_would(
 ) -> None:
     """Raise the driver's IntegrityError if COMMIT would fail because of a deferred constraint.
 
-    On PostgreSQL a statement checks the deferred constraints. On SQLite this function searches for
-    rows that break a foreign key, because SQLite itself checks foreign keys only at the end of a
-    whole transaction, and not when a savepoint is released. MariaDB has no deferred constraints.
-    Source: https://www.sqlite.org/foreignkeys.html#fk_deferred
-
-    Args:
-        connection: The connection with the work of the transaction.
-        dialect: The SQLAlchemy dialect of the engine.
-        known: The rows that already broke a foreign key when the user's test began. These rows are
-            not the fault of the test, and COMMIT does not check them.
-
-    Raises:
-        Exception: The driver's `IntegrityError`.
+    On SQLite, search for rows that break a foreign key, because the release of a savepoint does not
+    check foreign keys that are deferred. Ignore rows in `known`, which broke a foreign key before
+    the test. Source: https://www.sqlite.org/foreignkeys.html#fk_deferred
     """
     if dialect.name == "postgresql":
         send(connection, _POSTGRESQL)

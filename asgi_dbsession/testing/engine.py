@@ -34,12 +34,8 @@ def check_databases(name: str, databases: tuple[object, ...]) -> None:
 def share(engine: Engine, isolation: Isolation) -> None:
     """Let all transactions of an engine use one shared connection, one after the other.
 
-    This does not connect to the database yet. The engine's own pool will open the connection, so
-    that listeners for the pool's events are called.
-
-    Args:
-        engine: The engine. It is changed in place, because the application has a reference to it.
-        isolation: The data of the test's `with rolled_back(...)` block.
+    The engine's own pool opens this connection later, so that listeners for the pool's events are
+    called.
 
     Raises:
         ConfigurationError: `share` was called for the engine already.
@@ -50,10 +46,8 @@ def share(engine: Engine, isolation: Isolation) -> None:
             f"{name} is inside of `rolled_back` already: use it once for each test."
         )
     dialect = engine.dialect
-    # For the test, give the engine's dialect object a class derived from `SavepointDialect`. At the
-    # end of the test, `unshare` restores the old class, unless a connection is still in use. So the
-    # object may already have a derived class from an earlier test. Then do not derive again,
-    # because `unshare` would undo only one of the two derivations.
+    # After an earlier test, the dialect object keeps its derived class if a connection is still in
+    # use. Then do not derive another class: `unshare` would remove only one.
     if not isinstance(dialect, SavepointDialect):
         dialect.__class__ = with_savepoints(type(dialect))
     engine.pool = SharedPool(engine.pool, dialect, name, isolation)

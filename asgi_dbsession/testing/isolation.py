@@ -11,9 +11,8 @@ from asgi_dbsession.errors import DBSessionError
 class NotIsolated(DBSessionError, RuntimeError):
     """Raised in a `with rolled_back(...)` block if code would behave differently in production.
 
-    `rolled_back` undoes all work of a test. For this, all transactions in its block share one
-    connection, which is the usual reason for this error. A task or thread that still uses the
-    database after the end of the block gets this error too.
+    In the block, all transactions share one connection, which is the usual reason for this error. A
+    task or thread that uses the database after the block gets this error too.
 
     Args:
         database: The URL of the database, without its password.
@@ -60,17 +59,13 @@ class Isolation:
     """The data of one `with rolled_back(...)` block, which undoes all work of one test.
 
     Args:
-        timeout: For how many seconds a transaction waits until another transaction has ended.
-        test: The task or thread that entered the block: the test or its fixture.
+        timeout: For how many seconds a transaction waits until another one has ended.
+        test: The task or thread that entered the block.
 
     Attributes:
-        violations: Errors about code that would behave differently in production, where each
-            transaction has its own connection. The block raises the first error at its end.
-        has_ended: True if the block has ended.
-        threads: The threads that were already running before the first such block of these
-            databases. No test has started them, so they may use a database after a block.
-        tasks: The tasks that used a session in such a block. A test has started them, so they may
-            not use a database after the block.
+        violations: Errors about code that would behave differently in production.
+        threads: The threads that ran before the first test. They may outlive the block.
+        tasks: The tasks that used a session in a test. They may not outlive the block.
     """
 
     timeout: float

@@ -11,9 +11,8 @@ from asgi_dbsession.session.completion import run_before_cancellation
 from .constraints import send
 from .isolation import NotIsolated
 
-# `MARK` sets a savepoint when the outer transaction of a test begins. At the end of the test,
-# `UNDO` rolls back to this savepoint. If the outer transaction has ended too early, the savepoint
-# does not exist any more, and `UNDO` fails.
+# The outer transaction of a test begins with `MARK`. At the end of the test, `UNDO` fails if the
+# outer transaction has ended too early, because the savepoint is gone.
 MARK = "SAVEPOINT asgi_dbsession_test"
 UNDO = "ROLLBACK TO SAVEPOINT asgi_dbsession_test"
 

@@ -38,24 +38,20 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
     """Roll back all work of a test, and of the application under test, at the end of the block.
 
     All transactions on a database share one connection, which is never committed. Each transaction
-    is a savepoint. COMMIT only releases this savepoint, so later transactions of the test and of
-    the application see the work until the block ends. If a real COMMIT would fail (because of a
-    deferred constraint, for example), this COMMIT fails too.
+    is a savepoint. COMMIT only releases this savepoint, so later transactions see the work until
+    the block ends. If a deferred constraint would make a real COMMIT fail, this COMMIT fails too.
 
     Transactions of different requests run one after the other. A transaction runs inside another
-    one in two cases: if the test itself has a transaction open, or if the same request has another
-    transaction open.
+    one only if the test itself, or the same request, has another transaction open.
 
-    In `async def` tests, write `async with`, which also starts the databases, because some test
-    clients send no startup message. In `def` tests, write `with`, inside or around Starlette's
-    `with TestClient(app):`. Then the test client starts each `AsyncDatabase`, and `rolled_back`
-    starts each `SyncDatabase`.
+    In `async def` tests, write `async with`, which also starts the databases. In `def` tests, write
+    `with`, inside or around Starlette's `with TestClient(app):`. The test client starts each
+    `AsyncDatabase`, and `rolled_back` starts each `SyncDatabase`.
 
     Engines in `session_options["binds"]` are included. A session that uses any other engine (from
     its own `get_bind`, for example) gets an error. To include that engine too, add
     `from_engine(engine)` to `databases`. Tasks, threads, schedulers and sessions that use a
-    database after the block get an error too. Sequences and AUTO_INCREMENT keep their last number,
-    because no database can roll them back.
+    database after the block get an error too. Sequences and AUTO_INCREMENT keep their last number.
 
     Args:
         *databases: The databases of the application. The application itself needs no change.
@@ -66,10 +62,10 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
 
     Raises:
         NotIsolated: The one connection cannot do what several connections do in production. For
-            example, a request rolls back a transaction, and this would also undo another
-            transaction that was committed inside it. Or the connection was lost. Or MariaDB
-            committed by itself (CREATE TABLE, for example). Or COMMIT was sent on the driver's own
-            connection. The request gets this error, or the end of the block raises this error.
+            example, a rollback would also undo another transaction, which was committed inside it.
+            Or the connection was lost. Or MariaDB committed by itself (CREATE TABLE, for example).
+            Or COMMIT was sent on the driver's own connection. The request gets this error, or the
+            end of the block raises this error.
         ConfigurationError: No database was given, or `timeout` is not a number of seconds. Or a
             database is in a `rolled_back` block already. Or `with` was used in an `async def`
             function.

@@ -18,10 +18,9 @@ from .isolation import Isolation, NotIsolated, outlived
 # The test (its `with rolled_back(...)` block) that has started the current task or thread, or None.
 _block: ContextVar[Isolation | None] = ContextVar("asgi_dbsession.testing", default=None)
 
-# These two tell which test has used a session. `_latest` has, for each `AsyncDatabase` or
-# `SyncDatabase`, the `with rolled_back(...)` block that was entered last. `_block_of` has, for each
-# session, the block in which the session was used first.
+# For each database object: the `with rolled_back(...)` block that was entered last.
 _latest: WeakKeyDictionary[Database[Any, Any], Isolation] = WeakKeyDictionary()
+# For each session: the `with rolled_back(...)` block in which the session was used first.
 _block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
 
 # Threads from these modules are in a pool, and run code of many tests. So the end of one test is no
@@ -40,9 +39,8 @@ def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
         # Never remove this listener, because it must also refuse work that goes on after the test.
         event.listen(database._orm_class, "after_begin", _Check(database))
     else:
-        # A task or thread of an earlier test may still be running. After the new test, it must
-        # still get an error. So allow only threads that ran before the first test (`threads`), and
-        # refuse the tasks of all earlier tests too (`tasks`).
+        # Tasks and threads of earlier tests may still run. They must get an error in the new test
+        # too.
         isolation.threads.intersection_update(earlier.threads)
         isolation.tasks.update(earlier.tasks)
     _latest[database] = isolation
@@ -98,9 +96,8 @@ def _outlived(isolation: Isolation) -> bool:
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
         return True
-    # A thread with an empty context (`contextvars`) does not tell which test has started it. Assume
-    # that a test has started it, and that this test has ended. Exceptions are the threads that ran
-    # before the first test (`isolation.threads`), and the worker threads of anyio and trio.
+    # Assume that an ended test has started a thread with an empty context (`contextvars`).
+    # Exceptions: threads that ran before the first test, and worker threads of anyio and trio.
     thread = threading.current_thread()
     return (
         task is None

@@ -22,10 +22,9 @@ def count_statements(
 ) -> Iterator[list[str]]:
     """Record each statement that is sent to the databases in the `with` block.
 
-    Write `with` in async tests too. Savepoints of the application are counted. BEGIN, COMMIT and
-    ROLLBACK are not counted. In a test with `rolled_back` (which undoes all work of the test),
-    savepoints replace these three, and are not counted either. All engines that sessions of the
-    databases use are included, also those in `binds`.
+    Write `with` in async tests too. BEGIN, COMMIT and ROLLBACK are not counted, nor the savepoints
+    that replace them in `rolled_back`. Savepoints of the application are counted. All engines that
+    sessions of the databases use are included, also those in `binds`.
 
     Args:
         *databases: The databases to watch. They must be running.
@@ -33,7 +32,7 @@ def count_statements(
 
     Yields:
         A list of the statements sent so far, with their parameters. A statement with many sets of
-        parameters (`executemany`) counts once.
+            parameters (`executemany`) counts once.
 
     Raises:
         AssertionError: There were more statements than `at_most`. The error text shows all of them.

@@ -16,22 +16,16 @@ def current_caller() -> object:
 class SavepointTransaction:
     """A transaction of the application, which is only a savepoint in a test.
 
-    All code of a test uses one connection, so that the end of the test can roll back all work.
-
     Args:
         number: A number for the name of the savepoint.
-        test: The task or thread of the test or fixture that has `with rolled_back(...)`.
+        test: The task or thread of the test.
 
     Attributes:
-        unit: The unit of work in which the transaction began. None if the code used the engine
-            without a unit of work, for example with `engine.connect()` or `Session(engine)` in a
-            test.
+        unit: The unit of work of the transaction. None for `Session(engine)`, for example.
         caller: The task or the thread that began the transaction.
         saved: True if the savepoint exists on the server.
         wrote: True if the transaction has sent any other statement than SELECT.
-        keeps: True if another transaction began inside this savepoint, and committed writes there.
-            A rollback of this savepoint undoes these writes. In production, with two connections,
-            they would stay.
+        keeps: True if another transaction inside this savepoint has committed writes.
         read_only: True if PostgreSQL was told to refuse writes in this savepoint.
         aborted: True if only a rollback is possible now.
     """
