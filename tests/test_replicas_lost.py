@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +13,7 @@ import pytest
 from asgi import respond
 from conftest import ENTRY
 from replicas import Cluster, Node
-from replicated_shop import COUNT, KINDS, Client, Shop, ports, reads_from
+from replicated_shop import COUNT, KINDS, TWO_KINDS, Client, Shop, ports, reads_from
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
@@ -318,3 +319,74 @@ async def test_an_error_of_the_application_takes_no_replica_out(nodes: Cluster, 
         for pool in pools:
             event.remove(pool, "checkout", refuse)
         assert {(await Client(shop.app).read())[1] for _ in range(6)} == ports(nodes)
+
+
+class Relay:
+    """Relays connections to a server. It can freeze: then nobody gets an answer, or an error."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open = [self._listener]
+        self._frozen: list[socket.socket] = []
+        self.is_frozen = False
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def freeze(self) -> None:
+        """Answer nobody, neither on open connections nor on new ones."""
+        self.is_frozen, self._frozen = True, list(self._open)
+
+    def close(self) -> None:
+        """Close all connections, so that every thread that waits gets an error."""
+        for each in self._open:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self._open.append(client)
+                if not self.is_frozen:
+                    server = socket.create_connection(("127.0.0.1", self._to))
+                    self._open.append(server)
+                    for pair in ((client, server), (server, client)):
+                        threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    def _pump(self, source: socket.socket, to: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if source not in self._frozen:
+                    to.sendall(data)
+            if source not in self._frozen:
+                to.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("kind", TWO_KINDS)
+async def test_a_replica_that_stops_to_answer_delays_no_request_and_is_asked_again(
+    nodes: Cluster, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its old connections stay silent. After the time limit, new connections are tried."""
+    monkeypatch.setattr("asgi_dbsession.replicas.server.LIMIT", 0.5)
+    monkeypatch.setattr("asgi_dbsession.replicas.thread_server.LIMIT", 0.5)
+    relay = Relay(nodes.replicas[0].port)
+    driver = f"postgresql+{kind.removesuffix('-sync')}"
+    url = nodes.replicas[0].url.set(drivername=driver, database="replicas", port=relay.port)
+    shop = Shop(nodes, kind, replicas=[url])
+    try:
+        async with shop.database:
+            await reads_from(lambda: Client(shop.app), {relay.port})
+            await asyncio.sleep(0.4)
+            relay.freeze()
+            began = time.monotonic()
+            while time.monotonic() < began + 4:
+                asked = time.monotonic()
+                assert (await Client(shop.app).read())[1] == nodes.primary.port
+                assert time.monotonic() - asked < 1.3
+            assert sum("(run)" in each.name for each in threading.enumerate()) <= 4
+            relay.is_frozen = False
+            await reads_from(lambda: Client(shop.app), {relay.port})
+    finally:
+        relay.close()

@@ -19,7 +19,8 @@ from .position import Position, Seen
 from .question import Answer
 from .route import Route
 from .seen_here import seen_here
-from .server import Server, TaskServer, ThreadServer
+from .server import Server, TaskServer
+from .thread_server import ThreadServer
 from .watch import Watch
 
 # If no replica has reported the WAL position that a client needs, all replicas are asked again. A

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from contextvars import Context
-from threading import Event, Lock, Thread
+from threading import Lock
 from time import monotonic
 from typing import Any
 
@@ -22,12 +22,11 @@ _logger = logging.getLogger("asgi_dbsession")
 
 # Times in seconds. If the last answer of a server (its WAL position) is older than `_FRESH`, the
 # server is asked again, but requests still use the old answer. If the last answer is older than
-# `_STALE`, requests wait for the new answer, at most for `_PATIENCE`. A server that did not answer
+# `_STALE`, requests wait for the new answer, at most for `PATIENCE`. A server that did not answer
 # is asked again after `_PAUSE`.
-_FRESH, _STALE, _PATIENCE, _PAUSE = 0.1, 0.3, 1.0, 0.5
-# The time limit in seconds for a `TaskServer` (a server of an `AsyncDatabase`): for connecting to
-# the server and asking for its WAL position.
-_LIMIT = 5
+_FRESH, _STALE, PATIENCE, _PAUSE = 0.1, 0.3, 1.0, 0.5
+# The time limit in seconds for connecting to a server and asking for its WAL position.
+LIMIT = 5
 
 
 class Server(ABC):
@@ -63,6 +62,8 @@ class Server(ABC):
         """
         self._mutex = Lock()
         self._question: Any = None
+        # The queries that have exceeded the time limit, and may still run (see `ThreadServer`).
+        self._overdue: tuple[Any, ...] = ()
         self._began = 0.0
         self._last: Answer | None = None
         self._failed: float | None = None
@@ -111,7 +112,7 @@ class Server(ABC):
                 if self._failed is not None and self._failed >= moment:
                     return None
             question = self.ask()
-            left = self._began + _PATIENCE - monotonic()
+            left = self._began + PATIENCE - monotonic()
             if left <= 0 or not self._wait(question, left):
                 return None
 
@@ -178,7 +179,7 @@ class TaskServer(Server):
 
     async def _ask(self) -> None:
         try:
-            async with asyncio.timeout(_LIMIT), self.asker.engine.connect() as connection:
+            async with asyncio.timeout(LIMIT), self.asker.engine.connect() as connection:
                 ask, info = connection.exec_driver_sql, connection.info
                 identity = info[KEY] = info.get(KEY) or (await ask(IDENTITY)).one()
                 row = (await ask(QUESTION)).one()
@@ -204,42 +205,4 @@ class TaskServer(Server):
         if question is not None and question.get_loop() is asyncio.get_running_loop():
             question.cancel()
             await asyncio.wait([question])
-        self.forget()
-
-
-class ThreadServer(Server):
-    """A server of a `SyncDatabase`. The query for its WAL position runs in a thread."""
-
-    @override
-    def _begin(self) -> Event:
-        done = Event()
-        # Run the query in an empty context (`contextvars`). In the context of a request, a driver
-        # could keep all context variables of this request in memory as long as the connection is
-        # open. Use a new thread, because all threads of a thread pool may be busy.
-        Thread(target=Context().run, args=(self._ask, done), daemon=True).start()
-        return done
-
-    def _ask(self, done: Event) -> None:
-        try:
-            engine: Engine = self.asker.engine
-            with engine.connect() as connection:
-                ask, info = connection.exec_driver_sql, connection.info
-                identity = info[KEY] = info.get(KEY) or ask(IDENTITY).one()
-                row = ask(QUESTION).one()
-            self._answered(row, identity)
-        except Exception as error:
-            self._unanswered(error)
-        finally:
-            self._question = None
-            done.set()
-
-    @override
-    def _wait(self, question: Event, seconds: float) -> bool:
-        return question.wait(seconds)
-
-    @override
-    async def stop(self, run: Run) -> None:
-        question: Event | None = self._question
-        if question is not None:
-            await run(question.wait, _PATIENCE)
         self.forget()
