@@ -10,17 +10,12 @@ from .watch import OPENED
 
 
 class Choice:
-    """The replica that was chosen for the next statements of one session.
-
-    The replica has replayed all changes that the client of the session has seen before.
+    """The replica for a session's next statements, with all changes that the client has seen.
 
     Args:
-        server: The replica.
-        answer: What the replica last answered when it was asked which WAL position it has replayed.
-        seen: Up to which WAL position the client has seen the database. Each read from the replica
-            is recorded in this object.
-        lifetime: For how many seconds `seen` is stored for the next requests of the client (in a
-            cookie, or in a `PositionStore` of the application).
+        answer: The replica's last answer, with the WAL position that it has replayed.
+        seen: Up to which WAL position the client has seen the database.
+        lifetime: For how many seconds `seen` is stored for the client.
     """
 
     def __init__(self, server: Server, answer: Answer, seen: Seen, lifetime: float) -> None:
@@ -71,11 +66,8 @@ class Choice:
     def _is_same(self, connection: Connection) -> bool:
         """Return True if the replica has not restarted since it reported its WAL position.
 
-        After a restart, a replica may accept readers before it has replayed again the changes that
-        it had replayed before. A restart closes all connections. So if `connection` was opened
-        before the replica reported its position, there was no restart. Otherwise ask the replica
-        again. The answer has a `name`, which is made from the time when the server was started. So
-        the name is another one after a restart.
+        A restart closes all connections. So only if `connection` is newer than the report, ask the
+        replica for its `name`, which each restart changes.
         """
         opened = connection.info[OPENED]
         if opened <= self._answer.asked:

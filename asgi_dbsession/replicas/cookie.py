@@ -25,14 +25,10 @@ _SHARED = re.compile(rb"(?i)\b(public|s-maxage)\b")
 
 
 class Positions:
-    """Loads and saves the WAL position of each client, in a cookie or in a store.
+    """Loads and saves the WAL position up to which each client has seen a database.
 
-    The position says up to which change the client has seen the database. A store is an object of
-    the application with the methods `load` and `save`.
-
-    Args:
-        serve: The ASGI application that serves an HTTP request or a WebSocket.
-        replica_sets: The `ReplicaSet` objects of all databases that have replicas.
+    The position is in a cookie, or in a store: an object of the application with the methods `load`
+    and `save`.
     """
 
     def __init__(self, serve: ASGIApp, replica_sets: Iterable[ReplicaSet]) -> None:
@@ -55,9 +51,8 @@ class Positions:
                 await self._serve(scope, receive, tell_and_send)
         finally:
             scope[_KEY] = outer
-            # A streaming body may use the database after the response has started. Then the client
-            # has seen changes up to a higher WAL position. It is too late to send this position in
-            # a cookie, but a store can still save it.
+            # A streaming body may use the database after the response has started. A cookie cannot
+            # be sent any more, but a store can still save the new WAL position.
             await _save(own, scope)
 
 

@@ -33,9 +33,8 @@ class Lag:
                 last = history[-1]
                 passed = answer.asked - last.asked
                 if passed > self._most / 2 or not answer.flushed.includes(last.flushed):
-                    # The recorded WAL positions of the primary do not show any more how far a
-                    # replica is behind. Either the primary was not asked for a long time, or
-                    # another server has become the primary. So forget these positions.
+                    # The primary was not asked for a long time, or another server has become the
+                    # primary. So the recorded positions no longer tell how far a replica is behind.
                     history.clear()
                 elif passed < self._most / 10:
                     return
@@ -47,12 +46,8 @@ class Lag:
     def floor(self, now: float) -> Position | None:
         """Return the WAL position that a replica must have replayed to be at most `max_lag` behind.
 
-        This is the newest recorded position of the primary that is at least `max_lag` seconds old.
-        If there is no such position, this is the oldest recorded one. None if no position is
-        recorded.
-
-        While the primary is down, no new positions are recorded, and the recorded ones get older.
-        So after `max_lag` seconds, the result is the last position that the primary has reported.
+        This is the newest recorded position that is at least `max_lag` seconds old, or else the
+        oldest. None if no position is recorded.
         """
         with self._mutex:
             self._forget_old(now)

@@ -23,11 +23,9 @@ class Position(NamedTuple):
     """How far a server has written or replayed the write-ahead log (WAL).
 
     Attributes:
-        timeline: A number that becomes greater when a replica is promoted to primary. Positions of
-            different timelines cannot be compared.
+        timeline: Greater after each promotion of a replica to primary.
         lsn: The number of the byte in the WAL (PostgreSQL's log sequence number).
-        cluster: A checksum of the system identifier, which is the same for a primary and its
-            replicas.
+        cluster: A checksum that is the same for a primary and its replicas.
     """
 
     timeline: int
@@ -44,27 +42,18 @@ class Position(NamedTuple):
 
 
 class Seen:
-    """Up to which WAL position one client has seen one database.
+    """Up to which WAL position one client has seen one database. The client never reads older data.
 
-    The client must never read older data.
-
-    After work on the primary, the client has seen everything up to the WAL position of the primary.
-    After a read from a replica, the client may have seen more than the last known position of this
-    replica. So the client then reads only from this replica or from the primary.
+    A replica may have replayed more than its last known position. So after a read from a replica,
+    the client reads only from this replica or the primary.
 
     Args:
-        text: The string that the client sent in its cookie, or that a store returned. None if there
-            is no such string. If the string is not valid, the client reads from the primary.
+        text: The string from the client's cookie, or from a store. None if there is no such string.
 
     Attributes:
-        position: The WAL position that a replica must have replayed before this client may read
-            from it.
-        replica: The name of the only replica from which the client may read. None if the client may
-            read from any replica that has replayed `position`.
-        users: The sessions of this client that use the primary now. In place of each session, this
-            set has its `Route` (the object that chooses the server of the session). The `Route` is
-            removed when the work of the session has ended, just before this package asks the
-            primary for its WAL position.
+        position: The WAL position that a replica must have replayed for this client.
+        replica: The only replica from which the client may read. None if there is no such limit.
+        users: The `Route` of each session of this client that is using the primary now.
     """
 
     __slots__ = ("_instead", "_since", "_told", "position", "replica", "users")
@@ -119,9 +108,8 @@ class Seen:
     def _unclear(self) -> str:
         """A string to store for the client if it is unknown which changes the client has seen.
 
-        The next request of the client then reads from the primary. The string is the last known WAL
-        position of the client, followed by "?". A store keeps the greatest string of each client.
-        So the store keeps this string until it gets a higher position.
+        The next request then reads from the primary. A store keeps the greatest string, so this
+        string sorts after the last known position.
         """
         return f"{self.position}?" if self.position is not None else "0"
 
@@ -142,15 +130,11 @@ class Seen:
         return text
 
     def read_from_replica(self, name: str, position: Position, lifetime: float) -> None:
-        """Record that the client has read from a replica.
+        """Record that the client has read from the replica `name`.
 
-        Args:
-            name: The name of the replica.
-            position: The last known WAL position of the replica. The replica may have replayed more
-                since then.
-            lifetime: For how many seconds a WAL position is kept in the client's cookie, or in a
-                store of the application. If the client reads again after half of this time, the
-                position is stored again. So the position does not expire while the client reads.
+        `position` is the last known WAL position of the replica. If half of `lifetime` (in seconds)
+        has passed since the last record, the client's position is stored again, before its cookie
+        expires.
         """
         now = int(time())
         if self.replica not in (None, name):
