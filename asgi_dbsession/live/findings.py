@@ -6,10 +6,8 @@ from typing import TypedDict
 from .now import Connection, DatabaseNow
 from .recent import Recent
 
-# The web page `LivePage` reports a line of code if its statement has been running for this time (in
-# seconds) or longer, or if a connection has been idle for this time since the line used it. When
-# the request has ended, a line is reported if the idle time was at least half of this time. So the
-# page also reports idle times that were too short to be reported during the request.
+# The web page `LivePage` reports a line of code if its statement runs, or then leaves the
+# connection idle, for this long (in seconds).
 _LONG = 0.5
 _MOST_OF_A_KIND = 2
 
@@ -27,6 +25,7 @@ def find(databases: list[DatabaseNow], recent: Recent) -> list[Finding]:
     """Return lines of code that keep a connection idle, run long, or repeat a statement."""
     found = [*_now(databases, "idle"), *_now(databases, "working")]
     lines = {each["line"] for each in found}
+    # For ended requests, also report idle times that were too short to be reported earlier.
     idle = [
         each
         for each in recent["idle"]

@@ -126,9 +126,8 @@ class Now:
         shown = max(size, checked_out, self._shown[database], *lanes, 0)
         if most is not None:
             shown = max(min(shown, most), *lanes, 0)
-        # The web page shows one row for each connection of the pool. If connections were closed,
-        # still show their rows. Otherwise all content below these rows would move up while somebody
-        # reads the web page.
+        # Keep the rows of closed connections on the web page. Otherwise all content below these
+        # rows would move up while somebody reads the page.
         self._shown[database] = shown
         others = max(0, checked_out - len(used))
         connections = []

@@ -84,9 +84,8 @@ class LivePage:
         if scope["type"] != "http":
             raise ConfigurationError("LivePage serves HTTP alone. Mount it in an application.")
         reply = partial(answer, send, has_body=scope["method"] != "HEAD")
-        # `allow` is a function of the application, which returns True if the client may see the web
-        # page. A `lambda` may return a coroutine by mistake. A coroutine counts as true in an `if`,
-        # and then every client could see the web page. So compare with True.
+        # Compare with True, because the application's `allow` may return a coroutine by mistake. A
+        # coroutine counts as true, and would show the page to every client.
         if self._allow(scope) is not True:
             await reply(403, _REFUSAL)
         elif scope["method"] not in ("GET", "HEAD"):

@@ -14,8 +14,8 @@ from asgi_dbsession.reports.tally import Tally
 from .observer import EndedUnit
 from .shown import line, name, without_values
 
-# If one line of code sent the same statement this often or more often in one unit of work (a
-# request, for example), the web page `LivePage` reports this line as a problem (N+1 queries).
+# A line of code that sent the same statement this often in one unit of work (a request, for
+# example) is reported as a problem (N+1 queries).
 _REPEATED = 5
 # An idle time of a connection is reported only if it is this long or longer, in seconds.
 _IDLE = 0.05

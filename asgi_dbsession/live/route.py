@@ -21,9 +21,8 @@ _METHODS = frozenset(
 )
 _SHOWN = _METHODS | {"WebSocket"}
 
-# The parts of the name that a request has on the web page `LivePage`: (1) the method of the
-# request, (2) its route, (3) True for a `begin()` block in the request. None for a unit of work
-# outside of a request.
+# The method of a request, its route, and True for a `begin()` block in the request. None for a
+# `begin()` block outside of a request.
 Named: TypeAlias = tuple[str, str, bool] | None
 
 

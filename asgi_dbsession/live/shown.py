@@ -8,9 +8,8 @@ from typing import Any
 from asgi_dbsession.reports.call_site import CallSite
 
 _LONGEST = 400
-# A string in a statement begins with `'` or `$$`, and a comment with `--` or `/*` (in MySQL also
-# with `#`). Find these characters, because strings and comments may have secret values, and must
-# not be shown.
+# Where a string (`'`, `$$`) or a comment (`--`, `/*`, in MySQL also `#`) begins in a statement.
+# Strings and comments may have secret values.
 _MARK = re.compile(r"'|--|/\*|\$(?:[A-Za-z_]\w*)?\$")
 _MARK_OR_HASH = re.compile(_MARK.pattern + "|#")
 # A number in a statement may be a secret value, so it is hidden. Numbers of parameters (`$1`,
@@ -79,8 +78,8 @@ def _cut(statement: str, marks: list[re.Match[str]], *, may_quote_twice: bool) -
 
 
 def _name_or_nothing(found: re.Match[str]) -> str:
-    # Hide a text in double quotes, because it may be a secret value. But show a name of a table or
-    # column that is a word of SQL, such as "order". SQLAlchemy writes such names in double quotes.
+    # A text in double quotes may be a secret value. But show names that are words of SQL, such as
+    # "order": SQLAlchemy writes them in double quotes.
     return found.group() if found.group()[1:-1] in _QUOTED_NAMES else '"…"'
 
 

@@ -9,17 +9,15 @@ from .observer import EndedUnit
 
 _WIDTH = 1200
 _HEIGHT = 300
-# `draw` makes a drawing in which each ended unit of work is a bar on a time axis. The drawing has
-# one of these numbers of rows: the smallest number that gives room for all bars. If even the
-# largest number is too small, the bars for which there is no room are left out.
+# The drawing of ended units of work has the smallest of these numbers of rows that gives room for
+# all. If there is not enough room, some units are left out.
 _ROWS = (12, 30, 75)
 # The length of the time axis in seconds. On a longer time axis, the bars would be too narrow.
 _SECONDS = 30.0
 # The smallest width of a bar, so that it is still visible, in units of the SVG drawing.
 _LEAST = 1.5
-# Each unit of work is drawn as several rectangles in one row. A rectangle shows what a session did
-# during some time: it waited for a connection (`wait`), held one (`hold`), ran a statement, and so
-# on. Rectangles are drawn in this order of kinds, so a statement covers the `hold` around it.
+# The rectangles for what a session did are drawn in this order. So a statement covers a part of
+# `hold`, the time in which the session held a connection.
 _ORDER: tuple[Kind, ...] = ("wait", "hold", "statement", "rollback", "commit")
 
 
