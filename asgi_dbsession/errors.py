@@ -194,9 +194,8 @@ class AbortRequest(BaseException):
     """
 
 
-# An `except` for AbortRequest (the exception that stops the application, see above) must name all
-# these classes: a framework may replace an AbortRequest by another exception, and a task group may
-# wrap it in an exception group.
+# Catch all these classes to catch AbortRequest: a framework may replace AbortRequest by another
+# exception, and a task group may wrap AbortRequest in an exception group.
 ABORTED = (AbortRequest, Exception, BaseExceptionGroup)
 
 

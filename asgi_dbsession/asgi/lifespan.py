@@ -133,9 +133,8 @@ class _Lifespan:
         return message
 
     async def send(self, message: Message) -> None:
-        # An application that does not look at `scope["type"]` answers the startup message with an
-        # HTTP response. This is no answer, so do not wait for the shutdown as if the application
-        # had answered: the server would wait for the answer to its startup message forever.
+        # An application that ignores `scope["type"]` may answer the startup message with an HTTP
+        # response. Without this error, the server would wait for the startup answer forever.
         if not message["type"].startswith("lifespan."):
             raise ConfigurationError(_NO_LIFESPAN.format(message["type"]))
         self._sent = message["type"]

@@ -194,9 +194,8 @@ class DBSessionMiddleware:
             unit.scope = None
             failure = unit.failure
             if failure is not None:
-                # A task that still runs after the request keeps `unit` in memory. The traceback of
-                # `unit.failure` would also keep all local variables of the request in memory. So
-                # store an exception without a traceback: it still shows that the request failed.
+                # A task may keep `unit` in memory after the request. So replace the exception by
+                # one without a traceback, which would keep all local variables of the request.
                 unit.failure = RuntimeError()
         if failure is not None:
             if unit.is_answered:

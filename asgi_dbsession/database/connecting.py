@@ -17,10 +17,8 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_dbsession.session.completion import run_before_cancellation, run_to_completion
 
-# With these drivers, a task of its own opens a connection, in an empty `contextvars` context. The
-# connections of aiomysql, asyncmy and asyncpg keep this context. psycopg is in this list because of
-# cancellations; see `_connect_in_task`. aiosqlite must not be in this list: a cancellation of that
-# task would leave the database file open.
+# Drivers that connect in a task of their own: psycopg because of cancellations, the others to get
+# an empty `contextvars` context. A cancelled aiosqlite would leave the database file open.
 _IN_TASK = ("aiomysql", "asyncmy", "asyncpg", "psycopg")
 
 
@@ -78,12 +76,10 @@ async def _connect_in_task(dialect: Any, connect: Callable[[], Any]) -> Any:
         # reference to this connection, so close it here.
         if task.done() and not task.cancelled() and task.exception() is None:
             await run_to_completion(greenlet_spawn(dialect.do_terminate, task.result()))
-        # SQLAlchemy puts the exception into a reference cycle, and the traceback of the exception
-        # refers to a connection that psycopg has not opened completely. Without the traceback, this
-        # connection is closed now, and not only by the garbage collector.
+        # Remove the traceback, which refers to a connection that psycopg has not opened completely.
+        # Otherwise only the garbage collector would close this connection.
         raise cancelled.with_traceback(None) from None
     finally:
-        # An error of the task refers to this function and its variable `task`, and the task refers
-        # to its error. Delete the variable to break this reference cycle, which only the garbage
-        # collector could free.
+        # Break the reference cycle of the task, its error and this function. Otherwise only the
+        # garbage collector could free them.
         del task

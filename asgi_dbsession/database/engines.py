@@ -35,7 +35,6 @@ def select_one(engine: Engine, pool: Pool) -> None:
 
 async def run_in_thread(function: Callable[..., T], *args: Any) -> T:
     """Call a function in a thread, even if handlers occupy all threads of anyio's pool."""
-    # anyio limits the number of its worker threads. Handlers that wait for a database connection
-    # may occupy all of these threads. Then the COMMIT that frees a connection would have no thread.
-    # So give each call of this function a limiter of its own.
+    # Use a new limiter: handlers that wait for a connection may occupy all threads of anyio's own
+    # limiter. Then the COMMIT that frees a connection would have no thread.
     return await to_thread.run_sync(function, *args, limiter=CapacityLimiter(1))

@@ -11,9 +11,7 @@ from asgi_dbsession.session.reads import DRIVERS
 
 from .connecting import close_completely, connect_outside
 
-# The engines that this package has built itself. They keep the listeners of this package as long as
-# they exist. (From an engine that the application has made, the listeners are removed when no
-# database object uses the engine any more.)
+# The engines that this package has built itself. Their listeners are never removed.
 built: WeakSet[Engine] = WeakSet()
 
 

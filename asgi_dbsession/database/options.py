@@ -79,9 +79,8 @@ def checked_options(
     return {
         "expire_on_commit": False,
         **(given or {}),
-        # With SQLAlchemy's default `close_resets_only=True`, a closed session can be used again. A
-        # task could then use the session of a request that has ended. Nobody would return the
-        # connection of this session to the pool.
+        # A closed session must not be used again. A task could use the session after its request,
+        # and nobody would return the session's connection to the pool.
         "close_resets_only": False,
     }
 

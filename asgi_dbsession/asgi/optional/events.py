@@ -87,9 +87,8 @@ class _Writes(UnitObserver):
             self._record_flush(state.session, None)
 
     def _record_commit(self, session: Session) -> None:
-        # SQLAlchemy calls this listener after a COMMIT, and also after the release of a savepoint.
-        # The release commits nothing: a rollback of the outer savepoint, or of the transaction,
-        # still undoes the writes. So record them as writes of the outer savepoint or transaction.
+        # SQLAlchemy also calls this listener when a savepoint is released. A later rollback can
+        # still undo the writes, so record them as writes of the outer savepoint or transaction.
         savepoint = session.get_nested_transaction()
         if savepoint is None:
             self._forget(session, None)

@@ -23,9 +23,8 @@ from asgi_dbsession.unit.observer import UnitObserver
 # This must be an RLock. The garbage collector may call `_release` in the thread that holds this
 # lock, and with a plain lock this thread would wait forever.
 _mutex = RLock()
-# For each engine: one `finalize` object for each database object that uses the engine through
-# `from_engine`. When a database object is garbage collected, its `finalize` object calls
-# `_release`, which removes the listeners if no other database object uses the engine.
+# For each engine: a `finalize` object for each database object that uses the engine. When the last
+# such database object is garbage collected, `_release` removes the listeners.
 _users: "WeakKeyDictionary[Engine, list[finalize[..., object]]]" = WeakKeyDictionary()
 # For each engine: objects that may have added listeners to it, such as the recorder of reports.
 # When no database object uses the engine any more, their method `engine_left` removes these

@@ -98,9 +98,8 @@ def reason_of(database: Any, error: Exception) -> str:
     original = getattr(error, "orig", None) or error
     text = " ".join(str(original).split()) or type(original).__name__
     if tells_a_secret(text, secrets_of(database.url, database._engine_options)):
-        # The driver's message seems to contain a secret (a password, for example). Return only the
-        # class of the error. A message with a gap instead of the secret is not safe enough: the
-        # words around the gap could tell the secret.
+        # Replace the whole message of the driver, not only the secret inside: the words around a
+        # gap could tell the secret.
         return f"{type(original).__name__} (the text of the driver may hold a secret)"
     return text.rstrip(".?")
 

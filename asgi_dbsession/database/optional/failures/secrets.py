@@ -11,9 +11,8 @@ from sqlalchemy import URL
 _SECRET_NAMES = re.compile(
     r"pass(?!file)|pwd|secret|token|credential|api_?key|access_?key", re.IGNORECASE
 )
-# A secret with fewer characters than this is searched for only as a whole word, because it may be a
-# part of common words. Otherwise all texts with such a word would be hidden. A reader could then
-# find out what the hidden texts have in common, and guess the secret.
+# Search for shorter secrets only as whole words. Otherwise the secret `app` would hide every text
+# with the word `apply`, and so be easy to guess.
 _SHORTEST_PART = 4
 
 

@@ -20,9 +20,8 @@ from .questions import TaskQuestions, ThreadQuestions
 # For each database object: the object that sends a statement to check if the database answers. If
 # several tasks or threads call `health()` at the same time, they share one such check.
 _questions: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-# If the process forks while `health()` waits for an answer of a database, the answer never reaches
-# the child process. Later calls of `health()` in the child would wait for the same answer. So
-# forget it in the child. (On Windows, Python has no `os.register_at_fork`.)
+# After a fork, the child process forgets the checks that are running in the parent, because their
+# answers never reach the child. (On Windows, Python has no `os.register_at_fork`.)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_questions.clear)
 

@@ -12,11 +12,11 @@ from sqlalchemy.util import greenlet_spawn
 
 from asgi_dbsession.database.engines import select_one
 
-# How many threads may send a SELECT at the same time, to check if one database answers. A thread
-# with a blocking driver cannot be stopped, even if nobody waits for its answer any more.
+# At most this many threads check one database at the same time. A thread with a blocking driver
+# cannot be stopped.
 _MAX_RUNNING = 3
-# A coroutine checks again and again if a SELECT in a thread has ended. (Such polling works on
-# asyncio and on trio.) These are the first and the longest pause between two checks, in seconds.
+# While a thread waits for the database, a coroutine looks again and again if the thread has ended.
+# The first and the longest pause between two looks, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02
 
 
@@ -133,9 +133,8 @@ class ThreadQuestions:
             answer: Future[None] = Future()
             self._current = engine, answer
             self._running += 1
-        # Run the check in an empty context (`contextvars`). In the context of a request, a driver
-        # could keep all context variables of this request in memory as long as the connection is
-        # open. Use a new thread, because all threads of a thread pool may be busy.
+        # Use an empty context (`contextvars`), because a driver could keep the request's context in
+        # memory. Use a new thread, because all threads of a pool may be busy.
         Thread(target=Context().run, args=(self._run, engine, answer), daemon=True).start()
         return answer
 

@@ -76,8 +76,8 @@ class UrlOptions:
         Raises:
             ConfigurationError: Always.
         """
-        # If a password has the characters `@` and `?` and is not percent-encoded, a part of the
-        # password is read as the name of an option. So do not show a name with unusual characters.
+        # If `@` and `?` in a password are not percent-encoded, a part of the password is read as an
+        # option's name. So hide unusual names.
         shown = name if re.fullmatch(r"[A-Za-z][\w.-]{1,30}", name) else "(not shown)"
         raise ConfigurationError(
             f"The driver {self.driver} does not accept the option {shown} in the URL of "
