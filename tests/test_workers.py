@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pytest
 import redis_server
 from conftest import METADATA, postgresql
 from pages import Page
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 
 PAGE = Page("docs/how-to/workers.md")
 pytestmark = [
@@ -121,6 +122,24 @@ def test_celery_prefork_ships_orders(folder: Path) -> None:
         )
         assert python(folder, code) == "{'shipped'}\nKeyError"
     assert states() == ["shipped"]
+
+
+@needs("celery")
+def test_celery_starts_without_its_database(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery ignores errors of its signals, so a child process would have no database for ever."""
+    url = make_url(os.environ["DATABASE_URL"])
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        down = url.set(port=bound.getsockname()[1])
+        monkeypatch.setenv("DATABASE_URL", down.render_as_string(hide_password=False))
+        code = (
+            "import celery_tasks as tasks\n"
+            "from celery.signals import worker_process_init\n"
+            "((_, failure),) = worker_process_init.send(None)\n"
+            "print(failure, tasks.sync_database.is_running)"
+        )
+        (folder / "log").touch()
+        assert python(folder, code) == "None True"
 
 
 @needs("rq")
