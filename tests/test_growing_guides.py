@@ -15,7 +15,7 @@ from asgi import Exchange, Life, get
 from conftest import ENTRY, Running, postgresql
 from fastapi import Depends, FastAPI
 from pages import Page
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, select
 from sqlalchemy.orm import Session
 from test_guides import Guide
 
@@ -139,7 +139,7 @@ async def test_a_block_in_a_dependency_with_def_and_yield_is_refused(running: Ru
 async def test_reads_go_to_the_reader_and_writes_to_the_writer(
     guide: Guide, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """A request reads its own writes from the writer."""
+    """A request reads its own writes from the writer, and locks rows there."""
     url = os.environ["DATABASE_URL"]
     monkeypatch.setenv("WRITER_URL", url)
     monkeypatch.setenv("READER_URL", url)
@@ -159,6 +159,13 @@ async def test_reads_go_to_the_reader_and_writes_to_the_writer(
         seen.clear()
         assert (await get(module.app, "/notes")).body == b'["hello"]'
         assert seen == ["reader SELECT"]
+        if name == "routing":
+            seen.clear()
+            async with database.begin() as session:
+                await session.scalars(select(module.Note.text))
+                await session.scalars(select(module.Note.text).with_for_update())
+                await session.scalars(select(module.Note.text))
+            assert seen == ["reader SELECT", "writer SELECT", "writer SELECT"]
         await life.shutdown()
         assert life.error is None
     finally:

@@ -33,6 +33,8 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Library]:
 async def test_a_job_of_the_lifespan_stores_what_it_does(page: Library) -> None:
     """The job runs while requests are served; a failed run stores nothing, the next run works."""
     module = page.load("cleaner")
+    (forget_drafts,) = module.scheduler.get_jobs()
+    forget_drafts.reschedule("interval", seconds=0.1)
     scopes: list[Any] = []
     runs = iter(range(10**6))
 
@@ -104,6 +106,32 @@ async def test_a_scheduler_that_a_request_started_forgets_the_request(
         app.scheduler.shutdown()
         await asyncio.sleep(0.05)
     assert set(map(type, app.scopes)) == {type(None)}
+
+
+@pytest.mark.parametrize("context", [None, contextvars.Context()], ids=["its own", "empty"])
+async def test_a_job_that_a_request_adds_gives_all_jobs_the_context_of_the_request(
+    context: contextvars.Context | None,
+) -> None:
+    """Unless the request adds the job in an empty context, as the page says."""
+    user: contextvars.ContextVar[str] = contextvars.ContextVar("user", default="nobody")
+    scheduler = AsyncIOScheduler()
+    seen: list[str] = []
+
+    async def note_the_user() -> None:
+        seen.append(user.get())
+
+    async def add_a_job() -> None:
+        user.set("ada")
+        run = contextvars.copy_context().run if context is None else context.run
+        run(scheduler.add_job, str, "date")
+
+    scheduler.add_job(note_the_user, "interval", seconds=0.02)
+    scheduler.start()
+    await asyncio.create_task(add_a_job())
+    await becomes_true(lambda: len(seen) > 3)
+    scheduler.shutdown()
+    await asyncio.sleep(0.05)
+    assert seen[-1] == ("ada" if context is None else "nobody")
 
 
 async def test_a_scheduler_in_an_empty_context_has_no_request(real: Real) -> None:

@@ -74,15 +74,8 @@ async def test_a_second_user_of_the_same_address_is_refused(page: Library) -> No
 async def test_a_hook_that_raises_rolls_back_its_own_transaction(
     page: Library, method: str, users: int
 ) -> None:
-    """The adapter commits the user first. With `flush()` in `create`, neither row is stored."""
+    """The adapter commits the user first. With `FlushingUsers`, neither row is stored."""
     module = page.load("users")
-
-    class Flushing(module.SQLAlchemyUserDatabase):  # type: ignore[misc, name-defined]
-        async def create(self, create_dict: dict[str, Any]) -> Any:
-            user = module.User(**create_dict)
-            self.session.add(user)
-            await self.session.flush()
-            return user
 
     async def fail(self: Any, user: Any, request: Any = None) -> None:
         module.get_session().add(module.Greeting(text="lost"))
@@ -90,7 +83,7 @@ async def test_a_hook_that_raises_rolls_back_its_own_transaction(
         raise ValueError
 
     async def flushing_database() -> Any:
-        return Flushing(module.get_session(), module.User)
+        return module.FlushingUsers(module.get_session(), module.User)
 
     module.UserManager.on_after_register = fail
     if method == "flush":

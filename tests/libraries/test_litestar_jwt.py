@@ -51,14 +51,14 @@ async def test_the_user_is_of_the_session_of_the_request(page: Library) -> None:
     """Changes of a handler on the user are stored before the answer arrives."""
     module = page.load("members")
     async with connected(module.app, module.database) as client:
-        assert (await client.get("/me")).status_code == 401
+        assert (await client.post("/visits")).status_code == 401
         assert await join(client, "Ada") == 201
         for visit in (1, 2):
-            assert (await client.get("/me")).text == f"Ada, visit {visit}"
+            assert (await client.post("/visits")).text == f"Ada, visit {visit}"
             assert page.stored(VISITS) == [visit]
         assert await join(client, "Ada") == 500
         page.execute("DELETE FROM member")
-        assert (await client.get("/me")).status_code == 401
+        assert (await client.post("/visits")).status_code == 401
 
 
 async def test_in_litestars_own_list_the_middleware_is_too_far_inside(page: Library) -> None:
@@ -75,13 +75,13 @@ async def test_in_litestars_own_list_the_middleware_is_too_far_inside(page: Libr
 
     module.jwt.retrieve_user_handler = retrieve
     app = Litestar(
-        [module.join, module.me],
+        [module.join, module.visit],
         middleware=[lambda app: DBSessionMiddleware(app, module.database)],
         lifespan=[module.database],
         on_app_init=[module.jwt.on_app_init],
     )
     async with connected(app, module.database) as client:
         assert await join(client, "Ada") == 201
-        assert (await client.get("/me")).status_code == 500
+        assert (await client.post("/visits")).status_code == 500
     assert "that wraps the code" in str(errors[0])
     assert page.stored(VISITS) == [0]
