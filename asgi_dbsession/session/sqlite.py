@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from sqlite3 import ProgrammingError
 from typing import Any
 from weakref import WeakSet
 
@@ -80,9 +81,7 @@ def begin_for_session(transaction: SessionTransaction, connection: Connection) -
             driver's `commit()` does nothing then, so the transaction could not be committed.
     """
     if connection.dialect.name == "sqlite" and not transaction.nested:
-        driver: Any = connection.connection.driver_connection
-        # aiosqlite has no attribute `autocommit`, but the connection of `sqlite3` inside it has.
-        if getattr(getattr(driver, "_conn", driver), "autocommit", None) is True:
+        if _ignores_commit(connection.connection.driver_connection):
             raise ConfigurationError(
                 f"The connection to {without_secrets(connection.engine.url)} was opened with "
                 "`autocommit=True`, and SQLite's driver then ignores each COMMIT of a session. "
@@ -90,6 +89,16 @@ def begin_for_session(transaction: SessionTransaction, connection: Connection) -
                 '`isolation_level="AUTOCOMMIT"` instead.'
             )
         vars(connection).update({_WAS_OPEN: False, _ROLLED_BACK: False})
+
+
+def _ignores_commit(driver: Any) -> bool:
+    try:
+        # aiosqlite has no attribute `autocommit`, but the connection of `sqlite3` inside it has.
+        return getattr(getattr(driver, "_conn", driver), "autocommit", None) is True
+    # The application has opened the file without `check_same_thread=False`, so only the thread of
+    # aiosqlite may ask.
+    except ProgrammingError:
+        return False
 
 
 def was_rolled_back(connection: Connection) -> bool:
