@@ -482,6 +482,14 @@ def no_leaks(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert not complaints
 
 
+@pytest.fixture
+def no_collections() -> Iterator[None]:
+    """Find connections and cursors that only the garbage collector would close."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """Exclude the objects of the imported test modules from later garbage collections."""
     _exclude_old_objects()

@@ -1,7 +1,5 @@
 """A connection that is opened, checked or closed in a cancelled task is not lost."""
 
-import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,17 +18,13 @@ from test_cancellation import WAYS, run_and_cancel
 
 from asgi_dbsession import AsyncDatabase, DBSessionMiddleware
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("no_collections"),
+]
 
 KINDS = (*(each for each in WITH_MARIADB if not each.endswith("-sync")), "aiomysql")
-
-
-@pytest.fixture(autouse=True)
-def no_garbage_collection() -> Iterator[None]:
-    """Find connections that only the garbage collector would close."""
-    gc.disable()
-    yield
-    gc.enable()
 
 
 # If aiosqlite is cancelled while it opens a file, only Python's reference count closes the file.

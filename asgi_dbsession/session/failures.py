@@ -2,6 +2,7 @@
 
 from asyncio import CancelledError
 from collections.abc import Callable
+from traceback import clear_frames
 from weakref import WeakSet, ref
 
 from sqlalchemy import Connection, Engine, event, select
@@ -117,7 +118,9 @@ def _record_failure(context: ExceptionContext) -> None:
         # the server for its version. SQLAlchemy closes this connection itself. If it was closed
         # already, SQLAlchemy would raise an AssertionError instead of the CancelledError.
         if connection.in_transaction():
-            discard(connection)
+            # An open cursor of aiosqlite keeps a lock. SQLAlchemy 2.0 has the cursor in a variable.
+            clear_frames(context.original_exception.__traceback__)
+            discard(connection, getattr(context.execution_context, "cursor", None))
         return
     if context.is_disconnect:
         return

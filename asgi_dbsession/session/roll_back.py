@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from ._sqlalchemy import has_changes
-from .completion import run_to_completion
+from .completion import run_before_cancellation
 
 
 def roll_back(session: Session) -> bool:
@@ -52,23 +53,29 @@ def roll_back_or_discard(connection: Connection) -> None:
         raise
 
 
-def discard(connection: Connection) -> None:
+def discard(connection: Connection, cursor: Any = None) -> None:
     """Close a connection on which a transaction may still be open. The pool does not reuse it.
 
     The close is completed even if the task is cancelled meanwhile.
+
+    Args:
+        connection: The connection.
+        cursor: The cursor of the statement that was interrupted, if there was one.
     """
     if connection.dialect.is_async:
-        await_only(run_to_completion(greenlet_spawn(_throw_away, connection)))
+        await_only(run_before_cancellation(greenlet_spawn(_throw_away, connection, cursor)))
     else:
-        _throw_away(connection)
+        _throw_away(connection, cursor)
 
 
-def _throw_away(connection: Connection) -> None:
+def _throw_away(connection: Connection, cursor: Any) -> None:
     if connection.dialect.name == "sqlite":
-        # On SQLite, send ROLLBACK before the connection is closed. Otherwise SQLite keeps the locks
-        # of the connection until Python frees the cursors of the connection. Ignore an error of the
-        # ROLLBACK. It must not hide the earlier error, which is the reason for closing the
-        # connection.
+        # On SQLite, close the cursor and send ROLLBACK before the connection is closed. Otherwise
+        # SQLite keeps the locks of the connection until Python frees the cursors of the connection.
+        # Ignore an error of these two steps. It must not hide the earlier error, which is the
+        # reason for closing the connection.
         with suppress(Exception):
+            if cursor is not None:
+                cursor.close()
             connection.dialect.do_rollback(connection.connection)
     connection.invalidate()
