@@ -30,12 +30,11 @@ def forget(session: Session) -> None:
 def flush_for_commit(session: Session) -> None:
     """Do what SQLAlchemy does before COMMIT: flush, release the savepoints, and send PREPARE.
 
-    PREPARE is sent only if the application has given the option `twophase=True` of SQLAlchemy.
-    SQLAlchemy's method `Session.prepare` does not fit here, because it raises an error if a
-    savepoint is open, or if this option is not set. After this function, the next operation of the
-    session must be COMMIT or ROLLBACK.
+    PREPARE is sent only with SQLAlchemy's option `twophase=True`. The next operation of the session
+    must be COMMIT or ROLLBACK.
     """
     transaction = session.get_transaction() or session.begin()
+    # Do not use `Session.prepare`: without `twophase=True`, SQLAlchemy raises an error there.
     transaction._prepare_impl()
 
 
@@ -93,9 +92,8 @@ class ConnectingTransaction(SessionTransaction):
     ) -> None:
         is_rolled_back = self._state is SessionTransactionState.DEACTIVE and not self.nested
         if type_ is None and is_rolled_back:
-            # A flush failed in the `with session.begin()` block, and the application caught the
-            # error. All work was rolled back. Call `commit()`, because it raises an error then.
-            # Otherwise the block would end as if its work had been committed.
+            # A flush failed in this `with session.begin()` block, and the application caught the
+            # error. The work was rolled back, so let `commit()` raise an error.
             try:
                 self.commit()
             except PendingRollbackError as error:
@@ -206,18 +204,15 @@ def original_engine(engine: Engine) -> Engine:
 def listen_first(engine: Engine, name: str, listener: Callable[..., object]) -> None:
     """Add a listener in front of all others, for an event of `sqlalchemy.events.DialectEvents`.
 
-    If a listener of these events raises an exception, or executes the statement itself, SQLAlchemy
-    does not call the listeners after it. `event.listen` ignores `insert=True` for these events.
-
-    SQLAlchemy calls the listeners of the class `Engine` before those of a single engine. So if the
-    application has added a listener to the class, `listener` is added to the class too, and is
-    called for all engines of the process.
+    If the application has added a listener to the class `Engine`, add `listener` to this class.
+    Then `listener` is called for all engines of the process.
     """
     dispatch: Any = engine.dialect.dispatch
     target: Any = Engine if getattr(dispatch, name).parent_listeners else engine
     stop_listening(target, name, listener)
     key: Any = _event_key(target, name, listener)
     key.dispatch_target._has_events = True
+    # Do not use `event.listen`: for events of `DialectEvents`, SQLAlchemy ignores `insert=True`.
     key.base_listen(insert=True)
 
 

@@ -16,15 +16,10 @@ from .reads import has_foreign, has_only_read
 
 
 def end_at_once(session: Session, companion: Companion, *, commit: bool) -> bool:
-    """Commit or roll back a session if nothing must be sent to the database for this.
+    """Commit or roll back a session if nothing must be sent to the database.
 
-    For example, the session has only read in autocommit mode, without BEGIN. Its commit cannot
-    block, so it needs no greenlet or thread. No other code may use the session now: the caller must
-    hold the mutex of the session's lock.
-
-    Returns:
-        True if the session was committed or rolled back. False if nothing was done, so that the
-        caller must use SQLAlchemy's `commit()` or `rollback()`.
+    For example, the session has only read, without BEGIN. The caller must hold the mutex of the
+    session's lock. Return False if nothing was done.
     """
     transactions = transactions_to_end(session, companion, commit=commit)
     if not transactions:
@@ -78,9 +73,8 @@ def _sends_nothing(session: Session, connection: Connection, commit: bool) -> bo
     if not has_only_read(connection):
         return False
     dialect = connection.dialect
-    # At a commit, all async drivers except asyncpg wait for a lock of their own, even if they send
-    # nothing. This function cannot wait. So return False: then the session is committed with
-    # SQLAlchemy's `commit()` in a greenlet, which can wait.
+    # Return False for async drivers except asyncpg: their commit waits for a lock, even if nothing
+    # is sent. This function cannot wait.
     if dialect.is_async and dialect.driver != "asyncpg":
         return False
     # A full pool closes the connection instead of taking it back, and has to wait for this close.

@@ -28,12 +28,8 @@ class Follower(Protocol):
         """
 
 
-# One thing that a session did. A step is a list of: its kind, its start, its stop (both times of
-# Python's `perf_counter`), the line of the application that led to it, and the SQL text. The stop
-# is None while the step is running. The kind `wait` means that the session waited and got no
-# connection. The kind `hold` means that the session waited from start to stop, and has held a
-# connection since then. The other kinds are `statement`, `prepare`, `commit` and `rollback`. A step
-# is a plain list, because an object of a class would take twice as much time in each request.
+# A step of a session, such as a COMMIT, as a list (faster than an object): kind, start, stop (None
+# while the step runs), line of the application, SQL text.
 Step: TypeAlias = list[Any]
 
 
@@ -46,28 +42,16 @@ class Companion:
     """The data that this package attaches to a session. It has no reference back to the session.
 
     Attributes:
-        lock: The lock that every operation of the session holds.
-        reads: The object that decides if the session may read without BEGIN and COMMIT.
-        read_only: The object that refuses writes, of the class `Refusals` in `optional/read_only/`.
-            None if the session may write now.
-        refused: The error that COMMIT must raise because a write was refused: the application may
-            have caught the error. None if no write was refused.
-        discarded: The error that COMMIT must raise because `close()` discarded work. None if no
-            work was discarded.
-        begun_before: The transaction that was open when a `with session:` block began. None if the
-            session had no uncommitted work then. If an exception leaves the block, this earlier
-            work is rolled back too, so the next COMMIT must raise an error.
-        expects_read: True if the statement that the session is about to send is probably a read.
-            Then BEGIN can be delayed. False for INSERT, UPDATE, DELETE and SQL text, and after a
-            call of `connection()`.
-        connections: The connections that the session has used. Some of these may be closed now.
-        followers: The objects to notify after each commit and rollback of the session.
-        connect: A function that opens the connections of the session, if a feature needs one
-            (two-phase commit, for example). None if SQLAlchemy opens the connections, as usual.
-        route: The object that chooses the primary or a replica for the session, of the class
-            `Route` in the package `replicas`. None if the database has no replicas.
-        recording: The object that records what the session does, of the class `Recording` in the
-            package `reports`. None if nothing is measured.
+        read_only: The object (a `Refusals`) that refuses writes. None if the session may write.
+        refused: The error of a refused write, which COMMIT must raise again, or None.
+        discarded: The error that COMMIT must raise because `close()` discarded work, or None.
+        begun_before: The uncommitted transaction that was open when a `with session:` block began.
+        expects_read: True if the next statement is probably a read, so BEGIN can be delayed.
+        connections: The connections that the session has used. Some may be closed now.
+        connect: A function that opens connections (to replicas, for example). If None,
+            SQLAlchemy opens the connections.
+        route: The object (a `Route`) that chooses the primary or a replica. None without replicas.
+        recording: The object (a `Recording`) that records statements for reports, or None.
     """
 
     read_only: Any = None
@@ -115,10 +99,8 @@ class Companion:
     def rolled_back(self, reason: Reason) -> None:
         """Called after a rollback: forget the errors that the next COMMIT would raise.
 
-        These are the error of a refused write, and the error of work that `close()` discarded. All
-        work is undone now, so COMMIT need not raise these errors any more. But if `reason` is
-        "exception" (a task failed), keep these errors. Other code may catch the exception of the
-        task and go on. Then the next COMMIT must still raise these errors.
+        If `reason` is "exception" (a task failed), keep the errors, because other code may catch
+        the exception of the task and call `commit()`.
         """
         if reason != "exception":
             self.refused = self.discarded = None

@@ -18,26 +18,17 @@ Reason: TypeAlias = Literal[
 class End:
     """One commit or rollback of a unit of work (one request or one `begin()` block).
 
-    One commit or rollback can use several threads, for example one for each database.
-
-    Args:
-        commit: True to commit, False to roll back.
-        reason: Why the work is rolled back, for reports. Not used if the work is committed.
-        close: True to close the sessions permanently after this commit or rollback.
-        task: Commit or roll back only the work of this task. None for the work of all tasks.
-        error: The exception that the application raised, or None.
-
     Attributes:
-        handled: The exception that the caller was handling, in an `except` block, when this commit
-            or rollback began. None if there was none.
-        requested_by: The task and the thread that wait for this commit or rollback. They may still
-            hold the lock of a session, if a signal (Ctrl-C, for example) has interrupted one of its
-            operations. This commit or rollback then takes the lock from them.
+        reason: Why the work is rolled back, for reports. Not used at a commit.
+        close: True to close the sessions permanently after this commit or rollback.
+        task: The task whose work is committed or rolled back. None for all tasks.
+        error: The exception that the application raised, or None.
+        requested_by: The task and the thread that wait for this commit or rollback.
         requested_at: When this commit or rollback was requested, as a time of `perf_counter`.
-        needs_loop: True for a commit of several databases that needs the event loop between its
-            steps. Code that waits for such a commit must not block the event loop.
-        had_work: True if at least one session had something to commit or roll back.
-        failure: The exception that the commit or rollback itself raised. None if it succeeded.
+        handled: The exception that the caller was handling in an `except` block, or None.
+        needs_loop: True if the event loop must run between the steps of this commit.
+        had_work: True if a session had something to commit or roll back.
+        failure: The exception that the commit or rollback itself raised, or None.
     """
 
     commit: bool
