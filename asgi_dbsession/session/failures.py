@@ -16,11 +16,8 @@ from .read_only import KEY
 from .roll_back import discard, roll_back_or_discard
 from .sqlite import end_failed_commit, unwatch_sqlite, was_rolled_back, watch_sqlite
 
-# The statements that failed. Each key is a weak reference to the transaction or savepoint in which
-# a statement failed. Each value is a pair: (1) the message of the driver, (2) True if the error
-# made the database roll back the whole transaction. If (2) is True, the database reports no error
-# at COMMIT, because the next statement has begun a new transaction. Each COMMIT checks if this
-# dictionary is empty. With a WeakKeyDictionary, this check would be slower.
+# For each transaction or savepoint in which a statement failed: the driver's message, and True if
+# the database has rolled back the whole transaction.
 failed_transactions: dict[ref[Transaction], tuple[str, bool]] = {}
 
 # The numbers of the errors at which InnoDB rolls back the whole transaction, and not only the
@@ -31,9 +28,8 @@ _ROLLING_BACK = (1213, 1020, 1206)
 
 # The engines whose failed statements are recorded.
 _watched: WeakSet[Engine] = WeakSet()
-# Other features of this package (retries, for example) add listeners to all engines that this
-# package uses. Each key is a function that adds the listeners of one feature to an engine. The
-# value is a function that removes these listeners.
+# For each feature that listens to all engines (retries, for example): a function that adds its
+# listeners to an engine, and one that removes these listeners.
 _watchers: dict[Callable[[Engine], None], Callable[[Engine], None]] = {}
 
 
@@ -86,19 +82,12 @@ def unwatch(engine: Engine) -> None:
 def refuse_if_aborted(connections: tuple[Connection, ...], *, of_savepoint: bool = False) -> None:
     """Raise an error before COMMIT if a failed statement has aborted the transaction.
 
-    Args:
-        connections: The connections of the session.
-        of_savepoint: True before the release of a savepoint. Statements that failed inside this
-            savepoint are not checked here, because the database itself then refuses the release.
+    Before the release of a savepoint (`of_savepoint`), ignore failures inside the savepoint: the
+    database itself refuses the release.
 
     Raises:
-        TransactionAborted: A transaction on one of the connections was aborted, so COMMIT would
-            store nothing.
+        TransactionAborted: COMMIT would store nothing.
     """
-    # Each COMMIT is checked twice for an aborted transaction: first before the flush, at the event
-    # `before_commit`. But during the flush, a listener of the application may send a statement and
-    # catch its error. So there is another check after the flush: in `ManagedSession.flush` if
-    # several databases are committed, and otherwise in `_refuse_at_the_last_moment`.
     if failed_transactions:
         for connection in connections:
             _refuse_if_aborted(connection, of_savepoint=of_savepoint)
@@ -113,10 +102,8 @@ def _record_failure(context: ExceptionContext) -> None:
     if original_engine(connection.engine) not in _watched:
         return
     if isinstance(context.original_exception, CancelledError) and connection.dialect.is_async:
-        # The task was cancelled. Close the connection only if a transaction is open on it. Without
-        # a transaction, this may be the first connection of the engine, on which SQLAlchemy asks
-        # the server for its version. SQLAlchemy closes this connection itself. If it was closed
-        # already, SQLAlchemy would raise an AssertionError instead of the CancelledError.
+        # The task was cancelled. Without a transaction, this may be the first connection of the
+        # engine. SQLAlchemy closes this connection itself, and fails if it is closed already.
         if connection.in_transaction():
             # An open cursor of aiosqlite keeps a lock. SQLAlchemy 2.0 has the cursor in a variable.
             clear_frames(context.original_exception.__traceback__)
@@ -141,26 +128,23 @@ def _is_unusable_after(context: ExceptionContext, transaction: Transaction | Non
     """Return True if the connection must be closed: a transaction may be open after the error."""
     ends_or_begins = context.statement is None and context.execution_context is None
     if ends_or_begins and not _was_answered(context.sqlalchemy_exception):
-        # The server did not answer BEGIN, COMMIT or ROLLBACK, so the transaction may still be open
-        # on the server. Some drivers (asyncpg) believe that the transaction has ended. The pool
-        # would then give the connection with the open transaction to the next request.
+        # The server did not answer BEGIN, COMMIT or ROLLBACK. So the transaction may still be open,
+        # and the next request must not get this connection.
         return True
     if not isinstance(transaction, TwoPhaseTransaction):
         return False
-    # Close the connection after an error of a two-phase commit, even if the server has answered.
-    # MariaDB lets other connections end a prepared transaction only after this connection is
-    # closed. psycopg believes that a transaction is prepared even if PREPARE failed.
+    # After an error of a two-phase commit, close the connection: only then does MariaDB let another
+    # connection end the prepared transaction.
     statement = context.statement
     return is_prepared(transaction) or statement is None or statement.startswith("XA ")
 
 
 def _was_answered(error: Exception | None) -> bool:
-    # Return False if the error comes from the driver and not from the server. Then nobody knows if
-    # the server has ended the transaction. A driver raises InterfaceError or InternalError if the
-    # connection is busy, or if the driver does not know what the server did. psycopg also raises
-    # errors of its own without an SQLSTATE code (after a cancelled COPY, for example).
+    """Return True if the error comes from the server, and not from the driver."""
+    # A driver itself raises InterfaceError or InternalError (for a busy connection, for example).
     if not isinstance(error, DBAPIError) or isinstance(error, InterfaceError | InternalError):
         return False
+    # If psycopg raises an error itself (after a cancelled COPY, for example), `sqlstate` is None.
     return getattr(error.orig, "sqlstate", "") is not None
 
 
@@ -174,8 +158,7 @@ def _remember(context: ExceptionContext, connection: Connection, transaction: Tr
         savepoint = connection.get_nested_transaction() or transaction
         if (context.statement or "").startswith("RELEASE SAVEPOINT"):
             # After a failed RELEASE SAVEPOINT, SQLAlchemy sends no ROLLBACK TO SAVEPOINT. So the
-            # whole transaction stays aborted, and its COMMIT must fail. If a statement has failed
-            # inside the savepoint, the error of COMMIT shows the message of this statement.
+            # whole transaction stays aborted, and its COMMIT must fail.
             failed = failed_transactions.get(ref(savepoint), (message, False))
             failed_transactions.setdefault(_key(transaction), failed)
         failed_transactions.setdefault(_key(savepoint), (message, False))
@@ -201,17 +184,15 @@ def forbid_commit(connections: tuple[Connection, ...], error: Exception) -> None
 
 def _listen_for_commit(connection: Connection) -> None:
     for name in ("commit", "prepare_twophase"):
-        # The listener checks before COMMIT if the transaction was aborted. Only a connection with a
-        # failed statement needs this listener. So add it to the connection, not to the engine: a
-        # listener on the engine would make each statement on all connections slower.
+        # Add this check before COMMIT only to a connection with a failed statement. A listener on
+        # the engine would make each statement slower.
         if not event.contains(connection, name, _refuse_at_the_last_moment):
             event.listen(connection, name, _refuse_at_the_last_moment)
 
 
 def _key(transaction: Transaction) -> ref[Transaction]:
-    # When the transaction is freed, the weak reference calls `dict.pop`, which is written in C. Do
-    # not use a Python function here: a signal handler may raise an exception (KeyboardInterrupt,
-    # for example) in such a function, and Python would ignore the exception.
+    # Use `dict.pop`, written in C, and no Python function: Python would ignore an exception that a
+    # signal handler raises in a callback of a weak reference.
     return ref(transaction, failed_transactions.pop)
 
 
@@ -226,6 +207,8 @@ def _refuse_if_aborted(connection: Connection, *, of_savepoint: bool = False) ->
     database = without_secrets(connection.engine.url)
     message, is_rolled_back = found
     if is_rolled_back:
+        # After the database has rolled back a transaction, it would accept a COMMIT without an
+        # error.
         raise TransactionAborted(database, message, rolled_back=True)
     try:
         # Only the database knows if the failed statement has aborted the transaction. To find out,

@@ -20,20 +20,19 @@ _logger = logging.getLogger("asgi_dbsession")
 class SessionLock(ABC):
     """The lock of a session. Each operation, commit and rollback of the session holds the lock.
 
-    If an operation begins while another operation runs, the lock raises `ConcurrentUse`. A commit
-    or rollback waits for the running operation, and new operations wait for a commit or rollback.
+    An operation that begins while another operation runs raises `ConcurrentUse`. A commit or
+    rollback waits for the running operation, and new operations wait for a commit or rollback.
 
     Attributes:
-        mutex: A lock that is held while the attributes are changed. It is an `RLock`, because a
-            signal handler may use the session in the thread that holds the mutex.
+        mutex: Held while attributes change. An `RLock`, because a signal handler may acquire it
+            again.
         ends: All commits and rollbacks that run or wait.
         is_closed: True after the request or `begin()` block has ended: operations are refused.
         users: The running tasks that used the session since the last commit or rollback.
         has_finished_work: True if a task that returned, or code outside a task, used the session.
         has_failed_work: True if a task that used the session has failed or was cancelled.
-        last_user: The task that used the session last, also before the last commit or rollback.
-        admit: While a `begin(join=True)` block is open, this function raises an error if code
-            outside of the block uses the session. None before the first such block.
+        last_user: The task that used the session last, also before the last commit.
+        admit: A function that raises an error outside of the open `begin(join=True)` block.
     """
 
     admit: Callable[[], None] | None = None
@@ -164,9 +163,7 @@ class SessionLock(ABC):
     def delay(self, change: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
         """If a commit or rollback runs or waits, call `change` (such as `session.add`) after it.
 
-        Return True if `change` is called later. Return False if the caller must call `change` now:
-        there is no commit or rollback, the caller itself holds the lock, or no event loop runs in
-        this thread (so the thread can wait for the lock).
+        Return False if the caller must call `change` now instead.
 
         Raises:
             SessionClosed: No later COMMIT would store the change.

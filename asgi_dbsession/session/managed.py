@@ -21,18 +21,14 @@ S = TypeVar("S")
 
 
 class ManagedSession(Generic[S]):
-    """A session together with the data that its unit of work needs to commit or roll back.
+    """A session with the data that is needed to commit it or roll it back.
 
     Args:
-        session: The session object that the application uses. Its class is made by `guarded_class`.
         orm: The `sqlalchemy.orm.Session` inside an `AsyncSession`, or the sync session itself.
-        companion: The data of this package to attach to the session.
         run: A function that calls blocking code, in a greenlet (async) or in a thread (sync).
 
     Attributes:
-        lock: The lock of the session.
-        is_flushed: True after the method `flush` and before the method `end`. The lock is held in
-            between.
+        is_flushed: True between the calls of `flush` and `end`, while the lock is held.
     """
 
     is_flushed: bool = False
@@ -50,11 +46,10 @@ class ManagedSession(Generic[S]):
     @property
     def has_work(self) -> bool:
         """True if the session has anything to commit or roll back, or if an operation runs."""
-        # A session has work if it is in a transaction, or has new or changed objects. `must_fail`
-        # is True if COMMIT must raise an error that the application has caught (because a read-only
-        # session has refused a write, for example). Then return True, so that COMMIT is called.
         if self.orm.in_transaction() or has_changes(self.orm):
             return True
+        # COMMIT must be called even without work if it must raise an error again (`must_fail`): the
+        # application may have caught the error of a refused write.
         return self.lock.is_busy or self.companion.must_fail
 
     def ends_at_once(self, *, commit: bool) -> bool:
@@ -122,25 +117,23 @@ class ManagedSession(Generic[S]):
 
     def _flush(self) -> None:
         flush_for_commit(self.orm)
+        # Check for an aborted transaction after the flush too: during the flush, a listener of the
+        # application may have caught the error of a failed statement.
         refuse_if_aborted(self.companion.open_connections)
 
     def end(self, end: End, commit: bool) -> None:
         """Commit or roll back the session. If an operation of the session runs, wait for it first.
 
-        After this method, even if it raises, the connection is in its pool again or closed.
-
-        Args:
-            end: The data about this commit or rollback, such as its reason.
-            commit: True to commit, False to roll back. It is False, for example, if another
-                database of the same request has failed.
+        Even after an error, the connection is in its pool again or closed.
 
         Raises:
-            TransactionAborted: The application caught an error that aborted the transaction.
-            Exception: The error of the flush or of COMMIT. The work of the session was rolled back.
+            Exception: The flush or COMMIT failed, and the work was rolled back.
         """
         if not self.is_flushed:
             self.lock.acquire_for_end(end)
         try:
+            # If another database of the same request has failed, `commit` is False although
+            # `end.commit` may be True.
             if commit:
                 self.orm.commit()
             else:
@@ -183,10 +176,8 @@ def _set_up_connection(
 ) -> None:
     companion: Companion = session._companion
     begin_for_session(transaction, connection)
-    # `watch` adds listeners for errors to the engine. They must come before the listeners of the
-    # application, which may hide an error. Call `watch` if the session uses a further engine
-    # (SQLAlchemy's option `binds`), or if the application has put a listener in front of those that
-    # an earlier call of `watch` has added.
+    # The listeners that `watch` adds must come first, because a listener of the application may
+    # hide an error. A session may use several engines (SQLAlchemy's option `binds`).
     if connection.engine is not session.bind or not is_watched_first(connection):
         watch(connection.engine)
     companion.add_connection(connection)
@@ -210,9 +201,8 @@ def _refuse_or_begin(session: Any, *_: object) -> None:
 
 
 def _refuse_to_commit(session: Any) -> None:
-    # SQLAlchemy calls this listener before a COMMIT, and also before it releases a savepoint. At a
-    # release, the statements inside the savepoint need no check: if one of them has failed, the
-    # database itself refuses the release.
+    # SQLAlchemy also calls this listener before it releases a savepoint. If a statement inside the
+    # savepoint has failed, the database itself refuses the release.
     of_savepoint = session.in_nested_transaction()
     session._companion.check_commit()
     refuse_if_aborted(session._companion.connections, of_savepoint=of_savepoint)
@@ -230,9 +220,8 @@ def _record_commit(session: Any) -> None:
 
 
 def _record_rollback(session: Any, transaction: SessionTransaction) -> None:
-    # After a failed flush, `transaction` is an internal object that SQLAlchemy makes for the flush.
-    # But the database has rolled back the savepoint or transaction around the flush. So record the
-    # rollback of this savepoint or transaction.
+    # After a failed flush, `transaction` is an internal object of SQLAlchemy. Record the rollback
+    # of the savepoint or transaction around the flush instead.
     around = with_outer(transaction)
     rolled_back = next(each for each in around if each.nested or each.parent is None)
     for follower in tuple(session._companion.followers):
