@@ -14,32 +14,25 @@ from .sqlite import has_open_work
 # The drivers of PostgreSQL with which BEGIN is delayed until a statement may write. They can switch
 # autocommit on and off without a round trip to the server. So the delay costs nothing.
 DRIVERS = ("asyncpg", "psycopg")
-# The drivers of MariaDB and MySQL with which sessions can read in autocommit mode, without BEGIN.
-# With these drivers, to switch autocommit on or off costs a round trip to the server. So sessions
-# read in autocommit mode only if the application has set `autocommit_reads=True`.
+# The drivers of MariaDB and MySQL with which `autocommit_reads=True` works. Without this option,
+# sessions send BEGIN, because to switch autocommit costs a round trip.
 ON_DEMAND = ("asyncmy", "aiomysql", "pymysql")
 # Modules whose listeners (for SQLAlchemy's events) send no statements and do not wait. If a session
 # has no other listeners, this package can commit reads without an `await`.
 _HARMLESS = ("asgi_dbsession.", "opentelemetry.")
-# For each connection on which BEGIN is delayed, this dictionary has a function that ends the delay:
-# it switches autocommit off. Call the function with the connection and a bool. True means that
-# SQLAlchemy is executing a statement, and so handles errors of the driver. With False, the function
-# itself handles them. (Weak references in a dictionary are faster than a `WeakKeyDictionary`.)
+# For each connection on which BEGIN is delayed: the function that switches autocommit off. Weak
+# references in a plain dictionary are faster than a `WeakKeyDictionary`.
 delayed: dict[ref[Connection], Callable[[Connection, bool], None]] = {}
 
 
 class Reads:
     """Decides if sessions read in autocommit mode, without BEGIN and COMMIT.
 
-    A session in autocommit mode sends BEGIN later, before the first statement that may write. With
-    this base class, sessions never read in autocommit mode. Subclasses for PostgreSQL, MariaDB and
-    MySQL allow it.
+    This base class never allows autocommit mode. Subclasses for PostgreSQL, MariaDB and MySQL do.
 
     Attributes:
-        is_shared: True inside `testing.rolled_back()`. There, all sessions share one transaction,
-            so no session reads in autocommit mode.
-        connect: A function that opens a connection for a session. None if SQLAlchemy opens the
-            connections, as usual.
+        is_shared: True inside `testing.rolled_back()`, where all sessions share one transaction.
+        connect: A function that opens a connection for a session. If None, SQLAlchemy does.
     """
 
     is_shared: bool = False
@@ -98,9 +91,8 @@ def may_have_written(session: Session) -> bool:
     transaction = session.get_transaction()
     if transaction is None or has_changes(session):
         return has_changes(session)
-    # If a flush fails, SQLAlchemy discards the changed objects, and marks the transaction or
-    # savepoint as inactive. So a session with an inactive transaction or savepoint had work, even
-    # if no changed object is left.
+    # After a failed flush, no changed object is left, but SQLAlchemy has marked the transaction or
+    # savepoint as inactive. So the session had work.
     opened = with_outer(session.get_nested_transaction() or transaction)
     if not all(each.is_active for each in opened):
         return True
@@ -108,14 +100,10 @@ def may_have_written(session: Session) -> bool:
 
 
 def begin_now(connection: Connection, *, in_statement: bool = False) -> None:
-    """If BEGIN is delayed on a connection, end the delay.
+    """If BEGIN is delayed on a connection, end the delay: switch autocommit off.
 
-    Autocommit is switched off, so that the next statement begins a transaction on the server.
-
-    Args:
-        connection: The connection. If BEGIN is not delayed on it, nothing happens.
-        in_statement: True if SQLAlchemy is executing a statement. SQLAlchemy then handles an error
-            of the driver. If it is False, an error of the driver is handled here, in the same way.
+    `in_statement` is True if SQLAlchemy is executing a statement, and so handles errors of the
+    driver. Otherwise, this function handles these errors.
     """
     begin = delayed.get(ref(connection))
     if begin is not None:

@@ -21,13 +21,11 @@ class Refusals:
     """Refuses the writes of a session that may only read, and remembers the first refused write.
 
     Args:
-        companion: The data of this package that is attached to the session.
-        in_block: True if only the savepoint of a `begin(join=True, read_only=True)` block is
-            read-only, and the transaction outside of the block may write.
+        in_block: True for a `begin(join=True, read_only=True)` block: only its savepoint is
+            read-only.
 
     Attributes:
-        forbidden: True while writes are refused. False after the end of a read-only block, when the
-            session may write again.
+        forbidden: False after the end of a read-only block, when the session may write again.
     """
 
     def __init__(self, companion: Companion, *, in_block: bool = False) -> None:

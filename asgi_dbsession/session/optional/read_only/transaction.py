@@ -30,11 +30,8 @@ def begin_read_only(connection: Connection) -> None:
     if name == "postgresql":
         _begin_on_postgresql(connection)
     elif name in {"mysql", "mariadb"}:
-        # Do not send START TRANSACTION READ ONLY in two cases:
-        #
-        # 1. The session reads in autocommit mode. The statement is sent when this mode ends.
-        # 2. SQLAlchemy will send no ROLLBACK on this connection. The read-only transaction would
-        #    stay open in the pool, and the next user of the connection could not write.
+        # Do not send START TRANSACTION READ ONLY yet if BEGIN is delayed. Never send it if
+        # SQLAlchemy sends no ROLLBACK: the next user of the connection could not write.
         if ref(connection) not in delayed and not _skips_rollback(connection):
             connection.exec_driver_sql(ON_MARIADB)
     elif name == "sqlite" and not isinstance(connection.engine.pool, StaticPool):

@@ -20,27 +20,22 @@ from asgi_dbsession.session.reads import (
 
 from .plain import is_plain_read
 
-# The dialects of the engines that have the listeners of this module already. An engine and its
-# copies (made by `Engine.execution_options`) share one dialect and its listeners. Without this set,
-# the listeners would be added again for each copy.
+# The dialects whose engines have the listeners of this module. An engine and its copies share one
+# dialect, so no listener is added twice.
 _watched: WeakSet[Dialect] = WeakSet()
-# SQLAlchemy's dictionary `connection.info` has this key while this module keeps the connection in
-# autocommit mode. If the connection still has the key when it returns to the pool, the listener
-# `_restore` switches autocommit off. So the next user of the connection gets a transaction.
+# While a connection is in autocommit mode, its dictionary `info` has this key. When the connection
+# returns to the pool, `_restore` then switches autocommit off.
 _KEY = "asgi_dbsession.delayed_begin"
 
 
 class DelayingReads(Reads):
     """Decides if the sessions of a PostgreSQL database read without BEGIN and COMMIT.
 
-    At the isolation level READ COMMITTED, each statement sees its own snapshot of the data, with or
-    without a transaction. So BEGIN and COMMIT around reads are of no use, and cost round trips to
-    the server. Source: https://www.postgresql.org/docs/current/transaction-iso.html
+    At READ COMMITTED, each statement sees its own snapshot, with or without BEGIN. Source:
+    https://www.postgresql.org/docs/current/transaction-iso.html
 
     Args:
-        wanted: The option `autocommit_reads` of the database. True: read without BEGIN at every
-            isolation level. None: read without BEGIN only at READ COMMITTED. False: always send
-            BEGIN.
+        wanted: The option `autocommit_reads`. None: read without BEGIN only at READ COMMITTED.
     """
 
     def __init__(self, wanted: bool | None) -> None:
@@ -54,10 +49,8 @@ class DelayingReads(Reads):
         """
         if self._wanted is False or self.is_shared or not self._can_delay(session, connection):
             return
-        # First mark the connection, then switch autocommit on. If a connection with this mark
-        # returns to the pool, autocommit is switched off. With the other order, a signal handler
-        # could raise an exception between the two steps. Then there would be no mark, and the next
-        # user of the connection would be in autocommit mode.
+        # Mark the connection before autocommit is switched on. If a signal handler raises an
+        # exception in between, the mark tells the pool to switch autocommit off.
         connection.info[_KEY] = True
         delayed[ref(connection, delayed.pop)] = _begin
         _set_autocommit(connection, True)
@@ -74,9 +67,8 @@ class DelayingReads(Reads):
             return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
-        # Do not delay BEGIN if the application has a listener for SQLAlchemy's event `after_begin`
-        # or `begin`. The listener may need a transaction at once, for example to send `SET LOCAL`.
-        # (For `after_begin`, this package has one listener itself, so only a second one counts.)
+        # A listener of the application for `begin` or `after_begin` may need a transaction at once,
+        # to send `SET LOCAL`, say. (One listener for `after_begin` is this package's own.)
         if len(session.dispatch.after_begin) > 1 or connection.dispatch.begin:
             return False
         level = isolation_level(connection)

@@ -63,18 +63,15 @@ class AutocommitReads(Reads):
 
 
 def _may_read(session: Session, engine: Engine) -> bool:
-    """Return True if autocommit mode is safe: no write can be sent in this mode.
+    """Return True if autocommit mode is safe for a session now.
 
-    SQLAlchemy tells this package of each statement, and before a statement that may write, this
-    package switches autocommit off. But this package does not see what a listener of the
-    application sends on the driver's own connection. So return False if there may be such a
-    listener. Also return False during a flush, which writes.
+    Return False during a flush, or if a listener of the application may write on the driver's own
+    connection, where this package sees no statements.
     """
     if not isinstance(engine.dialect, ReadingDialect) or is_flushing(session):
         return False
-    # Return False if the application has a listener for `after_begin`, `begin` or `engine_connect`.
-    # In autocommit mode, the server would store a write of this listener at once. (For
-    # `after_begin`, this package has one listener itself, so only a second one counts.)
+    # A listener of the application for `begin`, `after_begin` or `engine_connect` may write, and a
+    # rollback must undo this write. (One listener for `after_begin` is this package's own.)
     events = engine.dispatch
     if len(session.dispatch.after_begin) > 1 or events.begin or events.engine_connect:
         return False

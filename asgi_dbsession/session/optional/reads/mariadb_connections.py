@@ -1,13 +1,7 @@
 """Switches connections to MariaDB or MySQL between autocommit mode and transactions.
 
-This module is used only with the option `autocommit_reads=True`. A connection that has only read
-stays in autocommit mode, also while it is in the pool. Before any other use of the connection (a
-write, SQL text, `database.engine`), this module switches autocommit off. This is SQLAlchemy's usual
-mode: the server begins a transaction at the next statement.
-
-It would not be safe to leave autocommit on and send BEGIN before a write. CREATE TABLE or a
-deadlock ends the transaction early, and the server would then be in autocommit mode again. It would
-store the next write at once, even if the request fails later.
+With `autocommit_reads=True`, autocommit is switched off before a write. BEGIN alone is not safe:
+after CREATE TABLE or a deadlock, the server would store each write at once.
 """
 
 import types
@@ -28,33 +22,21 @@ from typing_extensions import override
 from asgi_dbsession.session.end import current_end
 from asgi_dbsession.session.tasks import current_task
 
-# The server sends a status (a number made of bits) with each answer. The bit with the value 1 means
-# that a transaction is open. The bit with the value 2 means that autocommit is on. The first bit is
-# reliable only while autocommit is on. Source: https://mariadb.com/kb/en/ok_packet/
+# Two bits of the server's status in each answer: a transaction is open (1), autocommit is on (2).
+# Bit 1 is reliable only with autocommit on. Source: https://mariadb.com/kb/en/ok_packet/
 _IN_TRANSACTION, _AUTOCOMMIT = 1, 2
-# This module stores three keys in `record_info`, a dictionary that SQLAlchemy keeps for each
-# connection of a pool.
-#
-# `_READS`: the connection is in autocommit mode, and is used only for reads. No transaction is
-# open, so this module sends no COMMIT and no ROLLBACK.
-#
-# `_OWED`: autocommit is off, because the connection is used for more than reads. When the
-# connection returns to the pool, this module must switch autocommit on again. The pool also sends
-# ROLLBACK then. This module skips the ROLLBACK if the request or `begin()` block has just sent
-# COMMIT or ROLLBACK itself. To know this, the module stores a value with the key: the `End` object
-# (one commit or rollback of a request or `begin()` block) that sent the last COMMIT or ROLLBACK.
-# The value is None if none was sent, or if the application sent it (by `session.commit()`, say).
-#
-# `_RETURNS`: the pool has begun to take back a connection that has the key `_OWED`. So the next
-# ROLLBACK on the connection is the ROLLBACK of the pool.
-_READS, _OWED = "asgi_dbsession.reads", "asgi_dbsession.autocommit_owed"
+# A connection has this key in SQLAlchemy's dictionary `record_info` while the connection only
+# reads, in autocommit mode.
+_READS = "asgi_dbsession.reads"
+# A connection has this key in `record_info` if the pool must switch autocommit on. The value is the
+# request's commit or rollback (an `End`) that ran last, or None.
+_OWED = "asgi_dbsession.autocommit_owed"
+# A connection has this key in `record_info` while the connection returns to its pool, so the pool
+# sends the next ROLLBACK.
 _RETURNS = "asgi_dbsession.returns"
 
-# The callers of `connect_to_read` that wait for a connection now. Each caller is stored as a tuple
-# of its dialect, task and thread. The listener `check_out` gives these callers a connection in
-# autocommit mode. (A `ContextVar` would not be safe here. If another listener starts a task at this
-# time, the task would inherit the value of the `ContextVar`. Then `check_out` would give the task
-# connections in autocommit mode too.)
+# The callers (dialect, task and thread) that now wait for a connection in autocommit mode. Do not
+# use a `ContextVar`: a task that a listener starts meanwhile would inherit the value.
 _readers: set[tuple[Dialect, object, int]] = set()
 
 
@@ -102,10 +84,8 @@ class ReadingDialect(Dialect):
             super().do_rollback(dbapi_connection)
             _record_end(dbapi_connection)
             return
-        # The pool calls this method because the connection returns to the pool. Usually, the
-        # connection returns during a commit or rollback of a request or `begin()` block, just after
-        # COMMIT or ROLLBACK was sent. Then no transaction is open, and another ROLLBACK would only
-        # cost a round trip. In all other cases, a transaction may be open: send ROLLBACK.
+        # The pool sends ROLLBACK when a connection returns. Skip this round trip if the request or
+        # `begin()` block has just sent COMMIT or ROLLBACK itself.
         end = marks[_OWED]
         if end is None or end is not current_end.get():
             super().do_rollback(dbapi_connection)
@@ -155,10 +135,8 @@ def _return(driver: Any, entry: ConnectionPoolEntry | None, state: PoolResetStat
 
 def _switch_on(driver: Any, marks: dict[str, Any]) -> None:
     marks.pop(_OWED, None)
-    # First mark the connection with `_READS`, then switch autocommit on. On a connection with this
-    # mark, autocommit is switched off before a write. With the other order, a signal handler could
-    # raise an exception between the two steps. Then there would be no mark, and a later request
-    # would write in autocommit mode.
+    # Mark the connection before autocommit is switched on. If a signal handler raises an exception
+    # in between, autocommit is then switched off before a write.
     marks[_READS] = True
     driver.autocommit(True)
 
@@ -210,9 +188,8 @@ def _marks_of(pooled: ManagesConnection | None) -> dict[str, Any]:
 
 
 def _with_reads(dialect: type[Dialect]) -> type[Dialect]:
-    # SQLAlchemy looks for the attribute `supports_statement_cache` in the class of the dialect, but
-    # not in the base classes. Without the attribute, SQLAlchemy does not cache compiled statements.
-    # So copy the attribute into the new class.
+    # SQLAlchemy looks for `supports_statement_cache` only in a dialect's own class, not in the base
+    # classes. Without this attribute, SQLAlchemy does not cache compiled statements.
     known = {"supports_statement_cache": dialect.supports_statement_cache}
     return types.new_class(
         dialect.__name__, (ReadingDialect, dialect), exec_body=lambda body: body.update(known)

@@ -23,10 +23,8 @@ from asgi_dbsession.session._sqlalchemy import (
     renders_expressions,
 )
 
-# A plain read (a SELECT that cannot write) is built only of objects of these SQLAlchemy classes. A
-# statement with any other part needs a transaction, because this part may write or lock rows. Other
-# parts are: other SQL functions, FOR UPDATE, `text()`, `literal_column()`, WITH (`cte()`), and
-# classes that a later SQLAlchemy version adds.
+# A plain read (a SELECT that cannot write) has only parts of these SQLAlchemy classes. Any other
+# part, such as `text()` or FOR UPDATE, may write or lock rows.
 _PLAIN = frozenset(
     {
         Column,
@@ -72,12 +70,8 @@ _known: dict[ref[Compiled], bool] = {}
 def is_plain_read(context: ExecutionContext) -> bool:
     """Return True if it is certain that the statement of `context` cannot write.
 
-    The result is False for a statement that is given as a string. It is also False for a statement
-    that fetches its rows through a cursor on the server: on PostgreSQL, such a cursor needs a
-    transaction.
-
-    Args:
-        context: SQLAlchemy's data about a statement that SQLAlchemy is about to send.
+    Return False for SQL text, and if the rows come through a cursor on the server: on PostgreSQL,
+    such a cursor needs a transaction.
     """
     compiled: Compiled | None = context.compiled
     if compiled is None or is_server_side(context):
@@ -92,9 +86,8 @@ def is_plain_read(context: ExecutionContext) -> bool:
 
 def _elements_of(compiled: Compiled) -> Iterator[Any]:
     yield from iterate(compiled.statement)
-    # The ORM makes a second SELECT from the SELECT of the application (with joins for eager
-    # loading, for example), and sends the second one. Each of the two may have a part that writes,
-    # such as a call of an SQL function. So check the parts of both.
+    # The ORM makes a second SELECT from that of the application, with joins, for example. Check the
+    # parts of both, because each may call an SQL function that writes.
     state: Any = getattr(compiled, "compile_state", None)
     made = getattr(state, "statement", None)
     if made is not None and made is not compiled.statement:
@@ -104,22 +97,19 @@ def _elements_of(compiled: Compiled) -> Iterator[Any]:
 def _is_plain_element(element: Any, compiled: Compiled) -> bool:
     kind = next(each for each in type(element).__mro__ if not issubclass(each, Annotated))
     if kind is elements.ColumnClause and element.is_literal:
-        # The application can write any SQL text in `literal_column()`, even a call of a function
-        # that writes. Only the text `*` is known to be safe: SQLAlchemy itself uses it in COUNT(*)
-        # and EXISTS (SELECT *).
+        # `literal_column()` can hold any SQL text, even a call of a function that writes. Only the
+        # text `*` is known to be safe: SQLAlchemy uses it in COUNT(*).
         return bool(element.name == "*")
-    # SQLAlchemy itself has a subclass of `BindParameter` for LIMIT and OFFSET, and a subclass of
-    # `Join` for joins of ORM classes. Objects of these two subclasses cannot write. But a subclass
-    # that the application has made may add any SQL, so it is not accepted.
+    # Accept SQLAlchemy's own subclasses of `BindParameter` (for LIMIT) and `Join` (for ORM
+    # classes). A subclass that the application has made may add any SQL.
     is_variant = issubclass(kind, elements.BindParameter | Join) and _is_of_sqlalchemy(kind)
     if kind not in _PLAIN and not is_variant:
         return False
     if isinstance(getattr(element, "operator", None), custom_op) or has_additions(element):
         return False
     if kind is Select and element is not compiled.statement and is_orm_enabled(element):
-        # This is an inner SELECT (a subquery, for example) of ORM classes. The ORM replaces the
-        # inner SELECT by a second SELECT while SQLAlchemy makes the SQL text. The parts of the
-        # second SELECT are not known here, and may write.
+        # The ORM later replaces an inner SELECT (a subquery, for example) of ORM classes. The parts
+        # of the new SELECT are not known here, and may write.
         return False
     if any(_is_unquoted(getattr(element, name, None)) for name in ("name", "schema")):
         return False
