@@ -16,9 +16,8 @@ def roll_back(session: Session) -> bool:
     """Roll back the session. Return True if the server has confirmed the rollback."""
     try:
         if not session.in_transaction() and has_changes(session):
-            # Another task changed these objects while an earlier COMMIT was running. If the session
-            # has no transaction, `rollback()` does not undo the changes, and the next COMMIT would
-            # store them. So begin a transaction first.
+            # Another task made these changes while a COMMIT was running. Without a transaction,
+            # `rollback()` would not undo the changes, and the next COMMIT would store them.
             session.begin()
         session.rollback()
     except Exception:
@@ -70,10 +69,8 @@ def discard(connection: Connection, cursor: Any = None) -> None:
 
 def _throw_away(connection: Connection, cursor: Any) -> None:
     if connection.dialect.name == "sqlite":
-        # On SQLite, close the cursor and send ROLLBACK before the connection is closed. Otherwise
-        # SQLite keeps the locks of the connection until Python frees the cursors of the connection.
-        # Ignore an error of these two steps. It must not hide the earlier error, which is the
-        # reason for closing the connection.
+        # SQLite keeps the locks of a closed connection until Python frees the cursors. So close the
+        # cursor and send ROLLBACK first. An error here must not hide the earlier error.
         with suppress(Exception):
             if cursor is not None:
                 cursor.close()

@@ -18,35 +18,26 @@ from .roll_back import roll_back_or_discard
 # The first word of a statement, after comments.
 _FIRST_WORD = re.compile(r"(?:\s|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)
 _WORD = re.compile(r"\w+")
-# Python's module `sqlite3` itself sends BEGIN before INSERT, UPDATE, DELETE and REPLACE. So this
-# package sends BEGIN before other writes only. (After an error at which SQLite has rolled back the
-# transaction, this package sends BEGIN before all writes.)
+# Python's `sqlite3` itself sends BEGIN before INSERT, UPDATE, DELETE and REPLACE. This package
+# sends BEGIN only after SQLite has rolled back the transaction at an error.
 _BY_DRIVER = frozenset(("INSERT", "UPDATE", "DELETE", "REPLACE"))
-# No BEGIN is sent before these statements. Those in `_OUTSIDE` only read, or SQLite refuses or
-# ignores them inside a transaction. Those in `_CONTROL` begin or end a transaction themselves. All
-# other statements of SQLite may write. Source: https://www.sqlite.org/lang.html
+# No BEGIN is sent before statements that only read, or that SQLite refuses or ignores inside a
+# transaction. Source: https://www.sqlite.org/lang.html
 _OUTSIDE = frozenset(("SELECT", "VALUES", "EXPLAIN", "VACUUM", "ATTACH", "DETACH"))
+# No BEGIN is sent before statements that begin or end a transaction themselves.
 _CONTROL = frozenset(("BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE"))
-# These PRAGMA statements store a number in the file of the database, and a rollback restores the
-# old number. So BEGIN is sent before them. Before any other PRAGMA statement, no BEGIN is sent,
-# because SQLite ignores many PRAGMA statements inside a transaction.
+# Send BEGIN only before the PRAGMA statements that store a number, which a rollback must restore.
+# Inside a transaction, SQLite ignores many other PRAGMA statements.
 _NUMBERS = re.compile(
     r"\bPRAGMA\s+(?:\w+\s*\.\s*)?(?:application_id|schema_version|user_version)\s*[=(]",
     re.IGNORECASE,
 )
 
-# Names of two attributes that this module sets on the connection of a session.
-#
-# `_WAS_OPEN` is True if a transaction was open before the last statement.
-#
-# `_ROLLED_BACK` is True if an error has made SQLite roll back the transaction. This package then
-# refuses the COMMIT of the session. But the session may write again before its COMMIT, and these
-# writes must not be stored. So this package sends BEGIN before them, and ROLLBACK after them, even
-# if the application has switched the driver to autocommit.
-#
-# Do not use a weak dictionary instead of attributes. If a signal handler raised an exception while
-# Python removes an entry of a weak dictionary, Python would ignore the exception.
-_WAS_OPEN, _ROLLED_BACK = "asgi_dbsession_was_open", "asgi_dbsession_rolled_back"
+# An attribute of a session's connection: True if a transaction was open before the last statement.
+_WAS_OPEN = "asgi_dbsession_was_open"
+# An attribute of a session's connection: True if an error has made SQLite roll back the
+# transaction. BEGIN is sent before later writes, which must be rolled back too.
+_ROLLED_BACK = "asgi_dbsession_rolled_back"
 
 _EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
 
@@ -88,6 +79,8 @@ def begin_for_session(transaction: SessionTransaction, connection: Connection) -
                 "Leave `autocommit` out where the engine is made, or write "
                 '`isolation_level="AUTOCOMMIT"` instead.'
             )
+        # Do not mark the connection in a weak dictionary: Python would ignore an exception that a
+        # signal handler raises while an entry is removed.
         vars(connection).update({_WAS_OPEN: False, _ROLLED_BACK: False})
 
 
