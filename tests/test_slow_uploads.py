@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import import_module
@@ -105,4 +106,6 @@ async def test_without_the_cure_five_clients_exhaust_the_pool_and_it_is_seen(
             await becomes_true(lambda: checked_out(careless.database) == 0)
     idle = [each for each in caplog.messages if "idle for" in each]
     assert len(idle) == 5
-    assert all("careless.py:" in each and "POST /files" in each for each in idle)
+    assert all(each.startswith("POST /files held") for each in idle)
+    (between,) = re.findall(r"between uploads(.py:\d+ and [^.]+\.)", PAGE.text)
+    assert all(f"careless{between}" in each for each in idle)

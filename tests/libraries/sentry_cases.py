@@ -211,11 +211,11 @@ async def test_each_log_line_has_the_id_of_its_request(
             await session.execute(select(1))
 
     module.app.post("/mail")(mail)
-    module.app.user_middleware[1].args = (database,)
+    module.app.user_middleware[0].args = (database,)
     logging.getLogger("sqlalchemy.engine").setLevel(logging.INFO)
     async with database:
         capsys.readouterr()
-        exchanges = [await post(module.app, "/mail") for _ in range(2)]
+        exchanges = [await post(module.asgi, "/mail") for _ in range(2)]
     logging.getLogger("sqlalchemy.engine").setLevel(logging.NOTSET)
     printed = capsys.readouterr().err.splitlines()
     for exchange in exchanges:
@@ -226,3 +226,20 @@ async def test_each_log_line_has_the_id_of_its_request(
         assert said[-1].endswith("send_mail failed; the committed work stays stored.")
     lines = [line for line in printed if " INFO " in line or " ERROR " in line]
     assert not [line for line in lines if "[-]" in line]
+
+
+async def test_the_500_of_an_unhandled_error_has_the_id(
+    page: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starlette sends this answer outside of all middleware that is added to it."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's are put back at the end
+    module = page.load("main")
+
+    @module.app.post("/broken")  # type: ignore[untyped-decorator]
+    async def broken() -> None:
+        raise LookupError
+
+    async with page.load("shop").database:
+        exchange = await post(module.asgi, "/broken")
+    assert exchange.status == 500
+    assert b"x-request-id" in dict(exchange.messages[0]["headers"])

@@ -26,4 +26,4 @@ def test_sentry_gets_the_error_that_happened() -> None:
         check=False,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "6 passed" in finished.stdout
+    assert "7 passed" in finished.stdout
