@@ -10,10 +10,8 @@ from zlib import crc32
 
 from typing_extensions import override
 
-# The format of the string that says what a client has seen of a database, for example in a cookie:
-# the timeline, the WAL position and the identifier of the PostgreSQL cluster. If the client has
-# read from a replica, the name of the replica and the time of the read follow. The numbers of a
-# position have a fixed width. So for one cluster, sorted strings are sorted positions.
+# What a cookie says about a client: timeline, WAL position and cluster of PostgreSQL. After a read
+# from a replica, the replica's name and the time of the read follow.
 _TEXT = re.compile(
     r"([0-9a-f]{8})\.([0-9a-f]{16})\.([0-9a-f]{8})(?:\.([0-9a-f]{8})\.([0-9a-f]{1,10}))?"
 )
@@ -34,6 +32,7 @@ class Position(NamedTuple):
 
     @override
     def __str__(self) -> str:
+        # The numbers have a fixed width, so that a store can compare positions as strings.
         return f"{self.timeline:08x}.{self.lsn:016x}.{self.cluster}"
 
     def includes(self, other: "Position") -> bool:
@@ -63,9 +62,8 @@ class Seen:
         self.replica: str | None = None
         self.users: set[Any] = set()
         self._since = 0
-        # None if the client's WAL position is known, or the client has seen nothing yet. Otherwise
-        # a string that is stored for the client instead of a position. A request with this string
-        # reads from the primary.
+        # If it is unknown which changes the client has seen, a string that makes the client's next
+        # request read from the primary. Otherwise None.
         self._instead: str | None = None
         self._told: str | None = text
         if text is not None:
@@ -120,9 +118,8 @@ class Seen:
         is nothing to send or save: the cookie or the store has this string already, or the client
         has seen nothing yet.
         """
-        # `users` has the sessions of this client that use the primary now. Such a session may have
-        # committed, and the WAL position of its COMMIT is not known yet. So say that the position
-        # of the client is not known.
+        # A session in `users` (those that use the primary now) may have committed already. So the
+        # client's WAL position is unknown until this package has asked the primary.
         text = self._unclear if self.users else self.text
         if text == self._told:
             return None
@@ -148,13 +145,8 @@ class Seen:
     def add(self, text: str | None) -> None:
         """Record up to which change the same client has seen the database in another process.
 
-        For example, a web server gives a job to a worker process. The job must then see all changes
-        that the client has seen in the web server. If it is unknown which of the two processes has
-        seen more changes, the client reads from the primary next.
-
-        Args:
-            text: The property `text` of the `Seen` object in the other process. None if the client
-                has seen nothing there.
+        `text` comes from `Seen.text` of the other process. If nobody knows which process has seen
+        more, the client reads from the primary next.
         """
         if text is None or not self.is_trusted:
             return

@@ -23,9 +23,8 @@ from .server import Server, TaskServer
 from .thread_server import ThreadServer
 from .watch import Watch
 
-# If no replica has reported the WAL position that a client needs, all replicas are asked again. A
-# request waits for the new answer of a replica only if the last answer is older than this time (in
-# seconds).
+# If no replica has the changes that a client needs, its request waits for a new answer of each
+# replica whose last answer is older than this time (in seconds).
 _AGAIN = 0.005
 # Each server has one more connection, which only asks for the WAL position. For this connection,
 # these engine options of the application are not used.
@@ -43,12 +42,7 @@ _POOL = (
 class ReplicaSet:
     """The primary and all replicas of one database.
 
-    Args:
-        database: The database object of the primary.
-        kind: The class of the database object of each replica: `AsyncDatabase` or `SyncDatabase`.
-        url: The URL that the application gave for the primary.
-        given: The value of the option `replicas`: URLs, or a `Replicas` object.
-        options: The engine options of the primary, which are used for the replicas too.
+    Each replica gets a database object of the class `kind`, with the engine options of the primary.
 
     Raises:
         ConfigurationError: The driver is not for PostgreSQL, or an argument is wrong.

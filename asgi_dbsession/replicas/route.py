@@ -18,11 +18,7 @@ S = TypeVar("S", bound=Session)
 class Route:
     """Chooses the server of one session: the primary, or a replica if the session may only read.
 
-    Args:
-        replica_set: The `ReplicaSet` with the primary and the replicas to choose from.
-        seen: The WAL position up to which the client has seen the database.
-        chooses: True if the session may use a replica. False if it may write, and so must use the
-            primary.
+    If `chooses` is False, the session may write, so only record that the client uses the primary.
     """
 
     def __init__(self, replica_set: Any, seen: Seen, *, chooses: bool) -> None:
@@ -34,12 +30,10 @@ class Route:
         self._has_ended = False
 
     def choose(self, session: Session) -> None:
-        """Choose the server for the next statement of a session. Called before each statement.
+        """Choose the server of a session. Called before each statement.
 
-        The first statement chooses a server, and the later statements use the same server. The
-        server is chosen again after a commit or rollback of the session. At READ COMMITTED, it is
-        also chosen again if the client has used the primary meanwhile, for example in a `begin()`
-        block. Then the next statement sees what the client has written on the primary.
+        The choice is kept until a commit or rollback. At READ COMMITTED, the server is also chosen
+        again after the client has used the primary, so that its writes are seen.
         """
         is_new = session.bind is None or self._has_ended
         if self._chooses and (is_new or self._is_outdated(session)):
@@ -95,10 +89,8 @@ class Route:
 
         From now on, the client must not read older data.
         """
-        # `users` has the sessions that use the primary now. Remove this session before the primary
-        # is asked for its WAL position, and not afterwards. While the primary answers, another
-        # thread may begin new work in this session, and add the session to `users` again. Then the
-        # session must stay there.
+        # Remove this session from the users of the primary before asking, not after. While the
+        # primary answers, another thread may use the session, and add the session again.
         self._seen.users.discard(self)
         self._seen.read_from_primary(self._replica_set.ask_primary())
 

@@ -10,8 +10,7 @@ from asgi_dbsession.errors import ConfigurationError, kind_of
 from .position import Seen
 
 # For each database with replicas (`ReplicaSet`), the WAL position up to which the current client
-# has seen the database. Each request sets its own dictionary. Code that serves no request, such as
-# a worker, gets a dictionary at its first unit of work (`begin()` block).
+# has seen the database. Each request sets its own dictionary.
 _here: ContextVar[dict[Any, Seen] | None] = ContextVar("asgi_dbsession.seen", default=None)
 
 
@@ -45,17 +44,10 @@ def seen_here(replica_set: Any) -> Seen:
 
 
 def see(replica_set: Any, position: str, *, join: bool, read_only: bool) -> None:
-    """From now on, let the current client read only from servers that have reached `position`.
-
-    Args:
-        replica_set: The `ReplicaSet` of the database, or None if the database has no replicas.
-        position: The value of the option `after` of `begin()`.
-        join: The option `join` of `begin()`.
-        read_only: The option `read_only` of `begin()`.
+    """Implements `begin(after=position)`: the client then reads only from servers that have it.
 
     Raises:
-        ConfigurationError: `begin()` joins another unit of work, or may write. Or `position` is not
-            a string.
+        ConfigurationError: `begin()` joins or may write, or `position` is not a string.
     """
     if not isinstance(position, str):
         raise ConfigurationError(

@@ -20,25 +20,21 @@ from .question import IDENTITY, KEY, QUESTION, Answer
 
 _logger = logging.getLogger("asgi_dbsession")
 
-# Times in seconds. If the last answer of a server (its WAL position) is older than `_FRESH`, the
-# server is asked again, but requests still use the old answer. If the last answer is older than
-# `_STALE`, requests wait for the new answer, at most for `PATIENCE`. A server that did not answer
-# is asked again after `_PAUSE`.
-_FRESH, _STALE, PATIENCE, _PAUSE = 0.1, 0.3, 1.0, 0.5
+# A server is asked for its WAL position again `_FRESH` seconds after its last answer, or `_PAUSE`
+# seconds after it did not answer.
+_FRESH, _PAUSE = 0.1, 0.5
+# If the last answer of a server is older than `_STALE` seconds, requests wait for a new answer, at
+# most for `PATIENCE` seconds.
+_STALE, PATIENCE = 0.3, 1.0
 # The time limit in seconds for connecting to a server and asking for its WAL position.
 LIMIT = 5
 
 
 class Server(ABC):
-    """One server (the primary or a replica), and the WAL position that it last reported.
+    """One server (the primary or a replica), with its last reported WAL position.
 
-    The methods may block, so they are called in a thread or in a greenlet of SQLAlchemy. If a
-    request is cancelled, its query goes on, because other requests may wait for the same answer.
-
-    Args:
-        database: The `AsyncDatabase` or `SyncDatabase` for the sessions that use this server.
-        asker: A second such object for the same server. Its only connection asks for the WAL
-            position, even if all connections of `database` are in use.
+    The methods may block: call them in a thread, or in a greenlet of SQLAlchemy. `asker` has one
+    more connection to the server, which only asks for the WAL position.
     """
 
     def __init__(self, database: Any, asker: Any) -> None:
@@ -46,9 +42,8 @@ class Server(ABC):
         self.asker: Any = asker
         url = database.url
         self._address = (url.host, url.query.get("host"), url.port, url.database)
-        # Each choice of a replica has a number, one more than the choice before. This is the number
-        # of the last choice of this replica. Of equally busy replicas, the one with the smallest
-        # number is chosen next, because it was chosen longest ago.
+        # The number of the last choice of this replica. Each choice gets a higher number. Of
+        # equally busy replicas, the one chosen longest ago is chosen next.
         self.chosen: int = 0
         self.forget()
 
@@ -191,9 +186,8 @@ class TaskServer(Server):
 
     @override
     def _wait(self, question: "asyncio.Task[None]", seconds: float) -> bool:
-        # Only a greenlet of SQLAlchemy can wait until the server reports its WAL position. There is
-        # no greenlet if, for example, the application itself calls `session.get_bind()`. Then
-        # return False, as for a server that does not answer.
+        # Only a greenlet of SQLAlchemy can wait for the answer. Without a greenlet (the application
+        # calls `session.get_bind()` itself), act as if the server did not answer.
         if not in_greenlet():
             return False
         await_only(asyncio.wait([question], timeout=seconds))

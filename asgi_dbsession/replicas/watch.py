@@ -15,8 +15,6 @@ from asgi_dbsession.unit.observer import UnitObserver
 from .server import Server
 
 # Under this key, the `info` dictionary of a connection has the time when the connection was opened.
-# If a connection to the replica is lost, all connections that were opened before the loss are
-# replaced.
 OPENED = "asgi_dbsession.opened"
 
 
