@@ -55,9 +55,8 @@ class RequestAttempt(Withholding):
 
     @override
     def withholds_message(self, message: Message) -> bool:
-        # After a conflict, a success status means that the application has handled the conflict
-        # itself, so send the response. Any other status may report the conflict to the client. So
-        # hold the response back if a retry is possible.
+        # A success status means that the application has handled a conflict itself. Any other
+        # response may report the conflict, so hold it back if a retry is possible.
         if _is_success(message):
             return False
         self.watched.record_handled_error()

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-# After an error with an SQLSTATE that begins with 40, the database has rolled back the transaction,
-# so a retry is safe. Only 40003 is different: nobody knows if the COMMIT has succeeded. Source:
+# An SQLSTATE that begins with 40 means that the database has rolled back, so a retry is safe. But
+# after 40003, the COMMIT may have succeeded. Source:
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _ROLLBACK, _UNKNOWN = "40", "40003"
-# PostgreSQL raises this error if a migration has changed the type of a column that a prepared
-# statement returns. After ROLLBACK the driver prepares the statement again, so a retry succeeds.
-# For asyncpg, compare the class of the error, because the server may translate the message.
+# A migration has changed the type of a column that a prepared statement returns. A retry succeeds,
+# because the driver prepares the statement again.
 _NOT_SUPPORTED, _STALE_PLAN = "0A000", "cached plan must not change result type"
 _STALE_PLAN_CLASS = "InvalidCachedStatementError"
 # The error numbers of MySQL and MariaDB for a deadlock, for a lock that was not free in time, and
@@ -22,10 +21,11 @@ _SQLITE_BUSY = 5
 
 def is_conflict(error: Any) -> bool:
     """Return True if the error is a conflict: a serialization failure, a deadlock or similar."""
-    # Look at MySQL's error number before the SQLSTATE. The error 1205 (a lock was not free in time)
-    # is a conflict, but its SQLSTATE does not say so. Look at integers only: an exception that the
-    # application has raised may have a NumPy array as its argument, and `in _MYSQL` would fail.
+    # Check MySQL's error number first: the SQLSTATE of error 1205 (a lock was not free in time)
+    # shows no conflict.
     number = error.args[0] if error.args else None
+    # Compare integers only: the argument of an application's exception may be a NumPy array, for
+    # which `in _MYSQL` fails.
     if isinstance(number, int) and number in _MYSQL:
         return True
     # asyncpg raises an error of this class if a migration has made a prepared statement outdated.

@@ -27,15 +27,10 @@ class Memory:
 
 
 class Replay:
-    """The body of one request. It is stored, so that each retry can read it from the beginning.
-
-    Args:
-        receive: The `receive` function of the server.
-        memory: Limits how many bytes the stored bodies of all requests may have together.
+    """The body of one request, stored so that each retry can read it from the beginning.
 
     Attributes:
-        is_kept: True if the whole body received so far is stored, and the client is still
-            connected.
+        is_kept: True if the whole body so far is stored, and the client is connected.
         is_client_gone: True if the client has disconnected.
     """
 

@@ -27,11 +27,10 @@ _logger = logging.getLogger("asgi_dbsession")
 # limit doubles with each further retry, up to `_LONGEST_PAUSE`.
 _PAUSE, _LONGEST_PAUSE = 0.04, 1.0
 
-# True if `Task.cancelling()` is exact. (This number shows that a request was cancelled.) Before
-# Python 3.13, a TaskGroup of the application can make the number of its task too high. So the
-# application then runs in a task of its own, and the number of this task is not read. Source:
+# Before Python 3.13, a TaskGroup of the application can make the number `Task.cancelling()` too
+# high. So the application then runs in a task of its own, whose number is not read. Source:
 # https://docs.python.org/3/library/asyncio-task.html#task-groups
-_COUNTS = sys.version_info >= (3, 13)
+_CANCELLING_IS_EXACT = sys.version_info >= (3, 13)
 
 # Load this part of anyio now. Otherwise the first request would load it, and take longer.
 import_module("anyio._backends._asyncio")
@@ -70,11 +69,11 @@ class Retry:
             attempt = RequestAttempt(body, watched)
             serve = partial(attempt.serve, self._app, scope, body.from_start(), send)
             try:
-                await (serve() if number == 1 and _COUNTS else _run_in(context, serve))
+                runs_here = number == 1 and _CANCELLING_IS_EXACT
+                await (serve() if runs_here else _run_in(context, serve))
                 if not attempt.can_retry:
-                    # An error response was not sent, because a retry seemed possible. Then a
-                    # COMMIT, or a body that is too large, made the retry impossible. So raise the
-                    # error, because the client needs an answer.
+                    # An error response was held back for a retry, which is impossible now (after a
+                    # COMMIT, for example). Raise the error, because the client needs an answer.
                     if watched.conflict is not None and attempt.owes_answer:
                         raise watched.conflict
                     return
@@ -121,9 +120,8 @@ def _cancellations() -> int:
     """Return how often the current task was cancelled. On trio, return 0."""
     try:
         task = asyncio.current_task()
-    # The task runs on trio. The number of cancellations is needed only to find a cancelled request,
-    # which must not be retried. On trio, a cancelled task gets an exception at each later `await`,
-    # even if it has caught the first exception. So it cannot begin a retry in any case.
+    # The task runs on trio, where a cancelled task gets an exception at each later `await`. So no
+    # cancelled request can begin a retry, and the number is not needed.
     except RuntimeError:
         return 0
     return task.cancelling() if task is not None else 0

@@ -22,25 +22,17 @@ from .rule import Rule
 
 
 class WatchedAttempt(RunningAttempt):
-    """One attempt to run a request or a function. It records its conflicts and COMMITs.
+    """One attempt to run a request or a function, with its conflicts and COMMITs.
 
     A retry can follow if there was a conflict and no COMMIT.
-
-    Args:
-        attempt: The object that `current_attempt()` returns to the application.
-        counts: A function made from the option `retry_on`. It returns True if an error is retried
-            in the same way as a conflict.
 
     Attributes:
         conflict: The exception of the last conflict, or None.
         reason: The description of the conflict, for the log.
-        committing: The connection on which COMMIT was sent, as long as the result of this COMMIT is
-            not known. Otherwise None.
-        has_committed: True if this attempt has committed anything, as far as is known. A statement
-            in autocommit mode counts as a COMMIT.
-        stored: A function that is called when a COMMIT has certainly succeeded. No retry is
-            possible then, so the function frees the stored body of the request. Or None.
-        is_final: True if no retry can follow. Then conflicts are not recorded any more.
+        committing: The connection on which a COMMIT with unknown result was sent, or None.
+        has_committed: True if anything was committed, also by a statement in autocommit mode.
+        stored: Called after a COMMIT, when no retry is possible: frees the stored request body.
+        is_final: True if no retry can follow.
     """
 
     def __init__(self, attempt: Attempt, counts: Rule) -> None:
@@ -150,9 +142,8 @@ def _record_for(attempt: WatchedAttempt, context: ExceptionContext) -> None:
         and attempt.committing is connection
         and (not is_lost(context) or may_only_read(connection))
     ):
-        # COMMIT failed and has certainly stored nothing, so allow a retry. This is certain if the
-        # connection was not lost (then the database has rolled back), or if the transaction could
-        # only read. In all other cases COMMIT may have succeeded, so allow no retry.
+        # COMMIT failed and has certainly stored nothing: the connection was not lost, or the
+        # transaction could only read. So allow a retry.
         attempt.committing = None
 
 

@@ -7,14 +7,11 @@ from asgi_dbsession.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class Withholding(ABC):
-    """One attempt to serve a request. It can hold back a failed response or an exception.
-
-    Then the client has received nothing, so the request can be retried, or get another response.
+    """One attempt to serve a request, which can hold back an error response or an exception.
 
     Attributes:
-        is_answered: True if the client got at least one message of a response.
-        is_withheld: True if a response was not sent, or an exception was not raised, because it was
-            held back.
+        is_answered: True if the client got a part of a response.
+        is_withheld: True if a response or an exception was held back.
     """
 
     def __init__(self) -> None:

@@ -68,9 +68,8 @@ def _unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[
     around = current_unit.get()
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
     unit.read_only = read_only
-    # Remove closed requests and `begin()` blocks, which would stay in memory. But remove nothing if
-    # a listener of the application calls `begin()` during the last commit of a request. The request
-    # is marked as closed at that time, but is still in use.
+    # Forget closed units of work, to free memory. But during the last commit of a request, a
+    # listener may call `begin()`, and the closed request is still in use.
     if not current_end.get():
         _forget_unreachable(unit)
     with made_current(unit):
@@ -80,15 +79,12 @@ def _unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[
 def _forget_unreachable(unit: UnitOfWork) -> None:
     """Remove closed outer units of work that `get_session()` can no longer reach.
 
-    `get_session()` asks the innermost unit of work for a database, then the unit of work around it,
-    and so on, until one has the database. So it never reaches a closed unit of work if inner units
-    of work have all databases of the closed one.
-
-    For example, each job may start the next job inside its own `begin()` block. Without this
-    function, the units of work of all earlier jobs would stay in memory.
+    Otherwise, if each job starts the next one inside its `begin()` block, the units of work of all
+    earlier jobs stay in memory.
     """
     of_inner = set(unit.databases)
     while (enclosing := unit.enclosing) is not None:
+        # `get_session()` asks the inner units of work first, which have all databases of this one.
         if enclosing.closed and of_inner.issuperset(enclosing.databases):
             unit.enclosing = enclosing.enclosing
         else:

@@ -52,13 +52,12 @@ def unit_that_manages(database: SessionSource[Any]) -> UnitOfWork:
 def get_session() -> AsyncSession:
     """Return the session of the default database: the first `AsyncDatabase` of the unit of work.
 
-    The session is opened on first use, and its first statement checks out a connection of the pool.
-    The session is closed permanently when the request or the `begin()` block ends. Only one task at
-    a time may use the session. Tasks that run in parallel must each open `database.begin()`.
+    The session is opened on first use, and its first statement checks out a connection. When the
+    request or the `begin()` block ends, the session is closed permanently. Only one task at a time
+    may use the session. Parallel tasks must each open `database.begin()`.
 
     Raises:
-        NoSession: The calling code runs neither in a request that `DBSessionMiddleware` serves, nor
-            in a `begin()` block.
+        NoSession: The calling code runs outside of `DBSessionMiddleware` and of `begin()` blocks.
         SessionClosed: The request that started this task has ended.
         DatabaseNotRunning: The database has not been started.
         ConfigurationError: The unit of work has only sync databases.

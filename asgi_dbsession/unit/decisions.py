@@ -30,18 +30,10 @@ def set_rollback(rollback: bool) -> None:
 
 
 def take_decision(unit: UnitOfWork, task: object, *, of_ended_too: bool) -> bool | None:
-    """Return the last `set_rollback` decision about the work of `task`, and forget it.
+    """Return and forget the last `set_rollback` call for the work of `task`, or None.
 
-    Args:
-        unit: The unit of work.
-        task: The task that is about to send a message or to wait for a message.
-        of_ended_too: True to count the `set_rollback` calls of worker threads and ended tasks too,
-            because their work is committed or rolled back together with the work of `task`. False
-            to count only the calls of `task`.
-
-    Returns:
-        The argument of the last `set_rollback` call that counts: True or False. None if no call
-        counts.
+    With `of_ended_too`, calls of worker threads and ended tasks count too, because their work is
+    committed or rolled back together with this work.
     """
     taken = [
         each
@@ -67,11 +59,8 @@ def unit_to_decide(*, also_at_end: bool = False) -> UnitOfWork:
     unit = current_unit.get()
     if unit is None:
         raise NoSession("any database")
-    # The unit of work is marked as closed before its last COMMIT. During this COMMIT, a listener of
-    # the application (for an SQLAlchemy event) may still call `on_commit`. The context variable
-    # `current_end` is set only in code that runs during a commit or rollback, such as this
-    # listener. All other callers, such as a task that outlives the request, get an error, because
-    # no further COMMIT follows.
+    # During the last COMMIT, the unit of work is marked as closed, but a listener of the
+    # application may still call `on_commit`. `current_end` is set only in such a listener.
     is_closed = unit.closed or (unit.joined is not None and unit.outermost.closed)
     if is_closed and not (also_at_end and current_end.get() and unit.outermost.sessions):
         raise SessionClosed("any database")

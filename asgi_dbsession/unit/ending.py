@@ -15,11 +15,9 @@ from .unit_of_work import UnitOfWork
 
 
 def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
-    """Commit or roll back all work that the unit of work has done. Its sessions stay usable.
+    """Commit or roll back all work of the unit of work. Its sessions stay usable.
 
-    First flush all sessions. Then commit them in the order in which the databases were declared. If
-    a COMMIT fails, roll back the remaining sessions. After that, call the functions given to
-    `on_commit`. The caller must not cancel this coroutine; see `run_to_completion`.
+    The caller must not cancel this coroutine; see `run_to_completion`.
 
     Raises:
         Exception: The error of the flush or of COMMIT. `unit.failure` has the same error.
@@ -48,20 +46,12 @@ def end_reads(unit: UnitOfWork, *, commit: bool) -> bool:
 async def end_work_of(
     task: object, unit: UnitOfWork, *, commit: bool, living: Living, ended: tuple[Any, ...] = ()
 ) -> None:
-    """Commit or roll back the work of a task, before this task sends or waits for a message.
+    """Commit or roll back the work of `task` before `task` sends or waits for a message.
 
-    Args:
-        task: The task that is about to send a message or to wait for a message.
-        unit: The unit of work of the HTTP request or WebSocket.
-        commit: True to commit, False to roll back. If the application has called `set_rollback` for
-            this work, `commit` is ignored: `set_rollback(True)` rolls back, and
-            `set_rollback(False)` commits.
-        living: What to do with uncommitted work of other tasks that run; see the type `Living`.
-        ended: The sessions that were committed or rolled back already before the same message.
+    Leave out the sessions in `ended`, which were ended before the same message.
 
     Raises:
-        ConcurrentUse: `task` and another task have uncommitted work in the same transaction.
-        Exception: The error of the flush or of COMMIT. `unit.failure` has the same error.
+        ConcurrentUse: Another task has uncommitted work in the same transaction.
     """
     working = [each for each in unit.with_work() if each not in ended]
     if not (working or unit.rollbacks or unit.callbacks):
@@ -100,12 +90,8 @@ async def close(
 ) -> None:
     """Commit or roll back all work of a unit of work, and close its sessions permanently.
 
-    Args:
-        unit: The unit of work to close.
-        commit: True to commit, False to roll back.
-        error: The exception that the application raised, or None.
-        sort_tasks: True to decide for each task: the work of a task that has failed is rolled back
-            even if `commit` is True.
+    `error` is the exception of the application, if any. With `sort_tasks`, the work of failed tasks
+    is rolled back even if `commit` is True.
     """
     unit.closed = True
     try:
@@ -174,20 +160,11 @@ async def _end(
 ) -> None:
     """Commit or roll back the sessions `working`. Then call functions given to `on_commit`.
 
-    Args:
-        unit: The unit of work of the sessions.
-        end: The commit or rollback.
-        working: The sessions that have work.
-        ended: None: commit or roll back only `working`. A tuple: also do this for each session that
-            a listener of the application has begun to use during the flush. The tuple has the
-            sessions that are committed or rolled back already.
-
-    Raises:
-        Exception: The error of the flush or of COMMIT.
+    If `ended` is a tuple, do the same for sessions that a listener has used meanwhile, except the
+    sessions in `ended`.
     """
-    # For each function given to `on_commit`: True if the work that the function waits for is stored
-    # already, because the application has called `session.commit()`. Then the function is called
-    # even if the next COMMIT fails.
+    # For each function given to `on_commit`: True if the application itself has committed the
+    # function's work already. Such a function is called even if this COMMIT fails.
     given = {each: each.committed for each in tuple(unit.callbacks)}
     end.had_work = bool(working)
     token = current_end.set(end)
@@ -215,9 +192,8 @@ async def _end(
     _tell(unit, end)
     if end.failure is not None:
         raise end.failure
-    # During the flush, a listener of the application may have used the session of another database
-    # for the first time (to store an audit row there, for example). End this work too, before the
-    # response is sent.
+    # During the flush, a listener of the application may have begun work in another database (to
+    # store an audit row, for example). End this work too, before the response is sent.
     if ended is not None and len(unit.databases) > 1:
         ended = (*ended, *working)
         late = [each for each in unit.with_work() if each not in ended]

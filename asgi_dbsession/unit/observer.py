@@ -40,14 +40,8 @@ class UnitObserver:
         """Called when a unit of work has opened its session of `database`."""
 
     def work_ended(self, unit: Any, end: End, steps: dict[Any, list[Step]]) -> None:
-        """Called after each commit or rollback of a unit of work, after its `on_commit` functions.
+        """Called after each commit or rollback and its `on_commit` functions.
 
-        Also called at the end of a unit of work that has nothing to commit or roll back.
-
-        Args:
-            unit: The unit of work.
-            end: The commit or rollback.
-            steps: For each database, the list of what its session did since the last call, such as
-                statements (see `Step`). A database whose session did nothing is left out. Do not
-                change a list, because other observers get the same list.
+        Also called when a unit of work ends that has no work. `steps` has what each session did
+        since the last call. Do not change its lists: all observers share them.
         """
