@@ -9,14 +9,10 @@ from asgi_dbsession.session.tasks import current_task, has_ended, is_waiting_for
 
 from .unit_of_work import UnitOfWork
 
-# What to do if two running tasks have uncommitted work in one session, and one of them commits. A
-# COMMIT would also store the work of the other task, which may be unfinished.
-#
-# "refuse" (for WebSockets): raise ConcurrentUse.
-# "leave" (at the end of a response body): do not commit the session yet. It is committed when the
-# application has returned.
-# "include" (after the application has returned): commit the work of both tasks, because no later
-# COMMIT follows.
+# When a task commits, what to do with a session that has work of another running task:
+# "refuse" (WebSockets): raise ConcurrentUse.
+# "leave" (response bodies): commit the session when the application has returned.
+# "include" (at the end of the request): commit the session now.
 Living: TypeAlias = Literal["refuse", "leave", "include"]
 
 
@@ -25,18 +21,11 @@ def sort_work(
 ) -> tuple[Sessions, Sessions]:
     """Choose the sessions to commit or roll back before `task` sends or waits for a message.
 
-    The work of a task that has returned counts as work of `task`, because `task` has probably
-    waited for it. The work of a task that raised an exception must be rolled back.
-
-    Returns:
-        A pair of lists. (1) The sessions whose work counts as work of `task`. The caller commits
-        this work, or rolls it back, for example before a message that reports an error. (2) The
-        sessions that only failed tasks have used, which must be rolled back. Sessions in neither
-        list stay as they are.
+    Return the sessions used by `task` and by tasks that have returned, and the sessions used only
+    by failed tasks.
 
     Raises:
-        ConcurrentUse: One transaction has work of `task` and work of another task that is still
-            running or has failed. Then the unit of work has failed, too.
+        ConcurrentUse: A running or failed task has used a session of `task`.
     """
     own: Sessions = []
     failed: Sessions = []
@@ -48,12 +37,12 @@ def sort_work(
         changer = lock.last_user if _is_in_memory(lock) else None
         if changer is not None and not has_ended(changer):
             lock.users.add(changer)
-        # A task that waits for the end of `task` cannot change the session now. So its work can be
-        # committed together with the work of `task`. (For example, before Python 3.12,
-        # `asyncio.wait_for` runs its coroutine in a new task, and the calling task waits.)
+        # A task that waits for `task` cannot change the session now, so its work can be committed
+        # too. (Before Python 3.12, `asyncio.wait_for` runs its coroutine in a new task.)
         others = {
             each for each in lock.users if each is not task and not is_waiting_for(each, task)
         }
+        # `task` has probably waited for tasks that have returned, so their work counts as its work.
         is_own = lock.has_finished_work or len(others) < len(lock.users) or _is_in_memory(lock)
         if (others or lock.is_busy) and living != "include":
             if is_own and living == "refuse":
@@ -72,14 +61,8 @@ def sort_work(
 def find_failed(unit: UnitOfWork, working: Sessions) -> tuple[bool, Sessions]:
     """Find sessions that only failed tasks have used, after the application has returned.
 
-    Args:
-        unit: The unit of work.
-        working: The sessions of the unit of work that have uncommitted work.
-
-    Returns:
-        A pair. (1) False if no session may be committed, because one transaction has work of both
-        failed and successful tasks. Otherwise True. (2) If (1) is True, the sessions that only
-        failed tasks have used. They must be rolled back. All others may be committed.
+    Return True and these sessions, to roll back. Return False if one transaction has work of both
+    failed and successful tasks: then nothing may be committed.
     """
     sessions = [each for each in working if each.has_work]
     try:

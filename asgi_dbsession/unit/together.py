@@ -21,10 +21,8 @@ async def end_together(sessions: Sessions, end: End) -> BaseException | None:
     Returns:
         The first error, or None.
     """
-    # A session that has only read needs no flush and no COMMIT. `end_at_once` ends it without them.
-    # Call `end_at_once` only if it can end all sessions. Otherwise the flush of another session may
-    # call a listener of the application. If the listener writes in a session that has ended
-    # already, nobody commits this write.
+    # Skip the flush only if all sessions have only read. Otherwise the flush of another session may
+    # call a listener that writes in a session that has ended already.
     if all(each.ends_at_once(commit=end.commit) for each in sessions):
         sessions = [
             each for each in sessions if not each.end_at_once(commit=end.commit, close=end.close)
@@ -48,12 +46,8 @@ async def _end_all(sessions: Sessions, end: End, run: Run | None = None) -> Base
 async def flush_all(sessions: Sessions, end: End, run: Run | None = None) -> BaseException | None:
     """Flush the sessions one after the other. Return the first error, or None.
 
-    Args:
-        sessions: The sessions to flush.
-        end: The commit for which the sessions are flushed.
-        run: A function that calls the method `flush` of each session. With `call_here`, the current
-            thread runs `flush`. None: use the attribute `run` of each session. Then `flush` runs in
-            a greenlet (async session) or in a worker thread (sync session).
+    `run` calls the method `flush` of each session. If `run` is None, the attribute `run` of the
+    session does this.
     """
     end.needs_loop = run is None
     for each in sessions:

@@ -30,43 +30,29 @@ class SessionSource(Protocol[S]):
 class UnitOfWork:
     """The sessions of one request or `begin()` block, which are committed or rolled back together.
 
-    A request gets an empty unit of work at its start. If `get_session()` made the unit of work
-    later, in an inner task or worker thread, it would set the context variable `current_unit` only
-    there, and the middleware would not find the unit of work.
-
-    Args:
-        databases: The databases. The first one of each kind (async or sync) is the default.
-        scope: The ASGI scope for `session.info["scope"]`. None outside of a request, and after its
-            end.
-        enclosing: The unit of work around this one, for databases that are not in `databases`. None
-            if there is none.
-        observers: Objects that are notified when this unit of work begins, opens a session, commits
-            or rolls back. The observers of a database are added when its session is opened.
+    Each request gets its unit of work at its start. If `get_session()` made the unit of work in an
+    inner task, the middleware would not find the unit of work.
 
     Attributes:
-        sessions: The sessions that were opened, by database. Empty after the end.
-        is_inner: True if this is a `begin()` block or an `on_commit` call inside another unit of
-            work.
-        joins_outer_unit: True in an inner DBSessionMiddleware of the same request, and in a
-            `begin(join=True)` block. If an outer unit of work of the same request has the same
-            database, this unit of work uses the session of the outer unit of work.
-        joined: In a `begin(join=True)` block: the unit of work whose session the block uses. None
-            elsewhere.
-        rollback: The value of the last `set_rollback` call since the last commit or rollback.
-            None if there was no call.
-        rollbacks: For each task, the argument of its last `set_rollback` call. The newest call is
-            last.
+        databases: The first one of each kind (async or sync) is the default.
+        scope: The ASGI scope. None outside of a request, and after its end.
+        observers: Objects to notify, also those of each database with a session.
+        sessions: The opened sessions, by database. Empty after the end.
+        is_inner: True for a `begin()` block or `on_commit` function inside another unit of work.
+        joins_outer_unit: True if this unit of work uses sessions of an outer one of the same
+            request.
+        joined: In a `begin(join=True)` block, the unit of work whose session the block uses.
+        rollback: The last `set_rollback` call since the last commit or rollback, or None.
+        rollbacks: The last `set_rollback` call of each task. The newest call is last.
         is_used: True after a call of `get_session`, `on_commit` or `set_rollback`.
-        failure: The first error of a commit or rollback. After this error, no message may be sent.
-        callbacks: The functions given to `on_commit`, as objects of the class `AfterCommit`.
-        two_phases: The object that commits the sessions with a two-phase commit, or None.
-        read_only: True if the sessions may only read. Set it before the first session is opened.
-        is_routed: True if the database of one of the sessions has replicas.
-        is_blocking: True if commit and rollback run on the calling thread, without an event loop.
-        lost_work: True if an exception has left this `begin()` block, and its writes were rolled
-            back.
-        is_answered: True after the start of the response was sent; always True for a WebSocket.
-        closed: True if this unit of work has ended.
+        failure: The first error of a commit or rollback. No message may be sent afterwards.
+        callbacks: The functions given to `on_commit`, as `AfterCommit` objects.
+        two_phases: The object that commits the sessions in two phases, or None.
+        read_only: True if the sessions may only read. Set before the first session is opened.
+        is_routed: True if a database of a session has replicas.
+        is_blocking: True if the calling thread commits, without an event loop.
+        lost_work: True if an exception in this `begin()` block has undone writes.
+        is_answered: True after the start of the response. Always True for a WebSocket.
     """
 
     # Defaults are class attributes, because setting them for each request would cost time.

@@ -23,20 +23,10 @@ async def call_after_commit(
     *,
     close: Close,
 ) -> None:
-    """Call the functions given to `on_commit`, if the work that they wait for was committed.
+    """Call each `on_commit` function whose work was committed.
 
-    A function waits for all work that was uncommitted when the application gave it to `on_commit`.
-    If this work was rolled back, drop the function. If neither has happened yet, keep it.
-
-    Args:
-        unit: The unit of work.
-        end: The commit or rollback that has ended.
-        given: The functions that were given to `on_commit` before `end` began. The value is True if
-            the work of the function was stored before `end` began, because the application has
-            called `session.commit()`. Such a function is called even if `end` has failed.
-        working: The sessions that were committed or rolled back.
-        close: A function that commits or rolls back a unit of work, and closes it. Each `on_commit`
-            function runs in a new unit of work, which is then given to `close`.
+    `given` has the functions from before `end` began: True if the application itself has committed
+    the function's work already. `close` ends the unit of work in which a function runs.
     """
     for callback in _settle(unit.callbacks, end, given, working):
         await _call(unit, callback, close)
@@ -81,11 +71,10 @@ def _settle(
     """
     due: list[AfterCommit] = []
     for each in tuple(callbacks):
-        # A function waits for the next COMMIT (it stays in `callbacks`) in three cases: another
-        # task that is still running gave it to `on_commit`; `on_commit` was called during this
-        # COMMIT; or the function also waits for the COMMIT of another session. After the last
-        # COMMIT of the unit of work (`end.close`), no function waits any more.
+        # A function given during this COMMIT, or by another running task, waits for the next
+        # COMMIT.
         is_concerned = each in given and is_of(each.given_by, end.task)
+        # After the last commit of a unit of work (`end.close`), no function waits any more.
         ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):
             continue

@@ -23,13 +23,9 @@ class AfterCommit:
     """A function given to `on_commit`, with the uncommitted work that it waits for.
 
     Attributes:
-        function: The function.
-        databases: The databases of the unit of work in which the function is called.
         given_by: The task that called `on_commit`. None if a worker thread called it.
-        read_only: True if the function may only read.
         committed: True if all work that the function waits for was committed.
-        rolled_back: True if work that the function waits for was rolled back. Then the function is
-            not called.
+        rolled_back: True if a part of this work was rolled back. The function is then not called.
     """
 
     function: Function
@@ -89,9 +85,9 @@ class AfterCommit:
         for the COMMIT of other sessions.
         """
         if session in self._pending and session.get_transaction() not in self._transactions:
-            # The `on_commit` function waits for the COMMIT of an earlier transaction. A session has
-            # one transaction at a time, so the earlier transaction has ended without a COMMIT. It
-            # was rolled back, although SQLAlchemy has not reported this.
+            # The transaction that the `on_commit` function waits for has ended without a COMMIT,
+            # because a session has one transaction at a time. SQLAlchemy has not reported the
+            # rollback.
             self.rolled_back = True
         self._pending.discard(session)
         self.committed = self.committed or not (self._pending or self.rolled_back)

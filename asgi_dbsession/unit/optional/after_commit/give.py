@@ -14,19 +14,18 @@ from .callback import AfterCommit, Function, refusal_to_await
 def on_commit(function: Function) -> None:
     """Call a function after the current work was committed, and before the response is sent.
 
-    The function is not called if the current work is rolled back, by this package or by the
-    application. If a savepoint is open when `on_commit` is called, a rollback to this savepoint
-    also drops the function. So do the work first, and then call `on_commit` inside the same
-    savepoint. If the application itself calls `commit()`, the function is called when the unit of
-    work ends.
+    The function is not called if the current work is rolled back. If the application itself calls
+    `commit()`, the function is called when the unit of work ends.
 
-    Functions are called in the order of their `on_commit` calls. They run to the end even if the
-    request is cancelled. If a function raises an exception, the logger `asgi_dbsession` logs it;
-    the committed work stays stored, and the next functions are called.
+    If a savepoint is open when `on_commit` is called, a rollback to this savepoint also drops the
+    function. So do the work first, and then call `on_commit` inside the same savepoint.
 
-    Each function runs in a new unit of work. So `get_session()` returns a new session in the
-    function, and the work of this session is committed when the function returns. The function may
-    call `on_commit` too.
+    Functions are called in the order of their `on_commit` calls, even if the request is cancelled.
+    If a function raises an exception, the logger `asgi_dbsession` logs it. The committed work stays
+    stored, and the next functions are called.
+
+    Each function runs in a new unit of work, with a new session. The work of this session is
+    committed when the function returns. The function may call `on_commit` too.
 
     Args:
         function: A function without arguments. A coroutine function is awaited. A plain function is
@@ -35,7 +34,7 @@ def on_commit(function: Function) -> None:
     Raises:
         NoSession: The calling code does not run inside a unit of work.
         SessionClosed: The request that started this task has ended.
-        ConfigurationError: `function` is not a function, or it is a coroutine function in a
+        ConfigurationError: `function` is not a function. Or it is a coroutine function in a
             `SyncDatabase.begin()` block, where it cannot be awaited.
     """
     _check(function)
@@ -53,9 +52,8 @@ def on_commit(function: Function) -> None:
     outermost.is_used = True
     outermost.callbacks.append(callback)
     if outermost.closed and not current_end.get():
-        # Another thread has closed the unit of work while `on_commit` was running here. If the
-        # given function is still in the list `callbacks`, the function will never be called. So
-        # remove the function from the list, and raise an error.
+        # Another thread has closed the unit of work meanwhile. If the function is still in the list
+        # `callbacks`, the function will never be called, so raise an error.
         with suppress(ValueError):
             outermost.callbacks.remove(callback)
             raise SessionClosed("any database")

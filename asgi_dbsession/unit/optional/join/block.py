@@ -66,17 +66,10 @@ def joined_blocking(unit: UnitOfWork, database: SessionSource[S], read_only: boo
 
 
 class _Block:
-    """One `begin(join=True)` block: a savepoint in the transaction of an outer unit of work.
-
-    Args:
-        joined: The outer unit of work, whose session the block uses.
-        database: The database on which `begin(join=True)` was called.
-        read_only: True if the block may only read, even if the outer unit of work may write.
+    """One `begin(join=True)` block: a savepoint in the transaction of the outer unit of work.
 
     Attributes:
-        unit: The unit of work of the block, which is the current unit of work inside the block.
-            This unit of work opens no session of its own: `get_session()` returns the session of
-            `joined`.
+        unit: The current unit of work inside the block, which uses the session of `joined`.
     """
 
     _savepoint: SessionTransaction
@@ -116,14 +109,10 @@ class _Block:
     def end(self, end: End, error: BaseException | None) -> None:
         """Release the savepoint of the block, or roll back to it if the block had an error.
 
-        If another task or thread is in the middle of an operation of the session, first wait until
-        this operation has ended.
-
         Raises:
             ConcurrentUse: A `begin(join=True)` block inside of this block is still open.
-            SessionClosed: The outer unit of work, or an outer `begin(join=True)` block, has ended
-                before this block.
-            Exception: The error of the flush. The work of the block was rolled back.
+            SessionClosed: The outer unit of work or block has ended already.
+            Exception: The error of the flush.
         """
         lock = self._opened.lock
         try:
@@ -131,9 +120,8 @@ class _Block:
         except SessionClosed:
             if error is None:
                 raise
-            # The outer unit of work has ended while this `begin(join=True)` block was still open.
-            # The work of the block was then committed or rolled back together with the outer work.
-            # So nothing is left to commit or roll back here.
+            # The outer unit of work has ended before this `begin(join=True)` block, and has
+            # committed or rolled back the work of the block too.
             return
         was_closed = self.unit.closed
         try:
@@ -155,9 +143,8 @@ class _Block:
         try:
             if self._is_open:
                 self._savepoint.commit()
-            # The application called `commit()` inside a read-only `begin(join=True)` block. The new
-            # transaction that began after this COMMIT is read-only too. End it, because the outer
-            # unit of work may write, and needs a transaction that allows this.
+            # `commit()` inside a read-only `begin(join=True)` block has begun another read-only
+            # transaction. End it, because the outer unit of work may write.
             elif self._forbids_writes:
                 self._opened.orm.flush()
                 self._opened.orm.rollback()
@@ -169,15 +156,13 @@ class _Block:
         try:
             if self._is_open:
                 self._savepoint.rollback()
-            # The application called `commit()` inside the `begin(join=True)` block. This ended the
-            # savepoint of the block, and began a new transaction. All work in the new transaction
-            # was done in the block. So roll back the whole transaction.
+            # `commit()` inside a `begin(join=True)` block has ended the savepoint. All work of the
+            # new transaction was done in the block, so roll back the whole transaction.
             else:
                 self._opened.orm.rollback()
         except Exception as failure:
-            # The rollback to the savepoint of the `begin(join=True)` block failed. After a
-            # deadlock, for example, MariaDB has no savepoint any more. So let the COMMIT of the
-            # outer unit of work fail too, because it would store only a part of the work.
+            # The rollback to the savepoint failed (after a deadlock, MariaDB has no savepoint). So
+            # forbid the COMMIT of the outer unit of work, which would store only a part.
             forbid_commit(self._companion.open_connections, failure)
 
     @property

@@ -9,19 +9,13 @@ from asgi_dbsession.unit.unit_of_work import SessionSource, UnitOfWork
 
 
 class OpenBlocks:
-    """The `begin(join=True)` blocks of one session that are open now.
+    """The open `begin(join=True)` blocks of one session.
 
-    Only code inside the innermost block may use the session. Work of any other code would be inside
-    the block's savepoint too, and a rollback of the block would undo this work.
-
-    Args:
-        unit: The outer unit of work, whose session all blocks use.
-        database: The database of the session.
-        opened: The session.
+    Only code inside the innermost block may use the session. A rollback of the block would undo the
+    work of other code too.
 
     Attributes:
-        open: The units of work of the open blocks. Each block has one of its own, which uses the
-            session `opened` of the outer unit of work. The innermost block is last.
+        open: The units of work of the open blocks. The innermost is last.
     """
 
     def __init__(

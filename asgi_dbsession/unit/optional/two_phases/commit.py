@@ -1,16 +1,7 @@
 """Commits the sessions of one unit of work with a two-phase commit.
 
-If the process is killed or a connection is lost, some transactions may stay prepared on the
-servers. Then an operator must commit or roll back each of them, and can see only which transactions
-are still prepared. One session of the unit of work is the deciding session. It shows the operator
-what to do:
-
-1. The deciding session is prepared first.
-2. The deciding session is committed first. If its COMMIT fails, no other session is committed.
-3. The deciding session is rolled back last, and only if no other session has stayed prepared.
-
-So if the deciding session is still prepared, the operator rolls back all transactions of the unit
-of work. Otherwise the operator commits all that are still prepared.
+A crash may leave transactions prepared. The deciding session is prepared and committed first, and
+rolled back last: if it is still prepared, an operator rolls back all, otherwise commits all.
 """
 
 import logging
@@ -85,17 +76,10 @@ class TwoPhases:
         return TwoPhaseSession(opened, self._names)
 
     async def commit(self, unit: UnitOfWork, sessions: Sessions, end: End) -> BaseException | None:
-        """Flush all sessions, send PREPARE for all of them, and then send COMMIT for all of them.
+        """Flush all sessions, then send PREPARE, then COMMIT. Return the first error, or None.
 
-        Args:
-            unit: The unit of work that opened the sessions.
-            sessions: The sessions that have work, in the order in which their databases were
-                declared.
-            end: This commit. It holds the lock of each session from the flush to the end of
-                COMMIT, so that no other task can use the session meanwhile.
-
-        Returns:
-            The first error, or None if all COMMITs succeeded.
+        Until COMMIT has ended, `end` holds the locks of the sessions, so that no other task can use
+        them.
         """
         try:
             _add_deciding(self._names.deciding, unit, sessions)
@@ -128,9 +112,7 @@ class TwoPhases:
 def _add_deciding(deciding: Session | None, unit: UnitOfWork, sessions: Sessions) -> None:
     """Add the deciding session to `sessions`, even if it has no work.
 
-    The deciding session must be a part of each two-phase commit. After a crash, an operator sees if
-    its transaction is still prepared. If it is, the operator rolls back all transactions of the
-    unit of work. Otherwise the operator commits those that are still prepared.
+    After a crash, the transaction of this session tells an operator what to do with the others.
 
     Raises:
         ConcurrentUse: The deciding session has uncommitted work of another task.
@@ -154,6 +136,8 @@ async def _prepare_all(sessions: Prepared) -> BaseException | None:
 async def _roll_back_prepared(sessions: Prepared, end: End, failure: BaseException) -> None:
     deciding, *others = sessions
     await roll_back_all(others, end, failure)
+    # If another session is still prepared, leave the deciding session prepared too. An operator
+    # then knows that both must be rolled back.
     if any(each.in_doubt for each in others):
         await deciding.run(deciding.leave_in_doubt, end)
     else:
@@ -168,6 +152,7 @@ async def _commit_prepared(sessions: Prepared, end: End) -> BaseException | None
     except BaseException as error:
         failure = error
     for each in others:
+        # Nobody knows if the deciding session was committed, so leave the others prepared.
         if deciding.in_doubt and failure is not None:
             await each.run(each.leave_in_doubt, end)
             continue

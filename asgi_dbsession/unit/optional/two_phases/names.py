@@ -14,23 +14,9 @@ _PREFIX = "asgi_dbsession_"
 class Names:
     """Gives names to the two-phase transactions of one unit of work, before they begin.
 
-    By the name, an operator finds a prepared transaction on the server, and can commit it or roll
-    it back.
-
-    A name has three parts: a random text, which is the same for all transactions of the unit of
-    work; the number of the transaction; and how many databases the unit of work has.
-
-    Transaction number 1 is prepared first, committed first, and rolled back last. So after a crash,
-    number 1 tells an operator what to do with the other prepared transactions of the unit of work.
-    If number 1 is still prepared too, roll back all of them, and number 1 last. If number 1 is not
-    prepared any more, it was committed, so commit all others.
-
-    MariaDB needs the name before the first statement of a transaction. At that time nobody knows
-    which other sessions the unit of work will open. So number 1 is the transaction that begins
-    first.
-
-    Args:
-        databases: How many databases the unit of work has.
+    A name has a random text (the same for one unit of work), the transaction's number, and the
+    number of databases. Number 1 is the deciding session, which tells an operator what to do after
+    a crash.
     """
 
     def __init__(self, databases: int) -> None:
@@ -79,6 +65,8 @@ class Names:
         with self._mutex:
             if not any(each.in_transaction() for each in self._begun if each is not session):
                 self.renew()
+            # MariaDB needs the name before the first statement, when nobody knows which sessions
+            # will follow. So the session that begins first gets number 1.
             if session not in self._begun:
                 self._begun.append(session)
             number = self._begun.index(session) + 1
