@@ -36,9 +36,8 @@ class ThreadServer(Server):
     @override
     def _begin(self) -> Event:
         done = Event()
-        # Run the query in an empty context (`contextvars`). In the context of a request, a driver
-        # could keep all context variables of this request in memory as long as the connection is
-        # open. Use a new thread, because all threads of a thread pool may be busy.
+        # Use a new thread, because all threads of a pool may be busy. Use an empty context, because
+        # a driver could keep the context variables of a request in memory.
         Thread(target=Context().run, args=(self._ask, done), daemon=True).start()
         return done
 
