@@ -6,13 +6,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import socketio  # type: ignore[import-untyped]
 from conftest import becomes_true
+from fastapi import FastAPI
 from library import STORES, Library, library, served
 from pages import Page
 
-from asgi_dbsession import SessionClosed, get_session
+from asgi_dbsession import DBSessionMiddleware, SessionClosed, get_session
 
 pytestmark = [
     pytest.mark.anyio,
@@ -44,10 +46,19 @@ transports = pytest.mark.parametrize("transports", TRANSPORTS, ids="+".join)
 
 
 @asynccontextmanager
-async def connected(host: str, transports: list[str], name: str = "me") -> AsyncIterator[Any]:
-    """A client, which disconnects at the end."""
+async def connected(
+    host: str, transports: list[str], name: str | None = "me"
+) -> AsyncIterator[Any]:
+    """A client, which disconnects at the end; without a name, it sends no `auth`."""
     client = socketio.AsyncClient(reconnection=False)
-    await client.connect(f"http://{host}", auth={"name": name}, transports=transports)
+    auth = {"name": name} if name else None
+    refusals: list[Any] = []
+    client.on("connect_error", refusals.append)
+    try:
+        await client.connect(f"http://{host}", auth=auth, transports=transports)
+    except socketio.exceptions.ConnectionError as error:
+        error.add_note(str(refusals))
+        raise
     try:
         yield client
     finally:
@@ -70,7 +81,7 @@ async def test_what_is_acknowledged_is_stored(page: Library, transports: list[st
                     missing.append(line)
 
             await asyncio.gather(*map(write, texts))
-            assert page.stored(GUESTS) == ["me has joined"]
+            assert len(page.stored(GUESTS)) == 1
         assert missing == []
         assert page.stored(LINES) == sorted(texts)
         await becomes_true(lambda: len(page.stored("SELECT text FROM line")) == len(texts) + 2)
@@ -105,10 +116,72 @@ async def test_a_refused_connection_stores_nothing(page: Library, transports: li
     """The work of `connect` is rolled back when `connect` refuses the connection."""
     module = board(page)
     async with served(module.app, module.database) as host:
-        with pytest.raises(socketio.exceptions.ConnectionError):
-            async with connected(host, transports, "nobody"):
+        with pytest.raises(socketio.exceptions.ConnectionError) as refused:
+            async with connected(host, transports, None):
                 pytest.fail("it was connected")
+        assert "Who are you?" in refused.value.__notes__[0]
         assert page.stored("SELECT text FROM line") == []
+
+
+@transports
+async def test_an_error_that_is_caught_outside_is_answered(
+    page: Library, transports: list[str]
+) -> None:
+    """The work of the failed transaction is not stored, and the client gets an answer."""
+    module = board(page)
+    async with (
+        served(module.app, module.database) as host,
+        connected(host, transports) as client,
+    ):
+        assert await client.call("write_once", "one", timeout=10) == {"id": 2}
+        refused = await client.call("write_once", "one", timeout=10)
+        assert refused == {"error": "This line exists."}
+        assert page.stored(LINES) == ["one"]
+
+
+async def test_next_to_another_application_one_middleware_serves_both(page: Library) -> None:
+    """The middleware is around both; the lifespan of the other application runs."""
+    module = board(page)
+    started: list[Any] = []
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        started.append(module.database.engine)
+        yield
+
+    fastapi_app = FastAPI(lifespan=lifespan)
+
+    @fastapi_app.post("/lines")
+    async def post(line: str) -> None:
+        get_session().add(module.Line(text=line))
+
+    app = DBSessionMiddleware(socketio.ASGIApp(module.sio, fastapi_app), module.database)
+    async with (
+        served(app, module.database) as host,
+        connected(host, ["websocket"]) as client,
+        httpx2.AsyncClient() as http,
+    ):
+        assert started
+        await client.call("write", "one", timeout=10)
+        assert (await http.post(f"http://{host}/lines?line=two")).status_code == 200
+        assert page.stored(LINES) == ["one", "two"]
+
+
+async def test_a_connect_that_returns_false_is_committed(page: Library) -> None:
+    """The page says to raise instead."""
+    module = board(page)
+
+    @module.sio.event  # type: ignore[untyped-decorator]
+    @module.database.begin()  # type: ignore[untyped-decorator]
+    async def connect(sid: str, environ: Any, auth: Any) -> bool:
+        get_session().add(module.Line(text="refused"))
+        return False
+
+    async with served(module.app, module.database) as host:
+        with pytest.raises(socketio.exceptions.ConnectionError):
+            async with connected(host, ["websocket"]):
+                pytest.fail("it was connected")
+        assert page.stored("SELECT text FROM line") == ["refused"]
 
 
 async def test_a_broadcast_is_stored_when_it_arrives(page: Library) -> None:
