@@ -1,6 +1,8 @@
 """The MCP Python SDK: what the result of a tool says is stored, over both of its transports."""
 
 import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from conftest import becomes_true, checked_out
 from library import STORES, Library, library, served
 from mcp import Client
 from mcp.client.sse import sse_client
+from mcp.client.stdio import StdioServerParameters, stdio_client
 from pages import Page
 
 from asgi_dbsession import SessionClosed, get_session
@@ -89,6 +92,28 @@ async def test_a_commit_that_fails_is_the_error_of_the_tool(tmp_path: Path, tran
             first = await client.call_tool("add", {"text": "one"})
             second = await client.call_tool("add", {"text": "one"})
         assert (first.is_error, second.is_error) == (False, True)
+        assert page.stored(LINES) == ["one"]
+
+
+async def test_mounted_in_fastapi_the_tools_are_the_same(page: Library) -> None:
+    """The lifespan of FastAPI runs MCP's session manager, and the middleware is around both."""
+    module, shop = page.load("tools"), page.load("shop")
+    async with (
+        served(shop.app, module.database) as host,
+        Client(f"http://{host}/mcp/") as client,
+    ):
+        assert not (await client.call_tool("add", {"text": "one"})).is_error
+        assert page.stored(LINES) == ["one"]
+
+
+async def test_over_stdio_the_tools_are_the_same(page: Library, tmp_path: Path) -> None:
+    """The script starts the database itself."""
+    page.load("tools")
+    script = StdioServerParameters(
+        command=sys.executable, args=[str(tmp_path / "stdio.py")], env=dict(os.environ)
+    )
+    async with Client(stdio_client(script)) as client:
+        assert not (await client.call_tool("add", {"text": "one"})).is_error
         assert page.stored(LINES) == ["one"]
 
 
