@@ -95,6 +95,7 @@ async def test_over_http_each_operation_is_stored_or_not(page: Library) -> None:
         assert (await ask('mutation { two: add(text: "two") one: add(text: "one") }'))["errors"]
         assert page.stored(LINES) == ["one"]
         assert (await ask("{ count }"))["data"] == {"count": 1}
+        assert (await ask("{ one: count two: count }"))["data"] == {"one": 1, "two": 1}
 
 
 async def test_over_a_socket_a_result_is_sent_after_commit(page: Library) -> None:
