@@ -21,8 +21,7 @@ def sort_work(
 ) -> tuple[Sessions, Sessions]:
     """Choose the sessions to commit or roll back before `task` sends or waits for a message.
 
-    Return the sessions used by `task` and by tasks that have returned, and the sessions used only
-    by failed tasks.
+    Return those used by `task` and by returned tasks, and those used only by failed tasks.
 
     Raises:
         ConcurrentUse: A running or failed task has used a session of `task`.

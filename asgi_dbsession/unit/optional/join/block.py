@@ -110,7 +110,7 @@ class _Block:
         """Release the savepoint of the block, or roll back to it if the block had an error.
 
         Raises:
-            ConcurrentUse: A `begin(join=True)` block inside of this block is still open.
+            ConcurrentUse: An inner `begin(join=True)` block is still open.
             SessionClosed: The outer unit of work or block has ended already.
             Exception: The error of the flush.
         """

@@ -14,9 +14,8 @@ _PREFIX = "asgi_dbsession_"
 class Names:
     """Gives names to the two-phase transactions of one unit of work, before they begin.
 
-    A name has a random text (the same for one unit of work), the transaction's number, and the
-    number of databases. Number 1 is the deciding session, which tells an operator what to do after
-    a crash.
+    A name has a random text, the number of the transaction, and how many databases there are.
+    After a crash, number 1 tells an operator what to do with the others.
     """
 
     def __init__(self, databases: int) -> None:
