@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
+from contextvars import Context
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -1125,6 +1126,35 @@ def begin_thread(job: Job) -> Any:
 
     threading.Thread(target=work).start()
     return result
+
+
+@pytest.mark.parametrize("real", ["sqlite-sync", "psycopg-sync"], indirect=True)
+@pytest.mark.parametrize("way", ["asyncio.to_thread", "an executor", "a thread"])
+def test_a_later_test_without_a_block_may_use_new_threads(real: Real, way: str) -> None:
+    """Nothing of the earlier test is running, so these threads are of the later test."""
+    shop: Any = Shop.of(real)
+
+    def write() -> None:
+        with shop.database.begin() as session:
+            session.execute(insert(ENTRY).values(note=way))
+
+    async def rolled_back_test() -> None:
+        async with rolled_back(shop.database):
+            await asyncio.to_thread(write)
+
+    async def later_test() -> None:
+        async with shop.database:
+            if way == "asyncio.to_thread":
+                await asyncio.to_thread(write)
+            elif way == "an executor":
+                await asyncio.get_running_loop().run_in_executor(None, write)
+            else:
+                threading.Thread(target=write).start()
+                await becomes_true(lambda: bool(real.stored()))
+
+    for test in (rolled_back_test, later_test):
+        Context().run(asyncio.run, test())
+    assert real.stored() == [way]
 
 
 async def test_a_connection_that_outlives_a_test_is_cut_off(real: Real) -> None:

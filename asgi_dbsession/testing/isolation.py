@@ -66,6 +66,7 @@ class Isolation:
         violations: Errors about code that would behave differently in production.
         threads: The threads that ran before the first test. They may outlive the block.
         tasks: The tasks that used a session in a test. They may not outlive the block.
+        leftovers: The other threads that were still running at the end of the block.
     """
 
     timeout: float
@@ -74,3 +75,4 @@ class Isolation:
     has_ended: bool = False
     threads: WeakSet[Thread] = field(default_factory=lambda: WeakSet(enumerate_threads()))
     tasks: WeakSet[Any] = field(default_factory=WeakSet)
+    leftovers: WeakSet[Thread] = field(default_factory=WeakSet)

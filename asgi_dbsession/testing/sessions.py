@@ -60,6 +60,12 @@ def leave_block(isolation: Isolation) -> None:
     isolation.has_ended = True
     if (task := _current_task()) is not None:
         isolation.tasks.discard(task)
+    allowed = {*isolation.threads, threading.current_thread()}
+    isolation.leftovers.update(
+        each
+        for each in threading.enumerate()
+        if each not in allowed and not type(each).__module__.startswith(_POOLS)
+    )
     _block.set(None)
 
 
@@ -96,8 +102,9 @@ def _outlived(isolation: Isolation) -> bool:
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
         return True
-    # Assume that an ended test has started a thread with an empty context (`contextvars`).
-    # Exceptions: threads that ran before the first test, and worker threads of anyio and trio.
+    # If a thread or task of an ended test is still running, assume that it has started each thread
+    # with an empty context (`contextvars`). Exceptions: threads that ran before the first test, and
+    # worker threads of anyio and trio.
     thread = threading.current_thread()
     return (
         task is None
@@ -105,6 +112,10 @@ def _outlived(isolation: Isolation) -> bool:
         and _block not in copy_context()
         and thread not in isolation.threads
         and not type(thread).__module__.startswith(_POOLS)
+        and (
+            any(each.is_alive() for each in isolation.leftovers)
+            or any(not each.done() for each in isolation.tasks)
+        )
     )
 
 
