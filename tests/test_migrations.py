@@ -154,7 +154,7 @@ ROWS: dict[str, Callable[[Side], Awaitable[Any]]] = {
     "rows stored by a handler without `commit()`": stored_without_commit,
     "rows stored by a handler that redirects": stored_by_a_redirect,
     "a streamed body that queries after its first chunk": streamed,
-    "COMMIT runs in the thread of the event loop": committed_in_the_event_loop,
+    "COMMIT blocks the event loop, and so all requests": committed_in_the_event_loop,
 }
 
 
