@@ -400,6 +400,49 @@ async def test_what_one_connection_cannot_show_is_an_error_in_the_end(real: Real
     assert real.stored() == []
 
 
+ONE = "SELECT 1 AS one"
+READS = (f"WITH few AS ({ONE}) {ONE} FROM few", f"/* why */ {ONE}", f"-- why\n{ONE}", f" ({ONE})")
+
+
+@pytest.mark.parametrize("read", READS)
+async def test_a_read_in_a_unit_of_its_own_may_be_rolled_back(real: Real, read: str) -> None:
+    """Nothing was committed, whatever the first word of the statement is."""
+    if read.startswith(" (") and backend(real) == "sqlite":
+        pytest.skip("SQLite does not know brackets here")
+    shop = Shop.of(real)
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await shop.write("lost")
+        await shop.alone(lambda: shop.execute(text(read)))
+        await respond(send, 401)
+
+    async with rolled_back(shop.database):
+        assert (await get(shop.around(serve))).status == 401
+        assert await shop.all() == []
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        f"WITH few AS ({ONE}) INSERT INTO entry (note) SELECT 'kept' FROM few",
+        "/* why */ INSERT INTO entry (note) SELECT 'kept'",
+    ],
+)
+@pytest.mark.parametrize("real", ["sqlite", "sqlite-sync", "asyncpg"], indirect=True)
+async def test_a_write_in_a_unit_of_its_own_may_not_be_rolled_back(real: Real, write: str) -> None:
+    """In production it would stay, also if its first word is none of a write."""
+    shop = Shop.of(real)
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await shop.write("lost")
+        await shop.alone(lambda: shop.execute(text(write)))
+        await respond(send, 401)
+
+    with pytest.raises(NotIsolated, match="it would have stayed"):
+        async with rolled_back(shop.database):
+            await get(shop.around(serve))
+
+
 async def test_requests_that_wait_for_each_other_get_a_clear_error(real: Real) -> None:
     """The error names the request that it waited for."""
     shop = Shop.of(real)

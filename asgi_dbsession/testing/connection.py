@@ -11,7 +11,7 @@ from .constraints import check_as_commit_would, violations
 from .isolation import Isolation, NotIsolated
 from .outer import MARK, UNDO, send_inside
 from .read_only import refusing_writes
-from .transaction import SavepointTransaction, current_caller
+from .transaction import SavepointTransaction, current_caller, only_reads
 
 # How many seconds the application waits for a transaction that the test itself has opened. The
 # wait is short, because it is probably in vain: the test is waiting for the application.
@@ -101,8 +101,7 @@ class SharedConnection:
                 with refusing_writes(self.connection, self._dialect, transaction):
                     yield True
                 return
-            reads = statement.lstrip().upper().startswith("SELECT")
-            transaction.wrote = transaction.wrote or not reads
+            transaction.wrote = transaction.wrote or not only_reads(statement)
             yield True
 
     def prepare(self, transaction: SavepointTransaction) -> None:

@@ -1,11 +1,28 @@
 """A transaction of the application, which is only a savepoint in a test."""
 
 import asyncio
+import re
 from threading import get_ident
 
 from asgi_dbsession.session.tasks import current_task
 from asgi_dbsession.unit.current import current_unit
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
+
+# The first word of a statement, after comments and brackets.
+_FIRST_WORD = re.compile(r"(?:[\s(]|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)
+_WORD = re.compile(r"\w+")
+_READS = frozenset(("SELECT", "SHOW", "TABLE", "VALUES"))
+# A statement that begins with WITH can write only if it contains one of these words.
+_WRITES = frozenset(("DELETE", "INSERT", "MERGE", "REPLACE", "UPDATE"))
+
+
+def only_reads(statement: str) -> bool:
+    """Return True if a statement only reads, unless it calls a function that writes."""
+    found = _FIRST_WORD.match(statement)
+    word = found[1].upper() if found else ""
+    if word == "WITH":
+        return _WRITES.isdisjoint(_WORD.findall(statement.upper()))
+    return word in _READS
 
 
 def current_caller() -> object:
@@ -24,7 +41,7 @@ class SavepointTransaction:
         unit: The unit of work of the transaction. None for `Session(engine)`, for example.
         caller: The task or the thread that began the transaction.
         saved: True if the savepoint exists on the server.
-        wrote: True if the transaction has sent any other statement than SELECT.
+        wrote: True if the transaction has sent a statement that may write (see `only_reads`).
         keeps: True if another transaction inside this savepoint has committed writes.
         read_only: True if PostgreSQL was told to refuse writes in this savepoint.
         aborted: True if only a rollback is possible now.
