@@ -329,6 +329,23 @@ async def test_on_commit_error_answers(framework: Framework, pages: Pages) -> No
         assert stored() == []
 
 
+@pytest.mark.parametrize(
+    "framework",
+    [each for each in FRAMEWORKS if not each.changes and each.page not in ("starlette", "fastapi")],
+    ids=str,
+)
+async def test_the_same_error_at_a_flush_is_answered(framework: Framework, pages: Pages) -> None:
+    """By the handler that stands next to `on_commit_error` on the page."""
+    path = "/notes/or-409" if framework.page == "django" else "/notes"
+    async with serving(pages.load(framework, ANSWER)) as served:
+        exchange = await served.ask("POST", path, {"text": None})
+        assert (exchange.status, exchange.error) == (409, None)
+        assert b"the note is not complete" in exchange.body
+        assert stored() == []
+        assert (await served.ask("POST", path, {"text": "fine"})).status == 201
+        assert stored() == ["fine"]
+
+
 async def no_such_note(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.start", "status": 409, "headers": []})
     await send({"type": "http.response.body", "body": b"no such note"})
