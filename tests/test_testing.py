@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from contextvars import Context
 from functools import partial
 from pathlib import Path
@@ -419,6 +420,39 @@ async def test_a_read_in_a_unit_of_its_own_may_be_rolled_back(real: Real, read: 
     async with rolled_back(shop.database):
         assert (await get(shop.around(serve))).status == 401
         assert await shop.all() == []
+
+
+async def test_a_savepoint_in_a_unit_of_its_own_that_only_reads_may_be_rolled_back(
+    real: Real,
+) -> None:
+    """The savepoint stores nothing. It lasts while another unit is open inside of it."""
+    shop = Shop.of(real)
+    database: Any = shop.database
+
+    async def read_twice() -> None:
+        async with savepoint(database.get_session()):
+            await shop.seen()
+            await shop.alone(shop.seen)
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        await shop.write("lost")
+        await shop.alone(read_twice)
+        await respond(send, 401)
+
+    async with rolled_back(database):
+        assert (await get(shop.around(serve))).status == 401
+        assert await shop.all() == []
+
+
+@asynccontextmanager
+async def savepoint(session: Any) -> AsyncIterator[None]:
+    """`session.begin_nested()`, whatever the kind of the session."""
+    if isinstance(session, Session):
+        with session.begin_nested():
+            yield
+    else:
+        async with session.begin_nested():
+            yield
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from .constraints import check_as_commit_would, violations
 from .isolation import Isolation, NotIsolated
 from .outer import MARK, UNDO, send_inside
 from .read_only import refusing_writes
-from .transaction import SavepointTransaction, current_caller, only_reads
+from .transaction import SavepointTransaction, current_caller
 
 # How many seconds the application waits for a transaction that the test itself has opened. The
 # wait is short, because it is probably in vain: the test is waiting for the application.
@@ -58,7 +58,7 @@ class SharedConnection:
         with self._alone(transaction, may_begin):
             below = self._open[-1] if self._open else None
             try:
-                if below is not None and below.saved and not below.wrote:
+                if below is not None and below.saved and not below.acted:
                     # The outer transaction `below` has written nothing, so remove its savepoint for
                     # now. Otherwise a rollback of `below` would also undo what the new transaction
                     # commits.
@@ -101,7 +101,7 @@ class SharedConnection:
                 with refusing_writes(self.connection, self._dialect, transaction):
                     yield True
                 return
-            transaction.wrote = transaction.wrote or not only_reads(statement)
+            transaction.record(statement)
             yield True
 
     def prepare(self, transaction: SavepointTransaction) -> None:
@@ -186,7 +186,8 @@ class SharedConnection:
     def _save(self, transaction: SavepointTransaction) -> None:
         self._send(f"SAVEPOINT {transaction.name}")
         transaction.saved = True
-        transaction.wrote = transaction.keeps = transaction.read_only = False
+        transaction.wrote = transaction.acted = False
+        transaction.keeps = transaction.read_only = False
 
     def _release(self, transaction: SavepointTransaction) -> None:
         self._send(f"RELEASE SAVEPOINT {transaction.name}")

@@ -12,17 +12,10 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork
 _FIRST_WORD = re.compile(r"(?:[\s(]|--[^\n]*|/\*.*?\*/)*(\w*)", re.DOTALL)
 _WORD = re.compile(r"\w+")
 _READS = frozenset(("SELECT", "SHOW", "TABLE", "VALUES"))
+# These statements store nothing, but their effect lasts until the end of the transaction.
+_LASTING = frozenset(("RELEASE", "RESET", "ROLLBACK", "SAVEPOINT", "SET"))
 # A statement that begins with WITH can write only if it contains one of these words.
 _WRITES = frozenset(("DELETE", "INSERT", "MERGE", "REPLACE", "UPDATE"))
-
-
-def only_reads(statement: str) -> bool:
-    """Return True if a statement only reads, unless it calls a function that writes."""
-    found = _FIRST_WORD.match(statement)
-    word = found[1].upper() if found else ""
-    if word == "WITH":
-        return _WRITES.isdisjoint(_WORD.findall(statement.upper()))
-    return word in _READS
 
 
 def current_caller() -> object:
@@ -41,7 +34,8 @@ class SavepointTransaction:
         unit: The unit of work of the transaction. None for `Session(engine)`, for example.
         caller: The task or the thread that began the transaction.
         saved: True if the savepoint exists on the server.
-        wrote: True if the transaction has sent a statement that may write (see `only_reads`).
+        wrote: True if the transaction has sent a statement that may write.
+        acted: The same, or True if it has sent a statement such as SAVEPOINT or SET LOCAL.
         keeps: True if another transaction inside this savepoint has committed writes.
         read_only: True if PostgreSQL was told to refuse writes in this savepoint.
         aborted: True if only a rollback is possible now.
@@ -50,6 +44,7 @@ class SavepointTransaction:
     caller: object = None
     saved: bool = False
     wrote: bool = False
+    acted: bool = False
     keeps: bool = False
     aborted: bool = False
     read_only: bool = False
@@ -83,6 +78,17 @@ class SavepointTransaction:
     def is_of_test(self) -> bool:
         """True if the test itself began the transaction, and not the application in a request."""
         return not self.is_of_request and self.caller == self._test and not _is_done(self._test)
+
+    def record(self, statement: str) -> None:
+        """Set `wrote` and `acted`. A SELECT counts as a read, even if it calls a function."""
+        found = _FIRST_WORD.match(statement)
+        word = found[1].upper() if found else ""
+        if word == "WITH":
+            is_read = _WRITES.isdisjoint(_WORD.findall(statement.upper()))
+        else:
+            is_read = word in _READS
+        self.acted = self.acted or not is_read
+        self.wrote = self.wrote or not (is_read or word in _LASTING)
 
     def may_begin_inside(self, other: "SavepointTransaction") -> bool:
         """Return True if this transaction must begin inside of the open transaction `other`.
