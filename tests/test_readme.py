@@ -112,6 +112,13 @@ def test_code_is_formatted() -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
+def test_an_empty_line_follows_each_table() -> None:
+    """Without it, the next sentence becomes a row of the table."""
+    joined = [(page.path, found) for page in pages() for found in JOINED.findall(page.text)]
+    assert joined == []
+
+
+JOINED = re.compile(r"^\|.*\|\n[^|\n].*", re.MULTILINE)
 # Phrases that a reader with English as a second language may not know.
 IDIOMS = re.compile(
     r"hears? of|heard of|lost races?|by hand|\bis over\b|for good|at will|from the top|in vain",

@@ -29,7 +29,7 @@ def goals(found: dict[str, Any]) -> list[Goal]:
     kinds = ("tasks", "descriptors", "connections")
     requests = f"{last['requests']:,}".replace(",", " ")
     return [
-        Goal("no database use: at most 2 µs more", f"{more:+.1f} µs", more <= 2),
+        Goal("Starlette alone, no database use: at most 2 µs more", f"{more:+.1f} µs", more <= 2),
         *(
             _ratio(in_process, family, scenario, most)
             for family, scenario, most in (

@@ -32,11 +32,13 @@ def document(found: dict[str, Any]) -> str:
         ),
         in_process=_families(found["in process"]),
         over_uvicorn=_families(found["over uvicorn"]),
-        held=_by_tool(found["held"], lambda each: f"{_spread(each)} ms"),
+        held=_by_tool(found["held"], _held),
         fast=_by_tool(_crowds(found["fast readers"]), lambda each: _spread(each["taken"])),
         slow=_by_tool(_crowds(found["slow readers"]), lambda each: _spread(each["taken"])),
+        # The tools that hold no connection serve all of them.
+        clients=max(each["heard"] for each in found["listeners"].values()),
         listeners=_listeners(found["listeners"]),
-        long_run=_long_run(found["long run"]),
+        long_run=_long_run([found["long run"][0], found["long run"][-1]]),
         starts=_by_tool(_turned(found["starts"]), lambda each: f"{_spread(each)} ms"),
         imports=_by_tool(_turned(found["imports"]), lambda each: f"{_spread(each)} ms"),
     )
@@ -97,6 +99,13 @@ def _long_run(samples: Sequence[Mapping[str, Any]]) -> str:
         for each in samples
     ]
     return _table(names, rows)
+
+
+def _held(values: _Values) -> str:
+    low, middle, high = values
+    if low == high:  # measured once
+        return f"**{middle:,.0f}** ms".replace(",", " ")
+    return f"{_spread(values)} ms"
 
 
 def _spread(values: _Values) -> str:
