@@ -57,6 +57,7 @@ async def test_half_an_answer_is_saved(page: Library) -> None:
             whole = (await client.get(f"http://{host}/ask")).text
         assert whole == "Forty-two is the answer."
         assert page.stored(answers) == [half, whole]
+        assert page.stored("SELECT text FROM answer WHERE complete") == [whole]
 
 
 async def shielded(work: Awaitable[Any]) -> None:
