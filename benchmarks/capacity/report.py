@@ -66,8 +66,9 @@ def document(found: Figures) -> str:
         reconnections=_storms(found.reconnections),
         date_speed=found.speed["date"],
         times=(
-            f"{(read.handle + read.send) * 1e3:.2f} ms for a request without the database, and "
-            f"{(read.loop + read.work) * 1e3:.2f} ms for each statement, BEGIN or COMMIT"
+            f"{(read.handle + read.send) * 1e3:.2f} ms for a request without the database (over "
+            f"uvicorn), and {(read.loop + read.work) * 1e3:.2f} ms for each statement, BEGIN or "
+            "COMMIT"
         ),
         seed=found.seed,
         command=found.command,
@@ -85,8 +86,9 @@ def _in_short(needs: Sequence[Need]) -> str:
     by_way = {each.way: each for each in needs if each.readers == LISTENING}
     ours, commit, read = (by_way[way] for way in reversed(Way))
     return (
-        f"For example, {_number(RATE)} requests per second need {_number(ours.on_server)} "
-        f"connections with this package\n(the rule says {_number(ours.rule)}). They need "
+        f"For example, {_number(RATE)} requests per second, from many workers through PgBouncer, "
+        f"need {_number(ours.on_server)}\nconnections with this package (the rule says "
+        f"{_number(ours.rule)}). They need "
         f"{_number(commit.on_server)} if reads run in a transaction,\nand "
         f"{_number(read.on_server)} if connections are held until clients have read the response."
     )

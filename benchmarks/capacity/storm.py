@@ -42,13 +42,13 @@ class Pause:
 RETRIES = (
     Pause("after 0.1 s", 0.1, 0.1),
     Pause("after 2 s", 2.0, 2.0),
-    Pause("after 0 to 2, 4, 8, … s, by chance", 0.0, 2.0, doubles=True),
+    Pause("after a random time of at most 2, 4, 8, … s", 0.0, 2.0, doubles=True),
 )
 # A browser's `EventSource` waits some seconds, unless the server has sent another number.
 RECONNECTS = (
     Pause("at once", 0.0, 0.0),
     Pause("after 3 s", 3.0, 3.0),
-    Pause("after 3 to 33 s, by chance", 3.0, 33.0),
+    Pause("after a random time of 3 to 33 s", 3.0, 33.0),
 )
 
 

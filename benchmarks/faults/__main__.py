@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import sys
+from math import ceil
 from pathlib import Path
 
 import uvloop
@@ -24,14 +25,14 @@ from .check import CASES
 from .cluster import Cluster
 from .failover import Failover, fail_over
 from .ledger import begin_anew
-from .plan import faults_in_order
+from .plan import FAULTS, faults_in_order
 from .replicas_report import HEADING as REPLICAS, section
 from .report import appendix, document, in_detail
 from .run import Result, run_tool, running_cluster
 from .sections import kept_section, replace_section
 from .soak import Soak, soak
 from .soak_report import HEADING as SOAK, soaked
-from .stale_reads import FAULTS, watch_all
+from .stale_reads import FAULTS as FAULTS_OF_REPLICAS, watch_all
 from .tools import TOOLS
 
 _DRIVERS = ("asyncpg", "psycopg")
@@ -45,7 +46,8 @@ async def main(options: argparse.Namespace) -> None:
     failovers: dict[tuple[str, str], Failover] = {}
     async with running_cluster() as cluster:
         for tool in tools:
-            faults = faults_in_order(options.seed, options.seconds)
+            rounds = max(1, ceil(options.seconds / options.each / len(FAULTS)))
+            faults = faults_in_order(options.seed, rounds)
             results[tool] = await run_tool(
                 tool,
                 faults,
@@ -91,7 +93,7 @@ async def soak_both(options: argparse.Namespace) -> None:
 
 async def count_stale_reads(options: argparse.Namespace) -> None:
     """Run this package and hand-written routers on a primary and two replicas, under each fault."""
-    found = await watch_all(FAULTS, options.replicas)
+    found = await watch_all(FAULTS_OF_REPLICAS, options.replicas)
     _write_section(options, section(_command(), options.replicas, found))
 
 
@@ -129,7 +131,7 @@ if __name__ == "__main__":
     parser.add_argument("--all", action="store_true", help=f"all tools: {', '.join(TOOLS)}")
     parser.add_argument("--seed", type=int, default=7, help="what all chance follows from")
     parser.add_argument(
-        "--seconds", type=float, default=0, help="for each tool; 0: each fault once"
+        "--seconds", type=float, default=0, help="for each tool, about; 0: each fault once"
     )
     parser.add_argument("--each", type=float, default=1.5, help="seconds for each fault")
     parser.add_argument("--driver", default="asyncpg", help="asyncpg or psycopg")

@@ -1,5 +1,6 @@
 """Writes the document: the tables, and how to repeat the measurement."""
 
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ _COLUMNS = (
     "open on the server",
     "recovered after",
 )
+_MOSTLY_ZERO = {"twice", "half", "money"}
 
 
 def document(
@@ -39,7 +41,7 @@ def document(
     ledgers = [result.ledger for of_tool in results.values() for result in of_tool]
     return _TEMPLATE.read_text().format(
         command=command,
-        versions=versions(),
+        versions=f"Python {platform.python_version()}, {versions()}",
         faults=sum(result.faults for of_tool in results.values() for result in of_tool),
         acknowledged=sum(len(ledger.acknowledged) for ledger in ledgers),
         requests=sum(ledger.requests for ledger in ledgers),
@@ -58,7 +60,10 @@ def appendix(command: str, results: Mapping[str, Sequence[Result]]) -> str:
 
 def in_detail(results: Sequence[Result]) -> str:
     """Return all counts of one tool."""
-    return table(_COLUMNS, map(_row, results))
+    columns = zip(_COLUMNS, *map(_row, results), strict=True)
+    shown = [each for each in columns if each[0] not in _MOSTLY_ZERO or set(each[1:]) != {"0"}]
+    heads, *rows = zip(*shown, strict=True)
+    return table(heads, rows)
 
 
 def side_by_side(results: Mapping[str, Sequence[Result]]) -> str:
