@@ -13,8 +13,9 @@ from .rules import CommitRule
 # The types of messages that can end a response. Such a message ends the response if its `more_body`
 # is False. Work is committed before this message is sent.
 _LAST = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
-# HTTP trailers follow the last part of the body. With gRPC, they carry the status of the call. So
-# work is committed before the trailers too.
+# The application may still use its session after the last part of the body, before it sends HTTP
+# trailers. Commit this later work before the trailers are sent: with gRPC, the trailers tell the
+# client whether the call succeeded.
 _TRAILERS = "http.response.trailers"
 
 

@@ -1,4 +1,8 @@
-"""Starts and stops the databases with the application, even if the application has no lifespan."""
+"""Builds engines when the server starts, and closes their connections when the server stops.
+
+The server announces both in its startup and shutdown messages (ASGI lifespan). If the application
+does not support these messages, this module answers them.
+"""
 
 import logging
 from collections.abc import Iterable
@@ -19,11 +23,12 @@ _NO_LIFESPAN = (
 
 
 class Unstartable:
-    """Replaces the databases if they cannot be used: startup and requests fail with the reason.
+    """Keeps the error of a wrong middleware argument, to raise it when the server starts.
 
-    Frameworks create their middleware when the server sends the startup message. If this creation
-    raised an exception, servers would believe that the application does not support startup
-    messages. They would start, and answer each request with 500.
+    `DBSessionMiddleware` stores this object instead of its databases. Do not raise the error at
+    once: many frameworks create their middleware when the server sends the startup message. After
+    an exception, servers would believe that the application does not support startup messages. They
+    would start, and answer each request with 500.
     """
 
     def __init__(self, reason: Exception) -> None:
@@ -46,11 +51,14 @@ async def serve_lifespan(
     """Start the databases before the application starts, and stop them after it has stopped.
 
     The databases are stopped before the server gets the answer to its shutdown message, even after
-    an error. If the application raises before it has received the startup message, it does not
-    support lifespan messages. Then this middleware answers them, and the server starts. A message
-    of another kind, such as an HTTP response, raises an error in the application. If the
-    application raises later, the startup has failed, and the server gets
-    `lifespan.startup.failed`.
+    an error. Three kinds of applications do not answer the startup message of the server:
+
+    - One raises an exception before it receives the message, because it does not support lifespan
+      messages. This function answers them instead, and the server starts.
+    - One receives the message and then raises an exception. The server gets
+      `lifespan.startup.failed`, and does not start.
+    - One ignores `scope["type"]`, and sends an HTTP response, for example. This call of `send`
+      raises `ConfigurationError` in the application.
 
     Args:
         app: The application.

@@ -60,11 +60,11 @@ class DBSessionMiddleware:
             database reports a conflict (serialization failure, deadlock, busy SQLite, or a
             statement outdated by a migration), or if a read-only unit of work loses its connection.
             Each retry gets the same body, and starts after at most one second. There is no retry
-            after a message was sent, after a COMMIT on a database of this package, after a
-            statement with AUTOCOMMIT, or after a cancellation. There is no retry of a request whose
-            body is larger than 1 MiB, or that came while the bodies of other requests used 32 MiB
-            of memory. If the handler changed anything outside of the database, each retry changes
-            it again.
+            after a message was sent, after a COMMIT on an `AsyncDatabase` or `SyncDatabase`, after
+            a statement with AUTOCOMMIT, or after a cancellation. There is no retry of a request
+            whose body is larger than 1 MiB, or that came while the bodies of other requests used 32
+            MiB of memory. If the handler changed anything outside of the database, each retry
+            changes it again.
         retry_on: Further errors to retry in the same way as a conflict: an exception class, a tuple
             of classes, or a plain function that takes an exception and returns True or False. These
             errors may come from the database. They may also be raised by the application, even if
@@ -86,11 +86,11 @@ class DBSessionMiddleware:
             logged.
 
     Raises:
-        ConfigurationError: An argument is wrong. This error is not raised here if only a URL is
-            wrong, if a database does not support `two_phase=True` (SQLite, for example), or if an
-            event loop is running (frameworks create their middleware in the event loop). Then the
-            startup of the server fails with this error. If the server sends no startup message,
-            each request fails with it.
+        ConfigurationError: An argument is wrong. In three cases, this error is not raised here, but
+            the startup of the server fails with it: (1) An event loop is running. (Many frameworks
+            create their middleware during the startup.) (2) Only a URL is wrong. (3) A database
+            does not support `two_phase=True`, as SQLite does not. If the server sends no startup
+            message, each request fails with this error.
     """
 
     def __init__(

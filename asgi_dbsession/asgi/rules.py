@@ -31,8 +31,9 @@ def commit_rule(commit_when: CommitWhen) -> CommitRule:
         ConfigurationError: `commit_when` is not a plain function, or can be called neither with the
             status, nor with the status and the scope.
     """
-    # The default function always returns True or False, so its result needs no check. The result of
-    # a function of the application is checked in each request.
+    # If the application gave no `commit_when`, return `below_400` itself, which always returns True
+    # or False. For a function of the application, return a wrapper that raises an error if the
+    # result is neither True nor False.
     if commit_when is below_400:
         return below_400
     check_function("commit_when", commit_when)

@@ -17,8 +17,10 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from asgi_dbsession.session.completion import run_before_cancellation, run_to_completion
 
-# Drivers that connect in a task of their own: psycopg because of cancellations, the others to get
-# an empty `contextvars` context. A cancelled aiosqlite would leave the database file open.
+# Open the connections of these drivers in a task of their own. Otherwise, psycopg would leave a
+# connection open if the request is cancelled while the connection is opened. The others would keep
+# the context variables of the request in memory. Do not add aiosqlite: after a cancellation of its
+# own task, the database file would stay open.
 _IN_TASK = ("aiomysql", "asyncmy", "asyncpg", "psycopg")
 
 
@@ -49,7 +51,11 @@ def close_completely(engine: Engine) -> None:
 
 
 def close_in_task(terminate: Callable[[Any], object], connection: Any) -> None:
-    """Close a connection in a task of its own. A cancellation is raised at the next `await`."""
+    """Close a connection completely, even if the calling task is cancelled meanwhile.
+
+    The calling task gets its `CancelledError` only at its next `await`, after the close. So the
+    pool can first record that the place of this connection is free.
+    """
     # The garbage collector closes a connection outside of a greenlet, where nothing can be awaited.
     if in_greenlet():
         await_only(run_before_cancellation(greenlet_spawn(terminate, connection)))

@@ -1,4 +1,4 @@
-"""Functions that use an engine, sync or async, and that call blocking code in a thread."""
+"""Small functions for SQLAlchemy engines, and one that calls blocking code in a thread."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -39,8 +39,8 @@ def warn_of_early_events(unit: UnitOfWork, send: Send) -> Send:
 
     async def send_event(message: Message) -> None:
         body = message.get("body", b"")
-        # Log no warning for a comment. A comment in an event stream is a line that begins with a
-        # colon. Servers send comments to keep the connection open. See
+        # Warn if an event is sent before COMMIT. But do not warn about a comment (a line that
+        # begins with a colon): clients ignore comments, which only keep the connection open. See
         # https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
         if body and bytes(body[:1]) != b":":
             _warn(unit, writes)
@@ -101,7 +101,10 @@ class _Writes(UnitObserver):
         self._forget(session, transaction if transaction.parent is not None else None)
 
     def _forget(self, session: Session, savepoint: SessionTransaction | None) -> None:
-        """Delete the records of a session's writes: those inside `savepoint`, or all if None."""
+        """Remove a session's writes from `_written`, the set of uncommitted writes in memory.
+
+        Remove only the writes inside `savepoint`, or all writes of the session if this is None.
+        """
         for each in tuple(self._written):
             if each[0] is session and (savepoint is None or savepoint in with_outer(each[1])):
                 self._written.discard(each)

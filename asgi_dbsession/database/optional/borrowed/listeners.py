@@ -23,8 +23,9 @@ from asgi_dbsession.unit.observer import UnitObserver
 # This must be an RLock. The garbage collector may call `_release` in the thread that holds this
 # lock, and with a plain lock this thread would wait forever.
 _mutex = RLock()
-# For each engine: a `finalize` object for each database object that uses the engine. When the last
-# such database object is garbage collected, `_release` removes the listeners.
+# For each engine: a list of `finalize` objects, one for each `AsyncDatabase` or `SyncDatabase` that
+# uses the engine. They call `_release` when their database object is garbage collected. The last
+# call removes this package's event listeners from the engine.
 _users: "WeakKeyDictionary[Engine, list[finalize[..., object]]]" = WeakKeyDictionary()
 # For each engine: objects that may have added listeners to it, such as the recorder of reports.
 # When no database object uses the engine any more, their method `engine_left` removes these
@@ -77,7 +78,8 @@ def _release(engine: Engine, observers: list[UnitObserver]) -> None:
 def _refuse_autocommit(
     _dialect: Dialect, _record: object, _arguments: object, options: dict[str, Any]
 ) -> None:
-    # The options of the driver are known only now: SQLAlchemy does not show them in the engine.
+    # Refuse the driver's option `autocommit` each time a connection is opened (event `do_connect`).
+    # The option cannot be checked earlier, because an engine does not show its driver options.
     refuse_autocommit(options)
 
 

@@ -98,8 +98,9 @@ def reason_of(database: Any, error: Exception) -> str:
     original = getattr(error, "orig", None) or error
     text = " ".join(str(original).split()) or type(original).__name__
     if tells_a_secret(text, secrets_of(database.url, database._engine_options)):
-        # Replace the whole message of the driver, not only the secret inside: the words around a
-        # gap could tell the secret.
+        # The driver's message contains a secret, such as the password. Return only the class of the
+        # error. Do not just cut the secret out of the message: a reader could guess the secret from
+        # the words around the gap.
         return f"{type(original).__name__} (the text of the driver may hold a secret)"
     return text.rstrip(".?")
 

@@ -20,8 +20,9 @@ from .questions import TaskQuestions, ThreadQuestions
 # For each database object: the object that sends a statement to check if the database answers. If
 # several tasks or threads call `health()` at the same time, they share one such check.
 _questions: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-# After a fork, the child process forgets the checks that are running in the parent, because their
-# answers never reach the child. (On Windows, Python has no `os.register_at_fork`.)
+# In a child process after a fork, forget the health checks that the parent is running. Their tasks
+# and threads do not run in the child, so `health()` would never get an answer from them there.
+# (Windows has no forks, and so no `os.register_at_fork`.)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_questions.clear)
 
