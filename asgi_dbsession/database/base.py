@@ -68,7 +68,7 @@ class Database(EngineLife[E], Generic[E, S]):
     ) -> Self:
         """Make a database object that uses an existing engine, and never disposes this engine.
 
-        The database object can be used at once, without a call of `startup()`. This package adds
+        The database object can be used without a call of `startup()`. This package adds
         listeners to the engine. The listeners are removed when the last database object with this
         engine is garbage collected. An async engine belongs to the event loop that uses it first.
         If this loop was closed, the next loop that uses the engine gets new connections. If several
