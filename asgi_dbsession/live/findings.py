@@ -6,8 +6,9 @@ from typing import TypedDict
 from .now import Connection, DatabaseNow
 from .recent import Recent
 
-# The web page `LivePage` reports a line of code if its statement runs, or then leaves the
-# connection idle, for this long (in seconds).
+# `LivePage`, the web page that shows connections, reports a line of code in two cases. Its
+# statement has been running for this long (in seconds). Or its statement has ended, and the session
+# has since held its connection for this long without using it.
 _LONG = 0.5
 _MOST_OF_A_KIND = 2
 
@@ -25,7 +26,8 @@ def find(databases: list[DatabaseNow], recent: Recent) -> list[Finding]:
     """Return lines of code that keep a connection idle, run long, or repeat a statement."""
     found = [*_now(databases, "idle"), *_now(databases, "working")]
     lines = {each["line"] for each in found}
-    # For ended requests, also report idle times that were too short to be reported earlier.
+    # Also report lines after which an ended request held its connection without using it, for half
+    # of `_LONG` or more. While the request runs, nobody is likely to see such a short time.
     idle = [
         each
         for each in recent["idle"]

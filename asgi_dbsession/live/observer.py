@@ -100,7 +100,10 @@ class LiveObserver(UnitObserver):
                 yield name_of(named(unit, self._route, self._by_quart)), unit
 
     def ended(self) -> list[EndedUnit]:
-        """Return the last ended units of work that used a database given to this object."""
+        """Return the latest ended units of work (at most `_MOST_UNITS`), the oldest first.
+
+        Leave out units of work that used none of the databases that the web page shows.
+        """
         found = [
             _evaluate(name, now, result, self._tallies(steps, now))
             for name, now, result, steps in tuple(self._ended)

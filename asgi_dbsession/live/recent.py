@@ -70,8 +70,9 @@ class Recent(TypedDict):
     Attributes:
         units: How many units of work there are.
         seconds: How many seconds ago the first of them began.
-        routes: What the units of work of each route did. The routes are sorted by the time for
-            which they held connections, from long to short. This time is `units * held_p95`.
+        routes: What the units of work of each route did. The first route held connections for the
+            longest time. To estimate this time, the number of the route's units of work is
+            multiplied by the 95th percentile of their times.
         repeated: Statements that one line of code sent many times in one unit of work. The first
             statement was sent most often.
         idle: Lines of code after which a connection was idle. The first line has the greatest sum

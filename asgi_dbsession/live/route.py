@@ -21,8 +21,9 @@ _METHODS = frozenset(
 )
 _SHOWN = _METHODS | {"WebSocket"}
 
-# The method of a request, its route, and True for a `begin()` block in the request. None for a
-# `begin()` block outside of a request.
+# What the name of a unit of work is made from: the tuple (method of the request, its route, flag).
+# The flag is True for a `begin()` block inside the request, and False for the request itself. A
+# `begin()` block outside of a request has None instead of a tuple.
 Named: TypeAlias = tuple[str, str, bool] | None
 
 

@@ -9,8 +9,8 @@ from .observer import EndedUnit
 
 _WIDTH = 1200
 _HEIGHT = 300
-# The drawing of ended units of work has the smallest of these numbers of rows that gives room for
-# all. If there is not enough room, some units are left out.
+# The drawing has 12, 30 or 75 rows. Use the smallest number that gives each ended unit of work a
+# place: with fewer rows, each row is higher. If 75 rows are too few, leave out the other units.
 _ROWS = (12, 30, 75)
 # The length of the time axis in seconds. On a longer time axis, the bars would be too narrow.
 _SECONDS = 30.0

@@ -66,8 +66,9 @@ class Choice:
     def _is_same(self, connection: Connection) -> bool:
         """Return True if the replica has not restarted since it reported its WAL position.
 
-        A restart closes all connections. So only if `connection` is newer than the report, ask the
-        replica for its `name`, which each restart changes.
+        A restart closes all connections. So if `connection` was opened before the report, return
+        True. If it was opened later, ask the replica again, and compare `Answer.name`: a checksum
+        that contains the time of the replica's last start.
         """
         opened = connection.info[OPENED]
         if opened <= self._answer.asked:

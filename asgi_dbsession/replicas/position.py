@@ -32,7 +32,8 @@ class Position(NamedTuple):
 
     @override
     def __str__(self) -> str:
-        # The numbers have a fixed width, so that a store can compare positions as strings.
+        # Write all numbers with a fixed count of digits. Then the greater of two strings is the
+        # later position. The application's store (`PositionStore`) needs this: it compares strings.
         return f"{self.timeline:08x}.{self.lsn:016x}.{self.cluster}"
 
     def includes(self, other: "Position") -> bool:
@@ -52,7 +53,8 @@ class Seen:
     Attributes:
         position: The WAL position that a replica must have replayed for this client.
         replica: The only replica from which the client may read. None if there is no such limit.
-        users: The `Route` of each session of this client that is using the primary now.
+        users: The sessions of this client that are using the primary now. In place of each session,
+            this set has its `Route` (the object that chooses the session's server).
     """
 
     __slots__ = ("_instead", "_since", "_told", "position", "replica", "users")
@@ -62,8 +64,9 @@ class Seen:
         self.replica: str | None = None
         self.users: set[Any] = set()
         self._since = 0
-        # If it is unknown which changes the client has seen, a string that makes the client's next
-        # request read from the primary. Otherwise None.
+        # None if this package knows up to which WAL position the client has seen the database.
+        # Otherwise a string to store for the client instead of a position, such as "0". It is not a
+        # valid position, so a request with this string in its cookie reads from the primary.
         self._instead: str | None = None
         self._told: str | None = text
         if text is not None:
@@ -106,8 +109,9 @@ class Seen:
     def _unclear(self) -> str:
         """A string to store for the client if it is unknown which changes the client has seen.
 
-        The next request then reads from the primary. A store keeps the greatest string, so this
-        string sorts after the last known position.
+        The string is the client's last known WAL position, and "?". It is not a valid position, so
+        the client's next request reads from the primary. The application's store keeps the greatest
+        string of each client, and "?" makes this string greater than the position alone.
         """
         return f"{self.position}?" if self.position is not None else "0"
 
@@ -118,8 +122,9 @@ class Seen:
         is nothing to send or save: the cookie or the store has this string already, or the client
         has seen nothing yet.
         """
-        # A session in `users` (those that use the primary now) may have committed already. So the
-        # client's WAL position is unknown until this package has asked the primary.
+        # If a session of this client is using the primary now (`users`), return the string that
+        # makes the next request read from the primary. The session may have committed already, and
+        # the WAL position of its COMMIT is unknown until this package asks the primary.
         text = self._unclear if self.users else self.text
         if text == self._told:
             return None
@@ -143,10 +148,11 @@ class Seen:
             self.position = self.position or position
 
     def add(self, text: str | None) -> None:
-        """Record up to which change the same client has seen the database in another process.
+        """Record that the client has also seen all changes up to another WAL position.
 
-        `text` comes from `Seen.text` of the other process. If nobody knows which process has seen
-        more, the client reads from the primary next.
+        From now on, the client needs the later of the two positions. If it is unknown which one is
+        later, the client reads from the primary next. `text` comes from `Seen.text` in another
+        process, for example in the web server that has sent a job to this worker.
         """
         if text is None or not self.is_trusted:
             return

@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 from .position import Position, checksum
 
-# This query asks a server for its WAL position and its timeline, which each promotion increases. On
-# a replica, roles without `pg_read_all_stats` see a promotion minutes late. No request reads there
-# meanwhile.
+# This query asks a server for its WAL position and its timeline, a number that grows when a replica
+# is promoted to primary. Requests read from a replica only if it has the timeline of the primary.
+# If the role has no `pg_read_all_stats`, a replica reports a new timeline some minutes late. During
+# these minutes, no request reads from this replica.
 QUESTION = """
 SELECT standby,
        CAST(CASE WHEN standby THEN pg_last_wal_replay_lsn()
@@ -20,8 +21,9 @@ SELECT standby,
 FROM (SELECT pg_is_in_recovery() AS standby OFFSET 0) AS server
 """
 
-# This query identifies a server and its last start. After a crash, the start time may stay the
-# same, so the last column also has the time when the statistics were reset.
+# This query asks which server this is, and when it was last started. After a crash, PostgreSQL may
+# keep its start time, but it resets its statistics. So the last column contains the start time and
+# the time of this reset. If this column is the same as before, there was no restart and no crash.
 IDENTITY = """
 SELECT system_identifier,
        CAST(current_setting('wal_block_size') AS integer),
@@ -30,8 +32,9 @@ SELECT system_identifier,
               (SELECT extract(epoch FROM stats_reset) FROM pg_stat_bgwriter))
 FROM pg_control_system()
 """
-# Under this key, `connection.info` keeps the answer to the query `IDENTITY`. Each query would make
-# the server read a file.
+# Under this key, store the answer to the query `IDENTITY` (which server this is) in the dictionary
+# `connection.info`. Then the query is sent only once on each connection. To answer it, the server
+# must read a file.
 KEY = "asgi_dbsession.identity"
 
 # The sizes in bytes of two headers in the WAL: of each page, and of the first page in a WAL
@@ -58,10 +61,15 @@ class Answer(NamedTuple):
 
     @classmethod
     def of(cls, row: Any, identity: Any, asked: float, timeline: int, address: object) -> "Answer":
-        """Make an `Answer` from the rows for the queries `QUESTION` and `IDENTITY`.
+        """Make an `Answer` (the WAL position of a server) from the rows that the server returned.
 
-        `asked` is when the server was asked, as a time of Python's `monotonic`. `timeline` is the
-        timeline in the last answer of this server.
+        Args:
+            row: The row for the query `QUESTION`, which asks for the WAL position and the timeline.
+            identity: The row for the query `IDENTITY`, which asks which server this is, and when it
+                was last started.
+            asked: When the server was asked, as a time of Python's `monotonic`.
+            timeline: The timeline in the last answer of this server.
+            address: The address of the server, for the attribute `name`.
         """
         is_standby, lsn, flushed, current = row
         cluster, block, segment, start = identity

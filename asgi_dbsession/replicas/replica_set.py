@@ -23,8 +23,9 @@ from .server import Server, TaskServer
 from .thread_server import ThreadServer
 from .watch import Watch
 
-# If no replica has the changes that a client needs, its request waits for a new answer of each
-# replica whose last answer is older than this time (in seconds).
+# If no replica seems to have the changes that a client needs, ask the replicas again how far they
+# have replayed the WAL, and let the client's request wait for the answers. Do not wait for a
+# replica that has answered this question within this time (in seconds).
 _AGAIN = 0.005
 # Each server has one more connection, which only asks for the WAL position. For this connection,
 # these engine options of the application are not used.

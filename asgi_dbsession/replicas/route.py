@@ -32,8 +32,10 @@ class Route:
     def choose(self, session: Session) -> None:
         """Choose the server of a session. Called before each statement.
 
-        The choice is kept until a commit or rollback. At READ COMMITTED, the server is also chosen
-        again after the client has used the primary, so that its writes are seen.
+        The session keeps its server until a commit or rollback. There is one exception: if other
+        code of the same request uses the primary meanwhile (in a `begin()` block, for example), the
+        server is chosen again, so that the session sees these writes. At REPEATABLE READ and above,
+        the server is kept, because all statements of a transaction must see the same data.
         """
         is_new = session.bind is None or self._has_ended
         if self._chooses and (is_new or self._is_outdated(session)):
@@ -89,8 +91,9 @@ class Route:
 
         From now on, the client must not read older data.
         """
-        # Remove this session from the users of the primary before asking, not after. While the
-        # primary answers, another thread may use the session, and add the session again.
+        # Remove this session from `users` (the sessions that use the primary now), and only then
+        # ask the primary for its WAL position. While the primary answers, another thread may begin
+        # new work in this session, and add it to `users` again. This entry must not be removed.
         self._seen.users.discard(self)
         self._seen.read_from_primary(self._replica_set.ask_primary())
 

@@ -44,10 +44,13 @@ def seen_here(replica_set: Any) -> Seen:
 
 
 def see(replica_set: Any, position: str, *, join: bool, read_only: bool) -> None:
-    """Implements `begin(after=position)`: the client then reads only from servers that have it.
+    """For `begin(after=position)`: record that the client has seen all changes up to `position`.
+
+    The `begin()` block then reads only from servers that have all these changes.
 
     Raises:
-        ConfigurationError: `begin()` joins or may write, or `position` is not a string.
+        ConfigurationError: `position` is not a string, or the block may write, or it uses the
+            session of the request around it (`join=True`).
     """
     if not isinstance(position, str):
         raise ConfigurationError(

@@ -23,8 +23,8 @@ _logger = logging.getLogger("asgi_dbsession")
 # A server is asked for its WAL position again `_FRESH` seconds after its last answer, or `_PAUSE`
 # seconds after it did not answer.
 _FRESH, _PAUSE = 0.1, 0.5
-# If the last answer of a server is older than `_STALE` seconds, requests wait for a new answer, at
-# most for `PATIENCE` seconds.
+# If a server last reported its WAL position more than `_STALE` seconds ago, requests wait until it
+# reports its position again, for at most `PATIENCE` seconds.
 _STALE, PATIENCE = 0.3, 1.0
 # The time limit in seconds for connecting to a server and asking for its WAL position.
 LIMIT = 5
@@ -186,8 +186,9 @@ class TaskServer(Server):
 
     @override
     def _wait(self, question: "asyncio.Task[None]", seconds: float) -> bool:
-        # Only a greenlet of SQLAlchemy can wait for the answer. Without a greenlet (the application
-        # calls `session.get_bind()` itself), act as if the server did not answer.
+        # Wait until the server has answered with its WAL position. Only code in a greenlet of
+        # SQLAlchemy can wait here. Without a greenlet (the application calls `session.get_bind()`
+        # itself), return False, as if the server had not answered in time.
         if not in_greenlet():
             return False
         await_only(asyncio.wait([question], timeout=seconds))

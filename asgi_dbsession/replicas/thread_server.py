@@ -20,8 +20,9 @@ class ThreadServer(Server):
     def ask(self) -> Any:
         with self._mutex:
             self._overdue = tuple(each for each in self._overdue if not each.is_set())
-            # A thread cannot be cancelled, and a driver without a time limit of its own may wait
-            # for hours. So each such thread doubles the time limit, to keep their number small.
+            # If the running query exceeds its time limit, ask the server again in another thread.
+            # The old thread cannot be stopped, and may wait for hours. So for each old thread that
+            # still waits, double the time limit: 5, 10, 20 seconds. This keeps the threads few.
             limit = LIMIT * 2 ** len(self._overdue)
             gives_up = self._question is not None and monotonic() - self._began > limit
             if gives_up:
