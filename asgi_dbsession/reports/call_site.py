@@ -48,8 +48,9 @@ def find_line() -> CallSite:
             file = frame.f_code.co_filename
             if _is_application[file]:
                 return file, frame.f_lineno
-    # A sync session has no greenlet of its own (AttributeError). Or the file is not in the cache
-    # `_is_application` yet (KeyError). In both cases, search the whole call stack below.
+    # To look only at the line that called the session was not enough. A sync session has no
+    # greenlet of its own (AttributeError). Or the file of the line is not in `_is_application` yet
+    # (KeyError). So search the whole call stack for a line of the application.
     except (AttributeError, KeyError):
         pass
     return find_call_site()

@@ -42,8 +42,9 @@ class Recording:
 
     def _record_wait(self, start: float, stop: float) -> None:
         if self.steps and self.steps[-1][0] == "wait":
-            # The session has failed again to get a connection. Make the entry of its last failure
-            # longer. A new entry for each failure would make the list very long.
+            # The session has waited for a connection and got none. The last entry of `steps` says
+            # that this has happened before. Add the time to this entry: a new entry for each
+            # attempt could fill the memory.
             self.steps[-1][2] += stop - start
         else:
             self.steps.append(["wait", start, stop, None, ""])
@@ -63,8 +64,9 @@ class Recording:
     def take(self, connections: tuple[Any, ...]) -> list[Step]:
         """Return what the session did until this commit or rollback, and begin a new list.
 
-        If another task still uses one of `connections`, the new list begins with a `hold`, so that
-        the next report includes the time of this use.
+        If another task still uses one of `connections`, begin the new list with an entry `hold`
+        (the session has a connection from this moment). Otherwise the next report would not count
+        the time of this use.
         """
         done = self.steps
         if done:
@@ -79,6 +81,9 @@ class Recording:
 
 
 def record(companion: Companion) -> None:
-    """Start to record the statements and waits of a session. A second call does nothing."""
+    """Start to record the statements of a session, and how long it waits for a connection.
+
+    A second call for the same session does nothing.
+    """
     if companion.recording is None:
         Recording(companion)

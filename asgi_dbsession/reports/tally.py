@@ -9,8 +9,9 @@ from asgi_dbsession.session.read_only import PARTS_OF_BEGIN
 from .call_site import CallSite
 from .recording import ENDS
 
-# What takes time. `wait`: the session waits for a connection. `hold`: the session has a connection.
-# The others: the session waits for an answer of the database.
+# What a session does in a span of time. `wait`: it waits for a connection of the pool. `hold`: it
+# has a connection. `statement`, `commit`, `rollback`: it waits until the database has answered this
+# command.
 Kind: TypeAlias = Literal["wait", "hold", "statement", "commit", "rollback"]
 
 # At most this many operations of a session (statements and waits, for example) are stored one by
@@ -22,10 +23,10 @@ _NOTHING = 50e-6
 # Marks a COMMIT or ROLLBACK that failed, in the list of what a session did. The session still holds
 # its connection after such a failure.
 FAILED = "failed"
-# Two kinds of operations are shown to users under another name.
+# Reports show the recorded operations `hold` and `prepare` under another name.
 _SHOWN_AS: dict[str, Kind] = {
-    # A recorded `hold` starts when a session asks for a connection, and stops when the session gets
-    # the connection.
+    # `hold` is recorded when a session has got a connection. Its start and stop say how long the
+    # session waited for this connection. So show it as `wait`.
     "hold": "wait",
     # The first half of a two-phase COMMIT.
     "prepare": "commit",
@@ -51,7 +52,7 @@ class Tally:
     """What one session did between two commits or rollbacks. All times are in seconds.
 
     Args:
-        now: The end of a step that is still running.
+        now: The present time. It counts as the end of a statement that is still running.
         has_ended: True if the unit of work has ended, so the session holds no connection.
 
     Attributes:

@@ -24,8 +24,9 @@ def is_conflict(error: Any) -> bool:
     # Check MySQL's error number first: the SQLSTATE of error 1205 (a lock was not free in time)
     # shows no conflict.
     number = error.args[0] if error.args else None
-    # Compare integers only: the argument of an application's exception may be a NumPy array, for
-    # which `in _MYSQL` fails.
+    # Search `_MYSQL` (MySQL's error numbers for conflicts) only if the first argument of the error
+    # is an integer. An exception of the application may have a NumPy array as its argument, and
+    # `in` would raise an error for an array.
     if isinstance(number, int) and number in _MYSQL:
         return True
     # asyncpg raises an error of this class if a migration has made a prepared statement outdated.

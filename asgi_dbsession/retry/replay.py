@@ -41,8 +41,9 @@ class Replay:
         self._body = bytearray()
         self._has_begun = False
         self._has_more = True
-        # A marker of the attempt that must receive the stored body next. None if no attempt must
-        # receive it: then all calls of `receive` get their messages from the server.
+        # Each attempt (run of the request) is marked by an `object()`. This is the marker of an
+        # attempt that has not read the stored body yet: its next `receive` call gets this body.
+        # None if the next `receive` call must get a message from the server instead.
         self._pending: object = None
         self.is_kept: bool = True
         self.is_client_gone: bool = False
