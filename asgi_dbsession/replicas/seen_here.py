@@ -50,7 +50,7 @@ def see(replica_set: Any, position: str, *, join: bool, read_only: bool) -> None
 
     Raises:
         ConfigurationError: `position` is not a string, or the block may write, or it uses the
-            session of the request around it (`join=True`).
+            session of the request or block around it (`join=True`).
     """
     if not isinstance(position, str):
         raise ConfigurationError(

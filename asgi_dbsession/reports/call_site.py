@@ -48,9 +48,9 @@ def find_line() -> CallSite:
             file = frame.f_code.co_filename
             if _is_application[file]:
                 return file, frame.f_lineno
-    # To look only at the line that called the session was not enough. A sync session has no
-    # greenlet of its own (AttributeError). Or the file of the line is not in `_is_application` yet
-    # (KeyError). So search the whole call stack for a line of the application.
+    # This shortcut, which looks only at the line that called the session, has failed. A sync
+    # session has no greenlet (AttributeError). Or nobody has checked yet if the file of the line
+    # belongs to the application (KeyError). So search the whole call stack for such a line.
     except (AttributeError, KeyError):
         pass
     return find_call_site()
