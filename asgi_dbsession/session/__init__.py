@@ -1,1 +1,1 @@
-"""Sessions that only one task at a time can use. COMMIT stores all of their work, or nothing."""
+"""Each session is used by one task at a time. Its COMMIT stores all of its work, or nothing."""

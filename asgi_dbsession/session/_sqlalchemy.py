@@ -39,11 +39,11 @@ def flush_for_commit(session: Session) -> None:
 
 
 class ConnectingSession(Session):
-    """A session that makes its transactions of other classes than SQLAlchemy's own.
+    """Base class of sessions that can replace SQLAlchemy's class `SessionTransaction`.
 
-    `begin()` and `begin_nested()` make objects of the class `transaction_class`. Without a call of
-    `begin()`, the first statement begins a transaction. If a feature of this package opens the
-    connections (to replicas, for example), this transaction is a `ConnectingTransaction`.
+    `begin()` and `begin_nested()` create an object of the class `transaction_class` instead. If the
+    application does not call `begin()`, the first statement begins a transaction. Its class is
+    `ConnectingTransaction` if this package must open its connection, for example to a replica.
     """
 
     transaction_class: type[SessionTransaction] = SessionTransaction
@@ -81,7 +81,10 @@ class SkippingEmptyFlush(Session):
 
 
 class ConnectingTransaction(SessionTransaction):
-    """A transaction whose connection is opened by this package: to a replica, for example."""
+    """A transaction that can open its connection with a function of this package.
+
+    SQLAlchemy's own class calls `Engine.connect()`. This package may connect to a replica instead.
+    """
 
     @override
     def __exit__(
@@ -111,7 +114,7 @@ class ConnectingTransaction(SessionTransaction):
 
 
 class _Connector(NamedTuple):
-    """Replaces an engine, so that SQLAlchemy opens a connection with a function of this package."""
+    """A stand-in for an engine. SQLAlchemy calls `connect`, which is a function of this package."""
 
     connect: Callable[[], Connection]
 

@@ -16,10 +16,13 @@ from .reads import has_foreign, has_only_read
 
 
 def end_at_once(session: Session, companion: Companion, *, commit: bool) -> bool:
-    """Commit or roll back a session if nothing must be sent to the database.
+    """Commit or roll back a session, but only if this sends nothing to the database.
 
-    For example, the session has only read, without BEGIN. The caller must hold the mutex of the
-    session's lock. Return False if nothing was done.
+    This is so if the session has only read, without BEGIN. Before the call, acquire the `mutex` of
+    the `SessionLock` (the lock of the session), so that no other thread uses the session meanwhile.
+
+    Returns:
+        False if nothing was done, so the caller must call SQLAlchemy's `commit()` or `rollback()`.
     """
     transactions = transactions_to_end(session, companion, commit=commit)
     if not transactions:
@@ -50,8 +53,9 @@ def transactions_to_end(
     if not companion.expects_read or session.expire_on_commit:
         return ()
     transaction = session.get_transaction()
-    # After a failed flush (the transaction is not active then) or after lost work (`must_fail`),
-    # the commit must raise an error. Only SQLAlchemy's `commit()` does this.
+    # Return an empty tuple if work was lost: a flush has failed, a write was refused, or `close()`
+    # was called too early. Then the caller calls SQLAlchemy's `commit()`, which raises an error.
+    # `end_at_once`, the short way of this module, would raise none.
     if transaction is None or not transaction.is_active or companion.must_fail:
         return ()
     connections = connections_of(transaction)
@@ -73,8 +77,9 @@ def _sends_nothing(session: Session, connection: Connection, commit: bool) -> bo
     if not has_only_read(connection):
         return False
     dialect = connection.dialect
-    # Return False for async drivers except asyncpg: their commit waits for a lock, even if nothing
-    # is sent. This function cannot wait.
+    # Return False for async drivers except asyncpg, so that SQLAlchemy's `commit()` ends the
+    # session in a greenlet. The commit of these drivers must be awaited, even if it sends nothing.
+    # The caller of this function cannot await.
     if dialect.is_async and dialect.driver != "asyncpg":
         return False
     # A full pool closes the connection instead of taking it back, and has to wait for this close.

@@ -13,8 +13,9 @@ T = TypeVar("T")
 async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     """Await the coroutine `work` until it has ended, even if the caller is cancelled meanwhile.
 
-    A cancelled caller gets its exception after `work`: on asyncio at once (an error of `work` is
-    its cause), on trio at the next `await`.
+    If the caller was cancelled, it gets the exception of the cancellation after `work` has ended.
+    On asyncio, this function raises `CancelledError`. If `work` has failed, the error of `work` is
+    the `__cause__` of the `CancelledError`. On trio, the caller's next `await` raises `Cancelled`.
     """
     try:
         loop = asyncio.get_running_loop()

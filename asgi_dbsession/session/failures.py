@@ -102,10 +102,13 @@ def _record_failure(context: ExceptionContext) -> None:
     if original_engine(connection.engine) not in _watched:
         return
     if isinstance(context.original_exception, CancelledError) and connection.dialect.is_async:
-        # The task was cancelled. Without a transaction, this may be the first connection of the
-        # engine. SQLAlchemy closes this connection itself, and fails if it is closed already.
+        # The task was cancelled during a statement. Close the connection if a transaction is open.
+        # Otherwise leave the close to SQLAlchemy. When it opens the first connection of an engine,
+        # it asks the server for its version without a transaction. If this listener closed that
+        # connection, SQLAlchemy would raise an AssertionError instead of the CancelledError.
         if connection.in_transaction():
-            # An open cursor of aiosqlite keeps a lock. SQLAlchemy 2.0 has the cursor in a variable.
+            # Clear the local variables of the traceback. In SQLAlchemy 2.0, one of them refers to
+            # the open cursor. With aiosqlite, an open cursor keeps a lock on the database file.
             clear_frames(context.original_exception.__traceback__)
             discard(connection, getattr(context.execution_context, "cursor", None))
         return
@@ -141,7 +144,8 @@ def _is_unusable_after(context: ExceptionContext, transaction: Transaction | Non
 
 def _was_answered(error: Exception | None) -> bool:
     """Return True if the error comes from the server, and not from the driver."""
-    # A driver itself raises InterfaceError or InternalError (for a busy connection, for example).
+    # Return False for InterfaceError and InternalError. Drivers raise them without an answer from
+    # the server, for example because the connection is busy with another statement.
     if not isinstance(error, DBAPIError) or isinstance(error, InterfaceError | InternalError):
         return False
     # If psycopg raises an error itself (after a cancelled COPY, for example), `sqlstate` is None.
@@ -184,15 +188,17 @@ def forbid_commit(connections: tuple[Connection, ...], error: Exception) -> None
 
 def _listen_for_commit(connection: Connection) -> None:
     for name in ("commit", "prepare_twophase"):
-        # Add this check before COMMIT only to a connection with a failed statement. A listener on
-        # the engine would make each statement slower.
+        # Before COMMIT, call `_refuse_at_the_last_moment`, which raises an error if the transaction
+        # is aborted. Add this listener only to a connection on which a statement has failed. A
+        # listener on the engine would make each statement of all requests slower.
         if not event.contains(connection, name, _refuse_at_the_last_moment):
             event.listen(connection, name, _refuse_at_the_last_moment)
 
 
 def _key(transaction: Transaction) -> ref[Transaction]:
-    # Use `dict.pop`, written in C, and no Python function: Python would ignore an exception that a
-    # signal handler raises in a callback of a weak reference.
+    # Return a weak reference, so that `dict.pop` removes the entry when Python frees the
+    # transaction. Do not use a Python function as this callback: a signal handler could run inside
+    # it, and Python ignores exceptions (of Ctrl-C, for example) in callbacks of weak references.
     return ref(transaction, failed_transactions.pop)
 
 
@@ -207,8 +213,8 @@ def _refuse_if_aborted(connection: Connection, *, of_savepoint: bool = False) ->
     database = without_secrets(connection.engine.url)
     message, is_rolled_back = found
     if is_rolled_back:
-        # After the database has rolled back a transaction, it would accept a COMMIT without an
-        # error.
+        # Raise an error. The database itself has rolled back the transaction. So it would accept
+        # COMMIT without an error, although the writes of the transaction are lost.
         raise TransactionAborted(database, message, rolled_back=True)
     try:
         # Only the database knows if the failed statement has aborted the transaction. To find out,

@@ -186,7 +186,7 @@ class GuardedSession(ConnectingSession):
         if lock.is_closed:
             return
         if lock.is_held_by_end_of_caller():
-            # This package calls `close()` after the last commit or rollback: no work can be lost.
+            # Do not check for uncommitted work: this package has just committed or rolled back.
             super().close()
         else:
             close_now()

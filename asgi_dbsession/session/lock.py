@@ -73,7 +73,7 @@ class SessionLock(ABC):
             SessionClosed: The unit of work of the session has ended.
         """
         caller = self._caller()
-        # Nobody else can make this caller the holder, so the comparison needs no mutex.
+        # See without `mutex` if the caller holds the lock: only the caller can make itself holder.
         if self._holder == caller:
             return False
         while True:
@@ -101,7 +101,10 @@ class SessionLock(ABC):
             self._reserved_for, self.ends = end, self.ends | {end}
 
     def cancel_reservation(self, end: End) -> None:
-        """Undo `reserve_for`: let operations begin. Do nothing if `end` has the lock already."""
+        """Let the operations begin that `reserve_for` made wait for the commit or rollback `end`.
+
+        Do nothing if `end` has acquired the lock already. Its release will let them begin.
+        """
         with self.mutex:
             if self._reserved_for is end:
                 self._reserved_for, self.ends = None, self.ends - {end}
@@ -110,8 +113,8 @@ class SessionLock(ABC):
                 self._wake_all()
 
     def _is_reserved_for_caller(self) -> bool:
-        # During the flush of one session, a listener of the application may use another session. If
-        # it waited until the commit has ended, the commit would wait for the listener forever.
+        # Return True in a listener that this commit calls while it flushes another session. If the
+        # listener waited for the end of the commit, each would wait for the other forever.
         return self._held_for is None and self.ends == {current_end.get()}
 
     def acquire_for_end(self, end: End, *, of_block: bool = False) -> None:
@@ -133,8 +136,8 @@ class SessionLock(ABC):
                         return
                     released = self._new_waiter()
                 self._wait(released)
-        # The wait for the lock was cancelled, for example. Then no commit or rollback follows, so
-        # let waiting operations of the session begin.
+        # Wake the operations that wait for this commit or rollback. It will not run, because its
+        # own wait for the session's lock has failed or was cancelled.
         except BaseException:
             with self.mutex:
                 self.ends -= {end}
@@ -190,8 +193,8 @@ class SessionLock(ABC):
             self._add_user(caller)
             try:
                 change()
-            # The application's own call (of `session.add`, for example) has returned already, so it
-            # cannot raise this error. Mark the work of the session as failed: it is rolled back.
+            # Log the error of the delayed call, and let the session be rolled back. In the
+            # application, `session.add()` (for example) has returned, and cannot raise the error.
             except Exception:
                 self.has_failed_work = True
                 _logger.exception("A change of a session of %s failed", self.database)

@@ -28,7 +28,8 @@ class ManagedSession(Generic[S]):
         run: A function that calls blocking code, in a greenlet (async) or in a thread (sync).
 
     Attributes:
-        is_flushed: True between the calls of `flush` and `end`, while the lock is held.
+        is_flushed: True after `flush`, until `end` commits or rolls back. Meanwhile the commit
+            holds the session's lock, so that no task can use the session.
     """
 
     is_flushed: bool = False
@@ -48,8 +49,9 @@ class ManagedSession(Generic[S]):
         """True if the session has anything to commit or roll back, or if an operation runs."""
         if self.orm.in_transaction() or has_changes(self.orm):
             return True
-        # COMMIT must be called even without work if it must raise an error again (`must_fail`): the
-        # application may have caught the error of a refused write.
+        # Return True also after a refused write or an early `close()`, so that `commit()` is called
+        # and raises an error. The application may have caught the error of the refused write. The
+        # client would then get a success status, although the write is missing.
         return self.lock.is_busy or self.companion.must_fail
 
     def ends_at_once(self, *, commit: bool) -> bool:
@@ -132,8 +134,9 @@ class ManagedSession(Generic[S]):
         if not self.is_flushed:
             self.lock.acquire_for_end(end)
         try:
-            # If another database of the same request has failed, `commit` is False although
-            # `end.commit` may be True.
+            # Read the argument `commit`, not `end.commit` (what the request wants). If the flush or
+            # COMMIT of one database has failed, the sessions of the other databases are rolled
+            # back, even if the request wants a commit.
             if commit:
                 self.orm.commit()
             else:
@@ -176,8 +179,9 @@ def _set_up_connection(
 ) -> None:
     companion: Companion = session._companion
     begin_for_session(transaction, connection)
-    # The listeners that `watch` adds must come first, because a listener of the application may
-    # hide an error. A session may use several engines (SQLAlchemy's option `binds`).
+    # Add this package's listener for errors to each further engine of the session (SQLAlchemy's
+    # option `binds`). If a listener of the application now comes before it, put this package's
+    # listener first again. The application's listener may replace an error, and so hide it.
     if connection.engine is not session.bind or not is_watched_first(connection):
         watch(connection.engine)
     companion.add_connection(connection)
@@ -201,8 +205,9 @@ def _refuse_or_begin(session: Any, *_: object) -> None:
 
 
 def _refuse_to_commit(session: Any) -> None:
-    # SQLAlchemy also calls this listener before it releases a savepoint. If a statement inside the
-    # savepoint has failed, the database itself refuses the release.
+    # SQLAlchemy calls this listener before COMMIT and before RELEASE SAVEPOINT. Before RELEASE
+    # SAVEPOINT, ignore statements that have failed inside the savepoint. The database itself then
+    # refuses the RELEASE SAVEPOINT.
     of_savepoint = session.in_nested_transaction()
     session._companion.check_commit()
     refuse_if_aborted(session._companion.connections, of_savepoint=of_savepoint)
