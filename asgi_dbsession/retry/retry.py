@@ -120,8 +120,9 @@ def _cancellations() -> int:
     """Return how often the current task was cancelled. On trio, return 0."""
     try:
         task = asyncio.current_task()
-    # The task runs on trio, where a cancelled task gets an exception at each later `await`. So no
-    # cancelled request can begin a retry, and the number is not needed.
+    # asyncio is not running, so this is a task of trio. Return 0, as if the task was not cancelled.
+    # This is safe: on trio, each `await` of a cancelled task raises an exception, and so does the
+    # pause before a retry. So a cancelled request never runs again.
     except RuntimeError:
         return 0
     return task.cancelling() if task is not None else 0

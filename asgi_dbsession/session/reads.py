@@ -14,11 +14,13 @@ from .sqlite import has_open_work
 # The drivers of PostgreSQL with which BEGIN is delayed until a statement may write. They can switch
 # autocommit on and off without a round trip to the server. So the delay costs nothing.
 DRIVERS = ("asyncpg", "psycopg")
-# The drivers of MariaDB and MySQL with which `autocommit_reads=True` works. Without this option,
-# sessions send BEGIN, because to switch autocommit costs a round trip.
+# The drivers of MariaDB and MySQL that support `autocommit_reads=True`. With this option, sessions
+# read in autocommit mode, without BEGIN and COMMIT. The option is off by default, because these
+# drivers need a round trip to the server to switch autocommit on or off.
 ON_DEMAND = ("asyncmy", "aiomysql", "pymysql")
-# Modules whose listeners (for SQLAlchemy's events) send no statements and do not wait. If a session
-# has no other listeners, this package can commit reads without an `await`.
+# The listeners (for SQLAlchemy's events) in these modules send no statements and wait for nothing.
+# So if a session has only read, this package commits it without an `await` despite these listeners.
+# With any other listener, this package calls SQLAlchemy's `commit()`, where the listener can wait.
 _HARMLESS = ("asgi_dbsession.", "opentelemetry.")
 # For each connection on which BEGIN is delayed: the function that switches autocommit off. Weak
 # references in a plain dictionary are faster than a `WeakKeyDictionary`.
@@ -100,10 +102,14 @@ def may_have_written(session: Session) -> bool:
 
 
 def begin_now(connection: Connection, *, in_statement: bool = False) -> None:
-    """If BEGIN is delayed on a connection, end the delay: switch autocommit off.
+    """Switch autocommit off, if a connection has read in autocommit mode, without BEGIN, so far.
 
-    `in_statement` is True if SQLAlchemy is executing a statement, and so handles errors of the
-    driver. Otherwise, this function handles these errors.
+    Call this function before a write. In autocommit mode, a rollback could not undo the write.
+
+    Args:
+        connection: A connection of a session.
+        in_statement: True if SQLAlchemy is executing a statement, and so handles errors of the
+            driver. False if this function must handle these errors.
     """
     begin = delayed.get(ref(connection))
     if begin is not None:

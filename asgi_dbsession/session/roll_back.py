@@ -16,8 +16,9 @@ def roll_back(session: Session) -> bool:
     """Roll back the session. Return True if the server has confirmed the rollback."""
     try:
         if not session.in_transaction() and has_changes(session):
-            # Another task made these changes while a COMMIT was running. Without a transaction,
-            # `rollback()` would not undo the changes, and the next COMMIT would store them.
+            # Begin a transaction, because SQLAlchemy's `rollback()` does nothing without one. The
+            # session has changes that another task made while a COMMIT was running. If they were
+            # not rolled back, the next COMMIT would store them.
             session.begin()
         session.rollback()
     except Exception:

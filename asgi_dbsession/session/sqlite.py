@@ -26,8 +26,9 @@ _BY_DRIVER = frozenset(("INSERT", "UPDATE", "DELETE", "REPLACE"))
 _OUTSIDE = frozenset(("SELECT", "VALUES", "EXPLAIN", "VACUUM", "ATTACH", "DETACH"))
 # No BEGIN is sent before statements that begin or end a transaction themselves.
 _CONTROL = frozenset(("BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE"))
-# Send BEGIN only before the PRAGMA statements that store a number, which a rollback must restore.
-# Inside a transaction, SQLite ignores many other PRAGMA statements.
+# BEGIN is sent before these three PRAGMA statements. Each of them stores a number in the database
+# file, and a rollback must restore the old number. No BEGIN is sent before other PRAGMA statements,
+# because SQLite ignores many of them inside a transaction.
 _NUMBERS = re.compile(
     r"\bPRAGMA\s+(?:\w+\s*\.\s*)?(?:application_id|schema_version|user_version)\s*[=(]",
     re.IGNORECASE,
@@ -79,8 +80,9 @@ def begin_for_session(transaction: SessionTransaction, connection: Connection) -
                 "Leave `autocommit` out where the engine is made, or write "
                 '`isolation_level="AUTOCOMMIT"` instead.'
             )
-        # Do not mark the connection in a weak dictionary: Python would ignore an exception that a
-        # signal handler raises while an entry is removed.
+        # Add two attributes to the connection object, which the listener for statements reads. Do
+        # not use a `WeakKeyDictionary` instead. Python ignores exceptions while it removes an entry
+        # of such a dictionary. So the exception of a signal handler (for Ctrl-C) could be lost.
         vars(connection).update({_WAS_OPEN: False, _ROLLED_BACK: False})
 
 
@@ -88,8 +90,8 @@ def _ignores_commit(driver: Any) -> bool:
     try:
         # aiosqlite has no attribute `autocommit`, but the connection of `sqlite3` inside it has.
         return getattr(getattr(driver, "_conn", driver), "autocommit", None) is True
-    # The application has opened the file without `check_same_thread=False`, so only the thread of
-    # aiosqlite may ask.
+    # This thread may not read the attribute `autocommit`, because the application has opened the
+    # file without `check_same_thread=False`. Only aiosqlite's own thread may. So skip the check.
     except ProgrammingError:
         return False
 
@@ -156,7 +158,9 @@ def _needs_begin(connection: Connection, statement: str) -> bool:
 def _begin(connection: Connection) -> None:
     driver: Any = connection.connection.driver_connection
     level = driver.isolation_level
-    # If `isolation_level` is None, the application has switched the driver to autocommit.
+    # Send no BEGIN if the attribute `isolation_level` of the `sqlite3` connection is None. Then the
+    # application has switched the driver to autocommit. But after an error has made SQLite roll
+    # back a transaction, always send BEGIN, so that later writes are rolled back too.
     if level is not None or vars(connection).get(_ROLLED_BACK, False):
         cursor = connection.connection.cursor()
         try:

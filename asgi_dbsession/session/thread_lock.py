@@ -19,7 +19,8 @@ class ThreadLock(SessionLock):
     A commit or rollback itself holds the lock, and may use several threads.
 
     Args:
-        opener: The task that counts as the user if a worker thread uses the session.
+        opener: The task that has created the session. If a worker thread, which has no task, uses
+            the session, `opener` is recorded in `users` (the tasks that have used the session).
     """
 
     def __init__(self, database: object, opener: object) -> None:
@@ -42,17 +43,19 @@ class ThreadLock(SessionLock):
     @override
     def _is_abandoned(self, thread: int, since: float = 0) -> bool:
         if self._held_for is None:
-            # If an operation of `thread` still holds the lock after `thread` has asked for a commit
-            # or rollback (at the time `since`), a signal handler interrupted the operation.
+            # Return True if `thread`, which now waits for a commit or rollback, still holds the
+            # lock for an earlier operation. An exception of a signal handler has ended this
+            # operation before it released the lock. So the commit or rollback may take the lock.
             return self._thread == thread and self._held_since <= since
-        # A step of a failed commit or rollback holds the lock. If the thread of this step now asks
-        # for the lock, the step has ended without a release.
+        # Return True if a commit or rollback has failed without a release of the lock, and the
+        # thread that ran it now asks for the lock. Nobody else would release the lock.
         return self._held_for.failure is not None and self._thread == thread
 
     @override
     def _wait(self, released: "Future[None]") -> None:
-        # Do not block the event loop's thread for a commit or rollback that needs the event loop,
-        # to start (`_reserved_for`) or between its steps (`needs_loop`).
+        # On the event loop's thread, raise an error instead of waiting for a commit or rollback
+        # that the event loop must still start (`_reserved_for`) or continue (`needs_loop`). The
+        # blocked event loop could not do this, and both would wait forever.
         needs_loop = self._reserved_for is not None or any(each.needs_loop for each in self.ends)
         if (needs_loop and is_on_event_loop()) or self._is_abandoned(get_ident()):
             raise ConcurrentUse(self.database)

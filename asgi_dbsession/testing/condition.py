@@ -28,9 +28,10 @@ class Condition:
 
     @contextmanager
     def alone(self, when: Callable[[], bool], timeout: float | None = None) -> Iterator[None]:
-        """Wait until `when()` is True. Then run the `with` block, alone among such blocks.
+        """Wait until `when()` is True and no other such `with` block runs. Then run this block.
 
-        A waiting task or thread calls `when` again after each such block, and at each `wake()`.
+        While one block runs, all others wait. As with `threading.Condition.wait_for`, a waiting
+        task or thread calls `when` again after each `with` block and each call of `wake()`.
 
         Raises:
             TimeoutError: `when()` did not become True within `timeout` seconds.

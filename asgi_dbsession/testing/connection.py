@@ -59,18 +59,18 @@ class SharedConnection:
             below = self._open[-1] if self._open else None
             try:
                 if below is not None and below.saved and not below.acted:
-                    # The outer transaction `below` has written nothing, so remove its savepoint for
-                    # now. Otherwise a rollback of `below` would also undo what the new transaction
-                    # commits.
+                    # Release the savepoint of the outer transaction `below`, which has written
+                    # nothing. Otherwise a rollback of `below` would undo the new transaction too,
+                    # even after its commit. The next statement of `below` sets the savepoint again.
                     self._release(below)
                 self._save(transaction)
             except self._error as error:
                 if below is None or not below.saved:
                     self.lose(error)
                     raise
-                # After an error in the outer transaction `below`, PostgreSQL accepts no savepoint.
-                # So roll back `below` first. In production, the new transaction could begin too, on
-                # its own connection.
+                # Roll back the outer transaction `below`. A statement in it has failed, and
+                # PostgreSQL then accepts no new savepoint. The new transaction must begin anyway:
+                # outside of tests, it has a connection of its own, where the error has no effect.
                 self._undo(below)
                 below.aborted = True
                 self._save(transaction)
@@ -86,7 +86,8 @@ class SharedConnection:
         would undo `statement` too.
 
         Yields:
-            False if `statement` is a BEGIN that must not be sent. Otherwise True.
+            False if the `with` block must not send `statement`: a listener for SQLAlchemy's event
+            `begin` sends BEGIN, but the shared connection has an open transaction already.
         """
         self.refuse_if_lost()
         if transaction not in self._open:

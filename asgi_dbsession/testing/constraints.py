@@ -52,9 +52,10 @@ def check_as_commit_would(
 ) -> None:
     """Raise the driver's IntegrityError if COMMIT would fail because of a deferred constraint.
 
-    On SQLite, search for rows that break a foreign key, because the release of a savepoint does not
-    check foreign keys that are deferred. Ignore rows in `known`, which broke a foreign key before
-    the test. Source: https://www.sqlite.org/foreignkeys.html#fk_deferred
+    In a test, this package sends RELEASE SAVEPOINT instead of COMMIT. On SQLite, RELEASE SAVEPOINT
+    does not check deferred foreign keys. So search for rows that break a foreign key. Ignore the
+    rows in `known`, which have broken a foreign key since before the test. Source:
+    https://www.sqlite.org/foreignkeys.html#fk_deferred
     """
     if dialect.name == "postgresql":
         send(connection, _POSTGRESQL)

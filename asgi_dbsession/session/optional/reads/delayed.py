@@ -67,8 +67,9 @@ class DelayingReads(Reads):
             return False
         if isinstance(connection.get_transaction(), TwoPhaseTransaction):
             return False
-        # A listener of the application for `begin` or `after_begin` may need a transaction at once,
-        # to send `SET LOCAL`, say. (One listener for `after_begin` is this package's own.)
+        # Return False if the application has a listener for `begin` or `after_begin`. The listener
+        # may send `SET LOCAL`, which needs a transaction at once. Compare with 1, because this
+        # package itself has one listener for `after_begin`.
         if len(session.dispatch.after_begin) > 1 or connection.dispatch.begin:
             return False
         level = isolation_level(connection)

@@ -70,8 +70,9 @@ def _may_read(session: Session, engine: Engine) -> bool:
     """
     if not isinstance(engine.dialect, ReadingDialect) or is_flushing(session):
         return False
-    # A listener of the application for `begin`, `after_begin` or `engine_connect` may write, and a
-    # rollback must undo this write. (One listener for `after_begin` is this package's own.)
+    # Return False if the application has a listener for `begin`, `after_begin` or `engine_connect`.
+    # The listener may write. In autocommit mode, a rollback could not undo this write. Compare with
+    # 1, because this package itself has one listener for `after_begin`.
     events = engine.dispatch
     if len(session.dispatch.after_begin) > 1 or events.begin or events.engine_connect:
         return False

@@ -28,11 +28,12 @@ _IN_TRANSACTION, _AUTOCOMMIT = 1, 2
 # A connection has this key in SQLAlchemy's dictionary `record_info` while the connection only
 # reads, in autocommit mode.
 _READS = "asgi_dbsession.reads"
-# A connection has this key in `record_info` if the pool must switch autocommit on. The value is the
-# request's commit or rollback (an `End`) that ran last, or None.
+# A connection has this key in `record_info` after autocommit was switched off, mostly for a write.
+# When the connection returns to its pool, autocommit is switched on again. The value is the last
+# commit or rollback on the connection (an `End`), or None. It tells if the pool must send ROLLBACK.
 _OWED = "asgi_dbsession.autocommit_owed"
-# A connection has this key in `record_info` while the connection returns to its pool, so the pool
-# sends the next ROLLBACK.
+# A connection has this key in `record_info` while the connection returns to its pool. The key tells
+# `do_rollback` that the pool calls it. Then `do_rollback` skips a needless ROLLBACK.
 _RETURNS = "asgi_dbsession.returns"
 
 # The callers (dialect, task and thread) that now wait for a connection in autocommit mode. Do not
@@ -135,8 +136,9 @@ def _return(driver: Any, entry: ConnectionPoolEntry | None, state: PoolResetStat
 
 def _switch_on(driver: Any, marks: dict[str, Any]) -> None:
     marks.pop(_OWED, None)
-    # Mark the connection before autocommit is switched on. If a signal handler raises an exception
-    # in between, autocommit is then switched off before a write.
+    # Set the key `_READS` before autocommit is switched on. In the other order, an exception of a
+    # signal handler could leave autocommit on without the key. Then nothing would switch autocommit
+    # off before a write, and a rollback could not undo the write.
     marks[_READS] = True
     driver.autocommit(True)
 

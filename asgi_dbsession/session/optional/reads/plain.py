@@ -108,8 +108,9 @@ def _is_plain_element(element: Any, compiled: Compiled) -> bool:
     if isinstance(getattr(element, "operator", None), custom_op) or has_additions(element):
         return False
     if kind is Select and element is not compiled.statement and is_orm_enabled(element):
-        # The ORM later replaces an inner SELECT (a subquery, for example) of ORM classes. The parts
-        # of the new SELECT are not known here, and may write.
+        # Return False for an inner SELECT of ORM classes, such as a subquery. The ORM will replace
+        # it by another SELECT, which is not known here. The new SELECT may call an SQL function
+        # that writes.
         return False
     if any(_is_unquoted(getattr(element, name, None)) for name in ("name", "schema")):
         return False
