@@ -46,8 +46,9 @@ def share(engine: Engine, isolation: Isolation) -> None:
             f"{name} is inside of `rolled_back` already: use it once for each test."
         )
     dialect = engine.dialect
-    # After an earlier test, the dialect object keeps its derived class if a connection is still in
-    # use. Then do not derive another class: `unshare` would remove only one.
+    # Give the dialect object a subclass of its class, whose BEGIN and COMMIT use savepoints. Skip
+    # this if an earlier test has left such a subclass there, because code of that test was still
+    # using a connection. Python cannot derive a second such subclass from the first (TypeError).
     if not isinstance(dialect, SavepointDialect):
         dialect.__class__ = with_savepoints(type(dialect))
     engine.pool = SharedPool(engine.pool, dialect, name, isolation)
@@ -64,8 +65,9 @@ def unshare(engine: Engine) -> None:
             pool.roll_back()
         finally:
             engine.pool = pool.source
-            # If connections are still in use, keep the dialect class `SavepointDialect`. It lets
-            # statements that are sent after the end of the test raise an error.
+            # Give the dialect object its original class back, unless code of the test still uses a
+            # connection. Then keep the class of the test (`SavepointDialect`), which lets all later
+            # statements of this code raise an error.
             if pool.checkedout() == 0:
                 dialect.__class__ = type(dialect).__bases__[1]
 

@@ -56,7 +56,10 @@ def disposed(database: str) -> NotIsolated:
 
 @dataclass(eq=False)
 class Isolation:
-    """The data of one `with rolled_back(...)` block, which undoes all work of one test.
+    """The threads, tasks and errors of one `with rolled_back(...)` block.
+
+    The block rolls back all work of one test. If threads or tasks of the test go on after the
+    block, they get an error when they use the database.
 
     Args:
         timeout: For how many seconds a transaction waits until another one has ended.
@@ -64,9 +67,10 @@ class Isolation:
 
     Attributes:
         violations: Errors about code that would behave differently in production.
-        threads: The threads that ran before the first test. They may outlive the block.
-        tasks: The tasks that used a session in a test. They may not outlive the block.
-        leftovers: The other threads that were still running at the end of the block.
+        threads: The threads that ran before the first test with the same database object. They
+            are not treated as threads of the test.
+        tasks: The tasks that used a session in this block or in the block of an earlier test.
+        leftovers: Threads not in `threads` that were still running at the end of the block.
     """
 
     timeout: float

@@ -11,8 +11,10 @@ from asgi_dbsession.session.completion import run_before_cancellation
 from .constraints import send
 from .isolation import NotIsolated
 
-# The outer transaction of a test begins with `MARK`. At the end of the test, `UNDO` fails if the
-# outer transaction has ended too early, because the savepoint is gone.
+# All work of a test is done in one outer transaction, which is never committed. `MARK` creates a
+# savepoint at its beginning. At the end of the test, `UNDO` rolls back to this savepoint. If the
+# outer transaction has ended too early, the savepoint is gone. Then `UNDO` fails, and so does the
+# test.
 MARK = "SAVEPOINT asgi_dbsession_test"
 UNDO = "ROLLBACK TO SAVEPOINT asgi_dbsession_test"
 

@@ -23,9 +23,10 @@ def refusing_writes(
 ) -> Iterator[None]:
     """Let the database refuse writes during the one statement that the `with` block sends.
 
-    All transactions of the test share one connection, and not all of them are read-only. So writes
-    are allowed again after the statement (SQLite) or after the savepoint (PostgreSQL).
-    MariaDB has no read-only savepoints, so it does not refuse writes.
+    In a test, each transaction of the application is a savepoint on one shared connection. Some of
+    these transactions may write. So SQLite accepts writes again after the statement. PostgreSQL
+    accepts writes again after the savepoint of the read-only transaction. MariaDB has no read-only
+    savepoints, so it refuses no writes in a test.
     """
     if dialect.name == "sqlite":
         try:

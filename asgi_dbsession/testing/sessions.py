@@ -23,8 +23,9 @@ _latest: WeakKeyDictionary[Database[Any, Any], Isolation] = WeakKeyDictionary()
 # For each session: the `with rolled_back(...)` block in which the session was used first.
 _block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
 
-# Threads from these modules are in a pool, and run code of many tests. So the end of one test is no
-# reason to refuse their work.
+# The modules of the worker threads of anyio and trio, which stay in a pool and run code of many
+# tests. Do not treat such a thread as a thread of the test that has started it. Otherwise the next
+# use of the database in this thread, by a later test, would raise an error.
 _POOLS = ("anyio.", "trio.")
 
 
@@ -56,7 +57,10 @@ def enter_block(isolation: Isolation) -> None:
 
 
 def leave_block(isolation: Isolation) -> None:
-    """From now on, refuse all work of tasks and threads that this block of a test has started."""
+    """From now on, let tasks and threads of a test get an error if they use the database.
+
+    Called at the end of the `with rolled_back(...)` block in which the test has started them.
+    """
     isolation.has_ended = True
     if (task := _current_task()) is not None:
         isolation.tasks.discard(task)
@@ -102,9 +106,10 @@ def _outlived(isolation: Isolation) -> bool:
     block = _block.get()
     if (block is not None and block.has_ended) or (task is not None and task in isolation.tasks):
         return True
-    # If a thread or task of an ended test is still running, assume that it has started each thread
-    # with an empty context (`contextvars`). Exceptions: threads that ran before the first test, and
-    # worker threads of anyio and trio.
+    # If a thread has an empty context (`contextvars`), nobody knows which test has started it.
+    # Return True for such a thread if a thread or task of an ended test is still running, and so
+    # may have started it. Return False for threads that ran before the first test, and for worker
+    # threads of anyio and trio, which run code of many tests.
     thread = threading.current_thread()
     return (
         task is None

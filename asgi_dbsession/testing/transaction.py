@@ -71,7 +71,10 @@ class SavepointTransaction:
 
     @property
     def is_of_engine(self) -> bool:
-        """True if the transaction began without a unit of work, as in `Session(engine)`."""
+        """True if the transaction began outside of any request or `begin()` block.
+
+        For example, the test itself has opened a `Session(engine)`.
+        """
         return self.unit is None
 
     @property
