@@ -23,10 +23,10 @@ class Attempt:
 
 
 class RunningAttempt:
-    """The current attempt to run a request, or the function given to `run_transaction`.
+    """The current attempt to run a request, or to call the function given to `run_transaction`.
 
-    No retry follows this attempt. The package `retry` has a subclass for attempts that may be
-    followed by a retry.
+    This class is for the last attempt, after which no retry follows. The package `retry` has a
+    subclass for attempts after which a retry may follow.
 
     Args:
         attempt: The object that `current_attempt()` returns to the application.

@@ -68,8 +68,9 @@ def _unit_of_its_own(database: SessionSource[Any], read_only: bool) -> Iterator[
     around = current_unit.get()
     unit = around.within((database,)) if around is not None else UnitOfWork((database,), None, None)
     unit.read_only = read_only
-    # Forget closed units of work, to free memory. But during the last commit of a request, a
-    # listener may call `begin()`, and the closed request is still in use.
+    # Forget closed outer requests and `begin()` blocks, to free memory. Skip this if a listener
+    # calls `begin()` during a commit (`current_end` is set then). In its last commit, a request is
+    # marked as closed already, but still in use.
     if not current_end.get():
         _forget_unreachable(unit)
     with made_current(unit):
@@ -84,7 +85,8 @@ def _forget_unreachable(unit: UnitOfWork) -> None:
     """
     of_inner = set(unit.databases)
     while (enclosing := unit.enclosing) is not None:
-        # `get_session()` asks the inner units of work first, which have all databases of this one.
+        # Remove the outer unit of work `enclosing` if it is closed, and if the inner ones have all
+        # its databases. `get_session()` asks the inner ones first, so it never asks `enclosing`.
         if enclosing.closed and of_inner.issuperset(enclosing.databases):
             unit.enclosing = enclosing.enclosing
         else:

@@ -24,9 +24,9 @@ def made_current(unit: UnitOfWork) -> Iterator[None]:
         current_unit.set(unit)
         yield
     finally:
-        # If `unit` is not the current unit of work now, the application has opened another one in
-        # the `with` block and has not closed it yet (in a generator, for example). Then change
-        # nothing.
+        # Make the outer unit of work current again, but only if `unit` is current now. Otherwise
+        # the application has opened a `begin()` block inside of `unit` and not closed it yet (in a
+        # generator). Such a block stays current until it ends.
         if current_unit.get() is unit:
             current_unit.set(around if was_closed else _nearest_open(around))
 

@@ -30,10 +30,13 @@ def set_rollback(rollback: bool) -> None:
 
 
 def take_decision(unit: UnitOfWork, task: object, *, of_ended_too: bool) -> bool | None:
-    """Return and forget the last `set_rollback` call for the work of `task`, or None.
+    """Return the argument of the last `set_rollback` call of `task`, and forget the call.
 
-    With `of_ended_too`, calls of worker threads and ended tasks count too, because their work is
-    committed or rolled back together with this work.
+    If `of_ended_too` is True, calls of worker threads and ended tasks count too. Their work is
+    committed or rolled back together with the work of `task`.
+
+    Returns:
+        True to roll back, False to commit. None if `set_rollback` was not called.
     """
     taken = [
         each
@@ -59,8 +62,9 @@ def unit_to_decide(*, also_at_end: bool = False) -> UnitOfWork:
     unit = current_unit.get()
     if unit is None:
         raise NoSession("any database")
-    # During the last COMMIT, the unit of work is marked as closed, but a listener of the
-    # application may still call `on_commit`. `current_end` is set only in such a listener.
+    # Raise SessionClosed if the unit of work is marked as closed. But its last COMMIT may still be
+    # running, and a listener of the application may call `on_commit` there. In such a listener,
+    # `current_end` has the running commit, so raise nothing.
     is_closed = unit.closed or (unit.joined is not None and unit.outermost.closed)
     if is_closed and not (also_at_end and current_end.get() and unit.outermost.sessions):
         raise SessionClosed("any database")

@@ -28,11 +28,13 @@ def end_work(unit: UnitOfWork, *, commit: bool) -> Coroutine[Any, Any, None]:
 
 
 def end_reads(unit: UnitOfWork, *, commit: bool) -> bool:
-    """Commit or roll back without an `await`, if the unit of work has one session, which only read.
+    """Commit or roll back without an `await`, if the only session of a unit of work has only read.
+
+    The reads were sent without BEGIN, so neither COMMIT nor ROLLBACK must be sent.
 
     Returns:
-        True if the session was ended, which sends nothing to the database. False if nothing was
-        done, and the caller must call `end_work`.
+        True if the session was committed or rolled back. False if nothing was done, so that the
+        caller must call `end_work`.
     """
     opened = unit.opened
     if len(opened) != 1 or unit.callbacks or unit.observers or unit.is_routed:
@@ -46,9 +48,11 @@ def end_reads(unit: UnitOfWork, *, commit: bool) -> bool:
 async def end_work_of(
     task: object, unit: UnitOfWork, *, commit: bool, living: Living, ended: tuple[Any, ...] = ()
 ) -> None:
-    """Commit or roll back the work of `task` before `task` sends or waits for a message.
+    """Commit or roll back the work of `task` before `task` sends or waits for an ASGI message.
 
-    Leave out the sessions in `ended`, which were ended before the same message.
+    During the commit, a listener of the application may use further sessions. Then this function
+    calls itself to commit these too. In this second call, `ended` has the sessions to leave out,
+    because the first call has committed them already.
 
     Raises:
         ConcurrentUse: Another task has uncommitted work in the same transaction.
@@ -58,9 +62,9 @@ async def end_work_of(
         return
     own, failed = sort_work(unit, working, task, living) if working else ([], [])
     reason: Reason = "status"
-    # If the application has called `set_rollback`, its decision replaces the argument `commit`. But
-    # a session that another running task uses may be committed later. Then keep the decision for
-    # the later COMMIT.
+    # If the application has called `set_rollback`, do what it has decided, and ignore the argument
+    # `commit`. But another running task may use all sessions that have work, so that none can be
+    # committed now. Then keep the decision for the later commit of these sessions.
     if unit.rollbacks and (own or not working or living == "refuse"):
         rollback = take_decision(unit, task, of_ended_too=bool(own) or not working)
         if rollback is not None:
@@ -76,7 +80,8 @@ async def end_work_of(
     finally:
         for each in own:
             each.lock.cancel_reservation(end)
-    # A listener may have used the session of another database for the first time (see `_end`).
+    # During the commit, a listener of the application may have begun work in another database (to
+    # store an audit row). Commit this work too, before the message is sent.
     if own and len(unit.databases) > 1:
         await end_work_of(task, unit, commit=commit, living=living, ended=(*ended, *own))
 
@@ -124,10 +129,10 @@ async def close(
 
 
 async def _close_left(unit: UnitOfWork) -> None:
-    """Roll back and close the sessions that are still open after an exception.
+    """Roll back and close the sessions that are still open after an exception in `close`.
 
-    A signal handler has raised this exception, or a listener that the application has added for an
-    event of its objects.
+    A signal handler may raise such an exception. An SQLAlchemy listener of the application may do
+    so too, if it is called when an ORM object is removed from its session.
     """
     left = [each for each in unit.opened if not each.lock.is_closed]
     if left:
@@ -160,11 +165,13 @@ async def _end(
 ) -> None:
     """Commit or roll back the sessions `working`. Then call functions given to `on_commit`.
 
-    If `ended` is a tuple, do the same for sessions that a listener has used meanwhile, except the
-    sessions in `ended`.
+    During the flush, a listener of the application may use further sessions. If `ended` is a tuple,
+    commit or roll back these sessions too, except those in `ended`. If `ended` is None, leave them
+    to the caller.
     """
-    # For each function given to `on_commit`: True if the application itself has committed the
-    # function's work already. Such a function is called even if this COMMIT fails.
+    # Record for each function given to `on_commit` if the application has already committed, with
+    # its own `commit()`, the work that the function waits for. Such a function is called even if
+    # the COMMIT that follows now fails.
     given = {each: each.committed for each in tuple(unit.callbacks)}
     end.had_work = bool(working)
     token = current_end.set(end)

@@ -21,7 +21,10 @@ def sort_work(
 ) -> tuple[Sessions, Sessions]:
     """Choose the sessions to commit or roll back before `task` sends or waits for a message.
 
-    Return those used by `task` and by returned tasks, and those used only by failed tasks.
+    Return two lists. The first has the sessions used by `task`, and by tasks that have ended
+    without an error. The second has the sessions that only failed tasks have used. The caller must
+    roll back the second list, even if it commits the first list. `living` says what to do with
+    sessions that other running tasks have used.
 
     Raises:
         ConcurrentUse: A running or failed task has used a session of `task`.
@@ -36,8 +39,10 @@ def sort_work(
         changer = lock.last_user if _is_in_memory(lock) else None
         if changer is not None and not has_ended(changer):
             lock.users.add(changer)
-        # A task that waits for `task` cannot change the session now, so its work can be committed
-        # too. (Before Python 3.12, `asyncio.wait_for` runs its coroutine in a new task.)
+        # Find the other tasks that may still use the session. Leave out a task that waits until
+        # `task` (the one that commits) has ended, because it cannot use the session meanwhile. For
+        # example, before Python 3.12, `asyncio.wait_for` runs its coroutine in a new task `task`,
+        # and the calling task waits.
         others = {
             each for each in lock.users if each is not task and not is_waiting_for(each, task)
         }
@@ -58,10 +63,11 @@ def sort_work(
 
 
 def find_failed(unit: UnitOfWork, working: Sessions) -> tuple[bool, Sessions]:
-    """Find sessions that only failed tasks have used, after the application has returned.
+    """Find the sessions that only failed tasks have used, after the application has returned.
 
-    Return True and these sessions, to roll back. Return False if one transaction has work of both
-    failed and successful tasks: then nothing may be committed.
+    Return True and these sessions. The caller must roll them back, and may commit the others.
+    Return False and no sessions if one transaction has work of both failed and successful tasks.
+    Then the caller must roll back all sessions.
     """
     sessions = [each for each in working if each.has_work]
     try:
@@ -81,8 +87,9 @@ def is_of(task: object, asking: object) -> bool:
 
 
 def _is_in_memory(lock: SessionLock) -> bool:
-    """Return True if no task has used the session since the last commit or rollback.
+    """Return True if no operation of the session was called since the last commit or rollback.
 
-    If the session has work nevertheless, a task has only changed attributes of Python objects.
+    A change of an attribute of an ORM object is no operation. So if such a session has something to
+    commit, a task has only changed attributes.
     """
     return not lock.is_used and not lock.is_busy

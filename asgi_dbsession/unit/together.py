@@ -21,8 +21,9 @@ async def end_together(sessions: Sessions, end: End) -> BaseException | None:
     Returns:
         The first error, or None.
     """
-    # Skip the flush only if all sessions have only read. Otherwise the flush of another session may
-    # call a listener that writes in a session that has ended already.
+    # If all sessions have only read, commit or roll them back without a flush. If at least one has
+    # written, do not end any session before all are flushed. A flush may call a listener of the
+    # application, and the listener may write in a session that has only read until then.
     if all(each.ends_at_once(commit=end.commit) for each in sessions):
         sessions = [
             each for each in sessions if not each.end_at_once(commit=end.commit, close=end.close)

@@ -17,7 +17,10 @@ S = TypeVar("S")
 
 
 class SessionSource(Protocol[S]):
-    """The part of `AsyncDatabase` and `SyncDatabase` that a unit of work uses."""
+    """The attributes and methods that a unit of work needs of a database object.
+
+    `AsyncDatabase` and `SyncDatabase` implement this protocol.
+    """
 
     is_async: bool
     observers: tuple[UnitObserver, ...]
@@ -36,7 +39,8 @@ class UnitOfWork:
     Attributes:
         databases: The first one of each kind (async or sync) is the default.
         scope: The ASGI scope. None outside of a request, and after its end.
-        observers: Objects to notify, also those of each database with a session.
+        observers: Objects that are notified of the begin, of new sessions, and of each commit and
+            rollback. When a session is opened, the observers of its database are added.
         sessions: The opened sessions, by database. Empty after the end.
         is_inner: True for a `begin()` block or `on_commit` function inside another unit of work.
         joins_outer_unit: True if this unit of work uses sessions of an outer one of the same
@@ -103,7 +107,10 @@ class UnitOfWork:
 
     @property
     def outermost(self) -> "UnitOfWork":
-        """The outermost unit of work of the same request, which ends last."""
+        """The outermost unit of work that this one joins, or this one itself if it joins none.
+
+        A unit of work joins an outer one if it uses the sessions of the outer one.
+        """
         return deque(self.of_same_request(), maxlen=1)[0] if self.joins_outer_unit else self
 
     @property
@@ -160,7 +167,7 @@ class UnitOfWork:
 
         Raises:
             SessionClosed: The unit of work has ended.
-            DatabaseNotRunning: The database has not been started.
+            DatabaseNotRunning: The `AsyncDatabase` or `SyncDatabase` object was not started.
         """
         if self.closed:
             raise SessionClosed(database)
