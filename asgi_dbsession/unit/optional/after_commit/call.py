@@ -23,10 +23,12 @@ async def call_after_commit(
     *,
     close: Close,
 ) -> None:
-    """Call each `on_commit` function whose work was committed.
+    """Call each function given to `on_commit` if the work that it waits for was committed.
 
-    `given` has the functions from before `end` began: True if the application itself has committed
-    the function's work already. `close` ends the unit of work in which a function runs.
+    `given` has the functions that were given before the commit `end` began. A function's value in
+    `given` is True if the application's own `commit()` has committed this work. Such a function is
+    called even if the commit `end` has failed. `close` ends the new unit of work in which a
+    function runs.
     """
     for callback in _settle(unit.callbacks, end, given, working):
         await _call(unit, callback, close)
@@ -71,10 +73,11 @@ def _settle(
     """
     due: list[AfterCommit] = []
     for each in tuple(callbacks):
-        # A function given during this COMMIT, or by another running task, waits for the next
-        # COMMIT.
+        # Do not call a function after this COMMIT if it was given to `on_commit` during this
+        # COMMIT, or by another task that is still running. Keep it for a later COMMIT.
         is_concerned = each in given and is_of(each.given_by, end.task)
-        # After the last commit of a unit of work (`end.close`), no function waits any more.
+        # Decide now if the function is called or dropped, unless it also waits for the COMMIT of
+        # other sessions. After the last COMMIT of the unit of work (`end.close`), always decide.
         ends = end.close or (is_concerned and not each.waits_for_others(working))
         if not (ends or each.committed or each.rolled_back):
             continue

@@ -85,9 +85,9 @@ class AfterCommit:
         for the COMMIT of other sessions.
         """
         if session in self._pending and session.get_transaction() not in self._transactions:
-            # The transaction that the `on_commit` function waits for has ended without a COMMIT,
-            # because a session has one transaction at a time. SQLAlchemy has not reported the
-            # rollback.
+            # Never call the `on_commit` function. The session has committed another transaction
+            # than the one that was open when `on_commit` was called. So that earlier transaction
+            # was rolled back, and SQLAlchemy has not reported this to a listener.
             self.rolled_back = True
         self._pending.discard(session)
         self.committed = self.committed or not (self._pending or self.rolled_back)
@@ -104,7 +104,11 @@ class AfterCommit:
             self.rolled_back = not self.committed
 
     async def call(self) -> None:
-        """Call the function: on the event loop, or in a thread if a thread called `on_commit`."""
+        """Call the function that was given to `on_commit`. If it is a coroutine function, await it.
+
+        If a worker thread called `on_commit`, call the function in a worker thread. Otherwise call
+        the function on the event loop.
+        """
         is_from_thread = self.given_by is None
         result = await to_thread.run_sync(self.function) if is_from_thread else self.function()
         if isawaitable(result):

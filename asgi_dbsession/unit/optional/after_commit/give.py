@@ -18,7 +18,8 @@ def on_commit(function: Function) -> None:
     `commit()`, the function is called when the unit of work ends.
 
     If a savepoint is open when `on_commit` is called, a rollback to this savepoint also drops the
-    function. So do the work first, and then call `on_commit` inside the same savepoint.
+    function. A rollback to a savepoint that begins after the call does not drop the function. So
+    begin the savepoint, do the work, and then call `on_commit` before the savepoint ends.
 
     Functions are called in the order of their `on_commit` calls, even if the request is cancelled.
     If a function raises an exception, the logger `asgi_dbsession` logs it. The committed work stays

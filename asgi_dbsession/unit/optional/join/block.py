@@ -69,7 +69,8 @@ class _Block:
     """One `begin(join=True)` block: a savepoint in the transaction of the outer unit of work.
 
     Attributes:
-        unit: The current unit of work inside the block, which uses the session of `joined`.
+        unit: The unit of work that is current inside the block. It uses the session of the outer
+            unit of work.
     """
 
     _savepoint: SessionTransaction
@@ -143,8 +144,9 @@ class _Block:
         try:
             if self._is_open:
                 self._savepoint.commit()
-            # `commit()` inside a read-only `begin(join=True)` block has begun another read-only
-            # transaction. End it, because the outer unit of work may write.
+            # In the read-only `begin(join=True)` block, the application has called `commit()`, and
+            # later statements have begun a new transaction, which is read-only too. Roll it back.
+            # Otherwise the outer unit of work could not write afterwards.
             elif self._forbids_writes:
                 self._opened.orm.flush()
                 self._opened.orm.rollback()
@@ -156,8 +158,9 @@ class _Block:
         try:
             if self._is_open:
                 self._savepoint.rollback()
-            # `commit()` inside a `begin(join=True)` block has ended the savepoint. All work of the
-            # new transaction was done in the block, so roll back the whole transaction.
+            # In the `begin(join=True)` block, the application has called `commit()`, so there is no
+            # savepoint any more. Later statements have begun a new transaction. Roll it back as a
+            # whole, because all its work was done in the block.
             else:
                 self._opened.orm.rollback()
         except Exception as failure:

@@ -69,17 +69,18 @@ class TwoPhases:
         return type(self)(databases)
 
     def manage(self, opened: ManagedSession[S]) -> ManagedSession[S]:
-        """Return an object that can commit the session of `opened` in two phases.
+        """Return an object that can send PREPARE and COMMIT for the SQLAlchemy session in `opened`.
 
-        The unit of work must use the returned object instead of `opened`.
+        The unit of work must use the returned object instead of `opened`, which cannot send
+        PREPARE (the first phase of a two-phase commit).
         """
         return TwoPhaseSession(opened, self._names)
 
     async def commit(self, unit: UnitOfWork, sessions: Sessions, end: End) -> BaseException | None:
         """Flush all sessions, then send PREPARE, then COMMIT. Return the first error, or None.
 
-        Until COMMIT has ended, `end` holds the locks of the sessions, so that no other task can use
-        them.
+        Each session stays locked from its flush until its COMMIT has ended. Other tasks cannot use
+        the session meanwhile.
         """
         try:
             _add_deciding(self._names.deciding, unit, sessions)
@@ -136,8 +137,9 @@ async def _prepare_all(sessions: Prepared) -> BaseException | None:
 async def _roll_back_prepared(sessions: Prepared, end: End, failure: BaseException) -> None:
     deciding, *others = sessions
     await roll_back_all(others, end, failure)
-    # If another session is still prepared, leave the deciding session prepared too. An operator
-    # then knows that both must be rolled back.
+    # If another transaction may still be prepared on its server, leave the first transaction
+    # (`deciding`) prepared too. If an operator finds the first one prepared, the operator rolls
+    # back the others. If the first one were gone, the operator would commit the others.
     if any(each.in_doubt for each in others):
         await deciding.run(deciding.leave_in_doubt, end)
     else:
@@ -152,7 +154,8 @@ async def _commit_prepared(sessions: Prepared, end: End) -> BaseException | None
     except BaseException as error:
         failure = error
     for each in others:
-        # Nobody knows if the deciding session was committed, so leave the others prepared.
+        # If nobody knows whether the first transaction (`deciding`) was committed, leave the others
+        # prepared. An operator must find this out, and then commit or roll back the others.
         if deciding.in_doubt and failure is not None:
             await each.run(each.leave_in_doubt, end)
             continue

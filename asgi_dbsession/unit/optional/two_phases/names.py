@@ -14,14 +14,17 @@ _PREFIX = "asgi_dbsession_"
 class Names:
     """Gives names to the two-phase transactions of one unit of work, before they begin.
 
-    A name has a random text, the number of the transaction, and how many databases there are.
-    After a crash, number 1 tells an operator what to do with the others.
+    A name has a random text, the number of the transaction, and how many databases there are. After
+    a crash, an operator finds prepared transactions by these names. If number 1 is still prepared,
+    the operator must roll back all of them. Otherwise the operator must commit all of them.
     """
 
     def __init__(self, databases: int) -> None:
         self._databases = databases
         self._begun: list[Session] = []
-        self._unit = ""  # The random text in all transaction names. Empty at first.
+        # The random text in the names of all transactions of this unit of work. An operator sees by
+        # this text which transactions belong together. The method `renew` makes the text.
+        self._unit = ""
         # This lock is held while a transaction gets its number. Without the lock, the transactions
         # of two threads could get the same number.
         self._mutex = Lock()
@@ -64,8 +67,9 @@ class Names:
         with self._mutex:
             if not any(each.in_transaction() for each in self._begun if each is not session):
                 self.renew()
-            # MariaDB needs the name before the first statement, when nobody knows which sessions
-            # will follow. So the session that begins first gets number 1.
+            # Number the sessions in the order in which they begin their transactions. MariaDB needs
+            # the name of a transaction, with this number, before the first statement. At that time,
+            # nobody knows which other sessions of the unit of work will begin a transaction.
             if session not in self._begun:
                 self._begun.append(session)
             number = self._begun.index(session) + 1

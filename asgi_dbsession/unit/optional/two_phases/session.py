@@ -46,8 +46,9 @@ class TwoPhaseSession(ManagedSession[S]):
 
     @override
     def _flush(self) -> None:
-        # If this session has no work, begin a transaction, because PREPARE needs one. (PREPARE is
-        # sent for the first session of a request even if this session has no work.)
+        # Begin a transaction if none is open, because PREPARE (the first phase of a two-phase
+        # commit) needs one. The first session of a request is prepared even if this session has no
+        # work. After a crash, its transaction tells an operator what to do with the others.
         self.orm.connection()
         # With SQLAlchemy's option `binds`, this flush may begin transactions on further engines.
         # `twophase` must be True meanwhile, so that PREPARE can be sent for these too.
@@ -102,8 +103,9 @@ class TwoPhaseSession(ManagedSession[S]):
                 # A listener of the application may have raised this error after a successful
                 # COMMIT. So find out which transactions are still prepared.
                 self.in_doubt = _names_of(self.companion.open_connections)
-            # Another session of the unit of work may be committed already. So close the connection
-            # without ROLLBACK. The prepared transaction stays on the server.
+            # If the transaction may be prepared, close the connection without ROLLBACK. The server
+            # then keeps the prepared transaction until an operator ends it. Another database of
+            # the same request may have committed already, so a ROLLBACK could be wrong.
             if self.in_doubt:
                 self.orm.invalidate()
             else:
