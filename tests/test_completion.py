@@ -243,6 +243,17 @@ async def test_the_error_of_the_work_is_the_cause_of_the_cancellation() -> None:
     assert isinstance(raised.value.__cause__, LookupError)
 
 
+async def test_a_closing_loop_may_cancel_the_work_before_its_first_step() -> None:
+    """It cancels all tasks. Then no coroutine stays that Python warns of."""
+    others = asyncio.all_tasks()
+    task = asyncio.create_task(run_to_completion(asyncio.sleep(0)))
+    await asyncio.sleep(0)
+    for each in asyncio.all_tasks() - others:
+        each.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 async def test_an_interrupt_at_the_very_end_keeps_nobody_waiting() -> None:
     """A signal handler may raise its exception just before the caller is told of the end."""
 

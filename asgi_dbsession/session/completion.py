@@ -55,7 +55,11 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
                     await asyncio.wait([task])
                 except asyncio.CancelledError:
                     continue
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            # A closing event loop cancels all tasks, also before their first step. Without `close`,
+            # Python would then warn that `work` was never awaited.
+            work.close()
+        elif (error := task.exception()) is not None:
             raise cancelled from error
         raise
     return task.result()
