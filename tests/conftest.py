@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -233,7 +234,8 @@ class Real:
                     "WHERE db = database() AND id <> connection_id()"
                 )
                 for number in connection.scalars(text(query)).all():
-                    connection.execute(text(f"KILL {number}"))
+                    with suppress(OperationalError):  # it has just ended by itself
+                        connection.execute(text(f"KILL {number}"))
             else:
                 query = (
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
