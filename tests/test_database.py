@@ -233,6 +233,8 @@ async def test_a_startup_cancelled_at_its_first_statement_raises_the_cancellatio
     real: Real,
 ) -> None:
     """The statement is SQLAlchemy's own, which asks the server for its version."""
+    if not CLOSES_NEW_CONNECTIONS:
+        pytest.skip("this SQLAlchemy leaves the connection open")
 
     def listen(engine: Engine) -> None:
         event.listen(engine, "connect", lambda *_: starting.cancel(), insert=True)
@@ -242,8 +244,7 @@ async def test_a_startup_cancelled_at_its_first_statement_raises_the_cancellatio
     await asyncio.wait([starting])
     assert starting.cancelled()
     assert not database.is_running
-    if CLOSES_NEW_CONNECTIONS:
-        await becomes_true(lambda: real.connections() == 0)
+    await becomes_true(lambda: real.connections() == 0)
 
 
 @pytest.mark.parametrize("moment", ["before_cursor_execute", "rollback"])
@@ -252,6 +253,8 @@ def test_a_shutdown_during_a_ping_leaves_no_connection_open(
     tmp_path: Path, fails: bool, moment: str
 ) -> None:
     """The engine has a new pool then, so nobody would close the connection in the old one."""
+    if fails and moment == "rollback" and not CLOSES_NEW_CONNECTIONS:
+        pytest.skip("this SQLAlchemy loses a connection if a listener for ROLLBACK raises")
     used: list[Any] = []
 
     def shut_down(connection: Connection, *_: object) -> None:
@@ -674,6 +677,8 @@ async def test_what_a_listener_raises_is_not_taken_for_a_database_that_is_gone(
     kind: Any, tmp_path: Path
 ) -> None:
     """An error of the application's own listener is raised unchanged."""
+    if kind is AsyncDatabase and not CLOSES_NEW_CONNECTIONS:
+        pytest.skip("this SQLAlchemy leaves the connection open")
 
     def fail(*_: Any) -> None:
         error = LookupError("no coffee")
@@ -1137,7 +1142,7 @@ async def test_a_flush_of_ones_own_is_called_before_each_statement(
     async with database:
         async with beginning(database) as session:
             session.info["queue"] = ["one", "two"]
-            found = await Running(real, database).execute(select(ENTRY.c.note))
+            found = await Running(real, database).execute(select(Entry.note))
             assert found.scalars().all() == ["one", "two"]
         await real.assert_clean(database)
     assert real.stored() == ["one", "two"]
