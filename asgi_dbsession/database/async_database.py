@@ -1,11 +1,10 @@
 """The class `AsyncDatabase`, for async engines."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
@@ -23,13 +22,12 @@ from asgi_dbsession.unit.together import Run
 
 from .base import Database
 from .options import AnyAsyncSession, AsyncSessionOptions, take_class
-from .replicas import Replicas
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 
-class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
+class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession, AsyncSessionOptions[AnyAsyncSession]]):
     """A database with an async engine, which is built at startup in the running event loop.
 
     Args:
@@ -59,34 +57,16 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession]):
     is_async = True
     _create_engine = staticmethod(create_async_engine)
     _run = staticmethod(greenlet_spawn)
+    _loop: asyncio.AbstractEventLoop | None = None
 
-    def __init__(
-        self,
-        url: str | URL,
-        *,
-        session_options: AsyncSessionOptions[AnyAsyncSession] | None = None,
-        ping_on_startup: bool = True,
-        on_engine: Callable[[Engine], object] | None = None,
-        autocommit_reads: bool | None = None,
-        replicas: Sequence[str | URL] | Replicas = (),
-        **engine_options: Any,
-    ) -> None:
-        super().__init__(
-            url,
-            session_options,
-            engine_options,
-            ping_on_startup=ping_on_startup,
-            on_engine=on_engine,
-            autocommit_reads=autocommit_reads,
-        )
+    @override
+    def _take_session_classes(self) -> None:
         options = self._session_options
         session_class: type[AnyAsyncSession] = take_class(options, "class_", AsyncSession)
         self._guarded_class = guarded_async_class(session_class)
         options.setdefault("sync_session_class", session_class.sync_session_class)
         self._orm_class = guarded_class(take_class(options, "sync_session_class", Session))
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._check_session_options()
-        self._add_replicas(AsyncDatabase, url, replicas, engine_options)
+        self._kind = AsyncDatabase
 
     @asynccontextmanager
     async def begin(

@@ -2,7 +2,7 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Never, TypeVar
 
 from sqlalchemy import URL, Engine
@@ -19,20 +19,58 @@ from .arguments import check_flags
 from .engine_life import EngineLife
 from .engines import sync_engine_of
 from .health import Health
+from .options import checked_options, reads_of
 from .replicas import Replicas
 from .url import url_with_driver
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
 S = TypeVar("S")
+GivenOptions = TypeVar("GivenOptions", bound=Mapping[str, Any])
 
 
-class Database(EngineLife[E], Generic[E, S]):
+class Database(EngineLife[E], Generic[E, S, GivenOptions]):
     """The methods that `AsyncDatabase` and `SyncDatabase` have in common."""
 
     # The class of the sessions, a subclass of SQLAlchemy's `Session`. For an async database, it is
     # the class of the `Session` inside each `AsyncSession`.
     _orm_class: type[Any]
+    # The class of the replicas: `AsyncDatabase` or `SyncDatabase`, and not a subclass of them.
+    _kind: type[Any]
     observers: tuple[UnitObserver, ...] = ()
+
+    def __init__(
+        self,
+        url: str | URL,
+        *,
+        session_options: GivenOptions | None = None,
+        ping_on_startup: bool = True,
+        on_engine: Callable[[Engine], object] | None = None,
+        autocommit_reads: bool | None = None,
+        replicas: Sequence[str | URL] | Replicas = (),
+        **engine_options: Any,
+    ) -> None:
+        super().__init__(url, engine_options, ping_on_startup, on_engine)
+        self._reads = reads_of(self, autocommit_reads, self.url.get_dialect().driver)
+        self._session_options = checked_options(session_options, engine_options)
+        self._take_session_classes()
+        try:
+            self._make_session(None, None)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"{self} cannot make a session with these session options: {error}"
+            ) from error
+        # Do not write `if replicas:` here. `ReplicaSet` must get None and "" too, to refuse them.
+        if replicas not in ((), []):
+            from asgi_dbsession.replicas.replica_set import ReplicaSet
+            from asgi_dbsession.replicas.route import routed_class
+
+            options = {"on_engine": on_engine, **engine_options}
+            self._replica_set = ReplicaSet(self, self._kind, url, replicas, options)
+            self._orm_class = routed_class(self._orm_class)
+
+    @abstractmethod
+    def _take_session_classes(self) -> None:
+        """Set the session classes, and `_kind`."""
 
     @classmethod
     def from_env(cls, variable: str = "DATABASE_URL", **options: Any) -> Self:
@@ -183,30 +221,6 @@ class Database(EngineLife[E], Generic[E, S]):
             observer.engine_used(sync_engine_of(self._engine))
         for each in self.replicas:
             each.observe(observer)
-
-    def _check_session_options(self) -> None:
-        try:
-            self._make_session(None, None)
-        except TypeError as error:
-            raise ConfigurationError(
-                f"{self} cannot make a session with these session options: {error}"
-            ) from error
-
-    def _add_replicas(
-        self,
-        kind: type[Any],
-        url: str | URL,
-        replicas: Sequence[str | URL] | Replicas,
-        engine_options: dict[str, Any],
-    ) -> None:
-        # Do not write `if replicas:` here. `ReplicaSet` must get None and "" too, to refuse them.
-        if replicas not in ((), []):
-            from asgi_dbsession.replicas.replica_set import ReplicaSet
-            from asgi_dbsession.replicas.route import routed_class
-
-            options = {"on_engine": self._on_engine, **engine_options}
-            self._replica_set = ReplicaSet(self, kind, url, replicas, options)
-            self._orm_class = routed_class(self._orm_class)
 
     def _see(self, position: str | None, *, join: bool, read_only: bool) -> None:
         check_flags(join=join, read_only=read_only)

@@ -1,7 +1,7 @@
 """Builds the engine of a database object, checks that the database answers, disposes the engine."""
 
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from asgi_dbsession.errors import ConfigurationError, DatabaseNotRunning, without_secrets
 from asgi_dbsession.session.completion import call_here, run_to_completion
+from asgi_dbsession.session.reads import Reads
 from asgi_dbsession.unit.observer import UnitObserver
 from asgi_dbsession.unit.together import Run
 
@@ -18,7 +19,6 @@ from .arguments import check_flags, check_function
 from .engines import select_one, sync_engine_of
 from .forks import databases, inherited_pools
 from .listeners import built, prepare
-from .options import checked_options, reads_of
 from .url import is_in_memory, refuse_autocommit, url_with_driver
 
 E = TypeVar("E", bound=Engine | AsyncEngine)
@@ -34,16 +34,14 @@ class EngineLife(ABC, Generic[E]):
     _run: Run
     # An object of the class `ReplicaSet` of the package `replicas`. None without replicas.
     _replica_set: Any = None
+    _reads: Reads
 
     def __init__(
         self,
         url: str | URL,
-        session_options: Mapping[str, Any] | None,
         engine_options: dict[str, Any],
-        *,
         ping_on_startup: bool,
         on_engine: Callable[[Engine], object] | None,
-        autocommit_reads: bool | None,
     ) -> None:
         check_flags(ping_on_startup=ping_on_startup)
         if on_engine is not None:
@@ -60,8 +58,6 @@ class EngineLife(ABC, Generic[E]):
 
             engine_options = options_for_memory(named, engine_options)
         self.url: URL = named
-        self._reads = reads_of(self, autocommit_reads, named.get_dialect().driver)
-        self._session_options = checked_options(session_options, engine_options)
         self._engine_options = engine_options
         self._ping_on_startup = ping_on_startup
         self._on_engine = on_engine

@@ -1,10 +1,10 @@
 """The class `SyncDatabase`, for engines with a sync driver."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from sqlalchemy import URL, Engine, create_engine
+from sqlalchemy import Engine, create_engine
 from sqlalchemy.orm import Session
 from typing_extensions import Self, TypeVarTuple, Unpack, override
 
@@ -21,13 +21,12 @@ from .base import Database
 from .decorator import DecoratingBlock
 from .engines import run_in_thread
 from .options import AnySession, SessionOptions, take_class
-from .replicas import Replicas
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 
-class SyncDatabase(Database[Engine, AnySession]):
+class SyncDatabase(Database[Engine, AnySession, SessionOptions[AnySession]]):
     """A database with a sync engine, for `def` handlers and for drivers without asyncio support.
 
     Frameworks run `def` handlers in a pool of threads. This package runs COMMIT in a thread outside
@@ -61,28 +60,10 @@ class SyncDatabase(Database[Engine, AnySession]):
     _create_engine = staticmethod(create_engine)
     _run = staticmethod(run_in_thread)
 
-    def __init__(
-        self,
-        url: str | URL,
-        *,
-        session_options: SessionOptions[AnySession] | None = None,
-        ping_on_startup: bool = True,
-        on_engine: Callable[[Engine], object] | None = None,
-        autocommit_reads: bool | None = None,
-        replicas: Sequence[str | URL] | Replicas = (),
-        **engine_options: Any,
-    ) -> None:
-        super().__init__(
-            url,
-            session_options,
-            engine_options,
-            ping_on_startup=ping_on_startup,
-            on_engine=on_engine,
-            autocommit_reads=autocommit_reads,
-        )
+    @override
+    def _take_session_classes(self) -> None:
         self._orm_class = guarded_class(take_class(self._session_options, "class_", Session))
-        self._check_session_options()
-        self._add_replicas(SyncDatabase, url, replicas, engine_options)
+        self._kind = SyncDatabase
 
     def __enter__(self) -> Self:
         """Start the database; for `with database:` in a script or worker without an event loop."""

@@ -81,7 +81,7 @@ def home_of(engine: Engine) -> asyncio.AbstractEventLoop | None:
     return engine.pool.loop if isinstance(engine.pool, SharedPool) else None
 
 
-def engines_of(database: Database[Any, Any]) -> Iterator[Engine]:
+def engines_of(database: Database[Any, Any, Any]) -> Iterator[Engine]:
     """Yield the engines of a database object: its own engine, and those in `binds`.
 
     An engine that a session class returns from its own `get_bind` is found only when a session uses

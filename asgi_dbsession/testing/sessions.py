@@ -19,7 +19,7 @@ from .isolation import Isolation, NotIsolated, outlived
 _block: ContextVar[Isolation | None] = ContextVar("asgi_dbsession.testing", default=None)
 
 # For each database object: the `with rolled_back(...)` block that was entered last.
-_latest: WeakKeyDictionary[Database[Any, Any], Isolation] = WeakKeyDictionary()
+_latest: WeakKeyDictionary[Database[Any, Any, Any], Isolation] = WeakKeyDictionary()
 # For each session: the `with rolled_back(...)` block in which the session was used first.
 _block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
 
@@ -29,7 +29,7 @@ _block_of: WeakKeyDictionary[Session, Isolation] = WeakKeyDictionary()
 _POOLS = ("anyio.", "trio.")
 
 
-def watch_sessions(database: Database[Any, Any], isolation: Isolation) -> None:
+def watch_sessions(database: Database[Any, Any, Any], isolation: Isolation) -> None:
     """From now on, let a session raise an error at BEGIN if the test cannot roll back its work.
 
     There are two such cases: the test has ended, or the session uses an engine that was not given
@@ -80,7 +80,7 @@ class _Check:
     not given to `rolled_back`.
     """
 
-    def __init__(self, database: Database[Any, Any]) -> None:
+    def __init__(self, database: Database[Any, Any, Any]) -> None:
         self._database = database
 
     def __call__(self, session: Session, _transaction: object, connection: Connection) -> None:
