@@ -152,14 +152,6 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession, AsyncSessionOptions[A
 
         return await run_transaction(self, function, args, attempts, retry_on)
 
-    @property
-    @override
-    def engine(self) -> AsyncEngine:
-        self._refuse_other_loop()
-        if self._engine is None:
-            raise DatabaseNotRunning(self)
-        return self._engine
-
     @override
     async def _start(self, run: Run) -> None:
         if asyncio._get_running_loop() is None:
@@ -191,6 +183,7 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession, AsyncSessionOptions[A
         companion = Companion(TaskLock(self), self._reads)
         return ManagedSession(session, orm, companion, greenlet_spawn)
 
+    @override
     def _refuse_other_loop(self) -> None:
         loop = asyncio._get_running_loop()
         # Connections of an async engine work only in the event loop that opened them. Raise no

@@ -84,9 +84,13 @@ class EngineLife(ABC, Generic[E]):
         Raises:
             DatabaseNotRunning: The database was not started, or was shut down.
         """
+        self._refuse_other_loop()
         if self._engine is None:
             raise DatabaseNotRunning(self)
         return self._engine
+
+    def _refuse_other_loop(self) -> None:
+        """Raise an error if the engine belongs to another event loop than the running one."""
 
     @property
     def is_running(self) -> bool:
