@@ -1,10 +1,10 @@
 """Imports an optional subpackage (such as `retry`) only if an option of the middleware needs it."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
-from asgi_dbsession.types import ASGIApp, RetryOn
+from asgi_dbsession.types import ASGIApp
 from asgi_dbsession.unit.observer import UnitObserver
-from asgi_dbsession.unit.report import UnitReport
 
 from .arguments import AnyDatabase
 
@@ -28,36 +28,34 @@ def with_positions(serve: ASGIApp, databases: tuple[AnyDatabase, ...]) -> ASGIAp
 
 
 def with_optional_rooms(
-    serve: ASGIApp,
-    databases: tuple[AnyDatabase, ...],
-    *,
-    attempts: int,
-    retry_on: RetryOn,
-    retry_after: int | None,
-    on_report: Callable[[UnitReport], object] | None,
+    serve: ASGIApp, options: Mapping[str, Any]
 ) -> tuple[ASGIApp, tuple[UnitObserver, ...]]:
     """Wrap the application `serve` in the classes that the options need (retries, for example).
+
+    Args:
+        serve: The application.
+        options: The databases and the checked options of `DBSessionMiddleware`, by name.
 
     Returns:
         A pair: (1) the ASGI application that serves HTTP requests, (2) the observers: objects that
         are notified when a unit of work (a request, for example) begins and ends.
     """
     observers: list[UnitObserver] = []
-    if on_report is not None:
+    if options["on_report"] is not None:
         from asgi_dbsession.reports.recorder import Recorder
 
-        observers.append(Recorder(on_report))
-    if retry_after is not None:
+        observers.append(Recorder(options["on_report"]))
+    if options["retry_after"] is not None:
         from asgi_dbsession.retry.overload import Overload
 
-        serve = overload = Overload(serve, retry_after)
+        serve = overload = Overload(serve, options["retry_after"])
         observers.append(overload)
-    serve = with_positions(serve, databases)
-    if attempts > 1:
+    serve = with_positions(serve, options["databases"])
+    if options["attempts"] > 1:
         from asgi_dbsession.retry.retry import Retry
 
-        serve = Retry(serve, attempts, retry_on)
+        serve = Retry(serve, options["attempts"], options["retry_on"])
     for observer in observers:
-        for database in databases:
+        for database in options["databases"]:
             database.observe(observer)
     return serve, tuple(observers)

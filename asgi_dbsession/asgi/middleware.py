@@ -130,14 +130,7 @@ class DBSessionMiddleware:
         # WebSockets use `_serve`. HTTP requests use `_serve_http`, because only they can be retried
         # or get a 503 response.
         self._serve = with_positions(self._serve_one, usable)
-        self._serve_http, self._observers = with_optional_rooms(
-            self._serve_one,
-            usable,
-            attempts=attempts,
-            retry_on=retry_on,
-            retry_after=retry_after,
-            on_report=on_report,
-        )
+        self._serve_http, self._observers = with_optional_rooms(self._serve_one, vars(self))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve an HTTP request, a WebSocket, or the startup and shutdown of the server."""
