@@ -163,7 +163,6 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession, AsyncSessionOptions[A
             # The event loop of the engine was closed, and no other event loop can use the engine's
             # connections. So build a new engine.
             self._forget_engine()
-        self._refuse_other_loop()
         await super()._start(run)
 
     @override

@@ -119,8 +119,8 @@ class EngineLife(ABC, Generic[E]):
         with self._starting:
             if self._engine is None:
                 self._engine = self._build_engine()
+            engine = self.engine
             self._starts += 1
-            engine = self._engine
         try:
             if self._ping_on_startup:
                 await self._ping(run)
