@@ -27,7 +27,8 @@ class NoSession(DBSessionError, LookupError):
     """A session was requested outside of a request or `begin()` block that uses its database."""
 
     def __init__(self, database: object) -> None:
-        if _is_in_bare_thread():
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main and asyncio._get_running_loop() is None:
             super().__init__(
                 f"There is no session of {database} in this thread, because the thread was started "
                 "without the context of a request (`run_in_executor`, `threading.Thread`). With a "
@@ -220,8 +221,3 @@ def name_of(function: object) -> str:
     """Return the name of a function. Arguments of a `partial` are left out: they may be secret."""
     inner = getattr(function, "func", function)
     return getattr(inner, "__qualname__", type(inner).__name__)
-
-
-def _is_in_bare_thread() -> bool:
-    is_main = threading.current_thread() is threading.main_thread()
-    return not is_main and asyncio._get_running_loop() is None

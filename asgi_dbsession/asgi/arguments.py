@@ -65,7 +65,11 @@ def usable_databases(
         ConfigurationError: Another argument is wrong, and no event loop is running.
     """
     try:
-        _check_application(options["app"])
+        if not callable(options["app"]):
+            raise ConfigurationError(
+                f"DBSessionMiddleware wraps an ASGI application, not {kind_of(options['app'])}. "
+                "Give it the application first."
+            )
         _check_names(unknown, options)
         _check_databases(given)
         check_flags(two_phase=options["two_phase"])
@@ -86,7 +90,9 @@ def usable_databases(
             raise
         return Unstartable(error)
     try:
-        databases = tuple(map(_database_of, given)) or (AsyncDatabase.from_env(),)
+        databases = tuple(
+            AsyncDatabase(each) if isinstance(each, str | URL) else each for each in given
+        ) or (AsyncDatabase.from_env(),)
         if options["two_phase"]:
             from asgi_dbsession.unit.optional.two_phases.commit import refuse_one_phase
 
@@ -94,18 +100,6 @@ def usable_databases(
     except ConfigurationError as error:
         return Unstartable(error)
     return databases
-
-
-def _database_of(given: AnyDatabase | str | URL) -> AnyDatabase:
-    return AsyncDatabase(given) if isinstance(given, str | URL) else given
-
-
-def _check_application(app: object) -> None:
-    if not callable(app):
-        raise ConfigurationError(
-            f"DBSessionMiddleware wraps an ASGI application, not {kind_of(app)}. Give it the "
-            "application first."
-        )
 
 
 def _check_names(unknown: Mapping[str, object], options: Mapping[str, Any]) -> None:
