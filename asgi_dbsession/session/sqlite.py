@@ -4,10 +4,9 @@ import re
 from contextlib import suppress
 from sqlite3 import ProgrammingError
 from typing import Any
-from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.engine import Dialect, ExecutionContext
+from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.orm import SessionTransaction
 
 from asgi_dbsession.errors import ConfigurationError, without_secrets
@@ -42,25 +41,22 @@ _ROLLED_BACK = "asgi_dbsession_rolled_back"
 
 _EVENTS = ("do_execute", "do_executemany", "do_execute_no_params")
 
-# The dialects that have the listeners of this module already, so that no listener is added twice.
-# SQLAlchemy stores these listeners in the dialect, which an engine shares with its copies.
-_watched: WeakSet[Dialect] = WeakSet()
-
 
 def watch_sqlite(engine: Engine) -> None:
-    """If `engine` is for SQLite, add listeners to it that send BEGIN."""
-    if engine.dialect.name == "sqlite" and engine.dialect not in _watched:
-        _watched.add(engine.dialect)
+    """If `engine` is for SQLite, add listeners to it that send BEGIN.
+
+    Args:
+        engine: The original engine, not a copy that `Engine.execution_options` has made.
+    """
+    if engine.dialect.name == "sqlite":
         for name in _EVENTS:
             listen_first(engine, name, _begin_before_statement)
 
 
 def unwatch_sqlite(engine: Engine) -> None:
     """Remove the listeners that `watch_sqlite` added to `engine`."""
-    if engine.dialect in _watched:
-        _watched.discard(engine.dialect)
-        for name in _EVENTS:
-            stop_listening(engine, name, _begin_before_statement)
+    for name in _EVENTS:
+        stop_listening(engine, name, _begin_before_statement)
 
 
 def begin_for_session(transaction: SessionTransaction, connection: Connection) -> None:
