@@ -69,10 +69,7 @@ def guarded_class(session_class: type[S]) -> type[S]:
 def derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, Any]) -> type[T]:
     """Derive a session class with the same name, so that logs show the name that users know."""
     named = {"__module__": session_class.__module__, **methods}
-    derived: type[T] = types.new_class(
-        session_class.__name__, bases, exec_body=lambda body: body.update(named)
-    )
-    return derived
+    return type(session_class.__name__, bases, named)
 
 
 def locked(
