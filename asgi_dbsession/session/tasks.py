@@ -12,13 +12,10 @@ def current_task() -> object:
         return asyncio.current_task()
     except RuntimeError:
         trio: Any = sys.modules.get("trio")
-        if trio is None:  # No event loop runs in this thread, so there is no task.
-            return None
     try:
-        task: object = trio.lowlevel.current_task()
+        return trio.lowlevel.current_task() if trio is not None else None
     except RuntimeError:
         return None
-    return task
 
 
 def is_on_event_loop() -> bool:
