@@ -55,11 +55,8 @@ def has_foreign(listeners: Iterable[object]) -> bool:
 
     Such a listener may send statements, or wait for something.
     """
-    return any(map(_is_foreign, listeners))
-
-
-def _is_foreign(listener: object) -> bool:
-    return not str(getattr(listener, "__module__", "")).startswith(_HARMLESS)
+    modules = (str(getattr(each, "__module__", "")) for each in listeners)
+    return not all(module.startswith(_HARMLESS) for module in modules)
 
 
 def isolation_level(connection: Connection) -> str | None:
@@ -124,12 +121,11 @@ def begin_on_server(connection: Connection) -> None:
     sends. But the application may use asyncpg's own connection next (for COPY, for example). What
     it writes there must be in the transaction too.
     """
-    if connection.dialect.driver == "asyncpg" and connection.in_transaction():
-        driver: Any = connection.connection.driver_connection
-        if not driver.is_in_transaction():
-            cursor = connection.connection.cursor()
-            cursor.execute("")
-            cursor.close()
+    is_asyncpg = connection.dialect.driver == "asyncpg"
+    if is_asyncpg and connection.in_transaction() and not is_in_transaction(connection):
+        cursor = connection.connection.cursor()
+        cursor.execute("")
+        cursor.close()
 
 
 def is_in_transaction(connection: Connection) -> bool:
