@@ -28,8 +28,7 @@ async def answer_or_raise(
     # response that the application's function `on_commit_error` makes would hide the mistake. So
     # raise these three errors without a call of `on_commit_error`.
     is_mistake = isinstance(failure, ConfigurationError | ForbiddenWrite | PrematureClose)
-    attempt = running_attempt.get()
-    will_retry = attempt is not None and attempt.can_retry
+    will_retry = running_attempt.get().can_retry
     if on_commit_error is not None and not is_mistake and not will_retry:
         try:
             answer = on_commit_error(failure)

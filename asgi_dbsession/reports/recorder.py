@@ -32,7 +32,7 @@ class _Start:
 
     start_time: float = field(default_factory=time)
     counter: float = field(default_factory=perf_counter)
-    running: RunningAttempt | None = field(default_factory=running_attempt.get)
+    running: RunningAttempt = field(default_factory=running_attempt.get)
 
 
 class Recorder(UnitObserver):
@@ -84,7 +84,7 @@ class Recorder(UnitObserver):
             databases=tuple(
                 _describe(each, tallies[each]) for each in unit.databases if each in tallies
             ),
-            attempt=start.running.attempt.number if start.running is not None else 1,
+            attempt=start.running.attempt.number,
             will_retry=_will_retry(unit, end, start.running),
             read_only=unit.read_only,
         )
@@ -98,9 +98,9 @@ class Recorder(UnitObserver):
             )
 
 
-def _will_retry(unit: Any, end: End, running: RunningAttempt | None) -> bool:
+def _will_retry(unit: Any, end: End, running: RunningAttempt) -> bool:
     is_of_request = unit.enclosing is None or unit.joins_outer_unit
-    return is_of_request and running is not None and running.will_retry(end)
+    return is_of_request and running.will_retry(end)
 
 
 def outcome_of(end: End, commits: int) -> Outcome:

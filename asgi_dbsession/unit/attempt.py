@@ -45,9 +45,9 @@ class RunningAttempt:
         return False
 
 
-running_attempt: ContextVar[RunningAttempt | None] = ContextVar(
-    "asgi_dbsession.attempt", default=None
-)
+# The attempt of code that is never retried.
+_ONLY = RunningAttempt(Attempt())
+running_attempt: ContextVar[RunningAttempt] = ContextVar("asgi_dbsession.attempt", default=_ONLY)
 
 
 def current_attempt() -> Attempt:
@@ -56,5 +56,4 @@ def current_attempt() -> Attempt:
     Returns:
         The running attempt. `Attempt(number=1, remaining=0)` if the calling code is never retried.
     """
-    running = running_attempt.get()
-    return running.attempt if running is not None else Attempt()
+    return running_attempt.get().attempt
