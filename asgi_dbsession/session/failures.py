@@ -190,9 +190,9 @@ def _listen_for_commit(connection: Connection) -> None:
     for name in ("commit", "prepare_twophase"):
         # Before COMMIT, call `_refuse_at_the_last_moment`, which raises an error if the transaction
         # is aborted. Add this listener only to a connection on which a statement has failed. A
-        # listener on the engine would make each statement of all requests slower.
-        if not event.contains(connection, name, _refuse_at_the_last_moment):
-            event.listen(connection, name, _refuse_at_the_last_moment)
+        # listener on the engine would make each statement of all requests slower. SQLAlchemy
+        # ignores the call if the connection has this listener already.
+        event.listen(connection, name, _refuse_at_the_last_moment)
 
 
 def _key(transaction: Transaction) -> ref[Transaction]:

@@ -227,18 +227,15 @@ def _check_statement(companion: Companion, statement: object) -> None:
         companion.read_only.check_statement(statement)
 
 
-def _bulk_check(name: str) -> Callable[[Companion, object], None]:
-    def check(companion: Companion, _: object) -> None:
-        if companion.read_only is not None:
-            raise companion.read_only.refuse(f"`{name}()`")
-
-    return check
+def _check_bulk_operation(name: str, companion: Companion, _: object) -> None:
+    if companion.read_only is not None:
+        raise companion.read_only.refuse(f"`{name}()`")
 
 
 _checks: dict[str, Callable[[Companion, object], None] | None] = {
     **dict.fromkeys(_OPERATIONS),
     **dict.fromkeys(_STATEMENTS, _check_statement),
-    **{name: _bulk_check(name) for name in _BULK_OPERATIONS},
+    **{name: functools.partial(_check_bulk_operation, name) for name in _BULK_OPERATIONS},
 }
 for _name, _check in _checks.items():
     if hasattr(Session, _name):
