@@ -567,3 +567,37 @@ async def test_a_close_after_a_failed_commit_leaves_nothing_to_the_next_request(
         assert real.open_transactions() == 0
         assert (await get(middleware, "/next")).status == 200
     assert real.stored() == ["kept"]
+
+
+@pytest.mark.parametrize("earlier", ["nothing", "a read", "a write"])
+async def test_a_driver_connection_that_was_closed_is_replaced(real: Real, earlier: str) -> None:
+    """The request that finds the closed connection fails, and the pool opens another one."""
+    opened: list[Any] = []
+
+    async def close_driver() -> None:
+        closing = opened[-1].close()
+        if closing is not None:
+            await closing
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/fails" and earlier != "nothing":
+            await running.execute(select(ENTRY))
+            await running.write("lost") if earlier == "a write" else None
+            await close_driver()
+        await running.write(scope["path"])
+        await respond(send)
+
+    async with real.describe(pool_size=1, max_overflow=0, pool_timeout=2) as database:
+        running = Running(real, database)
+        event.listen(
+            getattr(database.engine, "sync_engine", database.engine),
+            "checkout",
+            lambda _connection, record, _proxy: opened.append(record.driver_connection),
+        )
+        assert (await get(DBSessionMiddleware(app, database), "/first")).status == 200
+        await close_driver() if earlier == "nothing" else None
+        failed = await get(DBSessionMiddleware(app, database), "/fails")
+        assert isinstance(failed.error, DBAPIError)
+        assert (await get(DBSessionMiddleware(app, database), "/next")).status == 200
+        assert real.stored() == ["/first", "/next"]
+        await running.assert_clean()

@@ -88,7 +88,8 @@ def _ignores_commit(driver: Any) -> bool:
         return getattr(getattr(driver, "_conn", driver), "autocommit", None) is True
     # This thread may not read the attribute `autocommit`, because the application has opened the
     # file without `check_same_thread=False`. Only aiosqlite's own thread may. So skip the check.
-    except ProgrammingError:
+    # A closed connection raises an error too: `ProgrammingError`, or `ValueError` with aiosqlite.
+    except (ProgrammingError, ValueError):
         return False
 
 
@@ -167,4 +168,8 @@ def _begin(connection: Connection) -> None:
 
 def _is_open(connection: Connection) -> bool:
     driver: Any = connection.connection.driver_connection
-    return bool(driver.in_transaction)
+    try:
+        return bool(driver.in_transaction)
+    # The application has closed the driver's connection. The next statement tells SQLAlchemy.
+    except (ProgrammingError, ValueError):
+        return True
