@@ -308,6 +308,44 @@ async def test_a_failed_task_undoes_its_work_on_one_database_only(tmp_path: Path
         assert several.stored() == [[], ["in the background"]]
 
 
+@pytest.mark.parametrize("edge", ["a message", "the end of a body"])
+@pytest.mark.parametrize("kinds", ["sqlite + asyncpg", "asyncpg + psycopg-sync"])
+async def test_a_listener_of_the_rollback_of_a_failed_task_uses_another_session(
+    tmp_path: Path, kinds: str, edge: str
+) -> None:
+    """The listener never waits forever, and its work is stored before the same message."""
+    found: list[Any] = []
+    async with several_databases(kinds, tmp_path) as several:
+        first, second = several.each
+
+        def use(*_: object) -> None:
+            orm(second).execute(ENTRY.insert().values(note="by listener"))
+
+        async def fail() -> None:
+            await first.write("by the failed task")
+            raise ValueError
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "websocket":
+                assert (await receive())["type"] == "websocket.connect"
+                await send({"type": "websocket.accept"})
+            else:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+            await asyncio.gather(asyncio.create_task(fail()), return_exceptions=True)
+            await second.write("written")
+            event.listen(orm(first), "after_rollback", use, once=True)
+            if edge == "a message":
+                await send({"type": "websocket.send", "text": "stored"})
+            else:
+                await send({"type": "http.response.body", "body": b"stored"})
+            found.append(several.stored())
+
+        peer: Any = Exchange if edge == "the end of a body" else Socket
+        exchange = await peer(DBSessionMiddleware(app, *several.databases)).run()
+    assert exchange.error is None
+    assert found == [[[], ["written", "by listener"]]]
+
+
 async def test_a_savepoint_that_nobody_closed_is_stored_with_the_rest(several: Several) -> None:
     """The functions run as with one database."""
 

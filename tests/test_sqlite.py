@@ -580,6 +580,7 @@ async def test_a_driver_connection_that_was_closed_is_replaced(real: Real, earli
             await closing
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
+        running = Running(real, database)
         if scope["path"] == "/fails" and earlier != "nothing":
             await running.execute(select(ENTRY))
             await running.write("lost") if earlier == "a write" else None
@@ -588,7 +589,6 @@ async def test_a_driver_connection_that_was_closed_is_replaced(real: Real, earli
         await respond(send)
 
     async with real.describe(pool_size=1, max_overflow=0, pool_timeout=2) as database:
-        running = Running(real, database)
         event.listen(
             getattr(database.engine, "sync_engine", database.engine),
             "checkout",
@@ -600,4 +600,4 @@ async def test_a_driver_connection_that_was_closed_is_replaced(real: Real, earli
         assert isinstance(failed.error, DBAPIError)
         assert (await get(DBSessionMiddleware(app, database), "/next")).status == 200
         assert real.stored() == ["/first", "/next"]
-        await running.assert_clean()
+        await real.assert_clean(database)

@@ -51,3 +51,9 @@ class End:
 
 # The commit or rollback that the current code is a part of; None outside of a commit or rollback.
 current_end: ContextVar[End | None] = ContextVar("asgi_dbsession.end", default=None)
+
+
+def requester() -> tuple[object, int] | None:
+    """Return the task and thread that wait for the commit or rollback of the current code."""
+    end = current_end.get()
+    return None if end is None else end.requested_by

@@ -11,7 +11,7 @@ from typing import Any
 
 from asgi_dbsession.errors import ConcurrentUse, SessionClosed
 
-from .end import End, current_end
+from .end import End, requester
 from .tasks import has_ended, has_failed, is_on_event_loop
 
 _logger = logging.getLogger("asgi_dbsession")
@@ -113,9 +113,9 @@ class SessionLock(ABC):
                 self._wake_all()
 
     def _is_reserved_for_caller(self) -> bool:
-        # Return True in a listener that this commit calls while it flushes another session. If the
-        # listener waited for the end of the commit, each would wait for the other forever.
-        return self._held_for is None and self.ends == {current_end.get()}
+        # Return True in a listener of the flush of another session (or of the rollback of a failed
+        # task's session) before this commit. If the listener waited, each would wait for the other.
+        return not self._held_for and [each.requested_by for each in self.ends] == [requester()]
 
     def acquire_for_end(self, end: End, *, of_block: bool = False) -> None:
         """Wait for the running operation, then acquire the lock for a commit or rollback."""
