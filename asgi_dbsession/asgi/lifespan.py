@@ -70,7 +70,6 @@ async def serve_lifespan(
     """
     lifespan = _Lifespan(databases, receive, send)
     try:
-        await lifespan.start()
         await lifespan.serve(app, scope)
     finally:
         await lifespan.stop()
@@ -84,40 +83,37 @@ class _Lifespan:
         self._receive = receive
         self._send = send
         self._running: list[Any] = []
+        # The startup message of the server. None if the application has received it already, or if
+        # a database has not started.
         self._startup: Message | None = None
         self._heard_shutdown = False
         # The type of the last ASGI message to the server, such as `lifespan.startup.complete`.
         self._sent: str | None = None
 
-    async def start(self) -> None:
-        self._startup = await self._receive()
+    async def serve(self, app: ASGIApp, scope: Scope) -> None:
+        startup = await self._receive()
+        has_databases = False
+        failure: Exception | None = None
         try:
             for database in self._databases:
                 await database.startup()
                 self._running.append(database)
-        except Exception as error:
-            failure = error
-        else:
-            return
-        # Send the message outside of an `except` block. If `send` raises too (as with hypercorn),
-        # the traceback of that exception would otherwise show the database error a second time.
-        await self.send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
-        # Raise the error for test clients. A test client that gets no exception would run the test
-        # although the startup failed, and would then wait forever for the end of the shutdown.
-        raise failure
-
-    async def serve(self, app: ASGIApp, scope: Scope) -> None:
-        failure: Exception | None = None
-        try:
+            has_databases, self._startup = True, startup
             await app(scope, self.receive, self.send)
         except Exception as error:
             failure = error
+        # Send messages outside of an `except` block. If `send` raises too (as with hypercorn), the
+        # traceback of that exception would otherwise show `failure` a second time.
         if failure is not None and self._sent is None:
             if self._startup is None:
-                # Log the traceback here. Servers show only the text of the ASGI message
-                # `lifespan.startup.failed`.
-                _logger.error("The startup of the application failed", exc_info=failure)
+                if has_databases:
+                    # Log the traceback here. Servers show only the text of the ASGI message
+                    # `lifespan.startup.failed`.
+                    _logger.error("The startup of the application failed", exc_info=failure)
                 await self.send({"type": "lifespan.startup.failed", "message": _one_line(failure)})
+                # Raise the error for test clients. A test client that gets no exception would run
+                # the test although the startup failed, and would then wait forever for the end of
+                # the shutdown.
                 raise failure
             _logger.info("The application has no lifespan, and is served without one: %r", failure)
             failure = None
