@@ -24,28 +24,21 @@ from asgi_dbsession.session.completion import run_before_cancellation, run_to_co
 _IN_TASK = ("aiomysql", "asyncmy", "asyncpg", "psycopg")
 
 
-def connect_outside(engine: Engine) -> None:
-    """Let an engine open its connections in an empty `contextvars` context.
+def connect_in_tasks(engine: Engine) -> None:
+    """Let an engine open and close its connections in tasks of their own.
 
-    In the context of a request, a connection would keep all context variables of the request in
-    memory as long as the connection is open.
+    In the task of a request, a connection would keep all context variables of the request in memory
+    as long as the connection is open. And a pool closes a connection that is lost or too old before
+    it opens another one: if the task of the request is cancelled in between, the pool could lose a
+    place for a connection.
 
     This function replaces the driver's `connect`, and does not use SQLAlchemy's event `do_connect`.
     So the application's own listeners for `do_connect` are called as before. An `async_creator` of
     the application connects in the empty context too.
     """
-    driver: Any = engine.dialect.dbapi
-    if engine.dialect.driver in _IN_TASK and "connect" not in vars(driver):
-        driver.connect = partial(connect_in_task, engine.dialect, driver.connect)
-
-
-def close_completely(engine: Engine) -> None:
-    """Let an async engine complete the close of a lost connection, even if the task is cancelled.
-
-    A pool closes a connection that is lost or too old before it opens another one. Without this
-    function, the pool could lose a place for a connection if the task is cancelled in between.
-    """
     dialect: Any = engine.dialect
+    if dialect.driver in _IN_TASK and "connect" not in vars(dialect.dbapi):
+        dialect.dbapi.connect = partial(connect_in_task, dialect, dialect.dbapi.connect)
     if dialect.is_async and "do_terminate" not in vars(dialect):
         dialect.do_terminate = partial(close_in_task, dialect.do_terminate)
 
@@ -73,8 +66,7 @@ def connect_in_task(dialect: Any, connect: Callable[..., Any], *args: Any, **opt
 
 
 async def _connect_in_task(dialect: Any, connect: Callable[[], Any]) -> Any:
-    loop = asyncio.get_running_loop()
-    task = loop.create_task(greenlet_spawn(connect), context=Context())
+    task = asyncio.create_task(greenlet_spawn(connect), context=Context())
     try:
         return await task
     except asyncio.CancelledError as cancelled:

@@ -9,7 +9,7 @@ from asgi_dbsession.session._sqlalchemy import original_engine
 from asgi_dbsession.session.failures import watch
 from asgi_dbsession.session.reads import DRIVERS
 
-from .connecting import close_completely, connect_outside
+from .connecting import connect_in_tasks
 
 # The engines that this package has built itself. Their listeners are never removed.
 built: WeakSet[Engine] = WeakSet()
@@ -27,8 +27,7 @@ def prepare(engine: Engine) -> None:
         from asgi_dbsession.session.optional.reads.delayed import watch_reads
 
         watch_reads(engine)
-    connect_outside(engine)
-    close_completely(engine)
+    connect_in_tasks(engine)
     if isinstance(engine.pool, StaticPool | SingletonThreadPool):
         from .optional.shared import warn_of_shared_connection
 

@@ -86,8 +86,7 @@ def _refuse_autocommit(
 def _connect_as_before(engine: Engine) -> None:
     """Let the engine open and close its connections without this package again.
 
-    The functions `connect_outside` and `close_completely` have replaced methods of the driver and
-    of the dialect.
+    The function `connect_in_tasks` has replaced methods of the driver and of the dialect.
     """
     for owner, name in ((engine.dialect.dbapi, "connect"), (engine.dialect, "do_terminate")):
         replacement = vars(owner).get(name)
