@@ -16,7 +16,7 @@ from asgi_dbsession.session.companion import Companion
 from asgi_dbsession.session.guard import guarded_class
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.task_lock import TaskLock
-from asgi_dbsession.types import RetryOn, Scope
+from asgi_dbsession.types import RetryOn
 from asgi_dbsession.unit.blocks import block_of
 from asgi_dbsession.unit.together import Run
 
@@ -171,16 +171,12 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession, AsyncSessionOptions[A
         return super()._build_engine()
 
     @override
-    def _make_session(
-        self, engine: AsyncEngine | None, scope: Scope | None
-    ) -> ManagedSession[AnyAsyncSession]:
+    def _make_session(self, engine: AsyncEngine | None) -> ManagedSession[AnyAsyncSession]:
         session = self._guarded_class(
             bind=engine, sync_session_class=self._orm_class, **self._session_options
         )
-        orm = session.sync_session
-        orm.info["scope"] = scope
         companion = Companion(TaskLock(self), self._reads)
-        return ManagedSession(session, orm, companion, greenlet_spawn)
+        return ManagedSession(session, session.sync_session, companion, greenlet_spawn)
 
     @override
     def _refuse_other_loop(self) -> None:

@@ -54,7 +54,7 @@ class Database(EngineLife[E], Generic[E, S, GivenOptions]):
         self._session_options = checked_options(session_options, engine_options)
         self._take_session_classes()
         try:
-            self._make_session(None, None)
+            self._make_session(None)
         except TypeError as error:
             raise ConfigurationError(
                 f"{self} cannot make a session with these session options: {error}"
@@ -187,10 +187,10 @@ class Database(EngineLife[E], Generic[E, S, GivenOptions]):
     def open_session(self, scope: Scope | None, *, read_only: bool) -> ManagedSession[S]:
         """Open a session for a unit of work. Applications use `get_session` or `begin` instead."""
         engine: E | None = self.engine
-        if self._replica_set is None or self._reads.is_shared:
-            made = self._make_session(engine, scope)
-        else:
-            made = self._make_session(None if read_only else engine, scope)
+        has_route = self._replica_set is not None and not self._reads.is_shared
+        made = self._make_session(None if has_route and read_only else engine)
+        made.orm.info["scope"] = scope
+        if has_route:
             self._replica_set.give_route(made)
         if read_only:
             from asgi_dbsession.session.optional.read_only.refusals import Refusals
@@ -199,7 +199,7 @@ class Database(EngineLife[E], Generic[E, S, GivenOptions]):
         return made
 
     @abstractmethod
-    def _make_session(self, engine: E | None, scope: Scope | None) -> ManagedSession[S]: ...
+    def _make_session(self, engine: E | None) -> ManagedSession[S]: ...
 
     def add_observer(self, observer: UnitObserver) -> None:
         """Add an observer: call its methods for each unit of work that uses this database.

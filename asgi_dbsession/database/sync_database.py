@@ -14,7 +14,7 @@ from asgi_dbsession.session.guard import guarded_class
 from asgi_dbsession.session.managed import ManagedSession
 from asgi_dbsession.session.tasks import current_task
 from asgi_dbsession.session.thread_lock import ThreadLock
-from asgi_dbsession.types import RetryOn, Scope
+from asgi_dbsession.types import RetryOn
 from asgi_dbsession.unit.blocks import blocking_block_of
 
 from .base import Database
@@ -149,10 +149,7 @@ class SyncDatabase(Database[Engine, AnySession, SessionOptions[AnySession]]):
         return run_transaction_blocking(self, function, args, attempts, retry_on)
 
     @override
-    def _make_session(
-        self, engine: Engine | None, scope: Scope | None
-    ) -> ManagedSession[AnySession]:
+    def _make_session(self, engine: Engine | None) -> ManagedSession[AnySession]:
         session = self._orm_class(bind=engine, **self._session_options)
-        session.info["scope"] = scope
         companion = Companion(ThreadLock(self, current_task()), self._reads)
         return ManagedSession(session, session, companion, run_in_thread)
