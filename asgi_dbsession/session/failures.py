@@ -88,9 +88,26 @@ def refuse_if_aborted(connections: tuple[Connection, ...], *, of_savepoint: bool
     Raises:
         TransactionAborted: COMMIT would store nothing.
     """
-    if failed_transactions:
-        for connection in connections:
-            _refuse_if_aborted(connection, of_savepoint=of_savepoint)
+    for connection in connections if failed_transactions else ():
+        # Find out if a statement has failed in the transaction, or in a savepoint that the
+        # application has left open. (COMMIT ends such a savepoint too.)
+        savepoint = None if of_savepoint else connection.get_nested_transaction()
+        opened = [each for each in (connection.get_transaction(), savepoint) if each is not None]
+        found = next(filter(None, (failed_transactions.get(ref(each)) for each in opened)), None)
+        if found is None:
+            continue
+        database = without_secrets(connection.engine.url)
+        message, is_rolled_back = found
+        if is_rolled_back:
+            # Raise an error. The database itself has rolled back the transaction. So it would
+            # accept COMMIT without an error, although the writes of the transaction are lost.
+            raise TransactionAborted(database, message, rolled_back=True)
+        try:
+            # Only the database knows if the failed statement has aborted the transaction. To find
+            # out, send a SELECT: an aborted transaction refuses it.
+            connection.execute(select(1))
+        except DBAPIError as error:
+            raise TransactionAborted(database, message) from error
 
 
 def _record_failure(context: ExceptionContext) -> None:
@@ -202,31 +219,9 @@ def _key(transaction: Transaction) -> ref[Transaction]:
     return ref(transaction, failed_transactions.pop)
 
 
-def _refuse_if_aborted(connection: Connection, *, of_savepoint: bool = False) -> None:
-    # Find out if a statement has failed in the transaction, or in a savepoint that the application
-    # has left open. (COMMIT ends such a savepoint too.)
-    savepoint = None if of_savepoint else connection.get_nested_transaction()
-    opened = [each for each in (connection.get_transaction(), savepoint) if each is not None]
-    found = next((known for each in opened if (known := failed_transactions.get(ref(each)))), None)
-    if found is None:
-        return
-    database = without_secrets(connection.engine.url)
-    message, is_rolled_back = found
-    if is_rolled_back:
-        # Raise an error. The database itself has rolled back the transaction. So it would accept
-        # COMMIT without an error, although the writes of the transaction are lost.
-        raise TransactionAborted(database, message, rolled_back=True)
-    try:
-        # Only the database knows if the failed statement has aborted the transaction. To find out,
-        # send a SELECT: an aborted transaction refuses it.
-        connection.execute(select(1))
-    except DBAPIError as error:
-        raise TransactionAborted(database, message) from error
-
-
 def _refuse_at_the_last_moment(connection: Connection, *_xid: object) -> None:
     try:
-        _refuse_if_aborted(connection)
+        refuse_if_aborted((connection,))
     except TransactionAborted:
         # This listener raises an error before COMMIT is sent. SQLAlchemy takes it for an error of
         # COMMIT itself, and does not send ROLLBACK. So send ROLLBACK here.
