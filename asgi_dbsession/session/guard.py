@@ -116,10 +116,8 @@ class LockedTransaction(ConnectingTransaction):
     """The transaction object of `session.begin()`. Each operation holds the session's lock."""
 
     @property
-    def _companion(self) -> Companion:
-        session: Any = self.session
-        companion: Companion = session._companion
-        return companion
+    def _companion(self) -> Any:
+        return vars(self.session)["_companion"]
 
 
 for _name in ("close", "commit", "prepare", "rollback"):

@@ -14,5 +14,4 @@ def is_lost(context: ExceptionContext) -> bool:
         return False
     # asyncpg raises Python's `ConnectionError` for a lost connection. SQLAlchemy does not recognize
     # this error as a disconnect.
-    is_disconnect = context.is_disconnect or isinstance(error, ConnectionError)
-    return is_disconnect or context.connection is None
+    return context.is_disconnect or isinstance(error, ConnectionError) or context.connection is None
