@@ -32,8 +32,7 @@ async def block_of(database: SessionSource[S], join: bool, read_only: bool) -> A
             unit.lost_work = unit.may_have_written
             await close(unit, commit=False, error=error)
             raise
-        else:
-            await close(unit, commit=not unit.rollback)
+        await close(unit, commit=not unit.rollback)
 
 
 @contextmanager
@@ -55,8 +54,7 @@ def blocking_block_of(database: SessionSource[S], join: bool, read_only: bool) -
             unit.lost_work = unit.may_have_written
             complete_here(close(unit, commit=False, error=error))
             raise
-        else:
-            complete_here(close(unit, commit=not unit.rollback))
+        complete_here(close(unit, commit=not unit.rollback))
 
 
 @contextmanager

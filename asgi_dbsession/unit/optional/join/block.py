@@ -44,9 +44,8 @@ async def joined(unit: UnitOfWork, database: SessionSource[S], read_only: bool) 
             ending = greenlet_spawn(block.end, End(commit=False, reason="exception"), error)
             await run_to_completion(ending)
             raise
-        else:
-            ending = greenlet_spawn(block.end, End(commit=True, reason="exception"), None)
-            await run_to_completion(ending)
+        ending = greenlet_spawn(block.end, End(commit=True, reason="exception"), None)
+        await run_to_completion(ending)
 
 
 @contextmanager
@@ -61,8 +60,7 @@ def joined_blocking(unit: UnitOfWork, database: SessionSource[S], read_only: boo
         except BaseException as error:
             block.end(End(commit=False, reason="exception"), error)
             raise
-        else:
-            block.end(End(commit=True, reason="exception"), None)
+        block.end(End(commit=True, reason="exception"), None)
 
 
 class _Block:
