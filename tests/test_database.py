@@ -9,7 +9,7 @@ import traceback
 import weakref
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -917,15 +917,17 @@ async def test_begin_outside_of_a_request_knows_of_none(running: Running) -> Non
 
 
 @pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("takes_turns", [False, True])
 async def test_jobs_that_start_each_other_keep_nothing_of_each_other(
-    running: Running, overlap: bool
+    running: Running, overlap: bool, takes_turns: bool
 ) -> None:
     """Each job starts inside the `begin()` of the job before, which may have ended."""
     units: list[weakref.ref[Any]] = []
+    other: Any = running.real.describe() if takes_turns else running.database
 
     async def job(number: int, before: asyncio.Event) -> None:
         begun = asyncio.Event()
-        async with beginning(running.database):
+        async with beginning((running.database, other)[number % 2]):
             before.set()
             units.append(weakref.ref(current_unit.get()))
             if number < 20:
@@ -944,10 +946,11 @@ async def test_jobs_that_start_each_other_keep_nothing_of_each_other(
 
     alive: list[int] = []
     tasks: set[asyncio.Task[None]] = set()
-    start(job(0, asyncio.Event()))
-    await becomes_true(lambda: not tasks)
+    async with other if takes_turns else nullcontext():
+        start(job(0, asyncio.Event()))
+        await becomes_true(lambda: not tasks)
     assert len(units) == 21
-    assert alive[0] <= 3
+    assert alive[0] <= 4
 
 
 @pytest.mark.parametrize("in_request", [True, False])
@@ -1104,6 +1107,27 @@ async def test_a_session_class_of_ones_own_may_prepare_itself_and_is_closed(real
         async with beginning(database) as session:
             session.add(Entry(note="kept"))
     assert closed == ["blue", "blue"]
+    assert real.stored() == ["kept"]
+
+
+async def test_a_with_block_of_a_session_calls_the_close_of_its_class(real: Real) -> None:
+    """As SQLAlchemy does. The session is closed once more when its unit of work ends."""
+    if not real.is_sync:
+        pytest.skip("an AsyncSession is closed by its own class")
+    closed: list[object] = []
+
+    class Careful(Session):
+        def close(self) -> None:
+            closed.append(self.in_transaction())
+            super().close()
+
+    options: Any = {"class_": Careful}
+    async with real.describe(session_options=options) as database, beginning(database) as session:
+        with session:
+            session.add(Entry(note="kept"))
+            session.commit()
+        assert closed == [False]
+    assert closed == [False, False]
     assert real.stored() == ["kept"]
 
 

@@ -166,6 +166,22 @@ async def test_a_send_with_a_time_limit_commits_the_work_of_the_task_that_waits(
     assert seen == [["stored"]]
 
 
+async def test_a_message_of_an_awaited_task_commits_the_work_of_the_task_that_waits(
+    running: Running,
+) -> None:
+    """The waiting task does nothing else meanwhile, so no half of its work is committed."""
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await accept(receive, send)
+        await running.write("stored")
+        await asyncio.create_task(say(send, "stored"))
+        seen.append(running.stored())
+
+    await Socket(DBSessionMiddleware(app, running.database)).run()
+    assert seen == [["stored"]]
+
+
 # Rules, start messages and errors
 
 
