@@ -65,8 +65,7 @@ class ConnectingSession(Session):
             return self._transaction
         if begin:
             return self.transaction_class(self, SessionTransactionOrigin.BEGIN)
-        companion: Any = vars(self).get("_companion")
-        if companion is None or companion.connect is None or not self.autobegin:
+        if vars(self)["_companion"].connect is None or not self.autobegin:
             return super()._autobegin_t()
         return ConnectingTransaction(self, SessionTransactionOrigin.AUTOBEGIN)
 
