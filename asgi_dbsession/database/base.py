@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Never, TypeVar
 
 from sqlalchemy import URL, Engine
-from sqlalchemy.ext.asyncio import AsyncEngine
 from typing_extensions import Self
 
 from asgi_dbsession.errors import ConfigurationError
@@ -16,14 +15,13 @@ from asgi_dbsession.unit.current import unit_that_manages
 from asgi_dbsession.unit.observer import UnitObserver
 
 from .arguments import check_flags
-from .engine_life import EngineLife
+from .engine_life import E, EngineLife
 from .engines import sync_engine_of
 from .health import Health
 from .options import checked_options, reads_of
 from .replicas import Replicas
 from .url import url_with_driver
 
-E = TypeVar("E", bound=Engine | AsyncEngine)
 S = TypeVar("S")
 GivenOptions = TypeVar("GivenOptions", bound=Mapping[str, Any])
 
