@@ -21,6 +21,7 @@ from asgi_dbsession import (
     ConfigurationError,
     DBSessionMiddleware,
     NoSession,
+    SessionClosed,
     SyncDatabase,
     on_commit,
 )
@@ -312,3 +313,28 @@ async def test_a_commit_waits_for_an_operation_of_another_task_on_the_event_loop
             exchange = await get(DBSessionMiddleware(app, database), path)
             assert (exchange.status, exchange.error) == (200, None)
     assert real.stored() == paths
+
+
+async def test_a_session_that_opens_while_its_request_ends_is_closed_too(real: Real) -> None:
+    """The thread gets an error. Otherwise nobody would commit its work or free its connection."""
+    opening, ended = threading.Event(), threading.Event()
+    threads: list[asyncio.Future[Any]] = []
+
+    class Slow(Session):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            if threads:
+                opening.set()
+                ended.wait(10)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        threads.append(asyncio.ensure_future(asyncio.to_thread(database.get_session)))
+        await asyncio.to_thread(opening.wait, 10)
+        await respond(send)
+
+    async with describe(real, session_options={"class_": Slow}) as database:
+        exchange = await get(DBSessionMiddleware(app, database))
+        ended.set()
+        assert (exchange.status, exchange.error) == (200, None)
+        with pytest.raises(SessionClosed):
+            await threads[0]
