@@ -76,7 +76,7 @@ class Companion:
             wrapper: A function with three arguments: the function that has opened the connections
                 until now, the session and the engine. It returns the connection.
         """
-        self.connect = partial(wrapper, self.connect or _connect)
+        self.connect = partial(wrapper, self.connect or (lambda _, engine: engine.connect()))
 
     @property
     def must_fail(self) -> bool:
@@ -116,7 +116,3 @@ class Companion:
     def open_connections(self) -> tuple[Connection, ...]:
         """The open connections of the session."""
         return tuple(each for each in self.connections if not each.closed)
-
-
-def _connect(_session: Any, engine: Engine) -> Connection:
-    return engine.connect()
