@@ -1449,12 +1449,13 @@ async def test_the_password_is_hidden_where_the_driver_quotes_it() -> None:
 
 
 @pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
+@pytest.mark.parametrize("option", ["autoflash", "autocommit"])
 def test_session_options_that_cannot_work_are_refused_at_once(
-    database_class: type[AnyDatabase],
+    database_class: type[AnyDatabase], option: str
 ) -> None:
     """The error is raised when the database is described, not at the first request."""
-    wrong: Any = {"autoflash": True}
-    with pytest.raises(ConfigurationError, match=r"session options.*autoflash"):
+    wrong: Any = {option: True}
+    with pytest.raises(ConfigurationError, match=rf"session options.*{option}"):
         database_class("sqlite://", session_options=wrong)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Never, TypeVar
 
 from sqlalchemy import URL, Engine
+from sqlalchemy.exc import ArgumentError
 from typing_extensions import Self
 
 from asgi_dbsession.errors import ConfigurationError
@@ -53,7 +54,7 @@ class Database(EngineLife[E], Generic[E, S, GivenOptions]):
         self._take_session_classes()
         try:
             self._make_session(None)
-        except TypeError as error:
+        except (TypeError, ArgumentError) as error:
             raise ConfigurationError(
                 f"{self} cannot make a session with these session options: {error}"
             ) from error
