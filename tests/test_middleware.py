@@ -584,7 +584,29 @@ async def test_an_on_commit_error_that_fails_does_not_hide_the_failed_commit(
 
     exchange = await get(serving(running, app, on_commit_error=broken))
     assert exchange.messages == []
-    assert isinstance(exchange.error, LookupError | TypeError)
+    assert isinstance(exchange.error, LookupError | ConfigurationError)
+    assert isinstance(exchange.error.__cause__, running.real.refusal)
+
+
+@pytest.mark.parametrize("answer", [{"detail": "taken"}, ("taken", 409), "coroutine"], ids=str)
+async def test_an_on_commit_error_that_returns_no_application_is_told_what_to_return(
+    running: Running, answer: Any
+) -> None:
+    """A result of FastAPI or Flask style would be called, with an error that names no option."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.doom()
+        await respond(send, 201)
+
+    def answered(_: Exception) -> Any:
+        return nothing({}, None, None) if answer == "coroutine" else answer
+
+    exchange = await get(serving(running, app, on_commit_error=answered))
+    assert isinstance(exchange.error, ConfigurationError)
+    said = "on_commit_error must return an ASGI application (such as a Starlette Response) or None"
+    kind = "coroutine" if answer == "coroutine" else type(answer).__name__
+    assert str(exchange.error).startswith(f"{said}, and returned something of type {kind}.")
+    assert ("plain function" in str(exchange.error)) == (answer == "coroutine")
     assert isinstance(exchange.error.__cause__, running.real.refusal)
 
 

@@ -7,6 +7,8 @@ from asgi_dbsession.errors import AbortRequest, ConfigurationError, ForbiddenWri
 from asgi_dbsession.types import ASGIApp, Receive, Scope, Send
 from asgi_dbsession.unit.attempt import running_attempt
 
+from .rules import wrong_result
+
 OnCommitError: TypeAlias = Callable[[Exception], ASGIApp | None] | None
 
 
@@ -33,6 +35,9 @@ async def answer_or_raise(
         try:
             answer = on_commit_error(failure)
             if answer is not None:
+                if not callable(answer):
+                    wanted = "an ASGI application (such as a Starlette Response) or None"
+                    raise wrong_result(answer, "on_commit_error", wanted)
                 await answer(scope, receive, send)
                 return
         except Exception as error:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
 from asgi_dbsession.database.arguments import accepts, check_function, signature_of
-from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.errors import ConfigurationError, kind_of
 from asgi_dbsession.types import Scope
 from asgi_dbsession.unit.unit_of_work import UnitOfWork
 
@@ -87,11 +87,23 @@ def checked(decision: object, rule: str) -> bool:
     """
     if decision is True or decision is False:
         return decision
-    if isinstance(decision, Coroutine):
+    raise wrong_result(decision, rule, "True or False")
+
+
+def wrong_result(result: object, option: str, wanted: str) -> ConfigurationError:
+    """Return the error for a wrong result of a function of the application.
+
+    Args:
+        result: The value that the function returned.
+        option: The name of the middleware option that has this function.
+        wanted: What the function must return.
+    """
+    cure = ""
+    if isinstance(result, Coroutine):
         # The application's function is an `async def` function, and so has returned a coroutine.
         # Close the coroutine. Otherwise Python would warn that the coroutine was never awaited.
-        decision.close()
-    raise ConfigurationError(
-        f"{rule} must return True or False, and returned something of type "
-        f"{type(decision).__name__}. Write a plain function, which is not awaited."
+        result.close()
+        cure = " Write a plain function, which is not awaited."
+    return ConfigurationError(
+        f"{option} must return {wanted}, and returned {kind_of(result)}.{cure}"
     )
