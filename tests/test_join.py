@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -724,6 +725,18 @@ def test_it_refuses_to_decorate_what_runs_later(function: Any) -> None:
     database = SyncDatabase("sqlite://")
     with pytest.raises(ConfigurationError, match=f"{function.__name__}.*inside of the function"):
         database.begin()(function)
+
+
+def plain_function() -> None: ...
+
+
+@pytest.mark.parametrize("function", [plain_function, generator_function, asynchronous_generator])
+def test_an_async_database_decorates_coroutine_functions_alone(function: Any) -> None:
+    """A `def` function would turn into a coroutine that its callers never await."""
+    database: Any = AsyncDatabase("sqlite+aiosqlite://")
+    with pytest.raises(ConfigurationError, match=f"{function.__name__}.*with `async def`"):
+        database.begin()(function)
+    assert asyncio.iscoroutinefunction(database.begin()(partial(coroutine_function)))
 
 
 # What the page says about Spring and Django, row by row

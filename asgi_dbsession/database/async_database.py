@@ -21,6 +21,7 @@ from asgi_dbsession.unit.blocks import block_of
 from asgi_dbsession.unit.together import Run
 
 from .base import Database
+from .decorator import AsyncDecoratingBlock
 from .options import AnyAsyncSession, AsyncSessionOptions, take_class
 
 T = TypeVar("T")
@@ -68,18 +69,16 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession, AsyncSessionOptions[A
         self._orm_class = guarded_class(take_class(options, "sync_session_class", Session))
         self._kind = AsyncDatabase
 
-    @asynccontextmanager
-    async def begin(
+    def begin(
         self, *, join: bool = False, read_only: bool = False, after: str | None = None
-    ) -> AsyncIterator[AnyAsyncSession]:
+    ) -> AsyncDecoratingBlock[AnyAsyncSession]:
         """Open a new unit of work: COMMIT at its end, ROLLBACK after an error or a cancellation.
 
         Use this block in workers, scripts and child tasks, and for rows that must be stored even if
         the request is rolled back. COMMIT and ROLLBACK are completed even if the task is cancelled.
         The block has a transaction of its own. Inside a request, do not change a row that the
         request has changed already: the block would wait for the lock of the request, and the
-        request waits for the end of the block. `@database.begin()` is also a decorator for `async
-        def` functions.
+        request waits for the end of the block.
 
         Args:
             join: True to join the open unit of work, if it has this database. The block is then a
@@ -96,10 +95,11 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession, AsyncSessionOptions[A
                 says which changes a client has seen. The block reads from a replica only if the
                 replica has all these changes. Use `after` only together with `read_only=True`.
 
-        Yields:
-            A new session, which is closed permanently at the end of the block. If the block joins a
-            unit of work, the session of this unit of work. Inside the block, `get_session()`
-            returns the same session.
+        Returns:
+            An object for `async with` that gives a new session. The session is closed permanently
+            at the end of the block. If the block joins a unit of work, the object gives the session
+            of this unit of work. Inside the block, `get_session()` returns the same session. The
+            object can also decorate `async def` functions.
 
         Raises:
             DatabaseNotRunning: The database has not been started.
@@ -110,6 +110,12 @@ class AsyncDatabase(Database[AsyncEngine, AnyAsyncSession, AsyncSessionOptions[A
             Exception: The error of COMMIT. Nothing was stored. (If the connection was lost during
                 COMMIT, it is unknown if the work was stored.)
         """
+        return AsyncDecoratingBlock(lambda: self._block(after, join=join, read_only=read_only))
+
+    @asynccontextmanager
+    async def _block(
+        self, after: str | None, *, join: bool, read_only: bool
+    ) -> AsyncIterator[AnyAsyncSession]:
         self._see(after, join=join, read_only=read_only)
         async with block_of(self, join, read_only) as session:
             yield session

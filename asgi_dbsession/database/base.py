@@ -186,11 +186,11 @@ class Database(EngineLife[E], Generic[E, S, GivenOptions]):
     def open_session(self, scope: Scope | None, *, read_only: bool) -> ManagedSession[S]:
         """Open a session for a unit of work. Applications use `get_session` or `begin` instead."""
         engine: E | None = self.engine
-        has_route = self._replica_set is not None and not self._reads.is_shared
-        made = self._make_session(None if has_route and read_only else engine)
+        replica_set = None if self._reads.is_shared else self._replica_set
+        made = self._make_session(None if replica_set is not None and read_only else engine)
         made.orm.info["scope"] = scope
-        if has_route:
-            self._replica_set.give_route(made)
+        if replica_set is not None:
+            replica_set.give_route(made)
         if read_only:
             from asgi_dbsession.session.optional.read_only.refusals import Refusals
 

@@ -1,9 +1,9 @@
-"""The object that `SyncDatabase.begin()` returns, for `with` and as a decorator."""
+"""The objects that `begin()` returns, for `with` or `async with`, and as a decorator."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack
 from functools import wraps
-from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction, unwrap
 from threading import Lock
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -66,5 +66,47 @@ class DecoratingBlock(Generic[S]):
         def call_in_block(*args: P.args, **kwargs: P.kwargs) -> R:
             with self._open_block():
                 return function(*args, **kwargs)
+
+        return call_in_block
+
+
+class AsyncDecoratingBlock(AbstractAsyncContextManager[S, bool | None]):
+    """A context manager for `async with`, which can also decorate coroutine functions.
+
+    Args:
+        open_block: A function that returns a new context manager each time.
+    """
+
+    def __init__(self, open_block: Callable[[], AbstractAsyncContextManager[S]]) -> None:
+        self._open_block = open_block
+        self._block: Any = open_block()
+
+    async def __aenter__(self) -> S:
+        session: S = await self._block.__aenter__()
+        return session
+
+    async def __aexit__(self, *raised: object) -> bool | None:
+        is_handled: bool | None = await self._block.__aexit__(*raised)
+        return is_handled
+
+    def __call__(self, function: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+        """Decorate a function, so that each call of it runs in a new `async with` block.
+
+        Raises:
+            ConfigurationError: The function is no coroutine function. A caller that does not await
+                it would get no error, and its code would never run.
+        """
+        inner: Any = unwrap(function)
+        if not (iscoroutinefunction(inner) or iscoroutinefunction(type(inner).__call__)):
+            raise ConfigurationError(
+                f"`begin()` of an AsyncDatabase cannot decorate {name_of(function)}, which is no "
+                "coroutine function. Write the function with `async def` and await its calls, or "
+                "use a SyncDatabase."
+            )
+
+        @wraps(function)
+        async def call_in_block(*args: P.args, **kwargs: P.kwargs) -> R:
+            async with self._open_block():
+                return await function(*args, **kwargs)
 
         return call_in_block

@@ -69,7 +69,10 @@ def guarded_class(session_class: type[S]) -> type[S]:
 def derive(session_class: type[T], bases: tuple[type, ...], methods: dict[str, Any]) -> type[T]:
     """Derive a session class with the same name, so that logs show the name that users know."""
     named = {"__module__": session_class.__module__, **methods}
-    return type(session_class.__name__, bases, named)
+    derived: type[T] = types.new_class(
+        session_class.__name__, bases, {}, lambda body: body.update(named)
+    )
+    return derived
 
 
 def locked(
