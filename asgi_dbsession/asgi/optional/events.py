@@ -18,8 +18,9 @@ from asgi_dbsession.unit.unit_of_work import UnitOfWork
 _logger = logging.getLogger("asgi_dbsession")
 _WARNING = (
     "An event of the route %a was sent before the work of its request was committed, and that "
-    "COMMIT can still fail. If the event says that work is stored, do the work in "
-    "`database.begin()`, or call `commit()` before the event. This is logged once for each route."
+    "COMMIT can still fail. If the event says that work is stored, call `commit()` before the "
+    "event, or do the work in a `database.begin()` block that ends before the event is sent. This "
+    "is logged once for each route."
 )
 # The routes for which the warning (a server-sent event was sent before COMMIT) was logged already.
 # For each route, the warning is logged only once.
