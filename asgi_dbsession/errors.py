@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from contextvars import copy_context
 from typing import Any
 
 from sqlalchemy import URL
@@ -28,7 +29,9 @@ class NoSession(DBSessionError, LookupError):
 
     def __init__(self, database: object) -> None:
         is_main = threading.current_thread() is threading.main_thread()
-        if not is_main and asyncio._get_running_loop() is None:
+        has_loop = asyncio._get_running_loop() is not None
+        # Frameworks run `def` handlers in threads too, but with the context of the request.
+        if not is_main and not has_loop and not copy_context():
             super().__init__(
                 f"There is no session of {database} in this thread, because the thread was started "
                 "without the context of a request (`run_in_executor`, `threading.Thread`). With a "

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, cast
 
+import anyio.to_thread
 import httpx2
 import pytest
 import strawberry
@@ -228,6 +229,15 @@ async def test_threads_without_the_context_are_told(running: Running, framework:
 
     await serve(framework, running, work)
     assert len(errors) == 6
+
+
+async def test_a_def_handler_without_the_middleware_is_told_so() -> None:
+    """Frameworks run it in a thread, but the thread has the context of its request."""
+    for accessor in (get_session, get_sync_session):
+        with pytest.raises(NoSession, match="no DBSessionMiddleware that serves"):
+            await asyncio.to_thread(accessor)
+        with pytest.raises(NoSession, match="no DBSessionMiddleware that serves"):
+            await anyio.to_thread.run_sync(accessor)
 
 
 @ASYNC
