@@ -215,9 +215,9 @@ def without_secrets(url: URL) -> str:
 
 def kind_of(given: object) -> str:
     """For an error text, describe a wrong argument by its type: its value may be a secret."""
-    return (
-        given.__name__ if isinstance(given, type) else f"something of type {type(given).__name__}"
-    )
+    if isinstance(given, type):
+        return f"the class {given.__name__}"
+    return f"something of type {type(given).__name__}"
 
 
 def name_of(function: object) -> str:

@@ -23,7 +23,7 @@ from falcon.asgi import App as Falcon
 from fastapi import FastAPI
 from litestar import Litestar, get as litestar_get
 from quart import Quart
-from sqlalchemy import create_engine, select, text
+from sqlalchemy import create_engine, make_url, select, text
 from sqlalchemy.exc import InvalidRequestError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
@@ -509,23 +509,27 @@ SYNC_URL = "sqlite+pysqlite://"
 MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an async engine": (
         lambda any_: DBSessionMiddleware(nothing, any_(create_async_engine(URL))),
-        r"`AsyncDatabase\.from_engine\(engine\)`",
+        r"Write `AsyncDatabase\.from_engine\(engine\)`\.$",
+    ),
+    "a sync engine": (
+        lambda any_: DBSessionMiddleware(nothing, any_(create_engine(SYNC_URL))),
+        r"Write `SyncDatabase\.from_engine\(engine\)`\.$",
     ),
     "a factory of async sessions": (
         lambda any_: DBSessionMiddleware(nothing, any_(async_sessionmaker())),
-        r"takes a URL, an AsyncDatabase or a SyncDatabase",
+        r"takes a URL, an AsyncDatabase or a SyncDatabase, not something of type \w+\.$",
     ),
     "a factory of sessions": (
         lambda any_: DBSessionMiddleware(nothing, any_(sessionmaker())),
-        r"takes a URL, an AsyncDatabase or a SyncDatabase",
+        r"takes a URL, an AsyncDatabase or a SyncDatabase, not something of type \w+\.$",
     ),
     "no URL at all": (
         lambda any_: DBSessionMiddleware(nothing, any_(None)),
-        r"takes a URL, an AsyncDatabase or a SyncDatabase",
+        r"takes a URL, an AsyncDatabase or a SyncDatabase, not something of type NoneType\.$",
     ),
     "the class for a database": (
         lambda any_: DBSessionMiddleware(nothing, any_(AsyncDatabase)),
-        r"takes a URL, an AsyncDatabase or a SyncDatabase",
+        r"takes a URL, an AsyncDatabase or a SyncDatabase, not the class AsyncDatabase\.$",
     ),
     "the application and the URL interchanged": (
         lambda any_: DBSessionMiddleware(any_(URL), any_(nothing)),
@@ -541,11 +545,23 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "an engine of the other kind": (
         lambda any_: AsyncDatabase.from_engine(any_(create_engine(SYNC_URL))),
-        r"needs an engine of the class AsyncEngine, not Engine",
+        r"takes an AsyncEngine, .* Engine\. Write `SyncDatabase\.from_engine\(engine\)`\.$",
     ),
     "an async engine of the other kind": (
         lambda any_: SyncDatabase.from_engine(any_(create_async_engine(URL))),
-        r"needs an engine of the class Engine, not AsyncEngine",
+        r"takes an Engine, .* AsyncEngine\. Write `AsyncDatabase\.from_engine\(engine\)`\.$",
+    ),
+    "a URL for an engine": (
+        lambda any_: SyncDatabase.from_engine(any_(URL)),
+        r"from_engine takes an Engine, not something of type str\. Write `SyncDatabase\(url\)`\.$",
+    ),
+    "a parsed URL for an engine": (
+        lambda any_: AsyncDatabase.from_engine(any_(make_url(URL))),
+        r"takes an AsyncEngine, not something of type URL\. Write `AsyncDatabase\(url\)`\.$",
+    ),
+    "a factory for an engine": (
+        lambda any_: AsyncDatabase.from_engine(any_(async_sessionmaker())),
+        r"from_engine takes an AsyncEngine, not something of type async_sessionmaker\.$",
     ),
     "a driver that blocks": (lambda any_: AsyncDatabase(SYNC_URL), r"or a SyncDatabase"),
     "a driver for asyncio": (lambda any_: SyncDatabase(URL), r"or use an AsyncDatabase"),

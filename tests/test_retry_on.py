@@ -342,7 +342,7 @@ async def coroutine_function(error: Exception) -> bool:
     ("options", "cure"),
     [
         ({"retry_on": "Conflict"}, "a class of exceptions, a tuple"),
-        ({"retry_on": BaseException}, "not BaseException"),
+        ({"retry_on": BaseException}, "not the class BaseException"),
         ({"retry_on": (Conflict, 1)}, "a tuple of such classes"),
         ({"retry_on": coroutine_function}, "Write it with `def`"),
         ({"retry_on": lambda: True}, r"Write `def retry_on\(error\)`"),

@@ -16,7 +16,7 @@ import pytest
 import trio
 from asgi import get, respond
 from fastapi import Depends, FastAPI
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -258,6 +258,11 @@ async def engine_for_a_url() -> None:
     AsyncDatabase(engine)
 
 
+async def engine_of_the_other_kind() -> None:
+    engine: Any = create_engine("sqlite:///shop.db")
+    AsyncDatabase.from_engine(engine)
+
+
 async def option_of_from_engine() -> None:
     make: Any = AsyncDatabase.from_engine
     make(create_async_engine("sqlite+aiosqlite:///shop.db"), autocommit_reads=True)
@@ -343,6 +348,7 @@ WAYS = (
     engine_for_a_database,
     url_for_a_variable,
     engine_for_a_url,
+    engine_of_the_other_kind,
     option_of_from_engine,
     option_of_the_session,
     database_by_name,

@@ -116,9 +116,11 @@ def _check_names(unknown: Mapping[str, object], options: Mapping[str, Any]) -> N
 def _check_databases(given: Sequence[object]) -> None:
     for each in given:
         if not isinstance(each, AsyncDatabase | SyncDatabase | str | URL):
+            from asgi_dbsession.database.optional.mistakes import cure_for
+
             raise ConfigurationError(
                 "DBSessionMiddleware takes a URL, an AsyncDatabase or a SyncDatabase, not "
-                f"{kind_of(each)}. Write `AsyncDatabase.from_engine(engine)` for an engine."
+                f"{kind_of(each)}.{cure_for(each)}"
             )
     databases = [each for each in given if isinstance(each, AsyncDatabase | SyncDatabase)]
     if len(set(databases)) < len(databases):

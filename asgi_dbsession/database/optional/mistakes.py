@@ -12,17 +12,21 @@ from asgi_dbsession.errors import ConfigurationError
 def not_a_url(given: object) -> ConfigurationError:
     """Return the error for a value that is not a database URL."""
     if isinstance(given, Engine | AsyncEngine):
-        kind = "SyncDatabase" if isinstance(given, Engine) else "AsyncDatabase"
-        return ConfigurationError(
-            f"This is an engine, not a database URL. Write `{kind}.from_engine(engine)`, or give "
-            f"the URL to {kind}."
-        )
+        return ConfigurationError(f"This is an engine, not a database URL.{cure_for(given)}")
     subject = "None" if given is None else "This"
     return ConfigurationError(
         f"{subject} is not a database URL. Write `dialect://user:password@host:port/name`, for "
         "example `postgresql://app@localhost/shop` or `sqlite:///shop.db`, without quotes, "
         "and with special characters percent-encoded (`sqlalchemy.URL.create` does it)."
     )
+
+
+def cure_for(given: object) -> str:
+    """Return a sentence that says how to use an engine, or "" if `given` is not an engine."""
+    if not isinstance(given, Engine | AsyncEngine):
+        return ""
+    kind = "SyncDatabase" if isinstance(given, Engine) else "AsyncDatabase"
+    return f" Write `{kind}.from_engine(engine)`."
 
 
 def no_variable(name: str, kind: str) -> ConfigurationError:

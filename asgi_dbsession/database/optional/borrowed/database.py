@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Engine
+from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_dbsession.database.engines import sync_engine_of
 from asgi_dbsession.database.options import checked_options
-from asgi_dbsession.errors import ConfigurationError
+from asgi_dbsession.errors import ConfigurationError, kind_of
 
 from .listeners import borrow
 
@@ -33,9 +33,12 @@ def database_of(engine: Any, kind: Any, unknown: Mapping[str, object], **options
         raise no_option_of_from_engine(unknown, kind.__name__, is_async=kind.is_async)
     needed = AsyncEngine if kind.is_async else Engine
     if not isinstance(engine, needed):
+        from asgi_dbsession.database.optional.mistakes import cure_for
+
+        is_url = isinstance(engine, str | URL)
+        cure = f" Write `{kind.__name__}(url)`." if is_url else cure_for(engine)
         raise ConfigurationError(
-            f"{kind.__name__} needs an engine of the class {needed.__name__}, not "
-            f"{type(engine).__name__}."
+            f"{kind.__name__}.from_engine takes an {needed.__name__}, not {kind_of(engine)}.{cure}"
         )
     database = kind(engine.url, **options)
     database._engine = engine
