@@ -17,7 +17,7 @@ import trio
 from asgi import get, respond
 from fastapi import Depends, FastAPI
 from sqlalchemy import create_engine, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.applications import Starlette
@@ -416,6 +416,26 @@ async def sync_block_for_a_dependency() -> None:
     await depend_on(SyncDatabase("sqlite:///shop.db"))
 
 
+async def await_of_a_sync_block() -> None:
+    database: Any = SyncDatabase("sqlite:///shop.db")
+    await database.begin()
+
+
+async def swallowed_error_of_a_flush() -> None:
+    class Models(DeclarativeBase):
+        pass
+
+    class Item(Models):
+        __tablename__ = "item"
+        name: Mapped[str] = mapped_column(primary_key=True)
+
+    async with AsyncDatabase("sqlite:///shop.db") as database, database.begin() as session:
+        await (await session.connection()).run_sync(Models.metadata.create_all)
+        session.add_all([Item(name="one"), Item(name="one")])
+        with pytest.raises(IntegrityError):
+            await session.flush()
+
+
 async def stream_of_the_handler(driver: str) -> None:
     url = postgres.new_database(f"stream_{driver}").set(drivername=f"postgresql+{driver}")
     database = AsyncDatabase(url)
@@ -445,6 +465,8 @@ async def stream_of_the_handler(driver: str) -> None:
         plain_with_of_an_async_database,
         block_for_a_dependency,
         sync_block_for_a_dependency,
+        await_of_a_sync_block,
+        swallowed_error_of_a_flush,
         partial(stream_of_the_handler, "asyncpg"),
         partial(stream_of_the_handler, "psycopg"),
     ],
@@ -461,6 +483,23 @@ async def test_the_page_has_a_row_for_the_error_of_a_mistake(
     messages = re.findall(r"`([^`]+)`", "".join(row.split("|")[1] for row in rows_of(section)))
     patterns = [re.escape(each).replace("…", ".+") for each in messages]
     assert any(re.search(each, str(caught.value)) for each in patterns), caught.value
+
+
+@pytest.mark.anyio
+async def test_the_page_has_a_row_for_the_answer_to_a_called_block() -> None:
+    """FastAPI raises no error for `Depends(database.begin())`, but answers with status 422."""
+    database: Any = AsyncDatabase("sqlite:///shop.db")
+    app = FastAPI()
+
+    @app.get("/")
+    async def handler(session: Annotated[Any, Depends(database.begin())]) -> None:
+        pytest.fail("it went on")
+
+    exchange = await get(app)
+    (row,) = [row for row in rows_of(ERRORS) if "`Depends(database.begin())`" in row]
+    (shown,) = re.findall(r"status (\d+): `(.+?)`", row)
+    assert str(exchange.status) == shown[0]
+    assert shown[1] in exchange.body.decode()
 
 
 def rows_of(section: str) -> list[str]:
