@@ -687,6 +687,25 @@ async def test_a_close_while_an_exception_is_handled_loses_no_work_in_silence(
     await running.assert_clean()
 
 
+async def test_an_invalidated_session_does_not_lose_its_work_in_silence(running: Running) -> None:
+    """`invalidate()` closes the connection, which rolls back what the request has written."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await running.write("lost")
+        session: Any = running.database.get_session()
+        if running.real.is_sync:
+            await to_thread.run_sync(session.invalidate)
+        else:
+            await session.invalidate()
+        await respond(send, 201)
+
+    exchange = await get(DBSessionMiddleware(app, running.database))
+    assert exchange.messages == []
+    assert isinstance(exchange.error, PrematureClose)
+    assert running.stored() == []
+    await running.assert_clean()
+
+
 @pytest.mark.parametrize("block", ["savepoint", "join"])
 async def test_a_savepoint_after_such_a_close_does_not_hide_the_loss(
     running: Running, block: str

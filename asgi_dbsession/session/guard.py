@@ -21,8 +21,7 @@ R = TypeVar("R")
 S = TypeVar("S", bound=Session)
 T = TypeVar("T")
 
-# The methods of a SQLAlchemy session that may send SQL statements. Some of these methods do not
-# exist in older versions of SQLAlchemy.
+# The methods of a SQLAlchemy session that may send SQL. Older versions lack some of them.
 _STATEMENTS = ("execute", "scalar", "scalars")
 _BULK_OPERATIONS = ("bulk_insert_mappings", "bulk_save_objects", "bulk_update_mappings")
 _OPERATIONS = (
@@ -32,7 +31,6 @@ _OPERATIONS = (
     "flush",
     "get",
     "get_one",
-    "invalidate",
     "merge",
     "merge_all",
     "prepare",
@@ -51,8 +49,7 @@ _CHANGES = (
     "expunge_all",
 )
 
-# Statements that may write: `text("…")`, INSERT, UPDATE and DELETE. A session sends BEGIN before
-# such a statement. (A session that has only sent SELECTs may not have sent BEGIN yet.)
+# Statements that may write: `text("…")`, INSERT, UPDATE and DELETE. BEGIN is sent before them.
 _NEVER_PLAIN = (TextClause, UpdateBase)
 
 
@@ -198,6 +195,14 @@ class GuardedSession(ConnectingSession):
             # status.
             raise PrematureClose(self._companion.lock.database)
         super().reset()
+
+    @override
+    @locked
+    def invalidate(self) -> None:
+        lock = self._companion.lock
+        if not lock.is_held_by_end_of_caller() and may_have_written(self):
+            raise PrematureClose(lock.database)
+        super().invalidate()
 
     @locked
     def close_after_error(self) -> None:
