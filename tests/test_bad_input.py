@@ -20,7 +20,7 @@ from conftest import AnyDatabase, becomes_true, real_database
 from hypothesis import example, given, strategies as st
 from sqlalchemy import URL, create_engine
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import QueuePool, StaticPool
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 
@@ -552,6 +552,7 @@ async def test_what_is_no_class_of_the_session_behind_is_refused(wrong: Any) -> 
     "options",
     [
         {"pool_sise": 3},
+        {"pool_size": "20", "max_overflow": 5, "poolclass": QueuePool},
         {"pool_size": 3, "poolclass": StaticPool},
         {"poolclass": "StaticPool"},
         {"connect_args": "timeout=3"},
@@ -564,9 +565,10 @@ async def test_what_is_no_class_of_the_session_behind_is_refused(wrong: Any) -> 
 async def test_engine_options_that_cannot_work_are_told_at_startup(
     database_class: type[AnyDatabase], name: str, options: dict[str, Any]
 ) -> None:
-    """Any exception of SQLAlchemy becomes a ConfigurationError, and nothing stays running."""
+    """Any exception of SQLAlchemy becomes a ConfigurationError, which names all options."""
     database = database_class(f"sqlite://{name}", **options)
-    assert "cannot be built with these engine options: " in await told(database.startup)
+    said = await told(database.startup)
+    assert f"cannot be built with these engine options ({', '.join(options)}" in said
     assert not database.is_running
 
 

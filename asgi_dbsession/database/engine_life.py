@@ -220,8 +220,10 @@ class EngineLife(ABC, Generic[E]):
         except Exception as error:
             from .optional.failures.explanation import reason_of
 
+            names = ", ".join(self._engine_options) or "none"
+            reason = reason_of(self, error)
             raise ConfigurationError(
-                f"{self} cannot be built with these engine options: {reason_of(self, error)}"
+                f"{self} cannot be built with these engine options ({names}): {reason}"
             ) from None
         sync_engine = sync_engine_of(engine)
         built.add(sync_engine)
