@@ -395,6 +395,15 @@ async def plain_with_of_an_async_database() -> None:
         pytest.fail("it went on")
 
 
+async def object_for_the_class() -> None:
+    app = Starlette()
+    wrong: Any = DBSessionMiddleware(app, AsyncDatabase("sqlite:///shop.db"))
+    app.add_middleware(wrong)
+    exchange = await get(app)
+    assert exchange.error is not None
+    raise exchange.error
+
+
 async def depend_on(database: Any) -> None:
     app = FastAPI()
 
@@ -463,6 +472,7 @@ async def stream_of_the_handler(driver: str) -> None:
         block_for_a_session,
         async_block_of_a_sync_database,
         plain_with_of_an_async_database,
+        object_for_the_class,
         block_for_a_dependency,
         sync_block_for_a_dependency,
         await_of_a_sync_block,
