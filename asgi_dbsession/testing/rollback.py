@@ -54,7 +54,8 @@ def rolled_back(*databases: AnyDatabase, timeout: float = 10) -> "RolledBack":
     database after the block get an error too. Sequences and AUTO_INCREMENT keep their last number.
 
     Args:
-        *databases: The databases of the application. The application itself needs no change.
+        *databases: The databases of the application: the same objects that its middleware has. The
+            application itself needs no change.
         timeout: For how many seconds a transaction waits until another transaction has ended.
 
     Returns:
