@@ -1,6 +1,6 @@
 """Measures the tools, and writes the results.
 
-    python -m benchmarks.speed                          a quarter of an hour, into docs/measured
+    python -m benchmarks.speed                          17 minutes, into docs/measured
     python -m benchmarks.speed --quick --write FOLDER   to see that it works
     python -m benchmarks.speed --again                  the document and the picture once more
 
