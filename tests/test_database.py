@@ -1445,13 +1445,16 @@ async def test_the_password_is_hidden_where_the_driver_quotes_it() -> None:
 
 
 @pytest.mark.parametrize("database_class", [AsyncDatabase, SyncDatabase])
-@pytest.mark.parametrize("option", ["autoflash", "autocommit"])
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [("autoflash", "autoflash"), ("autocommit", "autocommit"), ("binds", "'bool' object")],
+)
 def test_session_options_that_cannot_work_are_refused_at_once(
-    database_class: type[AnyDatabase], option: str
+    database_class: type[AnyDatabase], option: str, reason: str
 ) -> None:
     """The error is raised when the database is described, not at the first request."""
     wrong: Any = {option: True}
-    with pytest.raises(ConfigurationError, match=rf"session options.*{option}"):
+    with pytest.raises(ConfigurationError, match=rf"session options.*{reason}"):
         database_class("sqlite://", session_options=wrong)
 
 

@@ -54,7 +54,7 @@ class Database(EngineLife[E], Generic[E, S, GivenOptions]):
         self._take_session_classes()
         try:
             self._make_session(None)
-        except (TypeError, ArgumentError) as error:
+        except (TypeError, AttributeError, ArgumentError) as error:
             raise ConfigurationError(
                 f"{self} cannot make a session with these session options: {error}"
             ) from error
