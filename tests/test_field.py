@@ -150,32 +150,20 @@ async def test_a_heartbeat_sends_and_commits_nothing(running: Running) -> None:
     assert (socket.heard, seen, running.stored()) == (["beat", "stored"], [[]], ["whole"])
 
 
-async def test_a_send_with_a_time_limit_commits_the_work_of_the_task_that_waits(
-    running: Running,
+@pytest.mark.parametrize("how", ["a time limit", "a task"])
+async def test_a_send_in_another_task_commits_the_work_of_the_task_that_waits(
+    running: Running, how: str
 ) -> None:
-    """Before Python 3.12, `asyncio.wait_for` sends in a separate task."""
+    """Before Python 3.12, `asyncio.wait_for` sends in a task too. The other task only waits."""
     seen: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await accept(receive, send)
         await running.write("stored")
-        await asyncio.wait_for(say(send, "stored"), 5)
-        seen.append(running.stored())
-
-    await Socket(DBSessionMiddleware(app, running.database)).run()
-    assert seen == [["stored"]]
-
-
-async def test_a_message_of_an_awaited_task_commits_the_work_of_the_task_that_waits(
-    running: Running,
-) -> None:
-    """The waiting task does nothing else meanwhile, so no half of its work is committed."""
-    seen: list[Any] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await accept(receive, send)
-        await running.write("stored")
-        await asyncio.create_task(say(send, "stored"))
+        saying = say(send, "stored")
+        await (
+            asyncio.wait_for(saying, 5) if how == "a time limit" else asyncio.create_task(saying)
+        )
         seen.append(running.stored())
 
     await Socket(DBSessionMiddleware(app, running.database)).run()
